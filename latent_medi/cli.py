@@ -1,0 +1,219 @@
+"""The command line: one verb per step, each reads a folder and writes a folder. Parses, calls and prints, nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from latent_medi import __version__, config
+from latent_medi.errors import UserError, nearest
+from latent_medi.files import write_json
+from latent_medi.progress import get_logger, set_up_logging
+
+log = get_logger(__name__)
+
+Printed = dict[str, Any]
+
+
+def _demo(words: list[str]) -> Printed:
+    from latent_medi import experiment
+
+    return experiment.demo(config.parse(experiment.DemoSettings, words, "demo"))
+
+
+def _run(words: list[str]) -> Printed:
+    from latent_medi import experiment
+
+    return experiment.run(config.parse(experiment.ExperimentSettings, words, "run"))
+
+
+def recipes() -> dict[str, Path]:
+    """Recipes for public datasets by name, with their files."""
+    return {p.stem.replace("_", "-"): p for p in sorted(config.packaged("shards").glob("[!_]*.py"))}
+
+
+def load_recipe(name: str) -> ModuleType:
+    """The module of a recipe.
+
+    Raises:
+        UserError: There is no recipe of that name.
+    """
+    known = recipes()
+    path = known.get(name.replace("_", "-"))
+    if path is None:
+        raise UserError(f"There is no recipe {name!r}; {nearest(name, known)}.", "`latent-medi shards images` takes any table of images.")
+    spec = importlib.util.spec_from_file_location(f"latent_medi_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _shards(words: list[str]) -> Printed:
+    what = words[0] if words and not words[0].startswith("-") else ""
+    if what == "verify":
+        from latent_medi.shards.dataset import PatchDataset
+
+        folder = _only_folder(words[1:], "shards verify")
+        problems = PatchDataset.open(folder).verify()
+        if problems:
+            raise UserError(f"{folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+        return {"folder": str(folder), "problems": []}
+    if what == "info":
+        from latent_medi.shards.dataset import PatchDataset
+
+        dataset = PatchDataset.open(_only_folder(words[1:], "shards info"))
+        result: Printed = {"folder": str(dataset.folder), "patches": len(dataset), "schema": dataset.schema.to_dict(), "counts": {}}
+        names = [f.name for f in dataset.schema.fields if f.kind != "continuous"]
+        for i, row in enumerate(names):
+            for column in names[i + 1 :]:
+                table = dataset.counts(row, column)
+                result["counts"][f"{row} x {column}"] = table.to_dict()
+                print(f"{row} × {column} (patches)\n{table.to_string()}\n")
+        return result
+    if what == "images":
+        from latent_medi.shards.images import import_images
+        from latent_medi.shards.settings import ImportSettings
+
+        settings = config.parse(ImportSettings, words[1:], "shards images")
+        dataset = import_images(settings)
+        return {"folder": str(dataset.folder), "patches": len(dataset)}
+    if not what:
+        print("latent-medi shards images|verify|info|RECIPE …\nrecipes: " + ", ".join(recipes()))
+        return {"recipes": list(recipes())}
+    return load_recipe(what).main(words[1:]) or {}
+
+
+def _only_folder(words: Sequence[str], verb: str) -> Path:
+    if len(words) != 1:
+        raise UserError(f"`latent-medi {verb}` takes one folder.", f"latent-medi {verb} runs/demo/data")
+    return Path(words[0])
+
+
+def _audit(words: list[str]) -> Printed:
+    from latent_medi import experiment
+
+    return experiment.audit_dataset(config.parse(experiment.AuditCommand, words, "audit", positional="data"))
+
+
+def _encode(words: list[str]) -> Printed:
+    from latent_medi.latents.encode import encode
+    from latent_medi.latents.settings import EncodeSettings
+
+    return {"latents": str(encode(config.parse(EncodeSettings, words, "encode")))}
+
+
+def _train(words: list[str]) -> Printed:
+    from latent_medi.training.loop import train
+    from latent_medi.training.settings import TrainSettings
+
+    return {"model": str(train(config.parse(TrainSettings, words, "train")))}
+
+
+def _plan(words: list[str]) -> Printed:
+    from latent_medi import experiment
+
+    return experiment.plan_dataset(config.parse(experiment.PlanCommand, words, "plan"))
+
+
+def _sample(words: list[str]) -> Printed:
+    from latent_medi.synthesis.generate import generate
+    from latent_medi.synthesis.settings import GenerateSettings
+
+    dataset = generate(config.parse(GenerateSettings, words, "sample"))
+    return {"folder": str(dataset.folder), "patches": len(dataset)}
+
+
+def _evaluate(words: list[str]) -> Printed:
+    from latent_medi.evaluation.evaluate import evaluate
+    from latent_medi.evaluation.settings import EvaluateSettings
+
+    return evaluate(config.parse(EvaluateSettings, words, "evaluate"))
+
+
+def _report(words: list[str]) -> Printed:
+    from latent_medi.report.render import render
+    from latent_medi.report.settings import ReportSettings
+
+    return {"report": str(render(config.parse(ReportSettings, words, "report")))}
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
+    "demo": (_demo, "the whole pipeline on procedural tissue with known truth"),
+    "run": (_run, "the whole pipeline on a dataset, from one configuration"),
+    "shards": (_shards, "images or a public dataset into a dataset folder; verify; info"),
+    "audit": (_audit, "which class × site × attribute combinations the data have, lack and can support"),
+    "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),
+    "train": (_train, "a metadata-conditioned denoiser on latents"),
+    "plan": (_plan, "which combinations to generate, and how many"),
+    "sample": (_sample, "the patches of a plan, as a dataset folder"),
+    "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
+    "report": (_report, "one HTML page from metrics.json"),
+}
+
+
+def _usage() -> str:
+    lines = [f"latent-medi {__version__}: metadata-guided latent diffusion for histopathology", "", "latent-medi VERB [--config NAME] [key=value …] [--json FILE]", ""]
+    lines += [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join([*lines, "", "`latent-medi VERB --help` lists the settings of a verb."])
+
+
+def run_verb(words: Sequence[str]) -> int:
+    """Run one verb; errors pass through. Returns the exit code."""
+    words = list(words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        raise UserError(f"There is no verb {verb!r}; {nearest(verb, VERBS)}.", "`latent-medi --help` lists them.")
+    json_file = ""
+    for i, word in enumerate(rest):
+        if word == "--json" and i + 1 < len(rest):
+            json_file = rest[i + 1]
+            del rest[i : i + 2]
+            break
+        if word.startswith("--json="):
+            json_file = word.partition("=")[2]
+            del rest[i]
+            break
+    result = VERBS[verb][0](rest)
+    if json_file:
+        write_json(json_file, result)
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry point of ``latent-medi``, ``train.py`` and ``sample.py``.
+
+    Exit codes: 0 done; 2 bad input, explained in one message; 130 interrupted; anything else is a defect and keeps its traceback.
+    """
+    set_up_logging()
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    try:
+        return run_verb(sys.argv[1:] if words is None else words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

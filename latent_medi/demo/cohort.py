@@ -1,0 +1,209 @@
+"""The demo's cohort: three classes at four hospitals, skewed as real data are, with combinations held out.
+
+Shape depends on class, patient and patch; stain on hospital and slide; the two never depend on each other, so a generator that has understood
+class and hospital apart can draw every combination, and the truth for each is a call of :func:`latent_medi.demo.tissue.render` away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed
+
+from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
+from latent_medi.metadata.schema import Schema
+from latent_medi.progress import progress
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.writer import Patch, finish_dataset, write_shard
+
+CLASSES = ("glandular", "solid", "spindle")
+SITES = {
+    "aster": Stain(),
+    "birch": Stain(haematoxylin=(0.74, 0.62, 0.26), eosin=(0.14, 0.95, 0.28), haematoxylin_strength=1.25, eosin_strength=0.45,
+                   background=(0.94, 0.95, 0.97)),
+    "cedar": Stain(haematoxylin=(0.58, 0.74, 0.34), eosin=(0.06, 0.93, 0.36), haematoxylin_strength=0.95, eosin_strength=0.75,
+                   background=(0.97, 0.95, 0.91)),
+    # A thicker section in poor focus: the structural difference that no change of colour imitates.
+    "dogwood": Stain(haematoxylin=(0.67, 0.67, 0.32), eosin=(0.10, 0.96, 0.20), haematoxylin_strength=0.85, eosin_strength=0.45,
+                     background=(0.91, 0.90, 0.92), blur=1.15),
+}
+FIXATIONS = ("formalin", "frozen")
+HELD_OUT = (
+    {"class": "spindle", "site": "birch"},
+    {"class": "glandular", "site": "dogwood"},
+    {"site": "dogwood", "fixation": "frozen"},
+)
+"""Combinations without a single training patch."""
+
+_TRAIN_PATIENTS = {  # skewed: some hospitals are specialised, as referral centres are
+    "aster": {"glandular": 64, "solid": 40, "spindle": 52},
+    "birch": {"glandular": 72, "solid": 60, "spindle": 0},
+    "cedar": {"glandular": 36, "solid": 44, "spindle": 72},
+    "dogwood": {"glandular": 0, "solid": 64, "spindle": 52},
+}
+_FROZEN_SHARE = {"aster": 0.25, "birch": 0.35, "cedar": 0.45, "dogwood": 0.0}
+_UNKNOWN_AGE = 0.15
+
+
+@dataclass(frozen=True)
+class CohortSettings:
+    """How large the demo's cohort is.
+
+    Args:
+        seed: Seed of everything drawn.
+        patches_per_patient: Patches of each patient.
+        probe_patients: Patients per class × site cell for the probes and the oracle.
+        test_patients: Patients per class × site cell for testing.
+        scale: Factor on the number of patients, for quick tests.
+    """
+
+    seed: int = 0
+    patches_per_patient: int = 5
+    probe_patients: int = 24
+    test_patients: int = 28
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One patient with one slide; ``shape`` and ``stain`` are the slide's, patches vary around them."""
+
+    name: str
+    tumour: str
+    site: str
+    fixation: str
+    age: float | None
+    split: str
+    shape: Shape
+    stain: Stain
+
+
+def _clipped(rng: np.random.Generator, mean: float, sd: float, low: float, high: float) -> float:
+    return float(np.clip(rng.normal(mean, sd), low, high))
+
+
+def class_shape(tumour: str, age: float, frozen: bool, rng: np.random.Generator) -> Shape:
+    """Shape parameters of one patient's tumour; the classes overlap, as grades do.
+
+    Args:
+        tumour: One of :data:`CLASSES`.
+        age: Years; stroma grows more fibrous with age.
+        frozen: Whether the section was cut frozen, which leaves ice-crystal holes and swollen nuclei.
+        rng: Source of the patient effect.
+    """
+    fibre = float(np.clip(0.45 + 0.012 * (age - 60) + rng.normal(0, 0.1), 0.05, 0.95))
+    shape = Shape(nucleus_radius=_clipped(rng, 2.8, 0.22, 2.2, 3.5), density=_clipped(rng, 42, 5, 26, 58),
+                  pleomorphism=_clipped(rng, 0.14, 0.04, 0.05, 0.3), fibre=fibre)
+    if tumour == "glandular":
+        shape = replace(shape, nucleus_aspect=_clipped(rng, 1.5, 0.2, 1.0, 2.6), alignment=_clipped(rng, 0.25, 0.12, 0, 1),
+                        gland_radius=_clipped(rng, 7.0, 2.2, 2.0, 12.0))
+    elif tumour == "solid":
+        shape = replace(shape, nucleus_aspect=_clipped(rng, 1.4, 0.2, 1.0, 2.6), alignment=_clipped(rng, 0.25, 0.12, 0, 1),
+                        gland_radius=_clipped(rng, 1.0, 1.9, 0.0, 6.0), density=_clipped(rng, 48, 5, 30, 60))
+    else:
+        shape = replace(shape, nucleus_aspect=_clipped(rng, 2.15, 0.3, 1.2, 3.0), alignment=_clipped(rng, 0.75, 0.15, 0, 1),
+                        gland_radius=_clipped(rng, 1.0, 1.9, 0.0, 6.0))
+    if frozen:
+        shape = replace(shape, vacuoles=_clipped(rng, 8, 2, 3, 14), nucleus_radius=1.08 * shape.nucleus_radius)
+    return shape
+
+
+def patch_shape(shape: Shape, rng: np.random.Generator) -> Shape:
+    """One patch's shape parameters around its slide's."""
+    gland = shape.gland_radius + rng.normal(0, 0.9)
+    return replace(
+        shape,
+        orientation=float(rng.uniform(0, np.pi)),
+        nucleus_aspect=max(1.0, shape.nucleus_aspect + float(rng.normal(0, 0.12))),
+        alignment=float(np.clip(shape.alignment + rng.normal(0, 0.08), 0, 1)),
+        gland_radius=float(gland) if gland >= 2.0 else 0.0,
+        density=shape.density * float(np.exp(rng.normal(0, 0.08))),
+    )
+
+
+def is_held_out(values: dict[str, str]) -> bool:
+    """Whether a patient with these field values belongs to a held-out combination."""
+    return any(all(values[k] == v for k, v in combination.items()) for combination in HELD_OUT)
+
+
+def patients(settings: CohortSettings) -> list[Patient]:
+    """Draw the patients of all three splits: ``train`` (no held-out combination), ``probe`` and ``test`` (every combination)."""
+    cohort: list[Patient] = []
+    for split in ("train", "probe", "test"):
+        for site, stain in SITES.items():
+            for tumour in CLASSES:
+                unseen_cell = is_held_out({"class": tumour, "site": site, "fixation": ""})
+                count = {
+                    "train": _TRAIN_PATIENTS[site][tumour],
+                    # Held-out cells have no training patients, so the probes and the oracle draw more of these.
+                    "probe": settings.probe_patients * (2 if unseen_cell else 1),
+                    "test": settings.test_patients,
+                }[split]
+                for number in range(max(1, round(count * settings.scale)) if count else 0):
+                    name = f"{split}-{site}-{tumour}-{number:03d}"
+                    digest = hashlib.sha256(f"{settings.seed}/{name}".encode()).digest()
+                    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+                    share = _FROZEN_SHARE[site] if split == "train" else 0.4
+                    frozen = bool(rng.random() < share)
+                    age = _clipped(rng, 62, 11, 25, 90)
+                    shape = class_shape(tumour, age, frozen, rng)
+                    cohort.append(Patient(name, tumour, site, FIXATIONS[frozen], None if rng.random() < _UNKNOWN_AGE else round(age, 1),
+                                          split, shape, jitter_stain(stain, rng)))
+    return cohort
+
+
+def patches(patient: Patient, settings: CohortSettings) -> Iterator[Patch]:
+    """Render one patient's patches; they depend on nothing but the seed and the patient's name."""
+    digest = hashlib.sha256(f"{settings.seed}/{patient.name}/patches".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    for number in range(settings.patches_per_patient):
+        yield Patch(
+            key=f"{patient.name}/{number:02d}",
+            image=render(patch_shape(patient.shape, rng), patient.stain, rng),
+            patient=patient.name,
+            slide=f"{patient.name}-a",
+            x=64 * number,
+            y=0,
+            source_mpp=MPP,
+            fields={"class": patient.tumour, "site": patient.site, "fixation": patient.fixation,
+                    "age": "unknown" if patient.age is None else patient.age},
+        )
+
+
+def schema(cohort: list[Patient]) -> Schema:
+    """The demo's schema; the scaling of age comes from the training patients."""
+    rows = [{"class": p.tumour, "site": p.site, "fixation": p.fixation, "age": "unknown" if p.age is None else str(p.age)} for p in cohort]
+    table = pd.DataFrame(rows)[[p.split == "train" for p in cohort]]
+    return Schema.from_table(table, class_field="class", categorical=["site", "fixation"], continuous=["age"], units={"age": "years"})
+
+
+_PATIENTS_PER_SHARD = 64
+
+
+def _write_part(folder: Path, number: int, part: list[Patient], settings: CohortSettings) -> None:
+    write_shard(folder, number, [patch for patient in part for patch in patches(patient, settings)])
+
+
+def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset:
+    """Render the cohort into a dataset folder with the split ``main`` (train, probe, test).
+
+    Args:
+        folder: Where to write.
+        settings: The cohort.
+        jobs: Processes that render.
+    """
+    cohort = patients(settings)
+    parts = [cohort[i : i + _PATIENTS_PER_SHARD] for i in range(0, len(cohort), _PATIENTS_PER_SHARD)]
+    work = (delayed(_write_part)(folder, number, part, settings) for number, part in enumerate(parts))
+    for _ in progress(Parallel(n_jobs=jobs, return_as="generator")(work), total=len(parts), desc="rendering", unit="shards"):
+        pass
+    provenance = {"generator": "latent_medi.demo.cohort", "settings": asdict(settings)}
+    dataset = finish_dataset(folder, name="procedural tissue", schema=schema(cohort), patch_size=PATCH_SIZE, mpp=MPP, codec="png", provenance=provenance)
+    split = {p.name: p.split for p in cohort}
+    dataset.add_split("main", dataset.index["patient"].map(split), {"kind": "by patient", "held_out_of_train": list(HELD_OUT)})
+    return dataset

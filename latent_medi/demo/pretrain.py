@@ -1,0 +1,200 @@
+"""Train the demo's two frozen networks on procedural tissue of no class and no hospital.
+
+``python -m latent_medi.demo.pretrain encoder|autoencoder --out FOLDER`` makes the weights in ``latent_medi/demo/weights`` again.
+
+Encoder: a small convolutional network that learns to read the renderer's own parameters (shape and stain alike) off a patch. It has never seen one
+of the demo's classes or hospitals; its features are the layer before the read-out.
+
+Autoencoder: diffusers' ``AutoencoderKL`` with 4× downsampling; L1 + edge loss, a small Kullback–Leibler term.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL
+from joblib import Parallel, delayed
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.nn import functional as F
+
+from latent_medi.demo.tissue import Shape, Stain, parameters, random_shape, random_stain, render
+from latent_medi.features.tiny import TinyEncoder
+from latent_medi.progress import get_logger, set_up_logging
+
+log = get_logger(__name__)
+
+SHAPE_PARAMETERS = ("nucleus_aspect", "alignment", "gland_radius")
+"""The parameters that the encoder's features must read linearly."""
+
+
+def _targets(shape: Shape, stain: Stain) -> dict[str, float]:
+    """What the encoder learns to read off a patch, as numbers; orientation as a double angle, since a fibre has no direction."""
+    numbers = parameters(shape)
+    angle = numbers.pop("orientation")
+    numbers["along"] = shape.alignment * np.cos(2 * angle)
+    numbers["across"] = shape.alignment * np.sin(2 * angle)
+    for field in fields(Stain):
+        value = np.atleast_1d(getattr(stain, field.name))
+        numbers |= {f"{field.name}_{i}": float(v) for i, v in enumerate(value)}
+    return numbers
+
+
+def _random_patch(seed: int) -> tuple[np.ndarray, dict[str, float]]:
+    rng = np.random.default_rng(seed)
+    shape, stain = random_shape(rng), random_stain(rng)
+    return render(shape, stain, rng), _targets(shape, stain)
+
+
+def tissue_bank(n: int, seed: int = 0, jobs: int = 2) -> tuple[np.ndarray, pd.DataFrame]:
+    """Render tissue of no class and no hospital: images [n, 64, 64, 3] uint8 and the parameters of each."""
+    drawn = Parallel(n_jobs=jobs, batch_size=64)(delayed(_random_patch)(seed * 10_000_019 + i) for i in range(n))
+    return np.stack([image for image, _ in drawn]), pd.DataFrame([numbers for _, numbers in drawn])
+
+
+def _symmetry(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One of the eight symmetries of the square per image [N, C, H, W], since histology has no up; and its code [N]."""
+    code = torch.randint(0, 8, (len(images),), generator=generator)
+    images = torch.where((code & 1).bool()[:, None, None, None], images.flip(2), images)
+    images = torch.where((code & 2).bool()[:, None, None, None], images.flip(3), images)
+    return torch.where((code & 4).bool()[:, None, None, None], images.transpose(2, 3), images), code
+
+
+def shape_r2(encoder: TinyEncoder, images: np.ndarray, truth: pd.DataFrame) -> dict[str, float]:
+    """R² of ridge probes from features to shape parameters, fitted on the first half and scored on the second.
+
+    Args:
+        encoder: Encoder to judge.
+        images: uint8 [n, 64, 64, 3].
+        truth: Their parameters, as :func:`tissue_bank` gives them.
+    """
+    features = embed(encoder, images)
+    half = len(images) // 2
+    scores = {}
+    for name in SHAPE_PARAMETERS:
+        target = truth[name].to_numpy()
+        probe = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 3, 7))).fit(features[:half], target[:half])
+        scores[name] = float(probe.score(features[half:], target[half:]))
+    return scores
+
+
+@torch.no_grad()
+def embed(encoder: TinyEncoder, images: np.ndarray, batch: int = 256) -> np.ndarray:
+    """Features [N, dim] of uint8 images [N, 64, 64, 3]."""
+    mean, std = (torch.tensor(encoder.config[k])[:, None, None] for k in ("mean", "std"))
+    out = []
+    for start in range(0, len(images), batch):
+        x = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).float() / 255
+        out.append(encoder((x - mean) / std))
+    return torch.cat(out).numpy()
+
+
+def train_encoder(images: np.ndarray, truth: pd.DataFrame, steps: int = 3000, seed: int = 0, batch: int = 96) -> TinyEncoder:
+    """Train the encoder to read the renderer's parameters off a patch; see the module's text.
+
+    Args:
+        images: uint8 [n, 64, 64, 3]; a twentieth is kept for the log.
+        truth: Their parameters.
+        steps: Optimiser steps.
+        seed: Seed of weights and order.
+        batch: Images per step.
+    """
+    torch.manual_seed(seed)
+    kept = len(images) // 20
+    pixels = images[::7].reshape(-1, 3) / 255.0
+    encoder = TinyEncoder({"dim": 48, "channels": [24, 48, 96], "groups": 8, "image_size": 64,
+                           "mean": pixels.mean(0).round(4).tolist(), "std": pixels.std(0).round(4).tolist()})  # fmt: skip
+    encoder.to(memory_format=torch.channels_last)
+    head = torch.nn.Sequential(torch.nn.LayerNorm(48), torch.nn.Linear(48, 128), torch.nn.SiLU(), torch.nn.Linear(128, truth.shape[1]))
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    bank = torch.from_numpy(images[kept:])
+    standard = torch.from_numpy(((truth - truth.mean()) / truth.std()).to_numpy(np.float32)[kept:])
+    # The double angle has zero mean, so a symmetry is a change of sign: flips turn `across`, the transpose turns `along`.
+    along, across = truth.columns.get_loc("along"), truth.columns.get_loc("across")
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = (torch.tensor(encoder.config[k])[:, None, None] for k in ("mean", "std"))
+    start = time.monotonic()
+    for step in range(steps):
+        rows = torch.randint(0, len(bank), (batch,), generator=generator)
+        x, code = _symmetry(bank[rows].permute(0, 3, 1, 2).float() / 255, generator)
+        target = standard[rows].clone()
+        target[:, across] *= 1.0 - 2.0 * ((code & 1) ^ ((code >> 1) & 1))
+        target[:, along] *= 1.0 - 2.0 * ((code >> 2) & 1)
+        loss = F.smooth_l1_loss(head(encoder((x - mean) / std)), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 250 == 0:
+            scores = {k: round(v, 3) for k, v in shape_r2(encoder, images[:kept], truth[:kept]).items()}
+            log.info("encoder step %d loss %.3f R2 %s %.0fs", step + 1, loss.item(), scores, time.monotonic() - start)
+    return encoder.eval()
+
+
+def train_autoencoder(images: np.ndarray, steps: int = 3000, seed: int = 0, batch: int = 16) -> AutoencoderKL:
+    """Train the autoencoder on uint8 images [n, 64, 64, 3]; see the module's text."""
+    torch.manual_seed(seed)
+    bank = torch.from_numpy(images)
+    autoencoder = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, sample_size=64,
+        mid_block_add_attention=False, scaling_factor=1.0,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    log.info("autoencoder parameters %d", sum(p.numel() for p in autoencoder.parameters()))
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    start = time.monotonic()
+    for step in range(steps):
+        rows = torch.randint(0, len(bank), (batch,), generator=generator)
+        x, _ = _symmetry(bank[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
+        x = x.contiguous(memory_format=torch.channels_last)
+        posterior = autoencoder.encode(x).latent_dist
+        y = autoencoder.decode(posterior.sample()).sample
+        error = y - x
+        edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        loss = error.abs().mean() + 0.5 * edges + 2e-4 * posterior.kl().mean() / 1024
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            psnr = -10 * torch.log10((error.detach() / 2).square().mean()).item()
+            spread = posterior.mean.detach().std(dim=(0, 2, 3)).tolist()
+            log.info("autoencoder step %d PSNR %.2f std %.3f mean-spread %s %.0fs", step + 1, psnr, posterior.std.mean().item(),
+                     [round(s, 2) for s in spread], time.monotonic() - start)
+    return autoencoder.eval()
+
+
+def main() -> None:
+    """Train one network and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=["encoder", "autoencoder"])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, help="optimiser steps")
+    parser.add_argument("--patches", type=int, default=24_000, help="patches to render for training")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that render")
+    arguments = parser.parse_args()
+    set_up_logging()
+    # Subnormal numbers slow a processor down tenfold and carry nothing here.
+    torch.set_flush_denormal(True)
+    more = {"steps": arguments.steps} if arguments.steps else {}
+    images, truth = tissue_bank(arguments.patches, jobs=arguments.jobs)
+    if arguments.network == "encoder":
+        train_encoder(images, truth, **more).save(arguments.out)
+    else:
+        train_autoencoder(images, **more).half().save_pretrained(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Guidance while sampling: over the fields of the conditions, and by a classifier of noisy latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
+from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.settings import DropoutSettings, GuidanceSettings
+from latent_medi.errors import UserError, nearest
+from latent_medi.metadata.schema import NULL, Schema
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One evaluation of the network, and its share in the guided prediction.
+
+    Args:
+        fields: Names of the fields whose condition is kept.
+        weight: Its coefficient; those of all branches sum to 1.
+    """
+
+    fields: frozenset[str]
+    weight: float
+
+
+def untrained(kept: frozenset[str], schema: Schema, patterns: DropoutSettings) -> str:
+    """Why a model cannot be asked with only the fields ``kept`` given; empty if training covered that pattern."""
+    everything = frozenset(schema.names)
+    the_class = frozenset(f.name for f in schema.fields if f.kind == "class")
+    shares = [
+        patterns.keep_all if kept == everything else 0.0,
+        patterns.all_null if not kept else 0.0,
+        patterns.metadata_null if kept == the_class else 0.0,
+    ]
+    rate = patterns.independent_rate
+    shares.append(patterns.independent * (1 - rate) ** len(kept) * rate ** (len(everything) - len(kept)))
+    if sum(shares) > 0:
+        return ""
+    given = ", ".join(n for n in schema.names if n in kept) or "no condition"
+    dropped = ", ".join(n for n in schema.names if n not in kept) or "nothing"
+    return f"it was never trained with {given} given and {dropped} left out"
+
+
+def guidance_order(settings: GuidanceSettings, schema: Schema) -> list[str]:
+    """All fields in the order in which a chain adds them: those named, then the rest as in the schema (the class first).
+
+    Raises:
+        UserError: A name that is no field, or twice the same.
+    """
+    for name in (*settings.order, *settings.scales):
+        if name not in schema.names:
+            raise UserError(f"Guidance names the field {name!r}, which the model does not have; {nearest(name, schema.names)}.")
+    if len(set(settings.order)) != len(settings.order):
+        raise UserError(f"The guidance order {settings.order} names a field twice.")
+    return [*settings.order, *(n for n in schema.names if n not in settings.order)]
+
+
+def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch]:
+    """The evaluations a guidance needs; those with coefficient 0 are left out, so all scales 1 leave the conditional model alone.
+
+    Chain: ε(∅) + Σ_j w_j·[ε(f_1…f_j) − ε(f_1…f_{j−1})], that is Σ_j (w_j − w_{j+1})·ε(f_1…f_j) with w_0 = 1 and w_{k+1} = 0.
+    Margins: ε(∅) + Σ_j w_j·[ε(f_j) − ε(∅)].
+
+    Raises:
+        UserError: Settings that mean nothing for this model.
+    """
+    low, high = settings.interval
+    if not 0 <= low < high <= 1:
+        raise UserError(f"The guidance interval is a range of ᾱ within 0 and 1, not {low} to {high}.")
+    order = guidance_order(settings, schema)
+    if settings.form == "none":
+        if settings.scales or settings.scale != 1:
+            raise UserError("Guidance scales are given, but the form of guidance is none.", "Set guidance.form to chain or margins.")
+        return [Branch(frozenset(order), 1.0)]
+    weights = [float(settings.scales.get(name, settings.scale)) for name in order]
+    if settings.form == "chain":
+        steps = [1.0, *weights, 0.0]
+        branches = [Branch(frozenset(order[:j]), steps[j] - steps[j + 1]) for j in range(len(order) + 1)]
+    elif settings.form == "margins":
+        branches = [Branch(frozenset(), 1.0 - sum(weights))]
+        branches += [Branch(frozenset([name]), weight) for name, weight in zip(order, weights, strict=True)]
+    else:
+        raise UserError(f"There is no guidance form {settings.form!r}; there are none, chain and margins.")
+    return [b for b in branches if b.weight != 0.0]
+
+
+def check_guidance(
+    settings: GuidanceSettings, conditioner: MetadataConditioner | None, conditions: Conditions | None = None
+) -> None:
+    """Refuse, before any sampling step, to ask a model for what its condition dropout never trained.
+
+    Args:
+        settings: The guidance.
+        conditioner: Knows the fields and the dropout patterns; ``None`` for an unconditional model.
+        conditions: What will be asked, if known: a field that is null there is null in every branch.
+
+    Raises:
+        UserError: Says what cannot be asked, and why.
+    """
+    if conditioner is None:
+        if settings.form != "none":
+            raise UserError(f"Guidance of the form {settings.form!r} needs conditions, and the model is unconditional.")
+        return
+    schema, patterns = conditioner.schema, conditioner.patterns
+    branches = guidance_branches(settings, schema)
+    if tuple(settings.interval) != (0.0, 1.0):  # outside it, the conditional model is asked
+        branches.append(Branch(frozenset(schema.names), 0.0))
+    given = [[True] * len(schema.names)] if conditions is None else torch.unique(conditions.codes != NULL, dim=0).tolist()
+    for row in given:
+        there = frozenset(name for name, is_given in zip(schema.names, row, strict=True) if is_given)
+        for branch in branches:
+            if not (reason := untrained(there & branch.fields, schema, patterns)):
+                continue
+            if there <= branch.fields:
+                hint = "Give the other fields too ('unknown' is a value of every field)."
+            else:
+                hint = "Use the other form or order of guidance, or form none; or train with that dropout pattern."
+            raise UserError(f"The model cannot be asked for what guidance of the form {settings.form!r} needs: {reason}.", hint)
+
+
+def _keep(branch: Branch, schema: Schema) -> torch.Tensor:
+    return torch.tensor([name in branch.fields for name in schema.names], dtype=torch.bool)
+
+
+def guided(
+    denoiser: Denoiser,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    conditions: Conditions | None,
+    settings: GuidanceSettings,
+    alpha_bar: float | None = None,
+) -> torch.Tensor:
+    """The guided prediction, all branches in one batched evaluation of the network.
+
+    A sum of predictions with coefficients that sum to 1 is the same for ε and v, since both are the same linear map of x₀ and x_t.
+
+    Args:
+        denoiser: The model.
+        x_t: fp32 [N, C, h, w].
+        t: int64 [N].
+        conditions: Of N samples; ``None`` for an unconditional model.
+        settings: The guidance, which the caller has had checked once by :func:`check_guidance`.
+        alpha_bar: ᾱ_t, for the guidance interval; ``None`` acts as if inside.
+
+    Returns:
+        fp32 [N, C, h, w]; bit for bit the conditional prediction where guidance changes nothing.
+    """
+    conditioner = denoiser.conditioner
+    inside = alpha_bar is None or settings.interval[0] <= alpha_bar <= settings.interval[1]
+    if conditioner is None or conditions is None or settings.form == "none" or not inside:
+        return denoiser(x_t, t, conditions)
+    schema = conditioner.schema
+    branches = guidance_branches(settings, schema)
+    if len(branches) == 1 and branches[0] == Branch(frozenset(schema.names), 1.0):
+        return denoiser(x_t, t, conditions)
+    asked = Conditions.cat([conditions.masked(_keep(b, schema)) for b in branches])
+    count = len(branches)
+    predictions = denoiser(x_t.repeat(count, 1, 1, 1), t.repeat(count), asked).chunk(count)
+    return sum_of(predictions, [b.weight for b in branches])
+
+
+def sum_of(predictions: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Σ weight·prediction in fp32."""
+    total = predictions[0].float() * weights[0]
+    for prediction, weight in zip(predictions[1:], weights[1:], strict=True):
+        total = total + prediction.float() * weight
+    return total
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """Guidance by the gradient of a classifier of noisy latents: ε′ = ε − s·√(1−ᾱ_t)·∇_x log p(y | x_t, t).
+
+    Dhariwal & Nichol 2021 (arXiv 2105.05233), equation 14; in latent space as in HistoDiffusion (arXiv 2308.04020).
+
+    Args:
+        log_probability: (x_t fp32 [N, C, h, w], t int64 [N]) to log p(y | x_t, t), [N], of each sample's own wanted class.
+        scale: s.
+        interval: Range of ᾱ in which it acts. Below 0.005 the latent is noise and the classifier's gradient means nothing.
+    """
+
+    log_probability: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.005, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.interval[0] < self.interval[1] <= 1:
+            raise UserError(f"The classifier's interval is a range of ᾱ above 0 and up to 1, not {self.interval}.")
+
+    def guide(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
+        """The changed prediction, fp32 [N, C, h, w].
+
+        At given x_t, v = √ᾱ·ε − √(1−ᾱ)·x₀ changes by 1/√ᾱ times the change of ε.
+        """
+        if self.scale == 0 or not self.interval[0] <= alpha_bar <= self.interval[1]:
+            return prediction
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_(True)
+            gradient = torch.autograd.grad(self.log_probability(x, t).sum(), x)[0]
+        change = -self.scale * (1 - alpha_bar) ** 0.5 * gradient
+        return prediction + (change if prediction_type == "epsilon" else change / alpha_bar**0.5)

@@ -1,0 +1,182 @@
+"""From noise to latents: which sampler goes with which objective, and the loop that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from latent_medi.diffusion.conditioning import Conditions
+from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.guidance import ClassifierGuidance, check_guidance, guided
+from latent_medi.diffusion.objective import noise_schedule, settings_of
+from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
+from latent_medi.errors import UserError, nearest
+
+_FAINT = 1e-6
+"""ᾱ below which an ε prediction says next to nothing about x₀."""
+
+
+_KINDS: dict[str, tuple[type, dict[str, Any]]] = {
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "ddim": (DDIMScheduler, {"clip_sample": False}),  # latents are not confined to [-1, 1]
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+}
+
+SAMPLERS: tuple[str, ...] = tuple(_KINDS)
+"""Names of the samplers."""
+
+
+def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
+    """Why a sampler cannot be used with an objective; empty if it can.
+
+    | objective                             | dpmpp_2m, dpmpp_2m_sde, unipc, euler | ddim                   | ddpm          |
+    |---------------------------------------|--------------------------------------|------------------------|---------------|
+    | v, any schedule, zero terminal or not | any steps                            | steps that divide T    | any steps     |
+    | ε, linear or scaled_linear            | any steps                            | steps that divide T    | any steps     |
+    | ε, cosine (terminal ᾱ about 2e-9)     | refused                              | refused                | all T steps   |
+    | ε, zero terminal SNR                  | refused                              | refused                | refused       |
+
+    DDIM takes T // steps as the distance to the previous timestep, which is wrong where steps does not divide T.
+    """
+    if sampler.name not in _KINDS:
+        return f"there is no sampler {sampler.name!r}; {nearest(sampler.name, SAMPLERS)}"
+    total, steps = objective.timesteps, sampler.steps
+    if not 1 <= steps <= total:
+        return f"steps must lie between 1 and the {total} training timesteps, not be {steps}"
+    if sampler.eta and sampler.name != "ddim":
+        return f"eta = {sampler.eta} only means something for ddim"
+    if not 0 <= sampler.eta <= 1:
+        return f"eta must lie between 0 and 1, not be {sampler.eta}"
+    if objective.prediction == "epsilon":
+        if objective.zero_terminal_snr:
+            return "an ε prediction has no x₀ at a terminal SNR of zero (0/0); train with v_prediction"
+        terminal = float(noise_schedule(objective)[-1])
+        if terminal < _FAINT and not (sampler.name == "ddpm" and steps == total):
+            return (
+                f"the schedule ends at ᾱ = {terminal:.0e}, where an ε prediction is divided by {terminal**0.5:.0e} to get x₀: "
+                f"use ddpm with all {total} steps, or train with v_prediction"
+            )
+    if sampler.name == "ddim" and total % steps:
+        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        close = sorted(divisors, key=lambda d: abs(d - steps))[:2]
+        return (
+            f"ddim steps must divide the {total} training timesteps, or each step lands beside the next visited one: "
+            f"use {' or '.join(str(d) for d in sorted(close))} instead of {steps}, or dpmpp_2m"
+        )
+    return ""
+
+
+def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
+    """A diffusers scheduler for a model's schedule, its timesteps set: the first is the terminal one, and each step ends at the next.
+
+    Args:
+        scheduler_config: The configuration in the model's ``scheduler/``.
+        settings: Name and steps of the sampler.
+
+    Raises:
+        UserError: The pair is not supported; says why.
+    """
+    objective = settings_of(scheduler_config)
+    if reason := refusal(objective, settings):
+        raise UserError(f"The sampler {settings.name!r} cannot be used here: {reason}.")
+    kind, options = _KINDS[settings.name]
+    config = {
+        "num_train_timesteps": objective.timesteps,
+        "beta_start": objective.beta_start,
+        "beta_end": objective.beta_end,
+        "beta_schedule": objective.schedule,
+        "prediction_type": objective.prediction,
+        "rescale_betas_zero_snr": objective.zero_terminal_snr,
+        "timestep_spacing": "trailing",
+        **options,
+    }
+    scheduler = kind(**config)
+    scheduler.set_timesteps(settings.steps)
+    visited = [round(float(t)) for t in scheduler.timesteps]
+    falling = all(a > b for a, b in zip(visited, visited[1:], strict=False))
+    if len(visited) != settings.steps or visited[0] != objective.timesteps - 1 or not falling:
+        raise UserError(f"The sampler {settings.name!r} cannot take {settings.steps} even steps.", "Use another number of steps.")
+    return scheduler
+
+
+def draws_noise(sampler: Any, eta: float = 0.0) -> bool:
+    """Whether a sampler adds fresh noise at its steps, and so needs a generator per sample."""
+    return eta > 0 or isinstance(sampler, DDPMScheduler) or str(sampler.config.get("algorithm_type")).startswith("sde")
+
+
+def _prepare(sampler: Any, first_step: int) -> tuple[list[Any], torch.Tensor]:
+    """Reset a sampler's state; its timesteps from ``first_step`` on, and ᾱ of each."""
+    sampler.set_timesteps(sampler.num_inference_steps)
+    timesteps = list(sampler.timesteps)[first_step:]
+    if hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(first_step)
+    alphas_cumprod = noise_schedule(settings_of(sampler.config))
+    return timesteps, alphas_cumprod[torch.tensor([round(float(t)) for t in timesteps], dtype=torch.long)]
+
+
+@torch.no_grad()
+def sample_latents(
+    denoiser: Denoiser,
+    conditions: Conditions | None,
+    noise: torch.Tensor,
+    sampler: Any,
+    guidance: GuidanceSettings | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+    eta: float = 0.0,
+    first_step: int = 0,
+    classifier: ClassifierGuidance | None = None,
+) -> torch.Tensor:
+    """Run a sampler.
+
+    Args:
+        denoiser: In eval mode.
+        conditions: Of N samples over the conditioner's fields; ``None`` for an unconditional model.
+        noise: fp32 [N, C, h, w]; drawn per sample from its own seed, so that a sample does not depend on its batch. With ``first_step``
+            the noisy latent at that step's timestep.
+        sampler: From :func:`make_sampler`; may be used again.
+        guidance: Guidance over the fields; ``None`` is the conditional model.
+        generators: One per sample, for samplers that add noise at each step.
+        eta: For ddim, share of fresh noise.
+        first_step: Number of leading steps to leave out, for starting from a noised image.
+        classifier: Guidance by a latent classifier on top.
+
+    Returns:
+        fp32 [N, C, h, w]; clean whitened latents.
+
+    Raises:
+        UserError: Guidance that the model was not trained for.
+        ValueError: The sampler adds noise and has no generator per sample.
+    """
+    draws = draws_noise(sampler, eta)
+    if draws and (generators is None or len(generators) != len(noise)):
+        raise ValueError("This sampler adds noise at each step: give one generator per sample.")
+    guidance = guidance or GuidanceSettings()
+    check_guidance(guidance, denoiser.conditioner, conditions)
+    timesteps, alphas = _prepare(sampler, first_step)
+    euler = isinstance(sampler, EulerDiscreteScheduler)
+    # Euler's state is x/√ᾱ = x₀ + σε.
+    x = noise * (sampler.sigmas[first_step] ** 2 + 1).sqrt() if euler else noise
+    options: dict[str, Any] = {"generator": list(generators)} if draws and generators is not None else {}
+    if isinstance(sampler, DDIMScheduler):
+        options["eta"] = eta
+    for t, alpha_bar in zip(timesteps, alphas.tolist(), strict=True):
+        x_t = sampler.scale_model_input(x, t)
+        step = torch.full((len(x),), round(float(t)), dtype=torch.long, device=x.device)
+        prediction = guided(denoiser, x_t, step, conditions, guidance, alpha_bar)
+        if classifier is not None:
+            prediction = classifier.guide(prediction, x_t, step, alpha_bar, sampler.config["prediction_type"])
+        x = sampler.step(prediction, t, x, return_dict=False, **options)[0]
+    return x
+

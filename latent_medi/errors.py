@@ -1,0 +1,34 @@
+"""The one error class for input that a user can put right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input: what is wrong, where, and how to fix it.
+
+    The command line prints it as one message and exits with code 2; every other exception is a defect of ours and keeps its traceback.
+
+    Args:
+        message: What is wrong and where.
+        hint: What to do about it.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}\n  {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+
+
+def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
+    """A phrase that names the known words closest to ``word``, or lists a few of them when none is close."""
+    known = [str(k) for k in known]
+    lower = {k.lower(): k for k in known}
+    close = [lower[m] for m in get_close_matches(str(word).lower(), list(lower), n=n, cutoff=0.5)]
+    if close:
+        return "closest: " + ", ".join(repr(c) for c in close)
+    if not known:
+        return "none is known"
+    return "known: " + ", ".join(repr(k) for k in known[:8]) + (f" … ({len(known)} in all)" if len(known) > 8 else "")

@@ -1,0 +1,258 @@
+"""``evaluate``: datasets in; ``metrics.json``, ``predictions.csv`` and the reference statistics out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save_file
+
+import latent_medi
+from latent_medi.evaluation import adherence, downstream, fidelity
+from latent_medi.evaluation.headline import headline, verdict
+from latent_medi.evaluation.rivals import STAIN_METHODS
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.evaluation.study import Study, open_study
+from latent_medi.features.cache import cached_features
+from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
+from latent_medi.features.statistics import FeatureStatistics, pca_basis
+from latent_medi.files import atomic_path, write_json
+from latent_medi.progress import get_logger
+
+log = get_logger(__name__)
+
+METRICS_VERSION = 1
+
+
+def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> dict[str, Any]:
+    """Judge synthetic datasets against real held-out patients.
+
+    Args:
+        settings: What is compared with what.
+        encoders: Encoders that are loaded already, instead of ``settings.encoders``; the first gives the headline.
+
+    Returns:
+        The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``encoders``, per encoder
+        name ``fidelity``, ``adherence`` and ``downstream``, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
+
+    Raises:
+        UserError: See :func:`latent_medi.evaluation.study.open_study` and
+            :func:`latent_medi.features.encoders.load_encoder`.
+    """
+    clock = _Clock()
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    study = open_study(settings)
+    chosen = list(encoders or [load_encoder(n, settings.weights.get(n), settings.device) for n in settings.encoders])
+    if settings.colour_free:
+        chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
+    plan = downstream.make_plan(study, settings.added_per_cell, settings.seed) if settings.downstream else None
+    unseen = fidelity.unseen_cells(study, settings.seed)
+    classes = fidelity.class_cells(study, settings.seed)
+    clock.lap("prepare")
+
+    metrics: dict[str, Any] = {
+        "metrics_version": METRICS_VERSION,
+        "run": run_record(settings.seed),
+        "settings": dataclasses.asdict(settings),
+        "dataset": dataset_record(study, settings.split),
+        "synthetic": {a.name: _arm_record(a.dataset) for a in study.arms.values()},
+        "encoders": {},
+        "fidelity": {},
+        "adherence": {},
+        "downstream": {},
+        "notes": list(study.notes),
+    }
+    tables: list[pd.DataFrame] = []
+    for encoder in chosen:
+        log.info("Evaluating with %s", encoder.name)
+        features = _embed(study, encoder, settings, out)
+        _write_reference(out / "reference", study, encoder, features)
+        transferred: dict[str, list[np.ndarray | None]] | None = None
+        if plan is not None:
+            transferred = {
+                str(m): [
+                    None if t is None else encoder.features(_chunks(t.images[m], settings.batch))
+                    for t in plan.transferred
+                ]
+                for m in STAIN_METHODS
+            }
+        clock.lap("embed")
+        metrics["encoders"][encoder.name] = {
+            "fingerprint": encoder.fingerprint,
+            "dim": encoder.dim,
+            "preprocessing": encoder.preprocessing.text,
+            "license": encoder.license,
+        }
+        arguments = (settings.resamples, settings.seed)
+        metrics["fidelity"][encoder.name] = {
+            "fingerprint": encoder.fingerprint,
+            "unseen": fidelity.summarise(study, features, unseen, *arguments, settings.protocol),
+            "per_class": fidelity.summarise(study, features, classes, *arguments, settings.protocol),
+            "overall": fidelity.overall(study, features, settings.seed),
+        }
+        clock.lap("fidelity")
+        metrics["adherence"][encoder.name] = {
+            "fingerprint": encoder.fingerprint,
+            "fields": adherence.recovery(study, features, settings.regularisation, *arguments),
+        }
+        clock.lap("adherence")
+        if plan is not None and transferred is not None:
+            drawer = downstream.Drawer(study, plan, features.real, features.arms, transferred)
+            record, table = downstream.compare(study, drawer, settings.regularisation, settings.repeats, *arguments)
+            metrics["downstream"][encoder.name] = {"fingerprint": encoder.fingerprint} | record
+            table.insert(0, "encoder", encoder.name)
+            tables.append(table)
+            clock.lap("downstream")
+    if tables:
+        with atomic_path(out / "predictions.csv") as temporary:
+            pd.concat(tables).to_csv(temporary, index=False)
+    metrics["seconds"] = clock.seconds
+    metrics = finite(metrics)
+    metrics["headline"] = headline(metrics)
+    metrics["verdict"] = verdict(metrics["headline"])
+    write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 3)
+        self._last = now
+
+
+def _embed(study: Study, encoder: ImageEncoder, settings: EvaluateSettings, out: Path) -> fidelity.Features:
+    cache = Path(settings.cache) if settings.cache else out / "features"
+    used = np.unique(np.concatenate([study.train, study.probe, study.probe_train, study.reference, study.test]))
+    real = np.zeros((len(study.index), encoder.dim), np.float32)
+    real[used] = cached_features(study.real, used, encoder, cache, settings.batch, settings.device)
+    arms = {
+        a.name: cached_features(a.dataset, np.arange(len(a.index)), encoder, cache, settings.batch, settings.device)
+        for a in study.arms.values()
+    }
+    return fidelity.Features(real, arms, pca_basis(real[study.train]))
+
+
+def _chunks(images: np.ndarray, batch: int) -> list[np.ndarray]:
+    return [images[i : i + batch] for i in range(0, len(images), batch)]
+
+
+def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: fidelity.Features) -> None:
+    """Statistics of the test reference and the PCA basis: enough to compare another set without the real patches."""
+    statistics = FeatureStatistics.of(features.real[study.reference])
+    tensors = {
+        "mean": statistics.mean,
+        "cov": statistics.cov,
+        "n": np.array([statistics.n]),
+        "pca_mean": features.basis.mean,
+        "pca_components": np.ascontiguousarray(features.basis.components),
+    }
+    with atomic_path(folder / f"{encoder.name.replace(':', '-').replace('@', '-')}.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"encoder": encoder.name, "fingerprint": encoder.fingerprint})
+
+
+def run_record(seed: int) -> dict[str, Any]:
+    """What is needed to make the numbers again: command, git revision, versions, seed, date."""
+    import sklearn
+    import torch
+
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_revision": git_revision(),
+        "seed": seed,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {
+            "latent-medi": latent_medi.__version__,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+        },
+    }
+
+
+def git_revision() -> str | None:
+    """Revision of the source tree, "-dirty" if it has changes; None for an installed package."""
+    root = Path(latent_medi.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def dataset_record(study: Study, split: str) -> dict[str, Any]:
+    """Counts of the real dataset by class, site and split, and which cells are held out."""
+    index = study.index
+    column = index[f"split_{split}"].to_numpy(str)
+    classes = list(study.real.schema.field(study.class_field).values)
+    sites = list(study.real.schema.field(study.site_field).values)
+    counts: dict[str, Any] = {"patches": {}, "patients": {}}
+    for value in sorted(set(column) - {""}):
+        part = index[column == value]
+        for unit in counts:
+            distinct = (
+                part if unit == "patches" else part.drop_duplicates([study.class_field, study.site_field, "patient"])
+            )
+            table = pd.crosstab(distinct[study.class_field].astype(str), distinct[study.site_field].astype(str))
+            counts[unit][value] = table.reindex(index=classes, columns=sites, fill_value=0).to_numpy().tolist()
+    return {
+        "name": study.real.info.get("name", ""),
+        "folder": str(study.real.folder),
+        "class_field": study.class_field,
+        "site_field": study.site_field,
+        "split": split,
+        "classes": classes,
+        "sites": sites,
+        "n_patches": len(index),
+        "n_patients": int(index["patient"].nunique()),
+        "counts": counts,
+        "held_out": study.held_out,
+    }
+
+
+def _arm_record(dataset: Any) -> dict[str, Any]:
+    info = dataset.info
+    return {
+        "folder": str(dataset.folder),
+        "name": info.get("name", ""),
+        "n_patches": len(dataset.index),
+        "fields": list(dataset.schema.names),
+        "provenance": info.get("provenance", {}),
+    }
+
+
+def finite(value: Any) -> Any:
+    """The same structure in plain Python types; NaN and infinity become None, since JSON has neither."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return finite(value.tolist())
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,367 @@
+"""How far synthetic patches lie from real ones, beside how far real patients lie from each other at the same n.
+
+Every arm and the floor face the same reference with the same number of samples. One rule decides the headline for a
+whole summary, so that its mean never mixes metrics: the Fréchet distance if each side of each cell has n ≥ 2d,
+    otherwise KID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from latent_medi.evaluation.measures import PatientResamples, measure
+from latent_medi.evaluation.study import Arm, Combination, Matched, Study, among, describe, matches, strata
+from latent_medi.features.statistics import (
+    RANK_DEFICIENT,
+    Basis,
+    frechet,
+    frechet_distance,
+    full_rank,
+    kid,
+    pca_dims,
+    polynomial_kernel,
+    psd_root,
+)
+
+FLOOR = "floor"
+MIN_SAMPLES = 20
+"""A cell with fewer patches than this on a side is listed, not judged."""
+_MAX_KERNEL = 3000
+
+
+@dataclass
+class Features:
+    """Features of one encoder.
+
+    Args:
+        real: Of every row of the real index, [N, d].
+        arms: Of every row of each synthetic index, by arm.
+        basis: Principal directions of the real training features.
+    """
+
+    real: np.ndarray
+    arms: Mapping[str, np.ndarray]
+    basis: Basis
+
+
+@dataclass
+class Cell:
+    """One comparison: a reference and, per arm and for the floor, equally many samples.
+
+    Args:
+        combination: What the cell shows.
+        reference: Rows of the real index.
+        rows: Rows by arm (of its own index) or floor (of the real index).
+        mismatch: Share of each sample in a wrong stratum, see :class:`Matched`.
+        skipped: Why there is no number, by arm; "" as key stands for the whole cell.
+    """
+
+    combination: Combination
+    reference: np.ndarray
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    mismatch: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def unseen_cells(study: Study, seed: int) -> list[Cell]:
+    """A cell per held-out combination."""
+    return [_cell(study, c, seed + i) for i, c in enumerate(study.held_out)]
+
+
+def class_cells(study: Study, seed: int) -> list[Cell]:
+    """A cell per class, over all sites with the test patches' own mix."""
+    return [_cell(study, {study.class_field: v}, seed + i) for i, v in enumerate(study.classes)]
+
+
+def _cell(study: Study, combination: Combination, seed: int) -> Cell:
+    """Choose rows: an arm follows the reference's mix of the fields that the arm knows and the cell leaves open."""
+    rng = np.random.default_rng([seed, 1])
+    cell = Cell(combination, among(study.reference, matches(study.index, combination)))
+    if len(cell.reference) < MIN_SAMPLES:
+        cell.skipped[""] = f"{len(cell.reference)} reference patches, fewer than {MIN_SAMPLES}"
+        return cell
+    pools: dict[str, Matched] = {}
+    for arm in study.arms.values():
+        pools[arm.name] = _pool(study, cell, arm)
+    floor_rows = among(study.probe, matches(study.index, combination))
+    open_fields = [f for f in study.categorical() if f not in combination]
+    pools[FLOOR] = Matched(
+        floor_rows, strata(study.index, floor_rows, open_fields), strata(study.index, cell.reference, open_fields)
+    )
+    for name, pool in list(pools.items()):
+        if pool.largest < MIN_SAMPLES:
+            cell.skipped[name] = f"{pool.largest} samples match, fewer than {MIN_SAMPLES}"
+            del pools[name]
+    if not pools:
+        return cell
+    n = min(pool.largest for pool in pools.values())
+    for name, pool in pools.items():
+        cell.rows[name], cell.mismatch[name] = pool.draw(n, rng)
+    return cell
+
+
+def _pool(study: Study, cell: Cell, arm: Arm) -> Matched:
+    known = {k: v for k, v in cell.combination.items() if k in arm.fields}
+    rows = np.flatnonzero(matches(arm.index, known))
+    open_fields = [f for f in arm.fields if f not in cell.combination and f in study.categorical()]
+    # A field that these samples were not given cannot be matched.
+    open_fields = [
+        f
+        for f in open_fields
+        if set(arm.index[f].astype(str).iloc[rows]) & set(study.index[f].astype(str).iloc[cell.reference])
+    ]
+    return Matched(rows, strata(arm.index, rows, open_fields), strata(study.index, cell.reference, open_fields))
+
+
+def _moments(x: np.ndarray, w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased covariance; ``w`` says how often each row occurs."""
+    if w is None:
+        return x.mean(axis=0), np.cov(x.T).reshape(x.shape[1], x.shape[1])
+    total = w.sum()
+    mean = w @ x / total
+    centred = x - mean
+    return mean, (centred * w[:, None]).T @ centred / (total - 1)
+
+
+def frechet_draws(
+    reference: np.ndarray, sample: np.ndarray, weights: np.ndarray, sample_weights: np.ndarray | None
+) -> np.ndarray:
+    """Fréchet distance in each resample of the patients, [B]; synthetic samples (no weights) stay as they are."""
+    fixed = None if sample_weights is not None else _moments(sample, None)
+    root = psd_root(fixed[1]) if fixed is not None else None
+    draws = np.full(len(weights), np.nan)
+    for b, w in enumerate(weights):
+        if w.sum() < 2 or (sample_weights is not None and sample_weights[b].sum() < 2):
+            continue
+        other = fixed if fixed is not None else _moments(sample, sample_weights[b])  # type: ignore[index]
+        draws[b] = frechet(*_moments(reference, w), *other, root_b=root)
+    return draws
+
+
+def kid_draws(
+    reference: np.ndarray, sample: np.ndarray, weights: np.ndarray, sample_weights: np.ndarray | None
+) -> np.ndarray:
+    """Kernel distance in each resample, [B]; pairs of copies of one row are left out, like a row with itself."""
+
+    def within(kernel: np.ndarray, w: np.ndarray) -> np.ndarray:
+        diagonal = (w * w) @ np.diag(kernel)
+        pairs = w.sum(axis=1) ** 2 - (w * w).sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (np.einsum("bi,bi->b", w @ kernel, w) - diagonal) / pairs
+
+    sw = np.ones((1, len(sample))) if sample_weights is None else sample_weights
+    cross = np.einsum(
+        "bj,bj->b", weights @ polynomial_kernel(reference, sample), np.broadcast_to(sw, (len(weights), len(sample)))
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cross = cross / (weights.sum(axis=1) * sw.sum(axis=1))
+    return (
+        within(polynomial_kernel(reference, reference), weights)
+        + within(polynomial_kernel(sample, sample), sw)
+        - 2 * cross
+    )
+
+
+def summarise(
+    study: Study, features: Features, cells: Sequence[Cell], resamples: int, seed: int, protocol: str = "default"
+) -> dict[str, Any]:
+    """Distances of every arm and the floor in each cell, and their means over the cells.
+
+    Args:
+        study: The cohort.
+        features: Features of one encoder.
+        cells: From :func:`unseen_cells` or :func:`class_cells`.
+        resamples: Patient resamples for the intervals.
+        seed: Their seed.
+        protocol: "paper" adds raw rank-deficient Fréchet distances.
+
+    Returns:
+        ``metric``, ``rule``, ``dim``, ``pca_dims``, ``cells`` and ``summary`` (per arm and floor a measure, and
+        ``ratio``). A mean counts the cells that every arm and the floor have, so that it compares like with like.
+    """
+    names = [*study.arms, FLOOR]
+    dim = features.real.shape[1]
+    judged = [c for c in cells if c.rows]
+    smallest = min((min(len(c.reference), *(len(r) for r in c.rows.values())) for c in judged), default=0)
+    valid, dims = full_rank(smallest, dim), pca_dims(smallest, dim)
+    metric = "fd" if valid else "kid"
+    rows = np.concatenate([np.zeros(0, int), *(c.reference for c in judged)])
+    draws_by_patient = _Weights(study, seed, resamples, dim)
+    records: list[dict[str, Any]] = []
+    draws: dict[str, list[np.ndarray]] = {n: [] for n in names}
+    complete: list[int] = []
+    for number, cell in enumerate(cells):
+        record, cell_draws = _judge(study, features, cell, metric, dims, draws_by_patient, protocol)
+        records.append(record)
+        if all(n in cell.rows for n in names):
+            complete.append(number)
+            for n in names:
+                draws[n].append(cell_draws[n])
+    summary: dict[str, Any] = {}
+    n_patients = len(set(study.patients[rows])) if len(rows) else 0
+    means: dict[str, np.ndarray] = {}
+    for n in names:
+        numbers = complete if complete else [i for i, c in enumerate(cells) if n in c.rows]
+        values = [records[i]["arms"][n]["value"] for i in numbers]
+        if complete:
+            means[n] = np.mean(draws[n], axis=0)
+        summary[n] = measure(
+            float(np.mean(values)) if values else None,
+            sum(len(cells[i].rows[n]) for i in numbers),
+            n_patients,
+            means.get(n),
+            recentre=True,
+            lowest=0.0 if metric == "fd" else -np.inf,
+            n_cells=len(numbers),
+            n_reference=sum(len(cells[i].reference) for i in numbers),
+        )
+        for key in ("fd", "kid", "fd_pca"):
+            parts = [records[i]["arms"][n][key] for i in numbers]
+            summary[n][key] = float(np.mean(parts)) if parts and None not in parts else None
+    summary["ratio"] = ratio(summary, means, n_patients)
+    return {
+        "metric": metric,
+        "rule": f"Fréchet distance needs n ≥ 2d = {2 * dim} on each side; the smallest side has {smallest}"
+        + (
+            ""
+            if valid
+            else f", so KID is the headline and the Fréchet distance is taken after PCA to {dims} dimensions"
+        ),
+        "dim": dim,
+        "pca_dims": dims,
+        "complete": len(complete),
+        "cells": records,
+        "summary": summary,
+    }
+
+
+def ratio(summary: Mapping[str, Any], draws: Mapping[str, np.ndarray], n_patients: int) -> dict[str, Any]:
+    """(medi − floor) / (cls − floor): 0 is as good as real, 1 is no better than without metadata."""
+    values = {n: summary.get(n, {}).get("value") for n in ("medi", "cls", FLOOR)}
+    if any(v is None for v in values.values()):
+        return measure(None, 0, n_patients, reason="an arm or the floor is missing")
+    gap = values["cls"] - values[FLOOR]
+    if gap <= 0:
+        return measure(None, 0, n_patients, reason="the class-only arm is not above the floor")
+    bootstrap = None
+    if all(n in draws for n in ("medi", "cls", FLOOR)):
+        below = draws["cls"] - draws[FLOOR]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bootstrap = np.where(below > 0, (draws["medi"] - draws[FLOOR]) / below, np.nan)
+    n = min(summary[k]["n_patches"] for k in ("medi", "cls", FLOOR))
+    return measure((values["medi"] - values[FLOOR]) / gap, n, n_patients, bootstrap, recentre=True)
+
+
+class _Weights:
+    """Row weights of reference and floor rows from one bootstrap of all patients, so that cells and arms are paired."""
+
+    def __init__(self, study: Study, seed: int, resamples: int, dim: int) -> None:
+        rows = np.union1d(study.reference, study.probe)
+        # A large Fréchet distance costs a d³ eigenvalue problem per resample.
+        count = resamples if dim <= 128 else min(resamples, 50)
+        self.position = np.full(len(study.index), -1)
+        self.position[rows] = np.arange(len(rows))
+        self.resamples = PatientResamples(study.patients[rows], count, seed)
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        return self.resamples.row_weights(self.position[rows])
+
+
+def _judge(
+    study: Study, features: Features, cell: Cell, metric: str, dims: int, weights: _Weights, protocol: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    record: dict[str, Any] = {
+        "combination": cell.combination,
+        "name": describe(cell.combination),
+        "n_reference": len(cell.reference),
+        "n_patients": len(set(study.patients[cell.reference])),
+        "arms": {},
+        "skipped": cell.skipped,
+    }
+    draws: dict[str, np.ndarray] = {}
+    if not cell.rows:
+        return record, draws
+    reference = np.asarray(features.real[cell.reference], np.float64)
+    reference_weights = weights.of(cell.reference)
+    small = _cap(reference)
+    for name, rows in cell.rows.items():
+        sample = np.asarray((features.real if name == FLOOR else features.arms[name])[rows], np.float64)
+        sample_weights = weights.of(rows) if name == FLOOR else None
+        numbers: dict[str, Any] = {
+            "fd": frechet_distance(reference, sample) if metric == "fd" else None,
+            "kid": kid(small, _cap(sample), subsets=0)[0]
+            if max(len(reference), len(sample)) <= _MAX_KERNEL
+            else kid(reference, sample)[0],
+            "fd_pca": frechet_distance(features.basis.project(reference, dims), features.basis.project(sample, dims)),
+        }
+        if protocol == "paper" and metric == "kid":
+            numbers |= {"fd_raw": frechet_distance(reference, sample), "fd_raw_label": RANK_DEFICIENT}
+        if metric == "fd":
+            draws[name] = frechet_draws(reference, sample, reference_weights, sample_weights)
+        elif max(len(reference), len(sample)) <= _MAX_KERNEL:
+            draws[name] = kid_draws(reference, sample, reference_weights, sample_weights)
+        else:
+            draws[name] = np.full(len(reference_weights), np.nan)
+        n_patients = record["n_patients"]
+        if name == FLOOR:
+            n_patients = min(n_patients, len(set(study.patients[rows])))
+        record["arms"][name] = measure(
+            numbers[metric], len(rows), n_patients, draws[name], recentre=True,
+            lowest=0.0 if metric == "fd" else -np.inf, mix_mismatch=cell.mismatch[name], **numbers,
+        )  # fmt: skip
+    return record, draws
+
+
+def _cap(x: np.ndarray) -> np.ndarray:
+    return x[:_MAX_KERNEL]
+
+
+def neighbourhoods(
+    reference: np.ndarray, sample: np.ndarray, k: int = 5, most: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) with k neighbours.
+
+    Args:
+        reference: Real features [N, d].
+        sample: Features [M, d].
+        k: Neighbours.
+        most: Both sides are subsampled to at most this many.
+        seed: Seed of that.
+    """
+    rng = np.random.default_rng(seed)
+    n = min(len(reference), len(sample), most)
+    if n <= k:
+        return {"precision": None, "recall": None, "density": None, "coverage": None, "n": n, "k": k}
+    real, fake = (np.asarray(x[np.sort(rng.choice(len(x), n, replace=False))], np.float64) for x in (reference, sample))
+    between = _distances(real, fake)
+    radius_real = np.partition(_distances(real, real), k, axis=1)[:, k]  # index 0 is the point itself
+    radius_fake = np.partition(_distances(fake, fake), k, axis=1)[:, k]
+    inside = between <= radius_real[:, None]
+    return {
+        "precision": float(inside.any(axis=0).mean()),
+        "recall": float((between <= radius_fake[None, :]).any(axis=1).mean()),
+        "density": float(inside.sum(axis=0).mean() / k),
+        "coverage": float(inside.any(axis=1).mean()),
+        "n": n,
+        "k": k,
+    }
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    squared = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None, :] - 2 * a @ b.T
+    return np.sqrt(np.maximum(squared, 0.0))
+
+
+def overall(study: Study, features: Features, seed: int) -> dict[str, Any]:
+    """Precision, recall, density and coverage of each arm and of other real patients, in the test patches' mix."""
+    cell = _cell(study, {}, seed)
+    result: dict[str, Any] = {}
+    for name, rows in cell.rows.items():
+        sample = (features.real if name == FLOOR else features.arms[name])[rows]
+        result[name] = neighbourhoods(features.real[cell.reference], sample, seed=seed)
+        result[name]["mix_mismatch"] = cell.mismatch[name]
+    return result

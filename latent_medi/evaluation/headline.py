@@ -1,0 +1,152 @@
+"""The few numbers that matter, as one flat record, as a table for the terminal, and as a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ARMS = ("real", "oversample", "stain_transfer", "cls", "medi", "oracle")
+RIVALS = {"stain_transfer": "stain transfer", "oversample": "oversampling", "real": "the real patches alone"}
+_SUFFIX = ":haematoxylin"
+
+
+def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The headline record of ``metrics.json``.
+
+    Args:
+        metrics: From :func:`latent_medi.evaluation.evaluate.evaluate`.
+        seconds: Further stages' times in seconds, put before the evaluation's own total.
+
+    Returns:
+        ``fd_unseen``, ``fd_unseen_colour_free`` and ``fd_per_class``: medi, cls, floor, ratio = (medi − floor) / (cls
+        − floor) and the metric ("fd", or "kid" where there are too few samples); ``accuracy_shift`` by arm, and the
+        same for ``accuracy_in_distribution``, ``accuracy_seen`` and ``accuracy_unseen``;
+        ``accuracy_shift_difference`` (medi minus each rival, with interval); ``recovery_unseen``,
+        ``recovery_ceiling``; ``n`` and ``seconds`` by stage. What is not available is None.
+    """
+    names = list(metrics["encoders"])
+    plain = next(n for n in names if not n.endswith(_SUFFIX))
+    colour_free = plain + _SUFFIX
+    record: dict[str, Any] = {
+        "fd_unseen": _distances(metrics, plain, "unseen"),
+        "fd_unseen_colour_free": _distances(metrics, colour_free, "unseen"),
+        "fd_per_class": _distances(metrics, plain, "per_class"),
+    }
+    comparison = metrics.get("downstream", {}).get(plain, {})
+    for score in ("accuracy_shift", "accuracy_in_distribution", "accuracy_seen", "accuracy_unseen"):
+        record[score] = {arm: _value(comparison, "arms", arm, score) for arm in ARMS}
+    record["accuracy_shift_difference"] = {
+        rival: {
+            "value": _value(comparison, "differences", f"medi - {rival}", "accuracy_shift"),
+            "interval": comparison.get("differences", {})
+            .get(f"medi - {rival}", {})
+            .get("accuracy_shift", {})
+            .get("interval"),
+        }
+        for rival in (*RIVALS, "cls")
+    }
+    fields = metrics.get("adherence", {}).get(plain, {}).get("fields", {})
+    keys = {"site": metrics["dataset"]["site_field"], "class": metrics["dataset"]["class_field"]}
+    record["recovery_unseen"] = {k: _value(fields, f, "arms", "medi") for k, f in keys.items()}
+    record["recovery_ceiling"] = {k: _value(fields, f, "ceiling") for k, f in keys.items()}
+    shift = comparison.get("arms", {}).get("real", {}).get("accuracy_shift", {})
+    record["n"] = {"test_patches": shift.get("n_patches"), "test_patients": shift.get("n_patients")}
+    record["encoder"] = plain
+    record["seconds"] = dict(seconds or {}) | {"evaluate": round(sum(metrics.get("seconds", {}).values()), 3)}
+    return record
+
+
+def _value(record: Any, *path: str) -> float | None:
+    for key in path:
+        record = record.get(key) if isinstance(record, Mapping) else None
+    return record.get("value") if isinstance(record, Mapping) else None
+
+
+def _distances(metrics: Mapping[str, Any], encoder: str, section: str) -> dict[str, Any]:
+    part = metrics.get("fidelity", {}).get(encoder, {}).get(section, {})
+    summary = part.get("summary", {})
+    return {k: _value(summary, k) for k in ("medi", "cls", "floor", "ratio")} | {"metric": part.get("metric")}
+
+
+def useful(record: Mapping[str, Any]) -> bool | None:
+    """Whether MeDi beats stain transfer, oversampling and the real patches alone under shift; None if unknown."""
+    scores = record["accuracy_shift"]
+    rivals = [scores[r] for r in RIVALS if scores.get(r) is not None]
+    if scores.get("medi") is None or not rivals:
+        return None
+    return all(scores["medi"] > r for r in rivals)
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """One sentence: whether MeDi is useful here, which takes beating stain transfer and the other rivals."""
+    scores = record["accuracy_shift"]
+    answer = useful(record)
+    if answer is None:
+        return "Whether MeDi is useful cannot be said: there is no downstream comparison with its samples."
+    lead = "stain_transfer" if scores.get("stain_transfer") is not None else "oversample"
+    lead = lead if scores.get(lead) is not None else "real"
+    difference = record["accuracy_shift_difference"][lead]
+    margin = f"{scores['medi'] - scores[lead]:+.3f} against {RIVALS[lead]}{_interval(difference['interval'])}"
+    start = f"accuracy under shift is {scores['medi']:.3f}, {margin}"
+    if answer:
+        interval = difference["interval"]
+        proven = isinstance(interval, list) and interval[0] > 0
+        word = "is useful here" if proven else "may be useful here, though the evidence does not exclude chance"
+        text = f"MeDi {word}: {start}"
+        if scores.get("stain_transfer") is None:
+            text += "; stain transfer could not be tried"
+        return text + "."
+    ahead = [RIVALS[r] for r in RIVALS if scores.get(r) is not None and scores[r] >= scores["medi"]]
+    return f"MeDi is not useful here: {start}; {_list(ahead)} {'does' if len(ahead) == 1 else 'do'} at least as well."
+
+
+def _interval(bounds: Any) -> str:
+    if isinstance(bounds, list):
+        return f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
+    return f" (interval {bounds})" if bounds else ""
+
+
+def _list(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def headline_text(record: Mapping[str, Any]) -> str:
+    """The headline as a table for a terminal, the verdict last."""
+    lines = ["Distance to real patches of other patients (lower is better)"]
+    lines.append(f"  {'':<32}{'metric':>8}{'MeDi':>10}{'CLS':>10}{'floor':>10}{'ratio':>10}")
+    titles = {
+        "fd_unseen": "unseen combinations",
+        "fd_unseen_colour_free": "unseen, colour-free",
+        "fd_per_class": "per class, all sites",
+    }
+    for key, title in titles.items():
+        row = record[key]
+        digits = 4 if row["metric"] == "kid" else 3
+        cells = "".join(f"{_number(row[k], digits):>10}" for k in ("medi", "cls", "floor", "ratio"))
+        lines.append(f"  {title:<32}{(row['metric'] or '–').upper():>8}{cells}")
+    lines += ["  ratio = (MeDi − floor) / (CLS − floor): 0 is real, 1 is no better than class alone", ""]
+    lines.append("Balanced accuracy of a linear probe (higher is better)")
+    lines.append(
+        f"  {'':<32}" + "".join(f"{name:>10}" for name in ("real", "oversamp.", "stain", "CLS", "MeDi", "oracle"))
+    )
+    titles = {
+        "accuracy_shift": "under shift (all classes)",
+        "accuracy_in_distribution": "at sites without a gap",
+        "accuracy_seen": "seen combinations",
+        "accuracy_unseen": "unseen combinations",
+    }
+    for key, title in titles.items():
+        lines.append(f"  {title:<32}" + "".join(f"{_number(record[key][arm]):>10}" for arm in ARMS))
+    n = record["n"]
+    if n["test_patches"] is not None:
+        lines.append(f"  under shift: {n['test_patches']} test patches of {n['test_patients']} patients")
+    lines += ["", "Requested value found in MeDi's samples of unseen combinations (ceiling: in real patches of these)"]
+    for key in ("site", "class"):
+        found, ceiling = record["recovery_unseen"][key], record["recovery_ceiling"][key]
+        lines.append(f"  {key:<32}{_number(found):>10}  (ceiling {_number(ceiling)})")
+    times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
+    return "\n".join([*lines, "", f"Time: {times}", "", verdict(record)])

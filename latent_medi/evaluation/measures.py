@@ -1,0 +1,149 @@
+"""Numbers with their support: patient resampling, intervals, and the record that metrics.json holds for each number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+MIN_PATIENTS = 10
+"""Below this many patients an interval is "not estimable"."""
+NOT_ESTIMABLE = "not estimable"
+LEVEL = 0.95
+
+
+class PatientResamples:
+    """Bootstrap of patients: how often each patient occurs in each resample.
+
+    One object serves a whole evaluation, so that differences between arms are paired.
+
+    Args:
+        patients: Patient of each row, any order.
+        resamples: Number of resamples B.
+        seed: Seed.
+    """
+
+    def __init__(self, patients: np.ndarray, resamples: int, seed: int) -> None:
+        self.names, self.codes = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+        count = len(self.names)
+        rng = np.random.default_rng(seed)
+        self.weights = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples).astype(np.float64)
+
+    def row_weights(self, rows: np.ndarray) -> np.ndarray:
+        """Weight of some of the rows given at creation (by position), [B, len(rows)]."""
+        return self.weights[:, self.codes[rows]]
+
+
+def interval(draws: np.ndarray, centre: float | None = None, lowest: float = -math.inf) -> list[float] | None:
+    """95 % percentile interval of bootstrap draws; NaN draws (a class lost in the resample) are left out.
+
+    Args:
+        draws: Bootstrap values, [B].
+        centre: Shift the draws so that their median lies here: resampling with repeats biases a distance upwards.
+        lowest: Smallest value that the quantity can have.
+    """
+    draws = draws[np.isfinite(draws)]
+    if len(draws) < 20:
+        return None
+    shift = 0.0 if centre is None else centre - float(np.median(draws))
+    low, high = np.quantile(draws + shift, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return [max(float(low), lowest), max(float(high), lowest)]
+
+
+def measure(
+    value: float | None,
+    n_patches: int,
+    n_patients: int,
+    draws: np.ndarray | None = None,
+    recentre: bool = False,
+    lowest: float = -math.inf,
+    **extra: Any,
+) -> dict[str, Any]:
+    """The record of one number: value, support and interval.
+
+    Args:
+        value: The number; None or NaN means not available.
+        n_patches: Patches that it rests on.
+        n_patients: Patients that it rests on.
+        draws: Bootstrap values; without them there is no interval.
+        recentre: See ``centre`` in :func:`interval`.
+        lowest: Smallest possible value.
+        **extra: Further entries.
+    """
+    value = None if value is None or not math.isfinite(value) else float(value)
+    bounds: list[float] | str | None = None
+    if value is not None and draws is not None:
+        if n_patients < MIN_PATIENTS:
+            bounds = NOT_ESTIMABLE
+        else:
+            bounds = interval(draws, value if recentre else None, lowest) or NOT_ESTIMABLE
+    return {"value": value, "n_patches": int(n_patches), "n_patients": int(n_patients), "interval": bounds, **extra}
+
+
+def wilson(successes: int, n: int) -> list[float] | None:
+    """95 % score interval of a share, for synthetic samples, which are independent draws and have no patients."""
+    if n == 0:
+        return None
+    z, p = 1.959964, successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+class PatientTable:
+    """Accuracy averaged over patients first: per class the mean over patients of the patient's mean, then over classes.
+
+    Args:
+        classes: Class code of each row.
+        patients: Patient code of each row, into ``n_patients``.
+        keep: Rows that count, bool.
+        n_classes: Number of classes.
+        n_patients: Number of patients in the resamples.
+    """
+
+    def __init__(
+        self, classes: np.ndarray, patients: np.ndarray, keep: np.ndarray, n_classes: int, n_patients: int
+    ) -> None:
+        self.shape = (n_classes, n_patients)
+        self.rows = np.flatnonzero(keep)
+        self.cells = classes[self.rows] * n_patients + patients[self.rows]
+        self.counts = np.bincount(self.cells, minlength=n_classes * n_patients).reshape(self.shape)
+        self.present = self.counts > 0
+
+    @property
+    def n_patches(self) -> int:
+        """Rows that count."""
+        return len(self.rows)
+
+    @property
+    def n_patients(self) -> int:
+        """Patients with a row that counts."""
+        return int(self.present.any(axis=0).sum())
+
+    def mean(self, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """Balanced mean of a value per row.
+
+        Args:
+            values: [n_rows], such as 1.0 where the prediction is right.
+            weights: Patient weights [B, n_patients]; None weighs each patient once.
+
+        Returns:
+            [B], or [1] without weights. NaN where no row counts.
+        """
+        sums = np.bincount(self.cells, values[self.rows], minlength=self.counts.size).reshape(self.shape)
+        per_patient = np.divide(sums, self.counts, out=np.zeros(self.shape), where=self.present)
+        w = np.ones((1, self.shape[1])) if weights is None else weights
+        total = w @ self.present.T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            per_class = (w @ per_patient.T) / total
+        per_class = per_class[:, self.present.any(axis=1)]
+        if per_class.shape[1] == 0:
+            return np.full(len(w), np.nan)
+        # A resample that lost a class says nothing about the mean over classes.
+        return per_class.mean(axis=1)
+
+    def measure(self, values: np.ndarray, weights: np.ndarray, **extra: Any) -> dict[str, Any]:
+        """The record of the balanced mean with its interval."""
+        point = float(self.mean(values)[0])
+        return measure(point, self.n_patches, self.n_patients, self.mean(values, weights), **extra)

@@ -1,0 +1,301 @@
+"""The cohort of one evaluation: which real rows play which part, the held-out combinations, and the synthetic arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.errors import UserError, nearest
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.metadata.schema import NULL, UNKNOWN_WORD, Schema
+from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.progress import get_logger
+from latent_medi.shards.dataset import PatchDataset
+
+log = get_logger(__name__)
+
+Combination = dict[str, str]
+
+
+@dataclass
+class Arm:
+    """One synthetic dataset.
+
+    Args:
+        name: "medi", "cls" or another name.
+        dataset: Its patches.
+        fields: The class and categorical fields that its model was given; values unknown throughout do not count.
+    """
+
+    name: str
+    dataset: PatchDataset
+    fields: tuple[str, ...]
+
+    @property
+    def index(self) -> pd.DataFrame:
+        """A row per patch."""
+        return self.dataset.index
+
+
+@dataclass
+class Study:
+    """Real rows by the part they play; all are row numbers of ``real.index``.
+
+    Args:
+        real: The real dataset.
+        class_field, site_field: Names of the two fields.
+        held_out: Combinations without a training patch.
+        arms: Synthetic datasets by name.
+        train: Training patches.
+        probe: Real patches of other patients for the floor.
+        probe_train: What the probes of the adherence learn from.
+        reference: Test patches for fidelity and for the probes' ceiling.
+        test: Test patches for the downstream comparison.
+        oracle_reason: Why there is no oracle; empty if there is one.
+        notes: What a reader must know about these choices.
+    """
+
+    real: PatchDataset
+    class_field: str
+    site_field: str
+    held_out: list[Combination]
+    arms: dict[str, Arm]
+    train: np.ndarray
+    probe: np.ndarray
+    probe_train: np.ndarray
+    reference: np.ndarray
+    test: np.ndarray
+    oracle_reason: str
+    notes: list[str]
+
+    @property
+    def index(self) -> pd.DataFrame:
+        """The real dataset's index."""
+        return self.real.index
+
+    @property
+    def classes(self) -> list[str]:
+        """Class values that occur in training or test patches, in the schema's order."""
+        rows = np.concatenate([self.train, self.test])
+        present = set(self.index[self.class_field].to_numpy()[rows])
+        return [v for v in self.real.schema.field(self.class_field).values if v in present]
+
+    @property
+    def patients(self) -> np.ndarray:
+        """Patient of each row of the real index."""
+        return self.index["patient"].to_numpy(dtype=str)
+
+    def categorical(self) -> tuple[str, ...]:
+        """Names of the class and categorical fields."""
+        return categorical_fields(self.real.schema)
+
+
+def categorical_fields(schema: Schema) -> tuple[str, ...]:
+    """Names of the class and categorical fields of a schema."""
+    return tuple(f.name for f in schema.fields if f.kind != "continuous")
+
+
+def matches(index: pd.DataFrame, combination: Mapping[str, str]) -> np.ndarray:
+    """Which rows have all the values of a combination; keys that are no column are ignored. bool [len(index)]."""
+    keep = np.ones(len(index), bool)
+    for name, value in combination.items():
+        if name in index.columns:
+            keep &= index[name].to_numpy(dtype=str) == value
+    return keep
+
+
+def any_match(index: pd.DataFrame, combinations: Sequence[Mapping[str, str]]) -> np.ndarray:
+    """Which rows fit at least one combination, bool [len(index)]."""
+    keep = np.zeros(len(index), bool)
+    for combination in combinations:
+        keep |= matches(index, combination)
+    return keep
+
+
+def among(rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Those of ``rows`` where the mask over the whole index holds."""
+    return rows[keep[rows]]
+
+
+def describe(combination: Mapping[str, str]) -> str:
+    """A combination in words, such as "spindle × birch"."""
+    return " × ".join(combination.values())
+
+
+def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
+    index = dataset.index
+    return tuple(
+        name
+        for name in categorical_fields(dataset.schema)
+        if (~index[name].astype(str).isin([UNKNOWN_WORD, "null", ""])).any()
+    )
+
+
+def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema) -> list[Combination]:
+    if not held_out:
+        raise UserError("No held-out combination is given.", "Set held_out, e.g. [{class: spindle, site: birch}].")
+    names = categorical_fields(schema)
+    for combination in held_out:
+        for name, value in combination.items():
+            if name not in names:
+                known = nearest(name, names)
+                raise UserError(f"A held-out combination uses {name!r}, no class or categorical field; {known}.")
+            if schema.field(name).code(value) <= NULL + 1:
+                raise UserError(f"A held-out combination needs a value of {name!r}, not {value!r}.")
+    return [dict(c) for c in held_out]
+
+
+def _halve_test(index: pd.DataFrame, test: np.ndarray, fields: Sequence[str], seed: int) -> np.ndarray:
+    """Which test rows stand in for a probe split: half of the patients of each combination, bool over ``test``."""
+    table = index.iloc[test]
+    cell = table[list(fields)].astype(str).agg("|".join, axis=1)
+    first = pd.DataFrame({"patient": table["patient"].to_numpy(dtype=str), "cell": cell.to_numpy()}).drop_duplicates(
+        "patient"
+    )
+    rng = np.random.default_rng(seed)
+    chosen: set[str] = set()
+    for _, group in first.sort_values("patient").groupby("cell", sort=True):
+        # The reference keeps the odd patient.
+        chosen.update(rng.permutation(group["patient"].to_numpy())[: len(group) // 2])
+    return table["patient"].astype(str).isin(chosen).to_numpy()
+
+
+def open_study(settings: EvaluateSettings) -> Study:
+    """Open the datasets, check them, and give every real row its part.
+
+    Raises:
+        UserError: No class field, an unknown split, synthetic rows among the real ones, a combination that is not
+            held out
+            or that has no test patch.
+    """
+    real = PatchDataset.open(settings.real)
+    index = real.index
+    column = f"split_{settings.split}"
+    if real.schema.class_field is None:
+        raise UserError(f"The dataset {settings.real} has no class field.", "An evaluation needs one.")
+    if column not in index.columns:
+        known = [c.removeprefix("split_") for c in index.columns if c.startswith("split_")]
+        raise UserError(
+            f"The dataset {settings.real} has no split {settings.split!r}; {nearest(settings.split, known)}."
+        )
+    if settings.site_field not in real.schema.names:
+        close = nearest(settings.site_field, real.schema.names)
+        raise UserError(f"The dataset {settings.real} has no field {settings.site_field!r}; {close}.")
+    synthetic = int((index["origin"] != "real").sum())
+    if synthetic:
+        raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
+    assert_patient_disjoint(index, column)
+    held_out = _check_held_out(settings.held_out, real.schema)
+
+    split = index[column].to_numpy(dtype=str)
+    parts = {v: np.flatnonzero(split == v) for v in (settings.train_value, settings.probe_value, settings.test_value)}
+    train, probe, test = parts.values()
+    for name, rows in ((settings.train_value, train), (settings.test_value, test)):
+        if len(rows) == 0:
+            raise UserError(f"Split {settings.split!r} has no {name!r} patches; it has {sorted(set(split))}.")
+    for combination in held_out:
+        keep = matches(index, combination)
+        if keep[train].any():
+            raise UserError(
+                f"{describe(combination)} is not held out: {int(keep[train].sum())} training patches have it."
+            )
+        if not keep[test].any():
+            raise UserError(f"{describe(combination)} has no test patch, so nothing can be said about it.")
+
+    class_field = real.schema.class_field.name
+    notes: list[str] = []
+    if len(probe):
+        reference, probe_train, reason = test, probe, ""
+    else:
+        half = _halve_test(index, test, (class_field, settings.site_field), settings.seed)
+        probe, reference = test[half], test[~half]
+        probe_train = np.concatenate([train, probe])
+        reason = (
+            f"the split {settings.split!r} has no {settings.probe_value!r} patients, so no real patch of a held-out "
+            "combination is free for training"
+        )
+        notes.append(
+            f"There is no {settings.probe_value!r} split: half of the test patients of each class and site "
+            f"({len(set(index['patient'].iloc[probe]))} patients) give the floor and, with the training patches, train "
+            "the probes; fidelity and the probes' ceiling use the other half. Downstream accuracy uses all of them."
+        )
+    arms = {}
+    for name, folder in settings.synthetic.items():
+        dataset = PatchDataset.open(folder)
+        if dataset.schema.class_field is None or dataset.schema.class_field.name != class_field:
+            raise UserError(f"The synthetic dataset {folder} ({name}) has no class field {class_field!r}.")
+        if (dataset.index["origin"] != "synthetic").any():
+            raise UserError(
+                f"The synthetic dataset {folder} ({name}) holds real patches.", "An arm must be wholly synthetic."
+            )
+        arms[name] = Arm(name, dataset, _known_fields(dataset))
+        log.info("Arm %s: %d patches, fields %s", name, len(dataset), ", ".join(arms[name].fields))
+    return Study(
+        real,
+        class_field,
+        settings.site_field,
+        held_out,
+        arms,
+        train,
+        probe,
+        probe_train,
+        reference,
+        test,
+        reason,
+        notes,
+    )
+
+
+class Matched:
+    """Rows to subsample so that their mix of strata follows a target's.
+
+    Args:
+        rows: Row numbers to draw from.
+        strata: Stratum of each of them.
+        target: Stratum of each row of the target.
+        tolerance: Share of a sample that may lie in the wrong stratum because the right one has run out.
+    """
+
+    def __init__(self, rows: np.ndarray, strata: np.ndarray, target: np.ndarray, tolerance: float = 0.02) -> None:
+        self.rows = np.asarray(rows)
+        names, counts = np.unique(np.asarray(target, str), return_counts=True)
+        self.share = counts / max(counts.sum(), 1)
+        self.members = [np.flatnonzero(np.asarray(strata, str) == name) for name in names]
+        self.available = np.array([len(m) for m in self.members])
+        self.missing = float(self.share[self.available == 0].sum())
+        low, high = 0, len(self.rows)
+        while low < high:
+            middle = (low + high + 1) // 2
+            short = np.maximum(self._quota(middle) - self.available, 0).sum() / middle
+            low, high = (middle, high) if short <= self.missing + tolerance else (low, middle - 1)
+        self.largest = low
+        """Largest sample that stays within the tolerance."""
+
+    def _quota(self, n: int) -> np.ndarray:
+        exact = n * self.share
+        quota = np.floor(exact).astype(int)
+        rest = np.argsort(-(exact - quota), kind="stable")[: n - quota.sum()]
+        quota[rest] += 1
+        return quota
+
+    def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+        """``n`` rows without repeats, and the share of them that stands in for a stratum that has run out."""
+        n = min(n, len(self.rows))
+        chosen = [
+            rng.choice(members, min(quota, len(members)), replace=False)
+            for members, quota in zip(self.members, self._quota(n), strict=True)
+        ]
+        picked = np.concatenate([np.zeros(0, int), *chosen])
+        left = np.setdiff1d(np.arange(len(self.rows)), picked)
+        fill = rng.choice(left, n - len(picked), replace=False)
+        return self.rows[np.sort(np.concatenate([picked, fill]))], (len(fill) / n if n else 0.0)
+
+
+def strata(index: pd.DataFrame, rows: np.ndarray, fields: Sequence[str]) -> np.ndarray:
+    """One label per row that joins its values of several fields."""
+    if not fields:
+        return np.full(len(rows), "", dtype=object)
+    return index.iloc[rows][list(fields)].astype(str).agg("|".join, axis=1).to_numpy()

@@ -1,0 +1,148 @@
+"""Stain colour: deconvolution into haematoxylin, and mapping the stain of one site to that of another.
+
+Ruifrok & Johnston 2001 for deconvolution; Reinhard et al. 2001 and Macenko et al. 2009 for transfer. Optical density
+is decadic: OD = −log10(I), with I the transmitted share of light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+HAEMATOXYLIN = (0.65, 0.70, 0.29)  # optical density of red, green and blue, Ruifrok & Johnston 2001, table 2
+EOSIN = (0.07, 0.99, 0.11)
+Method = Literal["reinhard", "macenko"]
+
+_DARKEST = 1.0 / 256.0  # 8-bit zero is read as half a level or so, never as infinite density
+_MAX_PIXELS = 200_000
+_TISSUE = 0.065  # mean decadic density below which a pixel counts as glass (0.15 in natural units, Macenko 2009)
+
+
+def _stain_matrix() -> np.ndarray:
+    """Unit rows haematoxylin, eosin and what neither explains (their cross product)."""
+    h, e = np.array(HAEMATOXYLIN), np.array(EOSIN)
+    h, e = h / np.linalg.norm(h), e / np.linalg.norm(e)
+    rest = np.cross(h, e)
+    return np.stack([h, e, rest / np.linalg.norm(rest)])
+
+
+STAINS = _stain_matrix()
+
+
+def haematoxylin(images: torch.Tensor) -> torch.Tensor:
+    """What each patch would look like in grey if it were stained with haematoxylin alone.
+
+    Args:
+        images: RGB in [0, 1], float, [N, 3, H, W].
+
+    Returns:
+        10^(−c_h), in [0, 1], [N, 1, H, W]; c_h ≥ 0 is the concentration of haematoxylin (Ruifrok & Johnston 2001).
+        Glass is 1, and the amount of eosin changes nothing.
+    """
+    density = -torch.log10(images.clamp(_DARKEST, 1.0))
+    weights = torch.as_tensor(np.linalg.inv(STAINS)[:, 0], dtype=images.dtype, device=images.device)
+    concentration = torch.einsum("nchw,c->nhw", density, weights).clamp_min(0.0)
+    return torch.pow(10.0, -concentration)[:, None]
+
+
+@dataclass(frozen=True)
+class StainStats:
+    """Colour of one site, enough for both transfer methods.
+
+    Args:
+        mean: Mean of each channel in lαβ, [3].
+        std: Standard deviation of each channel in lαβ, [3].
+        stains: Unit density vectors of haematoxylin and eosin (rows), [2, 3].
+        strength: 99th percentile of each stain's concentration, [2].
+        n_patches: Patches that went in.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    stains: np.ndarray
+    strength: np.ndarray
+    n_patches: int
+
+
+# RGB → LMS, then log10, then the decorrelating rotation (Reinhard et al. 2001, equations 4 and 6).
+_TO_LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
+_TO_LAB = np.diag([1 / np.sqrt(3), 1 / np.sqrt(6), 1 / np.sqrt(2)]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
+_FROM_LMS = np.linalg.inv(_TO_LMS)
+_FROM_LAB = np.linalg.inv(_TO_LAB)
+
+
+def _lab(pixels: np.ndarray) -> np.ndarray:
+    light = np.maximum(pixels.astype(np.float64) / 255.0, _DARKEST)
+    return np.log10(light @ _TO_LMS.T) @ _TO_LAB.T
+
+
+def _from_lab(lab: np.ndarray) -> np.ndarray:
+    return np.power(10.0, lab @ _FROM_LAB.T) @ _FROM_LMS.T * 255.0
+
+
+def _density(pixels: np.ndarray) -> np.ndarray:
+    return -np.log10(np.clip(pixels.astype(np.float64) / 255.0, _DARKEST, 1.0))
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def fit_stain(images: np.ndarray) -> StainStats:
+    """Colour statistics of a set of patches.
+
+    Args:
+        images: uint8 [N, H, W, 3], N ≥ 1. At most 200,000 evenly spaced pixels are used.
+    """
+    pixels = images.reshape(-1, 3)
+    pixels = pixels[:: max(1, len(pixels) // _MAX_PIXELS)]
+    lab = _lab(pixels)
+    density = _density(pixels)
+    tissue = density[density.mean(axis=1) > _TISSUE]
+    stains = _macenko(tissue) if len(tissue) >= 100 else STAINS[:2]
+    concentrations = (tissue if len(tissue) else density) @ np.linalg.pinv(stains)
+    strength = np.maximum(np.percentile(concentrations, 99, axis=0), 1e-3)
+    return StainStats(lab.mean(axis=0), np.maximum(lab.std(axis=0), 1e-6), stains, strength, len(images))
+
+
+def _macenko(density: np.ndarray, percentile: float = 1.0) -> np.ndarray:
+    """Haematoxylin and eosin vectors as the extreme angles in the plane of greatest variation (Macenko et al. 2009)."""
+    plane = np.linalg.eigh(np.cov(density.T))[1][:, [2, 1]]
+    plane = plane * np.where(plane.sum(axis=0) < 0, -1.0, 1.0)
+    angles = np.arctan2(density @ plane[:, 1], density @ plane[:, 0])
+    extremes = np.percentile(angles, [percentile, 100 - percentile])
+    vectors = np.stack([plane @ np.array([np.cos(a), np.sin(a)]) for a in extremes])
+    vectors = np.abs(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    # Haematoxylin absorbs red, eosin hardly does.
+    vectors = vectors[np.argsort(-vectors[:, 0])]
+    degenerate = abs(vectors[0] @ vectors[1]) > 0.999
+    return STAINS[:2] if degenerate else vectors
+
+
+def transfer(images: np.ndarray, source: StainStats, target: StainStats, method: Method = "reinhard") -> np.ndarray:
+    """Patches of the source site as the target site would have stained them.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        source: Statistics of the site that the patches come from.
+        target: Statistics of the site to imitate.
+        method: "reinhard" matches mean and spread of each lαβ channel; "macenko" replaces the stain vectors and their
+            strength, and keeps what the two stains do not explain.
+
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    flat = images.reshape(-1, 3)
+    if method == "reinhard":
+        lab = (_lab(flat) - source.mean) * (target.std / source.std) + target.mean
+        return _to_uint8(_from_lab(lab)).reshape(images.shape)
+    if method == "macenko":
+        density = _density(flat)
+        concentrations = density @ np.linalg.pinv(source.stains)
+        residual = density - concentrations @ source.stains
+        mapped = (concentrations * (target.strength / source.strength)) @ target.stains + residual
+        return _to_uint8(np.power(10.0, -mapped) * 255.0).reshape(images.shape)
+    raise ValueError(f"unknown stain transfer {method!r}: 'reinhard' or 'macenko'")

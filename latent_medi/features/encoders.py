@@ -1,0 +1,146 @@
+"""Image encoders behind one preprocessing path, the same for real and for synthetic patches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import latent_medi
+from latent_medi.errors import UserError, nearest
+from latent_medi.features import networks
+from latent_medi.features.colour import haematoxylin
+from latent_medi.features.networks import Network
+
+COLOUR_FREE_SUFFIX = ":haematoxylin"
+KNOWN = ("demo", "squeezenet", "inception", "uni", "phikon-v2")
+DEMO_FOLDER = Path(latent_medi.__file__).parent / "demo" / "weights" / "encoder"
+
+
+class ImageEncoder:
+    """A frozen network from 8-bit patches to feature vectors.
+
+    uint8 → [0, 1] → haematoxylin, if colour-free → antialiased resize → normalise → network → float32.
+
+    Args:
+        network: The module with its preprocessing.
+        device: Torch device.
+    """
+
+    def __init__(self, network: Network, device: str | torch.device = "cpu") -> None:
+        self.network = network
+        self.module = network.module.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
+        self.name = network.name
+        self.dim = network.dim
+        self.license = network.license
+        self.preprocessing = network.preprocessing
+        self._weights_hash = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the weights, the class of the network and the text of the preprocessing."""
+        if not self._weights_hash:
+            digest = hashlib.sha256(type(self.module).__qualname__.encode())
+            for key, value in sorted(self.module.state_dict().items()):
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            self._weights_hash = digest.hexdigest()
+        return hashlib.sha256(f"{self._weights_hash} {self.preprocessing.text}".encode()).hexdigest()
+
+    def prepare(self, images: np.ndarray) -> Tensor:
+        """Network input [n, 3, S, S], float32, of uint8 patches [n, H, W, 3].
+
+        Raises:
+            UserError: The array has another shape or type.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise UserError(f"Patches must be uint8 [n, H, W, 3], not {images.dtype} {list(images.shape)}.")
+        # Copied, since arrays read from an archive may be read-only and torch warns about those.
+        x = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2).float() / 255.0
+        how = self.preprocessing
+        if how.channel == "haematoxylin":
+            x = haematoxylin(x).expand(-1, 3, -1, -1)
+        if how.size and tuple(x.shape[2:]) != (how.size, how.size):
+            x = F.interpolate(x, size=(how.size, how.size), mode=how.resize, align_corners=False, antialias=True)
+            x = x.clamp(0.0, 1.0)  # bicubic overshoots
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=self.device)[:, None, None] for v in (how.mean, how.std)
+        )
+        return (x - mean) / std
+
+    @torch.inference_mode()
+    def features(self, batches: Iterable[np.ndarray], device: str | torch.device | None = None) -> np.ndarray:
+        """Feature vectors of batches of uint8 patches [n, H, W, 3].
+
+        Args:
+            batches: Patches; batches may differ in n.
+            device: Move the network there first.
+
+        Returns:
+            float32 [N, d].
+
+        Raises:
+            ValueError: A feature is not finite.
+        """
+        if device is not None and torch.device(device) != self.device:
+            self.device = torch.device(device)
+            self.module.to(self.device)
+        parts = [self.module(self.prepare(batch)).float().cpu().numpy() for batch in batches if len(batch)]
+        result = np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+        if not np.isfinite(result).all():
+            raise ValueError(f"the encoder {self.name} returned features that are not finite")
+        return result
+
+
+def load_encoder(
+    name_or_folder: str | Path, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> ImageEncoder:
+    """Load an encoder by name, or from a folder with ``encoder.json`` and ``encoder.safetensors``.
+
+    Args:
+        name_or_folder: One of ``KNOWN``, perhaps with an input size ("squeezenet@128"), or a folder.
+        weights: Weight file or folder, for encoders that do not ship with the package.
+        device: Torch device.
+
+    Raises:
+        UserError: Unknown name, missing weights or weights that do not fit.
+    """
+    text = str(name_or_folder)
+    name, _, size = text.partition("@")
+    if name not in KNOWN and Path(text).is_dir():
+        return ImageEncoder(networks.tiny(text, Path(text).name), device)
+    if name not in KNOWN:
+        raise UserError(
+            f"There is no encoder {text!r}.", f"Give a folder with encoder.json, or a name; {nearest(name, KNOWN)}."
+        )
+    if size and not (size.isdigit() and int(size) >= 32):
+        raise UserError(f"The input size in {text!r} must be a number of pixels, 32 or more.")
+    network = {
+        "demo": lambda: networks.tiny(weights or DEMO_FOLDER, "demo"),
+        "squeezenet": lambda: networks.squeezenet(weights),
+        "inception": lambda: networks.inception(weights),
+        "uni": lambda: networks.uni(weights),
+        "phikon-v2": lambda: networks.phikon_v2(weights),
+    }[name]()
+    if size and network.preprocessing.size == 0:
+        raise UserError(f"The encoder {name!r} resizes by itself; leave out '@{size}'.")
+    return ImageEncoder(networks.resized(network, int(size)) if size else network, device)
+
+
+def colour_free(encoder: ImageEncoder) -> ImageEncoder:
+    """The same network on the haematoxylin channel alone, so that eosin and tint cannot tell sites apart."""
+    twin = replace(
+        encoder.network,
+        name=encoder.name + COLOUR_FREE_SUFFIX,
+        preprocessing=replace(encoder.preprocessing, channel="haematoxylin"),
+    )
+    result = ImageEncoder(twin, encoder.device)
+    result._weights_hash = encoder._weights_hash
+    return result

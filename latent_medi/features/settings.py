@@ -1,0 +1,27 @@
+"""Settings of the feature extraction; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class FeatureSettings:
+    """How patches become feature vectors.
+
+    Args:
+        encoder: "demo", "squeezenet" (or "squeezenet@128" for another input size in pixels), "inception", "uni",
+            "phikon-v2", or a folder with an encoder.
+        weights: Weight file or folder for encoders that need one; empty means the hub's cache.
+        batch: Patches per forward pass.
+        device: Torch device, such as "cpu" or "cuda".
+        colour_free: Also embed the haematoxylin channel alone.
+        cache: Folder of the feature cache; empty means inside the output folder.
+    """
+
+    encoder: str = "demo"
+    weights: str = ""
+    batch: int = 128
+    device: str = "cpu"
+    colour_free: bool = True
+    cache: str = ""

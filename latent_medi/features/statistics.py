@@ -1,0 +1,240 @@
+"""Distances between two sets of features: Fréchet distance, kernel distance, and PCA for small sets.
+
+All sums are float64. A Fréchet distance is biased upwards by roughly d²/n, so it is only comparable at equal n, and
+only defined well when n ≥ 2d on both sides; the unbiased kernel distance (KID) has no such bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RANK_RULE = 2  # Fréchet distance needs at least this many samples per dimension, on each side
+PCA_RULE = 4  # samples per PCA dimension
+RANK_DEFICIENT = "rank-deficient: compare only at equal n"
+
+
+class FeatureStatistics:
+    """Count, mean and covariance of a stream of features, in float64.
+
+    Args:
+        dim: Feature dimension d.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.n = 0
+        self.mean = np.zeros(dim)
+        self._scatter = np.zeros((dim, dim))
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> FeatureStatistics:
+        """Statistics of one array [N, d]."""
+        statistics = cls(features.shape[1])
+        statistics.update(features)
+        return statistics
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Unbiased covariance (division by n − 1), [d, d]; needs n ≥ 2."""
+        if self.n < 2:
+            raise ValueError(f"a covariance needs two samples, there are {self.n}")
+        return self._scatter / (self.n - 1)
+
+    def update(self, features: np.ndarray) -> None:
+        """Add a batch [N, d]."""
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features have shape {features.shape}, expected [N, {self.dim}]")
+        if len(features) == 0:
+            return
+        x = np.asarray(features, np.float64)
+        mean = x.mean(axis=0)
+        centred = x - mean
+        self._add(len(x), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Statistics of both sets together."""
+        both = FeatureStatistics(self.dim)
+        both._add(self.n, self.mean, self._scatter)
+        both._add(other.n, other.mean, other._scatter)
+        return both
+
+    def _add(self, n: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        if n == 0:
+            return
+        total = self.n + n
+        delta = mean - self.mean
+        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self.n * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.n = total
+
+
+def psd_root(matrix: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a positive semi-definite matrix; rounding below zero is cut off."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
+
+def frechet(
+    mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray, root_b: np.ndarray | None = None
+) -> float:
+    """Fréchet distance of two Gaussians: |μa − μb|² + tr(Σa + Σb − 2·(Σa·Σb)^½) (Heusel et al. 2017).
+
+    tr (Σa·Σb)^½ is the sum of roots of the eigenvalues of Σb^½·Σa·Σb^½, which is symmetric, so no complex root appears.
+
+    Args:
+        mean_a, cov_a, mean_b, cov_b: Moments, [d] and [d, d].
+        root_b: Σb^½ if it is known already.
+    """
+    root = psd_root(cov_b) if root_b is None else root_b
+    product = root @ cov_a @ root
+    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    delta = mean_a - mean_b
+    cross = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
+    return float(delta @ delta + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
+
+
+def frechet_distance(a: FeatureStatistics | np.ndarray, b: FeatureStatistics | np.ndarray) -> float:
+    """Fréchet distance of two feature sets, [N, d] arrays or their statistics; float64 throughout."""
+    a = FeatureStatistics.of(a) if isinstance(a, np.ndarray) else a
+    b = FeatureStatistics.of(b) if isinstance(b, np.ndarray) else b
+    return frechet(a.mean, a.cov, b.mean, b.cov)
+
+
+def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(a·b/d + 1)³, float64 [len(a), len(b)] (Bińkowski et al. 2018)."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    inner = a @ b.T
+    inner /= a.shape[1]
+    inner += 1.0
+    return inner * inner * inner
+
+
+def mmd2(a: np.ndarray, b: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy with the cubic kernel; each side needs two samples."""
+    n, m = len(a), len(b)
+    if min(n, m) < 2:
+        raise ValueError(f"the kernel distance needs two samples per side, there are {n} and {m}")
+    within_a, within_b = polynomial_kernel(a, a), polynomial_kernel(b, b)
+    return float(
+        (within_a.sum() - np.trace(within_a)) / (n * (n - 1))
+        + (within_b.sum() - np.trace(within_b)) / (m * (m - 1))
+        - 2.0 * polynomial_kernel(a, b).mean()
+    )
+
+
+def kid(
+    a: np.ndarray, b: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel distance: mean and standard deviation of the unbiased estimate over random subsets.
+
+    Args:
+        a, b: Features [N, d] and [M, d].
+        subsets: Number of subsets; 0 takes all samples at once, which has the least variance.
+        subset_size: Samples per side in a subset, at most min(N, M).
+        seed: Seed of the subsets.
+
+    Returns:
+        (mean, standard deviation over subsets; 0.0 where there is one).
+    """
+    size = min(subset_size, len(a), len(b))
+    if subsets == 0 or size == len(a) == len(b):
+        return mmd2(a, b), 0.0
+    rng = np.random.default_rng(seed)
+    values = [
+        mmd2(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)])
+        for _ in range(subsets)
+    ]
+    return float(np.mean(values)), float(np.std(values))
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Principal directions of real training features.
+
+    Args:
+        mean: [d].
+        components: Orthonormal rows by falling variance, [d, d].
+    """
+
+    mean: np.ndarray
+    components: np.ndarray
+
+    def project(self, features: np.ndarray, dims: int) -> np.ndarray:
+        """First ``dims`` coordinates of each feature vector, float64 [N, dims]."""
+        return (np.asarray(features, np.float64) - self.mean) @ self.components[:dims].T
+
+
+def pca_basis(features: np.ndarray) -> Basis:
+    """All principal directions of [N, d] features, each with its largest entry positive so that the sign is fixed."""
+    statistics = FeatureStatistics.of(features)
+    vectors = np.linalg.eigh(statistics.cov)[1][:, ::-1].T
+    largest = np.abs(vectors).argmax(axis=1)
+    signs = np.sign(vectors[np.arange(len(vectors)), largest])
+    return Basis(statistics.mean, vectors * signs[:, None])
+
+
+def full_rank(n: int, dim: int) -> bool:
+    """Whether a Fréchet distance over ``dim`` features may be headlined with ``n`` samples on the smaller side."""
+    return n >= RANK_RULE * dim
+
+
+def pca_dims(n: int, dim: int) -> int:
+    """Dimensions left after PCA for ``n`` samples on the smaller side: at most n/4, at least 1."""
+    return max(1, min(dim, n // PCA_RULE))
+
+
+def distances(a: np.ndarray, b: np.ndarray, basis: Basis, protocol: str = "default") -> dict[str, Any]:
+    """Every distance that may be reported between two feature sets.
+
+    Args:
+        a, b: Features [N, d] and [M, d].
+        basis: Directions for the reduced Fréchet distance.
+        protocol: "paper" adds the raw Fréchet distance, with its label, where it is rank-deficient.
+
+    Returns:
+        ``metric`` ("fd" or "kid": the one to headline), ``value`` of it, ``fd`` (None when rank-deficient), ``kid``,
+        ``fd_pca``, ``pca_dims``, ``n`` of both sides, and with "paper" perhaps ``fd_raw`` and ``fd_raw_label``.
+    """
+    n, dim = min(len(a), len(b)), a.shape[1]
+    dims = pca_dims(n, dim)
+    valid = full_rank(n, dim)
+    raw = frechet_distance(a, b) if valid or protocol == "paper" else None
+    result: dict[str, Any] = {
+        "metric": "fd" if valid else "kid",
+        "fd": raw if valid else None,
+        "kid": kid(a, b, subsets=0)[0] if n <= 5000 else kid(a, b)[0],
+        "fd_pca": frechet_distance(basis.project(a, dims), basis.project(b, dims)),
+        "pca_dims": dims,
+        "n": [len(a), len(b)],
+    }
+    if raw is not None and not valid:
+        result |= {"fd_raw": raw, "fd_raw_label": RANK_DEFICIENT}
+    result["value"] = result[result["metric"]]
+    return result
+
+
+def fd_with_floor(
+    reference: np.ndarray, samples: Mapping[str, np.ndarray], floor: np.ndarray, basis: Basis, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Distances of several sample sets, and of other real patches, to one reference at one n.
+
+    Args:
+        reference: Real features [N, d].
+        samples: Features by name.
+        floor: Features of real patches of other patients.
+        basis: As in :func:`distances`.
+        seed: Seed of the subsampling to the smallest set.
+
+    Returns:
+        :func:`distances` for each name and for "floor".
+    """
+    sets = dict(samples) | {"floor": floor}
+    n = min(len(s) for s in sets.values())
+    rng = np.random.default_rng(seed)
+    return {
+        name: distances(reference, s[np.sort(rng.choice(len(s), n, replace=False))], basis) for name, s in sets.items()
+    }

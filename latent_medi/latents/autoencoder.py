@@ -1,0 +1,204 @@
+"""The frozen autoencoder behind one small interface: uint8 images to raw posterior moments, and raw latents to uint8 images."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import nn
+
+from latent_medi.errors import UserError
+from latent_medi.files import atomic_path, read_json
+from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAEF2
+
+HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd"}
+"""Short names of autoencoders on the model hub."""
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_KINDS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "AutoencoderTAEF2": AutoencoderTAEF2}
+
+
+class Autoencoder:
+    """A frozen autoencoder. Raw latents are its own, with no scaling factor applied.
+
+    Args:
+        model: An AutoencoderKL, AutoencoderTiny or AutoencoderTAEF2.
+        source: Where it was loaded from: a name, a hub id or a folder.
+
+    Attributes:
+        source: As given.
+        kind: Class name of the model.
+        hash: SHA-256 over its weights as fp32, whatever precision it runs in.
+        latent_channels: Channels C of a latent.
+        factor: Pixels per latent pixel along an edge.
+        deterministic: Whether it has no posterior, only a latent.
+    """
+
+    def __init__(self, model: nn.Module, source: str) -> None:
+        self.kind = type(model).__name__
+        if self.kind not in _KINDS:
+            raise UserError(f"{self.kind} is not a supported autoencoder; there are {', '.join(_KINDS)}.")
+        self.model: Any = model.eval().requires_grad_(False)
+        self.source = source
+        self.hash = weight_hash(model)
+        self.latent_channels = int(self.model.config["latent_channels"])
+        self.factor = _factor(self.model)
+        self.deterministic = self.kind != "AutoencoderKL"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision it runs in."""
+        return next(self.model.parameters()).dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Autoencoder:
+        """Move it; its hash stays."""
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What identifies it, JSON-able."""
+        return {
+            "source": self.source, "kind": self.kind, "hash": self.hash, "latent_channels": self.latent_channels,
+            "factor": self.factor, "deterministic": self.deterministic,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def encode(self, images: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Posterior moments of images.
+
+        Args:
+            images: uint8 [n, H, W, 3], RGB, H and W multiples of :attr:`factor`.
+
+        Returns:
+            Mean fp32 [n, C, h, w], and standard deviation of the same shape or ``None`` for a deterministic autoencoder.
+
+        Raises:
+            UserError: Images of another shape or type.
+        """
+        pixels = torch.as_tensor(images)
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+            raise UserError(f"Images to encode are uint8 [n, H, W, 3], not {pixels.dtype} {list(pixels.shape)}.")
+        if pixels.shape[1] % self.factor or pixels.shape[2] % self.factor:
+            raise UserError(f"{pixels.shape[2]}×{pixels.shape[1]} images cannot be encoded: edges must be multiples of {self.factor}.")
+        x = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
+        if self.kind == "AutoencoderTAEF2":
+            return self.model.encode(x.to(self.dtype)).float(), None
+        x = (x * 2 - 1).to(self.dtype)
+        if self.kind == "AutoencoderTiny":
+            return self.model.encode(x).latents.float(), None
+        posterior = self.model.encode(x).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Images of raw latents fp32 [n, C, h, w]: uint8 [n, H, W, 3], rounded and clamped."""
+        z = latents.to(device=self.device, dtype=self.dtype)
+        if self.kind == "AutoencoderTAEF2":
+            x = self.model.decode(z).float()
+        else:
+            x = self.model.decode(z).sample.float() / 2 + 0.5
+        if not torch.isfinite(x).all():
+            raise UserError(f"The autoencoder {self.source} gave pixels that are not finite in {self.dtype}.", "Run it in fp32.")
+        return (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _factor(model: Any) -> int:
+    if isinstance(model, AutoencoderTAEF2):
+        return 8
+    if isinstance(model, AutoencoderTiny):
+        return int(2 ** (len(model.config["encoder_block_out_channels"]) - 1))
+    return int(2 ** (len(model.config["block_out_channels"]) - 1))
+
+
+def weight_hash(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and fp32 values of all weights, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def demo_folder() -> Path:
+    """The folder of the autoencoder that is packaged for the demo."""
+    return Path(__file__).resolve().parents[1] / "demo" / "weights" / "autoencoder"
+
+
+def load_autoencoder(name_or_folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """Load a frozen autoencoder.
+
+    Args:
+        name_or_folder: "demo"; a short name of :data:`HUB_NAMES`; a folder with ``config.json`` and safetensors, or with the two TAEF2
+            files; or a hub id ``owner/name``. A folder wins over a hub id.
+        device: Where it runs.
+        dtype: Precision it runs in.
+
+    Raises:
+        UserError: It is not here and cannot be downloaded (says what to download and where to put it), or is of an unknown kind.
+    """
+    name = str(name_or_folder)
+    source = name
+    if name == "demo":
+        model = _from_folder(demo_folder())
+    elif Path(name).is_dir() and name not in HUB_NAMES:
+        model, source = _from_folder(Path(name)), str(Path(name).resolve())
+    elif name in HUB_NAMES or _is_hub_id(name):
+        model = _from_hub(name, HUB_NAMES.get(name, name))
+    else:
+        known = ", ".join(["demo", *HUB_NAMES])
+        raise UserError(f"There is no autoencoder {name!r}: no such folder.", f"Give a folder, a hub id owner/name, or one of {known}.")
+    return Autoencoder(model.float(), source).to(device, dtype)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    if (folder / ENCODER_FILE).is_file() or (folder / DECODER_FILE).is_file():
+        return AutoencoderTAEF2.from_state_dicts(folder / ENCODER_FILE, folder / DECODER_FILE)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no autoencoder: it has no config.json.", f"It needs config.json and {WEIGHTS_FILE}, or {ENCODER_FILE} and {DECODER_FILE}."
+        )
+    kind = read_json(folder / "config.json").get("_class_name")
+    if kind not in _KINDS:
+        raise UserError(f"{folder} holds a {kind}, which is not a supported autoencoder; there are {', '.join(_KINDS)}.")
+    # Other file names would be pickles, which are never opened.
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UserError(f"{folder} has no {WEIGHTS_FILE}; pickled weights are not loaded.", "Convert the weights to safetensors.")
+    try:
+        return _KINDS[kind].from_pretrained(str(folder), use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"The autoencoder in {folder} cannot be loaded: {error}") from None
+
+
+def _from_hub(name: str, hub_id: str) -> nn.Module:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=["config.json", WEIGHTS_FILE])
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"The autoencoder {name!r} ({hub_id}) is not on this machine and cannot be downloaded: {str(error).splitlines()[0]}",
+            f"Where there is a network, run `hf download {hub_id} config.json {WEIGHTS_FILE} --local-dir FOLDER`, "
+            "copy FOLDER to this machine, and give its path as the autoencoder.",
+        ) from None
+    return _from_folder(Path(folder))
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> None:
+    """Write it as a folder that :func:`load_autoencoder` reads, in the precision it runs in, at once or not at all."""
+    with atomic_path(folder) as temporary:
+        autoencoder.model.save_pretrained(str(temporary), safe_serialization=True)

@@ -1,0 +1,163 @@
+"""A dataset folder into a latent folder: posterior moments, one file per image shard, resumed shard by shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from latent_medi.errors import UserError
+from latent_medi.files import atomic_path, read_json, remove, sha256_file, write_json
+from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
+from latent_medi.latents.settings import EncodeSettings
+from latent_medi.progress import get_logger, progress
+from latent_medi.shards.dataset import PatchDataset
+
+INFO_FILE = "latents.json"
+SCHEMA_VERSION = 1
+
+logger = get_logger("latents")
+
+
+def encode(settings: EncodeSettings) -> Path:
+    """Encode a dataset folder as the settings say; returns the latent folder."""
+    accelerator = Accelerator(cpu=settings.device == "cpu")
+    device = torch.device(settings.device) if settings.device else accelerator.device
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    autoencoder = load_autoencoder(settings.autoencoder, device, dtype)
+    return encode_dataset(settings.data, autoencoder, settings.out, settings.device_batch, None, accelerator, settings.workers)
+
+
+def encode_dataset(
+    dataset: str | Path,
+    autoencoder: Autoencoder,
+    out: str | Path,
+    device_batch: int = 64,
+    device: torch.device | str | None = None,
+    accelerator: Accelerator | None = None,
+    workers: int = 0,
+) -> Path:
+    """Encode a dataset folder.
+
+    Args:
+        dataset: Dataset folder.
+        autoencoder: What encodes.
+        out: Latent folder to write. If it was cut off, shards that are whole are kept.
+        device_batch: Patches per forward pass.
+        device: Where to run; ``None`` leaves the autoencoder where it is.
+        accelerator: With several processes, shard i is encoded by process i modulo their number. Every process must call.
+        workers: Threads that decode images.
+
+    Returns:
+        The latent folder.
+
+    Raises:
+        UserError: The folder holds latents of something else, the patches do not fit the autoencoder, or a latent is beyond fp16.
+    """
+    data, out = PatchDataset.open(dataset), Path(out)
+    if device is not None:
+        autoencoder.to(device)
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    if data.patch_size % autoencoder.factor:
+        raise UserError(f"Patches of {data.patch_size} px cannot be encoded: {autoencoder.source} needs multiples of {autoencoder.factor}.")
+    size = data.patch_size // autoencoder.factor
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "dataset": data.name,
+        "autoencoder": {**autoencoder.description, "precision": str(autoencoder.dtype).removeprefix("torch.")},
+        "shape": [autoencoder.latent_channels, size, size],
+        "dtype": "float16",
+    }
+    shards = shard_rows(data)
+    if (out / INFO_FILE).is_file():
+        _check_same(out, header, data)
+        logger.info("%s is finished.", out)
+        return out
+    mine = list(enumerate(data.info["shards"]))[rank::processes]
+    for number, shard in progress(mine, desc="encoding", unit="shard") if rank == 0 else mine:
+        if _record_of(out, number, shard, header) is None:
+            _encode_shard(data, shards[shard["file"]], shard, autoencoder, out, number, device_batch, workers, header)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    if rank == 0:
+        _finish(out, data, header)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return out
+
+
+def shard_rows(data: PatchDataset) -> dict[str, np.ndarray]:
+    """Row numbers of each shard, which must stand together and in the order of the shards."""
+    codes = pd.Categorical(data.index["shard"], categories=[s["file"] for s in data.info["shards"]]).codes
+    if np.any(codes < 0) or np.any(np.diff(codes.astype(np.int64)) < 0):
+        raise UserError(f"The index of {data.folder} is not in the order of its shards.", "Write the dataset again.")
+    return {s["file"]: np.flatnonzero(codes == i) for i, s in enumerate(data.info["shards"])}
+
+
+def _paths(out: Path, number: int) -> tuple[Path, Path]:
+    return out / "data" / f"part-{number:06d}.safetensors", out / ".progress" / f"part-{number:06d}.json"
+
+
+def _record_of(out: Path, number: int, shard: dict[str, Any], header: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a shard that is whole and up to date, else ``None``."""
+    file, note = _paths(out, number)
+    if not (file.is_file() and note.is_file()):
+        return None
+    record = read_json(note)
+    if record["header"] != header or record["shard"]["source_sha256"] != shard["sha256"]:
+        return None
+    return record["shard"] if sha256_file(file) == record["shard"]["sha256"] else None
+
+
+def _encode_shard(
+    data: PatchDataset, rows: np.ndarray, shard: dict[str, Any], autoencoder: Autoencoder, out: Path, number: int, batch: int,
+    workers: int, header: dict[str, Any],
+) -> None:  # fmt: skip
+    parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
+    for _, images in data.iterate(rows, batch, workers):
+        mean, std = autoencoder.encode(images)
+        parts["mean"].append(mean.half().cpu())
+        if std is not None:
+            parts["std"].append(std.half().cpu())
+    tensors = {name: torch.cat(values) for name, values in parts.items() if values}
+    if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+        keys = data.index["key"].iloc[rows[(~torch.isfinite(tensors[bad[0]]).flatten(1).all(1)).numpy()]]
+        raise UserError(f"The {bad[0]} of the latent of {keys.iloc[0]!r} in {shard['file']} is not finite in fp16.", "Encode in fp32.")
+    file, note = _paths(out, number)
+    with atomic_path(file) as temporary:
+        save_file(tensors, str(temporary))
+    mean = tensors["mean"].double()
+    record: dict[str, Any] = {
+        "file": f"data/{file.name}",
+        "sha256": sha256_file(file),
+        "source": shard["file"],
+        "source_sha256": shard["sha256"],
+        "count": len(rows),
+        "sum": mean.sum((0, 2, 3)).tolist(),
+        "sum_squares": mean.square().sum((0, 2, 3)).tolist(),
+        "sum_variances": tensors["std"].double().square().sum((0, 2, 3)).tolist() if "std" in tensors else None,
+    }
+    write_json(note, {"header": header, "shard": record})
+
+
+def _finish(out: Path, data: PatchDataset, header: dict[str, Any]) -> None:
+    records = [_record_of(out, number, shard, header) for number, shard in enumerate(data.info["shards"])]
+    if None in records:
+        raise UserError(f"{out}: shard {records.index(None)} was not encoded.", "Run the same command again.")
+    count = sum(r["count"] for r in records if r is not None)
+    # Σ and Σ² per channel run over every latent pixel of the means; Σσ² is what sampling the posterior adds.
+    write_json(out / INFO_FILE, {**header, "count": count, "shards": records})
+    remove(out / ".progress")
+
+
+def _check_same(out: Path, header: dict[str, Any], data: PatchDataset) -> None:
+    info = read_json(out / INFO_FILE)
+    if info.get("autoencoder", {}).get("hash") != header["autoencoder"]["hash"]:
+        raise UserError(f"{out} holds latents of another autoencoder.", "Choose another folder, or remove this one.")
+    if [s["source_sha256"] for s in info["shards"]] != [s["sha256"] for s in data.info["shards"]]:
+        raise UserError(f"{out} holds latents of other images than {data.folder}.", "Choose another folder, or remove this one.")

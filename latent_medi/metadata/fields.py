@@ -1,0 +1,193 @@
+"""One field of the metadata: its vocabulary or scaling, and the code of each value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.errors import UserError, nearest
+
+NULL = 0
+"""Code of a condition that is not given (dropped for guidance)."""
+UNKNOWN = 1
+"""Code of a value that is missing in the data."""
+FIRST_VALUE = 2
+"""Code of the first value of a vocabulary, and the state of a continuous field that has a value."""
+UNKNOWN_WORD = "unknown"
+"""How a missing value is written in tables, JSON members and indexes."""
+
+# "NA" is a tissue-source-site code of TCGA and "none" can be a real category, so neither is here.
+MISSING: frozenset[str] = frozenset(
+    {
+        "", "unknown", "'--", "--", "not reported", "not available",
+        "[unknown]", "[not reported]", "[not available]", "[not evaluated]",
+    }
+)  # fmt: skip
+"""Markers read as unknown, in lower case; compared without regard to case or surrounding blanks."""
+
+Kind = Literal["class", "categorical", "continuous"]
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is missing in the data: one of :data:`MISSING`, NaN or ``pandas.NA`` (not ``None``, which has no
+    meaning here).
+    """
+    if isinstance(value, str):
+        return value.strip().lower() in MISSING
+    return value is pd.NA or value is pd.NaT or (isinstance(value, (float, np.floating)) and math.isnan(value))
+
+
+@dataclass(frozen=True)
+class Field:
+    """One thing known of a patch.
+
+    Args:
+        name: Column name.
+        kind: ``class`` (at most one in a schema), ``categorical`` or ``continuous``.
+        values: The vocabulary of a class or categorical field; the value at position i has code i + 2.
+        mean: Of a continuous field, in its unit; the scaling constant subtracted.
+        std: Of a continuous field, in its unit, > 0; the scaling constant divided by.
+        unit: Of a continuous field, such as ``years``.
+        quantiles: 21 empirical quantiles (0, 0.05, …, 1) of a continuous field, or none; realistic values are drawn
+            from them.
+        missing: Share of rows without a value when the schema was made, 0 to 1.
+
+    Raises:
+        UserError: A value twice, a value that stands for missing, scaling that cannot be used.
+    """
+
+    name: str
+    kind: Kind
+    values: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+    unit: str = ""
+    quantiles: tuple[float, ...] = ()
+    missing: float = 0.0
+    _codes: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values))
+        object.__setattr__(self, "quantiles", tuple(float(q) for q in self.quantiles))
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise UserError(f"A field needs a name, not {self.name!r}.")
+        if self.kind not in ("class", "categorical", "continuous"):
+            raise UserError(f"Field {self.name!r} has kind {self.kind!r}.", "Use class, categorical or continuous.")
+        if self.continuous:
+            if self.values:
+                raise UserError(f"The continuous field {self.name!r} cannot have a vocabulary.")
+            if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+                raise UserError(
+                    f"Field {self.name!r} needs a finite mean and a std > 0, not {self.mean} and {self.std}."
+                )
+        for value in self.values:
+            if not isinstance(value, str):
+                raise UserError(f"Field {self.name!r} has the value {value!r}; values are strings.")
+            if is_missing(value):
+                raise UserError(
+                    f"Field {self.name!r} cannot have {value!r} as a value: "
+                    f"it stands for missing data (code {UNKNOWN})."
+                )
+            if value != value.strip():
+                raise UserError(
+                    f"Field {self.name!r} has {value!r} with blanks around it.", "Strip the blanks in the table."
+                )
+            if value in self._codes:
+                raise UserError(f"Field {self.name!r} has the value {value!r} twice.")
+            self._codes[value] = FIRST_VALUE + len(self._codes)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the field holds a number instead of one of a vocabulary."""
+        return self.kind == "continuous"
+
+    @property
+    def n_codes(self) -> int:
+        """Number of codes: null, unknown and every value; null, unknown and "has a value" for a continuous field."""
+        return 3 if self.continuous else FIRST_VALUE + len(self.values)
+
+    def code(self, value: Any) -> int:
+        """The code of a value, :data:`UNKNOWN` for a marker of missing data.
+
+        Raises:
+            UserError: The value is not in the vocabulary (or is no number); names the field, the value and the closest
+                known values.
+        """
+        if value is None:
+            raise UserError(
+                f"Field {self.name!r} has no value here (None).",
+                f"Write {UNKNOWN_WORD!r} for missing data; leave the field out to ask for no condition.",
+            )
+        if is_missing(value):
+            return UNKNOWN
+        if self.continuous:
+            return FIRST_VALUE if self.number(value) is not None else UNKNOWN
+        code = self._codes.get(value if isinstance(value, str) else str(value))
+        if code is None:
+            raise UserError(f"Field {self.name!r} has no value {str(value)!r}; {nearest(str(value), self.values)}.")
+        return code
+
+    def value(self, code: int) -> str:
+        """The value of a code; ``"unknown"`` for :data:`UNKNOWN`.
+
+        Raises:
+            UserError: The code is null or beyond the vocabulary, or the field is continuous and the code says "has a
+                value".
+        """
+        if code == UNKNOWN:
+            return UNKNOWN_WORD
+        if self.continuous or not FIRST_VALUE <= code < self.n_codes:
+            raise UserError(
+                f"Field {self.name!r} has no value with code {code}; "
+                f"its codes run from {UNKNOWN} to {self.n_codes - 1}."
+            )
+        return self.values[code - FIRST_VALUE]
+
+    def standardise(self, x: Any) -> Any:
+        """(x − mean) / std of a continuous field, for a number or an array."""
+        return (x - self.mean) / self.std
+
+    def number(self, value: Any) -> float | None:
+        """A continuous value as a finite number; ``None`` if it is missing."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"Field {self.name!r} is continuous, and {value!r} is not a number.") from None
+        if math.isinf(number):
+            raise UserError(f"Field {self.name!r} is continuous, and {value!r} is not finite.")
+        return None if math.isnan(number) else number
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, every code written out."""
+        if not self.continuous:
+            return {"name": self.name, "kind": self.kind, "codes": dict(self._codes), "missing": self.missing}
+        return {
+            "name": self.name, "kind": self.kind, "unit": self.unit, "mean": self.mean, "std": self.std,
+            "quantiles": list(self.quantiles), "missing": self.missing,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Field:
+        """The field of :meth:`to_dict`'s form; the order of JSON keys does not matter.
+
+        Raises:
+            UserError: Codes that are not 2, 3, 4, … without a gap.
+        """
+        codes = dict(data.get("codes", {}))
+        values = tuple(sorted(codes, key=lambda v: codes[v]))
+        if [codes[v] for v in values] != list(range(FIRST_VALUE, FIRST_VALUE + len(values))):
+            raise UserError(
+                f"The codes of field {data['name']!r} are not {FIRST_VALUE}, {FIRST_VALUE + 1}, … "
+                f"without a gap: {codes}."
+            )
+        return Field(
+            name=data["name"], kind=data["kind"], values=values, mean=float(data.get("mean", 0.0)),
+            std=float(data.get("std", 1.0)),
+            unit=data.get("unit", ""), quantiles=tuple(data.get("quantiles", ())), missing=float(data.get("missing",
+            0.0)),
+        )  # fmt: skip

@@ -1,0 +1,160 @@
+"""Image grids: real beside synthetic patches for each class and site, read from the datasets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_medi.errors import UserError
+from latent_medi.progress import get_logger
+from latent_medi.report.figures import image_uri, name_of
+from latent_medi.shards.dataset import PatchDataset
+
+log = get_logger(__name__)
+
+_LARGEST = 96  # pixels of a patch on the page
+_GAP = 2
+
+
+@dataclass
+class Row:
+    """One combination in the grid of a class.
+
+    Args:
+        name: What the row shows, without the class.
+        unseen: Whether no training patch has it.
+        images: Data URI of a montage per column, or None.
+        alt: Text for each image.
+    """
+
+    name: str
+    unseen: bool
+    images: list[str | None]
+    alt: list[str]
+
+
+@dataclass
+class Grid:
+    """The grid of one class.
+
+    Args:
+        tumour: The class.
+        columns: Headings: real and each arm.
+        rows: Its rows, held-out combinations first.
+        omitted: Rows left out for space.
+    """
+
+    tumour: str
+    columns: list[str]
+    rows: list[Row]
+    omitted: int
+
+
+def montage(images: np.ndarray) -> np.ndarray:
+    """Patches [n, H, W, 3] in a near-square block with narrow white gaps; patches above 96 px are thinned to fit."""
+    step = math.ceil(images.shape[1] / _LARGEST)
+    if step > 1:
+        n, h, w, _ = images.shape
+        trimmed = images[:, : h - h % step, : w - w % step].astype(np.float32)
+        blocks = trimmed.reshape(n, h // step, step, w // step, step, 3)
+        images = np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+    n, h, w, _ = images.shape
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (h + _GAP) - _GAP, columns * (w + _GAP) - _GAP, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (h + _GAP), (i % columns) * (w + _GAP)
+        canvas[y : y + h, x : x + w] = image
+    return canvas
+
+
+def open_or_none(folder: str | Path) -> PatchDataset | None:
+    """The dataset, or None (and a log line) where it is not on this machine."""
+    try:
+        return PatchDataset.open(folder)
+    except (UserError, OSError) as error:
+        log.warning("No patches in the report: %s", error)
+        return None
+
+
+def grids(
+    metrics: Mapping[str, Any],
+    real: PatchDataset | None,
+    arms: Mapping[str, PatchDataset],
+    per_cell: int = 4,
+    rows_per_class: int = 8,
+    seed: int = 0,
+) -> list[Grid]:
+    """One grid per class; held-out combinations first, then sites by their number of training patches.
+
+    Args:
+        metrics: For the classes, sites, counts and held-out combinations.
+        real: The real dataset; its test patches are shown.
+        arms: Synthetic datasets by arm.
+        per_cell: Patches of each kind in a cell.
+        rows_per_class: Rows at most.
+        seed: Seed of the choice.
+    """
+    info = metrics["dataset"]
+    if real is None and not arms:
+        return []
+    settings = metrics.get("settings", {})
+    sources: list[tuple[str, PatchDataset, dict[str, str]]] = []
+    if real is not None:
+        column = f"split_{info['split']}"
+        split = {column: settings.get("test_value", "test")} if column in real.index.columns else {}
+        sources.append((name_of("real").removesuffix(" only"), real, split))
+    sources += [(name_of(n), d, {}) for n, d in sorted(arms.items(), key=lambda item: item[0] != "medi")]
+    train = info["counts"]["patches"].get(settings.get("train_value", "train"))
+    result = []
+    for number, tumour in enumerate(info["classes"]):
+        counts = dict(zip(info["sites"], train[number] if train else [0] * len(info["sites"]), strict=True))
+        combinations = _combinations(info, tumour, counts)
+        rows = []
+        for combination, unseen in combinations[:rows_per_class]:
+            rows.append(_row(info, tumour, combination, unseen, sources, per_cell, seed))
+        rows = [r for r in rows if any(r.images)]
+        if rows:
+            omitted = max(0, len(combinations) - rows_per_class)
+            result.append(Grid(tumour, [s[0] for s in sources], rows, omitted))
+    return result
+
+
+def _combinations(info: Mapping[str, Any], tumour: str, counts: Mapping[str, int]) -> list[tuple[dict[str, str], bool]]:
+    """Combinations of a class without the class: held-out ones, then every other site."""
+    class_field, site_field = info["class_field"], info["site_field"]
+    held = [{k: v for k, v in c.items() if k != class_field} for c in info["held_out"] if c.get(class_field, tumour) == tumour]
+    held = [c for i, c in enumerate(held) if c and c not in held[:i]]
+    rest = sorted((s for s in info["sites"] if {site_field: s} not in held), key=lambda s: -counts[s])
+    return [(c, True) for c in held] + [({site_field: s}, counts[s] == 0) for s in rest]
+
+
+def _row(
+    info: Mapping[str, Any],
+    tumour: str,
+    combination: Mapping[str, str],
+    unseen: bool,
+    sources: list[tuple[str, PatchDataset, dict[str, str]]],
+    per_cell: int,
+    seed: int,
+) -> Row:
+    name = " × ".join(combination.values())
+    images: list[str | None] = []
+    alt: list[str] = []
+    for title, dataset, extra in sources:
+        wanted = {info["class_field"]: tumour, **combination, **extra}
+        keep = np.ones(len(dataset.index), bool)
+        for column, value in wanted.items():
+            # A dataset that lacks the field shows what it has of the class.
+            if column in dataset.index.columns:
+                keep &= dataset.index[column].to_numpy(dtype=str) == value
+        rows = np.flatnonzero(keep)
+        chosen = np.sort(np.random.default_rng([seed, 17]).permutation(rows)[:per_cell])
+        images.append(image_uri(montage(dataset.read(chosen))) if len(chosen) else None)
+        alt.append(f"{len(chosen)} patches, {title}: {tumour} × {name}")
+    return Row(name, unseen, images, alt)

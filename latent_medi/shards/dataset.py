@@ -1,0 +1,382 @@
+"""Reading a dataset folder: its schema, its index, and any patch by its row number."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latent_medi.errors import UserError, nearest
+from latent_medi.files import atomic_path, read_json, sha256_file, write_json
+from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.shards.codec import decode_image
+
+INFO_FILE = "dataset.json"
+INDEX_FILE = "index.parquet"
+SCHEMA_VERSION = 1
+SPLIT_PREFIX = "split_"
+FIXED_COLUMNS = ("key", "shard", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
+UNITS = {"patches": "key", "patients": "patient", "slides": "slide"}
+
+# Names that a selection may ask for although no row has them.
+_USUAL_SPLITS = ("train", "val", "test", "")
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
+_SHARD_FILE = re.compile(r"data/[^/\\]+\.tar")
+
+
+class PatchDataset:
+    """A dataset folder, opened. Pixels are read on demand; only the index is held in memory.
+
+    Attributes:
+        folder: The folder.
+        info: The content of ``dataset.json``.
+        schema: The fields of its patches.
+        index: A row per patch in the order of the shards: key, shard, offset and size in bytes of the image inside the
+            shard, origin, patient, slide, x, y, source_mpp, every field (a categorical one as string, a continuous one
+            as float64 with NaN for unknown), further columns of the writer, and ``split_<name>`` for each named split.
+            Treat it as read-only.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any], index: pd.DataFrame) -> None:
+        self.folder = folder
+        self.info = info
+        self.schema = Schema.from_dict(info["schema"])
+        self.index = index
+
+    @staticmethod
+    def open(folder: str | Path) -> PatchDataset:
+        """Open a finished dataset folder.
+
+        Raises:
+            UserError: It is absent, unfinished, written by a newer version, or its index does not fit its
+                ``dataset.json``.
+        """
+        folder = Path(folder)
+        if not (folder / INFO_FILE).is_file():
+            state = "is not finished" if (folder / ".progress").is_dir() else "is no dataset folder"
+            raise UserError(f"{folder} {state}: it has no {INFO_FILE}.", "Run the step that writes it (again).")
+        info = read_json(folder / INFO_FILE)
+        if not isinstance(info, dict) or info.get("schema_version") != SCHEMA_VERSION:
+            version = info.get("schema_version") if isinstance(info, dict) else None
+            raise UserError(f"{folder} has dataset version {version!r}; this program reads version {SCHEMA_VERSION}.")
+        try:
+            index = pq.read_table(folder / INDEX_FILE).to_pandas()
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{folder / INDEX_FILE} cannot be read: {error}.", "Write the dataset again.") from None
+        splits = {SPLIT_PREFIX + name for name in info["splits"]}
+        # A split whose writing was cut off between the two files was never recorded: it does not exist.
+        index = index.drop(columns=[c for c in index.columns if c.startswith(SPLIT_PREFIX) and c not in splits])
+        known = {*FIXED_COLUMNS, *splits, *(f["name"] for f in info["schema"]["fields"])}
+        if gone := sorted(known - set(index.columns)):
+            raise UserError(f"{folder / INDEX_FILE} lacks the columns {gone}.", "Write the dataset again.")
+        if len(index) != info["counts"]["patches"]:
+            raise UserError(f"{folder}: the index has {len(index)} patches, {INFO_FILE} {info['counts']['patches']}.")
+        return PatchDataset(folder, info, index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __repr__(self) -> str:
+        return f"PatchDataset({str(self.folder)!r}, {len(self)} patches of {self.patch_size} px)"
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return self.info["name"]
+
+    @property
+    def patch_size(self) -> int:
+        """Edge of a patch in pixels."""
+        return self.info["patch_size"]
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the recorded splits; the column of each is ``split_<name>``."""
+        return list(self.info["splits"])
+
+    def read(self, rows: Sequence[int] | np.ndarray, workers: int = 0) -> np.ndarray:
+        """Patches by row number, in the order asked for.
+
+        Args:
+            rows: Row numbers of the index, repeats allowed.
+            workers: Threads that decode; 0 decodes in the caller's.
+
+        Returns:
+            uint8 [n, H, W, 3], RGB.
+
+        Raises:
+            UserError: A patch is damaged or missing (named), or a row number is out of range.
+        """
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise UserError(f"Row numbers run from 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}.")
+        out = np.empty((len(rows), self.patch_size, self.patch_size, 3), dtype=np.uint8)
+        # Rows are in the order of the shards, and of the offsets within each: sorting them makes one pass over each
+        # file.
+        order = np.argsort(rows, kind="stable")
+        if workers > 0 and len(rows) > 1:
+            parts = np.array_split(order, min(len(rows), 4 * workers))
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(lambda part: self._read_into(out, rows, part), parts))
+        else:
+            self._read_into(out, rows, order)
+        return out
+
+    def _read_into(self, out: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> None:
+        asked = self.index[["shard", "offset", "size"]].iloc[rows[positions]]
+        open_shard, handle = None, -1
+        try:
+            for position, shard, offset, size in zip(
+                positions, *(asked[c].tolist() for c in asked.columns), strict=True
+            ):
+                if shard != open_shard:
+                    if handle >= 0:
+                        os.close(handle)
+                        handle = -1
+                    open_shard, handle = shard, self._open_shard(shard)
+                out[position] = self._decode(os.pread(handle, size, offset), int(rows[position]))
+        finally:
+            if handle >= 0:
+                os.close(handle)
+
+    def _open_shard(self, shard: str) -> int:
+        try:
+            return os.open(self.folder / shard, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder / shard} cannot be opened: {error.strerror}.", "Restore it, or write the dataset again."
+            ) from None
+
+    def _decode(self, data: bytes, row: int) -> np.ndarray:
+        size = self.patch_size
+        try:
+            image = decode_image(data)
+            if image.shape != (size, size, 3):
+                raise UserError(f"It is {image.shape[1]}×{image.shape[0]}, not {size}×{size}.")
+        except UserError as error:
+            where = f"patch {self.index['key'].iloc[row]!r} in {self.folder / self.index['shard'].iloc[row]}"
+            raise UserError(
+                f"{where}: {error.message}", "Restore the shard; `verify` lists every damaged one."
+            ) from None
+        return image
+
+    def iterate(
+        self, rows: Sequence[int] | np.ndarray | None, batch: int, workers: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches of patches in the order of ``rows`` (all rows if ``None``); the last one may be short.
+
+        Yields:
+            Row numbers int64 [n] and patches uint8 [n, H, W, 3].
+        """
+        if batch < 1:
+            raise UserError(f"The batch is {batch}; it is at least 1.")
+        chosen = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
+        for start in range(0, len(chosen), batch):
+            part = chosen[start : start + batch]
+            yield part, self.read(part, workers)
+
+    def rows(self, where: Mapping[str, str | Sequence[str]] | None = None) -> np.ndarray:
+        """Row numbers of the patches for which every named column has the value (or one of the values), ascending,
+        int64.
+
+        Args:
+            where: Value or values by column: fields, ``split_<name>``, ``origin``, ``patient`` … of a continuous field
+                ``"unknown"``.
+
+        Raises:
+            UserError: There is no such column, field value or split name; names the closest.
+        """
+        keep = np.ones(len(self), dtype=bool)
+        for column, wanted in (where or {}).items():
+            values = [wanted] if isinstance(wanted, (str, int, float)) else list(wanted)
+            keep &= self._matches(column, values)
+        return np.flatnonzero(keep)
+
+    def _matches(self, column: str, values: list[Any]) -> np.ndarray:
+        if column not in self.index.columns:
+            raise UserError(f"{self.folder} has no column {column!r}; {nearest(column, self.index.columns)}.")
+        content = self.index[column]
+        if column in self.schema.names:
+            known = self.schema.field(column)
+            codes = [known.code(v) for v in values]
+            if known.continuous:
+                numbers = [float(v) for v, code in zip(values, codes, strict=True) if code != 1]
+                return (content.isin(numbers) | (content.isna() if 1 in codes else False)).to_numpy(bool)
+            values = [known.value(code) for code in codes]
+        elif column.startswith(SPLIT_PREFIX) or column == "origin":
+            there = sorted({*content.unique(), *(_USUAL_SPLITS if column != "origin" else ("real", "synthetic"))})
+            for value in values:
+                if value not in there:
+                    raise UserError(
+                        f"Column {column!r} has no value {value!r}; {nearest(str(value), [t for t in there if t])}."
+                    )
+        return content.isin(values).to_numpy(bool)
+
+    def add_split(
+        self, name: str, column: pd.Series | Sequence[str], recipe: Mapping[str, Any], replace: bool = False
+    ) -> None:
+        """Record a named split as the column ``split_<name>`` of the index. No data move.
+
+        Args:
+            name: Letters, digits and underscores.
+            column: The split of each row, in the index's order; ``""`` for none.
+            recipe: JSON-able: how it was made.
+            replace: Whether a different split of that name may be overwritten.
+
+        Raises:
+            UserError: A patient is in two splits, a synthetic patch is in a split other than ``train…``, or the name
+                is taken.
+        """
+        if not _SPLIT_NAME.fullmatch(name):
+            raise UserError(f"A split's name has letters, digits and underscores only, not {name!r}.")
+        if len(column) != len(self):
+            raise UserError(f"The split {name!r} has {len(column)} rows; the dataset has {len(self)}.")
+        values = ["" if pd.isna(v) else str(v) for v in column]
+        label = SPLIT_PREFIX + name
+        if name in self.info["splits"] and not replace and values != self.index[label].tolist():
+            raise UserError(
+                f"{self.folder} already has another split {name!r}.", "Choose another name, or replace it knowingly."
+            )
+        index = self.index.assign(**{label: values})
+        info = {**self.info, "splits": {**self.info["splits"], name: {"recipe": dict(recipe)}}}
+        self.info, self.index = write_folder(self.folder, info, index), index
+
+    def counts(self, row_field: str, column_field: str, unit: str = "patches") -> pd.DataFrame:
+        """A table of counts by two columns of the index; empty combinations are 0, and unused values of a vocabulary
+        are listed.
+
+        Args:
+            row_field: Column for the rows.
+            column_field: Column for the columns.
+            unit: ``patches``, ``patients`` or ``slides``.
+        """
+        if unit not in UNITS:
+            raise UserError(f"Counts are in {', '.join(UNITS)}, not {unit!r}.")
+        for column in (row_field, column_field):
+            if column not in self.index.columns:
+                raise UserError(f"{self.folder} has no column {column!r}; {nearest(column, self.index.columns)}.")
+        distinct = self.index.drop_duplicates([row_field, column_field, UNITS[unit]])
+        table = pd.crosstab(distinct[row_field], distinct[column_field])
+        axes = []
+        for column, found in ((row_field, table.index), (column_field, table.columns)):
+            listed = list(self.schema.field(column).values) if column in self.schema.names else []
+            axes.append(listed + [v for v in found if v not in listed])
+        return table.reindex(index=axes[0], columns=axes[1], fill_value=0).rename_axis(
+            index=row_field, columns=column_field
+        )
+
+    def verify(self, images: bool = False) -> list[str]:
+        """Everything wrong with the folder, in words; empty if all is well.
+
+        Args:
+            images: Also decode every patch.
+        """
+        problems: list[str] = []
+        listed = {shard["file"] for shard in self.info["shards"]}
+        if set(self.index["shard"]) - listed:
+            problems.append(
+                f"the index names shards that {INFO_FILE} lacks: {sorted(set(self.index['shard']) - listed)}"
+            )
+        for shard in self.info["shards"]:
+            path, file = self.folder / shard["file"], shard["file"]
+            mine = self.index[self.index["shard"] == file]
+            if len(mine) != shard["count"]:
+                problems.append(f"{file}: the index has {len(mine)} patches, {INFO_FILE} {shard['count']}")
+            if not path.is_file():
+                problems.append(f"{file} is missing")
+            elif sha256_file(path) != shard["sha256"]:
+                problems.append(f"{file} is damaged: its SHA-256 is not the recorded one")
+            else:
+                problems += _misplaced(path, file, mine, self.info["codec"])
+        extra = {f"data/{p.name}" for p in (self.folder / "data").glob("*") if not p.name.startswith(".")} - listed
+        problems += [f"{file} is not part of the dataset" for file in sorted(extra)]
+        if self.index["key"].duplicated().any():
+            problems.append(f"the key {self.index['key'][self.index['key'].duplicated()].iloc[0]!r} occurs twice")
+        problems += _attempt(lambda: self.schema.encode(self.index))
+        for name, recorded in self.info["splits"].items():
+            column = self.index[SPLIT_PREFIX + name]
+            problems += _attempt(lambda column=column, name=name: _check_split(self.index, column, name))
+            if recorded["sha256"] != _column_hash(column):
+                problems.append(f"the column of split {name!r} is not the recorded one")
+        if images:
+            for row in range(len(self)):
+                problems += _attempt(lambda row=row: self.read([row]))
+        return problems
+
+
+def _attempt(check: Any) -> list[str]:
+    try:
+        check()
+    except UserError as error:
+        return [error.message]
+    return []
+
+
+def _misplaced(path: Path, file: str, index: pd.DataFrame, codec: str) -> list[str]:
+    """Rows whose image is not where the index says."""
+    with tarfile.open(path) as tar:
+        members = {member.name: (member.offset_data, member.size) for member in tar}
+    return [
+        f"{file}: {key!r} is not where the index says"
+        for key, offset, size in zip(index["key"], index["offset"], index["size"], strict=True)
+        if members.get(f"{key}.{codec}") != (offset, size) or f"{key}.json" not in members
+    ]
+
+
+def _column_hash(column: pd.Series) -> str:
+    return hashlib.sha256("\n".join(column.tolist()).encode()).hexdigest()
+
+
+def _check_split(index: pd.DataFrame, column: pd.Series, name: str) -> None:
+    assert_patient_disjoint(index, SPLIT_PREFIX + name)
+    wrong = index[(index["origin"] == "synthetic") & (column != "") & ~column.str.startswith("train")]
+    if len(wrong):
+        raise UserError(
+            f"Split {name!r}: {len(wrong)} synthetic patches are outside its training part, "
+            f"first {wrong['key'].iloc[0]!r} in {column[wrong.index[0]]!r}.",
+            "Only real patients validate, test and serve as reference.",
+        )
+
+
+def write_folder(folder: Path, info: dict[str, Any], index: pd.DataFrame) -> dict[str, Any]:
+    """Check the splits of an index, then write ``index.parquet`` and, last, ``dataset.json``, each atomically.
+
+    Returns:
+        ``info`` with the counts and each split's counts and column hash filled in.
+
+    Raises:
+        UserError: A split shares a patient, or holds synthetic patches outside its training part.
+    """
+    splits: dict[str, Any] = {}
+    for name, entry in info["splits"].items():
+        column = index[SPLIT_PREFIX + name]
+        _check_split(index, column, name)
+        counts = {
+            str(value): {unit: int(rows[unit_column].nunique()) for unit, unit_column in UNITS.items()}
+            for value, rows in sorted(index.groupby(column), key=lambda item: str(item[0]))
+        }
+        splits[name] = {"recipe": entry["recipe"], "counts": counts, "sha256": _column_hash(column)}
+    totals = {unit: int(index[column].nunique()) for unit, column in UNITS.items()}
+    totals |= {"shards": len(info["shards"])} | {o: int((index["origin"] == o).sum()) for o in ("real", "synthetic")}
+    order = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "provenance")
+    complete = {**info, "counts": totals, "splits": splits}
+    complete = {"schema_version": SCHEMA_VERSION} | {key: complete[key] for key in order}
+    if bad := [s["file"] for s in info["shards"] if not _SHARD_FILE.fullmatch(s["file"])]:
+        raise UserError(f"Shards lie in data/, not at {bad}.")
+    with atomic_path(folder / INDEX_FILE) as temporary:
+        # Plain columns, no pandas metadata: the bytes depend on the content alone.
+        table = pa.Table.from_pandas(index, preserve_index=False).replace_schema_metadata(None)
+        pq.write_table(table, temporary, compression="zstd")
+    write_json(folder / INFO_FILE, complete)
+    return complete

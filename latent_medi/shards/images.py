@@ -1,0 +1,266 @@
+"""A table of patch images into a dataset folder: each image is checked, and a bad one is named, never replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed
+from PIL import Image
+
+from latent_medi.errors import UserError
+from latent_medi.files import remove
+from latent_medi.metadata.fields import is_missing
+from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.tables import read_table, require_columns
+from latent_medi.progress import get_logger, progress
+from latent_medi.shards.codec import check_codec, decode_image
+from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.patch import Patch, check_column, check_key
+from latent_medi.shards.records import ShardRecord, finished_shards
+from latent_medi.shards.settings import ImportSettings
+from latent_medi.shards.writer import finish_dataset, finished_dataset, write_shard
+
+logger = get_logger(__name__)
+
+TOLERANCE = 0.02
+"""Share by which a resolution or a field of view may be off and still be taken as equal."""
+
+
+def import_images(
+    settings: ImportSettings,
+    table: pd.DataFrame | None = None,
+    schema: Schema | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    splits: Mapping[str, tuple[Mapping[str, str], Mapping[str, Any]]] | None = None,
+) -> PatchDataset:
+    """Write a dataset folder from images named in a table.
+
+    With ``mpp`` given, the middle of each image is cut so that a patch covers ``patch_size × mpp`` µm; without, each
+    image is stored whole. Either way it is scaled down with an antialiasing Lanczos filter, never up. Images that
+    cannot be decoded, are not 8-bit RGB, too small or (stored whole) not square or of another resolution are logged by
+    name and listed in ``provenance["rejected"]``. A rerun keeps the shards whose images and settings have not changed.
+
+    Args:
+        settings: See :class:`ImportSettings`.
+        table: The table, if it is not to be read from ``settings.table``; cells are strings.
+        schema: The fields, if the vocabulary exists already; by default made from the table.
+        provenance: Where the images come from.
+        splits: Named splits by patient, as for :func:`~latent_medi.shards.writer.finish_dataset`.
+
+    Raises:
+        UserError: The table does not have what the settings name, or more than ``max_bad`` of the images are bad.
+    """
+    check_codec(settings.codec)
+    if table is None:
+        if not settings.table:
+            raise UserError("No table of images is given.", "table=/path/to/manifest.csv")
+        table = read_table(settings.table)
+    if not settings.out:
+        raise UserError("No dataset folder to write is given.", "out=/path/to/dataset")
+    if settings.patch_size < 1 or settings.patches_per_shard < 1 or not 0 <= settings.max_bad <= 1:
+        raise UserError("patch_size and patches_per_shard are at least 1, and max_bad is between 0 and 1.")
+    rows = _rows(table, settings)
+    if schema is None:
+        continuous, units = settings.continuous, settings.units
+        schema = Schema.from_table(table, settings.class_field or None, settings.categorical, continuous, units)
+    schema.encode(table)
+    root = Path(settings.root) if settings.root else Path(settings.table).parent if settings.table else Path()
+    out, name = Path(settings.out), settings.name or Path(settings.out).name
+    geometry = _Geometry(settings.patch_size, settings.mpp or _whole_mpp(rows, root, settings), bool(settings.mpp))
+
+    chunks = [rows[i : i + settings.patches_per_shard] for i in range(0, len(rows), settings.patches_per_shard)]
+    pool = Parallel(n_jobs=settings.jobs, return_as="generator")
+    hashes = pool(delayed(_token)(chunk, root, geometry, settings.codec) for chunk in chunks)
+    tokens = list(progress(hashes, len(chunks), "reading images", "shard"))
+    expected = {"name": name, "schema": schema.to_dict(), "patch_size": settings.patch_size, "codec": settings.codec}
+    if whole := finished_dataset(out, expected | {"mpp": geometry.mpp}, tokens, splits):
+        return whole
+    remove(out / INFO_FILE)
+    remove(out / INDEX_FILE)
+    done = {number: r for number, r in finished_shards(out).items() if number < len(tokens)}
+    done = {number: record for number, record in done.items() if record.token == tokens[number]}
+    todo = [number for number in range(len(chunks)) if number not in done]
+    work = pool(delayed(_write)(out, n, chunks[n], root, geometry, settings.codec, tokens[n]) for n in todo)
+    rejected = {number: list(record.notes["rejected"]) for number, record in done.items()}
+    written = set(done)
+    for number, (record, bad) in zip(todo, progress(work, len(todo), f"writing {name}", "shard"), strict=True):
+        rejected[number] = bad
+        if record is not None:
+            written.add(number)
+    bad = [entry for number in sorted(rejected) for entry in rejected[number]]
+    _report(bad, len(rows), settings.max_bad)
+    source = dict(provenance or {}) | {"rejected": {"count": len(bad), "images": bad}}
+    return finish_dataset(
+        out, name, schema, settings.patch_size, geometry.mpp, settings.codec, source, splits, shards=written
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """How an image becomes a patch: edge in pixels, µm per pixel, and whether the middle is cut out."""
+
+    patch_size: int
+    mpp: float
+    cut: bool
+
+    def apply(self, image: np.ndarray, source_mpp: float) -> np.ndarray:
+        """The patch of an image, uint8 [patch_size, patch_size, 3].
+
+        Raises:
+            UserError: The image does not hold such a patch.
+        """
+        height, width = image.shape[:2]
+        edge = min(height, width)
+        side = self.patch_size * self.mpp / source_mpp
+        if self.patch_size > side * (1 + TOLERANCE):
+            raise UserError(f"would have to be enlarged from {source_mpp:g} to {self.mpp:g} µm per pixel")
+        if side > edge * (1 + TOLERANCE):
+            covered, wanted = edge * source_mpp, self.patch_size * self.mpp
+            raise UserError(f"covers {covered:.4g} µm, and a patch {wanted:.4g} µm")
+        if not self.cut:
+            if height != width:
+                raise UserError(f"is not square: {width}×{height}")
+            if side < edge * (1 - TOLERANCE):
+                raise UserError(
+                    f"has {edge * source_mpp / self.patch_size:.4g} µm per stored pixel, not {self.mpp:.4g}"
+                )
+            side = edge
+        # Within rounding of the whole edge or of whole pixels nothing is interpolated.
+        side = min(side, edge)
+        side = round(side) if abs(side - round(side)) < 1e-6 else side
+        left, top = (width - side) / 2, (height - side) / 2
+        if side == self.patch_size:
+            left, top = int(left), int(top)
+        box = (left, top, left + side, top + side)
+        size = (self.patch_size, self.patch_size)
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, box=box))
+
+
+def _rows(table: pd.DataFrame, settings: ImportSettings) -> list[dict[str, Any]]:
+    """What each patch will be made from: path, key, patient, slide, position, source resolution, fields and extras."""
+    fields = [*([settings.class_field] if settings.class_field else []), *settings.categorical, *settings.continuous]
+    optional = [settings.slide_column, settings.key_column, settings.x_column, settings.y_column]
+    optional.append(settings.source_mpp_column)
+    named = [settings.image_column, settings.patient_column, *fields, *settings.extra, *(c for c in optional if c)]
+    require_columns(table, named, f"The table {settings.table}".strip())
+    for column in (*fields, *settings.extra):
+        check_column(column)
+    if not settings.source_mpp_column and not (math.isfinite(settings.source_mpp) and settings.source_mpp > 0):
+        raise UserError(
+            "The resolution of the images is not given.",
+            "Set source_mpp (µm per pixel) or source_mpp_column; if only a nominal value is known, say so somewhere.",
+        )
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
+    for row in table.astype(str).to_dict(orient="records"):
+        path = row[settings.image_column]
+        key = row[settings.key_column] if settings.key_column else _key(path)
+        check_key(key)
+        if key in seen:
+            raise UserError(
+                f"{path!r} and {seen[key]!r} would both have the key {key!r}.", "Give a column of unique keys."
+            )
+        seen[key] = path
+        patient = row[settings.patient_column]
+        if is_missing(patient):
+            raise UserError(
+                f"{path!r} has no patient.", "Without patients no honest split is possible; fill the column."
+            )
+        resolution = row[settings.source_mpp_column] if settings.source_mpp_column else settings.source_mpp
+        rows.append(
+            {
+                "path": path, "key": key, "patient": patient,
+                "slide": row[settings.slide_column] if settings.slide_column else patient,
+                "x": _whole(row, settings.x_column), "y": _whole(row, settings.y_column),
+                "source_mpp": _positive(resolution, path),
+                "fields": {name: row[name] for name in fields}, "extra": {name: row[name] for name in settings.extra},
+            }
+        )  # fmt: skip
+    if not rows:
+        raise UserError("The table of images has no row.")
+    return rows
+
+
+def _key(path: str) -> str:
+    stem = Path(path.replace("\\", "/")).with_suffix("").as_posix()
+    return "/".join(part for part in stem.replace(".", "-").split("/") if part.strip("-"))
+
+
+def _whole(row: Mapping[str, str], column: str) -> int:
+    if not column:
+        return -1
+    try:
+        return int(row[column])
+    except ValueError:
+        raise UserError(f"Column {column!r} holds {row[column]!r}; it is a position in whole pixels.") from None
+
+
+def _positive(value: str | float, path: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise UserError(f"{path!r} has the resolution {value!r}; it is a number of µm per pixel > 0 and never assumed.")
+    return number
+
+
+def _whole_mpp(rows: list[dict[str, Any]], root: Path, settings: ImportSettings) -> float:
+    """µm per stored pixel when images are stored whole: that of the first one whose size can be read."""
+    for row in rows:
+        try:
+            with Image.open(root / row["path"]) as image:
+                return min(image.size) * row["source_mpp"] / settings.patch_size
+        except OSError:
+            continue
+    raise UserError(f"None of the {len(rows)} images can be read, such as {root / rows[0]['path']}.", "Check root.")
+
+
+def _token(rows: list[dict[str, Any]], root: Path, geometry: _Geometry, codec: str) -> str:
+    """SHA-256 over everything that decides a shard's bytes."""
+    digest = hashlib.sha256(json.dumps([rows, dataclasses.asdict(geometry), codec], sort_keys=True).encode())
+    for row in rows:
+        try:
+            digest.update(hashlib.sha256((root / row["path"]).read_bytes()).digest())
+        except OSError as error:
+            digest.update(type(error).__name__.encode())
+    return digest.hexdigest()
+
+
+def _write(
+    out: Path, number: int, rows: list[dict[str, Any]], root: Path, geometry: _Geometry, codec: str, token: str
+) -> tuple[ShardRecord | None, list[dict[str, str]]]:
+    """One shard; ``None`` if all of its images are bad, and the bad ones with the reason."""
+    patches, bad = [], []
+    for row in rows:
+        try:
+            image = geometry.apply(decode_image((root / row["path"]).read_bytes()), row["source_mpp"])
+        except UserError as error:
+            bad.append({"image": row["path"], "reason": error.message})
+        except OSError as error:
+            bad.append({"image": row["path"], "reason": error.strerror or str(error)})
+        else:
+            patches.append(Patch(image=image, **{name: value for name, value in row.items() if name != "path"}))
+    if not patches:
+        return None, bad
+    record = write_shard(out, number, patches, codec, token, notes={"rejected": bad})
+    return dataclasses.replace(record, rows=pd.DataFrame()), bad
+
+
+def _report(bad: list[dict[str, str]], total: int, max_bad: float) -> None:
+    for entry in bad:
+        logger.warning("rejected %s: %s", entry["image"], entry["reason"])
+    if len(bad) > max_bad * total:
+        named = "".join(f"\n  {entry['image']}: {entry['reason']}" for entry in bad[:10])
+        raise UserError(
+            f"{len(bad)} of {total} images are bad, more than the share of {max_bad:g} that max_bad allows:{named}",
+            "Repair or remove them, or raise max_bad.",
+        )

@@ -1,0 +1,134 @@
+"""One patch with what is known of it, and the checks that it passes before it is stored."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from latent_medi.errors import UserError
+from latent_medi.metadata.schema import UNKNOWN_WORD, is_missing
+from latent_medi.shards.codec import ORIGINS
+from latent_medi.shards.dataset import FIXED_COLUMNS, SPLIT_PREFIX
+
+
+@dataclass(eq=False)
+class Patch:
+    """One patch and what is known of it.
+
+    Args:
+        key: Unique name, no dot; may hold ``/``. WebDataset takes everything after the first dot for the file type.
+        image: uint8 [H, W, 3], RGB, square.
+        patient: The unit that never crosses splits.
+        slide: The slide it was cut from; the patient's name where slides are not known.
+        x: Left edge in level-0 pixels; -1 where it is not known.
+        y: Top edge in level-0 pixels; -1 where it is not known.
+        source_mpp: µm per pixel of the level 0 it was cut from.
+        fields: A value for every field of the schema; ``"unknown"`` (or NaN) where the data have none.
+        origin: ``real`` or ``synthetic``.
+        extra: Further index columns, the same ones in every patch of a dataset.
+    """
+
+    key: str
+    image: np.ndarray
+    patient: str
+    slide: str
+    x: int
+    y: int
+    source_mpp: float
+    fields: Mapping[str, str | float]
+    origin: str = "real"
+    extra: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+# A dot would end the key early; the others break paths, globs or terminals.
+_BAD_KEY = re.compile(r"[.\\\x00-\x1f\x7f]|^/|/$|//|^$|^\s|\s$")
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that WebDataset would read differently.
+
+    Raises:
+        UserError: It has a dot, a backslash, a control character, blanks around it or an empty path part.
+    """
+    if not isinstance(key, str) or _BAD_KEY.search(key):
+        raise UserError(
+            f"The key {key!r} cannot name a patch.",
+            "WebDataset takes what follows a dot for the file type: use '-'. "
+            "No backslash, control character, blank at an end or empty part between slashes either.",
+        )
+
+
+def _text(name: str, value: Any, key: str) -> str:
+    """A field value as the string that the JSON member holds; ``repr`` of a float reads back exactly."""
+    if value is None or isinstance(value, (list, dict, tuple, set)):
+        raise UserError(
+            f"Patch {key!r}: field {name!r} is {value!r}.",
+            f"Give a string or a number, {UNKNOWN_WORD!r} if it is missing.",
+        )
+    if is_missing(value):
+        return UNKNOWN_WORD
+    if isinstance(value, (float, np.floating)):
+        return repr(float(value))
+    return str(value)
+
+
+def _plain(name: str, value: Any, key: str) -> str | int | float:
+    """An extra column's value as a JSON-able scalar that is never null."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if abs(int(value)) >= 2**63:
+            raise UserError(
+                f"Patch {key!r}: the extra column {name!r} is {value}, too large for 64 bits.", "Use a string."
+            )
+        return int(value)
+    if isinstance(value, (float, np.floating)) and math.isfinite(value):
+        return float(value)
+    raise UserError(f"Patch {key!r}: the extra column {name!r} is {value!r}; it holds a string or a finite number.")
+
+
+def describe(patch: Patch) -> dict[str, Any]:
+    """A checked row of the shard's record."""
+    check_key(patch.key)
+    if patch.origin not in ORIGINS:
+        raise UserError(f"Patch {patch.key!r}: the origin is {' or '.join(ORIGINS)}, not {patch.origin!r}.")
+    for name in ("patient", "slide"):
+        if not isinstance(getattr(patch, name), str) or is_missing(getattr(patch, name)):
+            raise UserError(f"Patch {patch.key!r} has no {name}.", "Splits are by patient, so every patch needs one.")
+    source_mpp = float(patch.source_mpp)
+    if not (math.isfinite(source_mpp) and source_mpp > 0):
+        raise UserError(f"Patch {patch.key!r}: source_mpp is {patch.source_mpp} µm per pixel; it is a number > 0.")
+    fields = {name: _text(name, value, patch.key) for name, value in patch.fields.items()}
+    extra = {name: _plain(name, value, patch.key) for name, value in patch.extra.items()}
+    for name in (*fields, *extra):
+        check_column(name)
+    if both := set(fields) & set(extra):
+        raise UserError(f"Patch {patch.key!r}: {sorted(both)} are both fields and extra columns.")
+    return {
+        "key": patch.key, "origin": patch.origin, "patient": patch.patient, "slide": patch.slide,
+        "x": int(patch.x), "y": int(patch.y), "source_mpp": source_mpp, "fields": fields, "extra": extra,
+    }  # fmt: skip
+
+
+def column_types(row: Mapping[str, Any]) -> tuple[set[str], dict[str, type]]:
+    """What must be the same in every patch: names of the fields, names and types of the extra columns."""
+    return set(row["fields"]), {name: type(value) for name, value in row["extra"].items()}
+
+
+def check_column(name: str) -> None:
+    """Refuse a field or extra column whose name the index already uses.
+
+    Raises:
+        UserError: It does.
+    """
+    if name in FIXED_COLUMNS or name.startswith(SPLIT_PREFIX):
+        reserved = ", ".join(FIXED_COLUMNS)
+        raise UserError(
+            f"A field cannot be called {name!r}.",
+            f"The index uses {reserved} and {SPLIT_PREFIX}… itself; rename the column.",
+        )

@@ -1,0 +1,96 @@
+"""What is remembered of each shard until its dataset is finished, so that a run cut off goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latent_medi.files import atomic_path, sha256_file
+from latent_medi.progress import get_logger
+
+logger = get_logger(__name__)
+
+PROGRESS_FOLDER = ".progress"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of one finished shard.
+
+    Args:
+        number: Its number.
+        sha256: Of the tar.
+        count: Number of patches.
+        size: Bytes of the tar.
+        codec: ``png`` or ``jpg``.
+        patch_size: Edge in pixels.
+        token: What the shard was made from, as its writer put it; a rerun compares it.
+        notes: JSON-able remarks of its writer.
+        rows: A row per patch: key, offset and size of the image member, origin, patient, slide, x, y, source_mpp, and
+            ``fields`` and ``extra`` as JSON objects.
+    """
+
+    number: int
+    sha256: str
+    count: int
+    size: int
+    codec: str
+    patch_size: int
+    token: str = ""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    rows: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False, repr=False)
+
+
+def shard_file(number: int) -> str:
+    """Path of a shard inside the dataset folder."""
+    return f"data/part-{number:06d}.tar"
+
+
+def _record_path(folder: Path, number: int) -> Path:
+    return folder / PROGRESS_FOLDER / f"part-{number:06d}.parquet"
+
+
+def write_record(folder: Path, record: ShardRecord) -> None:
+    summary = {
+        "sha256": record.sha256, "size": record.size, "codec": record.codec, "patch_size": record.patch_size,
+        "token": record.token, "notes": dict(record.notes),
+    }  # fmt: skip
+    table = pa.Table.from_pandas(record.rows, preserve_index=False)
+    table = table.replace_schema_metadata({"shard": json.dumps(summary)})
+    with atomic_path(_record_path(folder, record.number)) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _read_record(path: Path) -> ShardRecord:
+    table = pq.read_table(path)
+    summary = json.loads(table.schema.metadata[b"shard"])
+    number = int(path.stem.removeprefix("part-"))
+    rows = table.replace_schema_metadata(None).to_pandas()
+    return ShardRecord(number, count=len(rows), rows=rows, **summary)
+
+
+def finished_shards(folder: str | Path) -> dict[int, ShardRecord]:
+    """The shards of an unfinished dataset folder whose tar is there with the recorded SHA-256; others are logged and
+    left out.
+    """
+    folder = Path(folder)
+    found: dict[int, ShardRecord] = {}
+    for path in sorted((folder / PROGRESS_FOLDER).glob("part-*.parquet")):
+        try:
+            record = _read_record(path)
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            logger.warning("%s is not readable (%s): its shard will be written again", path, error)
+            continue
+        tar = folder / shard_file(record.number)
+        if not tar.is_file() or tar.stat().st_size != record.size or sha256_file(tar) != record.sha256:
+            logger.warning("%s is missing or damaged: it will be written again", tar)
+            continue
+        found[record.number] = record
+    return found

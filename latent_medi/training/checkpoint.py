@@ -1,0 +1,107 @@
+"""Checkpoints that are either whole or absent, checked by hash, with the newest few kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from latent_medi.errors import UserError
+from latent_medi.files import atomic_path, read_json, remove, sha256_file, write_json
+from latent_medi.progress import get_logger
+
+logger = get_logger("training")
+
+_NAME = re.compile(r"images-(\d{12})")
+_STATE = "state.json"
+
+
+def checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
+    """(images seen, path) of every checkpoint in ``folder``, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("images-*") if (match := _NAME.fullmatch(path.name))]
+    return sorted(found)
+
+
+def save_checkpoint(
+    folder: Path, images: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write ``folder/images-%012d`` in one step and remove all but the newest ``keep``.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        images: Images seen.
+        tensors: Tensors of each file, such as {"model": …, "ema": …, "optimizer": …}; each becomes ``<name>.safetensors``.
+        state: What is not a tensor; must be JSON-able (floats keep every bit).
+        keep: Checkpoints to keep, >= 1. Two let a run go on when the newest is damaged.
+    """
+    path = folder / f"images-{images:012d}"
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        for name, mapping in tensors.items():
+            save_file({k: v.detach().contiguous() for k, v in mapping.items()}, temporary / f"{name}.safetensors")
+        hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / _STATE, {"images": images, "sha256": hashes, **state})
+    for _, old in checkpoint_folders(folder)[:-keep]:  # only after the new one is safe
+        remove(old)
+    return path
+
+
+def verify_checkpoint(path: Path) -> str:
+    """What is wrong with a checkpoint, or "" if every file has the hash that was noted when it was written."""
+    try:
+        state = read_json(path / _STATE)
+        for name, expected in state["sha256"].items():
+            if not (path / name).is_file():
+                return f"{name} is absent"
+            if sha256_file(path / name) != expected:
+                return f"{name} does not have its hash"
+    except (UserError, KeyError, AttributeError, TypeError, OSError) as error:
+        return f"{_STATE} cannot be read ({error})"
+    return ""
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is named in the log and passed over."""
+    for _, path in reversed(checkpoint_folders(folder)):
+        problem = verify_checkpoint(path)
+        if not problem:
+            return path
+        logger.warning("%s is damaged: %s. Going back to the one before.", path, problem)
+    return None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written in ``folder``."""
+    for path in folder.glob(".tmp-*"):
+        remove(path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """The tensors by file name (without extension) and the state of a checkpoint."""
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return tensors, read_json(path / _STATE)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    """An AdamW's state as named tensors ``<parameter>/<entry>``; hyperparameters are settings, so they are not state.
+
+    Args:
+        optimizer: The optimizer; one parameter group, or several in the order of ``names``.
+        names: Parameter names in the optimizer's order.
+    """
+    state = optimizer.state_dict()["state"]
+    return {f"{names[i]}/{key}": torch.as_tensor(value) for i, entries in state.items() for key, value in entries.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
+    """Put the tensors of :func:`optimizer_tensors` back."""
+    position = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        name, entry = key.rsplit("/", 1)
+        state.setdefault(position[name], {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,205 @@
+"""The training rows of a dataset as the loop needs them: moments, codes, and one batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from latent_medi.diffusion.conditioning import Conditions, draw_dropout
+from latent_medi.diffusion.settings import DropoutSettings
+from latent_medi.errors import UserError
+from latent_medi.latents.store import LatentStore
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.training.draws import batch_generator, draw_batch
+from latent_medi.training.order import balance_weights, rank_slice, rows_at
+from latent_medi.training.settings import TrainSettings
+from latent_medi.training.transfer import Source, transferred_schema
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process trains on in one update: n images of the global batch.
+
+    Args:
+        latents: fp32 [n, C, h, w]; whitened sample of the autoencoder's posterior.
+        noise: fp32 [n, C, h, w].
+        timesteps: int64 [n].
+        conditions: Of n images, dropout applied; ``None`` for an unconditional model.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    conditions: Conditions | None
+
+    def parts(self, size: int, device: torch.device) -> list[Batch]:
+        """The batch cut into parts of at most ``size`` images, on a device."""
+        move = {"device": device, "non_blocking": True}
+        return [
+            Batch(
+                self.latents[i : i + size].to(**move),
+                self.noise[i : i + size].to(**move),
+                self.timesteps[i : i + size].to(**move),
+                None if self.conditions is None else self.conditions.rows(slice(i, i + size)).to(device),
+            )
+            for i in range(0, len(self.latents), size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@dataclass
+class TrainingData:
+    """The rows to train on.
+
+    Args:
+        store: The latents of the whole dataset.
+        rows: int64 [n]; row numbers of the dataset's index.
+        keys: Keys of these rows.
+        schema: Fields of the model, or ``None`` for an unconditional one.
+        conditions: Conditions of these rows, or ``None``.
+        weights: float64 [n] for weighted draws, or ``None`` for each row once per epoch.
+        info: Name of the dataset, its patch size in pixels and µm per pixel.
+        shift: fp32 [C]; subtracted from raw latents; set by :meth:`whiten`.
+        scale: fp32 [C]; then divided by.
+    """
+
+    store: LatentStore
+    rows: np.ndarray
+    keys: np.ndarray
+    schema: Schema | None
+    conditions: Conditions | None
+    weights: np.ndarray | None
+    info: dict[str, Any]
+    shift: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
+    scale: torch.Tensor = field(default_factory=lambda: torch.ones(1))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def whiten(self, source: Source | None, override: list[str]) -> None:
+        """Fix the whitening for the run: the source's if there is one, else measured over these rows."""
+        if source is not None and source.autoencoder is not None and "scaling" not in override:
+            self.shift = torch.tensor(source.autoencoder["shift"], dtype=torch.float32)
+            self.scale = torch.tensor(source.autoencoder["scale"], dtype=torch.float32)
+        else:
+            self.shift, self.scale = (torch.as_tensor(v, dtype=torch.float32) for v in self.store.statistics(self.rows))
+
+    def at(self, number: int, batch: int, seed: int) -> np.ndarray:
+        """Positions in :attr:`rows` of the ``number``-th global batch, int64 [batch]."""
+        return rows_at(number * batch, batch, len(self), seed, self.weights)
+
+    def batch(
+        self, number: int, batch: int, seed: int, timesteps: int, dropout: DropoutSettings, rank: int, processes: int
+    ) -> Batch:
+        """A process's share of the ``number``-th global batch, on the CPU.
+
+        All draws are made for the whole global batch, so that they do not depend on how many processes share it.
+        """
+        generator = batch_generator(seed, number)
+        mine = rank_slice(rank, processes)
+        members = self.at(number, batch, seed)
+        mean, std = self.store.moments(self.rows[members[mine]])
+        draws = draw_batch(generator, (batch, *mean.shape[1:]), timesteps, posterior=std is not None)
+        conditions = None
+        if self.conditions is not None and self.schema is not None:
+            everyone = self.conditions.rows(torch.from_numpy(members))
+            conditions = draw_dropout(everyone, dropout, generator, self.schema).rows(mine)
+        draws = draws.share(mine)
+        raw = mean if std is None else torch.addcmul(mean, std, draws.posterior)
+        latents = (raw - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
+        return Batch(latents, draws.noise, draws.timesteps, conditions)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the rows, what is known of them, and what their latents were encoded from and by."""
+        digest = hashlib.sha256("\n".join(self.keys).encode())
+        digest.update(str(self.store.info["autoencoder"]["hash"]).encode())
+        if self.conditions is not None and self.schema is not None:
+            digest.update(repr(self.schema.to_dict()).encode())
+            digest.update(self.conditions.codes.numpy().tobytes())
+            digest.update(self.conditions.values.numpy().tobytes())
+        if self.weights is not None:
+            digest.update(self.weights.tobytes())
+        return digest.hexdigest()
+
+
+def open_data(settings: TrainSettings, source: Source | None) -> TrainingData:
+    """The rows that the settings name, encoded by the model's fields.
+
+    Args:
+        settings: The run.
+        source: The model to start from, whose fields keep their codes, or ``None``.
+
+    Raises:
+        UserError: Data, split or field absent; latents of other images or of another autoencoder than the source's; or a source that
+            cannot be conditioned on these fields.
+    """
+    dataset = PatchDataset.open(settings.data)
+    rows = training_rows(dataset, settings.split, settings.split_value)
+    store = open_latents(dataset, settings.latents)
+    if source is not None and source.autoencoder is not None and source.autoencoder["hash"] != store.info["autoencoder"]["hash"]:
+        raise UserError(
+            f"The latents in {settings.latents} were encoded by another autoencoder than the one of {source.folder}.",
+            "Encode the data with the source's autoencoder.",
+        )
+    names = settings.model.fields
+    own = dataset.schema if names is None else dataset.schema.subset(names)
+    schema = transferred_schema(source, own if own.fields else None)
+    table = dataset.index.iloc[rows]
+    conditions = None
+    if schema is not None:
+        # Only the fields asked for: one that the source has beyond them stays null, as the source knows it.
+        conditions = Conditions.from_schema(schema, table[list(own.names)], absent="null")
+    weights = cell_weights(dataset, rows, settings.balance, settings.balance_temperature)
+    info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
+    return TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
+
+
+def training_rows(dataset: PatchDataset, split: str, value: str) -> np.ndarray:
+    """Row numbers of a part of a split, or of all rows if ``split`` is empty.
+
+    Raises:
+        UserError: There is no such split, or no row in it.
+    """
+    if not split:
+        return np.arange(len(dataset))
+    rows = dataset.rows({f"{SPLIT_PREFIX}{split}": value})
+    if not len(rows):
+        raise UserError(f"The split {split!r} of {dataset.folder} has no row in {value!r}.", "Choose another split or part.")
+    return rows
+
+
+def open_latents(dataset: PatchDataset, folder: str) -> LatentStore:
+    """The latents of a dataset.
+
+    Raises:
+        UserError: They were encoded from other images.
+    """
+    store = LatentStore(folder)
+    hashes = [shard["sha256"] for shard in dataset.info["shards"]]
+    if len(store) != len(dataset) or [shard["source_sha256"] for shard in store.info["shards"]] != hashes:
+        raise UserError(
+            f"The latents in {folder} were not encoded from the dataset in {dataset.folder}.", "Encode the dataset (again)."
+        )
+    return store
+
+
+def cell_weights(dataset: PatchDataset, rows: np.ndarray, fields: list[str], temperature: float) -> np.ndarray | None:
+    """Sampling weights that balance the combinations of some fields; ``None`` without fields.
+
+    Raises:
+        UserError: A field is unknown or continuous.
+    """
+    if not fields:
+        return None
+    known = dataset.schema.subset(fields)
+    if continuous := [f.name for f in known.fields if f.continuous]:
+        raise UserError(f"Only class and categorical fields can be balanced, not {', '.join(continuous)}.")
+    codes, _ = known.encode(dataset.index.iloc[rows])
+    return balance_weights(codes, temperature)

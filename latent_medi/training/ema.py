@@ -1,0 +1,59 @@
+"""The running average of the weights, kept in fp32; its decay is a pure function of images seen."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import nn
+
+from latent_medi.training.settings import EmaSettings
+
+
+@lru_cache(maxsize=8)
+def power_exponent(relative_width: float) -> float:
+    """Exponent γ of the averaging profile t^γ whose standard deviation is ``relative_width`` of the run so far.
+
+    Solves σ² (γ+2)² (γ+3) = γ+1 (power-function averaging, Karras et al. 2024, arXiv 2312.02696, section 3).
+    """
+    inverse_square = relative_width**-2
+    return float(np.roots([1.0, 7.0, 16.0 - inverse_square, 12.0 - inverse_square]).real.max())
+
+
+def ema_decay(images: int, batch: int, settings: EmaSettings) -> float:
+    """Decay of the update that brings the run to ``images`` images seen.
+
+    "power": (1 - batch/images)^(γ+1), which keeps the averaging window at a fixed share of the run; its first value is 0 (a copy).
+    "constant": min(decay, (1+s)/(10+s)) with s the number of updates before this one, so that the average forgets its start early.
+
+    Args:
+        images: Images seen, this batch included; > 0.
+        batch: Images per update.
+        settings: Kind and length of the average.
+    """
+    if settings.kind == "power":
+        return max(0.0, 1.0 - batch / images) ** (power_exponent(settings.relative_width) + 1.0)
+    updates = images / batch - 1.0
+    return min(settings.decay, (1.0 + updates) / (10.0 + updates))
+
+
+class Ema:
+    """A copy of a module whose parameters follow the module's.
+
+    Args:
+        module: The trained module (not wrapped for distributed training).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self._averages = list(self.module.parameters())
+        if any(p.dtype != torch.float32 for p in self._averages):
+            # bf16 cannot hold an update of size 1e-4 and would stand still.
+            raise ValueError("The average is kept in fp32; the module has parameters of another type.")
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, decay: float) -> None:
+        """average ← decay · average + (1 - decay) · weight, for all tensors in a few fused calls."""
+        torch._foreach_lerp_(self._averages, [p.detach() for p in module.parameters()], 1.0 - decay)

@@ -1,0 +1,138 @@
+"""What a run is, on disk: its settings, the check that a folder holds this run and no other, and the finished model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from latent_medi.diffusion.conditioning import MetadataConditioner
+from latent_medi.diffusion.denoiser import Denoiser, build_unet
+from latent_medi.errors import UserError
+from latent_medi.files import read_json, write_json, write_text
+from latent_medi.progress import get_logger
+from latent_medi.training.checkpoint import checkpoint_folders, remove_unfinished
+from latent_medi.training.data import TrainingData
+from latent_medi.training.draws import batch_seed
+from latent_medi.training.settings import TrainSettings
+from latent_medi.training.transfer import Source, describe_table, transfer
+
+logger = get_logger("training")
+
+RUN_FILE = "run.json"
+
+# Where things are, and what changes speed, memory and rounding only. Data and source are told apart by their content instead.
+_FREE = {
+    "data", "latents", "out", "autoencoder", "init_from", "device_batch", "checkpoint_every_images", "keep_checkpoints", "log_every_images",
+    "channels_last", "compile", "checkpoint_activations",
+}  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """Settings as nested JSON-able values."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def describe(settings: TrainSettings, data: TrainingData, source: Source | None) -> dict[str, Any]:
+    """What makes this run this run: its settings, but for paths and speed, and the content of data and source."""
+    kept = {key: value for key, value in plain(asdict(settings)).items() if key not in _FREE}
+    return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
+
+
+def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        UserError: Lists every setting that differs.
+    """
+    a, b = _flat(theirs), _flat(ours)
+    changed = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    if not changed:
+        return
+    words = {"data": "the training data", "source": "the model in init_from"}
+    told = [
+        f"{words[key]} changed" if key in words else f"{key.removeprefix('settings.')} was {a.get(key)!r} and is {b.get(key)!r}"
+        for key in changed
+    ]
+    raise UserError(
+        f"{out} holds a run with other settings: {'; '.join(told)}.",
+        "Choose another out, or repeat the command with the settings in settings.yaml beside it.",
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    result: dict[str, Any] = {}
+    for key, entry in value.items():
+        result |= _flat(entry, f"{prefix}.{key}" if prefix else str(key))
+    return result
+
+
+def finished(out: Path, record: Mapping[str, Any]) -> bool:
+    """Whether ``out`` holds the finished model of this run.
+
+    Raises:
+        UserError: It holds another run's model or checkpoints, or a model of unknown origin.
+    """
+    model = (out / "model").exists()
+    if not model and not checkpoint_folders(out / "checkpoints"):
+        return False
+    if not (out / RUN_FILE).exists():
+        raise UserError(f"{out} holds a model but no {RUN_FILE} that says how it was trained.", "Choose another out.")
+    check_same(out, record, read_json(out / RUN_FILE)["run"])
+    return model
+
+
+def build(settings: TrainSettings, data: TrainingData, source: Source | None) -> tuple[Denoiser, pd.DataFrame | None]:
+    """The denoiser at its start, fp32 on the CPU, and the table of transferred tensors if it starts from a model.
+
+    Initial weights come from ``settings.seed`` and leave the caller's random state alone.
+    """
+    channels, height, width = data.store.shape
+    if height != width:
+        raise UserError(f"Latents are square; these are {height}×{width}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if source is not None:
+            denoiser, table = transfer(source, data.schema, settings.model, settings.dropout, (channels, height, width))
+            logger.info("Starting from %s: %s.", source.folder, describe_table(table))
+        else:
+            conditioner = None
+            unet = build_unet(settings.model, channels, height, conditional=data.schema is not None)
+            if data.schema is not None:
+                conditioner = MetadataConditioner(
+                    data.schema.to_dict(),
+                    settings.model.embed_dim,
+                    fusion=settings.model.fusion,
+                    widths=settings.model.widths,
+                    dropout_patterns=asdict(settings.dropout),
+                )
+            denoiser, table = Denoiser(unet, conditioner), None
+    if settings.checkpoint_activations:
+        denoiser.unet.enable_gradient_checkpointing()
+    return denoiser, table
+
+
+def begin(out: Path, record: Mapping[str, Any], settings: TrainSettings, table: pd.DataFrame | None) -> None:
+    """Write settings.yaml, run.json and, when starting from a model, transfer.csv; clear what a killed process left behind."""
+    remove_unfinished(out)
+    remove_unfinished(out / "checkpoints")
+    write_text(out / "settings.yaml", yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True))
+    write_json(out / RUN_FILE, {"run": record})
+    if table is not None:
+        write_text(out / "transfer.csv", table.to_csv(index=False))
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the network's own dropout for one update in one process."""
+    return batch_seed(seed ^ (rank + 1), step)

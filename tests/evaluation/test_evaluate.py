@@ -1,0 +1,157 @@
+"""The record as a whole: what it holds, what it refuses, and that it is reproducible."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluation_world import HELD_OUT, SCHEMA, SIZE, Size, World, filters, real_patches, synthetic_patches, write_real
+
+from latent_medi.errors import UserError
+from latent_medi.evaluation.evaluate import evaluate, finite
+from latent_medi.evaluation.headline import headline, headline_text, useful, verdict
+from latent_medi.evaluation.study import open_study
+from latent_medi.shards.writer import write_dataset
+
+
+def _measures(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, dict):
+        own = [value] if {"value", "n_patches", "n_patients", "interval"} <= value.keys() else []
+        return own + [m for v in value.values() for m in _measures(v)]
+    return [m for v in value for m in _measures(v)] if isinstance(value, list) else []
+
+
+def test_the_file_is_the_record(metrics: dict[str, Any]) -> None:
+    folder = Path(metrics["settings"]["out"])
+    text = (folder / "metrics.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == metrics
+    assert {p.name for p in (folder / "reference").iterdir()} == {
+        "filters.safetensors",
+        "filters-haematoxylin.safetensors",
+    }
+    run = metrics["run"]
+    assert run["command"]
+    assert run["seed"] == 0
+    assert "git_revision" in run
+    for name, encoder in metrics["encoders"].items():
+        assert metrics["fidelity"][name]["fingerprint"] == encoder["fingerprint"]
+
+
+def test_every_number_has_its_support(metrics: dict[str, Any]) -> None:
+    found = _measures({k: metrics[k] for k in ("fidelity", "adherence", "downstream")})
+    assert len(found) > 100
+    for number in found:
+        if number["value"] is not None and number.get("interval_over") != "samples":
+            assert number["n_patients"] > 0
+            if number["n_patients"] < 10:
+                assert number["interval"] in ("not estimable", None)
+            else:
+                low, high = number["interval"]
+                assert low <= high
+
+
+def test_headline_has_the_promised_shape(metrics: dict[str, Any]) -> None:
+    record = metrics["headline"]
+    for key in ("fd_unseen", "fd_unseen_colour_free", "fd_per_class"):
+        row = record[key]
+        assert {"medi", "cls", "floor", "ratio"} <= row.keys()
+        assert row["ratio"] == pytest.approx((row["medi"] - row["floor"]) / (row["cls"] - row["floor"]))
+    assert set(record["accuracy_shift"]) == {"real", "oversample", "stain_transfer", "cls", "medi", "oracle"}
+    assert set(record["recovery_unseen"]) == {"site", "class"}
+    assert record["recovery_unseen"]["site"] > 0.9
+    assert abs(record["recovery_unseen"]["class"] - record["recovery_ceiling"]["class"]) < 0.2
+    assert headline(metrics, {"train": 12.0})["seconds"].keys() == {"train", "evaluate"}
+    text = headline_text(record)
+    assert max(len(line) for line in text.splitlines()[:-1]) <= 110
+    assert text.splitlines()[-1] == metrics["verdict"]
+
+
+def test_adherence_has_ceiling_chance_and_confusion(metrics: dict[str, Any]) -> None:
+    site = metrics["adherence"]["filters"]["fields"]["site"]
+    assert site["chance"] == pytest.approx(1 / 3)
+    assert site["ceiling"]["value"] > 0.9
+    assert site["arms"]["cls"]["asked"] is False
+    assert site["arms"]["cls"]["value"] < 0.5
+    assert np.sum(site["confusion"]["medi"][0]) == pytest.approx(1.0)
+    assert "preparation" in metrics["adherence"]["filters"]["fields"]
+
+
+def test_medi_is_useful_only_where_it_beats_stain_transfer(metrics: dict[str, Any]) -> None:
+    record = copy.deepcopy(metrics["headline"])
+    assert useful(record)
+    assert verdict(record).startswith("MeDi is useful here")
+    record["accuracy_shift_difference"]["stain_transfer"]["interval"] = [-0.01, 0.2]
+    assert "does not exclude chance" in verdict(record)
+    record["accuracy_shift"]["stain_transfer"] = record["accuracy_shift"]["medi"] + 0.01
+    assert useful(record) is False
+    assert verdict(record).startswith("MeDi is not useful here")
+    assert "stain transfer does at least as well" in verdict(record)
+    record["accuracy_shift"] = dict.fromkeys(record["accuracy_shift"])
+    assert useful(record) is None
+    assert "cannot be said" in verdict(record)
+
+
+def test_a_second_run_gives_the_same_numbers(world: World) -> None:
+    runs = [evaluate(world.settings("again", repeats=1, resamples=40), [filters()]) for _ in range(2)]
+    for run in runs:
+        del run["run"]["date"], run["seconds"], run["headline"]["seconds"]
+    assert runs[0] == runs[1]
+
+
+def test_without_probe_patients(world: World) -> None:
+    folder = world.root / "no-probe"
+    write_real(folder, Size(train=8, test=6, patches=10), merge_probe=True)
+    result = evaluate(world.settings("no-probe-out", real=str(folder), repeats=1), [filters()])
+    assert result["headline"]["accuracy_shift"]["oracle"] is None
+    assert "probe" in result["downstream"]["filters"]["unavailable"]["oracle"]
+    assert result["fidelity"]["filters"]["unseen"]["summary"]["floor"]["value"] is not None
+    assert "half of the test patients" in result["notes"][0]
+    study = open_study(world.settings("x", real=str(folder)))
+    assert set(study.patients[study.reference]).isdisjoint(study.patients[study.probe])
+    assert set(study.patients[study.train]).isdisjoint(study.patients[study.test])
+    cell = result["fidelity"]["filters"]["unseen"]["cells"][0]
+    assert cell["n_patients"] == 3
+    assert cell["arms"]["medi"]["interval"] == "not estimable"
+
+
+def test_rivals_can_be_judged_without_samples(world: World) -> None:
+    result = evaluate(world.settings("rivals", synthetic={}, repeats=1), [filters()])
+    assert result["headline"]["accuracy_shift"]["oracle"] > result["headline"]["accuracy_shift"]["real"]
+    assert result["headline"]["accuracy_shift"]["medi"] is None
+    assert result["headline"]["fd_unseen"]["ratio"] is None
+
+
+def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
+    def refuse(match: str, **changes: object) -> None:
+        with pytest.raises(UserError, match=match):
+            open_study(world.settings("bad", **changes))
+
+    refuse("held-out", held_out=[])
+    refuse("not held out", held_out=[{"class": "blobs", "site": "east"}])
+    refuse("stripes", held_out=[{"class": "strips", "site": "south"}])
+    refuse("site", held_out=[{"sight": "south"}])
+    refuse("categorical", held_out=[{"age": "60"}])
+    refuse("main", split="mian")
+    refuse("site", site_field="sight")
+    refuse("no 'training' patches", train_value="training")
+    refuse("holds real patches", synthetic={"medi": str(world.real)})
+
+    mixed = list(real_patches(Size(2, 2, 2, 1))) + list(synthetic_patches(1, None, False))
+    split = {p.patient: p.patient.split("-")[0] if p.origin == "real" else "" for p in mixed}
+    write_dataset(tmp_path / "mixed", mixed, "mixed", SCHEMA, SIZE, 0.5, splits={"main": (split, {})})
+    refuse("18 synthetic", real=str(tmp_path / "mixed"))
+
+    no_test = [p for p in real_patches(Size(2, 2, 2, 1)) if not p.patient.startswith("test-stripes-south")]
+    split = {p.patient: p.patient.split("-")[0] for p in no_test}
+    write_dataset(tmp_path / "no-test", no_test, "no-test", SCHEMA, SIZE, 0.5, splits={"main": (split, {})})
+    refuse("no test patch", real=str(tmp_path / "no-test"), held_out=HELD_OUT[:1])
+
+
+def test_finite_makes_json() -> None:
+    value = {"a": np.float64("nan"), 1: (np.int64(3), np.array([1.5, np.inf])), "b": np.bool_(True)}
+    assert finite(value) == {"a": None, "1": [3, [1.5, None]], "b": True}

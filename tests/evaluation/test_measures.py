@@ -1,0 +1,56 @@
+"""Support, intervals and the patient-first mean."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from latent_medi.evaluation.measures import NOT_ESTIMABLE, PatientResamples, PatientTable, interval, measure, wilson
+
+
+def test_balanced_mean_by_hand() -> None:
+    # Class 0: patient a 1/2, patient b 1/1 -> 0.75; class 1: patient a 0/1, patient c 1/4 -> 0.125.
+    # The last row does not count.
+    classes = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0])
+    patients = np.array([0, 0, 1, 0, 2, 2, 2, 2, 2])
+    right = np.array([1, 0, 1, 0, 1, 0, 0, 0, 0], float)
+    keep = np.array([True] * 8 + [False])
+    table = PatientTable(classes, patients, keep, 3, 3)
+    assert table.mean(right)[0] == pytest.approx((0.75 + 0.125) / 2)
+    assert (table.n_patches, table.n_patients) == (8, 3)
+    doubled = table.mean(right, np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]))
+    assert doubled[0] == pytest.approx(((2 * 0.5 + 1) / 3 + 0.0) / 2)
+    assert np.isnan(doubled[1])  # class 1 lost
+
+
+def test_fewer_than_ten_patients_is_not_estimable() -> None:
+    draws = np.random.default_rng(0).normal(0.5, 0.1, 500)
+    assert measure(0.5, 90, 9, draws)["interval"] == NOT_ESTIMABLE
+    low, high = measure(0.5, 90, 10, draws)["interval"]
+    assert low == pytest.approx(0.5 - 1.96 * 0.1, abs=0.03)
+    assert high == pytest.approx(0.5 + 1.96 * 0.1, abs=0.03)
+    assert measure(float("nan"), 3, 30, draws) == {"value": None, "n_patches": 3, "n_patients": 30, "interval": None}
+
+
+def test_recentred_interval_removes_the_bias_of_resampling() -> None:
+    draws = np.random.default_rng(0).normal(2.0, 0.1, 500)
+    low, high = interval(draws, centre=1.0)  # type: ignore[misc]
+    assert low < 1.0 < high
+    assert interval(draws - 1.95, centre=0.05, lowest=0.0)[0] == 0.0  # type: ignore[index]
+    assert interval(np.full(500, np.nan)) is None
+
+
+def test_resamples_draw_whole_patients() -> None:
+    patients = np.array(["b", "a", "b", "c"])
+    resamples = PatientResamples(patients, 50, 0)
+    weights = resamples.row_weights(np.arange(4))
+    assert weights.shape == (50, 4)
+    np.testing.assert_array_equal(weights[:, 0], weights[:, 2])
+    np.testing.assert_array_equal(resamples.weights.sum(axis=1), 3)
+
+
+def test_wilson_interval() -> None:
+    assert wilson(0, 0) is None
+    low, high = wilson(8, 10)  # type: ignore[misc]
+    assert low == pytest.approx(0.4902, abs=1e-3)
+    assert high == pytest.approx(0.9433, abs=1e-3)

@@ -1,0 +1,93 @@
+"""The cache returns what the encoder would, embeds nothing twice, and never trusts a damaged file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from latent_medi.features.cache import cached_features
+from latent_medi.features.encoders import ImageEncoder
+from latent_medi.features.networks import Network, Preprocessing
+from latent_medi.metadata.schema import Field, Schema
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.writer import Patch, write_dataset
+
+
+class Means(nn.Module):
+    """Channel means times a factor."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=(2, 3)) * self.factor
+
+
+class Counting(ImageEncoder):
+    """Counts the patches that it embeds."""
+
+    seen = 0
+
+    def features(self, batches: Iterable[np.ndarray], device: object = None) -> np.ndarray:
+        kept = list(batches)
+        self.seen += sum(len(b) for b in kept)
+        return super().features(kept)
+
+
+def _encoder(factor: float = 1.0) -> Counting:
+    return Counting(Network("means", Means(factor), 3, Preprocessing(0, (0.0,) * 3, (1.0,) * 3), ""))
+
+
+def _dataset(folder: Path, seed: int = 0) -> PatchDataset:
+    rng = np.random.default_rng(seed)
+    patches = [
+        Patch(f"p{i}", rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), f"q{i}", f"q{i}", 0, 0, 0.5, {"class": "a"})
+        for i in range(11)
+    ]
+    return write_dataset(
+        folder, patches, "tiny", Schema((Field("class", "class", ("a",)),)), 8, 0.5, patches_per_shard=4
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> PatchDataset:
+    return _dataset(tmp_path / "data")
+
+
+def test_only_missing_rows_are_embedded(dataset: PatchDataset, tmp_path: Path) -> None:
+    encoder, cache = _encoder(), tmp_path / "cache"
+    expected = _encoder().features([dataset.read(np.arange(11))])
+    first = cached_features(dataset, np.array([7, 2, 7]), encoder, cache, batch=2)
+    assert encoder.seen == 2
+    np.testing.assert_allclose(first, expected[[7, 2, 7]], atol=1e-6)
+    everything = cached_features(dataset, np.arange(11), encoder, cache, batch=4)
+    assert encoder.seen == 11
+    np.testing.assert_allclose(everything, expected, atol=1e-6)
+    again = _encoder()
+    np.testing.assert_array_equal(cached_features(dataset, np.arange(11), again, cache), everything)
+    assert again.seen == 0
+
+
+def test_other_weights_or_other_pixels_are_another_entry(dataset: PatchDataset, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    a = cached_features(dataset, np.arange(11), _encoder(), cache)
+    b = cached_features(dataset, np.arange(11), _encoder(2.0), cache)
+    np.testing.assert_allclose(b, 2 * a, rtol=1e-6)
+    other = cached_features(_dataset(tmp_path / "other", 1), np.arange(11), _encoder(), cache)
+    assert not np.allclose(other, a)
+
+
+def test_a_damaged_cache_is_made_again(dataset: PatchDataset, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    a = cached_features(dataset, np.arange(11), _encoder(), cache)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    encoder = _encoder()
+    np.testing.assert_array_equal(cached_features(dataset, np.arange(11), encoder, cache), a)
+    assert encoder.seen == 11

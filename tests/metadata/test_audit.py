@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from latent_medi.errors import UserError
+from latent_medi.metadata.audit import audit, audit_text, cramers_v, verdict
+from latent_medi.metadata.schema import Schema
+
+
+def index(cells: dict[tuple[str, ...], int], names: tuple[str, ...] = ("class", "site"), each: int = 2) -> pd.DataFrame:
+    rows = []
+    for number, (values, patients) in enumerate(cells.items()):
+        for p in range(patients):
+            for i in range(each):
+                patient = f"c{number}p{p}"
+                rows.append(
+                    {
+                        "key": f"{patient}-{i}",
+                        "patient": patient,
+                        "slide": patient,
+                        **dict(zip(names, values, strict=True)),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def schema_of(table: pd.DataFrame, extra: tuple[str, ...] = ()) -> Schema:
+    return Schema.from_table(table, "class", ["site", *extra])
+
+
+def test_all_four_verdicts() -> None:
+    # a and b share hospital y; c is only seen alone at z.
+    table = index({("a", "x"): 20, ("a", "y"): 20, ("b", "y"): 20, ("c", "z"): 20, ("b", "w"): 3})
+    words = {
+        ("a", "x"): "seen",
+        ("b", "x"): "both margins seen",
+        ("b", "w"): "thin",
+        ("a", "w"): "thin",
+        ("a", "z"): "unidentifiable",
+        ("c", "x"): "unidentifiable",
+    }
+    for (tumour, site), word in words.items():
+        found = verdict(table, {"class": tumour, "site": site})
+        assert found["verdict"] == word, found
+    assert "no chain" in verdict(table, {"class": "c", "site": "x"})["reason"]
+    assert verdict(table, {"class": "a", "site": "x"})["patients"] == 20
+    assert verdict(table, {"class": "a", "site": "x"})["patches"] == 40
+    never = verdict(table, {"class": "a", "site": "q"})
+    assert (never["verdict"], never["patients"]) == ("unidentifiable", 0)
+
+
+def test_three_fields_that_only_occur_together_are_unidentifiable() -> None:
+    names = ("class", "site", "stain")
+    # At each site one stain; every pair of class and site is seen, so pairs look fine and only the three together do not.
+    seen = {("a", "x", "1"): 20, ("b", "x", "1"): 20, ("a", "y", "2"): 20, ("b", "y", "2"): 20}
+    table = index(seen, names)
+    asked = {"class": "a", "site": "x", "stain": "2"}
+    assert verdict(table, asked)["verdict"] == "unidentifiable"
+    bridged = index({**seen, ("a", "y", "1"): 20}, names)
+    assert verdict(bridged, asked)["verdict"] == "both margins seen"
+
+
+def test_pairwise_connected_but_not_estimable_is_found() -> None:
+    names = ("class", "site", "stain")
+    # Each pair of fields is connected, yet the two seen triangles leave the three-way sum free.
+    seen = {("a", "x", "1"): 20, ("a", "y", "2"): 20, ("b", "x", "2"): 20, ("b", "y", "1"): 20}
+    table = index(seen, names)
+    design = np.array([[c == "a", c == "b", s == "x", s == "y", t == "1", t == "2"] for c, s, t in seen], dtype=float)
+    for combination in [("a", "x", "2"), ("b", "y", "2")]:
+        c, s, t = combination
+        vector = np.array([c == "a", c == "b", s == "x", s == "y", t == "1", t == "2"], dtype=float)
+        solvable = np.linalg.matrix_rank(np.vstack([design, vector])) == np.linalg.matrix_rank(design)
+        found = verdict(table, dict(zip(names, combination, strict=True)))["verdict"]
+        assert (found == "both margins seen") == solvable
+
+
+def test_the_whole_audit_is_json_and_counts_patients_once() -> None:
+    table = index({("a", "x"): 12, ("b", "y"): 11}, each=5)
+    table["split_main"] = "train"
+    table.loc[table["class"] == "b", "split_main"] = "test"
+    schema = schema_of(table)
+    result = audit(table, schema)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["counts"] == {"patches": 115, "slides": 23, "patients": 23}
+    assert result["margins"]["site"]["y"] == {"patches": 55, "slides": 11, "patients": 11}
+    assert result["cramers_v"]["site"] == pytest.approx(1.0)
+    assert [(c["classes"], c["sites"]) for c in result["components"]] == [(["a"], ["x"]), (["b"], ["y"])]
+    assert result["verdict_counts"] == {"seen": 2, "both margins seen": 0, "thin": 0, "unidentifiable": 2}
+    assert "2 separate groups" in audit_text(result)
+    train = audit(table, schema, split=("main", "train"))
+    assert train["counts"]["patients"] == 12
+    assert train["margins"]["class"]["b"]["patients"] == 0
+    with pytest.raises(UserError, match="no split 'mian'"):
+        audit(table, schema, split=("mian", "train"))
+    with pytest.raises(UserError, match="no patch"):
+        audit(table, schema, split=("main", "val"))
+
+
+def test_requested_combinations_and_unknown_values() -> None:
+    table = index({("a", "x"): 12, ("b", "y"): 12, ("b", "unknown"): 5})
+    schema = schema_of(table)
+    result = audit(table, schema, requested=[{"site": "y"}, {"class": "a"}])
+    assert [v["verdict"] for v in result["verdicts"]] == ["seen", "seen"]
+    assert result["missing"]["site"] == pytest.approx(5 / 29)
+    assert set(result["margins"]["site"]) == {"x", "y"}
+    with pytest.raises(UserError, match="'sites'"):
+        audit(table, schema, requested=[{"sites": "y"}])
+    with pytest.raises(UserError, match="'yy'"):
+        audit(table, schema, requested=[{"site": "yy"}])
+
+
+def test_independent_fields_have_no_association() -> None:
+    table = index({(c, s): 10 for c in "ab" for s in "xyz"})
+    assert cramers_v(table, "class", "site") == pytest.approx(0.0, abs=1e-9)
+    table["constant"] = "k"
+    assert cramers_v(table, "class", "constant") is None
+    assert len(audit(table, schema_of(table))["components"]) == 1

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from latent_medi.errors import UserError
+from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.tables import read_table, require_columns
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_na_leading_zeros_and_empty_cells_survive(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"table{suffix}"
+    text = "site,class,note\nNA,a,\n01,b,null\n5E, c ,None\n"
+    path.write_text("\ufeff" + text.replace(",", "," if suffix == ".csv" else "\t"), encoding="utf-8")
+    table = read_table(path)
+    assert table["site"].tolist() == ["NA", "01", "5E"]
+    assert table["class"].tolist() == ["a", "b", "c"]
+    assert table["note"].tolist() == ["", "null", "None"]
+    assert Schema.from_table(table, "class", ["site"]).field("site").values == ("01", "5E", "NA")
+
+
+def test_parquet_is_read_as_strings(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    pd.DataFrame({"site": ["NA", None], "n": [1, 2]}).to_parquet(path)
+    assert read_table(path).to_dict("list") == {"site": ["NA", ""], "n": ["1", "2"]}
+
+
+def test_quoted_cells_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(b'a,b\r\n"x, y","line\nbreak"\r\n\r\n')
+    assert read_table(path).to_dict("list") == {"a": ["x, y"], "b": ["line\nbreak"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1\n", "Line 2.*1 cells"),
+        (b"a,a\n1,2\n", "same name"),
+        (b"", "empty"),
+        (b"a\n\xe9\n", "UTF-8"),
+        (b'a\n"x\n', "read"),
+    ],
+)
+def test_broken_tables_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_table(path)
+
+
+def test_absent_files_columns_and_other_types(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(UserError, match="neither"):
+        read_table(tmp_path / "table.xlsx")
+    with pytest.raises(UserError, match="'patent'.*'patient'"):
+        require_columns(pd.DataFrame({"patient": []}), ["patent"], "The table")

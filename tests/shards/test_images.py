@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from latent_medi.errors import UserError
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.images import import_images
+from latent_medi.shards.settings import ImportSettings
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(12):
+        name = f"im.{i:02d}.png"
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name)
+        rows.append({"image": name, "patient": f"p{i // 2}", "class": "ab"[i % 2], "site": "NA", "mpp": "0.5"})
+    pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
+    return folder
+
+
+def run(source: Path, out: Path, **changes: Any) -> PatchDataset:
+    settings = {
+        "table": str(source / "table.csv"),
+        "out": str(out),
+        "categorical": ["site"],
+        "patch_size": 16,
+        "source_mpp": 0.5,
+    }
+    return import_images(ImportSettings(**(settings | {"patches_per_shard": 5} | changes)))
+
+
+def test_images_are_scaled_down_whole(source: Path, tmp_path: Path) -> None:
+    dataset = run(source, tmp_path / "out")
+    assert dataset.info["mpp"] == 1.0
+    assert dataset.index["key"].tolist() == [f"im-{i:02d}" for i in range(12)]
+    assert (dataset.index["x"] == -1).all()
+    assert dataset.index["slide"].tolist() == dataset.index["patient"].tolist()
+    assert dataset.index["site"].tolist() == ["NA"] * 12
+    expected = Image.open(source / "im.00.png").resize((16, 16), Image.Resampling.LANCZOS)
+    assert np.array_equal(dataset.read([0])[0], np.asarray(expected))
+    assert dataset.info["provenance"]["rejected"] == {"count": 0, "images": []}
+
+
+def test_same_size_keeps_every_pixel_and_a_given_mpp_cuts_the_middle(source: Path, tmp_path: Path) -> None:
+    original = np.asarray(Image.open(source / "im.03.png"))
+    same = run(source, tmp_path / "same", patch_size=32)
+    assert np.array_equal(same.read([3])[0], original)
+    cut = run(source, tmp_path / "cut", patch_size=16, mpp=0.5)
+    assert np.array_equal(cut.read([3])[0], original[8:24, 8:24])
+
+
+def test_resolution_is_never_assumed_and_never_enlarged(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="resolution of the images is not given"):
+        run(source, tmp_path / "a", source_mpp=0.0)
+    with pytest.raises(UserError, match=r"12 of 12 images are bad[\s\S]*im\.00\.png.*enlarged"):
+        run(source, tmp_path / "b", mpp=0.25)
+    with pytest.raises(UserError, match=r"covers 16 µm, and a patch 32 µm"):
+        run(source, tmp_path / "c", mpp=2.0)
+    table = pd.read_csv(source / "table.csv", dtype=str)
+    table.loc[4, "mpp"] = "0.25"
+    table.to_csv(source / "table.csv", index=False)
+    mixed = run(source, tmp_path / "d", source_mpp_column="mpp", max_bad=0.2)
+    assert [r["image"] for r in mixed.info["provenance"]["rejected"]["images"]] == ["im.04.png"]
+    table.loc[4, "mpp"] = ""
+    table.to_csv(source / "table.csv", index=False)
+    with pytest.raises(UserError, match=r"im\.04\.png.*resolution ''"):
+        run(source, tmp_path / "e", source_mpp_column="mpp")
+
+
+def damage(source: Path) -> None:
+    data = (source / "im.01.png").read_bytes()
+    (source / "im.01.png").write_bytes(data[: len(data) // 2])
+    Image.new("L", (32, 32)).save(source / "im.06.png")
+    (source / "im.07.png").unlink()
+    Image.new("RGB", (40, 32)).save(source / "im.11.png")
+
+
+def test_each_bad_image_is_named_and_none_is_replaced(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(source)
+    with pytest.raises(UserError, match="4 of 12 images are bad") as caught:
+        run(source, tmp_path / "out")
+    for name in ("im.01.png", "im.06.png", "im.07.png", "im.11.png"):
+        assert name in str(caught.value)
+        assert f"rejected {name}" in caplog.text
+    assert not (tmp_path / "out/dataset.json").exists()
+    dataset = run(source, tmp_path / "out", max_bad=0.5)
+    assert dataset.index["key"].tolist() == [f"im-{i:02d}" for i in (0, 2, 3, 4, 5, 8, 9, 10)]
+    rejected = dataset.info["provenance"]["rejected"]
+    assert rejected["count"] == 4
+    assert [r["image"] for r in rejected["images"]] == ["im.01.png", "im.06.png", "im.07.png", "im.11.png"]
+    assert "not RGB" in rejected["images"][1]["reason"]
+    assert "not square" in rejected["images"][3]["reason"]
+    assert dataset.verify(images=True) == []
+
+
+def test_a_shard_of_bad_images_only_is_left_out(source: Path, tmp_path: Path) -> None:
+    for i in range(5, 10):
+        (source / f"im.{i:02d}.png").unlink()
+    dataset = run(source, tmp_path / "out", max_bad=0.5)
+    assert sorted(set(dataset.index["shard"])) == ["data/part-000000.tar", "data/part-000002.tar"]
+    assert len(dataset) == 7
+    assert dataset.verify() == []
+
+
+def test_a_rerun_only_rewrites_shards_whose_images_changed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latent_medi.shards import images
+
+    first = run(source, tmp_path / "out")
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    monkeypatch.setattr(images, "write_shard", lambda *a, **k: pytest.fail("nothing has changed"))
+    assert len(run(source, tmp_path / "out")) == len(first)
+    monkeypatch.undo()
+
+    monkeypatch.setattr(images, "finish_dataset", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "again")
+    monkeypatch.undo()
+    written: list[int] = []
+    original = images.write_shard
+    monkeypatch.setattr(images, "write_shard", lambda o, n, *a, **k: (written.append(n), original(o, n, *a, **k))[1])
+    Image.new("RGB", (32, 32)).save(source / "im.06.png")
+    run(source, tmp_path / "again", name="out")
+    assert written == [1]
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(source / "im.06.png")
+    run(source, tmp_path / "out")
+    again = {p.name: p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
+    assert again["part-000000.tar"] == whole["part-000000.tar"]
+    assert again["part-000001.tar"] != whole["part-000001.tar"]
+
+
+def test_processes_do_not_change_the_bytes(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "one", name="n")
+    run(source, tmp_path / "two", name="n", jobs=2)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / f).rglob("*") if p.is_file()} for f in ("one", "two"))
+    assert one == two
+
+
+def test_tables_that_cannot_be_imported(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'clas'.*'class'"):
+        run(source, tmp_path / "out", class_field="clas")
+    table = pd.read_csv(source / "table.csv", dtype=str, keep_default_na=False)
+    table.assign(patient="").to_csv(source / "table.csv", index=False)
+    with pytest.raises(UserError, match="no patient"):
+        run(source, tmp_path / "out")
+    table.assign(image="im.00.png").to_csv(source / "table.csv", index=False)
+    with pytest.raises(UserError, match="both have the key 'im-00'"):
+        run(source, tmp_path / "out")
+    with pytest.raises(UserError, match="'webp'"):
+        run(source, tmp_path / "out", codec="webp")

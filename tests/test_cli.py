@@ -1,0 +1,77 @@
+"""The command line: help for every verb, one clear message and exit code 2 for bad input, a traceback and not 0 for a crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latent_medi import cli
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("verb", [v for v in cli.VERBS if v != "shards"])
+def test_help_of_every_verb_describes_its_settings(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run_verb([verb, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config" in text
+    assert "--out" in text or "--data" in text
+
+
+def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "'train'" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_message_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", f"data={tmp_path / 'nothing'}", "latents=x", f"out={tmp_path / 'o'}", "max_steps=1"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "nothing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_crash_exits_non_zero_with_its_traceback(tmp_path: Path) -> None:
+    """A defect inside a verb must reach the shell: nothing may catch it and end with 0."""
+    program = (
+        "import sys; from latent_medi import cli\n"
+        "def crash(words): raise RuntimeError('planted')\n"
+        "cli.VERBS['train'] = (crash, '')\n"
+        "sys.exit(cli.main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode not in (0, 2)
+    assert "RuntimeError: planted" in done.stderr
+
+
+def test_a_stage_that_fails_in_a_child_process_fails_the_command(tmp_path: Path) -> None:
+    from latent_medi.stages import side_by_side
+
+    with pytest.raises(RuntimeError, match="bad ended with exit code 2"):
+        side_by_side({"bad": ["train", "no_such_setting=1"], "good": ["--version"]}, threads=1)
+
+
+def test_a_finished_stage_is_kept_until_what_it_is_made_from_changes(tmp_path: Path) -> None:
+    from latent_medi.stages import Stages
+
+    ran: list[str] = []
+
+    def both(first: int, second: int) -> None:
+        stages = Stages(tmp_path, ["a", "b"])
+        stages.run("a", first, lambda: ran.append("a"))
+        stages.run("b", second, lambda: ran.append("b"))
+
+    both(1, 1)
+    both(1, 1)
+    assert ran == ["a", "b"]
+    both(1, 2)
+    assert ran == ["a", "b", "b"]
+    both(2, 2)
+    assert ran == ["a", "b", "b", "a", "b"]

@@ -1,0 +1,109 @@
+"""Settings: every YAML key can be overridden, an unknown one is refused with the nearest known one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from latent_medi import config
+from latent_medi.errors import UserError
+
+
+@dataclass
+class Network:
+    """A network.
+
+    Args:
+        width: Channels.
+        fields: Names.
+    """
+
+    width: int = 4
+    fields: list[str] | None = None
+
+
+@dataclass
+class Settings:
+    """Settings.
+
+    Args:
+        data: Folder.
+        lr: Learning rate.
+        kind: Kind.
+        network: Network.
+        held_out: Combinations.
+    """
+
+    data: str
+    lr: float = 1e-3
+    kind: Literal["a", "b"] = "a"
+    network: Network = field(default_factory=Network)
+    held_out: list[dict[str, str]] = field(default_factory=list)
+
+
+def write(path: Path, values: dict) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_later_words_win_over_files_and_files_over_defaults(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.yaml", {"data": "x", "network": {"width": 8, "fields": ["class"]}})
+    second = write(tmp_path / "b.yaml", {"base": first, "lr": 0.5})
+    settings = config.parse(Settings, ["--config", second, "network.width=16", "--kind", "b"])
+    assert settings == Settings("x", 0.5, "b", Network(16, ["class"]))
+
+
+@pytest.mark.parametrize("words", [["--network.width", "16"], ["--network.width=16"], ["network.width=16"]])
+def test_three_spellings_of_an_override(words: list[str]) -> None:
+    assert config.parse(Settings, ["data=x", *words]).network.width == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data=x", "netwrk.width=3"], "network.width"),
+        (["data=x", "network.widht=3"], "network.width"),
+        (["data=x", "lrr=3"], "lr"),
+        (["data=x", "kind=c"], "kind"),
+        (["data=x", "lr=fast"], "lr"),
+        (["lr=1"], "data"),
+        (["data=x", "--config", "no/such"], "no/such"),
+    ],
+)
+def test_bad_words_are_refused_by_name(words: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        config.parse(Settings, words)
+
+
+def test_unknown_key_in_a_file_names_file_and_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.yaml", {"data": "x", "network": {"fieldz": []}})
+    with pytest.raises(UserError, match=r"bad\.yaml.*'network\.fieldz'.*'network\.fields'"):
+        config.parse(Settings, ["--config", path])
+
+
+def test_saved_settings_give_themselves_again(tmp_path: Path) -> None:
+    settings = config.parse(Settings, ["data=x", "network.fields=[class, site]", "held_out=[{class: NA, site: b}]"])
+    config.save_settings(settings, tmp_path / "settings.yaml")
+    assert config.parse(Settings, ["--config", str(tmp_path / "settings.yaml")]) == settings
+    assert settings.held_out == [{"class": "NA", "site": "b"}]
+
+
+def test_every_packaged_configuration_fits_its_settings() -> None:
+    from latent_medi.experiment import ExperimentSettings
+    from latent_medi.latents.settings import EncodeSettings
+    from latent_medi.training.settings import TrainSettings
+
+    kinds = {"experiment": ExperimentSettings, "encode": EncodeSettings}
+    found = 0
+    for path in sorted(config.packaged("configs").rglob("*.yaml")):
+        if path.parent.name == "accelerate":
+            continue
+        found += 1
+        values = config.load_yaml(path)
+        settings_class = kinds.get(path.stem) or (ExperimentSettings if "recipe" in values else TrainSettings)
+        config.build(settings_class, values)
+    assert found >= 5
