@@ -1,6 +1,7 @@
 """Conditions as codes and values, the embedding of them that the denoiser is given, and condition dropout.
 
-z_cond = concat(z_class, z_meta,1 … z_meta,k) ∈ R^{d_t} is added to the timestep embedding, so every residual block sees it.
+z_cond = concat(z_class, z_meta,1 … z_meta,k) ∈ R^{d_t} is added to the timestep embedding, so every residual block
+sees it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -155,7 +156,7 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
         UserError: No field, or widths that do not fit.
     """
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -179,10 +180,12 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
         patterns = asdict(DropoutSettings(1.0, 0.0, 0.0, 0.0)) if dropout_patterns is None else dict(dropout_patterns)
         DropoutSettings(**patterns).check()
         if fusion == "concat":
-            chosen = default_widths(known, time_embed_dim) if widths is None else {str(n): int(w) for n, w in widths.items()}
+            chosen = (
+                default_widths(known, time_embed_dim) if widths is None else {str(n): int(w) for n, w in widths.items()}
+            )
             if set(chosen) != set(known.names) or sum(chosen.values()) != time_embed_dim or min(chosen.values()) < 1:
                 raise UserError(
-                    f"The widths {chosen} must name each of {list(known.names)} with at least 1 and sum to {time_embed_dim}."
+                    f"The widths {chosen} must be >= 1 for each of {list(known.names)} and sum to {time_embed_dim}."
                 )
         else:
             chosen = dict.fromkeys(known.names, time_embed_dim)
@@ -210,7 +213,8 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
     def forward(self, conditions: Conditions) -> torch.Tensor:
         """Conditions of N samples to z_cond [N, d_t]."""
         parts = [
-            embedding(conditions.codes[:, i], conditions.values[:, i]) for i, embedding in enumerate(self.embeddings.values())
+            embedding(conditions.codes[:, i], conditions.values[:, i])
+            for i, embedding in enumerate(self.embeddings.values())
         ]
         if self.fusion == "additive":
             return torch.stack(parts).sum(0)
@@ -225,10 +229,12 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
             self.mix.bias.zero_()
             return
         for embedding in self.embeddings.values():
-            embedding.zero()  # type: ignore[operator]
+            cast(FieldEmbedding, embedding).zero()
 
     @torch.no_grad()
-    def append(self, field_name: str, values: Sequence[str], start: Literal["mean", "unknown", "zero"] = "mean") -> None:
+    def append(
+        self, field_name: str, values: Sequence[str], start: Literal["mean", "unknown", "zero"] = "mean"
+    ) -> None:
         """Grow a vocabulary, such as by a new hospital; every old vector stays as it is.
 
         Args:
@@ -240,8 +246,8 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
             UserError: The field is continuous or unknown, or a value is already there.
         """
         self._schema = self._schema.append(field_name, values)
-        table = self.embeddings[embedding_key(field_name)].codes
-        old = table.weight
+        embedding = cast(FieldEmbedding, self.embeddings[embedding_key(field_name)])
+        old = embedding.codes.weight
         if start == "mean" and len(old) > FIRST_VALUE:
             row = old[FIRST_VALUE:].mean(0)
         elif start == "zero":
@@ -251,12 +257,12 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
         grown = nn.Embedding(len(old) + len(values), old.shape[1], device=old.device, dtype=old.dtype)
         grown.weight.copy_(torch.cat([old, row.expand(len(values), -1)]))
         grown.weight.requires_grad_(old.requires_grad)
-        self.embeddings[embedding_key(field_name)].codes = grown
+        embedding.codes = grown
         self.register_to_config(schema=self._schema.to_dict())
 
 
 def embedding_key(field_name: str) -> str:
-    """Name of a field's embedding inside the conditioner; a prefix keeps it apart from the container's own attributes."""
+    """Name of a field's embedding in the conditioner; a prefix keeps it apart from the container's attributes."""
     return "field_" + re.sub(r"\W", "_", field_name)
 
 
@@ -277,10 +283,14 @@ def draw_dropout(
     settings.check()
     device, (count, fields) = conditions.codes.device, conditions.codes.shape
     shares = torch.tensor(
-        [settings.keep_all, settings.all_null, settings.metadata_null, settings.independent], dtype=torch.float64, device=device
+        [settings.keep_all, settings.all_null, settings.metadata_null, settings.independent],
+        dtype=torch.float64,
+        device=device,
     )
     draw = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
-    alone = torch.rand(count, fields, generator=generator, device=device, dtype=torch.float64) >= settings.independent_rate
+    alone = (
+        torch.rand(count, fields, generator=generator, device=device, dtype=torch.float64) >= settings.independent_rate
+    )
     # The shares may sum to a little less than 1; what is left belongs to the last pattern that has a share.
     pattern = torch.searchsorted(shares.cumsum(0), draw, right=True).clamp(max=int(shares.nonzero().max()))
     everything = torch.ones(fields, dtype=torch.bool, device=device)

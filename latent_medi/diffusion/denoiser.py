@@ -1,9 +1,9 @@
-"""The denoising network: diffusers' UNet2DModel, unchanged, with a vector for the conditions added to its timestep embedding."""
+"""The denoising network: diffusers' UNet2DModel, unchanged; conditions are added to its timestep embedding."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import nn
 
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
@@ -53,7 +53,9 @@ class Denoiser(nn.Module):
     def __init__(self, unet: UNet2DModel, conditioner: MetadataConditioner | None) -> None:
         super().__init__()
         if (conditioner is not None) != (unet.config["class_embed_type"] == "identity"):
-            raise ValueError("A network with a condition input needs a conditioner, and one without it must not have one.")
+            raise ValueError(
+                "A network with a condition input needs a conditioner, and one without it must not have one."
+            )
         self.unet = unet
         self.conditioner = conditioner
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,24 +45,36 @@ def untrained(kept: frozenset[str], schema: Schema, patterns: DropoutSettings) -
     return f"it was never trained with {given} given and {dropped} left out"
 
 
+def guidance_of(guidance: float | Mapping[str, float] | GuidanceSettings | None) -> GuidanceSettings:
+    """Guidance settings from a scale for all fields, or scales by field (both as a chain)."""
+    if guidance is None or isinstance(guidance, GuidanceSettings):
+        return guidance or GuidanceSettings()
+    if isinstance(guidance, Mapping):
+        return GuidanceSettings("chain", scales={str(n): float(w) for n, w in guidance.items()})
+    return GuidanceSettings("chain", scale=float(guidance))
+
+
 def guidance_order(settings: GuidanceSettings, schema: Schema) -> list[str]:
-    """All fields in the order in which a chain adds them: those named, then the rest as in the schema (the class first).
+    """All fields in the order in which a chain adds them: those named, then the rest in the order of the schema.
 
     Raises:
         UserError: A name that is no field, or twice the same.
     """
     for name in (*settings.order, *settings.scales):
         if name not in schema.names:
-            raise UserError(f"Guidance names the field {name!r}, which the model does not have; {nearest(name, schema.names)}.")
+            raise UserError(
+                f"Guidance names the field {name!r}, which the model does not have; {nearest(name, schema.names)}."
+            )
     if len(set(settings.order)) != len(settings.order):
         raise UserError(f"The guidance order {settings.order} names a field twice.")
     return [*settings.order, *(n for n in schema.names if n not in settings.order)]
 
 
 def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch]:
-    """The evaluations a guidance needs; those with coefficient 0 are left out, so all scales 1 leave the conditional model alone.
+    """The evaluations a guidance needs. Those with coefficient 0 are left out: all scales 1 is the conditional model.
 
-    Chain: ε(∅) + Σ_j w_j·[ε(f_1…f_j) − ε(f_1…f_{j−1})], that is Σ_j (w_j − w_{j+1})·ε(f_1…f_j) with w_0 = 1 and w_{k+1} = 0.
+    Chain: ε(∅) + Σ_j w_j·[ε(f_1…f_j) − ε(f_1…f_{j−1})], that is Σ_j (w_j − w_{j+1})·ε(f_1…f_j) with w_0 = 1 and
+        w_{k+1} = 0.
     Margins: ε(∅) + Σ_j w_j·[ε(f_j) − ε(∅)].
 
     Raises:
@@ -74,7 +86,9 @@ def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch
     order = guidance_order(settings, schema)
     if settings.form == "none":
         if settings.scales or settings.scale != 1:
-            raise UserError("Guidance scales are given, but the form of guidance is none.", "Set guidance.form to chain or margins.")
+            raise UserError(
+                "Guidance scales are given, but the form of guidance is none.", "Set guidance.form to chain or margins."
+            )
         return [Branch(frozenset(order), 1.0)]
     weights = [float(settings.scales.get(name, settings.scale)) for name in order]
     if settings.form == "chain":
@@ -109,7 +123,9 @@ def check_guidance(
     branches = guidance_branches(settings, schema)
     if tuple(settings.interval) != (0.0, 1.0):  # outside it, the conditional model is asked
         branches.append(Branch(frozenset(schema.names), 0.0))
-    given = [[True] * len(schema.names)] if conditions is None else torch.unique(conditions.codes != NULL, dim=0).tolist()
+    given = (
+        [[True] * len(schema.names)] if conditions is None else torch.unique(conditions.codes != NULL, dim=0).tolist()
+    )
     for row in given:
         there = frozenset(name for name, is_given in zip(schema.names, row, strict=True) if is_given)
         for branch in branches:
@@ -119,7 +135,9 @@ def check_guidance(
                 hint = "Give the other fields too ('unknown' is a value of every field)."
             else:
                 hint = "Use the other form or order of guidance, or form none; or train with that dropout pattern."
-            raise UserError(f"The model cannot be asked for what guidance of the form {settings.form!r} needs: {reason}.", hint)
+            raise UserError(
+                f"The model cannot be asked for what guidance of the form {settings.form!r} needs: {reason}.", hint
+            )
 
 
 def _keep(branch: Branch, schema: Schema) -> torch.Tensor:
@@ -136,7 +154,8 @@ def guided(
 ) -> torch.Tensor:
     """The guided prediction, all branches in one batched evaluation of the network.
 
-    A sum of predictions with coefficients that sum to 1 is the same for ε and v, since both are the same linear map of x₀ and x_t.
+    A sum of predictions with coefficients that sum to 1 is the same for ε and v, since both are the same linear map of
+    x₀ and x_t.
 
     Args:
         denoiser: The model.
@@ -178,9 +197,11 @@ class ClassifierGuidance:
     Dhariwal & Nichol 2021 (arXiv 2105.05233), equation 14; in latent space as in HistoDiffusion (arXiv 2308.04020).
 
     Args:
-        log_probability: (x_t fp32 [N, C, h, w], t int64 [N]) to log p(y | x_t, t), [N], of each sample's own wanted class.
+        log_probability: (x_t fp32 [N, C, h, w], t int64 [N]) to log p(y | x_t, t), [N], of each sample's own wanted
+            class.
         scale: s.
-        interval: Range of ᾱ in which it acts. Below 0.005 the latent is noise and the classifier's gradient means nothing.
+        interval: Range of ᾱ in which it acts. Below 0.005 the latent is noise and the classifier's gradient means
+            nothing.
     """
 
     log_probability: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -191,7 +212,9 @@ class ClassifierGuidance:
         if not 0 < self.interval[0] < self.interval[1] <= 1:
             raise UserError(f"The classifier's interval is a range of ᾱ above 0 and up to 1, not {self.interval}.")
 
-    def guide(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
+    def guide(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, alpha_bar: float, prediction_type: str
+    ) -> torch.Tensor:
         """The changed prediction, fp32 [N, C, h, w].
 
         At given x_t, v = √ᾱ·ε − √(1−ᾱ)·x₀ changes by 1/√ᾱ times the change of ε.

@@ -1,4 +1,4 @@
-"""The noise schedule, what the network predicts, and the weighted loss. All arithmetic here is fp32 (the schedule is made in fp64)."""
+"""The noise schedule, what the network predicts, and the weighted loss, all in fp32 (the schedule made in fp64)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar, rescale_zero_terminal_snr
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, betas_for_alpha_bar, rescale_zero_terminal_snr
 
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.settings import ObjectiveSettings
@@ -28,7 +27,9 @@ def noise_schedule(settings: ObjectiveSettings) -> torch.Tensor:
     elif settings.schedule == "squaredcos_cap_v2":
         betas = betas_for_alpha_bar(count).double()
     else:
-        raise UserError(f"There is no schedule {settings.schedule!r}; there are linear, scaled_linear and squaredcos_cap_v2.")
+        raise UserError(
+            f"There is no schedule {settings.schedule!r}; there are linear, scaled_linear and squaredcos_cap_v2."
+        )
     if settings.zero_terminal_snr:
         betas = rescale_zero_terminal_snr(betas)
     alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
@@ -52,15 +53,22 @@ def make_scheduler(settings: ObjectiveSettings) -> DDPMScheduler:
     )
 
 
-def settings_of(config: Any, weighting: str = "min_snr_plus_one", gamma: float = 5.0, loss: str = "l2") -> ObjectiveSettings:
-    """The objective that a scheduler's configuration stands for; how noise levels were weighted is not in it, so it is given.
+def settings_of(
+    config: Any, weighting: str = "min_snr_plus_one", gamma: float = 5.0, loss: str = "l2"
+) -> ObjectiveSettings:
+    """The objective that a scheduler's configuration stands for; the weighting is not in it, so it is given.
 
     Raises:
         UserError: A prediction type or schedule that is not supported.
     """
     values = dict(config)
-    if values.get("trained_betas") is not None or values.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise UserError("The scheduler has its own betas or predicts the sample; only ε and v on a named schedule are supported.")
+    if values.get("trained_betas") is not None or values.get("prediction_type", "epsilon") not in (
+        "epsilon",
+        "v_prediction",
+    ):
+        raise UserError(
+            "The scheduler has its own betas or predicts the sample; only ε and v on a named schedule are supported."
+        )
     return ObjectiveSettings(
         prediction=values.get("prediction_type", "epsilon"),
         schedule=values.get("beta_schedule", "linear"),
@@ -109,7 +117,9 @@ class Objective:
             ValueError: Inputs that are not fp32; bf16 has too few digits for the noise of small t.
         """
         if x0.dtype != torch.float32 or noise.dtype != torch.float32:
-            raise ValueError(f"Latents and noise are fp32, not {x0.dtype} and {noise.dtype}: bf16 loses the noise at small t.")
+            raise ValueError(
+                f"Latents and noise are fp32, not {x0.dtype} and {noise.dtype}: bf16 loses the noise at small t."
+            )
         self._on(x0.device)
         alpha_bar = self._at(self.alphas_cumprod, t, x0)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
@@ -139,8 +149,8 @@ class Objective:
 def loss_weights(alphas_cumprod: torch.Tensor, settings: ObjectiveSettings) -> torch.Tensor:
     """Weight of the squared error of the prediction at each timestep, fp32 [T], finite at zero signal.
 
-    "min_snr_plus_one" is min(snr+1, γ+1)/(snr+1): plain min-SNR for v (Hang et al. 2023, arXiv 2303.09556) is 0 at the noisiest steps,
-    where overall colour is decided.
+    "min_snr_plus_one" is min(snr+1, γ+1)/(snr+1): plain min-SNR for v (Hang et al. 2023, arXiv 2303.09556) is 0 at the
+    noisiest steps, where overall colour is decided.
     """
     alpha_bar = alphas_cumprod.double()
     snr = alpha_bar / (1 - alpha_bar)
@@ -150,9 +160,15 @@ def loss_weights(alphas_cumprod: torch.Tensor, settings: ObjectiveSettings) -> t
         weights = (snr.clamp(max=settings.gamma) + 1) / (snr + 1)
     elif settings.weighting == "min_snr":
         # min(snr, γ)/snr is written as a minimum because snr may be 0.
-        weights = (settings.gamma / snr).clamp(max=1.0) if settings.prediction == "epsilon" else snr.clamp(max=settings.gamma) / (snr + 1)
+        weights = (
+            (settings.gamma / snr).clamp(max=1.0)
+            if settings.prediction == "epsilon"
+            else snr.clamp(max=settings.gamma) / (snr + 1)
+        )
     else:
-        raise UserError(f"There is no weighting {settings.weighting!r}; there are min_snr_plus_one, min_snr and uniform.")
+        raise UserError(
+            f"There is no weighting {settings.weighting!r}; there are min_snr_plus_one, min_snr and uniform."
+        )
     return weights.float()
 
 
@@ -164,7 +180,7 @@ def diffusion_loss(
     conditions: Conditions | None,
     objective: Objective,
 ) -> torch.Tensor:
-    """Weighted loss of each sample, fp32 [N]: mean over the latent of the squared (or absolute) error of the prediction.
+    """Weighted loss of each sample, fp32 [N]: mean over its latent of the squared (or absolute) error.
 
     Args:
         denoiser: ``denoiser(x_t, t, conditions)``; wrapped for several devices or autocast or not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,12 +42,12 @@ SAMPLERS: tuple[str, ...] = tuple(_KINDS)
 def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
     """Why a sampler cannot be used with an objective; empty if it can.
 
-    | objective                             | dpmpp_2m, dpmpp_2m_sde, unipc, euler | ddim                   | ddpm          |
-    |---------------------------------------|--------------------------------------|------------------------|---------------|
-    | v, any schedule, zero terminal or not | any steps                            | steps that divide T    | any steps     |
-    | ε, linear or scaled_linear            | any steps                            | steps that divide T    | any steps     |
-    | ε, cosine (terminal ᾱ about 2e-9)     | refused                              | refused                | all T steps   |
-    | ε, zero terminal SNR                  | refused                              | refused                | refused       |
+    | objective                             | dpmpp_2m, _sde, unipc, euler | ddim                | ddpm        |
+    |---------------------------------------|------------------------------|---------------------|-------------|
+    | v, any schedule, zero terminal or not | any steps                    | steps that divide T | any steps   |
+    | ε, linear or scaled_linear            | any steps                    | steps that divide T | any steps   |
+    | ε, cosine (terminal ᾱ about 2e-9)     | refused                      | refused             | all T steps |
+    | ε, zero terminal SNR                  | refused                      | refused             | refused     |
 
     DDIM takes T // steps as the distance to the previous timestep, which is wrong where steps does not divide T.
     """
@@ -65,21 +66,21 @@ def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
         terminal = float(noise_schedule(objective)[-1])
         if terminal < _FAINT and not (sampler.name == "ddpm" and steps == total):
             return (
-                f"the schedule ends at ᾱ = {terminal:.0e}, where an ε prediction is divided by {terminal**0.5:.0e} to get x₀: "
+                f"the schedule ends at ᾱ = {terminal:.0e}, so that an ε prediction is divided by {terminal**0.5:.0e}: "
                 f"use ddpm with all {total} steps, or train with v_prediction"
             )
     if sampler.name == "ddim" and total % steps:
-        divisors = [d for d in range(1, total + 1) if total % d == 0]
-        close = sorted(divisors, key=lambda d: abs(d - steps))[:2]
+        below = next(d for d in range(steps, 0, -1) if total % d == 0)
+        above = next(d for d in range(steps, total + 1) if total % d == 0)
         return (
             f"ddim steps must divide the {total} training timesteps, or each step lands beside the next visited one: "
-            f"use {' or '.join(str(d) for d in sorted(close))} instead of {steps}, or dpmpp_2m"
+            f"use {below} or {above} instead of {steps}, or dpmpp_2m"
         )
     return ""
 
 
 def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
-    """A diffusers scheduler for a model's schedule, its timesteps set: the first is the terminal one, and each step ends at the next.
+    """A diffusers scheduler with its timesteps set: the first is the terminal one, and each step ends at the next.
 
     Args:
         scheduler_config: The configuration in the model's ``scheduler/``.
@@ -105,10 +106,27 @@ def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
     scheduler = kind(**config)
     scheduler.set_timesteps(settings.steps)
     visited = [round(float(t)) for t in scheduler.timesteps]
-    falling = all(a > b for a, b in zip(visited, visited[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(visited))
     if len(visited) != settings.steps or visited[0] != objective.timesteps - 1 or not falling:
-        raise UserError(f"The sampler {settings.name!r} cannot take {settings.steps} even steps.", "Use another number of steps.")
+        raise UserError(
+            f"The sampler {settings.name!r} cannot take {settings.steps} even steps.", "Use another number of steps."
+        )
     return scheduler
+
+
+def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """First noise of each sample, from its own seed, and its generator for the noise of later steps.
+
+    Args:
+        seeds: N seeds, 0 to 2^63 − 1.
+        shape: (C, h, w).
+
+    Returns:
+        fp32 [N, C, h, w] and N generators, all on the CPU, so that every device gives the same samples.
+    """
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    noise = [torch.randn(tuple(shape), generator=generator) for generator in generators]
+    return (torch.stack(noise) if noise else torch.empty(0, *shape)), generators
 
 
 def draws_noise(sampler: Any, eta: float = 0.0) -> bool:
@@ -137,20 +155,22 @@ def sample_latents(
     eta: float = 0.0,
     first_step: int = 0,
     classifier: ClassifierGuidance | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Run a sampler.
 
     Args:
         denoiser: In eval mode.
         conditions: Of N samples over the conditioner's fields; ``None`` for an unconditional model.
-        noise: fp32 [N, C, h, w]; drawn per sample from its own seed, so that a sample does not depend on its batch. With ``first_step``
-            the noisy latent at that step's timestep.
+        noise: fp32 [N, C, h, w]; drawn per sample from its own seed, so that a sample does not depend on its batch.
+            With ``first_step`` the noisy latent at that step's timestep.
         sampler: From :func:`make_sampler`; may be used again.
         guidance: Guidance over the fields; ``None`` is the conditional model.
         generators: One per sample, for samplers that add noise at each step.
         eta: For ddim, share of fresh noise.
         first_step: Number of leading steps to leave out, for starting from a noised image.
         classifier: Guidance by a latent classifier on top.
+        dtype: Arithmetic inside the network, bf16 or fp16; ``None`` is that of its weights. The sampler's own is fp32.
 
     Returns:
         fp32 [N, C, h, w]; clean whitened latents.
@@ -174,9 +194,9 @@ def sample_latents(
     for t, alpha_bar in zip(timesteps, alphas.tolist(), strict=True):
         x_t = sampler.scale_model_input(x, t)
         step = torch.full((len(x),), round(float(t)), dtype=torch.long, device=x.device)
-        prediction = guided(denoiser, x_t, step, conditions, guidance, alpha_bar)
+        with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            prediction = guided(denoiser, x_t, step, conditions, guidance, alpha_bar)
         if classifier is not None:
             prediction = classifier.guide(prediction, x_t, step, alpha_bar, sampler.config["prediction_type"])
         x = sampler.step(prediction, t, x, return_dict=False, **options)[0]
     return x
-

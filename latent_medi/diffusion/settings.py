@@ -20,18 +20,22 @@ class ModelSettings:
     """The denoising network and what it is conditioned on.
 
     Args:
-        preset: "S" (93 M parameters), "B" (210 M), "L" (373 M) set block_out_channels and attention; empty uses those given.
+        preset: "S" (93 M parameters), "B" (210 M), "L" (373 M) set block_out_channels and attention; empty uses those
+            given.
         block_out_channels: Channels per resolution, each half the one before; conditions have 4 × the first as width.
         layers_per_block: Residual blocks per resolution on the way down (one more on the way up).
         attention: Whether a resolution has self-attention, one entry per resolution; unset: all but the first.
         attention_head_dim: Channels per attention head; must divide every attention width.
-        resnet_time_scale_shift: How a residual block takes the embedding: "scale_shift" (modulates) or "default" (adds).
+        resnet_time_scale_shift: How a residual block takes the embedding: "scale_shift" (modulates) or "default"
+            (adds).
         mid_attention: Whether the lowest resolution's middle block has self-attention.
         norm_num_groups: Groups of the group normalisation; must divide every width.
         dropout: Share of activations dropped inside residual blocks while training, 0 to 1.
         fields: Names of the fields to condition on; unset: all of the schema; an empty list: unconditional.
-        fusion: "concat" gives each field its part of the width; "additive" sums full-width embeddings; "linear" mixes them by one layer.
-        widths: For "concat", width by field, with the sum 4 × the first channel count; unset: equal parts, the remainder to the class.
+        fusion: "concat" gives each field its part of the width; "additive" sums full-width embeddings; "linear" mixes
+            them by one layer.
+        widths: For "concat", width by field, with the sum 4 × the first channel count; unset: equal parts, the
+            remainder to the class.
     """
 
     preset: Literal["", "S", "B", "L"] = ""
@@ -67,7 +71,10 @@ class ModelSettings:
             raise UserError(f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}.")
         channels = list(PRESETS[self.preset])
         attention = [level > 0 for level in range(len(channels))]
-        if list(self.block_out_channels) not in (channels, list(PRESETS["S"])) or self.attention not in (None, attention):
+        if list(self.block_out_channels) not in (channels, list(PRESETS["S"])) or self.attention not in (
+            None,
+            attention,
+        ):
             raise UserError(
                 f"The preset {self.preset!r} sets block_out_channels and attention, and others are given too.",
                 "Leave out the preset or the channels.",
@@ -87,7 +94,9 @@ class ModelSettings:
             raise UserError("block_out_channels is empty.")
         if len(attention) != len(channels):
             problems.append(f"attention has {len(attention)} entries for {len(channels)} resolutions")
-        widths = {c for c, a in zip(channels, attention, strict=False) if a} | ({channels[-1]} if full.mid_attention else set())
+        widths = {c for c, a in zip(channels, attention, strict=False) if a} | (
+            {channels[-1]} if full.mid_attention else set()
+        )
         for width in sorted(w for w in widths if w % full.attention_head_dim):
             problems.append(f"attention_head_dim {full.attention_head_dim} does not divide the attention width {width}")
         for width in sorted({c for c in channels if c % full.norm_num_groups}):
@@ -99,7 +108,9 @@ class ModelSettings:
         if not 0 <= full.dropout < 1:
             problems.append(f"dropout must be at least 0 and below 1, not {full.dropout}")
         if problems:
-            raise UserError("The network cannot be built: " + "; ".join(problems) + ".", "Change the settings under `model`.")
+            raise UserError(
+                "The network cannot be built: " + "; ".join(problems) + ".", "Change the settings under `model`."
+            )
 
 
 @dataclass
@@ -108,12 +119,14 @@ class ObjectiveSettings:
 
     Args:
         prediction: "v_prediction" (v = √ᾱ·ε − √(1−ᾱ)·x₀) or "epsilon".
-        schedule: Spacing of the noise variances: "linear", "scaled_linear" (linear in the square root) or "squaredcos_cap_v2" (cosine).
+        schedule: Spacing of the noise variances: "linear", "scaled_linear" (linear in the square root) or
+            "squaredcos_cap_v2" (cosine).
         beta_start: First noise variance of the linear schedules.
         beta_end: Last noise variance of the linear schedules.
         timesteps: Number of noise levels.
         zero_terminal_snr: Rescale the schedule so that the last level is pure noise (not with "epsilon").
-        weighting: "min_snr_plus_one": min(snr+1, γ+1)/(snr+1); "min_snr": min(snr, γ)/(snr+1), or /snr for "epsilon"; or "uniform".
+        weighting: "min_snr_plus_one": min(snr+1, γ+1)/(snr+1); "min_snr": min(snr, γ)/(snr+1), or /snr for "epsilon";
+            or "uniform".
         gamma: γ of the weightings.
         loss: "l2" (squared error) or "l1" (absolute error).
     """
@@ -136,13 +149,15 @@ class ObjectiveSettings:
         """
         if self.prediction == "epsilon" and self.zero_terminal_snr:
             raise UserError(
-                "prediction=epsilon cannot be combined with zero_terminal_snr: at pure noise ε says nothing about the image, and x₀ is 0/0.",
+                "prediction=epsilon cannot go with zero_terminal_snr: at pure noise ε says nothing of the image (0/0).",
                 "Use prediction=v_prediction, or zero_terminal_snr=false.",
             )
         if self.timesteps < 2:
             raise UserError(f"timesteps must be at least 2, not {self.timesteps}.")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise UserError(f"beta_start and beta_end must satisfy 0 < start <= end < 1, not {self.beta_start} and {self.beta_end}.")
+            raise UserError(
+                f"beta_start and beta_end must satisfy 0 < start <= end < 1, not {self.beta_start} and {self.beta_end}."
+            )
         if not self.gamma > 0:
             raise UserError(f"gamma must be above 0, not {self.gamma}.")
 
@@ -173,7 +188,10 @@ class DropoutSettings:
         """
         shares = {n: getattr(self, n) for n in ("keep_all", "all_null", "metadata_null", "independent")}
         if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-            raise UserError("The dropout shares must not be negative and must sum to 1, not " + ", ".join(f"{n}={s}" for n, s in shares.items()))
+            raise UserError(
+                "The dropout shares must not be negative and must sum to 1, not "
+                + ", ".join(f"{n}={s}" for n, s in shares.items())
+            )
         if not 0 <= self.independent_rate <= 1:
             raise UserError(f"independent_rate is a probability, not {self.independent_rate}.")
 
@@ -183,12 +201,15 @@ class GuidanceSettings:
     """Guidance over the fields while sampling.
 
     Args:
-        form: "none" is the conditional model. "chain": ε(∅) + Σ_j w_j·[ε(f_1…f_j) − ε(f_1…f_{j−1})]; all w = 1 is the conditional
-            model exactly. "margins": ε(∅) + Σ_j w_j·[ε(f_j) − ε(∅)], which never asks for a joint of conditions.
+        form: "none" is the conditional model. "chain": ε(∅) + Σ_j w_j·[ε(f_1…f_j) − ε(f_1…f_{j−1})]; all w = 1 is the
+            conditional model exactly. "margins": ε(∅) + Σ_j w_j·[ε(f_j) − ε(∅)], which never asks for a joint of
+            conditions.
         scale: Guidance scale w of every field that ``scales`` does not name.
         scales: Guidance scale by field.
-        order: For "chain", the fields in the order in which they are added; fields left out follow in the model's order, the class first.
-        interval: Lowest and highest ᾱ (1 = clean, 0 = noise) between which guidance acts; elsewhere the conditional model is used.
+        order: For "chain", the fields in the order in which they are added; fields left out follow in the model's
+            order, the class first.
+        interval: Lowest and highest ᾱ (1 = clean, 0 = noise) between which guidance acts; elsewhere the conditional
+            model is used.
     """
 
     form: Literal["none", "chain", "margins"] = "none"
@@ -204,7 +225,8 @@ class SamplerSettings:
 
     Args:
         name: "dpmpp_2m" (DPM-Solver++ 2M), "dpmpp_2m_sde", "unipc", "euler", "ddim" or "ddpm".
-        steps: Network evaluations per image (times the guidance branches); for "ddim" it must divide the training timesteps.
+        steps: Network evaluations per image (times the guidance branches); for "ddim" it must divide the training
+            timesteps.
         eta: For "ddim", share of fresh noise per step, 0 (none) to 1 (as in ddpm).
     """
 

@@ -130,7 +130,11 @@ class Drawer:
 
     def variants(self) -> dict[str, list[str]]:
         """Variants of each arm that can take part; of several, the best is headlined."""
-        arms: dict[str, list[str]] = {"real": ["real"], "oversample": ["duplicate", "balance"], "stain_transfer": list(STAIN_METHODS)}
+        arms: dict[str, list[str]] = {
+            "real": ["real"],
+            "oversample": ["duplicate", "balance"],
+            "stain_transfer": list(STAIN_METHODS),
+        }
         arms |= {name: [name] for name in self.study.arms} | {"oracle": ["oracle"]}
         return {a: v for a, v in arms.items() if a not in self.plan.unavailable}
 

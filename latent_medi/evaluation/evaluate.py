@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
+from threadpoolctl import threadpool_limits
 
 import latent_medi
 from latent_medi.evaluation import adherence, downstream, fidelity
@@ -48,6 +49,12 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
             :func:`latent_medi.features.encoders.load_encoder`.
     """
+    # Thousands of small eigenvalue problems: threads of the linear algebra cost more than they bring.
+    with threadpool_limits(1, user_api="blas"):
+        return _evaluate(settings, encoders)
+
+
+def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None) -> dict[str, Any]:
     clock = _Clock()
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)

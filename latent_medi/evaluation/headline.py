@@ -15,7 +15,7 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
 
     Args:
         metrics: From :func:`latent_medi.evaluation.evaluate.evaluate`.
-        seconds: Further stages' times in seconds, put before the evaluation's own total.
+        seconds: Times of all stages; the evaluation's own total is added if it is not among them.
 
     Returns:
         ``fd_unseen``, ``fd_unseen_colour_free`` and ``fd_per_class``: medi, cls, floor, ratio = (medi − floor) / (cls
@@ -52,7 +52,8 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
     shift = comparison.get("arms", {}).get("real", {}).get("accuracy_shift", {})
     record["n"] = {"test_patches": shift.get("n_patches"), "test_patients": shift.get("n_patients")}
     record["encoder"] = plain
-    record["seconds"] = dict(seconds or {}) | {"evaluate": round(sum(metrics.get("seconds", {}).values()), 3)}
+    own = {} if "evaluate" in (seconds or {}) else {"evaluate": round(sum(metrics.get("seconds", {}).values()), 3)}
+    record["seconds"] = dict(seconds or {}) | own
     return record
 
 
@@ -114,6 +115,15 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def distance_text(value: float | None) -> str:
+    """A distance with three significant digits, since its scale depends on the encoder."""
+    if value is None:
+        return "–"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}" if value else "0"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def headline_text(record: Mapping[str, Any]) -> str:
     """The headline as a table for a terminal, the verdict last."""
     lines = ["Distance to real patches of other patients (lower is better)"]
@@ -125,8 +135,8 @@ def headline_text(record: Mapping[str, Any]) -> str:
     }
     for key, title in titles.items():
         row = record[key]
-        digits = 4 if row["metric"] == "kid" else 3
-        cells = "".join(f"{_number(row[k], digits):>10}" for k in ("medi", "cls", "floor", "ratio"))
+        cells = "".join(f"{distance_text(row[k]):>10}" for k in ("medi", "cls", "floor"))
+        cells += f"{_number(row['ratio'], 2):>10}"
         lines.append(f"  {title:<32}{(row['metric'] or '–').upper():>8}{cells}")
     lines += ["  ratio = (MeDi − floor) / (CLS − floor): 0 is real, 1 is no better than class alone", ""]
     lines.append("Balanced accuracy of a linear probe (higher is better)")

@@ -1,4 +1,4 @@
-"""The frozen autoencoder behind one small interface: uint8 images to raw posterior moments, and raw latents to uint8 images."""
+"""The frozen autoencoder: uint8 images to raw posterior moments, and raw latents to uint8 images."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import nn
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json
+from latent_medi.files import atomic_path, read_json, write_json
 from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAEF2
 
 HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd"}
 """Short names of autoencoders on the model hub."""
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_KINDS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "AutoencoderTAEF2": AutoencoderTAEF2}
+_KINDS: dict[str, Any] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+    "AutoencoderTAEF2": AutoencoderTAEF2,
+}
 
 
 class Autoencoder:
@@ -38,7 +43,7 @@ class Autoencoder:
         deterministic: Whether it has no posterior, only a latent.
     """
 
-    def __init__(self, model: nn.Module, source: str) -> None:
+    def __init__(self, model: Any, source: str) -> None:
         self.kind = type(model).__name__
         if self.kind not in _KINDS:
             raise UserError(f"{self.kind} is not a supported autoencoder; there are {', '.join(_KINDS)}.")
@@ -61,7 +66,9 @@ class Autoencoder:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Autoencoder:
         """Move it; its hash stays."""
-        self.model.to(device=device, dtype=dtype)
+        self.model.to(device=device)
+        if dtype is not None and dtype != self.dtype:
+            self.model.to(dtype=dtype)
         return self
 
     @property
@@ -80,24 +87,29 @@ class Autoencoder:
             images: uint8 [n, H, W, 3], RGB, H and W multiples of :attr:`factor`.
 
         Returns:
-            Mean fp32 [n, C, h, w], and standard deviation of the same shape or ``None`` for a deterministic autoencoder.
+            Mean fp32 [n, C, h, w], and standard deviation of the same shape or ``None`` for a deterministic
+            autoencoder.
 
         Raises:
             UserError: Images of another shape or type.
         """
+        if isinstance(images, np.ndarray) and not images.flags.writeable:
+            images = images.copy()  # torch warns about memory it must not write to
         pixels = torch.as_tensor(images)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise UserError(f"Images to encode are uint8 [n, H, W, 3], not {pixels.dtype} {list(pixels.shape)}.")
         if pixels.shape[1] % self.factor or pixels.shape[2] % self.factor:
-            raise UserError(f"{pixels.shape[2]}×{pixels.shape[1]} images cannot be encoded: edges must be multiples of {self.factor}.")
+            raise UserError(
+                f"{pixels.shape[2]}×{pixels.shape[1]} images cannot be encoded: edges are multiples of {self.factor}."
+            )
         x = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
         if self.kind == "AutoencoderTAEF2":
-            return self.model.encode(x.to(self.dtype)).float(), None
+            return self.model.encode(x.to(self.dtype)).float().contiguous(), None
         x = (x * 2 - 1).to(self.dtype)
         if self.kind == "AutoencoderTiny":
-            return self.model.encode(x).latents.float(), None
+            return self.model.encode(x).latents.float().contiguous(), None
         posterior = self.model.encode(x).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
@@ -108,7 +120,9 @@ class Autoencoder:
         else:
             x = self.model.decode(z).sample.float() / 2 + 0.5
         if not torch.isfinite(x).all():
-            raise UserError(f"The autoencoder {self.source} gave pixels that are not finite in {self.dtype}.", "Run it in fp32.")
+            raise UserError(
+                f"The autoencoder {self.source} gave pixels that are not finite in {self.dtype}.", "Run it in fp32."
+            )
         return (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -134,17 +148,20 @@ def demo_folder() -> Path:
     return Path(__file__).resolve().parents[1] / "demo" / "weights" / "autoencoder"
 
 
-def load_autoencoder(name_or_folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
+def load_autoencoder(
+    name_or_folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
     """Load a frozen autoencoder.
 
     Args:
-        name_or_folder: "demo"; a short name of :data:`HUB_NAMES`; a folder with ``config.json`` and safetensors, or with the two TAEF2
-            files; or a hub id ``owner/name``. A folder wins over a hub id.
+        name_or_folder: "demo"; a short name of :data:`HUB_NAMES`; a folder with ``config.json`` and safetensors, or
+            with the two TAEF2 files; or a hub id ``owner/name``. A folder wins over a hub id.
         device: Where it runs.
         dtype: Precision it runs in.
 
     Raises:
-        UserError: It is not here and cannot be downloaded (says what to download and where to put it), or is of an unknown kind.
+        UserError: It is not here and cannot be downloaded (says what to download and where to put it), or is of an
+            unknown kind.
     """
     name = str(name_or_folder)
     source = name
@@ -156,8 +173,11 @@ def load_autoencoder(name_or_folder: str | Path, device: torch.device | str = "c
         model = _from_hub(name, HUB_NAMES.get(name, name))
     else:
         known = ", ".join(["demo", *HUB_NAMES])
-        raise UserError(f"There is no autoencoder {name!r}: no such folder.", f"Give a folder, a hub id owner/name, or one of {known}.")
-    return Autoencoder(model.float(), source).to(device, dtype)
+        raise UserError(
+            f"There is no autoencoder {name!r}: no such folder.",
+            f"Give a folder, a hub id owner/name, or one of {known}.",
+        )
+    return Autoencoder(model, source).to(device, dtype)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -169,16 +189,21 @@ def _from_folder(folder: Path) -> nn.Module:
         return AutoencoderTAEF2.from_state_dicts(folder / ENCODER_FILE, folder / DECODER_FILE)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} holds no autoencoder: it has no config.json.", f"It needs config.json and {WEIGHTS_FILE}, or {ENCODER_FILE} and {DECODER_FILE}."
+            f"{folder} holds no autoencoder: it has no config.json.",
+            f"It needs config.json and {WEIGHTS_FILE}, or {ENCODER_FILE} and {DECODER_FILE}.",
         )
     kind = read_json(folder / "config.json").get("_class_name")
     if kind not in _KINDS:
-        raise UserError(f"{folder} holds a {kind}, which is not a supported autoencoder; there are {', '.join(_KINDS)}.")
+        raise UserError(
+            f"{folder} holds a {kind}, which is not a supported autoencoder; there are {', '.join(_KINDS)}."
+        )
     # Other file names would be pickles, which are never opened.
     if not (folder / WEIGHTS_FILE).is_file():
-        raise UserError(f"{folder} has no {WEIGHTS_FILE}; pickled weights are not loaded.", "Convert the weights to safetensors.")
+        raise UserError(
+            f"{folder} has no {WEIGHTS_FILE}; pickled weights are not loaded.", "Convert the weights to safetensors."
+        )
     try:
-        return _KINDS[kind].from_pretrained(str(folder), use_safetensors=True, low_cpu_mem_usage=False)
+        return _KINDS[kind].from_pretrained(str(folder), use_safetensors=True, torch_dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"The autoencoder in {folder} cannot be loaded: {error}") from None
 
@@ -191,14 +216,27 @@ def _from_hub(name: str, hub_id: str) -> nn.Module:
         folder = snapshot_download(hub_id, allow_patterns=["config.json", WEIGHTS_FILE])
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise UserError(
-            f"The autoencoder {name!r} ({hub_id}) is not on this machine and cannot be downloaded: {str(error).splitlines()[0]}",
+            f"The autoencoder {name!r} ({hub_id}) is not on this machine and cannot be downloaded: {first_line(error)}",
             f"Where there is a network, run `hf download {hub_id} config.json {WEIGHTS_FILE} --local-dir FOLDER`, "
             "copy FOLDER to this machine, and give its path as the autoencoder.",
         ) from None
     return _from_folder(Path(folder))
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def save_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> None:
     """Write it as a folder that :func:`load_autoencoder` reads, in the precision it runs in, at once or not at all."""
     with atomic_path(folder) as temporary:
         autoencoder.model.save_pretrained(str(temporary), safe_serialization=True)
+        forget_path(temporary / "config.json")
+
+
+def forget_path(config: Path) -> None:
+    """Remove the path a component was loaded from: it tells of this machine, and makes equal models differ."""
+    values = read_json(config)
+    if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+        write_json(config, values)

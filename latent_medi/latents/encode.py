@@ -30,7 +30,9 @@ def encode(settings: EncodeSettings) -> Path:
     device = torch.device(settings.device) if settings.device else accelerator.device
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     autoencoder = load_autoencoder(settings.autoencoder, device, dtype)
-    return encode_dataset(settings.data, autoencoder, settings.out, settings.device_batch, None, accelerator, settings.workers)
+    return encode_dataset(
+        settings.data, autoencoder, settings.out, settings.device_batch, None, accelerator, settings.workers
+    )
 
 
 def encode_dataset(
@@ -50,21 +52,25 @@ def encode_dataset(
         out: Latent folder to write. If it was cut off, shards that are whole are kept.
         device_batch: Patches per forward pass.
         device: Where to run; ``None`` leaves the autoencoder where it is.
-        accelerator: With several processes, shard i is encoded by process i modulo their number. Every process must call.
+        accelerator: With several processes, shard i is encoded by process i modulo their number. Every process must
+            call.
         workers: Threads that decode images.
 
     Returns:
         The latent folder.
 
     Raises:
-        UserError: The folder holds latents of something else, the patches do not fit the autoencoder, or a latent is beyond fp16.
+        UserError: The folder holds latents of something else, the patches do not fit the autoencoder, or a latent is
+            beyond fp16.
     """
     data, out = PatchDataset.open(dataset), Path(out)
     if device is not None:
         autoencoder.to(device)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     if data.patch_size % autoencoder.factor:
-        raise UserError(f"Patches of {data.patch_size} px cannot be encoded: {autoencoder.source} needs multiples of {autoencoder.factor}.")
+        raise UserError(
+            f"{autoencoder.source} takes patches of a multiple of {autoencoder.factor} px, not {data.patch_size} px."
+        )
     size = data.patch_size // autoencoder.factor
     header = {
         "schema_version": SCHEMA_VERSION,
@@ -115,7 +121,8 @@ def _record_of(out: Path, number: int, shard: dict[str, Any], header: dict[str, 
 
 
 def _encode_shard(
-    data: PatchDataset, rows: np.ndarray, shard: dict[str, Any], autoencoder: Autoencoder, out: Path, number: int, batch: int,
+    data: PatchDataset, rows: np.ndarray, shard: dict[str, Any], autoencoder: Autoencoder, out: Path, number: int,
+    batch: int,
     workers: int, header: dict[str, Any],
 ) -> None:  # fmt: skip
     parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
@@ -127,7 +134,10 @@ def _encode_shard(
     tensors = {name: torch.cat(values) for name, values in parts.items() if values}
     if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
         keys = data.index["key"].iloc[rows[(~torch.isfinite(tensors[bad[0]]).flatten(1).all(1)).numpy()]]
-        raise UserError(f"The {bad[0]} of the latent of {keys.iloc[0]!r} in {shard['file']} is not finite in fp16.", "Encode in fp32.")
+        raise UserError(
+            f"The {bad[0]} of the latent of {keys.iloc[0]!r} in {shard['file']} is not finite in fp16.",
+            "Encode in fp32.",
+        )
     file, note = _paths(out, number)
     with atomic_path(file) as temporary:
         save_file(tensors, str(temporary))
@@ -160,4 +170,6 @@ def _check_same(out: Path, header: dict[str, Any], data: PatchDataset) -> None:
     if info.get("autoencoder", {}).get("hash") != header["autoencoder"]["hash"]:
         raise UserError(f"{out} holds latents of another autoencoder.", "Choose another folder, or remove this one.")
     if [s["source_sha256"] for s in info["shards"]] != [s["sha256"] for s in data.info["shards"]]:
-        raise UserError(f"{out} holds latents of other images than {data.folder}.", "Choose another folder, or remove this one.")
+        raise UserError(
+            f"{out} holds latents of other images than {data.folder}.", "Choose another folder, or remove this one."
+        )

@@ -1,4 +1,4 @@
-"""Random access to the moments of a latent folder: mapped from disk, or resident in memory or on a device when they fit."""
+"""Random access to the moments of a latent folder: mapped from disk, or resident in memory or on a device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class LatentStore:
 
     Args:
         folder: Latent folder.
-        resident: "mmap" reads from disk on demand, "ram" loads everything, "auto" loads if it takes at most 40 % of the free memory.
+        resident: "mmap" reads from disk on demand, "ram" loads everything, "auto" loads if it takes at most 40 % of
+            the free memory.
         device: With "ram", where to hold them, such as "cuda"; moments then come from there.
 
     Attributes:
@@ -45,8 +46,10 @@ class LatentStore:
             raise UserError(f"{folder} {state}: it has no {INFO_FILE}.", "Run `latent-medi encode` (again).")
         self.info: dict[str, Any] = read_json(self.folder / INFO_FILE)
         if self.info.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(f"{folder} has latent version {self.info.get('schema_version')!r}; this program reads version {SCHEMA_VERSION}.")
-        self.shape: tuple[int, int, int] = tuple(self.info["shape"])  # type: ignore[assignment]
+            raise UserError(
+                f"{folder} has latent version {self.info.get('schema_version')!r}; this program reads {SCHEMA_VERSION}."
+            )
+        self.shape: tuple[int, int, int] = tuple(self.info["shape"])
         self.deterministic = bool(self.info["autoencoder"]["deterministic"])
         names = ["mean"] if self.deterministic else ["mean", "std"]
         self._starts = np.concatenate([[0], np.cumsum([s["count"] for s in self.info["shards"]])]).astype(np.int64)
@@ -57,7 +60,9 @@ class LatentStore:
         self._loaded: dict[str, torch.Tensor] = {}
         if self.resident:
             empty = np.empty((0, *self.shape), np.float16)
-            self._loaded = {n: torch.from_numpy(np.concatenate([empty, *maps])).to(device) for n, maps in self._mapped.items()}
+            self._loaded = {
+                n: torch.from_numpy(np.concatenate([empty, *maps])).to(device) for n, maps in self._mapped.items()
+            }
             self._mapped = {}
 
     def __len__(self) -> int:
@@ -69,7 +74,7 @@ class LatentStore:
         return len(self) * int(np.prod(self.shape)) * 2 * (1 if self.deterministic else 2)
 
     def _map(self, shard: dict[str, Any], name: str) -> np.ndarray:
-        """One tensor of a shard's file, mapped. A safetensors file is a length, a JSON header, and the bytes of the tensors."""
+        """One tensor of a shard's file, mapped. Safetensors is a length, a JSON header, and the tensors' bytes."""
         path, shape = self.folder / shard["file"], [shard["count"], *self.shape]
         try:
             with open(path, "rb") as handle:
@@ -79,7 +84,10 @@ class LatentStore:
             raise UserError(f"{path} cannot be read: {error!r}.", "Restore it, or encode again.") from None
         end = 8 + length + entry["data_offsets"][1]
         if entry["shape"] != shape or entry["dtype"] != "F16" or path.stat().st_size < end:
-            raise UserError(f"{path} is damaged: {name} is {entry['dtype']} {entry['shape']} instead of F16 {shape}, or cut off.", "Encode again.")
+            raise UserError(
+                f"{path} is damaged: {name} is {entry['dtype']} {entry['shape']} instead of F16 {shape}, or cut off.",
+                "Encode again.",
+            )
         if not shard["count"]:
             return np.empty(shape, np.float16)
         return np.memmap(path, np.float16, "r", 8 + length + entry["data_offsets"][0], tuple(shape))
@@ -99,13 +107,14 @@ class LatentStore:
         """Moments of some rows, in the order asked for, repeats allowed.
 
         Returns:
-            Mean fp32 [n, C, h, w], and standard deviation of the same shape or ``None`` for a deterministic autoencoder.
+            Mean fp32 [n, C, h, w], and standard deviation of the same shape or ``None`` for a deterministic
+            autoencoder.
 
         Raises:
             UserError: A row number out of range.
         """
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise UserError(f"Rows of {self.folder} run from 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}.")
         return self._rows("mean", rows), None if self.deterministic else self._rows("std", rows)
 
@@ -137,7 +146,10 @@ class LatentStore:
         scale = (spread / pixels).sqrt()
         if not bool((scale > 1e-6).all()):
             flat = [i for i, s in enumerate(scale.tolist()) if not s > 1e-6]
-            raise UserError(f"Latent channels {flat} of {self.folder} are constant over the training rows.", "Is every patch the same?")
+            raise UserError(
+                f"Latent channels {flat} of {self.folder} are constant over the training rows.",
+                "Is every patch the same?",
+            )
         return shift.float(), scale.float()
 
 

@@ -1,4 +1,4 @@
-"""A small autoencoder with 32 latent channels (TAEF2), which diffusers' AutoencoderTiny cannot hold because of its pooled branch."""
+"""A small autoencoder with 32 latent channels (TAEF2); its pooled branch keeps it out of AutoencoderTiny."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
         blocks: Blocks per stage.
     """
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]
 
     @register_to_config
     def __init__(self, latent_channels: int = 32, width: int = 64, blocks: int = 3) -> None:
@@ -104,4 +104,6 @@ def _tensors(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.", f"The folder needs {ENCODER_FILE} and {DECODER_FILE}.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a plain file of tensors, and is not opened: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{path} is not a plain file of tensors, and is not opened: {str(error).splitlines()[0]}"
+        ) from None

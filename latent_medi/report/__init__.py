@@ -1,1 +1,4 @@
-"""One self-contained HTML page about an evaluation: it renders ``metrics.json`` and patches of the datasets, nothing else."""
+"""One self-contained HTML page about an evaluation.
+
+It renders ``metrics.json`` and patches of the datasets as they are, and computes nothing.
+"""

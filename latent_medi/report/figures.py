@@ -75,6 +75,8 @@ def _style(axes: Any) -> None:
     axes.xaxis.label.set_color(INK)
     axes.grid(axis="x", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)  # a name may hold a dollar sign
 
 
 def _point(axes: Any, y: float, record: Mapping[str, Any], arm: str, label: str | None = None) -> None:
@@ -84,12 +86,19 @@ def _point(axes: Any, y: float, record: Mapping[str, Any], arm: str, label: str 
         axes.plot(bounds, [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", alpha=0.75)
     size = 9 if MARKERS.get(arm) == "|" else 5.5
     axes.plot(
-        [value], [y], MARKERS.get(arm, "o"), color=colour, markersize=size, markeredgewidth=1.8, label=label, linestyle=""
+        [value],
+        [y],
+        MARKERS.get(arm, "o"),
+        color=colour,
+        markersize=size,
+        markeredgewidth=1.8,
+        label=label,
+        linestyle="",
     )
 
 
 def distances(part: Mapping[str, Any]) -> str | None:
-    """Distance of each arm and of real patients, per cell and their mean, as dots with intervals; None if nothing is there.
+    """Distance of each arm and of real patients, per cell and as a mean, with intervals; None if nothing is there.
 
     Args:
         part: "unseen" or "per_class" of one encoder in ``metrics.json``.
@@ -115,7 +124,9 @@ def distances(part: Mapping[str, Any]) -> str | None:
     _style(axes)
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
-    figure.legend(loc="outside upper left", ncols=len(arms), frameon=False, fontsize=9, handletextpad=0.3, columnspacing=1.2)
+    figure.legend(
+        loc="outside upper left", ncols=len(arms), frameon=False, fontsize=9, handletextpad=0.3, columnspacing=1.2
+    )
     return _uri(figure)
 
 

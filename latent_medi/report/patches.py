@@ -128,7 +128,11 @@ def grids(
 def _combinations(info: Mapping[str, Any], tumour: str, counts: Mapping[str, int]) -> list[tuple[dict[str, str], bool]]:
     """Combinations of a class without the class: held-out ones, then every other site."""
     class_field, site_field = info["class_field"], info["site_field"]
-    held = [{k: v for k, v in c.items() if k != class_field} for c in info["held_out"] if c.get(class_field, tumour) == tumour]
+    held = [
+        {k: v for k, v in c.items() if k != class_field}
+        for c in info["held_out"]
+        if c.get(class_field, tumour) == tumour
+    ]
     held = [c for i, c in enumerate(held) if c and c not in held[:i]]
     rest = sorted((s for s in info["sites"] if {site_field: s} not in held), key=lambda s: -counts[s])
     return [(c, True) for c in held] + [({site_field: s}, counts[s] == 0) for s in rest]

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from latent_medi.errors import UserError
+from latent_medi.evaluation.headline import distance_text
 from latent_medi.files import read_json, write_text
 from latent_medi.progress import duration
 from latent_medi.report import figures, patches
@@ -26,7 +27,7 @@ def render_report(
     real: str | Path | None = None,
     synthetic: Mapping[str, str | Path] | None = None,
     sections: Sequence[str] = SECTIONS,
-    patches_per_cell: int = 4,
+    per_cell: int = 4,
     rows_per_class: int = 8,
     seed: int = 0,
 ) -> Path:
@@ -39,7 +40,7 @@ def render_report(
         real: Folder of the real dataset, by default the evaluated one; no images of it if it is not there.
         synthetic: Folder of each arm's dataset, likewise.
         sections: Parts to show, from :data:`latent_medi.report.settings.SECTIONS`.
-        patches_per_cell: Patches beside each other in the image grids.
+        per_cell: Patches beside each other in the image grids.
         rows_per_class: Rows of the image grid of a class.
         seed: Seed of the choice of patches.
 
@@ -54,15 +55,19 @@ def render_report(
         raise UserError("The metrics are not those of an evaluation.", "Give the metrics.json that `evaluate` wrote.")
     if unknown := sorted(set(sections) - set(SECTIONS)):
         raise UserError(f"There is no report section {unknown[0]!r}.", f"Sections: {', '.join(SECTIONS)}.")
+    # What an evaluation left out is left out here, too.
+    absent: dict[str, Any] = {"run": None, "notes": []}
+    absent |= {part: {} for part in ("synthetic", "fidelity", "adherence", "downstream")}
+    content = absent | dict(content)
     page = _environment().get_template("page.html").render(
         title=title or content["dataset"].get("name") or "Evaluation",
         metrics=content,
         headline=content["headline"],
         verdict=content["verdict"],
         sections=list(sections),
-        encoders=_encoders(content),
+        encoders=_encoders(content, sections),
         counts=_counts(content),
-        grids=_grids(content, real, synthetic or {}, patches_per_cell, rows_per_class, seed)
+        grids=_grids(content, real, synthetic or {}, per_cell, rows_per_class, seed)
         if "patches" in sections
         else [],
     )  # fmt: skip
@@ -92,6 +97,7 @@ def _environment() -> jinja2.Environment:
     environment.globals["shade"] = _shade
     environment.filters |= {
         "number": number,
+        "distance": distance,
         "bounds": bounds,
         "percent": percent,
         "duration": duration,
@@ -105,6 +111,11 @@ def number(value: Any, digits: int = 3) -> str:
     """A number (or a measure's value) with fixed decimals and a true minus sign; a dash if it is not available."""
     value = value.get("value") if isinstance(value, Mapping) else value
     return DASH if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def distance(value: Any) -> str:
+    """A distance with three significant digits and a true minus sign; a dash if it is not available."""
+    return distance_text(value).replace("-", "−")
 
 
 def bounds(record: Any, digits: int = 3) -> str:
@@ -127,20 +138,20 @@ def _encoder_name(name: str) -> str:
     return name.removesuffix(_TWIN) + " on the haematoxylin channel alone" if name.endswith(_TWIN) else name
 
 
-def _encoders(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each encoder found, with its plots."""
+def _encoders(metrics: Mapping[str, Any], sections: Sequence[str]) -> list[dict[str, Any]]:
+    """What each encoder found, with the plots of the sections that are shown."""
     result = []
     for name in metrics["encoders"]:
-        fidelity = metrics.get("fidelity", {}).get(name, {})
-        downstream = metrics.get("downstream", {}).get(name, {})
+        fidelity = metrics.get("fidelity", {}).get(name, {}) if "fidelity" in sections else {}
+        downstream = metrics.get("downstream", {}).get(name, {}) if "downstream" in sections else {}
         arms = downstream.get("arms", {})
         result.append(
             {
                 "name": name,
-                "fidelity": fidelity,
+                "fidelity": {"unseen": None, "per_class": None, "overall": None} | dict(fidelity),
                 "unseen": figures.distances(fidelity["unseen"]) if fidelity.get("unseen") else None,
                 "per_class": figures.distances(fidelity["per_class"]) if fidelity.get("per_class") else None,
-                "downstream": downstream,
+                "downstream": downstream if arms else None,
                 "forest": figures.forest(arms, "accuracy_shift") if arms else None,
                 "differences": figures.differences(downstream.get("differences", {}), "accuracy_shift"),
                 "adherence": metrics.get("adherence", {}).get(name, {}).get("fields", {}),
@@ -205,4 +216,6 @@ def _grids(
     folders = {n: a.get("folder") for n, a in metrics.get("synthetic", {}).items()} | dict(synthetic)
     opened = {n: patches.open_or_none(f) for n, f in folders.items() if f}
     arms = {n: d for n, d in opened.items() if d is not None}
-    return patches.grids(metrics, patches.open_or_none(folder) if folder else None, arms, per_cell, rows_per_class, seed)
+    return patches.grids(
+        metrics, patches.open_or_none(folder) if folder else None, arms, per_cell, rows_per_class, seed
+    )

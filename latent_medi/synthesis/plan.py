@@ -1,6 +1,8 @@
-"""The plan: a table with a row per combination to generate, made from what the data lack, edited by a person, checked before use.
+"""The plan: a table with a row per combination to generate, made from what the data lack, edited by a person, checked
+before use.
 
-Columns: a column per field, ``count``, ``verdict`` and ``seed``. A cell of a field holds a value, ``unknown``, or nothing (the model is not told);
+Columns: a column per field, ``count``, ``verdict`` and ``seed``. A cell of a field holds a value, ``unknown``, or
+    nothing (the model is not told);
 a continuous field may also hold ``real``: drawn for each sample from the distribution of the training data.
 """
 
@@ -28,8 +30,11 @@ OWN_COLUMNS = ("count", "verdict", "seed")
 MOST = 10**8  # more images than any run makes; a slip of the keyboard is caught here
 
 
-def stable_seed(*parts: Any, bits: int = 63) -> int:
-    """A seed that is the same on every machine and in every release: SHA-256 of the parts, cut to ``bits`` bits."""
+def stable_seed(*parts: Any, bits: int = 31) -> int:
+    """A seed that is the same on every machine and in every release: SHA-256 of the parts, cut to ``bits`` bits.
+
+    A spreadsheet keeps integers of 31 bits exactly.
+    """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - bits)
 
@@ -48,15 +53,17 @@ def make_plan(
     Args:
         index: Those rows of a dataset's index.
         schema: The dataset's schema.
-        goal: "fill_unseen": ``per_cell`` for each combination without a patch; "balance": each combination is topped up to ``per_cell``, or to the
-            largest one if that is 0; "each": ``per_cell`` for every combination.
+        goal: "fill_unseen": ``per_cell`` for each combination without a patch; "balance": each combination is topped
+            up to ``per_cell``, or to the largest one if that is 0; "each": ``per_cell`` for every combination.
         per_cell: Number of patches, see ``goal``.
         seed: Seed of the plan.
-        fields: Class and categorical fields to combine; all if empty. Other categorical fields are left to the model, continuous ones are "real".
+        fields: Class and categorical fields to combine; all if empty. Other categorical fields are left to the model,
+            continuous ones are "real".
         thin_patients: See :func:`latent_medi.metadata.audit.audit`.
 
     Returns:
-        Columns as in the module's description. Combinations that the data cannot identify are listed with count 0 and their verdict.
+        Columns as in the module's description. Combinations that the data cannot identify are listed with count 0 and
+        their verdict.
 
     Raises:
         UserError: An unknown goal or field, no count, or nothing to combine.
@@ -87,7 +94,7 @@ def make_plan(
         elif goal == "balance" and not count:
             continue
         row = {f.name: cell.get(f.name, REAL if f.continuous else "") for f in schema.fields}
-        rows.append({**row, "count": count, "verdict": verdict, "seed": stable_seed(seed, *cell.items(), bits=31)})
+        rows.append({**row, "count": count, "verdict": verdict, "seed": stable_seed(seed, *cell.items())})
     return pd.DataFrame(rows, columns=[*schema.names, *OWN_COLUMNS])
 
 
@@ -111,16 +118,19 @@ def read_plan(path: str | Path, schema: Schema | None = None) -> pd.DataFrame:
 def check_plan(
     plan: pd.DataFrame, schema: Schema | None = None, where: str = "The plan", ignore: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """A plan with counts and seeds as integers, everything else as strings, and seeds filled in where they are left out.
+    """A plan with counts and seeds as integers, everything else as strings, and seeds filled in where they are left
+    out.
 
     Args:
         plan: The table.
-        schema: The model's schema; every column and value is looked up in it. Without one, only counts and seeds are checked.
+        schema: The model's schema; every column and value is looked up in it. Without one, only counts and seeds are
+            checked.
         where: How messages call the plan.
         ignore: Field columns that are left out of the result.
 
     Raises:
-        UserError: No count column; a count that is negative, no whole number or too large; an unknown column or value; two equal rows.
+        UserError: No count column; a count that is negative, no whole number or too large; an unknown column or value;
+            two equal rows.
     """
     columns = [str(c) for c in plan.columns]
     if "count" not in columns:
@@ -130,7 +140,7 @@ def check_plan(
         for column in named:
             if column not in schema.names:
                 raise UserError(
-                    f"{where} has the column {column!r}, which is no field of the model; {nearest(column, schema.names)}.",
+                    f"{where} has the column {column!r}, no field of the model; {nearest(column, schema.names)}.",
                     f"Rename it, or leave it out knowingly with ignore=[{column}].",
                 )
     cells = {column: [_cell(value) for value in plan[column]] for column in named}
@@ -141,7 +151,7 @@ def check_plan(
     for i in range(len(plan)):
         given = _cell(plan["seed"].iloc[i]) if "seed" in columns else ""
         row = [(column, cells[column][i]) for column in named]
-        seeds.append(_whole(given, 2**53, f"{where}, row {i + 1}: seed") if given else stable_seed(0, *row, bits=31))
+        seeds.append(_whole(given, 2**53, f"{where}, row {i + 1}: seed") if given else stable_seed(0, *row))
     if schema is not None:
         for column in named:
             for i, cell in enumerate(cells[column]):
@@ -215,7 +225,7 @@ def sample_at(plan: pd.DataFrame, schema: Schema, position: int, ends: np.ndarra
     """
     row = int(np.searchsorted(ends, position, side="right"))
     number = position - int(ends[row] - plan["count"].iloc[row])
-    seed = stable_seed(int(plan["seed"].iloc[row]), number)
+    seed = stable_seed(int(plan["seed"].iloc[row]), number, bits=63)
     fields: dict[str, str | float] = {}
     for known in schema.fields:
         cell = plan[known.name].iloc[row] if known.name in plan.columns else ""
@@ -231,4 +241,3 @@ def _drawn(known: Field, seed: int) -> str | float:
     if missing < known.missing or not known.quantiles:
         return UNKNOWN_WORD
     return float(np.interp(position, np.linspace(0.0, 1.0, len(known.quantiles)), known.quantiles))
-

@@ -15,7 +15,8 @@ class PlanSettings:
     Args:
         data: Dataset folder whose gaps are to be filled.
         out: The plan's file, .csv or .parquet.
-        goal: "fill_unseen" plans combinations without a patch, "balance" tops every combination up to the same number, "each" plans all alike.
+        goal: "fill_unseen" plans combinations without a patch, "balance" tops every combination up to the same number,
+            "each" plans all alike.
         per_cell: Patches per combination; for "balance" the number to reach, 0 meaning that of the largest combination.
         fields: Class and categorical fields to combine; empty means all.
         split: Named split that defines what the model has seen; empty means every row.
@@ -40,17 +41,25 @@ class GenerateSettings:
     """How a plan becomes a dataset folder.
 
     Args:
+        plan: The plan, .csv or .parquet.
+        model: Model folder.
+        out: Dataset folder to write.
         sampler: The sampler and its steps.
         guidance: Guidance scales per field.
-        device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the number of processes.
+        device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
+            number of processes.
         patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
         codec: "png" (exact) or "jpg".
         precision: Arithmetic inside the denoiser: "no" (fp32), "bf16" or "fp16".
-        ignore: Columns of the plan that the model does not know and that are left out knowingly, such as the site for a class-only model.
+        ignore: Columns of the plan that the model does not know and that are left out knowingly, such as the site for
+            a class-only model.
         name: The dataset's name; empty means the folder's name.
         mpp: µm per pixel of the patches; 0 means what the model was trained on.
     """
 
+    plan: str = ""
+    model: str = ""
+    out: str = ""
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     device_batch: int = 64

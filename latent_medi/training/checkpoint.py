@@ -34,7 +34,8 @@ def save_checkpoint(
     Args:
         folder: Folder of the run's checkpoints.
         images: Images seen.
-        tensors: Tensors of each file, such as {"model": …, "ema": …, "optimizer": …}; each becomes ``<name>.safetensors``.
+        tensors: Tensors of each file, such as {"model": …, "ema": …, "optimizer": …}; each becomes
+            ``<name>.safetensors``.
         state: What is not a tensor; must be JSON-able (floats keep every bit).
         keep: Checkpoints to keep, >= 1. Two let a run go on when the newest is damaged.
     """
@@ -94,14 +95,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
         names: Parameter names in the optimizer's order.
     """
     state = optimizer.state_dict()["state"]
-    return {f"{names[i]}/{key}": torch.as_tensor(value) for i, entries in state.items() for key, value in entries.items()}
+    return {
+        f"{names[i]}/{key}": torch.as_tensor(value) for i, entries in state.items() for key, value in entries.items()
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
     """Put the tensors of :func:`optimizer_tensors` back."""
     position = {name: i for i, name in enumerate(names)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, entry = key.rsplit("/", 1)
-        state.setdefault(position[name], {})[entry] = value
+        at = position[name]
+        if value.shape == parameters[at].shape:
+            # In the parameter's own memory layout, since fused kernels walk through both by address.
+            value = torch.empty_like(parameters[at], device="cpu", dtype=value.dtype).copy_(value)
+        state.setdefault(at, {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

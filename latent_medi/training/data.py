@@ -39,15 +39,20 @@ class Batch:
 
     def parts(self, size: int, device: torch.device) -> list[Batch]:
         """The batch cut into parts of at most ``size`` images, on a device."""
-        move = {"device": device, "non_blocking": True}
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            # From pageable memory a copy would wait for the device, and nothing could be prepared meanwhile.
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        def conditions(part: slice) -> Conditions | None:
+            if self.conditions is None:
+                return None
+            rows = self.conditions.rows(part)
+            return Conditions(move(rows.codes), move(rows.values))
+
+        parts = [slice(i, i + size) for i in range(0, len(self), size)]
         return [
-            Batch(
-                self.latents[i : i + size].to(**move),
-                self.noise[i : i + size].to(**move),
-                self.timesteps[i : i + size].to(**move),
-                None if self.conditions is None else self.conditions.rows(slice(i, i + size)).to(device),
-            )
-            for i in range(0, len(self.latents), size)
+            Batch(move(self.latents[p]), move(self.noise[p]), move(self.timesteps[p]), conditions(p)) for p in parts
         ]
 
     def __len__(self) -> int:
@@ -112,7 +117,7 @@ class TrainingData:
             everyone = self.conditions.rows(torch.from_numpy(members))
             conditions = draw_dropout(everyone, dropout, generator, self.schema).rows(mine)
         draws = draws.share(mine)
-        raw = mean if std is None else torch.addcmul(mean, std, draws.posterior)
+        raw = mean if std is None or draws.posterior is None else torch.addcmul(mean, std, draws.posterior)
         latents = (raw - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
         return Batch(latents, draws.noise, draws.timesteps, conditions)
 
@@ -137,13 +142,17 @@ def open_data(settings: TrainSettings, source: Source | None) -> TrainingData:
         source: The model to start from, whose fields keep their codes, or ``None``.
 
     Raises:
-        UserError: Data, split or field absent; latents of other images or of another autoencoder than the source's; or a source that
-            cannot be conditioned on these fields.
+        UserError: Data, split or field absent; latents of other images or of another autoencoder than the source's; or
+            a source that cannot be conditioned on these fields.
     """
     dataset = PatchDataset.open(settings.data)
     rows = training_rows(dataset, settings.split, settings.split_value)
     store = open_latents(dataset, settings.latents)
-    if source is not None and source.autoencoder is not None and source.autoencoder["hash"] != store.info["autoencoder"]["hash"]:
+    if (
+        source is not None
+        and source.autoencoder is not None
+        and source.autoencoder["hash"] != store.info["autoencoder"]["hash"]
+    ):
         raise UserError(
             f"The latents in {settings.latents} were encoded by another autoencoder than the one of {source.folder}.",
             "Encode the data with the source's autoencoder.",
@@ -171,7 +180,9 @@ def training_rows(dataset: PatchDataset, split: str, value: str) -> np.ndarray:
         return np.arange(len(dataset))
     rows = dataset.rows({f"{SPLIT_PREFIX}{split}": value})
     if not len(rows):
-        raise UserError(f"The split {split!r} of {dataset.folder} has no row in {value!r}.", "Choose another split or part.")
+        raise UserError(
+            f"The split {split!r} of {dataset.folder} has no row in {value!r}.", "Choose another split or part."
+        )
     return rows
 
 
@@ -185,7 +196,8 @@ def open_latents(dataset: PatchDataset, folder: str) -> LatentStore:
     hashes = [shard["sha256"] for shard in dataset.info["shards"]]
     if len(store) != len(dataset) or [shard["source_sha256"] for shard in store.info["shards"]] != hashes:
         raise UserError(
-            f"The latents in {folder} were not encoded from the dataset in {dataset.folder}.", "Encode the dataset (again)."
+            f"The latents in {folder} were not encoded from the dataset in {dataset.folder}.",
+            "Encode the dataset (again).",
         )
     return store
 

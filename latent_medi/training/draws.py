@@ -23,7 +23,8 @@ def batch_generator(seed: int, number: int) -> torch.Generator:
 def stratified_timesteps(count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
     """One timestep from each of ``count`` equal parts of ``range(timesteps)``, in ascending order.
 
-    Every timestep is as likely as when drawn one by one, but a batch always covers the whole range, which lowers the loss's variance.
+    Every timestep is as likely as when drawn one by one, but a batch always covers the whole range, which lowers the
+    loss's variance.
 
     Returns:
         int64 [count].
@@ -40,7 +41,8 @@ class Draws:
     Args:
         timesteps: int64 [B].
         noise: fp32 [B, C, h, w]; the noise that the denoiser has to find.
-        posterior: fp32 [B, C, h, w]; picks a sample of the autoencoder's posterior; ``None`` for a deterministic autoencoder.
+        posterior: fp32 [B, C, h, w]; picks a sample of the autoencoder's posterior; ``None`` for a deterministic
+            autoencoder.
     """
 
     timesteps: torch.Tensor

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from latent_medi.training.settings import EmaSettings
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @lru_cache(maxsize=8)
@@ -25,8 +28,9 @@ def power_exponent(relative_width: float) -> float:
 def ema_decay(images: int, batch: int, settings: EmaSettings) -> float:
     """Decay of the update that brings the run to ``images`` images seen.
 
-    "power": (1 - batch/images)^(γ+1), which keeps the averaging window at a fixed share of the run; its first value is 0 (a copy).
-    "constant": min(decay, (1+s)/(10+s)) with s the number of updates before this one, so that the average forgets its start early.
+    "power": (1 - batch/images)^(γ+1), which keeps the averaging window at a fixed share of the run; its first value is
+    0 (a copy). "constant": min(decay, (1+s)/(10+s)) with s the number of updates before this one, so that the average
+    forgets its start early.
 
     Args:
         images: Images seen, this batch included; > 0.
@@ -39,16 +43,16 @@ def ema_decay(images: int, batch: int, settings: EmaSettings) -> float:
     return min(settings.decay, (1.0 + updates) / (10.0 + updates))
 
 
-class Ema:
+class Ema(Generic[M]):
     """A copy of a module whose parameters follow the module's.
 
     Args:
         module: The trained module (not wrapped for distributed training).
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._averages = list(self.module.parameters())
+    def __init__(self, module: M) -> None:
+        self.module: M = copy.deepcopy(module).eval().requires_grad_(False)
+        self._averages: list[torch.Tensor] = list(self.module.parameters())
         if any(p.dtype != torch.float32 for p in self._averages):
             # bf16 cannot hold an update of size 1e-4 and would stand still.
             raise ValueError("The average is kept in fp32; the module has parameters of another type.")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from latent_medi.files import write_text
 
+Measure = tuple[float, float | None]
+"""Loss and gradient norm of one update; no norm where fp16's loss scaler skipped the update."""
+
 COLUMNS = ("images", "loss", "lr", "grad_norm", "images_per_s")
 
 
@@ -37,7 +40,7 @@ class TrainingLog:
         writer.writerows(kept)
         write_text(path, text.getvalue())
 
-    def row(self, images: int, window: list[tuple[float, float]], lr: float, images_per_s: float) -> None:
+    def row(self, images: int, window: list[Measure], lr: float, images_per_s: float) -> None:
         """Append a row.
 
         Args:
@@ -46,6 +49,8 @@ class TrainingLog:
             lr: Learning rate of the last update.
             images_per_s: Since the last row or the resume, over all processes.
         """
-        loss, norm = (sum(column) / len(window) for column in zip(*window, strict=True))
+        loss = sum(entry[0] for entry in window) / len(window)
+        norms = [entry[1] for entry in window if entry[1] is not None]
+        norm = sum(norms) / len(norms) if norms else float("nan")
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"{images},{loss!r},{lr!r},{norm!r},{images_per_s:.1f}\n")

@@ -1,7 +1,7 @@
 """Which training row stands at which position of the run: drawn once for all processes, addressable at any position.
 
-A position counts the images of the whole run, over all processes and epochs. Nothing here has state, so any number of processes and any resume see
-the same rows, batches may span epochs, and nothing is dropped or repeated.
+A position counts the images of the whole run, over all processes and epochs. Nothing here has state, so any number of
+processes and any resume see the same rows, batches may span epochs, and nothing is dropped or repeated.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _uniforms(seed: int, block: int) -> np.ndarray:
 def rows_at(first_image: int, count: int, n: int, seed: int, weights: np.ndarray | None = None) -> np.ndarray:
     """The rows at positions ``first_image`` … ``first_image + count - 1`` of the run.
 
-    Without weights, positions ``[e·n, (e+1)·n)`` are a permutation of all rows for every epoch ``e``. With weights, each position is an
-    independent draw with replacement, a pure function of (seed, position).
+    Without weights, positions ``[e·n, (e+1)·n)`` are a permutation of all rows for every epoch ``e``. With weights,
+    each position is an independent draw with replacement, a pure function of (seed, position).
 
     Args:
         first_image: First position, from 0.
@@ -67,7 +67,8 @@ def rows_at(first_image: int, count: int, n: int, seed: int, weights: np.ndarray
 
 
 def rank_slice(rank: int, processes: int) -> slice:
-    """The share of a global batch that a process takes: every ``processes``-th position, so that stratified draws stay stratified in each share."""
+    """The share of a global batch that a process takes: every ``processes``-th position, so that stratified draws stay
+    stratified in each share."""
     return slice(rank, None, processes)
 
 

@@ -13,8 +13,11 @@ import yaml
 
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_json, write_json, write_text
+from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.progress import get_logger
 from latent_medi.training.checkpoint import checkpoint_folders, remove_unfinished
 from latent_medi.training.data import TrainingData
@@ -26,10 +29,11 @@ logger = get_logger("training")
 
 RUN_FILE = "run.json"
 
-# Where things are, and what changes speed, memory and rounding only. Data and source are told apart by their content instead.
+# Where things are, and what changes speed, memory and rounding only. Data and source are told apart by their content
+# instead.
 _FREE = {
-    "data", "latents", "out", "autoencoder", "init_from", "device_batch", "checkpoint_every_images", "keep_checkpoints", "log_every_images",
-    "channels_last", "compile", "checkpoint_activations",
+    "data", "latents", "out", "autoencoder", "init_from", "device_batch", "checkpoint_every_images",
+    "keep_checkpoints", "log_every_images", "channels_last", "compile", "checkpoint_activations",
 }  # fmt: skip
 
 
@@ -60,7 +64,9 @@ def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) ->
         return
     words = {"data": "the training data", "source": "the model in init_from"}
     told = [
-        f"{words[key]} changed" if key in words else f"{key.removeprefix('settings.')} was {a.get(key)!r} and is {b.get(key)!r}"
+        f"{words[key]} changed"
+        if key in words
+        else f"{key.removeprefix('settings.')} was {a.get(key)!r} and is {b.get(key)!r}"
         for key in changed
     ]
     raise UserError(
@@ -124,13 +130,49 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
 
 
 def begin(out: Path, record: Mapping[str, Any], settings: TrainSettings, table: pd.DataFrame | None) -> None:
-    """Write settings.yaml, run.json and, when starting from a model, transfer.csv; clear what a killed process left behind."""
+    """Write settings.yaml, run.json and, when starting from a model, transfer.csv; clear what a killed process left
+    behind."""
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
     write_text(out / "settings.yaml", yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True))
     write_json(out / RUN_FILE, {"run": record})
     if table is not None:
         write_text(out / "transfer.csv", table.to_csv(index=False))
+
+
+def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source | None) -> Autoencoder:
+    """The autoencoder of the latents, looked for before training so that a finished run can write its model.
+
+    Raises:
+        UserError: It is absent, or another than the one that encoded the latents.
+    """
+    known = data.store.info["autoencoder"]
+    inside = source.folder / "autoencoder" if source else None
+    where = settings.autoencoder or (str(inside) if inside and inside.is_dir() else known["source"])
+    autoencoder = load_autoencoder(where)
+    if autoencoder.hash != known["hash"]:
+        raise UserError(
+            f"The latents in {settings.latents} were encoded by {known['source']} ({known['hash'][:12]}), and the "
+            f"autoencoder {where} ({autoencoder.hash[:12]}) is another.",
+            "Set autoencoder to where the right one is.",
+        )
+    return autoencoder
+
+
+def finish(
+    out: Path,
+    record: Mapping[str, Any],
+    data: TrainingData,
+    autoencoder: Autoencoder,
+    objective: ObjectiveSettings,
+    images: int,
+    averaged: Denoiser,
+) -> None:
+    """Write ``out/model`` with the averaged weights; it is there whole or not at all."""
+    provenance = {**data.info, "training_patches": len(data), "images_seen": images, **record}
+    MediPipeline.from_parts(averaged, objective, autoencoder, data.shift, data.scale, provenance).save_pretrained(
+        out / "model"
+    )
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -15,7 +15,8 @@ class EmaSettings:
     """The running average of the weights, which is what a finished model holds.
 
     Args:
-        kind: "power": the window is a fixed share of the run so far; "constant": the usual fixed decay with a short warm-up.
+        kind: "power": the window is a fixed share of the run so far; "constant": the usual fixed decay with a short
+            warm-up.
         relative_width: For "power": standard deviation of the window as a share of the run, above 0 and below 0.28.
         decay: For "constant": decay per update, 0 to 1.
     """
@@ -38,7 +39,8 @@ class TrainSettings:
         max_images: Length of the run in images seen, rounded up to whole global batches; 0 if max_steps is given.
         max_steps: Length of the run in updates; 0 if max_images is given.
         global_batch: Images per update, over all processes.
-        device_batch: Most images per forward pass of one process; caps memory and leaves the update the same. Unset: no cap.
+        device_batch: Most images per forward pass of one process; caps memory and leaves the update the same. Unset:
+            no cap.
         seed: Seed of initial weights, order, noise, timesteps and condition dropout.
         precision: Arithmetic inside the denoiser: "no" (fp32), "bf16" or "fp16". Everything else is fp32.
         lr: Highest learning rate.
@@ -52,18 +54,22 @@ class TrainSettings:
         model: The denoiser. With init_from, only fields, fusion and widths count.
         objective: What is predicted and how it is weighted. With init_from, the source's unless named in override.
         dropout: How often conditions are left out, so that they can be guided later.
-        balance: Fields whose combinations are balanced by drawing rare ones more often (with replacement); empty visits each patch once per epoch.
+        balance: Fields whose combinations are balanced by drawing rare ones more often (with replacement); empty
+            visits each patch once per epoch.
         balance_temperature: 0 keeps the data's frequencies, 1 draws every combination equally often.
         checkpoint_every_images: Images between checkpoints; 0 writes one at the end only.
         keep_checkpoints: Newest checkpoints to keep, at least 1.
         log_every_images: Images per row of log.csv.
-        init_from: Model folder (ours, or of a diffusers UNet2DModel) to start from; its autoencoder scaling and objective are inherited.
-        override: With init_from, parts taken from these settings or data instead: any of "prediction", "schedule", "weighting", "scaling".
-            The run then no longer starts exactly at the source.
-        autoencoder: Where the model's autoencoder is found (name or folder); empty means where the latents' encoder was.
+        init_from: Model folder (ours, or of a diffusers UNet2DModel) to start from; its autoencoder scaling and
+            objective are inherited.
+        override: With init_from, parts taken from these settings or data instead: any of "prediction", "schedule",
+            "weighting", "scaling". The run then no longer starts exactly at the source.
+        autoencoder: Where the model's autoencoder is found (name or folder); empty means where the latents' encoder
+            was.
         channels_last: Memory layout of the network; faster on GPUs with bf16.
         compile: Compile the network; a slower start and faster steps.
-        checkpoint_activations: Recompute residual blocks in the backward pass: about half the memory, about a quarter slower.
+        checkpoint_activations: Recompute residual blocks in the backward pass: about half the memory, about a quarter
+            slower.
     """
 
     data: str
@@ -118,13 +124,22 @@ class TrainSettings:
         """
         problems = []
         if (self.max_images > 0) == (self.max_steps > 0) or min(self.max_images, self.max_steps) < 0:
-            problems.append(f"give max_images or max_steps, one of them above 0 (they are {self.max_images} and {self.max_steps})")
+            problems.append(
+                f"give max_images or max_steps, one of them above 0 (they are {self.max_images} and {self.max_steps})"
+            )
         for name in ("global_batch", "keep_checkpoints", "log_every_images"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.device_batch is not None and self.device_batch < 1:
             problems.append(f"device_batch must be at least 1 or unset, not {self.device_batch}")
-        for name in ("seed", "warmup_images", "checkpoint_every_images", "weight_decay", "grad_clip", "balance_temperature"):
+        for name in (
+            "seed",
+            "warmup_images",
+            "checkpoint_every_images",
+            "weight_decay",
+            "grad_clip",
+            "balance_temperature",
+        ):
             if not getattr(self, name) >= 0:
                 problems.append(f"{name} must not be negative, but it is {getattr(self, name)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -138,6 +153,8 @@ class TrainSettings:
         if self.override and not self.init_from:
             problems.append("override says what not to inherit from init_from, which is empty")
         if unknown := set(self.override) - {"prediction", "schedule", "weighting", "scaling"}:
-            problems.append(f"override knows prediction, schedule, weighting and scaling, not {', '.join(sorted(unknown))}")
+            problems.append(
+                f"override knows prediction, schedule, weighting and scaling, not {', '.join(sorted(unknown))}"
+            )
         if problems:
             raise UserError("The training settings cannot be followed: " + "; ".join(problems) + ".")

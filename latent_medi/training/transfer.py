@@ -1,8 +1,8 @@
 """Starting from another model, exactly at that model: what is taken over, what is new, and a table that says so.
 
-A network with a condition input has the same parameters as one without, so an unconditional source's weights fit as they are, and conditions whose
-embeddings start at zero change nothing. A conditional source's embeddings are taken over; new fields start at zero, new values of an old field at
-the mean of its values.
+A network with a condition input has the same parameters as one without, so an unconditional source's weights fit as
+they are, and conditions whose embeddings start at zero change nothing. A conditional source's embeddings are taken
+over; new fields start at zero, new values of an old field at the mean of its values.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from diffusers import UNet2DModel
 from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.objective import settings_of
+from latent_medi.diffusion.pipeline import AUTOENCODER_FILE, OBJECTIVE_FILE
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_json, sha256_file
 from latent_medi.metadata.schema import FIRST_VALUE, Schema
 from latent_medi.training.settings import TrainSettings
-
-TRAINING_FILE = "training.json"
-"""In a model folder: how it was trained (objective, patch size, µm per pixel), which the diffusers layout has no place for."""
 
 COLUMNS = ["tensor", "status", "shape", "note"]
 
@@ -42,16 +40,16 @@ class Source:
         conditioner: Its conditioner, or ``None``.
         scheduler: Its scheduler's configuration, or ``None`` for a bare network.
         autoencoder: Content of its autoencoder.json, or ``None`` for a model of another program.
-        training: Content of its training.json, empty for a model of another program.
+        objective: How it was trained, or ``None`` for a model of another program.
     """
 
     folder: Path
     hash: str
-    unet: UNet2DModel
+    unet: Any  # a UNet2DModel; diffusers' type stubs hide that it is a module
     conditioner: MetadataConditioner | None
     scheduler: dict[str, Any] | None
     autoencoder: dict[str, Any] | None
-    training: dict[str, Any]
+    objective: ObjectiveSettings | None
 
 
 def open_source(folder: str | Path) -> Source:
@@ -62,10 +60,13 @@ def open_source(folder: str | Path) -> Source:
     """
     folder = Path(folder)
     network = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
-    if not (network / "config.json").is_file() or read_json(network / "config.json").get("_class_name") != "UNet2DModel":
+    if (
+        not (network / "config.json").is_file()
+        or read_json(network / "config.json").get("_class_name") != "UNet2DModel"
+    ):
         raise UserError(
             f"{folder} is no model to start from.",
-            "Give a model folder of this program, a diffusers pipeline with unet/, or the folder of a diffusers UNet2DModel.",
+            "Give one of this program's models, a diffusers pipeline with unet/, or a diffusers UNet2DModel's folder.",
         )
     weights = sorted([*network.glob("*.safetensors"), *(folder / "conditioning").glob("*.safetensors")])
     if not any(path.parent == network for path in weights):
@@ -73,27 +74,30 @@ def open_source(folder: str | Path) -> Source:
     digest = hashlib.sha256("".join(sha256_file(path) for path in weights).encode()).hexdigest()
     conditioning = folder / "conditioning"
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    autoencoder, training = folder / "autoencoder.json", folder / TRAINING_FILE
+    autoencoder, objective = folder / AUTOENCODER_FILE, folder / OBJECTIVE_FILE
     return Source(
         folder,
         digest,
         UNet2DModel.from_pretrained(network, use_safetensors=True, low_cpu_mem_usage=False).float(),
-        MetadataConditioner.from_pretrained(conditioning, low_cpu_mem_usage=False).float() if conditioning.is_dir() else None,
+        MetadataConditioner.from_pretrained(conditioning, low_cpu_mem_usage=False).float()
+        if conditioning.is_dir()
+        else None,
         read_json(scheduler) if scheduler.is_file() else None,
         read_json(autoencoder) if autoencoder.is_file() else None,
-        read_json(training) if training.is_file() else {},
+        ObjectiveSettings(**read_json(objective)) if objective.is_file() else None,
     )
 
 
 def inherited_objective(source: Source, settings: TrainSettings) -> ObjectiveSettings:
-    """The source's objective, with the parts named in ``override`` ("prediction", "schedule", "weighting") from the settings.
+    """The source's objective, with the parts named in ``override`` ("prediction", "schedule", "weighting") from the
+    settings.
 
     A source of another program does not say how it weighted noise levels: the settings' weighting and loss are used.
     """
     own = settings.objective
     if source.scheduler is None:
         return own
-    old = ObjectiveSettings(**source.training["objective"]) if "objective" in source.training else own
+    old = source.objective or own
     result = settings_of(source.scheduler, weighting=old.weighting, gamma=old.gamma, loss=old.loss)
     parts = {
         "prediction": ("prediction",),
@@ -108,7 +112,8 @@ def inherited_objective(source: Source, settings: TrainSettings) -> ObjectiveSet
 
 
 def transferred_schema(source: Source | None, own: Schema | None) -> Schema | None:
-    """The new model's fields: the source's with every code unchanged, then what is only in the data. ``None`` for no field.
+    """The new model's fields: the source's with every code unchanged, then what is only in the data. ``None`` for no
+    field.
 
     Raises:
         UserError: The source is conditional and the new model is not; or a field differs in kind or unit.
@@ -117,21 +122,26 @@ def transferred_schema(source: Source | None, own: Schema | None) -> Schema | No
         return own
     if own is None:
         raise UserError(
-            f"{source.folder} is conditional, and model.fields is empty: without its conditions the new model would not start at it.",
+            f"{source.folder} is conditional, and model.fields is empty: an unconditional model cannot start at it.",
             "Leave model.fields out, or start from an unconditional model.",
         )
     return Schema.merge(source.conditioner.schema, own)
 
 
 def transfer(
-    source: Source, schema: Schema | None, model: ModelSettings, dropout: DropoutSettings, latent_shape: tuple[int, int, int]
+    source: Source,
+    schema: Schema | None,
+    model: ModelSettings,
+    dropout: DropoutSettings,
+    latent_shape: tuple[int, int, int],
 ) -> tuple[Denoiser, pd.DataFrame]:
     """A denoiser that predicts exactly what the source predicts, for every condition that the source knows.
 
     Args:
         source: The model to start from; its network's architecture is kept.
         schema: From :func:`transferred_schema`.
-        model: Fusion and widths of a new conditioner; a conditional source's fusion is kept unless new fields need another.
+        model: Fusion and widths of a new conditioner; a conditional source's fusion is kept unless new fields need
+            another.
         dropout: Condition dropout of the new training.
         latent_shape: (C, h, w) of the data.
 
@@ -148,7 +158,9 @@ def transfer(
             "Encode the data with the source's autoencoder.",
         )
     conditional = schema is not None
-    unet = UNet2DModel.from_config({**config, "class_embed_type": "identity" if conditional else None, "num_class_embeds": None})
+    unet = UNet2DModel.from_config(
+        {**config, "class_embed_type": "identity" if conditional else None, "num_class_embeds": None}
+    )
     rows = _load_network(unet, source)
     conditioner = None
     if schema is not None:
@@ -161,26 +173,29 @@ def _row(name: str, status: str, tensor: torch.Tensor, note: str = "") -> dict[s
     return {"tensor": name, "status": status, "shape": "×".join(map(str, tensor.shape)), "note": note}
 
 
-def _load_network(unet: UNet2DModel, source: Source) -> list[dict[str, str]]:
+def _load_network(unet: Any, source: Source) -> list[dict[str, str]]:
     theirs = source.unet.state_dict()
     missing, extra = unet.load_state_dict(theirs, strict=False)
     if missing:  # cannot happen with the source's own configuration, and training must not go on if it does
         raise UserError(f"{source.folder} lacks the weights {', '.join(missing[:5])}.")
-    skipped = [_row(f"unet.{n}", "skipped", theirs[n], "the source's class input is replaced by conditions") for n in extra]
+    skipped = [
+        _row(f"unet.{n}", "skipped", theirs[n], "the source's class input is replaced by conditions") for n in extra
+    ]
     return [_row(f"unet.{n}", "loaded", t) for n, t in unet.state_dict().items()] + skipped
 
 
 def _new_conditioner(
     source: Source, schema: Schema, model: ModelSettings, dropout: DropoutSettings, width: int
 ) -> MetadataConditioner:
-    old, fusion, widths = source.conditioner, model.fusion, model.widths
+    old, widths = source.conditioner, model.widths
+    fusion: str = model.fusion
     if old is not None:
         added = [name for name in schema.names if name not in old.schema.names]
         if not added:
             fusion, widths = old.fusion, old.config["widths"]
         elif old.fusion == "concat" and fusion != "additive":
             raise UserError(
-                f"{source.folder} concatenates its fields over the whole width, which leaves no room for {', '.join(added)}.",
+                f"{source.folder} concatenates its fields over the whole width: no room for {', '.join(added)}.",
                 "Set model.fusion=additive: its embeddings are then padded with zeros, which is the same model.",
             )
         elif old.fusion != "concat":

@@ -66,6 +66,7 @@ def test_headline_has_the_promised_shape(metrics: dict[str, Any]) -> None:
     assert record["recovery_unseen"]["site"] > 0.9
     assert abs(record["recovery_unseen"]["class"] - record["recovery_ceiling"]["class"]) < 0.2
     assert headline(metrics, {"train": 12.0})["seconds"].keys() == {"train", "evaluate"}
+    assert headline(metrics, {"evaluate": 12.0})["seconds"] == {"evaluate": 12.0}
     text = headline_text(record)
     assert max(len(line) for line in text.splitlines()[:-1]) <= 110
     assert text.splitlines()[-1] == metrics["verdict"]

@@ -43,7 +43,6 @@ def test_codes_survive_json_for_any_subset_in_any_order(vocabulary: list[str], d
     made = Schema.from_table(table, "c", ["s"])
     text = json.dumps(made.to_dict())
     read = Schema.from_dict(json.loads(text))
-    # diffusers sorts the keys of the configurations that carry a schema
     resorted = Schema.from_dict(json.loads(json.dumps(made.to_dict(), sort_keys=True)))
     assert read == made == resorted
     for value in vocabulary:
@@ -76,6 +75,14 @@ def test_appended_values_keep_the_old_codes(old: list[str], new: list[str]) -> N
     )
     merged = Schema.merge(before, Schema((Field("c", "class", tuple(new)),)))
     assert merged == after
+
+
+def test_codes_survive_sorted_json_keys_when_values_were_appended() -> None:
+    made = schema().append("site", ["zurich", "00"])
+    # diffusers sorts the keys of the configurations that carry a schema
+    read = Schema.from_dict(json.loads(json.dumps(made.to_dict(), sort_keys=True)))
+    assert read == made
+    assert [read.field("site").code(v) for v in ("01", "NA", "radboud", "zurich", "00")] == [2, 3, 4, 5, 6]
 
 
 def test_codes_are_explicit_and_sorted_at_creation() -> None:

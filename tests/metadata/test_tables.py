@@ -56,5 +56,5 @@ def test_absent_files_columns_and_other_types(tmp_path: Path) -> None:
         read_table(tmp_path / "none.csv")
     with pytest.raises(UserError, match="neither"):
         read_table(tmp_path / "table.xlsx")
-    with pytest.raises(UserError, match="'patent'.*'patient'"):
+    with pytest.raises(UserError, match=r"'patent'.*'patient'"):
         require_columns(pd.DataFrame({"patient": []}), ["patent"], "The table")

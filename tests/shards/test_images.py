@@ -150,7 +150,7 @@ def test_processes_do_not_change_the_bytes(source: Path, tmp_path: Path) -> None
 
 
 def test_tables_that_cannot_be_imported(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'clas'.*'class'"):
+    with pytest.raises(UserError, match=r"'clas'.*'class'"):
         run(source, tmp_path / "out", class_field="clas")
     table = pd.read_csv(source / "table.csv", dtype=str, keep_default_na=False)
     table.assign(patient="").to_csv(source / "table.csv", index=False)

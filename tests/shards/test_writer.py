@@ -134,7 +134,6 @@ def test_a_killed_writer_is_completed_byte_for_byte(
     assert killed.returncode == -signal.SIGKILL
     assert (broken / "dataset.json").exists() == (where == "before clearing")
     assert len(finished_shards(broken)) == kept
-    assert not list(broken.glob("data/part-*.tar.tmp"))
 
     written: list[int] = []
     from latent_medi.shards import writer
@@ -174,6 +173,26 @@ def test_a_damaged_or_changed_shard_is_written_again(
     second = write(tmp_path / "e", changed, schema)
     assert np.array_equal(second.read([0])[0], changed[0].image)
     assert first.info["shards"][1:] == second.info["shards"][1:]
+
+
+def test_an_unfinished_shard_of_other_patches_is_not_kept(
+    tmp_path: Path, make_patches: Make, schema: Schema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latent_medi.shards import writer
+
+    def stop(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "finish_dataset", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "d", make_patches(), schema)
+    monkeypatch.undo()
+    assert len(finished_shards(tmp_path / "d")) == 4
+    changed = make_patches()
+    changed[8].image = 255 - changed[8].image
+    write(tmp_path / "d", changed, schema)
+    write(tmp_path / "fresh", changed, schema)
+    assert content(tmp_path / "d") == content(tmp_path / "fresh")
 
 
 def test_fewer_patches_than_before_leave_no_old_shard(tmp_path: Path, make_patches: Make, schema: Schema) -> None:

@@ -1,0 +1,395 @@
+"""The model as one thing that is saved, loaded, published and asked for images by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
+
+from latent_medi.diffusion.card import model_card
+from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
+from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.folder import local_folder
+from latent_medi.diffusion.guidance import ClassifierGuidance, check_guidance, guidance_of
+from latent_medi.diffusion.objective import make_scheduler, settings_of
+from latent_medi.diffusion.samplers import draw_noise, make_sampler, sample_latents
+from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
+from latent_medi.errors import UserError
+from latent_medi.files import atomic_path, read_json, write_json, write_text
+from latent_medi.latents.autoencoder import Autoencoder, forget_path, load_autoencoder, save_autoencoder, weight_hash
+from latent_medi.metadata.schema import Schema
+
+AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
+_DTYPES = {"no": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MediPipeline(DiffusionPipeline):
+    """A trained model: network, conditioner, noise schedule, autoencoder and the whitening of its latents.
+
+    Args:
+        unet: The network, with averaged weights.
+        scheduler: Configuration of the noise schedule it was trained on.
+        conditioning: ``None`` for an unconditional model.
+        autoencoder: What turns its latents into images.
+        shift: fp32 [C]; subtracted from raw latents in training.
+        scale: fp32 [C]; then divided by.
+        objective: How it was trained, for further training; unset: read from the scheduler.
+        provenance: JSON-able facts about its training, such as the dataset's name and mpp.
+    """
+
+    _optional_components = ["conditioning"]  # noqa: RUF012 - the base class's convention
+    unet: UNet2DModel
+    scheduler: DDPMScheduler
+    conditioning: MetadataConditioner | None
+    model_cpu_offload_seq = "conditioning->unet"  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: DDPMScheduler,
+        conditioning: MetadataConditioner | None = None,
+        autoencoder: Autoencoder | None = None,
+        shift: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        objective: ObjectiveSettings | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if autoencoder is None or shift is None or scale is None:
+            raise ValueError("A pipeline needs its autoencoder, and the shift and scale of its latents.")
+        channels = unet.config["in_channels"]
+        if channels != autoencoder.latent_channels or len(shift) != channels or len(scale) != channels:
+            raise UserError(
+                f"The network takes latents of {channels} channels; the autoencoder {autoencoder.source} has "
+                f"{autoencoder.latent_channels}, shift {len(shift)} and scale {len(scale)}."
+            )
+        self.register_modules(unet=unet, scheduler=scheduler, conditioning=conditioning)
+        self.autoencoder = autoencoder
+        self.shift, self.scale = shift.float().cpu(), scale.float().cpu()
+        self.objective = objective or settings_of(scheduler.config)
+        self.provenance = dict(provenance or {})
+        self._carries_autoencoder = False  # whether it came out of the model folder itself
+        self.denoiser = Denoiser(unet, conditioning).eval()
+
+    @property
+    def schema(self) -> Schema:
+        """The fields it is conditioned on; none for an unconditional model."""
+        return Schema() if self.conditioning is None else self.conditioning.schema
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        size = self.unet.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config["in_channels"], height, width
+
+    @property
+    def patch_size(self) -> int:
+        """Edge of an image in pixels."""
+        return self.latent_shape[1] * self.autoencoder.factor
+
+    @property
+    def model_hash(self) -> str:
+        """SHA-256 over all that its images depend on: weights, fields, schedule, autoencoder, shift and scale."""
+        facts = [weight_hash(self.unet), asdict(settings_of(self.scheduler.config)), self.autoencoder.hash]
+        facts += [self.shift.tolist(), self.scale.tolist()]
+        if self.conditioning is not None:
+            facts += [weight_hash(self.conditioning), self.schema.to_dict(), self.conditioning.config["fusion"]]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def to(self, *args: Any, **kwargs: Any) -> MediPipeline:
+        """Move the networks to a device (and the denoiser to a dtype)."""
+        super().to(*args, **kwargs)
+        self.autoencoder.to(self.unet.device)
+        return self
+
+    # ---- asking for images
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int | None = None,
+        steps: int | None = None,
+        sampler: str | SamplerSettings | None = None,
+        guidance: float | Mapping[str, float] | GuidanceSettings | None = None,
+        seeds: Sequence[int] | None = None,
+        seed: int = 0,
+        output_type: str = "pil",
+        batch: int = 16,
+        **fields: Any,
+    ) -> ImagePipelineOutput:
+        """Images of conditions given by name: ``pipe(class_="gleason4", site="radboud", num_images=4).images``.
+
+        Args:
+            num_images: How many; unset: as many as seeds or listed values, else 1.
+            steps: Steps of the sampler.
+            sampler: Its name or settings; DPM-Solver++ with 20 steps by default.
+            guidance: One guidance scale for all fields or one by field (chain), or settings; none by default.
+            seeds: One per image; unset: ``seed``, ``seed + 1``, …
+            seed: Seed of the first image.
+            output_type: "pil", or "np" for uint8 [n, H, W, 3].
+            batch: Images at a time.
+            fields: Value by field; ``class_`` is the class whatever its name. A list gives each image its own; a field
+                left out is not conditioned on, which the model must have been trained for.
+
+        Raises:
+            UserError: An unknown field or value (names the closest), or conditions or guidance the model was not
+                trained for.
+        """
+        if output_type not in ("pil", "np"):
+            raise UserError(f"output_type is 'pil' or 'np', not {output_type!r}.")
+        rows = self._rows(fields, num_images, seeds)
+        seeds = list(range(seed, seed + len(rows))) if seeds is None else [int(s) for s in seeds]
+        chosen = sampler or SamplerSettings()
+        if isinstance(chosen, str):
+            chosen = SamplerSettings(name=chosen)  # type: ignore[arg-type]
+        chosen = replace(chosen, steps=steps) if steps is not None else chosen
+        conditions = self.conditions(rows)
+        noise, generators = draw_noise(seeds, self.latent_shape)
+        latents = self.generate_latents(conditions, noise, chosen, guidance_of(guidance), generators, batch)
+        images = np.concatenate([self.decode(latents[i : i + batch]) for i in range(0, len(latents), batch)])
+        return ImagePipelineOutput(images=[Image.fromarray(i) for i in images] if output_type == "pil" else images)
+
+    def _rows(
+        self, fields: dict[str, Any], num_images: int | None, seeds: Sequence[int] | None
+    ) -> list[dict[str, Any]]:
+        if "class_" in fields:
+            if (known := self.schema.class_field) is None:
+                raise UserError("class_ is given, but the model has no class field.")
+            if known.name in fields:
+                raise UserError(f"The class is given twice, as class_ and as {known.name}.")
+            fields = {known.name: fields.pop("class_"), **fields}
+        listed = {n: list(v) for n, v in fields.items() if isinstance(v, (list, tuple, np.ndarray))}
+        counts = {len(v) for v in listed.values()} | ({len(seeds)} if seeds is not None else set())
+        counts |= {num_images} if num_images is not None else set()
+        if len(counts) > 1:
+            raise UserError(
+                f"num_images, seeds and lists of values disagree about the number of images: {sorted(counts)}."
+            )
+        count = counts.pop() if counts else 1
+        if count < 1:
+            raise UserError(f"The number of images must be at least 1, not {count}.")
+        return [{n: listed[n][i] if n in listed else v for n, v in fields.items()} for i in range(count)]
+
+    def conditions(self, rows: Any) -> Conditions | None:
+        """Conditions of rows of values by name; a field not given is null. ``None`` for an unconditional model.
+
+        Raises:
+            UserError: A field or value that the model does not know.
+        """
+        if self.conditioning is not None:
+            return Conditions.from_schema(self.schema, rows, absent="null")
+        if named := sorted({str(n) for row in (rows if isinstance(rows, list) else [{}]) for n in row}):
+            raise UserError(f"The model is unconditional; it knows no field {', '.join(named)}.")
+        return None
+
+    @torch.no_grad()
+    def generate_latents(
+        self,
+        conditions: Conditions | None,
+        noise: torch.Tensor,
+        sampler: SamplerSettings | None = None,
+        guidance: GuidanceSettings | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        batch: int | None = None,
+        pad: bool = False,
+        precision: str = "no",
+        first_step: int = 0,
+        classifier: ClassifierGuidance | None = None,
+    ) -> torch.Tensor:
+        """Whitened latents of N samples.
+
+        Args:
+            conditions: Of N samples over :attr:`schema`; ``None`` for an unconditional model.
+            noise: fp32 [N, C, h, w]; from :func:`~latent_medi.diffusion.samplers.draw_noise`.
+            sampler: Sampler and steps.
+            guidance: Guidance over the fields.
+            generators: One per sample, for samplers that add noise.
+            batch: Samples at a time; unset: all.
+            pad: Fill a short batch up to ``batch`` with copies of its last sample, so that a sample comes out bit for
+                bit the same whatever else is generated.
+            precision: Arithmetic inside the network: "no" (that of its weights), "bf16" or "fp16".
+            first_step: Leading steps to leave out; the noise is then the noisy latent at that step.
+            classifier: Guidance by a latent classifier.
+
+        Returns:
+            fp32 [N, C, h, w] on the CPU.
+
+        Raises:
+            UserError: A sampler that does not go with the model, or conditions or guidance it was not trained for.
+        """
+        guidance = guidance or GuidanceSettings()
+        if precision not in _DTYPES:
+            raise UserError(f"precision is 'no', 'bf16' or 'fp16', not {precision!r}.")
+        chosen = sampler or SamplerSettings()
+        scheduler = make_sampler(self.scheduler.config, chosen)
+        check_guidance(guidance, self.conditioning, conditions)
+        self.denoiser.eval()
+        count, device = len(noise), self.unet.device
+        batch = batch or max(count, 1)
+        parts = []
+        for start in range(0, count, batch):
+            stop = min(start + batch, count)
+            index = torch.arange(start, start + batch if pad else stop).clamp(max=stop - 1)
+            drawn = None
+            if generators is not None:
+                # The copies that fill a batch get generators of their own: they must not draw from the last sample's.
+                drawn = [
+                    generators[i] if at < stop - start else torch.Generator() for at, i in enumerate(index.tolist())
+                ]
+            latents = sample_latents(
+                self.denoiser,
+                None if conditions is None else conditions.rows(index).to(device),
+                noise[index].to(device),
+                scheduler,
+                guidance,
+                generators=drawn,
+                eta=chosen.eta,
+                first_step=first_step,
+                classifier=classifier,
+                dtype=_DTYPES[precision],
+            )
+            parts.append(latents[: stop - start].float().cpu())
+        return torch.cat(parts) if parts else noise.float().cpu()
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Whitened latents fp32 [N, C, h, w] to images uint8 [N, H, W, 3]."""
+        shift, scale = (v.view(-1, 1, 1).to(latents.device) for v in (self.shift, self.scale))
+        return self.autoencoder.decode(latents.float() * scale + shift)
+
+    def encode(self, images: np.ndarray, seeds: Sequence[int] | None = None) -> torch.Tensor:
+        """Images uint8 [N, H, W, 3] to whitened latents fp32 [N, C, h, w]: the posterior mean, or a sample per seed."""
+        mean, std = self.autoencoder.encode(images)
+        mean = mean.cpu()
+        if seeds is not None and std is not None:
+            mean = mean + std.cpu() * draw_noise(seeds, mean.shape[1:])[0]
+        return (mean - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
+
+    # ---- saving and loading
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, include_autoencoder: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Write the model folder, at once or not at all; safetensors and JSON only.
+
+        Args:
+            save_directory: The folder; an older model there is replaced.
+            include_autoencoder: Whether to put the autoencoder's weights inside; unset: if it came from inside a model
+                folder, or from a folder of this machine, which another machine would not find.
+            kwargs: ``push_to_hub=True`` with ``repo_id`` and so on also publishes it.
+
+        Raises:
+            UserError: The folder holds something that is not a model.
+        """
+        folder = Path(save_directory)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+            raise UserError(f"{folder} is not empty and holds no model.", "Choose another folder.")
+        push = kwargs.pop("push_to_hub", False)
+        if kwargs.pop("safe_serialization", True) is not True:
+            raise UserError("A model is written as safetensors only.")
+        inside = self._carries_autoencoder or Path(self.autoencoder.source).is_dir()
+        inside = inside if include_autoencoder is None else include_autoencoder
+        with atomic_path(folder) as temporary:
+            super().save_pretrained(str(temporary), safe_serialization=True)
+            for config in temporary.rglob("*.json"):
+                forget_path(config)
+            if inside:
+                save_autoencoder(self.autoencoder, temporary / "autoencoder")
+            source = Path(self.autoencoder.source).name if inside else self.autoencoder.source
+            description = {**self.autoencoder.description, "source": source, "latent_size": self.latent_shape[1]}
+            description |= {"shift": self.shift.tolist(), "scale": self.scale.tolist()}
+            write_json(temporary / AUTOENCODER_FILE, description)
+            write_json(temporary / OBJECTIVE_FILE, asdict(self.objective))
+            write_json(temporary / PROVENANCE_FILE, self.provenance)
+            write_text(temporary / "README.md", model_card(self, folder.name))
+        if push:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str | Path,
+        autoencoder: Autoencoder | str | Path | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> MediPipeline:
+        """Load a model. Classes are fixed here: nothing that a folder says is imported, and no pickle is opened.
+
+        Args:
+            folder: Model folder, or a hub id ``owner/name``.
+            autoencoder: One already loaded, or where it is; unset: inside the folder, else where it was when the model
+                was trained.
+            torch_dtype: Precision of the denoiser's weights.
+            device: Where to put everything.
+
+        Raises:
+            UserError: Something is absent or damaged, or the autoencoder is not the one the model was trained with.
+        """
+        path = local_folder(folder)
+        index = read_json(path / "model_index.json")
+        if index.get("_class_name") != "MediPipeline":
+            raise UserError(f"{folder} holds a {index.get('_class_name')}, not a latent-medi model.")
+        known = read_json(path / AUTOENCODER_FILE)
+        try:
+            unet = UNet2DModel.from_pretrained(str(path / "unet"), use_safetensors=True, torch_dtype=torch_dtype)
+            scheduler = DDPMScheduler.from_pretrained(str(path / "scheduler"))
+            conditioning = None
+            if (path / "conditioning").is_dir():
+                conditioning = MetadataConditioner.from_pretrained(
+                    str(path / "conditioning"), use_safetensors=True, torch_dtype=torch_dtype
+                )
+        except UserError:
+            raise
+        except Exception as error:  # safetensors, JSON, shapes and missing files each have their own
+            raise UserError(
+                f"The model in {folder} cannot be loaded: {error}", "Copy the whole folder again."
+            ) from error
+        carried = autoencoder is None and (path / "autoencoder").is_dir()
+        if carried:
+            autoencoder = load_autoencoder(path / "autoencoder", device)
+            autoencoder.source = known["source"]
+        elif not isinstance(autoencoder, Autoencoder):
+            autoencoder = load_autoencoder(autoencoder or known["source"], device)
+        if autoencoder.hash != known["hash"]:
+            raise UserError(
+                f"The model in {folder} was trained on latents of {known['source']} ({known['hash'][:12]}), "
+                f"and {autoencoder.source} ({autoencoder.hash[:12]}) is another.",
+                "Give the right one as `autoencoder`.",
+            )
+        objective = ObjectiveSettings(**read_json(path / OBJECTIVE_FILE)) if (path / OBJECTIVE_FILE).is_file() else None
+        provenance = read_json(path / PROVENANCE_FILE) if (path / PROVENANCE_FILE).is_file() else {}
+        shift, scale = torch.tensor(known["shift"]), torch.tensor(known["scale"])
+        pipeline = cls(unet, scheduler, conditioning, autoencoder, shift, scale, objective, provenance)
+        pipeline._carries_autoencoder = carried
+        return pipeline.to(torch.device(device))
+
+    @staticmethod
+    def from_parts(
+        denoiser: Denoiser,
+        objective: ObjectiveSettings,
+        autoencoder: Autoencoder,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> MediPipeline:
+        """The pipeline of a denoiser that was just trained."""
+        return MediPipeline(
+            denoiser.unet,
+            make_scheduler(objective),
+            denoiser.conditioner,
+            autoencoder,
+            shift,
+            scale,
+            objective,
+            provenance,
+        )

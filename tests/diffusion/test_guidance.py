@@ -1,0 +1,228 @@
+"""Guidance against its formulas, its exact special cases, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusion_parts import make_denoiser
+
+from latent_medi.diffusion.conditioning import Conditions
+from latent_medi.diffusion.guidance import (
+    Branch,
+    ClassifierGuidance,
+    check_guidance,
+    guidance_branches,
+    guidance_of,
+    guided,
+    untrained,
+)
+from latent_medi.diffusion.objective import Objective, make_scheduler
+from latent_medi.diffusion.samplers import draw_noise, make_sampler, sample_latents
+from latent_medi.diffusion.settings import DropoutSettings, GuidanceSettings, ObjectiveSettings, SamplerSettings
+from latent_medi.errors import UserError
+
+ROWS = [
+    {"grade": "gleason4", "site": "radboud", "gender": "male", "age": 65.0},
+    {"grade": "benign", "site": "karolinska", "gender": "unknown", "age": "unknown"},
+]
+X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([400, 400])
+ONLY_ALL_OR_NONE = {"keep_all": 0.9, "all_null": 0.1, "metadata_null": 0.0, "independent": 0.0, "independent_rate": 0.5}
+WITH_CLASS = {"keep_all": 0.8, "all_null": 0.1, "metadata_null": 0.1, "independent": 0.0, "independent_rate": 0.5}
+
+
+@pytest.fixture(scope="module")
+def denoiser(schema):
+    return make_denoiser(schema)
+
+
+@pytest.fixture(scope="module")
+def conditions(schema):
+    return Conditions.from_schema(schema, ROWS)
+
+
+def ask(denoiser, conditions, kept):
+    keep = torch.tensor([n in kept for n in denoiser.conditioner.schema.names])
+    with torch.no_grad():
+        return denoiser(X, T, conditions.masked(keep))
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        GuidanceSettings(),
+        GuidanceSettings("chain"),
+        GuidanceSettings("chain", scales={"grade": 1.0, "site": 1.0, "gender": 1.0, "age": 1.0}, order=["age", "site"]),
+    ],
+)
+def test_scales_of_one_are_the_conditional_model_bit_for_bit(denoiser, conditions, guidance):
+    with torch.no_grad():
+        assert torch.equal(guided(denoiser, X, T, conditions, guidance), denoiser(X, T, conditions))
+
+
+def test_a_whole_chain_of_steps_with_scales_of_one_is_bit_for_bit_conditional(denoiser, conditions):
+    config = make_scheduler(ObjectiveSettings()).config
+    noise, _ = draw_noise([1, 2], (4, 8, 8))
+    plain, chain = (
+        sample_latents(denoiser, conditions, noise, make_sampler(config, SamplerSettings(steps=4)), g)
+        for g in (None, GuidanceSettings("chain"))
+    )
+    assert torch.equal(plain, chain)
+
+
+def test_chain_by_hand(denoiser, conditions):
+    scales = {"site": 2.0, "age": 0.5, "grade": 3.0}
+    with torch.no_grad():
+        out = guided(denoiser, X, T, conditions, GuidanceSettings("chain", scales=scales))
+    order = ["grade", "site", "gender", "age"]  # the class first
+    expected = ask(denoiser, conditions, [])
+    for j, name in enumerate(order):
+        step = ask(denoiser, conditions, order[: j + 1]) - ask(denoiser, conditions, order[:j])
+        expected = expected + scales.get(name, 1.0) * step
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_chain_follows_the_order_that_is_asked_for(denoiser, conditions):
+    settings = GuidanceSettings("chain", scales={"site": 4.0}, order=["age", "site"])
+    with torch.no_grad():
+        out = guided(denoiser, X, T, conditions, settings)
+    site = ask(denoiser, conditions, ["age", "site"]) - ask(denoiser, conditions, ["age"])
+    torch.testing.assert_close(out, ask(denoiser, conditions, ROWS[0]) + 3 * site, atol=1e-4, rtol=1e-4)
+
+
+def test_margins_by_hand(denoiser, conditions):
+    scales = {"site": 2.0, "grade": 3.0, "gender": 0.0}
+    with torch.no_grad():
+        out = guided(denoiser, X, T, conditions, GuidanceSettings("margins", scale=1.5, scales=scales))
+    nothing = ask(denoiser, conditions, [])
+    expected = nothing
+    for name, scale in {"grade": 3.0, "site": 2.0, "age": 1.5}.items():
+        expected = expected + scale * (ask(denoiser, conditions, [name]) - nothing)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_one_scale_for_all_is_classifier_free_guidance_with_two_branches(denoiser, conditions, schema):
+    settings = guidance_of(2.5)
+    assert guidance_branches(settings, schema) == [Branch(frozenset(), -1.5), Branch(frozenset(schema.names), 2.5)]
+    with torch.no_grad():
+        out = guided(denoiser, X, T, conditions, settings)
+    nothing = ask(denoiser, conditions, [])
+    expected = nothing + 2.5 * (ask(denoiser, conditions, schema.names) - nothing)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_all_branches_are_one_call_of_the_network(denoiser, conditions):
+    sizes = []
+    hook = denoiser.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        guided(denoiser, X, T, conditions, GuidanceSettings("chain", scales={"site": 2.0}))
+        guided(denoiser, X, T, conditions, GuidanceSettings("margins"))
+    hook.remove()
+    assert sizes == [
+        3 * 2,
+        5 * 2,
+    ]  # chain: before and after the site, and everything; margins: nothing and each of four
+
+
+def test_the_interval_is_in_alpha_bar(denoiser, conditions):
+    settings = GuidanceSettings("chain", scale=3.0, interval=(0.1, 0.8))
+    with torch.no_grad():
+        plain = denoiser(X, T, conditions)
+        for alpha_bar in (0.05, 0.9):
+            assert torch.equal(guided(denoiser, X, T, conditions, settings, alpha_bar), plain)
+        assert not torch.allclose(guided(denoiser, X, T, conditions, settings, 0.5), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kept", "patterns", "trained"),
+    [
+        ({"grade", "site", "gender", "age"}, ONLY_ALL_OR_NONE, True),
+        (set(), ONLY_ALL_OR_NONE, True),
+        ({"grade"}, ONLY_ALL_OR_NONE, False),
+        ({"grade"}, WITH_CLASS, True),
+        ({"site"}, WITH_CLASS, False),
+        ({"site", "age"}, {}, True),  # the default's independent pattern trains every subset
+    ],
+)
+def test_trained_patterns(schema, kept, patterns, trained):
+    assert (untrained(frozenset(kept), schema, DropoutSettings(**patterns)) == "") == trained
+
+
+def test_a_form_whose_patterns_were_not_trained_is_refused_with_the_reason(schema, conditions):
+    narrow = make_denoiser(schema, patterns=ONLY_ALL_OR_NONE)
+    check_guidance(guidance_of(2.0), narrow.conditioner)  # needs all and nothing only
+    with pytest.raises(UserError, match="never trained with grade given and site, gender, age left out"):
+        check_guidance(GuidanceSettings("chain", scales={"grade": 2.0}), narrow.conditioner)
+    with pytest.raises(UserError, match="never trained with grade given"):
+        check_guidance(GuidanceSettings("margins"), narrow.conditioner)
+    with_class = make_denoiser(schema, patterns=WITH_CLASS).conditioner
+    check_guidance(GuidanceSettings("chain", scale=2.0, scales={"grade": 3.0}), with_class)
+    with pytest.raises(UserError, match="never trained with grade, site given"):
+        check_guidance(GuidanceSettings("chain", scale=2.0, scales={"gender": 3.0}), with_class)
+    sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, SamplerSettings(steps=2))
+    with pytest.raises(UserError, match="never trained"):
+        sample_latents(narrow, conditions, X, sampler, GuidanceSettings("margins"))
+
+
+def test_conditions_left_out_are_refused_unless_trained(schema):
+    class_only = Conditions.from_schema(schema, [{"grade": "benign"}])
+    check_guidance(GuidanceSettings(), make_denoiser(schema, patterns=WITH_CLASS).conditioner, class_only)
+    with pytest.raises(UserError, match="site, gender, age left out"):
+        check_guidance(GuidanceSettings(), make_denoiser(schema, patterns=ONLY_ALL_OR_NONE).conditioner, class_only)
+
+
+def test_margins_never_ask_for_the_joint_but_outside_an_interval(schema, conditions):
+    alone = make_denoiser(schema, patterns={**ONLY_ALL_OR_NONE, "keep_all": 0.0, "all_null": 1.0}).conditioner
+    two = schema.subset(["grade", "site"])
+    margins = GuidanceSettings("margins")
+    assert all(len(b.fields) <= 1 for b in guidance_branches(margins, two))
+    with pytest.raises(UserError, match="nothing left out"):
+        check_guidance(GuidanceSettings(), alone, conditions)
+
+
+def test_settings_that_mean_nothing_are_refused(schema):
+    conditioner = make_denoiser(schema).conditioner
+    for settings, why in [
+        (GuidanceSettings("chain", scales={"sites": 2.0}), "closest: 'site'"),
+        (GuidanceSettings("chain", order=["site", "site"]), "twice"),
+        (GuidanceSettings(scales={"site": 2.0}), "form of guidance is none"),
+        (GuidanceSettings("chain", interval=(0.5, 0.2)), "interval"),
+        (GuidanceSettings("cfg"), "no guidance form"),
+    ]:
+        with pytest.raises(UserError, match=why):
+            check_guidance(settings, conditioner)
+    with pytest.raises(UserError, match="unconditional"):
+        check_guidance(GuidanceSettings("chain"), None)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+def test_classifier_guidance_moves_epsilon_by_its_formula(prediction):
+    objective = Objective(ObjectiveSettings(prediction=prediction, zero_terminal_snr=False))
+    direction = torch.randn(2, 4, 8, 8)
+    classifier = ClassifierGuidance(lambda x, t: (x * direction).sum((1, 2, 3)), scale=2.0)
+    alpha_bar = objective.alphas_cumprod[400].item()
+    x0, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    x_t = objective.add_noise(x0, noise, T)
+    out = classifier.guide(objective.target(x0, noise, T), x_t, T, alpha_bar, prediction)
+    epsilon = (x_t - alpha_bar**0.5 * objective.clean(out, x_t, T)) / (1 - alpha_bar) ** 0.5
+    torch.testing.assert_close(epsilon, noise - 2 * (1 - alpha_bar) ** 0.5 * direction, atol=1e-4, rtol=1e-4)
+
+
+def test_classifier_guidance_leaves_noise_alone():
+    classifier = ClassifierGuidance(lambda x, t: x.sum((1, 2, 3)), scale=2.0)
+    out = torch.zeros_like(X)
+    assert classifier.guide(out, X, T, 0.004, "v_prediction") is out
+    assert classifier.guide(out, X, T, 0.006, "v_prediction").abs().max() > 0
+    assert ClassifierGuidance(lambda x, t: x.sum(), scale=0.0).guide(out, X, T, 0.5, "epsilon") is out
+    with pytest.raises(UserError, match="interval"):
+        ClassifierGuidance(lambda x, t: x.sum(), interval=(0.0, 1.0))
+
+
+def test_classifier_guidance_works_in_the_sampling_loop(denoiser, conditions):
+    sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, SamplerSettings(steps=6))
+    noise, _ = draw_noise([1, 2], (4, 8, 8))
+    up = ClassifierGuidance(lambda x, t: x.mean((1, 2, 3)) * 100, scale=1.0)
+    plain = sample_latents(denoiser, conditions, noise, sampler)
+    pushed = sample_latents(denoiser, conditions, noise, sampler, classifier=up)
+    assert pushed.mean() > plain.mean()
+    assert torch.isfinite(pushed).all()

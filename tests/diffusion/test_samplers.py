@@ -1,0 +1,185 @@
+"""Samplers: which pairs work, where they start, where each step lands, and that samples are their own seed's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusion_parts import make_denoiser
+
+from latent_medi.diffusion.conditioning import Conditions
+from latent_medi.diffusion.objective import Objective, make_scheduler
+from latent_medi.diffusion.samplers import SAMPLERS, draw_noise, draws_noise, make_sampler, refusal, sample_latents
+from latent_medi.diffusion.settings import ObjectiveSettings, SamplerSettings
+from latent_medi.errors import UserError
+
+OBJECTIVES = {
+    f"{prediction}-{schedule}-{'zero' if zero else 'plain'}": ObjectiveSettings(
+        prediction=prediction, schedule=schedule, zero_terminal_snr=zero
+    )
+    for prediction in ("v_prediction", "epsilon")
+    for schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
+    for zero in (True, False)
+    if not (prediction == "epsilon" and zero)
+}
+DETERMINISTIC = ("dpmpp_2m", "unipc", "euler", "ddim")
+
+
+class Oracle:
+    """Knows the one clean latent: the exact prediction for any noisy one. Records what it is asked."""
+
+    conditioner = None
+
+    def __init__(self, objective: ObjectiveSettings, x0: torch.Tensor) -> None:
+        self.objective, self.x0 = Objective(objective), x0
+        self.asked: list[tuple[int, torch.Tensor]] = []
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, conditions: None) -> torch.Tensor:
+        self.asked.append((int(t[0]), x_t.clone()))
+        abar = self.objective.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noise = (x_t - abar.sqrt() * self.x0) / (1 - abar).sqrt()
+        if self.objective.settings.prediction == "epsilon":
+            return noise
+        return abar.sqrt() * noise - (1 - abar).sqrt() * self.x0
+
+
+@pytest.mark.parametrize("steps", [2, 7, 20, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_it_starts_at_the_terminal_step_and_each_step_ends_at_the_next_visited_one(objective, name, steps):
+    settings = SamplerSettings(name, steps)
+    scheduler = make_scheduler(objective)
+    if reason := refusal(objective, settings):
+        with pytest.raises(UserError) as error:
+            make_sampler(scheduler.config, settings)
+        assert reason in str(error.value)
+        return
+    sampler = make_sampler(scheduler.config, settings)
+    first, generators = draw_noise([0, 1], (4, 4, 4))
+    x0 = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(9))
+    oracle = Oracle(objective, x0)
+    noise = oracle.objective.add_noise(x0, first, torch.tensor([999, 999]))
+    out = sample_latents(oracle, None, noise, sampler, generators=generators)
+    visited = [t for t, _ in oracle.asked]
+    assert visited[0] == 999
+    assert len(visited) == steps
+    assert visited == sorted(set(visited), reverse=True)
+    if name in DETERMINISTIC:
+        # With one clean latent the path is known: at timestep t the state is √ᾱ·x₀ + √(1−ᾱ)·ε with the first ε.
+        # Landing beside the next visited timestep would show as another mixture.
+        for t, state in oracle.asked:
+            expected = oracle.objective.add_noise(x0, first, torch.tensor([t, t]))
+            torch.testing.assert_close(state, expected, atol=5e-3, rtol=0)
+    else:
+        for t, state in oracle.asked[1:]:
+            abar = oracle.objective.alphas_cumprod[t].item()
+            left = (state - abar**0.5 * x0).std().item()
+            assert left == pytest.approx((1 - abar) ** 0.5, rel=0.35)
+    torch.testing.assert_close(out, x0, atol=5e-3, rtol=0)
+
+
+def test_wrong_steps_of_ddim_are_what_the_refusal_is_for():
+    """Without the refusal, 30 steps land beside the visited timesteps, and the first test's comparison would fail."""
+    reason = refusal(ObjectiveSettings(), SamplerSettings("ddim", 30))
+    assert "25 or 40" in reason
+    assert not refusal(ObjectiveSettings(), SamplerSettings("ddim", 25))
+    from diffusers import DDIMScheduler
+
+    config = {**make_scheduler(ObjectiveSettings()).config}
+    sampler = DDIMScheduler.from_config(config, clip_sample=False)
+    sampler.set_timesteps(30)
+    first, _ = draw_noise([0], (4, 4, 4))
+    oracle = Oracle(ObjectiveSettings(), torch.ones(1, 4, 4, 4))
+    sample_latents(oracle, None, first, sampler)
+    worst = max(
+        (state - oracle.objective.add_noise(oracle.x0, first, torch.tensor([t]))).abs().max()
+        for t, state in oracle.asked
+    )
+    assert worst > 5e-3
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "why"),
+    [
+        (ObjectiveSettings(prediction="epsilon"), SamplerSettings("dpmpp_2m"), "0/0"),
+        (OBJECTIVES["epsilon-squaredcos_cap_v2-plain"], SamplerSettings("dpmpp_2m"), "train with v_prediction"),
+        (OBJECTIVES["epsilon-squaredcos_cap_v2-plain"], SamplerSettings("ddpm", 50), "all 1000 steps"),
+        (ObjectiveSettings(), SamplerSettings("ddim", 30), "must divide"),
+        (ObjectiveSettings(), SamplerSettings("dpmpp_2m", 0), "between 1 and"),
+        (ObjectiveSettings(), SamplerSettings("dpmpp_2m", 1001), "between 1 and"),
+        (ObjectiveSettings(), SamplerSettings("dpmpp_2m", eta=0.5), "only means something for ddim"),
+        (ObjectiveSettings(), SamplerSettings("ddim", 50, eta=1.5), "between 0 and 1"),
+        (ObjectiveSettings(), SamplerSettings("dpmpp2m"), "closest: 'dpmpp_2m'"),
+    ],
+)
+def test_refused_pairs_say_why(objective, sampler, why):
+    assert why in refusal(objective, sampler)
+
+
+def test_only_ddpm_with_all_steps_goes_with_epsilon_on_the_cosine_schedule():
+    assert not refusal(OBJECTIVES["epsilon-squaredcos_cap_v2-plain"], SamplerSettings("ddpm", 1000))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_gives_finite_latents_with_a_network(name, schema):
+    for objective in (ObjectiveSettings(), OBJECTIVES["epsilon-linear-plain"]):
+        sampler = make_sampler(make_scheduler(objective).config, SamplerSettings(name, 5))
+        noise, generators = draw_noise([1, 2], (4, 8, 8))
+        conditions = Conditions.from_schema(schema, [{"grade": "benign"}] * 2)
+        out = sample_latents(make_denoiser(schema), conditions, noise, sampler, generators=generators)
+        assert torch.isfinite(out).all()
+        assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "settings", [SamplerSettings("dpmpp_2m", 4), SamplerSettings("dpmpp_2m_sde", 4), SamplerSettings("ddim", 4, 1.0)]
+)
+def test_a_sample_is_its_own_seeds_whatever_its_batch(settings, schema):
+    denoiser = make_denoiser(schema)
+    sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, settings)
+    rows = [{"grade": g} for g in ("benign", "gleason3", "gleason4", "benign")]
+
+    def run(order: list[int]) -> torch.Tensor:
+        noise, generators = draw_noise([100 + i for i in order], (4, 8, 8))
+        conditions = Conditions.from_schema(schema, [rows[i] for i in order])
+        return sample_latents(denoiser, conditions, noise, sampler, generators=generators, eta=settings.eta)
+
+    first, other = run([0, 1, 2, 3]), run([3, 2, 0, 0])
+    assert torch.equal(first[2], other[1])
+    assert torch.equal(first[0], other[2])
+    assert torch.equal(other[2], other[3])  # also when the same sampler object is used again
+    assert not torch.equal(first[0], first[3])
+
+
+def test_a_sampler_that_draws_noise_asks_for_generators(schema):
+    config = make_scheduler(ObjectiveSettings()).config
+    noise, generators = draw_noise([1, 2], (4, 8, 8))
+    for settings in (SamplerSettings("ddpm", 3), SamplerSettings("dpmpp_2m_sde", 3), SamplerSettings("ddim", 4, 0.5)):
+        sampler = make_sampler(config, settings)
+        assert draws_noise(sampler, settings.eta)
+        for given in (None, generators[:1]):
+            with pytest.raises(ValueError, match="generator per sample"):
+                sample_latents(make_denoiser(None), None, noise, sampler, generators=given, eta=settings.eta)
+    assert not draws_noise(make_sampler(config, SamplerSettings()))
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_starting_from_a_noised_image(name):
+    objective = ObjectiveSettings()
+    sampler = make_sampler(make_scheduler(objective).config, SamplerSettings(name, 20))
+    noise, _ = draw_noise([0, 1], (4, 4, 4))
+    oracle = Oracle(objective, torch.randn(2, 4, 4, 4))
+    start = oracle.objective.add_noise(oracle.x0, noise, torch.tensor([499, 499]))
+    out = sample_latents(oracle, None, start, sampler, first_step=10)
+    assert [t for t, _ in oracle.asked] == list(range(499, 0, -50))
+    assert torch.allclose(oracle.asked[0][1], start, atol=1e-6)
+    torch.testing.assert_close(out, oracle.x0, atol=5e-3, rtol=0)
+
+
+def test_latents_are_not_clipped():
+    objective = ObjectiveSettings()
+    for name in SAMPLERS:
+        sampler = make_sampler(make_scheduler(objective).config, SamplerSettings(name, 10))
+        noise, generators = draw_noise([0], (4, 4, 4))
+        oracle = Oracle(objective, torch.full((1, 4, 4, 4), 7.0))
+        out = sample_latents(oracle, None, noise, sampler, generators=generators)
+        torch.testing.assert_close(out, oracle.x0, atol=1e-2, rtol=0)

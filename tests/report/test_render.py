@@ -1,0 +1,191 @@
+"""The page stands alone, escapes everything, renders what is there and computes nothing."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluation_world import World
+from PIL import Image
+
+from latent_medi.errors import UserError
+from latent_medi.report.patches import montage
+from latent_medi.report.render import bounds, number, render, render_report
+from latent_medi.report.settings import SECTIONS, ReportSettings
+
+_VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class _Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [a for t, a in self.tags if t == tag]
+
+
+@pytest.fixture(scope="session")
+def page_text(evaluated: dict[str, Any]) -> str:
+    out = Path(evaluated["settings"]["out"])
+    return render_report(out / "metrics.json", out / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_stands_alone(page_text: str) -> None:
+    page = _Page(page_text)
+    assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]", page_text)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith("data:image/png;base64,")
+    assert "url(" not in page_text
+    assert "@import" not in page_text
+    assert not page.all("script")
+    assert any("default-src 'none'" in str(a.get("content")) for a in page.all("meta"))
+
+
+def test_images_are_images_and_described(page_text: str) -> None:
+    images = _Page(page_text).all("img")
+    assert len(images) > 20
+    for attributes in images:
+        assert attributes["alt"]
+        data = base64.b64decode(str(attributes["src"]).partition(",")[2])
+        assert min(Image.open(io.BytesIO(data)).size) > 20
+
+
+def test_the_verdict_comes_first_and_numbers_are_those_of_the_file(page_text: str, evaluated: dict[str, Any]) -> None:
+    text = " ".join(_Page(page_text).text.split())
+    assert text.index(evaluated["verdict"]) < text.index("Table 1.")
+    for arm in ("medi", "stain_transfer", "oracle"):
+        assert f"{evaluated['headline']['accuracy_shift'][arm]:.3f}" in text
+    assert evaluated["run"]["command"] in text
+    assert evaluated["encoders"]["filters"]["fingerprint"][:16] in text
+    assert "not estimable" in text
+    for section in ("What the data lack", "Are the samples right?", "Does it help?", "How these numbers were made"):
+        assert section in text
+
+
+def test_held_out_and_unseen_combinations_are_marked(page_text: str) -> None:
+    page = _Page(page_text)
+    assert sum("held" in str(a.get("class")).split() for a in page.all("td")) == 1
+    # stripes × south, and south × frozen for each class
+    assert sum(a.get("class") == "tag" for a in page.all("span")) == 4
+    assert "Also held out: south × frozen." in " ".join(page.text.split())
+
+
+def test_it_fits_a_telephone_and_paper(page_text: str) -> None:
+    page = _Page(page_text)
+    assert any(a.get("name") == "viewport" for a in page.all("meta"))
+    assert "@media print" in page_text
+    wide = len(page.all("table")) - sum("grid" in str(a.get("class")) for a in page.all("table"))
+    assert sum(a.get("class") == "scroll" for a in page.all("div")) == wide
+
+
+def test_everything_from_the_data_is_escaped(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    nasty = "<script>alert('x')</script>\"><img src=x onerror=y>$\\frac$"
+    text = json.dumps(evaluated).replace("stripes", json.dumps(nasty)[1:-1])
+    metrics = json.loads(text)
+    metrics["dataset"]["name"] = nasty
+    metrics["notes"] = [nasty]
+    metrics["verdict"] = nasty
+    metrics["run"]["command"] = nasty
+    metrics["synthetic"]["medi"]["provenance"] = {nasty: nasty}
+    page = _Page(render_report(metrics, tmp_path / "r.html").read_text())
+    assert not page.all("script")
+    assert all(str(a["src"]).startswith("data:") for a in page.all("img"))
+    assert not any("onerror" in a for _, a in page.tags)
+    assert "<script>alert" in page.text
+
+
+def test_missing_parts_are_left_out(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    for absent in ("fidelity", "adherence", "downstream", "run", "notes", "synthetic"):
+        metrics = copy.deepcopy(evaluated)
+        del metrics[absent]
+        _Page(render_report(metrics, tmp_path / "r.html").read_text())
+    metrics = copy.deepcopy(evaluated)
+    metrics["dataset"]["folder"] = str(tmp_path / "gone")
+    for arm in metrics["synthetic"].values():
+        arm["folder"] = str(tmp_path / "gone")
+    text = _Page(render_report(metrics, tmp_path / "r.html").read_text()).text
+    assert "Real beside synthetic" not in text
+    assert "Does it help?" in text
+    for section in SECTIONS:
+        _Page(render_report(evaluated, tmp_path / "r.html", sections=[section]).read_text())
+
+
+def test_folders_can_be_given(evaluated: dict[str, Any], small_world: World, tmp_path: Path) -> None:
+    metrics = copy.deepcopy(evaluated)
+    metrics["dataset"]["folder"] = "gone"
+    metrics["synthetic"] = {}
+    page = render_report(metrics, tmp_path / "r.html", real=small_world.real, synthetic={"medi": small_world.medi})
+    text = _Page(page.read_text()).text
+    assert "Real beside synthetic" in text
+
+
+def test_the_same_metrics_give_the_same_page(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    a = render_report(evaluated, tmp_path / "a.html").read_bytes()
+    assert a == render_report(evaluated, tmp_path / "b.html").read_bytes()
+
+
+def test_settings_name_the_page(evaluated: dict[str, Any]) -> None:
+    folder = Path(evaluated["settings"]["out"])
+    settings = ReportSettings(metrics=str(folder / "metrics.json"), title="Planted", sections=["headline"])
+    assert render(settings) == folder / "report.html"
+    assert "<h1>Planted</h1>" in (folder / "report.html").read_text()
+
+
+def test_bad_input_is_refused(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        render_report(tmp_path / "absent.json", tmp_path / "r.html")
+    with pytest.raises(UserError, match="not those of an evaluation"):
+        render_report({"a": 1}, tmp_path / "r.html")
+    with pytest.raises(UserError, match="headlines"):
+        render_report(evaluated, tmp_path / "r.html", sections=["headlines"])
+    with pytest.raises(UserError, match="metrics"):
+        render(ReportSettings())
+
+
+def test_montage_keeps_patches_apart_and_thins_large_ones() -> None:
+    patches = np.stack([np.full((8, 8, 3), v, np.uint8) for v in (10, 20, 30)])
+    block = montage(patches)
+    assert block.shape == (18, 18, 3)
+    assert (block[8:10] == 255).all()
+    assert block[0, 0, 0] == 10
+    assert block[0, 17, 0] == 20
+    assert block[17, 0, 0] == 30
+    assert (block[10:, 10:] == 255).all()
+    assert montage(np.zeros((1, 256, 256, 3), np.uint8)).shape == (85, 85, 3)
+
+
+def test_numbers_in_words() -> None:
+    assert number(None) == "–"
+    assert number({"value": -0.12345}, 2) == "−0.12"
+    assert bounds({"interval": [0.1, 0.25]}, 2) == "0.10 to 0.25"
+    assert bounds({"interval": "not estimable"}) == "not estimable"
+    assert bounds({"interval": None}) == bounds(None) == ""

@@ -1,0 +1,228 @@
+"""Generation: the same plan gives the same pixels, whoever does the work and however often it is cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
+from latent_medi.errors import UserError
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.synthesis import generate as module
+from latent_medi.synthesis.generate import generate, generate_plan
+from latent_medi.synthesis.plan import write_plan
+from latent_medi.synthesis.settings import GenerateSettings
+
+SETTINGS = GenerateSettings(sampler=SamplerSettings(steps=2), device_batch=4, patches_per_shard=5)
+
+
+@pytest.fixture
+def plan() -> pd.DataFrame:
+    """13 images in 3 shards, the last one short; batches of 4 and 1."""
+    return pd.DataFrame(
+        [
+            {"class": "tumour", "site": "birch", "age": "real", "count": 7, "seed": 5},
+            {"class": "benign", "site": "NA", "age": "unknown", "count": 6, "seed": 6},
+        ]
+    )
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
+
+
+@pytest.fixture
+def whole(plan: pd.DataFrame, model: Path, tmp_path: Path) -> PatchDataset:
+    return generate_plan(plan, model, tmp_path / "whole" / "synthetic", SETTINGS)
+
+
+def test_dataset_says_what_it_is(whole: PatchDataset, model: Path, schema: Schema) -> None:
+    index = whole.index
+    assert len(whole) == 13
+    assert not whole.verify(images=True)
+    assert (index["origin"] == "synthetic").all()
+    made_by = MediPipeline.from_pretrained(model).model_hash
+    assert set(index["patient"]) == {f"synthetic:{made_by[:12]}:{row}" for row in (0, 1)}
+    assert index["plan_row"].tolist() == [0] * 7 + [1] * 6
+    assert index["sample_seed"].nunique() == index["key"].nunique() == 13
+    assert index["class"].tolist() == ["tumour"] * 7 + ["benign"] * 6
+    assert index["age"].iloc[7:].isna().all()
+    assert index["age"].iloc[:7].notna().any()
+    assert whole.schema == schema
+    assert (whole.patch_size, whole.info["mpp"]) == (32, 0.5)
+    provenance = whole.info["provenance"]
+    assert provenance["model"] == made_by
+    assert provenance["sampler"]["steps"] == 2
+    assert len(provenance["plan"]["rows"]) == 2
+    images = whole.read(np.arange(13))
+    assert len({image.tobytes() for image in images}) == 13
+
+
+def test_killed_and_resumed_gives_the_same_files(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torn = tmp_path / "torn" / "synthetic"
+    decode, calls = MediPipeline.decode, [0]
+
+    def dying(self: MediPipeline, latents: Any) -> np.ndarray:
+        calls[0] += 1
+        if calls[0] == 4:  # within the second shard
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MediPipeline, "decode", dying)
+        with pytest.raises(KeyboardInterrupt):
+            generate_plan(plan, model, torn, SETTINGS)
+    assert not (torn / "dataset.json").exists()
+    written: list[int] = []
+    write = module.write_shard
+
+    def noting(folder: Path, number: int, *rest: Any) -> Any:
+        written.append(number)
+        return write(folder, number, *rest)
+
+    monkeypatch.setattr(module, "write_shard", noting)
+    generate_plan(plan, model, torn, SETTINGS)
+    assert written == [1, 2]  # the first was there and verified
+    assert files(torn) == files(whole.folder)
+
+
+def test_damaged_shard_is_made_again(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torn = tmp_path / "torn" / "synthetic"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "finish_dataset", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            generate_plan(plan, model, torn, SETTINGS)
+    shard = torn / "data" / "part-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 255
+    shard.write_bytes(data)
+    generate_plan(plan, model, torn, SETTINGS)
+    assert files(torn) == files(whole.folder)
+
+
+def test_two_processes_give_the_same_files(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path
+) -> None:
+    barrier = threading.Barrier(2, timeout=60)
+
+    class OneOfTwo:
+        num_processes, device = 2, "cpu"
+
+        def __init__(self, rank: int) -> None:
+            self.process_index, self.is_main_process = rank, rank == 0
+
+        def wait_for_everyone(self) -> None:
+            barrier.wait()
+
+    folder = tmp_path / "two" / "synthetic"
+    loaded = [MediPipeline.from_pretrained(model) for _ in range(2)]  # loading is not safe in two threads at once
+    failed: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            generate_plan(plan, loaded[rank], folder, SETTINGS, OneOfTwo(rank))  # type: ignore[arg-type]
+        except BaseException as error:
+            failed.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert files(folder) == files(whole.folder)
+
+
+def test_an_image_does_not_depend_on_the_rest_of_the_plan(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path
+) -> None:
+    """Row 1 alone, in other batches: each image is a function of its seed and condition."""
+    alone = generate_plan(plan.iloc[1:], model, tmp_path / "alone", SETTINGS)
+    assert alone.index["sample_seed"].tolist() == whole.index["sample_seed"].iloc[7:].tolist()
+    assert np.array_equal(alone.read(np.arange(6)), whole.read(np.arange(7, 13)))
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "ddpm"])
+def test_samplers_that_draw_noise_do_so_per_sample(name: str, plan: pd.DataFrame, model: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, sampler=SamplerSettings(name, steps=3))  # type: ignore[arg-type]
+    both = generate_plan(plan, model, tmp_path / "both", settings)
+    alone = generate_plan(plan.iloc[1:], model, tmp_path / "alone", settings)
+    assert np.array_equal(alone.read(np.arange(6)), both.read(np.arange(7, 13)))
+
+
+def test_finished_dataset_returns_at_once_and_another_is_refused(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MediPipeline, "decode", None)
+    before = files(whole.folder)
+    assert len(generate_plan(plan, model, whole.folder, SETTINGS)) == 13
+    with pytest.raises(UserError, match="another dataset"):
+        generate_plan(plan.assign(seed=[8, 9]), model, whole.folder, SETTINGS)
+    assert files(whole.folder) == before
+
+
+def test_unfinished_dataset_of_another_plan_is_not_mixed_in(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "other" / "synthetic"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "finish_dataset", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            generate_plan(plan.assign(seed=[8, 9]), model, folder, SETTINGS)
+    generate_plan(plan, model, folder, SETTINGS)
+    assert files(folder) == files(whole.folder)
+
+
+def test_plan_file_is_read(plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path) -> None:
+    write_plan(plan, tmp_path / "plan.csv")
+    paths = {"plan": str(tmp_path / "plan.csv"), "model": str(model), "out": str(tmp_path / "again" / "synthetic")}
+    again = generate(replace(SETTINGS, **paths))
+    assert files(again.folder) == files(whole.folder)
+    with pytest.raises(UserError, match="model"):
+        generate(replace(SETTINGS, plan="plan.csv", out="out"))
+
+
+def test_class_model_leaves_the_site_out_knowingly(plan: pd.DataFrame, class_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'site'"):
+        generate_plan(plan, class_model, tmp_path / "a", SETTINGS)
+    dataset = generate_plan(plan, class_model, tmp_path / "b", replace(SETTINGS, ignore=["site", "age"]))
+    assert dataset.schema.names == ("class",)
+    assert dataset.index["class"].tolist() == ["tumour"] * 7 + ["benign"] * 6
+
+
+def test_guidance_is_used_and_checked_first(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = replace(SETTINGS, guidance=GuidanceSettings("chain", scale=3.0))
+    guided = generate_plan(plan, model, tmp_path / "guided", chain)
+    assert not np.array_equal(guided.read(np.arange(13)), whole.read(np.arange(13)))
+    monkeypatch.setattr(MediPipeline, "generate_latents", None)
+    bad = (
+        (plan, replace(SETTINGS, guidance=GuidanceSettings("chain", scales={"sit": 2.0})), "sit"),
+        (plan, replace(SETTINGS, sampler=SamplerSettings("ddim", steps=7)), "ddim"),
+        (plan.assign(count=0), SETTINGS, "every count is 0"),
+        (plan, replace(SETTINGS, device_batch=0), "device_batch"),
+        (plan.assign(site="astor"), SETTINGS, "astor"),
+    )
+    for asked, settings, words in bad:
+        with pytest.raises(UserError, match=words):
+            generate_plan(asked, model, tmp_path / "bad", settings)
+    assert not (tmp_path / "bad").exists()
