@@ -1,6 +1,7 @@
 """Generate the patches of a plan: the entry point for `accelerate launch`.
 
-    accelerate launch --num_processes 2 --cpu sample.py model=runs/demo/medi/model plan=runs/demo/plan.csv out=runs/demo/synthetic/medi
+accelerate launch --num_processes 2 --cpu sample.py model=runs/demo/medi/model plan=runs/demo/plan.csv
+out=runs/demo/synthetic/medi
 """
 
 import sys

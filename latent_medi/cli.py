@@ -1,22 +1,19 @@
-"""The command line: one verb per step, each reads a folder and writes a folder. Parses, calls and prints, nothing else."""
+"""The command line: one verb per step, each reads a folder and writes a folder. Parses, calls and prints, nothing else.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import write_json
-from latent_medi.progress import get_logger, set_up_logging
-
-log = get_logger(__name__)
+from latent_medi.progress import set_up_logging
+from latent_medi.recipe import load_recipe, recipes
 
 Printed = dict[str, Any]
 
@@ -33,29 +30,6 @@ def _run(words: list[str]) -> Printed:
     return experiment.run(config.parse(experiment.ExperimentSettings, words, "run"))
 
 
-def recipes() -> dict[str, Path]:
-    """Recipes for public datasets by name, with their files."""
-    return {p.stem.replace("_", "-"): p for p in sorted(config.packaged("shards").glob("[!_]*.py"))}
-
-
-def load_recipe(name: str) -> ModuleType:
-    """The module of a recipe.
-
-    Raises:
-        UserError: There is no recipe of that name.
-    """
-    known = recipes()
-    path = known.get(name.replace("_", "-"))
-    if path is None:
-        raise UserError(f"There is no recipe {name!r}; {nearest(name, known)}.", "`latent-medi shards images` takes any table of images.")
-    spec = importlib.util.spec_from_file_location(f"latent_medi_recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def _shards(words: list[str]) -> Printed:
     what = words[0] if words and not words[0].startswith("-") else ""
     if what == "verify":
@@ -70,7 +44,12 @@ def _shards(words: list[str]) -> Printed:
         from latent_medi.shards.dataset import PatchDataset
 
         dataset = PatchDataset.open(_only_folder(words[1:], "shards info"))
-        result: Printed = {"folder": str(dataset.folder), "patches": len(dataset), "schema": dataset.schema.to_dict(), "counts": {}}
+        result: Printed = {
+            "folder": str(dataset.folder),
+            "patches": len(dataset),
+            "schema": dataset.schema.to_dict(),
+            "counts": {},
+        }
         names = [f.name for f in dataset.schema.fields if f.kind != "continuous"]
         for i, row in enumerate(names):
             for column in names[i + 1 :]:
@@ -98,9 +77,18 @@ def _only_folder(words: Sequence[str], verb: str) -> Path:
 
 
 def _audit(words: list[str]) -> Printed:
-    from latent_medi import experiment
+    from latent_medi.metadata.audit import audit, audit_text
+    from latent_medi.metadata.settings import AuditSettings
+    from latent_medi.shards.dataset import PatchDataset
 
-    return experiment.audit_dataset(config.parse(experiment.AuditCommand, words, "audit", positional="data"))
+    settings = config.parse(AuditSettings, words, "audit", positional="data")
+    dataset = PatchDataset.open(settings.data)
+    split = (settings.split, settings.split_value) if settings.split else None
+    result = audit(
+        dataset.index, dataset.schema, settings.requested or None, settings.thin_patients, split, settings.site_field
+    )
+    print(audit_text(result))
+    return result
 
 
 def _encode(words: list[str]) -> Printed:
@@ -118,9 +106,20 @@ def _train(words: list[str]) -> Printed:
 
 
 def _plan(words: list[str]) -> Printed:
-    from latent_medi import experiment
+    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.synthesis.plan import make_plan, write_plan
+    from latent_medi.synthesis.settings import PlanSettings
 
-    return experiment.plan_dataset(config.parse(experiment.PlanCommand, words, "plan"))
+    settings = config.parse(PlanSettings, words, "plan")
+    dataset = PatchDataset.open(settings.data)
+    rows = dataset.rows({settings.split: settings.split_value}) if settings.split else dataset.rows()
+    plan = make_plan(
+        dataset.index.iloc[rows], dataset.schema, settings.goal, settings.per_cell, settings.seed, settings.fields,
+        settings.thin_patients,
+    )  # fmt: skip
+    write_plan(plan, settings.out)
+    print(plan.to_string(index=False))
+    return {"plan": settings.out, "rows": len(plan), "images": int(plan["count"].sum())}
 
 
 def _sample(words: list[str]) -> Printed:
@@ -160,7 +159,12 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
 
 
 def _usage() -> str:
-    lines = [f"latent-medi {__version__}: metadata-guided latent diffusion for histopathology", "", "latent-medi VERB [--config NAME] [key=value …] [--json FILE]", ""]
+    lines = [
+        f"latent-medi {__version__}: metadata-guided latent diffusion for histopathology",
+        "",
+        "latent-medi VERB [--config NAME] [key=value …] [--json FILE]",
+        "",
+    ]
     lines += [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join([*lines, "", "`latent-medi VERB --help` lists the settings of a verb."])
 
@@ -196,7 +200,8 @@ def run_verb(words: Sequence[str]) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of ``latent-medi``, ``train.py`` and ``sample.py``.
 
-    Exit codes: 0 done; 2 bad input, explained in one message; 130 interrupted; anything else is a defect and keeps its traceback.
+    Exit codes: 0 done; 2 bad input, explained in one message; 130 interrupted; anything else is a defect and keeps its
+    traceback.
     """
     set_up_logging()
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
@@ -208,11 +213,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-
-
-def print_json(value: Any) -> None:
-    """Print a value as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

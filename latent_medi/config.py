@@ -1,7 +1,10 @@
-"""Settings from YAML files and the command line: found by name or path, merged, checked, typed, and saved beside every output.
+"""Settings from YAML files and the command line: found by name or path, merged, checked, typed, and saved beside every
+output.
 
-A verb has one settings dataclass. ``--config demo/medi`` reads ``configs/demo/medi.yaml`` of the package or any path, several times if wanted; later
-files and then ``key=value`` or ``--key value`` words win. A file may name another to start from with ``base: demo/medi``.
+A verb has one settings dataclass. ``--config demo/medi`` reads ``configs/demo/medi.yaml`` of the package or any path,
+several times if wanted; later
+files and then ``key=value`` or ``--key value`` words win. A file may name another to start from with ``base:
+demo/medi``.
 """
 
 from __future__ import annotations
@@ -39,7 +42,10 @@ def find_config(name: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
-    raise UserError(f"There is no configuration {str(name)!r}.", f"Give a path to a YAML file or a packaged name; {nearest(str(name), known)}.")
+    raise UserError(
+        f"There is no configuration {str(name)!r}.",
+        f"Give a path to a YAML file or a packaged name; {nearest(str(name), known)}.",
+    )
 
 
 def load_yaml(name: str | Path) -> dict[str, Any]:
@@ -70,10 +76,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dataclass_in(annotation: Any) -> type | None:
     """The dataclass that an annotation names, alone or as ``X | None``."""
-    if dataclasses.is_dataclass(annotation):
-        return typing.cast(type, annotation)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next((a for a in typing.get_args(annotation) if dataclasses.is_dataclass(a)), None)
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    for candidate in typing.get_args(annotation) if union else (annotation,):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
     return None
 
 
@@ -114,12 +120,15 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def parse(settings_class: type[S], arguments: Sequence[str], verb: str = "", description: str = "", positional: str = "") -> S:
+def parse(
+    settings_class: type[S], arguments: Sequence[str], verb: str = "", description: str = "", positional: str = ""
+) -> S:
     """Settings from command-line words.
 
     Args:
         settings_class: The verb's settings dataclass.
-        arguments: ``--config NAME`` any number of times; ``key=value``, ``--key=value`` or ``--key value`` with dotted keys; ``--help``.
+        arguments: ``--config NAME`` any number of times; ``key=value``, ``--key=value`` or ``--key value`` with
+            dotted keys; ``--help``.
         verb: Name shown in help.
         description: What the verb does, shown in help.
         positional: A setting that a bare first word gives.
@@ -129,8 +138,14 @@ def parse(settings_class: type[S], arguments: Sequence[str], verb: str = "", des
     """
     from jsonargparse import ArgumentParser, Namespace
 
-    parser = ArgumentParser(prog=f"latent-medi {verb}".strip(), description=description or settings_class.__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="append", help="packaged configuration (demo/medi) or path to a YAML file; may be repeated, later ones win")
+    parser = ArgumentParser(
+        prog=f"latent-medi {verb}".strip(), description=description or settings_class.__doc__, exit_on_error=False
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        help="packaged configuration (demo/medi) or path to a YAML file; may be repeated, later ones win",
+    )
     parser.add_class_arguments(settings_class, None)
     words = list(arguments)
     if "-h" in words or "--help" in words:
@@ -160,8 +175,7 @@ def parse(settings_class: type[S], arguments: Sequence[str], verb: str = "", des
             values = merge(values, loaded)
             continue
         key = key.replace("-", "_")
-        if key not in known_keys(settings_class):
-            raise UserError(f"Unknown setting {key!r}; {nearest(key, known_keys(settings_class))}.", f"`latent-medi {verb} --help` lists all.")
+        check_keys(settings_class, _nested(key, None), f"latent-medi {verb}".strip())
         try:
             value = yaml.safe_load(text) if text != "" else ""
         except yaml.YAMLError:

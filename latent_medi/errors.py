@@ -9,7 +9,8 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """Bad input: what is wrong, where, and how to fix it.
 
-    The command line prints it as one message and exits with code 2; every other exception is a defect of ours and keeps its traceback.
+    The command line prints it as one message and exits with code 2; every other exception is a defect of ours and keeps
+    its traceback.
 
     Args:
         message: What is wrong and where.

@@ -1,6 +1,7 @@
 """The whole pipeline from one configuration: shards → audit → encode → train → plan → sample → evaluate → report.
 
-``latent-medi run`` takes any dataset that a recipe makes; ``latent-medi demo`` is the same on procedural tissue whose truth is known.
+``latent-medi run`` takes any dataset that a recipe makes; ``latent-medi demo`` is the same on procedural tissue whose
+truth is known.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class ExperimentSettings:
         unseen_per_cell: Patches to generate per combination without a training patch.
         generate: Sampler, guidance and batch.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
-        parallel: Commands that run side by side in training and sampling; 0 chooses 2 on a machine without a GPU, otherwise 1.
+        parallel: Commands that run side by side in training and sampling; 0 chooses 2 on a machine without a GPU,
+            otherwise 1.
         processes: Processes for rendering and importing; 0 means one per core.
         report_cells: Example patches per combination in the report.
     """
@@ -102,16 +104,20 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
 
 
 def _build_demo(settings: ExperimentSettings, out: Path) -> None:
-    from latent_medi.demo.cohort import CohortSettings, build
+    from latent_medi.demo.cohort import build
+    from latent_medi.demo.settings import CohortSettings
 
     build(out, CohortSettings(seed=settings.seed), jobs=settings.processes or os.cpu_count() or 1)
 
 
 def _build_recipe(settings: ExperimentSettings, out: Path) -> None:
-    from latent_medi.cli import load_recipe
+    from latent_medi.recipe import load_recipe
 
     if not settings.source:
-        raise UserError(f"The recipe {settings.recipe!r} needs the folder of its source.", f"latent-medi run --config {settings.recipe}/… source=/path/to/it")
+        raise UserError(
+            f"The recipe {settings.recipe!r} needs the folder of its source.",
+            f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
+        )
     load_recipe(settings.recipe).build(Path(settings.source), out, patch_size=settings.patch_size)
 
 
@@ -119,7 +125,12 @@ def _train_settings(settings: ExperimentSettings, arm: str, folder: Path) -> dic
     values = config.load_yaml(settings.medi if arm == "medi" else settings.cls)
     return config.merge(
         config.merge(values, settings.train),
-        {"data": str(folder / "data"), "latents": str(folder / "latents"), "out": str(folder / arm), "seed": settings.seed},
+        {
+            "data": str(folder / "data"),
+            "latents": str(folder / "latents"),
+            "out": str(folder / arm),
+            "seed": settings.seed,
+        },
     )
 
 
@@ -159,15 +170,16 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     data = folder / "data"
 
     build: Callable[[ExperimentSettings, Path], None] = _build_demo if settings.recipe == "demo" else _build_recipe
-    stages.run("shards", {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}, lambda: build(settings, data))
-    stages.run("audit", plain["held_out"], lambda: _audit(settings, folder))
+    made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
+    stages.run("shards", made_of, lambda: build(settings, data), ["data"])
+    stages.run("audit", plain["held_out"], lambda: _audit(settings, folder), ["audit.json", "audit.txt"])
 
     def encode_all() -> None:
         from latent_medi.latents.encode import encode
 
         encode(EncodeSettings(data=str(data), out=str(folder / "latents"), autoencoder=settings.autoencoder))
 
-    stages.run("encode", settings.autoencoder, encode_all)
+    stages.run("encode", settings.autoencoder, encode_all, ["latents"])
 
     training = {arm: _train_settings(settings, arm, folder) for arm in ARMS}
 
@@ -178,14 +190,17 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
             commands[arm] = ["train", "--config", str(folder / f"train-{arm}.yaml")]
         _run_arms(settings, commands)
 
-    stages.run("train", training, train_all)
-    stages.run("plan", [settings.plan_fields, settings.seen_per_cell, settings.unseen_per_cell, settings.seed], lambda: _plan(settings, folder))
+    stages.run("train", training, train_all, ARMS)
+    counts = [settings.plan_fields, settings.seen_per_cell, settings.unseen_per_cell, settings.seed]
+    stages.run("plan", counts, lambda: _plan(settings, folder), [f"plan-{arm}.csv" for arm in ARMS])
 
     def sample_all() -> None:
         commands = {}
         for arm in ARMS:
             values = config.merge(plain["generate"], {
-                "model": str(folder / arm / "model"), "plan": str(folder / f"plan-{arm}.csv"), "out": str(folder / "synthetic" / arm),
+                "model": str(folder / arm / "model"),
+                "plan": str(folder / f"plan-{arm}.csv"),
+                "out": str(folder / "synthetic" / arm),
             })  # fmt: skip
             if arm == "cls":  # it knows no other field, so it has none to be guided by
                 values = config.merge(values, {"guidance": {"form": "none", "scales": {}}})
@@ -193,14 +208,17 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
             commands[arm] = ["sample", "--config", str(folder / f"sample-{arm}.yaml")]
         _run_arms(settings, commands)
 
-    stages.run("sample", plain["generate"], sample_all)
+    stages.run("sample", plain["generate"], sample_all, ["synthetic"])
 
     judging = config.merge(
-        {"real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder), "held_out": settings.held_out,
-         "encoders": settings.encoders, "weights": settings.weights, "site_field": settings.site_field, "seed": settings.seed},
+        {"real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder),
+         "held_out": settings.held_out,
+         "encoders": settings.encoders, "weights": settings.weights, "site_field": settings.site_field, "seed":
+         settings.seed},
         settings.evaluate,
     )  # fmt: skip
-    stages.run("evaluate", judging, lambda: evaluate(config.build(EvaluateSettings, judging)))
+    made = ["metrics.json", "predictions.csv", "reference", "features"]
+    stages.run("evaluate", judging, lambda: evaluate(config.build(EvaluateSettings, judging)), made)
     metrics = read_json(folder / "metrics.json")
     record = headline(metrics, stages.seconds)
     write_json(folder / "headline.json", record)
@@ -211,8 +229,9 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
             synthetic={arm: folder / "synthetic" / arm for arm in ARMS}, per_cell=settings.report_cells,
         )  # fmt: skip
 
-    stages.run("report", [settings.title, settings.report_cells], report)
-    print(f"\n{headline_text(record)}\n\n{duration(sum(stages.seconds.values()))} in all. Report: {folder / 'report.html'}")
+    stages.run("report", [settings.title, settings.report_cells], report, ["report.html"])
+    total = duration(sum(stages.seconds.values()))
+    print(f"\n{headline_text(record)}\n\n{total} in all. Report: {folder / 'report.html'}")
     return record
 
 
@@ -221,7 +240,9 @@ def _audit(settings: ExperimentSettings, folder: Path) -> None:
     from latent_medi.shards.dataset import PatchDataset
 
     dataset = PatchDataset.open(folder / "data")
-    result = audit(dataset.index[dataset.index["split_main"] == "train"], dataset.schema, requested=settings.held_out or None)
+    result = audit(
+        dataset.index[dataset.index["split_main"] == "train"], dataset.schema, requested=settings.held_out or None
+    )
     write_json(folder / "audit.json", result)
     write_text(folder / "audit.txt", audit_text(result))
     print(audit_text(result))
@@ -235,7 +256,9 @@ def _plan(settings: ExperimentSettings, folder: Path) -> None:
     dataset = PatchDataset.open(folder / "data")
     index = dataset.index[dataset.index["split_main"] == "train"]
     fields = settings.plan_fields
-    plan = make_plan(index, dataset.schema, goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields)
+    plan = make_plan(
+        index, dataset.schema, goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields
+    )
     unseen = plan["verdict"] != "seen"
     plan.loc[unseen & (plan["count"] > 0), "count"] = settings.unseen_per_cell
     write_plan(plan, folder / "plan-medi.csv")

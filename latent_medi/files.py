@@ -81,7 +81,9 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.", "Check the path, or run the step that writes it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.", "Restore it from its source, or run the step that writes it again.") from None
+        raise UserError(
+            f"{path} is not valid JSON: {error}.", "Restore it from its source, or run the step that writes it again."
+        ) from None
 
 
 def sha256_bytes(data: bytes) -> str:

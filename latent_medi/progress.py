@@ -34,7 +34,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 def duration(seconds: float) -> str:
     """``seconds`` as 41s, 3m05s or 2h07m."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_medi.files import read_json, write_json
+from latent_medi.files import read_json, remove, write_json
 from latent_medi.progress import duration, get_logger
 
 log = get_logger(__name__)
@@ -31,24 +31,31 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self._made_from: dict[str, Any] = {}
 
-    def run(self, name: str, inputs: Any, action: Callable[[], Any]) -> None:
+    def run(self, name: str, inputs: Any, action: Callable[[], Any], outputs: Sequence[str] = ()) -> None:
         """Run ``action`` unless this stage finished before with the same ``inputs`` after the same earlier stages.
+
+        What an earlier run made from other inputs is removed first; what was broken off with the same inputs is kept.
 
         Args:
             name: One of the names given at the start.
             inputs: JSON-able: all that the outcome depends on besides earlier stages.
             action: The work; it may itself continue where it was broken off.
+            outputs: Files and folders that it writes, relative to the experiment's folder.
         """
         number = f"{self.names.index(name) + 1}/{len(self.names)}"
         record_file = self.folder / "stages" / f"{name}.json"
         self._made_from = {**self._made_from, name: inputs}
         if record_file.is_file():
             record = read_json(record_file)
-            if record["made_from"] == self._made_from:
+            if record["made_from"] != self._made_from:
+                for output in outputs:
+                    remove(self.folder / output)
+            elif record["seconds"] is not None:
                 self.seconds[name] = record["seconds"]
                 log.info("%s %s: finished before (took %s), kept", number, name, duration(record["seconds"]))
                 return
         log.info("%s %s …", number, name)
+        write_json(record_file, {"made_from": self._made_from, "seconds": None})
         start = time.monotonic()
         action()
         self.seconds[name] = round(time.monotonic() - start, 1)
@@ -57,7 +64,8 @@ class Stages:
 
 
 def side_by_side(commands: dict[str, list[str]], threads: int) -> None:
-    """Run ``latent-medi`` commands at the same time, one process each; what they log is passed on with their name before it.
+    """Run ``latent-medi`` commands at the same time, one process each; what they log is passed on with their name
+    before it.
 
     Args:
         commands: Words after ``latent-medi`` by the name to show.
@@ -92,7 +100,9 @@ def side_by_side(commands: dict[str, list[str]], threads: int) -> None:
                     continue
                 del running[name]
                 if code:
-                    raise RuntimeError(f"{name} ended with exit code {code}; its messages are above. The same command continues.")
+                    raise RuntimeError(
+                        f"{name} ended with exit code {code}; its messages are above. The same command continues."
+                    )
             time.sleep(0.1)
     finally:
         for process in running.values():

@@ -1,4 +1,6 @@
-"""The command line: help for every verb, one clear message and exit code 2 for bad input, a traceback and not 0 for a crash."""
+"""The command line: help for every verb, one clear message and exit code 2 for bad input, a traceback and not 0 for a
+crash.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_bad_input_is_one_message_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "train.py", f"data={tmp_path / 'nothing'}", "latents=x", f"out={tmp_path / 'o'}", "max_steps=1"],
+        [sys.executable, "train.py", f"data={tmp_path / 'nothing'}", "latents=x", "out=y", "max_steps=1"],
         cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

@@ -36,6 +36,7 @@ class Settings:
         kind: Kind.
         network: Network.
         held_out: Combinations.
+        weights: Files by name.
     """
 
     data: str
@@ -43,6 +44,7 @@ class Settings:
     kind: Literal["a", "b"] = "a"
     network: Network = field(default_factory=Network)
     held_out: list[dict[str, str]] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
 
 
 def write(path: Path, values: dict) -> str:
@@ -55,6 +57,10 @@ def test_later_words_win_over_files_and_files_over_defaults(tmp_path: Path) -> N
     second = write(tmp_path / "b.yaml", {"base": first, "lr": 0.5})
     settings = config.parse(Settings, ["--config", second, "network.width=16", "--kind", "b"])
     assert settings == Settings("x", 0.5, "b", Network(16, ["class"]))
+
+
+def test_entries_of_a_mapping_can_be_set_one_by_one() -> None:
+    assert config.parse(Settings, ["data=x", "weights.a=p", "weights.b=q"]).weights == {"a": "p", "b": "q"}
 
 
 @pytest.mark.parametrize("words", [["--network.width", "16"], ["--network.width=16"], ["network.width=16"]])

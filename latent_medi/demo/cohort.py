@@ -1,7 +1,9 @@
 """The demo's cohort: three classes at four hospitals, skewed as real data are, with combinations held out.
 
-Shape depends on class, patient and patch; stain on hospital and slide; the two never depend on each other, so a generator that has understood
-class and hospital apart can draw every combination, and the truth for each is a call of :func:`latent_medi.demo.tissue.render` away.
+Shape depends on class, patient and patch; stain on hospital and slide; the two never depend on each other, so a
+generator that has understood
+class and hospital apart can draw every combination, and the truth for each is a call of
+:func:`latent_medi.demo.tissue.render` away.
 """
 
 from __future__ import annotations
@@ -15,22 +17,39 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
+from latent_medi.demo.settings import CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, finish_dataset, write_shard
+from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
 SITES = {
     "aster": Stain(),
-    "birch": Stain(haematoxylin=(0.74, 0.62, 0.26), eosin=(0.14, 0.95, 0.28), haematoxylin_strength=1.25, eosin_strength=0.45,
-                   background=(0.94, 0.95, 0.97)),
-    "cedar": Stain(haematoxylin=(0.58, 0.74, 0.34), eosin=(0.06, 0.93, 0.36), haematoxylin_strength=0.95, eosin_strength=0.75,
-                   background=(0.97, 0.95, 0.91)),
+    "birch": Stain(
+        haematoxylin=(0.74, 0.62, 0.26),
+        eosin=(0.14, 0.95, 0.28),
+        haematoxylin_strength=1.25,
+        eosin_strength=0.45,
+        background=(0.94, 0.95, 0.97),
+    ),
+    "cedar": Stain(
+        haematoxylin=(0.58, 0.74, 0.34),
+        eosin=(0.06, 0.93, 0.36),
+        haematoxylin_strength=0.95,
+        eosin_strength=0.75,
+        background=(0.97, 0.95, 0.91),
+    ),
     # A thicker section in poor focus: the structural difference that no change of colour imitates.
-    "dogwood": Stain(haematoxylin=(0.67, 0.67, 0.32), eosin=(0.10, 0.96, 0.20), haematoxylin_strength=0.85, eosin_strength=0.45,
-                     background=(0.91, 0.90, 0.92), blur=1.15),
+    "dogwood": Stain(
+        haematoxylin=(0.67, 0.67, 0.32),
+        eosin=(0.10, 0.96, 0.20),
+        haematoxylin_strength=0.85,
+        eosin_strength=0.45,
+        background=(0.91, 0.90, 0.92),
+        blur=1.15,
+    ),
 }
 FIXATIONS = ("formalin", "frozen")
 HELD_OUT = (
@@ -48,25 +67,6 @@ _TRAIN_PATIENTS = {  # skewed: some hospitals are specialised, as referral centr
 }
 _FROZEN_SHARE = {"aster": 0.25, "birch": 0.35, "cedar": 0.45, "dogwood": 0.0}
 _UNKNOWN_AGE = 0.15
-
-
-@dataclass(frozen=True)
-class CohortSettings:
-    """How large the demo's cohort is.
-
-    Args:
-        seed: Seed of everything drawn.
-        patches_per_patient: Patches of each patient.
-        probe_patients: Patients per class × site cell for the probes and the oracle.
-        test_patients: Patients per class × site cell for testing.
-        scale: Factor on the number of patients, for quick tests.
-    """
-
-    seed: int = 0
-    patches_per_patient: int = 5
-    probe_patients: int = 24
-    test_patients: int = 28
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,34 @@ def class_shape(tumour: str, age: float, frozen: bool, rng: np.random.Generator)
         rng: Source of the patient effect.
     """
     fibre = float(np.clip(0.45 + 0.012 * (age - 60) + rng.normal(0, 0.1), 0.05, 0.95))
-    shape = Shape(nucleus_radius=_clipped(rng, 2.8, 0.22, 2.2, 3.5), density=_clipped(rng, 42, 5, 26, 58),
-                  pleomorphism=_clipped(rng, 0.14, 0.04, 0.05, 0.3), fibre=fibre)
+    shape = Shape(
+        nucleus_radius=_clipped(rng, 3.4, 0.25, 2.7, 4.2),
+        density=_clipped(rng, 27, 3, 17, 37),
+        pleomorphism=_clipped(rng, 0.14, 0.04, 0.05, 0.3),
+        fibre=fibre,
+    )
     if tumour == "glandular":
-        shape = replace(shape, nucleus_aspect=_clipped(rng, 1.5, 0.2, 1.0, 2.6), alignment=_clipped(rng, 0.25, 0.12, 0, 1),
-                        gland_radius=_clipped(rng, 7.0, 2.2, 2.0, 12.0))
+        shape = replace(
+            shape,
+            nucleus_aspect=_clipped(rng, 1.5, 0.2, 1.0, 2.6),
+            alignment=_clipped(rng, 0.25, 0.12, 0, 1),
+            gland_radius=_clipped(rng, 7.0, 2.2, 2.0, 12.0),
+        )
     elif tumour == "solid":
-        shape = replace(shape, nucleus_aspect=_clipped(rng, 1.4, 0.2, 1.0, 2.6), alignment=_clipped(rng, 0.25, 0.12, 0, 1),
-                        gland_radius=_clipped(rng, 1.0, 1.9, 0.0, 6.0), density=_clipped(rng, 48, 5, 30, 60))
+        shape = replace(
+            shape,
+            nucleus_aspect=_clipped(rng, 1.4, 0.2, 1.0, 2.6),
+            alignment=_clipped(rng, 0.25, 0.12, 0, 1),
+            gland_radius=_clipped(rng, 1.0, 1.9, 0.0, 6.0),
+            density=_clipped(rng, 30, 3, 19, 38),
+        )
     else:
-        shape = replace(shape, nucleus_aspect=_clipped(rng, 2.15, 0.3, 1.2, 3.0), alignment=_clipped(rng, 0.75, 0.15, 0, 1),
-                        gland_radius=_clipped(rng, 1.0, 1.9, 0.0, 6.0))
+        shape = replace(
+            shape,
+            nucleus_aspect=_clipped(rng, 2.15, 0.3, 1.2, 3.0),
+            alignment=_clipped(rng, 0.75, 0.15, 0, 1),
+            gland_radius=_clipped(rng, 1.0, 1.9, 0.0, 6.0),
+        )
     if frozen:
         shape = replace(shape, vacuoles=_clipped(rng, 8, 2, 3, 14), nucleus_radius=1.08 * shape.nucleus_radius)
     return shape
@@ -132,7 +149,9 @@ def is_held_out(values: dict[str, str]) -> bool:
 
 
 def patients(settings: CohortSettings) -> list[Patient]:
-    """Draw the patients of all three splits: ``train`` (no held-out combination), ``probe`` and ``test`` (every combination)."""
+    """Draw the patients of all three splits: ``train`` (no held-out combination), ``probe`` and ``test`` (every
+    combination).
+    """
     cohort: list[Patient] = []
     for split in ("train", "probe", "test"):
         for site, stain in SITES.items():
@@ -152,8 +171,18 @@ def patients(settings: CohortSettings) -> list[Patient]:
                     frozen = bool(rng.random() < share)
                     age = _clipped(rng, 62, 11, 25, 90)
                     shape = class_shape(tumour, age, frozen, rng)
-                    cohort.append(Patient(name, tumour, site, FIXATIONS[frozen], None if rng.random() < _UNKNOWN_AGE else round(age, 1),
-                                          split, shape, jitter_stain(stain, rng)))
+                    cohort.append(
+                        Patient(
+                            name,
+                            tumour,
+                            site,
+                            FIXATIONS[frozen],
+                            None if rng.random() < _UNKNOWN_AGE else round(age, 1),
+                            split,
+                            shape,
+                            jitter_stain(stain, rng),
+                        )
+                    )
     return cohort
 
 
@@ -170,16 +199,25 @@ def patches(patient: Patient, settings: CohortSettings) -> Iterator[Patch]:
             x=64 * number,
             y=0,
             source_mpp=MPP,
-            fields={"class": patient.tumour, "site": patient.site, "fixation": patient.fixation,
-                    "age": "unknown" if patient.age is None else patient.age},
+            fields={
+                "class": patient.tumour,
+                "site": patient.site,
+                "fixation": patient.fixation,
+                "age": "unknown" if patient.age is None else patient.age,
+            },
         )
 
 
 def schema(cohort: list[Patient]) -> Schema:
     """The demo's schema; the scaling of age comes from the training patients."""
-    rows = [{"class": p.tumour, "site": p.site, "fixation": p.fixation, "age": "unknown" if p.age is None else str(p.age)} for p in cohort]
+    rows = [
+        {"class": p.tumour, "site": p.site, "fixation": p.fixation, "age": "unknown" if p.age is None else str(p.age)}
+        for p in cohort
+    ]
     table = pd.DataFrame(rows)[[p.split == "train" for p in cohort]]
-    return Schema.from_table(table, class_field="class", categorical=["site", "fixation"], continuous=["age"], units={"age": "years"})
+    return Schema.from_table(
+        table, class_field="class", categorical=["site", "fixation"], continuous=["age"], units={"age": "years"}
+    )
 
 
 _PATIENTS_PER_SHARD = 64
@@ -199,11 +237,18 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
     """
     cohort = patients(settings)
     parts = [cohort[i : i + _PATIENTS_PER_SHARD] for i in range(0, len(cohort), _PATIENTS_PER_SHARD)]
-    work = (delayed(_write_part)(folder, number, part, settings) for number, part in enumerate(parts))
-    for _ in progress(Parallel(n_jobs=jobs, return_as="generator")(work), total=len(parts), desc="rendering", unit="shards"):
+    done = finished_shards(folder)
+    work = [
+        delayed(_write_part)(folder, number, part, settings) for number, part in enumerate(parts) if number not in done
+    ]
+    for _ in progress(
+        Parallel(n_jobs=jobs, return_as="generator")(work), total=len(work), desc="rendering", unit="shards"
+    ):
         pass
     provenance = {"generator": "latent_medi.demo.cohort", "settings": asdict(settings)}
-    dataset = finish_dataset(folder, name="procedural tissue", schema=schema(cohort), patch_size=PATCH_SIZE, mpp=MPP, codec="png", provenance=provenance)
     split = {p.name: p.split for p in cohort}
-    dataset.add_split("main", dataset.index["patient"].map(split), {"kind": "by patient", "held_out_of_train": list(HELD_OUT)})
-    return dataset
+    recipe = {"kind": "by patient", "held_out_of_train": list(HELD_OUT)}
+    return finish_dataset(
+        folder, name="procedural tissue", schema=schema(cohort), patch_size=PATCH_SIZE, mpp=MPP, codec="png",
+        provenance=provenance, splits={"main": (split, recipe)}, shards=range(len(parts)),
+    )  # fmt: skip

@@ -1,8 +1,10 @@
 """Train the demo's two frozen networks on procedural tissue of no class and no hospital.
 
-``python -m latent_medi.demo.pretrain encoder|autoencoder --out FOLDER`` makes the weights in ``latent_medi/demo/weights`` again.
+``python -m latent_medi.demo.pretrain encoder|autoencoder --out FOLDER`` makes the weights in
+``latent_medi/demo/weights`` again.
 
-Encoder: a small convolutional network that learns to read the renderer's own parameters (shape and stain alike) off a patch. It has never seen one
+Encoder: a small convolutional network that learns to read the renderer's own parameters (shape and stain alike) off a
+patch. It has never seen one
 of the demo's classes or hospitals; its features are the layer before the read-out.
 
 Autoencoder: diffusers' ``AutoencoderKL`` with 4× downsampling; L1 + edge loss, a small Kullback–Leibler term.
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from joblib import Parallel, delayed
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
@@ -37,7 +39,9 @@ SHAPE_PARAMETERS = ("nucleus_aspect", "alignment", "gland_radius")
 
 
 def _targets(shape: Shape, stain: Stain) -> dict[str, float]:
-    """What the encoder learns to read off a patch, as numbers; orientation as a double angle, since a fibre has no direction."""
+    """What the encoder learns to read off a patch, as numbers; orientation as a double angle, since a fibre has no
+    direction.
+    """
     numbers = parameters(shape)
     angle = numbers.pop("orientation")
     numbers["along"] = shape.alignment * np.cos(2 * angle)
@@ -97,7 +101,9 @@ def embed(encoder: TinyEncoder, images: np.ndarray, batch: int = 256) -> np.ndar
     return torch.cat(out).numpy()
 
 
-def train_encoder(images: np.ndarray, truth: pd.DataFrame, steps: int = 3000, seed: int = 0, batch: int = 96) -> TinyEncoder:
+def train_encoder(
+    images: np.ndarray, truth: pd.DataFrame, steps: int = 2200, seed: int = 0, batch: int = 96
+) -> TinyEncoder:
     """Train the encoder to read the renderer's parameters off a patch; see the module's text.
 
     Args:
@@ -110,18 +116,28 @@ def train_encoder(images: np.ndarray, truth: pd.DataFrame, steps: int = 3000, se
     torch.manual_seed(seed)
     kept = len(images) // 20
     pixels = images[::7].reshape(-1, 3) / 255.0
-    encoder = TinyEncoder({"dim": 48, "channels": [24, 48, 96], "groups": 8, "image_size": 64,
-                           "mean": pixels.mean(0).round(4).tolist(), "std": pixels.std(0).round(4).tolist()})  # fmt: skip
+    mean, std = pixels.mean(0).round(4).tolist(), pixels.std(0).round(4).tolist()
+    encoder = TinyEncoder(
+        {"dim": 48, "channels": [24, 48, 96], "groups": 8, "image_size": 64, "mean": mean, "std": std}
+    )
     encoder.to(memory_format=torch.channels_last)
-    head = torch.nn.Sequential(torch.nn.LayerNorm(48), torch.nn.Linear(48, 128), torch.nn.SiLU(), torch.nn.Linear(128, truth.shape[1]))
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3, weight_decay=1e-2)
+    head = torch.nn.Sequential(
+        torch.nn.LayerNorm(48), torch.nn.Linear(48, 128), torch.nn.SiLU(), torch.nn.Linear(128, truth.shape[1])
+    )
+    # Shape has a linear read-out of its own, because probes are to find it by a linear map.
+    shape_columns = [truth.columns.get_loc(name) for name in SHAPE_PARAMETERS]
+    linear = torch.nn.Linear(48, len(shape_columns))
+    optimizer = torch.optim.AdamW(
+        [*encoder.parameters(), *head.parameters(), *linear.parameters()], lr=2e-3, weight_decay=1e-2
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     bank = torch.from_numpy(images[kept:])
     standard = torch.from_numpy(((truth - truth.mean()) / truth.std()).to_numpy(np.float32)[kept:])
-    # The double angle has zero mean, so a symmetry is a change of sign: flips turn `across`, the transpose turns `along`.
+    # The double angle has zero mean, so a symmetry is a change of sign: flips turn `across`, the transpose turns
+    # `along`.
     along, across = truth.columns.get_loc("along"), truth.columns.get_loc("across")
     generator = torch.Generator().manual_seed(seed)
-    mean, std = (torch.tensor(encoder.config[k])[:, None, None] for k in ("mean", "std"))
+    shift, scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
     start = time.monotonic()
     for step in range(steps):
         rows = torch.randint(0, len(bank), (batch,), generator=generator)
@@ -129,7 +145,8 @@ def train_encoder(images: np.ndarray, truth: pd.DataFrame, steps: int = 3000, se
         target = standard[rows].clone()
         target[:, across] *= 1.0 - 2.0 * ((code & 1) ^ ((code >> 1) & 1))
         target[:, along] *= 1.0 - 2.0 * ((code >> 2) & 1)
-        loss = F.smooth_l1_loss(head(encoder((x - mean) / std)), target)
+        z = encoder((x - shift) / scale)
+        loss = F.smooth_l1_loss(head(z), target) + F.mse_loss(linear(z), target[:, shape_columns])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -140,12 +157,13 @@ def train_encoder(images: np.ndarray, truth: pd.DataFrame, steps: int = 3000, se
     return encoder.eval()
 
 
-def train_autoencoder(images: np.ndarray, steps: int = 3000, seed: int = 0, batch: int = 16) -> AutoencoderKL:
+def train_autoencoder(images: np.ndarray, steps: int = 1800, seed: int = 0, batch: int = 16) -> AutoencoderKL:
     """Train the autoencoder on uint8 images [n, 64, 64, 3]; see the module's text."""
     torch.manual_seed(seed)
     bank = torch.from_numpy(images)
     autoencoder = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1,
+        norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, sample_size=64,
         mid_block_add_attention=False, scaling_factor=1.0,
     ).to(memory_format=torch.channels_last)  # fmt: skip
@@ -162,7 +180,7 @@ def train_autoencoder(images: np.ndarray, steps: int = 3000, seed: int = 0, batc
         y = autoencoder.decode(posterior.sample()).sample
         error = y - x
         edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-        loss = error.abs().mean() + 0.5 * edges + 2e-4 * posterior.kl().mean() / 1024
+        loss = error.abs().mean() + 0.5 * edges + 3e-3 * posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
@@ -171,8 +189,14 @@ def train_autoencoder(images: np.ndarray, steps: int = 3000, seed: int = 0, batc
         if (step + 1) % 100 == 0:
             psnr = -10 * torch.log10((error.detach() / 2).square().mean()).item()
             spread = posterior.mean.detach().std(dim=(0, 2, 3)).tolist()
-            log.info("autoencoder step %d PSNR %.2f std %.3f mean-spread %s %.0fs", step + 1, psnr, posterior.std.mean().item(),
-                     [round(s, 2) for s in spread], time.monotonic() - start)
+            log.info(
+                "autoencoder step %d PSNR %.2f std %.3f mean-spread %s %.0fs",
+                step + 1,
+                psnr,
+                posterior.std.mean().item(),
+                [round(s, 2) for s in spread],
+                time.monotonic() - start,
+            )
     return autoencoder.eval()
 
 

@@ -36,11 +36,11 @@ class Shape:
         vacuoles: Ice-crystal holes per patch (frozen sections).
     """
 
-    nucleus_radius: float = 2.8
+    nucleus_radius: float = 3.4
     nucleus_aspect: float = 1.3
     alignment: float = 0.2
     orientation: float = 0.0
-    density: float = 45.0
+    density: float = 28.0
     pleomorphism: float = 0.12
     gland_radius: float = 0.0
     fibre: float = 0.4
@@ -69,7 +69,9 @@ class Stain:
 
 
 _GRID = np.mgrid[0:PATCH_SIZE, 0:PATCH_SIZE].astype(np.float32)
-_FREQUENCY = np.stack(np.meshgrid(np.fft.fftfreq(PATCH_SIZE), np.fft.rfftfreq(PATCH_SIZE), indexing="ij")).astype(np.float32)
+_FREQUENCY = np.stack(np.meshgrid(np.fft.fftfreq(PATCH_SIZE), np.fft.rfftfreq(PATCH_SIZE), indexing="ij")).astype(
+    np.float32
+)
 
 
 def _soft_ellipses(
@@ -89,7 +91,9 @@ def _fibres(shape: Shape, rng: np.random.Generator) -> np.ndarray:
     along = np.cos(shape.orientation) * _FREQUENCY[1] + np.sin(shape.orientation) * _FREQUENCY[0]
     stretch = 1.0 + 2.5 * shape.alignment
     band = np.exp(-((along * stretch / 0.07) ** 2) - (across / 0.11) ** 2)
-    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((PATCH_SIZE, PATCH_SIZE), np.float32)) * band, s=(PATCH_SIZE, PATCH_SIZE))
+    noise = np.fft.irfft2(
+        np.fft.rfft2(rng.standard_normal((PATCH_SIZE, PATCH_SIZE), np.float32)) * band, s=(PATCH_SIZE, PATCH_SIZE)
+    )
     return ((noise - noise.mean()) / (noise.std() + 1e-8)).astype(np.float32)
 
 
@@ -134,8 +138,13 @@ def render(shape: Shape, stain: Stain, rng: np.random.Generator) -> np.ndarray:
         lumen = _soft_ellipses(glands, radius * squeeze, radius / squeeze, tilt, 1.0).max(0)
         wall = 2.2 * shape.nucleus_radius
         epithelium = _soft_ellipses(glands, radius * squeeze + wall, radius / squeeze + wall, tilt, 1.0).max(0)
-        outside = np.array([np.hypot(*(glands - c).T).min() > 0 and
-                            np.all(np.hypot(*(glands - c).T) > radius + wall + shape.nucleus_radius) for c in centres])
+        outside = np.array(
+            [
+                np.hypot(*(glands - c).T).min() > 0
+                and np.all(np.hypot(*(glands - c).T) > radius + wall + shape.nucleus_radius)
+                for c in centres
+            ]
+        )
         centres, angles = centres[outside], angles[outside]
         ring_centres, ring_angles = [], []
         for centre, r, s, a in zip(glands, radius, squeeze, tilt, strict=True):
@@ -157,7 +166,7 @@ def render(shape: Shape, stain: Stain, rng: np.random.Generator) -> np.ndarray:
     else:
         nuclei = np.zeros((size, size), np.float32)
     chromatin = gaussian_filter(rng.standard_normal((size, size), np.float32), 0.8)
-    h = nuclei * (1.0 + 0.35 * chromatin) + 0.06 + 0.10 * epithelium * (1 - lumen)
+    h = nuclei * (1.0 + 0.2 * chromatin) + 0.06 + 0.10 * epithelium * (1 - lumen)
     e = (0.62 + 0.30 * shape.fibre * _fibres(shape, rng)) * (1.0 - 0.35 * epithelium) * (1.0 - 0.5 * nuclei)
     tissue = 1.0 - 0.94 * lumen * (1.0 - nuclei)
     if shape.vacuoles >= 0.5:
@@ -177,7 +186,9 @@ def render(shape: Shape, stain: Stain, rng: np.random.Generator) -> np.ndarray:
 
 
 def jitter_stain(stain: Stain, rng: np.random.Generator, amount: float = 1.0) -> Stain:
-    """The stain of one slide: strengths vary by about 12 %, absorbance vectors by about 3 % and glass by 1 % at ``amount`` 1."""
+    """The stain of one slide: strengths vary by about 12 %, absorbance vectors by about 3 % and glass by 1 % at
+    ``amount`` 1.
+    """
 
     def vector(value: tuple[float, float, float], sigma: float) -> tuple[float, float, float]:
         moved = np.clip(np.asarray(value) + rng.normal(0, sigma * amount, 3), 0.01, 1.0)
@@ -197,11 +208,11 @@ def jitter_stain(stain: Stain, rng: np.random.Generator, amount: float = 1.0) ->
 def random_shape(rng: np.random.Generator) -> Shape:
     """Shape parameters drawn independently and widely: tissue of no class, for pre-training the frozen networks."""
     return Shape(
-        nucleus_radius=rng.uniform(2.2, 3.6),
+        nucleus_radius=rng.uniform(2.7, 4.3),
         nucleus_aspect=rng.uniform(1.1, 3.0),
         alignment=rng.uniform(0.0, 1.0),
         orientation=rng.uniform(0, np.pi),
-        density=rng.uniform(22, 60),
+        density=rng.uniform(15, 38),
         pleomorphism=rng.uniform(0.05, 0.3),
         gland_radius=rng.uniform(2.0, 13.0) if rng.random() < 0.4 else 0.0,
         fibre=rng.uniform(0.1, 0.9),

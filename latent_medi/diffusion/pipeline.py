@@ -30,7 +30,7 @@ from latent_medi.latents.autoencoder import Autoencoder, forget_path, load_autoe
 from latent_medi.metadata.schema import Schema
 
 AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
-_DTYPES = {"no": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MediPipeline(DiffusionPipeline):
@@ -203,7 +203,7 @@ class MediPipeline(DiffusionPipeline):
         generators: Sequence[torch.Generator] | None = None,
         batch: int | None = None,
         pad: bool = False,
-        precision: str = "no",
+        precision: str = "fp32",
         first_step: int = 0,
         classifier: ClassifierGuidance | None = None,
     ) -> torch.Tensor:
@@ -218,7 +218,7 @@ class MediPipeline(DiffusionPipeline):
             batch: Samples at a time; unset: all.
             pad: Fill a short batch up to ``batch`` with copies of its last sample, so that a sample comes out bit for
                 bit the same whatever else is generated.
-            precision: Arithmetic inside the network: "no" (that of its weights), "bf16" or "fp16".
+            precision: Arithmetic inside the network: "fp32" (that of its weights), "bf16" or "fp16".
             first_step: Leading steps to leave out; the noise is then the noisy latent at that step.
             classifier: Guidance by a latent classifier.
 
@@ -230,7 +230,7 @@ class MediPipeline(DiffusionPipeline):
         """
         guidance = guidance or GuidanceSettings()
         if precision not in _DTYPES:
-            raise UserError(f"precision is 'no', 'bf16' or 'fp16', not {precision!r}.")
+            raise UserError(f"precision is 'fp32', 'bf16' or 'fp16', not {precision!r}.")
         chosen = sampler or SamplerSettings()
         scheduler = make_sampler(self.scheduler.config, chosen)
         check_guidance(guidance, self.conditioning, conditions)

@@ -31,7 +31,8 @@ class TinyEncoder(nn.Module):
     """Convolutional encoder with mean and standard-deviation pooling.
 
     Args:
-        config: ``dim`` (output width), ``channels`` (one entry per stage, each halves the size), ``groups`` (group normalisation),
+        config: ``dim`` (output width), ``channels`` (one entry per stage, each halves the size), ``groups`` (group
+            normalisation),
             ``image_size`` (pixels), ``mean`` and ``std`` (per RGB channel, of images in [0, 1]).
     """
 
@@ -45,7 +46,8 @@ class TinyEncoder(nn.Module):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _Block(width, groups)]
             before = width
         self.body = nn.Sequential(*layers, nn.GroupNorm(groups, before), nn.SiLU())
-        # A layer after pooling: how far nuclei agree in direction is the length of a pooled vector, which no linear map gives.
+        # A layer after pooling: how far nuclei agree in direction is the length of a pooled vector, which no linear map
+        # gives.
         self.head = nn.Sequential(nn.Linear(2 * before, 128), nn.SiLU(), nn.Linear(128, config["dim"]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ class TinyEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> TinyEncoder:
-        """Load from a folder with ``encoder.json`` and ``encoder.safetensors``; strict; returned in evaluation mode and float32.
+        """Load from a folder with ``encoder.json`` and ``encoder.safetensors``; strict; returned in evaluation mode and
+        float32.
 
         Raises:
             UserError: A file is missing or the tensors do not fit the configuration.
@@ -64,7 +67,9 @@ class TinyEncoder(nn.Module):
         encoder = cls(read_json(folder / "encoder.json"))
         weights = folder / "encoder.safetensors"
         if not weights.is_file():
-            raise UserError(f"{weights} does not exist.", "An encoder folder holds encoder.json and encoder.safetensors.")
+            raise UserError(
+                f"{weights} does not exist.", "An encoder folder holds encoder.json and encoder.safetensors."
+            )
         try:
             encoder.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
         except RuntimeError as error:
@@ -72,7 +77,9 @@ class TinyEncoder(nn.Module):
         return encoder.eval()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``encoder.json`` and ``encoder.safetensors`` (float16, since features are judged far above its rounding)."""
+        """Write ``encoder.json`` and ``encoder.safetensors`` (float16, since features are judged far above its
+        rounding).
+        """
         folder = Path(folder)
         with atomic_path(folder / "encoder.safetensors") as temporary:
             save_file({k: v.detach().half().contiguous() for k, v in self.state_dict().items()}, temporary)

@@ -72,7 +72,7 @@ def generate_plan(
     for name in ("device_batch", "patches_per_shard"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}.")
-    accelerator = accelerator or Accelerator(mixed_precision=settings.precision)
+    accelerator = accelerator or Accelerator()
     pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
     pipeline.to(accelerator.device)
     checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan

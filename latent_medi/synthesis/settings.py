@@ -50,7 +50,7 @@ class GenerateSettings:
             number of processes.
         patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
         codec: "png" (exact) or "jpg".
-        precision: Arithmetic inside the denoiser: "no" (fp32), "bf16" or "fp16".
+        precision: Arithmetic inside the denoiser: "fp32", "bf16" or "fp16".
         ignore: Columns of the plan that the model does not know and that are left out knowingly, such as the site for
             a class-only model.
         name: The dataset's name; empty means the folder's name.
@@ -65,7 +65,7 @@ class GenerateSettings:
     device_batch: int = 64
     patches_per_shard: int = 512
     codec: Literal["png", "jpg"] = "png"
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ignore: list[str] = field(default_factory=list)
     name: str = ""
     mpp: float = 0.0

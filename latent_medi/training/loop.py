@@ -30,6 +30,9 @@ from latent_medi.training.transfer import inherited_objective, open_source
 
 logger = get_logger("training")
 
+ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Accelerate's word for each precision; ours avoids "no", which YAML reads as false."""
+
 _LOOK_EVERY = 100  # updates after which losses are fetched from the device at the latest
 
 
@@ -64,7 +67,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     """
     settings.check()
     accelerator = accelerator or Accelerator(
-        mixed_precision=settings.precision,
+        mixed_precision=ACCELERATE_PRECISION[settings.precision],
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     check_strategy(accelerator, settings)
@@ -216,7 +219,7 @@ def check_strategy(accelerator: Accelerator, settings: TrainSettings) -> None:
             "These networks (up to 450 M parameters) fit one device whole with their optimizer; sharding would only "
             "add traffic. Launch plain multi-GPU, with a smaller device_batch if memory is short.",
         )
-    if accelerator.mixed_precision != settings.precision:
+    if accelerator.mixed_precision != ACCELERATE_PRECISION[settings.precision]:
         raise UserError(
             f"The launcher's precision is {accelerator.mixed_precision}, and the settings say {settings.precision}.",
             "Set precision, which belongs to the run, and leave it out of the launcher's configuration.",

@@ -42,7 +42,7 @@ class TrainSettings:
         device_batch: Most images per forward pass of one process; caps memory and leaves the update the same. Unset:
             no cap.
         seed: Seed of initial weights, order, noise, timesteps and condition dropout.
-        precision: Arithmetic inside the denoiser: "no" (fp32), "bf16" or "fp16". Everything else is fp32.
+        precision: Arithmetic inside the denoiser: "fp32", "bf16" or "fp16". Everything else is fp32 always.
         lr: Highest learning rate.
         betas: AdamW's two betas.
         weight_decay: AdamW's weight decay.
@@ -82,7 +82,7 @@ class TrainSettings:
     global_batch: int = 64
     device_batch: int | None = None
     seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     lr: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0

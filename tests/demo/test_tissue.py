@@ -7,12 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latent_medi.demo.cohort import CLASSES, HELD_OUT, SITES, CohortSettings, is_held_out, patches, patients
+from latent_medi.demo.cohort import CLASSES, HELD_OUT, SITES, is_held_out, patches, patients
+from latent_medi.demo.settings import CohortSettings
 from latent_medi.demo.tissue import Shape, Stain, random_shape, random_stain, render
 
 
 def test_same_seed_same_pixels() -> None:
-    first, second = (render(random_shape(r), random_stain(r), r) for r in (np.random.default_rng(3), np.random.default_rng(3)))
+    first, second = (
+        render(random_shape(r), random_stain(r), r) for r in (np.random.default_rng(3), np.random.default_rng(3))
+    )
     assert first.dtype == np.uint8
     assert first.shape == (64, 64, 3)
     assert np.array_equal(first, second)
@@ -33,7 +36,8 @@ def test_glands_have_bright_lumina_and_blur_softens() -> None:
     glands = render(Shape(gland_radius=9), Stain(), rng(1))
     assert (glands.min(2) > 220).mean() > (plain.min(2) > 220).mean() + 0.05
     sharp, soft = render(Shape(), Stain(blur=0.2), rng(2)), render(Shape(), Stain(blur=1.3), rng(2))
-    assert np.abs(np.diff(soft.astype(int), axis=0)).mean() < 0.6 * np.abs(np.diff(sharp.astype(int), axis=0)).mean()
+    steepest = [np.quantile(np.abs(np.diff(image.astype(int), axis=0)), 0.99) for image in (soft, sharp)]
+    assert steepest[0] < 0.6 * steepest[1]
 
 
 def test_cohort_is_skewed_disjoint_and_holds_out_what_it_says() -> None:
@@ -53,14 +57,18 @@ def test_cohort_is_skewed_disjoint_and_holds_out_what_it_says() -> None:
     for split in ("probe", "test"):
         for combination in HELD_OUT:
             match = {"class": "tumour", "site": "site", "fixation": "fixation"}
-            found = [p for p in cohort if p.split == split and all(getattr(p, match[k]) == v for k, v in combination.items())]
+            found = [
+                p for p in cohort if p.split == split and all(getattr(p, match[k]) == v for k, v in combination.items())
+            ]
             assert len(found) >= 10
     ages = [p.age for p in cohort]
     assert 0.08 < sum(a is None for a in ages) / len(ages) < 0.25
 
 
 def test_shape_does_not_depend_on_site() -> None:
-    """The same patient drawn at another hospital differs in stain alone: the ground truth that makes combinations possible."""
+    """The same patient drawn at another hospital differs in stain alone: the ground truth that makes combinations
+    possible.
+    """
     settings = CohortSettings()
     cohort = [p for p in patients(settings) if p.split == "test" and p.tumour == "solid"]
     by_site = {s: np.mean([p.shape.nucleus_aspect for p in cohort if p.site == s]) for s in SITES}

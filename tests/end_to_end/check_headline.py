@@ -1,4 +1,6 @@
-"""Fail unless the demo's headline shows what the demo is there to show: ``python check_headline.py runs/demo/headline.json``."""
+"""Fail unless the demo's headline shows what the demo is there to show: ``python check_headline.py
+runs/demo/headline.json``.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def shortfalls(headline: dict) -> list[str]:
         if not good:
             found.append(name)
     if accuracy["medi"] <= accuracy["stain_transfer"]:
-        print(f"note stain transfer does at least as well: {accuracy['stain_transfer']:.3f} against {accuracy['medi']:.3f}")
+        print(f"note stain transfer ({accuracy['stain_transfer']:.3f}) does at least as well as MeDi")
     return found
 
 

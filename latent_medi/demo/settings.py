@@ -1,0 +1,24 @@
+"""Settings of the demo's cohort; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CohortSettings:
+    """How large the demo's cohort is.
+
+    Args:
+        seed: Seed of everything drawn.
+        patches_per_patient: Patches of each patient.
+        probe_patients: Patients per class × site cell for the probes and the oracle.
+        test_patients: Patients per class × site cell for testing.
+        scale: Factor on the number of patients, for quick tests.
+    """
+
+    seed: int = 0
+    patches_per_patient: int = 5
+    probe_patients: int = 24
+    test_patients: int = 28
+    scale: float = 1.0
