@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 SEED ?= 0
+QUARTER ?= 0
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env demo demo-check test test-all lint clean
+.PHONY: help env demo demo-check test test-all test-quarter lint clean
 
 help:
 	@echo "make demo      build the environment and run the whole pipeline on procedural tissue (SEED=0); report in runs/demo/"
@@ -26,7 +27,7 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/latent-medi demo --seed $(SEED)
 
-demo-check: demo
+demo-check: $(STAMP)
 	$(BIN)/python tests/end_to_end/check_headline.py runs/demo/headline.json
 
 test: $(STAMP)
@@ -34,6 +35,9 @@ test: $(STAMP)
 
 test-all: $(STAMP) lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+test-quarter: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow --slow-quarter $(QUARTER) tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ SITES = {
 }
 FIXATIONS = ("formalin", "frozen")
 HELD_OUT = (
-    {"class": "spindle", "site": "birch"},
+    {"class": "solid", "site": "cedar"},
     {"class": "glandular", "site": "dogwood"},
     {"site": "dogwood", "fixation": "frozen"},
 )
@@ -61,8 +61,8 @@ HELD_OUT = (
 
 _TRAIN_PATIENTS = {  # skewed: some hospitals are specialised, as referral centres are
     "aster": {"glandular": 64, "solid": 40, "spindle": 52},
-    "birch": {"glandular": 72, "solid": 60, "spindle": 0},
-    "cedar": {"glandular": 36, "solid": 44, "spindle": 72},
+    "birch": {"glandular": 72, "solid": 60, "spindle": 36},
+    "cedar": {"glandular": 44, "solid": 0, "spindle": 72},
     "dogwood": {"glandular": 0, "solid": 64, "spindle": 52},
 }
 _FROZEN_SHARE = {"aster": 0.25, "birch": 0.35, "cedar": 0.45, "dogwood": 0.0}
