@@ -47,7 +47,7 @@ def test_autoencoder_keeps_what_the_encoder_sees() -> None:
 
 @pytest.mark.slow
 def test_cohort_is_calibrated() -> None:
-    """Real patches alone: 80 to 97 % in distribution, at least 10 points under the oracle where combinations are missing."""
+    """Real patches alone: 80 to 97 % in distribution, 10 points under the oracle where combinations are missing."""
     settings = CohortSettings(seed=5)
     rows = [(p, patch) for p in patients(settings) for patch in patches(p, settings)]
     table = pd.DataFrame([{"split": p.split, "patient": p.name, **patch.fields} for p, patch in rows])
