@@ -136,7 +136,7 @@ def parse(
     Raises:
         UserError: An unknown key, a value of the wrong type or a missing required setting.
     """
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
         prog=f"latent-medi {verb}".strip(), description=description or settings_class.__doc__, exit_on_error=False
@@ -181,10 +181,10 @@ def parse(
         except yaml.YAMLError:
             value = text
         overrides = merge(overrides, _nested(key, value))
-    return build(settings_class, merge(values, overrides), parser=parser, namespace=Namespace)
+    return build(settings_class, merge(values, overrides), parser=parser)
 
 
-def build(settings_class: type[S], values: Mapping[str, Any], parser: Any = None, namespace: Any = None) -> S:
+def build(settings_class: type[S], values: Mapping[str, Any], parser: Any = None) -> S:
     """Typed settings from a nested mapping.
 
     Raises:

@@ -118,7 +118,10 @@ def _build_recipe(settings: ExperimentSettings, out: Path) -> None:
             f"The recipe {settings.recipe!r} needs the folder of its source.",
             f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
         )
-    load_recipe(settings.recipe).build(Path(settings.source), out, patch_size=settings.patch_size)
+    jobs = settings.processes or os.cpu_count() or 1
+    load_recipe(settings.recipe).build(
+        Path(settings.source), out, patch_size=settings.patch_size, seed=settings.seed, jobs=jobs
+    )
 
 
 def _train_settings(settings: ExperimentSettings, arm: str, folder: Path) -> dict[str, Any]:
