@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from zlib import crc32
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from parts import make_autoencoder, make_cohort
+
+from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from latent_medi.latents.encode import encode_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -19,13 +23,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one quarter of the slow tests if asked to, chosen by their names."""
+    """Keep one quarter of the slow tests if asked to, dealt out in the order of their names."""
     quarter = config.getoption("--slow-quarter")
     if quarter is None:
         return
-    kept = [item for item in items if not item.get_closest_marker("slow") or crc32(item.nodeid.encode()) % 4 == quarter]
-    config.hook.pytest_deselected([item for item in items if item not in kept])
-    items[:] = kept
+    slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
+    dropped = {name for i, name in enumerate(slow) if i % 4 != quarter}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
+    items[:] = [item for item in items if item.nodeid not in dropped]
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Autoencoder:
+    """A random autoencoder, 4× down, 4 channels, loaded from a folder."""
+    folder = tmp_path_factory.mktemp("autoencoder") / "tiny"
+    save_autoencoder(make_autoencoder(), folder)
+    return load_autoencoder(str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, autoencoder: Autoencoder) -> Path:
+    """Folder with ``data`` and ``latents``; "NA" is one of the sites."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_cohort(folder / "data", ("aster", "NA", "birch"))
+    encode_dataset(folder / "data", autoencoder, folder / "latents")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_more(tmp_path_factory: pytest.TempPathFactory, autoencoder: Autoencoder) -> Path:
+    """As ``tiny`` with another hospital."""
+    folder = tmp_path_factory.mktemp("tiny_more")
+    make_cohort(folder / "data", ("aster", "cedar"), seed=1)
+    encode_dataset(folder / "data", autoencoder, folder / "latents")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DModel
-from diffusion_parts import make_denoiser, small_model
+from diffusion_parts import make_denoiser
+from parts import small_model
 
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusion_parts import make_autoencoder, make_denoiser
+from diffusion_parts import make_denoiser
+from parts import make_autoencoder
 
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from latents_parts import random_images, random_model
+from parts import random_images, random_model
 from PIL import Image
 
 from latent_medi.errors import UserError

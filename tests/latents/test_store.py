@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from latents_parts import make_dataset, random_model
+from latents_parts import make_dataset
+from parts import random_model
 from safetensors.torch import load_file
 
 from latent_medi.errors import UserError

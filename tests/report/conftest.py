@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-# The planted cohort lives with the tests of the evaluation.
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-
 from evaluation_world import Size, World, build_world, filters
 
 from latent_medi.evaluation.evaluate import evaluate

@@ -11,13 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pandas as pd
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from parts import make_autoencoder, small_model
 
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
-from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
+from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
 from latent_medi.metadata.schema import Schema
 
 
@@ -56,23 +56,8 @@ def schema(table: pd.DataFrame) -> Schema:
 def make_model(folder: Path, schema: Schema) -> Path:
     """Write a model with random weights and its autoencoder."""
     torch.manual_seed(0)
-    coder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        layers_per_block=1,
-        mid_block_add_attention=False,
-    )
-    save_autoencoder(Autoencoder(coder, "tiny"), folder / "autoencoder")
-    model = ModelSettings(
-        block_out_channels=[16, 32],
-        layers_per_block=1,
-        attention=[False, True],
-        attention_head_dim=16,
-        norm_num_groups=8,
-    )
+    save_autoencoder(make_autoencoder(), folder / "autoencoder")
+    model = small_model()
     conditioner = MetadataConditioner(schema.to_dict(), model.embed_dim, dropout_patterns=asdict(DropoutSettings()))
     denoiser = Denoiser(build_unet(model, 4, 8, conditional=True), conditioner)
     autoencoder = load_autoencoder(str(folder / "autoencoder"))

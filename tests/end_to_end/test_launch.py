@@ -1,0 +1,81 @@
+"""The entry points as a user launches them: ``accelerate launch`` on two processes, and alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.shards.dataset import PatchDataset
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ALONE = [sys.executable]
+TWO = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port"]
+SMALL = ["model.block_out_channels=[16,32]", "model.attention=[false,true]", "model.attention_head_dim=16"]
+SMALL += ["model.layers_per_block=1", "model.norm_num_groups=8"]
+
+
+def run(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run an entry point in the repository's folder."""
+    return subprocess.run(
+        [*launcher, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_path: Path) -> None:
+    where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}", f"out={tmp_path / 'run'}"]
+    small = ["max_steps=20", "global_batch=8", "log_every_images=80", *SMALL]
+    trained = run([*TWO, "29671"], "train.py", "--config", "demo/medi", *where, *small)
+    assert trained.returncode == 0, trained.stderr
+    model = tmp_path / "run" / "model"
+    pipeline = MediPipeline.from_pretrained(model)
+    assert pipeline(class_="tumour", site="NA", num_images=2, steps=2).images[1].size == (32, 32)
+
+    plan = tmp_path / "plan.csv"
+    plan.write_text("class,site,age,count,verdict,seed\ntumour,birch,50,3,seen,1\nbenign,NA,unknown,2,seen,2\n")
+    made = {}
+    for name, launcher in (("two", [*TWO, "29672"]), ("one", ALONE)):
+        made[name] = tmp_path / name
+        sampled = run(
+            launcher,
+            "sample.py",
+            f"model={model}",
+            f"plan={plan}",
+            f"out={made[name]}",
+            "sampler.steps=2",
+            "device_batch=4",
+        )
+        assert sampled.returncode == 0, sampled.stderr
+    one, two = (PatchDataset.open(made[name]) for name in ("one", "two"))
+    assert one.index["class"].tolist() == ["tumour"] * 3 + ["benign"] * 2
+    assert set(one.index["origin"]) == {"synthetic"}
+    assert one.index.equals(two.index)
+    for name in sorted(p.name for p in (one.folder / "data").iterdir()):
+        assert (one.folder / "data" / name).read_bytes() == (two.folder / "data" / name).read_bytes()
+
+
+@pytest.mark.parametrize("launcher", [ALONE, [*TWO, "29673"]], ids=["alone", "launched"])
+def test_a_crash_exits_non_zero(launcher: list[str], tiny: Path, tmp_path: Path) -> None:
+    where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}", f"out={tmp_path / 'run'}"]
+    failed = run(
+        launcher, "train.py", "--config", "demo/medi", *where, "max_steps=4", "global_batch=7", "split_value=nobody"
+    )
+    assert failed.returncode != 0
+    assert "nobody" in failed.stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_unknown_setting_names_the_nearest(tmp_path: Path) -> None:
+    failed = run(ALONE, "train.py", "--config", "demo/medi", "max_step=4", f"out={tmp_path}")
+    assert failed.returncode != 0
+    assert "max_steps" in failed.stderr

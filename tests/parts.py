@@ -1,0 +1,93 @@
+"""Small real parts that tests of several rooms build on: a tiny network, random autoencoders, images, a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from latent_medi.diffusion.settings import ModelSettings
+from latent_medi.latents.autoencoder import Autoencoder
+from latent_medi.latents.taef2 import AutoencoderTAEF2
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.writer import Patch, write_dataset
+
+
+def small_model() -> ModelSettings:
+    """A network of 0.2 M parameters for latents of 8×8."""
+    return ModelSettings(
+        block_out_channels=[16, 32],
+        layers_per_block=1,
+        attention=[False, True],
+        attention_head_dim=16,
+        norm_num_groups=8,
+    )
+
+
+def random_model(kind: str = "AutoencoderKL", seed: int = 0) -> torch.nn.Module:
+    """A random autoencoder with few channels; 4× down (8× for TAEF2)."""
+    torch.manual_seed(seed)
+    if kind == "AutoencoderKL":
+        return AutoencoderKL(
+            block_out_channels=(8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=32,
+        ).eval()
+    if kind == "AutoencoderTiny":
+        return AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+            latent_channels=4,
+        ).eval()
+    return AutoencoderTAEF2(latent_channels=6, width=8, blocks=1).eval()
+
+
+def make_autoencoder(seed: int = 0) -> Autoencoder:
+    """A random ``AutoencoderKL`` with 4 channels, 4× down."""
+    return Autoencoder(random_model("AutoencoderKL", seed), "random")
+
+
+def random_images(count: int = 3, size: int = 32, seed: int = 0) -> np.ndarray:
+    """uint8 [count, size, size, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def make_cohort(folder: Path, sites: tuple[str, ...], patches: int = 52, seed: int = 0) -> PatchDataset:
+    """Patches of 32 px, grey with noise, with a class, a site and an age that one in five lacks; the last patient is
+    for testing."""
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame(
+        {
+            "class": [("benign", "tumour")[i % 2] for i in range(patches)],
+            "site": [sites[(i // 2) % len(sites)] for i in range(patches)],
+            "age": ["unknown" if i % 5 == 0 else str(40 + i % 30) for i in range(patches)],
+        }
+    )
+    schema = Schema.from_table(table, "class", ["site"], ["age"], {"age": "years"})
+    items = [
+        Patch(
+            key=f"p{i:03d}",
+            image=np.clip(rng.normal(70 + 60 * (i % 3), 12, (32, 32, 3)), 0, 255).astype(np.uint8),
+            patient=f"patient{i // 4:02d}",
+            slide=f"slide{i // 4:02d}",
+            x=0,
+            y=0,
+            source_mpp=0.5,
+            fields=row,
+        )
+        for i, row in enumerate(table.to_dict("records"))
+    ]
+    dataset = write_dataset(folder, items, "tiny", schema, 32, 0.5, patches_per_shard=20)
+    last = dataset.index["patient"].iloc[-1]
+    dataset.add_split("main", ["test" if p == last else "train" for p in dataset.index["patient"]], {"test": last})
+    return PatchDataset.open(folder)
