@@ -1,10 +1,11 @@
-"""The command line: one verb per step, each reads a folder and writes a folder. Parses, calls and prints, nothing else.
-"""
+"""The command line: one verb per step, each reads a folder and writes a folder. Parses, calls, prints, nothing else."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,13 +198,19 @@ def run_verb(words: Sequence[str]) -> int:
     return 0
 
 
+def _end(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of ``latent-medi``, ``train.py`` and ``sample.py``.
 
-    Exit codes: 0 done; 2 bad input, explained in one message; 130 interrupted; anything else is a defect and keeps its
-    traceback.
+    Exit codes: 0 done; 2 bad input, explained in one message; 130 interrupted; 143 terminated; anything else is a
+    defect and keeps its traceback.
     """
     set_up_logging()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)  # by an exception, so that a command that started others ends them too
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     try:
         return run_verb(sys.argv[1:] if words is None else words)

@@ -205,8 +205,12 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
                 "plan": str(folder / f"plan-{arm}.csv"),
                 "out": str(folder / "synthetic" / arm),
             })  # fmt: skip
-            if arm == "cls":  # it knows no other field, so it has none to be guided by
-                values = config.merge(values, {"guidance": {"form": "none", "scales": {}}})
+            if arm == "cls":  # guided like the other arm, by the fields that it knows
+                known = training[arm].get("model", {}).get("fields") or []
+                guidance = values["guidance"]
+                scales = {name: scale for name, scale in guidance["scales"].items() if name in known}
+                order = [name for name in guidance["order"] if name in known]
+                values = {**values, "guidance": {**guidance, "scales": scales, "order": order}}
             write_text(folder / f"sample-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
             commands[arm] = ["sample", "--config", str(folder / f"sample-{arm}.yaml")]
         _run_arms(settings, commands)

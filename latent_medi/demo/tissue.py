@@ -16,7 +16,7 @@ from scipy.special import expit
 PATCH_SIZE = 64
 """Width and height of a patch in pixels."""
 
-MPP = 1.0
+MPP = 0.75
 """Micrometres per pixel that a patch is said to have."""
 
 
@@ -36,11 +36,11 @@ class Shape:
         vacuoles: Ice-crystal holes per patch (frozen sections).
     """
 
-    nucleus_radius: float = 3.4
+    nucleus_radius: float = 4.8
     nucleus_aspect: float = 1.3
     alignment: float = 0.2
     orientation: float = 0.0
-    density: float = 28.0
+    density: float = 15.0
     pleomorphism: float = 0.12
     gland_radius: float = 0.0
     fibre: float = 0.4
@@ -65,7 +65,7 @@ class Stain:
     haematoxylin_strength: float = 1.1
     eosin_strength: float = 0.55
     background: tuple[float, float, float] = (0.96, 0.95, 0.96)
-    blur: float = 0.35
+    blur: float = 0.6
 
 
 _GRID = np.mgrid[0:PATCH_SIZE, 0:PATCH_SIZE].astype(np.float32)
@@ -99,8 +99,8 @@ def _fibres(shape: Shape, rng: np.random.Generator) -> np.ndarray:
 
 def _gland_centres(radius: float, rng: np.random.Generator) -> np.ndarray:
     """Centres [n, 2] of glands that keep their distance; fewer fit the larger they are."""
-    reach = 2.0 * radius + 9.0
-    wanted = int(np.clip(round((PATCH_SIZE + radius) ** 2 / (reach * reach * 1.3)), 1, 6))
+    reach = 2.0 * radius + 13.0
+    wanted = int(np.clip(round((PATCH_SIZE + radius) ** 2 / (reach * reach * 1.3)), 1, 4))
     centres: list[np.ndarray] = []
     for candidate in rng.uniform(-0.25 * radius, PATCH_SIZE + 0.25 * radius, (40, 2)):
         if all(np.hypot(*(candidate - other)) > reach for other in centres):
@@ -122,7 +122,7 @@ def render(shape: Shape, stain: Stain, rng: np.random.Generator) -> np.ndarray:
         uint8 RGB, [64, 64, 3].
     """
     size = PATCH_SIZE
-    spacing = size / np.sqrt(max(shape.density, 4.0))
+    spacing = size / np.sqrt(max(shape.density, 3.0))
     steps = np.arange(-0.5 * spacing, size + spacing, spacing)
     grid = np.stack(np.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2) + rng.uniform(0, spacing, 2)
     centres = grid + rng.uniform(-0.38, 0.38, grid.shape) * spacing
@@ -136,7 +136,7 @@ def render(shape: Shape, stain: Stain, rng: np.random.Generator) -> np.ndarray:
         squeeze = np.exp(rng.uniform(0.0, 0.25, len(glands)))
         tilt = rng.uniform(0, np.pi, len(glands))
         lumen = _soft_ellipses(glands, radius * squeeze, radius / squeeze, tilt, 1.0).max(0)
-        wall = 2.2 * shape.nucleus_radius
+        wall = 2.0 * shape.nucleus_radius
         epithelium = _soft_ellipses(glands, radius * squeeze + wall, radius / squeeze + wall, tilt, 1.0).max(0)
         outside = np.array(
             [
@@ -155,7 +155,7 @@ def render(shape: Shape, stain: Stain, rng: np.random.Generator) -> np.ndarray:
             ring_angles.append(np.arctan2(u * np.sin(a) + v * np.cos(a), u * np.cos(a) - v * np.sin(a)))
         centres = np.concatenate([centres, *ring_centres])
         angles = np.concatenate([angles, *ring_angles])
-    inside = np.all((centres > -6) & (centres < size + 6), axis=1)
+    inside = np.all((centres > -9) & (centres < size + 9), axis=1)
     centres, angles = centres[inside], angles[inside]
     radii = shape.nucleus_radius * np.exp(rng.normal(0, shape.pleomorphism, len(centres)))
     aspect = np.maximum(1.0, shape.nucleus_aspect * np.exp(rng.normal(0, 0.08, len(centres))))
@@ -165,14 +165,14 @@ def render(shape: Shape, stain: Stain, rng: np.random.Generator) -> np.ndarray:
         nuclei = 1.0 - np.prod(1.0 - np.clip(masks * (0.8 * dark.astype(np.float32))[:, None, None], 0, 0.98), axis=0)
     else:
         nuclei = np.zeros((size, size), np.float32)
-    chromatin = gaussian_filter(rng.standard_normal((size, size), np.float32), 0.8)
-    h = nuclei * (1.0 + 0.2 * chromatin) + 0.06 + 0.10 * epithelium * (1 - lumen)
+    chromatin = gaussian_filter(rng.standard_normal((size, size), np.float32), 1.2)
+    h = nuclei * (1.0 + 0.3 * chromatin) + 0.06 + 0.10 * epithelium * (1 - lumen)
     e = (0.62 + 0.30 * shape.fibre * _fibres(shape, rng)) * (1.0 - 0.35 * epithelium) * (1.0 - 0.5 * nuclei)
     tissue = 1.0 - 0.94 * lumen * (1.0 - nuclei)
     if shape.vacuoles >= 0.5:
         holes = rng.poisson(shape.vacuoles)
         if holes:
-            r = rng.uniform(1.2, 2.4, holes)
+            r = rng.uniform(1.8, 3.2, holes)
             tissue = tissue * (1.0 - 0.85 * _soft_ellipses(rng.uniform(0, size, (holes, 2)), r, r, r, 1.2).max(0))
     h, e = np.clip(h * tissue, 0, None), np.clip(e * tissue, 0, None)
     v_h = np.asarray(stain.haematoxylin) / np.linalg.norm(stain.haematoxylin)
@@ -181,7 +181,7 @@ def render(shape: Shape, stain: Stain, rng: np.random.Generator) -> np.ndarray:
     image = (np.asarray(stain.background) * np.exp(-density)).astype(np.float32)
     if stain.blur > 0.05:
         image = gaussian_filter(image, (stain.blur, stain.blur, 0), mode="nearest")
-    image = image + 0.008 * rng.standard_normal(image.shape, np.float32)
+    image = image + 0.005 * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
 
 
@@ -208,15 +208,15 @@ def jitter_stain(stain: Stain, rng: np.random.Generator, amount: float = 1.0) ->
 def random_shape(rng: np.random.Generator) -> Shape:
     """Shape parameters drawn independently and widely: tissue of no class, for pre-training the frozen networks."""
     return Shape(
-        nucleus_radius=rng.uniform(2.7, 4.3),
+        nucleus_radius=rng.uniform(3.8, 6.0),
         nucleus_aspect=rng.uniform(1.1, 3.0),
         alignment=rng.uniform(0.0, 1.0),
         orientation=rng.uniform(0, np.pi),
-        density=rng.uniform(15, 38),
+        density=rng.uniform(8, 21),
         pleomorphism=rng.uniform(0.05, 0.3),
-        gland_radius=rng.uniform(2.0, 13.0) if rng.random() < 0.4 else 0.0,
+        gland_radius=rng.uniform(2.5, 15.0) if rng.random() < 0.4 else 0.0,
         fibre=rng.uniform(0.1, 0.9),
-        vacuoles=rng.uniform(4, 14) if rng.random() < 0.4 else 0.0,
+        vacuoles=rng.uniform(3, 10) if rng.random() < 0.4 else 0.0,
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -79,3 +81,25 @@ def test_an_unknown_setting_names_the_nearest(tmp_path: Path) -> None:
     failed = run(ALONE, "train.py", "--config", "demo/medi", "max_step=4", f"out={tmp_path}")
     assert failed.returncode != 0
     assert "max_steps" in failed.stderr
+
+
+def test_a_terminated_command_takes_the_commands_it_started_along(tiny: Path, tmp_path: Path) -> None:
+    words = ["train", "--config", "demo/medi", f"data={tiny / 'data'}", f"latents={tiny / 'latents'}"]
+    words += [f"out={tmp_path / 'run'}", "max_steps=100000", "global_batch=8", "log_every_images=8", *SMALL]
+    program = (
+        "import sys; from latent_medi import cli; from latent_medi.stages import side_by_side\n"
+        f"cli.VERBS['audit'] = (lambda rest: side_by_side({{'long': {words!r}}}, threads=1), '')\n"
+        "sys.exit(cli.main(['audit']))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "log.csv"
+    for _ in range(1200):
+        if log.is_file() and log.read_text().count("\n") > 2:
+            break
+        time.sleep(0.1)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert children
+    parent.terminate()
+    assert parent.wait(timeout=60) == 143
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
