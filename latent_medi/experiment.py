@@ -266,7 +266,9 @@ def _plan(settings: ExperimentSettings, folder: Path) -> None:
     plan = make_plan(
         index, dataset.schema, goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields
     )
-    unseen = plan["verdict"] != "seen"
+    names = [f.name for f in dataset.schema.fields if f.name in plan.columns and not f.continuous]
+    there = set(index[names].astype(str).itertuples(index=False, name=None))
+    unseen = ~plan[names].astype(str).apply(tuple, axis=1).isin(there)
     plan.loc[unseen & (plan["count"] > 0), "count"] = settings.unseen_per_cell
     write_plan(plan, folder / "plan-medi.csv")
     class_field = dataset.schema.class_field

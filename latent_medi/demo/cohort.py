@@ -35,8 +35,8 @@ SITES = {
         background=(0.94, 0.95, 0.97),
     ),
     "cedar": Stain(
-        haematoxylin=(0.58, 0.74, 0.34),
-        eosin=(0.06, 0.93, 0.36),
+        haematoxylin=(0.58, 0.74, 0.31),
+        eosin=(0.06, 0.93, 0.30),
         haematoxylin_strength=0.95,
         eosin_strength=0.75,
         background=(0.97, 0.95, 0.91),
@@ -60,10 +60,10 @@ HELD_OUT = (
 """Combinations without a single training patch."""
 
 _TRAIN_PATIENTS = {  # skewed: some hospitals are specialised, as referral centres are
-    "aster": {"glandular": 110, "solid": 24, "spindle": 20},
-    "birch": {"glandular": 36, "solid": 110, "spindle": 28},
-    "cedar": {"glandular": 36, "solid": 0, "spindle": 28},
-    "dogwood": {"glandular": 0, "solid": 48, "spindle": 110},
+    "aster": {"glandular": 116, "solid": 16, "spindle": 12},
+    "birch": {"glandular": 20, "solid": 124, "spindle": 12},
+    "cedar": {"glandular": 56, "solid": 0, "spindle": 48},
+    "dogwood": {"glandular": 0, "solid": 40, "spindle": 124},
 }
 _FROZEN_SHARE = {"aster": 0.25, "birch": 0.35, "cedar": 0.45, "dogwood": 0.0}
 _UNKNOWN_AGE = 0.15
@@ -85,11 +85,11 @@ class Patient:
 
 _TYPICAL = {
     "glandular": Shape(
-        nucleus_radius=4.8, nucleus_aspect=1.4, alignment=0.2, density=13.5, gland_radius=7.5, fibre=0.42
+        nucleus_radius=4.8, nucleus_aspect=1.4, alignment=0.2, density=13.5, gland_radius=6.8, fibre=0.42
     ),
-    "solid": Shape(nucleus_radius=5.0, nucleus_aspect=1.4, alignment=0.2, density=16.5, gland_radius=0.8, fibre=0.35),
+    "solid": Shape(nucleus_radius=5.0, nucleus_aspect=1.4, alignment=0.2, density=16.5, gland_radius=0.9, fibre=0.36),
     "spindle": Shape(
-        nucleus_radius=4.6, nucleus_aspect=1.75, alignment=0.4, density=12.0, gland_radius=0.8, fibre=0.62
+        nucleus_radius=4.6, nucleus_aspect=1.72, alignment=0.4, density=12.2, gland_radius=0.9, fibre=0.6
     ),
 }
 """The middle of each class; patients lie around it, and the classes overlap."""
