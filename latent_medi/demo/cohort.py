@@ -60,10 +60,10 @@ HELD_OUT = (
 """Combinations without a single training patch."""
 
 _TRAIN_PATIENTS = {  # skewed: some hospitals are specialised, as referral centres are
-    "aster": {"glandular": 116, "solid": 16, "spindle": 12},
-    "birch": {"glandular": 20, "solid": 124, "spindle": 12},
-    "cedar": {"glandular": 56, "solid": 0, "spindle": 48},
-    "dogwood": {"glandular": 0, "solid": 40, "spindle": 124},
+    "aster": {"glandular": 108, "solid": 26, "spindle": 22},
+    "birch": {"glandular": 26, "solid": 114, "spindle": 22},
+    "cedar": {"glandular": 60, "solid": 0, "spindle": 60},
+    "dogwood": {"glandular": 0, "solid": 48, "spindle": 120},
 }
 _FROZEN_SHARE = {"aster": 0.25, "birch": 0.35, "cedar": 0.45, "dogwood": 0.0}
 _UNKNOWN_AGE = 0.15
@@ -85,9 +85,9 @@ class Patient:
 
 _TYPICAL = {
     "glandular": Shape(
-        nucleus_radius=4.8, nucleus_aspect=1.4, alignment=0.2, density=13.5, gland_radius=6.8, fibre=0.42
+        nucleus_radius=4.8, nucleus_aspect=1.4, alignment=0.2, density=13.5, gland_radius=7.0, fibre=0.42
     ),
-    "solid": Shape(nucleus_radius=5.0, nucleus_aspect=1.4, alignment=0.2, density=16.5, gland_radius=0.9, fibre=0.36),
+    "solid": Shape(nucleus_radius=5.0, nucleus_aspect=1.4, alignment=0.2, density=16.6, gland_radius=0.8, fibre=0.35),
     "spindle": Shape(
         nucleus_radius=4.6, nucleus_aspect=1.72, alignment=0.4, density=12.2, gland_radius=0.9, fibre=0.6
     ),
