@@ -80,13 +80,19 @@ def test_every_arm_adds_the_same_number_to_each_cell(world: World) -> None:
     from latent_medi.evaluation.downstream import Drawer
 
     arms = {a.name: np.arange(len(a.index), dtype=float)[:, None].repeat(2, 1) for a in study.arms.values()}
-    drawer = Drawer(study, plan, np.zeros((len(study.index), 2)), arms, transferred)
+    drawer = Drawer(study, plan, np.arange(len(study.index), dtype=float)[:, None].repeat(2, 1), arms, transferred)
     for arm, variants in drawer.variants().items():
         for variant in variants:
             added = drawer.draw(arm, variant, 0)
             expected = [] if arm == "real" or variant == "balance" else plan.counts
             labels = [c["class"] for c, n in zip(plan.cells, expected, strict=False) for _ in range(n)]
             assert sorted(added.labels) == sorted(labels), (arm, variant)
+    # No arm sees a patient that it is judged on: the oracle adds patches of probe patients, oversampling of training.
+    for arm, rows in (("oracle", study.probe), ("oversample", study.train)):
+        added = drawer.draw(arm, drawer.variants()[arm][0], 0).features[:, 0].astype(int)
+        assert len(added)
+        assert set(added) <= set(rows)
+        assert not set(study.patients[added]) & set(study.patients[study.test])
     # The class-only arm serves the cells of a class without repeats.
     assert drawer.draw("cls", "cls", 0).distinct == plan.counts
     assert not np.array_equal(drawer.draw("medi", "medi", 0).features, drawer.draw("medi", "medi", 1).features)
