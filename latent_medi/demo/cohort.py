@@ -88,9 +88,7 @@ _TYPICAL = {
         nucleus_radius=4.8, nucleus_aspect=1.4, alignment=0.2, density=13.5, gland_radius=7.0, fibre=0.42
     ),
     "solid": Shape(nucleus_radius=5.0, nucleus_aspect=1.4, alignment=0.2, density=16.6, gland_radius=0.8, fibre=0.35),
-    "spindle": Shape(
-        nucleus_radius=4.6, nucleus_aspect=1.72, alignment=0.4, density=12.2, gland_radius=0.9, fibre=0.6
-    ),
+    "spindle": Shape(nucleus_radius=4.6, nucleus_aspect=1.72, alignment=0.4, density=12.2, gland_radius=0.9, fibre=0.6),
 }
 """The middle of each class; patients lie around it, and the classes overlap."""
 
