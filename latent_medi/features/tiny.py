@@ -52,8 +52,12 @@ class TinyEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, dim] of normalised images [N, 3, H, W]."""
-        x = self.body(x).flatten(2)
-        return self.head(torch.cat([x.mean(2), x.std(2)], 1))
+        return self.read_out(self.body(x))
+
+    def read_out(self, maps: Tensor) -> Tensor:
+        """Features [N, dim] of the body's maps [N, C, h, w]."""
+        maps = maps.flatten(2)
+        return self.head(torch.cat([maps.mean(2), maps.std(2)], 1))
 
     @classmethod
     def load(cls, folder: str | Path) -> TinyEncoder:
