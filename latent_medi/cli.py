@@ -78,18 +78,47 @@ def _only_folder(words: Sequence[str], verb: str) -> Path:
 
 
 def _audit(words: list[str]) -> Printed:
-    from latent_medi.metadata.audit import audit, audit_text
+    from latent_medi.metadata.audit import audit, audit_text, class_by_site
+    from latent_medi.metadata.cohort import audit_table, is_table
+    from latent_medi.metadata.heatmap import write_heat_map
     from latent_medi.metadata.settings import AuditSettings
     from latent_medi.shards.dataset import PatchDataset
 
     settings = config.parse(AuditSettings, words, "audit", positional="data")
-    dataset = PatchDataset.open(settings.data)
-    split = (settings.split, settings.split_value) if settings.split else None
-    result = audit(
-        dataset.index, dataset.schema, settings.requested or None, settings.thin_patients, split, settings.site_field
-    )
+    if is_table(settings.data):
+        result = audit_table(settings)
+    else:
+        dataset = PatchDataset.open(settings.data)
+        split = (settings.split, settings.split_value) if settings.split else None
+        result = audit(
+            dataset.index, dataset.schema, settings.requested or None, settings.thin_patients, split,
+            settings.site_field,
+        )  # fmt: skip
     print(audit_text(result))
+    if settings.figure:
+        write_heat_map(class_by_site(result), settings.figure, "patients")
     return result
+
+
+def _split(words: list[str]) -> Printed:
+    from latent_medi.metadata.cohort import is_table, split_table
+    from latent_medi.metadata.schemes import make_split, split_summary
+    from latent_medi.metadata.settings import SplitSettings
+    from latent_medi.shards.dataset import PatchDataset
+
+    settings = config.parse(SplitSettings, words, "split", positional="data")
+    if is_table(settings.data):
+        split, index = split_table(settings)
+    else:
+        dataset = PatchDataset.open(settings.data)
+        split, index = make_split(dataset.index, settings), dataset.index
+        dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
+    summary = split_summary(index, split)
+    for part, counts in summary.items():
+        print(f"{part}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))
+    for combination in split.recipe.get("held_out", []):
+        print("held out: " + " × ".join(combination.values()))
+    return {"name": settings.name, "parts": summary, "recipe": split.recipe}
 
 
 def _encode(words: list[str]) -> Printed:
@@ -150,6 +179,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "run": (_run, "the whole pipeline on a dataset, from one configuration"),
     "shards": (_shards, "images or a public dataset into a dataset folder; verify; info"),
     "audit": (_audit, "which class × site × attribute combinations the data have, lack and can support"),
+    "split": (_split, "patients into parts: at random, whole sites or held-out combinations apart"),
     "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),
     "train": (_train, "a metadata-conditioned denoiser on latents"),
     "plan": (_plan, "which combinations to generate, and how many"),
@@ -217,6 +247,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

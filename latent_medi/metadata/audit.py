@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 
 VERDICTS = ("seen", "both margins seen", "thin", "unidentifiable")
 _MOST_COMBINATIONS = 200_000
+_STRONG = 0.8  # Cramér's V from which a site nearly tells the class
+_MUCH_MISSING = 0.2  # share of unknown values that is worth a word
+_SITE_CODE = re.compile("[A-Z0-9]{2}")
 _UNITS = {"patches": "key", "slides": "slide", "patients": "patient"}
 
 
@@ -40,7 +44,7 @@ def audit(
         index: A row per patch: key, slide, patient and the schema's fields.
         schema: The fields.
         requested: Combinations to judge, value by categorical field; by default the whole product of class and
-            categorical fields.
+            categorical fields, or of class and site if that has more than 200,000.
         thin_patients: Fewer patients than this are thin.
         split: (name of a split or of its column, part) to look at, such as ``("main", "train")``; by default all rows.
         site_field: The field whose graph with the class is examined.
@@ -49,11 +53,12 @@ def audit(
         JSON-able: ``counts`` (patches, slides, patients), ``margins`` by field and value, ``class_by`` (a list of
         class × value cells by field), ``cells`` (every combination there is), ``continuous``, ``missing`` (share of
         patches by field), ``cramers_v`` (of each categorical field with the class, over patients; null if either is
-        constant), ``components`` of the class–site graph, ``verdicts`` (combination, verdict, reason and counts) and
-        ``verdict_counts``.
+        constant), ``sites`` (how many), ``components`` of the class–site graph (how many), ``groups`` (the components'
+        classes, sites and patients), ``verdicts`` (combination, verdict, reason and counts), ``verdict_counts`` and
+        ``advice`` (sentences).
 
     Raises:
-        UserError: An unknown field, value or split, or a product too large to list.
+        UserError: An unknown field, value or split.
     """
     label = ""
     if split is not None:
@@ -79,7 +84,9 @@ def audit(
         "cells": _records(cells),
         "class_by": {},
         "cramers_v": {},
-        "components": [],
+        "sites": len(_known_values(index, site_field)) if site_field in names else 0,
+        "components": 0,
+        "groups": [],
     }
     if known_class is not None:
         for name in names[1:]:
@@ -87,12 +94,53 @@ def audit(
             result["class_by"][name] = _records(pairs)
             result["cramers_v"][name] = cramers_v(index, known_class.name, name)
         if site_field in names and site_field != known_class.name:
-            result["components"] = _components(index, known_class.name, site_field)
+            result["groups"] = _components(index, known_class.name, site_field)
+            result["components"] = len(result["groups"])
     judge = _Judge(index, thin_patients)
-    verdicts = [judge(combination) for combination in _wanted(schema, names, requested)]
+    verdicts = [judge(combination) for combination in _wanted(schema, names, site_field, requested)]
     result["verdicts"] = verdicts
     result["verdict_counts"] = {v: sum(entry["verdict"] == v for entry in verdicts) for v in VERDICTS}
+    result["advice"] = _advice(result, known_class.name if known_class is not None else "")
     return result
+
+
+def _advice(result: Mapping[str, Any], class_field: str) -> list[str]:
+    """What to do about it, most pressing first."""
+    site_field, groups = result["site_field"], result["groups"]
+    lines = []
+    if len(groups) > 1:
+        codes = [site for group in groups for site in group["sites"]]
+        if all(_SITE_CODE.fullmatch(site) for site in codes):
+            lines.append(
+                f"{site_field} looks like TCGA's codes, which stand for (hospital, study) pairs: map them to "
+                "institutions with tss_table=… (GDC's table of tissue source sites), and audit again."
+            )
+        else:
+            lines.append(
+                f"Add patients of a second {class_field} at some {site_field} of each group, merge {site_field}s that "
+                "are one hospital, or study the groups apart: no model can tell their effects apart."
+            )
+    strong = result["cramers_v"].get(site_field)
+    if strong is not None and strong >= _STRONG:
+        lines.append(
+            f"{site_field} nearly tells the {class_field} (Cramér's V {strong:.2f}): a classifier can learn the "
+            f"{site_field} instead. Test at held-out {site_field}s or combinations."
+        )
+    for name, share in result["missing"].items():
+        if share >= _MUCH_MISSING:
+            lines.append(f"{name} is unknown for {share:.0%} of the patches: ask for it, or leave the field out.")
+    counts = result["verdict_counts"]
+    if counts["thin"]:
+        lines.append(
+            f"{counts['thin']} combinations rest on fewer than {result['thin_patients']} patients: collect more, merge "
+            "rare values, or plan them with that in mind."
+        )
+    if counts["both margins seen"]:
+        lines.append(
+            f"{counts['both margins seen']} combinations have no patch and can be drawn: `latent-medi plan "
+            "goal=fill_unseen`."
+        )
+    return lines
 
 
 def verdict(index: pd.DataFrame, combination: Mapping[str, str], thin_patients: int = 10) -> dict[str, Any]:
@@ -162,14 +210,23 @@ class _Facts:
         known = {name: index[~_missing(index[name])] for name in names}
         self.margins = {n: known[n].groupby(n, observed=True)["patient"].nunique().to_dict() for n in names}
         self.columns = {level: i for i, level in enumerate((n, v) for n in names for v in sorted(self.margins[n]))}
-        seen = np.array([self._indicator(values) for values in self.cells]).reshape(-1, len(self.columns))
-        _, sizes, rows = np.linalg.svd(seen, full_matrices=False)
-        self.basis = rows[sizes > 1e-9 * max(1.0, sizes.max(initial=0.0))]
+        # The row space of the seen combinations' indicators X is the range of their Gram matrix XᵀX, which has as many
+        # rows as there are values, however many combinations were seen; a vector lies in it if it is orthogonal to the
+        # null space. Scaled by the values' frequencies, since an even spectrum tells zero from small more surely.
+        levels = len(self.columns)
+        where = [self.columns[level] for values in self.cells for level in zip(names, values, strict=True)]
+        rows = np.repeat(np.arange(len(self.cells)), len(names))
+        seen = coo_matrix((np.ones(len(where)), (rows, where)), shape=(len(self.cells), levels)).tocsr()
+        scale = 1 / np.sqrt(np.asarray(seen.sum(0)).reshape(-1).clip(min=1))
+        sizes, vectors = np.linalg.eigh((seen.T @ seen).toarray() * np.outer(scale, scale))
+        self._null = vectors[:, sizes <= 1e-9] * scale[:, None]
+        self._length = scale
+        self._linked: dict[tuple[int, int], dict[tuple[int, str], int]] = {}
 
-    def _indicator(self, values: tuple[str, ...]) -> np.ndarray:
-        vector = np.zeros(len(self.columns))
-        vector[[self.columns[level] for level in zip(self.names, values, strict=True)]] = 1
-        return vector
+    def _estimable(self, values: tuple[str, ...]) -> bool:
+        levels = [self.columns[level] for level in zip(self.names, values, strict=True)]
+        off = np.linalg.norm(self._null[levels].sum(0))
+        return bool(off <= 1e-6 * np.linalg.norm(self._length[levels]))
 
     def judge(self, values: tuple[str, ...], thin: int) -> tuple[dict[str, int], str, str]:
         counts = self.cells.get(values, dict.fromkeys(_UNITS, 0))
@@ -181,8 +238,7 @@ class _Facts:
         named = [(n, v, int(self.margins[n].get(v, 0))) for n, v in zip(self.names, values, strict=True)]
         if never := [f"{n} = {v!r}" for n, v, count in named if not count]:
             return counts, "unidentifiable", f"no patch has {' or '.join(never)}"
-        vector = self._indicator(values)
-        if np.linalg.norm(vector - self.basis.T @ (self.basis @ vector)) > 1e-6:
+        if not self._estimable(values):
             return counts, "unidentifiable", self._why(values)
         if few := [f"{n} = {v!r} has {count} patients" for n, v, count in named if count < thin]:
             return counts, "thin", f"no patch; {' and '.join(few)}, fewer than {thin}"
@@ -194,7 +250,9 @@ class _Facts:
 
     def _why(self, values: tuple[str, ...]) -> str:
         for a, b in itertools.combinations(range(len(self.names)), 2):
-            of = _component_of({(cell[a], cell[b]) for cell in self.cells})
+            if (a, b) not in self._linked:
+                self._linked[a, b] = _component_of({(cell[a], cell[b]) for cell in self.cells})
+            of = self._linked[a, b]
             if of.get((0, values[a])) != of.get((1, values[b])):
                 first, second = f"{self.names[a]} = {values[a]!r}", f"{self.names[b]} = {values[b]!r}"
                 return f"no chain of seen combinations links {first} and {second}: their effects cannot be told apart"
@@ -225,6 +283,10 @@ def _components(index: pd.DataFrame, class_field: str, site_field: str) -> list[
     return sorted(found, key=lambda c: (-c["patients"], c["classes"]))
 
 
+def _known_values(index: pd.DataFrame, name: str) -> set[str]:
+    return set(index[name].unique()) - {UNKNOWN_WORD}
+
+
 def _missing(column: pd.Series) -> pd.Series:
     return column.isna() if pd.api.types.is_numeric_dtype(column) else column == UNKNOWN_WORD
 
@@ -235,13 +297,18 @@ def _share(mask: pd.Series) -> float:
 
 def _cells(index: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """Counts of every combination that occurs, rows with an unknown value left out."""
-    known = index
+    known = index[[*names, *_UNITS.values()]]
     for name in names:
         known = known[~_missing(known[name])]
     if not names or not len(known):
         return pd.DataFrame(columns=[*names, *_UNITS])
-    aggregations = {unit: (column, "nunique") for unit, column in _UNITS.items()}
-    return known.groupby(names, observed=True, sort=True).agg(**aggregations).reset_index()
+    cells = known.groupby(names, observed=True, sort=True)
+    result = cells.size().rename("patches").reset_index()  # a key is one patch
+    for unit, column in _UNITS.items():
+        if unit != "patches":  # distinct pairs are counted several times faster than with nunique
+            pairs = known[[*names, column]].drop_duplicates().groupby(names, observed=True, sort=True)
+            result[unit] = pairs.size().to_numpy()
+    return result[[*names, *_UNITS]]
 
 
 def _records(cells: pd.DataFrame) -> list[dict[str, Any]]:
@@ -266,11 +333,13 @@ def _summary(column: pd.Series) -> dict[str, float | int]:
     }  # fmt: skip
 
 
-def _wanted(schema: Schema, names: list[str], requested: Sequence[Mapping[str, str]] | None) -> list[Mapping[str, str]]:
+def _wanted(
+    schema: Schema, names: list[str], site_field: str, requested: Sequence[Mapping[str, str]] | None
+) -> list[Mapping[str, str]]:
     if requested is None:
-        size = math.prod(len(schema.field(name).values) for name in names)
-        if size > _MOST_COMBINATIONS:
-            raise UserError(f"The fields {names} have {size} combinations.", "Name the ones to judge.")
+        if math.prod(len(schema.field(name).values) for name in names) > _MOST_COMBINATIONS:
+            # The whole product would say little and fill gigabytes; the pairs are what the graph is about.
+            names = [name for name in names if schema.field(name).kind == "class" or name == site_field]
         product = itertools.product(*(schema.field(name).values for name in names))
         return [dict(zip(names, values, strict=True)) for values in product] if names else []
     for combination in requested:
@@ -281,6 +350,23 @@ def _wanted(schema: Schema, names: list[str], requested: Sequence[Mapping[str, s
     return list(requested)
 
 
+def class_by_site(result: Mapping[str, Any], unit: str = "patients") -> pd.DataFrame:
+    """Counts by class and site out of an audit, 0 where there is none.
+
+    Raises:
+        UserError: The audit was of data without a class or without that site field.
+    """
+    class_field = next((name for name, kind in result["fields"].items() if kind == "class"), "")
+    site_field = result["site_field"]
+    if not class_field or site_field not in result["class_by"]:
+        raise UserError(f"There is no class or no field {site_field!r} to count by.")
+    cells = pd.DataFrame(result["class_by"][site_field], columns=[class_field, site_field, *_UNITS])
+    counts = cells.pivot_table(index=class_field, columns=site_field, values=unit, fill_value=0, aggfunc="sum")
+    return counts.reindex(
+        index=list(result["margins"][class_field]), columns=list(result["margins"][site_field]), fill_value=0
+    ).rename_axis(index=class_field, columns=site_field)
+
+
 def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
     """The audit as plain text for a terminal; at most ``most`` combinations that are not simply seen are listed."""
     counts = result["counts"]
@@ -288,27 +374,43 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
     if result["split"]:
         lines[0] += f" ({result['split']})"
     for name, margin in result["margins"].items():
-        lines.append(f"{name} (patients): " + ", ".join(f"{value} {c['patients']}" for value, c in margin.items()))
+        ranked = sorted(margin.items(), key=lambda item: -item[1]["patients"]) if len(margin) > most else margin.items()
+        words = [f"{value} {c['patients']}" for value, c in ranked]
+        lines.append(f"{name} ({len(margin)} values; patients): {_some(words, most)}")
     lines += [f"{name}: {share:.1%} of patches unknown" for name, share in result["missing"].items() if share]
     for name, value in result["cramers_v"].items():
         told = "not defined (one value only)" if value is None else f"{value:.2f}"
         lines.append(f"association of class and {name} (Cramér's V over patients, 0 to 1): {told}")
-    components = result["components"]
+    if mapped := result.get("institutions"):
+        lines.append(
+            f"{mapped['codes']} codes in {mapped['components_of_codes']} components become {mapped['institutions']} "
+            f"institutions in {'one' if result['components'] == 1 else result['components']} "
+            f"({mapped['source_sites']} names in the code table, {mapped['source_sites_with_several_classes']} with "
+            f"several classes; {', '.join(f'{count} {kind}' for kind, count in mapped['kinds'].items())})"
+        )
+    components = result["groups"]
     if len(components) > 1:
         lines.append(
             f"class and {result['site_field']} fall into {len(components)} separate groups: "
             "effects cannot be told apart across groups"
         )
         lines += [
-            f"  {', '.join(c['classes'])} at {', '.join(c['sites'])} ({c['patients']} patients)" for c in components
+            f"  {_some(c['classes'])} at {_some(c['sites'])} ({c['patients']} patients)" for c in components[:most]
         ]
     elif components:
         lines.append(f"class and {result['site_field']} are linked by seen combinations throughout")
     lines.append("combinations: " + ", ".join(f"{n} {word}" for word, n in result["verdict_counts"].items()))
+    # What can be drawn first; what is unidentifiable is often the long rest.
     listed = [v for v in result["verdicts"] if v["verdict"] != "seen"]
+    listed.sort(key=lambda v: VERDICTS.index(v["verdict"]))
     for entry in listed[:most]:
         combination = " × ".join(entry["combination"].values())
         lines.append(f"  {combination}: {entry['verdict']} ({entry['reason']})")
     if len(listed) > most:
         lines.append(f"  … and {len(listed) - most} more")
+    lines += [f"→ {sentence}" for sentence in result["advice"]]
     return "\n".join(lines)
+
+
+def _some(words: Sequence[str], most: int = 12) -> str:
+    return ", ".join(words[:most]) + (f" … ({len(words)} in all)" if len(words) > most else "")

@@ -3,46 +3,90 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
 class AuditSettings:
-    """What to look for in a dataset.
+    """What to look for in a dataset folder or a bare table.
 
     Args:
-        data: Dataset folder.
-        split: Named split to look at; empty for all rows.
+        data: Dataset folder, or a CSV, TSV or Parquet table with a row per slide or patch.
+        split: Named split of a dataset folder to look at; empty for all rows.
         split_value: The part of that split, such as train.
+        class_field: Class column of a table; a dataset folder says itself.
         site_field: The field whose graph with the class is examined.
+        fields: Further categorical columns of a table, such as [gender, race].
+        patient_field: Patient column of a table; empty for patient or case_submitter_id, or the TCGA barcode's.
+        slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
+        tss_table: GDC's table of TCGA tissue source sites; the site column's codes become institutions.
         thin_patients: A combination with fewer patients than this is thin.
         requested: Combinations to judge, each a value by field; none for the whole product of class and categorical
             fields.
+        figure: PNG to write: patients by class and site.
     """
 
     data: str = ""
     split: str = ""
     split_value: str = "train"
+    class_field: str = "class"
     site_field: str = "site"
+    fields: list[str] = field(default_factory=list)
+    patient_field: str = ""
+    slide_field: str = ""
+    tss_table: str = ""
     thin_patients: int = 10
     requested: list[dict[str, str]] = field(default_factory=list)
+    figure: str = ""
 
 
 @dataclass
 class SplitSettings:
-    """How to split patients.
+    """How to split patients. What is held out (sites, combinations) goes to one part, all other patients are divided
+    at random; or MeDi's own scheme.
 
     Args:
+        data: Dataset folder, where the split becomes a column of the index; or a CSV, TSV or Parquet table.
+        out: Table to write, with the split as a further column; only for a table.
         name: Name of the split; its column is split_NAME.
-        fractions: Share of patients by part; they add up to 1.
+        replace: Whether another split of that name may be overwritten.
+        scheme: "hold_out", or "medi" for the complex split that MeDi was published with.
+        fractions: Share of the patients that are not held out by part; they add up to 1.
         seed: Seed.
         stratify: Fields whose combinations are spread evenly over the parts.
-        hold_out: Combinations, each a value by field, whose patients all go to one part.
-        hold_out_part: The part that they go to.
+        hold_out: Combinations to hold out, each a value by field.
+        hold_out_fields: Two or more fields whose combinations are held out at random, such as [site, race].
+        hold_out_share: Share of the combinations of hold_out_fields that are held out, 0 to 1.
+        sites: Sites to hold out whole (external test).
+        site_share: Share of the patients whose sites, chosen at random, are held out whole, 0 to 1; 0 for none.
+        hold_out_part: The part that what is held out goes to.
+        thin_patients: Training patients that each value of a combination held out at random must keep.
+        class_field: Class column.
+        site_field: Site column.
+        medi_fields: Scheme "medi": columns whose combinations with the site are divided.
+        medi_share: Scheme "medi": share of combinations to train on.
+        patient_field: Patient column of a table; empty for patient or case_submitter_id, or the TCGA barcode's.
+        slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
     """
 
+    data: str = ""
+    out: str = ""
     name: str = "main"
+    replace: bool = False
+    scheme: Literal["hold_out", "medi"] = "hold_out"
     fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.7, "test": 0.3})
     seed: int = 0
     stratify: list[str] = field(default_factory=list)
     hold_out: list[dict[str, str]] = field(default_factory=list)
+    hold_out_fields: list[str] = field(default_factory=list)
+    hold_out_share: float = 0.3
+    sites: list[str] = field(default_factory=list)
+    site_share: float = 0.0
     hold_out_part: str = "test"
+    thin_patients: int = 10
+    class_field: str = "class"
+    site_field: str = "site"
+    medi_fields: list[str] = field(default_factory=lambda: ["gender", "race"])
+    medi_share: float = 0.7
+    patient_field: str = ""
+    slide_field: str = ""

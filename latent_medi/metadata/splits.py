@@ -61,17 +61,29 @@ def random_split(
     for name in ("patient", *stratify):
         if name not in index.columns:
             raise UserError(f"The index has no column {name!r}; {nearest(name, [str(c) for c in index.columns])}.")
-    strata: dict[tuple[str, ...], list[str]] = {}
-    for patient, rows in index.groupby("patient", sort=True):
-        stratum = rows[list(stratify)].astype(str).value_counts().sort_index().idxmax() if stratify else ()
-        strata.setdefault(tuple(stratum), []).append(str(patient))
+    by_stratum: dict[tuple[str, ...], list[str]] = {}
+    for patient, *stratum in _usual_stratum(index, list(stratify)).itertuples(index=False, name=None):
+        by_stratum.setdefault(tuple(stratum), []).append(str(patient))
     of_patient: dict[str, str] = {}
     dealt = dict.fromkeys(fractions, 0)
-    for _, patients in sorted(strata.items()):
+    for _, patients in sorted(by_stratum.items()):
         patients.sort(key=lambda p: hashlib.sha256(f"{seed}/{p}".encode()).hexdigest())
         names = _deal(len(patients), fractions, dealt)
         of_patient |= dict(zip(patients, names, strict=True))
     return index["patient"].map(of_patient).rename("split")
+
+
+def _usual_stratum(index: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """A row per patient with its most frequent combination of some columns; the first in order where two are equal."""
+    if not columns:
+        return index[["patient"]].drop_duplicates().sort_values("patient")
+    cells = index[["patient", *columns]].astype(str)
+    counts = cells.groupby(["patient", *columns], sort=True, observed=True).size().rename("n").reset_index()
+    return (
+        counts.sort_values(["patient", "n"], ascending=[True, False], kind="stable")
+        .drop_duplicates("patient")
+        .drop(columns="n")
+    )
 
 
 def _deal(count: int, fractions: Mapping[str, float], dealt: dict[str, int]) -> list[str]:

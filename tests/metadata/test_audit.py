@@ -84,7 +84,7 @@ def test_the_whole_audit_is_json_and_counts_patients_once() -> None:
     assert result["counts"] == {"patches": 115, "slides": 23, "patients": 23}
     assert result["margins"]["site"]["y"] == {"patches": 55, "slides": 11, "patients": 11}
     assert result["cramers_v"]["site"] == pytest.approx(1.0)
-    assert [(c["classes"], c["sites"]) for c in result["components"]] == [(["a"], ["x"]), (["b"], ["y"])]
+    assert [(c["classes"], c["sites"]) for c in result["groups"]] == [(["a"], ["x"]), (["b"], ["y"])]
     assert result["verdict_counts"] == {"seen": 2, "both margins seen": 0, "thin": 0, "unidentifiable": 2}
     assert "2 separate groups" in audit_text(result)
     train = audit(table, schema, split=("main", "train"))
@@ -114,4 +114,4 @@ def test_independent_fields_have_no_association() -> None:
     assert cramers_v(table, "class", "site") == pytest.approx(0.0, abs=1e-9)
     table["constant"] = "k"
     assert cramers_v(table, "class", "constant") is None
-    assert len(audit(table, schema_of(table))["components"]) == 1
+    assert len(audit(table, schema_of(table))["groups"]) == 1

@@ -1,0 +1,173 @@
+"""A bare table of slides or patches, read as an index: patient, slide and fields by the names that a person gave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from latent_medi.errors import UserError
+from latent_medi.metadata.audit import audit
+from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
+from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.schemes import Split, make_split, needed_columns
+from latent_medi.metadata.settings import AuditSettings, SplitSettings
+from latent_medi.metadata.tables import read_table, require_columns, write_table
+from latent_medi.metadata.tcga import is_tcga, parse_barcode, read_site_codes, site_codes
+
+PATIENT_COLUMNS = ("patient", "case_submitter_id", "patient_id", "case")
+SLIDE_COLUMNS = ("slide", "slide_submitter_id", "slide_id")
+SITE_CODE_COLUMNS = ("tissue_source_site", "tss", "tss_code")
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether a path names a table, not a dataset folder."""
+    return not Path(path).is_dir() and Path(path).suffix.lower() in (".csv", ".tsv", ".parquet", ".pq")
+
+
+def read_cohort(
+    path: str | Path,
+    class_field: str = "",
+    site_field: str = "",
+    fields: Sequence[str] = (),
+    patient_field: str = "",
+    slide_field: str = "",
+) -> tuple[pd.DataFrame, Schema]:
+    """A table as an index with ``key``, ``slide``, ``patient`` and the named fields, missing cells as ``"unknown"``.
+
+    TCGA barcodes decide over a column of site codes: blank cells and lost zeros are put right, a contradiction is an
+    error.
+
+    Args:
+        path: CSV, TSV or Parquet.
+        class_field: Class column; ``""`` for none.
+        site_field: Site column; ``""`` for none.
+        fields: Further categorical columns.
+        patient_field: Patient column; ``""`` to find it.
+        slide_field: Slide column; ``""`` to find it.
+
+    Returns:
+        The index, a row per row of the table in its order, and a schema of the fields.
+
+    Raises:
+        UserError: A column is absent, there is no patient, or a site code contradicts its barcode.
+    """
+    table = read_table(path)
+    where = f"The table {path}"
+    named = list(dict.fromkeys(n for n in (class_field, site_field, *fields) if n))
+    require_columns(table, [*named, *(n for n in (patient_field, slide_field) if n)], where)
+    if not len(table):
+        raise UserError(f"{where} has no row.")
+    slide = slide_field or next((n for n in SLIDE_COLUMNS if n in table.columns), "")
+    patient = patient_field or next((n for n in PATIENT_COLUMNS if n in table.columns), "")
+    barcodes = next((n for n in (slide, patient) if n and is_tcga(table[n])), "")
+    index = pd.DataFrame({"key": pd.RangeIndex(len(table))})
+    index["slide"] = table[slide].to_numpy() if slide else index["key"].astype(str)
+    if patient:
+        index["patient"] = table[patient].to_numpy()
+    elif barcodes:
+        index["patient"] = [parse_barcode(name).patient for name in table[barcodes]]
+    else:
+        raise UserError(
+            f"{where} has no patient: none of {', '.join(PATIENT_COLUMNS)}.",
+            "Name the column with patient_field; without patients neither counts nor splits are honest.",
+        )
+    if (gone := index["patient"].map(is_missing)).any():
+        raise UserError(f"{where}: row {int(gone.to_numpy().argmax()) + 1} has no patient ({int(gone.sum())} in all).")
+    for name in named:
+        cells = table[name]
+        if name == site_field and name in SITE_CODE_COLUMNS and barcodes:
+            cells = pd.Series(site_codes(table[barcodes], cells), index=table.index)
+        values = {value: UNKNOWN_WORD if is_missing(value) else value for value in cells.unique()}
+        index[name] = cells.map(values).to_numpy()
+    categorical = [n for n in named if n != class_field]
+    return index, Schema.from_table(index, class_field or None, categorical)
+
+
+def institutions_of(codes: pd.Series, tss_table: str | Path) -> pd.DataFrame:
+    """Source site as named, institution and kind for each tissue-source-site code.
+
+    Args:
+        codes: Codes, or ``"unknown"``.
+        tss_table: GDC's table of codes.
+
+    Returns:
+        The codes' rows with columns source_site, institution and kind.
+
+    Raises:
+        UserError: A code is not in the table.
+    """
+    known = read_site_codes(tss_table)
+    if gone := sorted(set(codes) - set(known.index) - {UNKNOWN_WORD}):
+        raise UserError(
+            f"{len(gone)} site codes are not in {tss_table}: {', '.join(gone[:10])}.",
+            "Download the newest table, or correct the codes.",
+        )
+    known.loc[UNKNOWN_WORD] = [UNKNOWN_WORD, "", UNKNOWN_WORD, "none"]
+    return known.loc[codes, ["source_site", "institution", "kind"]].set_axis(codes.index)
+
+
+def audit_table(settings: AuditSettings) -> dict[str, Any]:
+    """The audit of a bare table; with ``tss_table`` its site codes become institutions first.
+
+    Returns:
+        As :func:`latent_medi.metadata.audit.audit`; with ``tss_table`` also ``institutions``: how many codes,
+        source-site names (as the code table spells them, aliases apart) and institutions there are, how many names
+        have several classes, the components of the codes' graph, and institutions by kind.
+
+    Raises:
+        UserError: As for :func:`read_cohort` and the audit.
+    """
+    site = settings.site_field
+    index, schema = read_cohort(
+        settings.data, settings.class_field, site, settings.fields, settings.patient_field, settings.slide_field
+    )
+    told: dict[str, Any] = {}
+    if settings.tss_table:
+        of_codes = audit(index, schema, [], settings.thin_patients, site_field=site)
+        mapped = institutions_of(index[site], settings.tss_table)
+        places = mapped[mapped["institution"] != UNKNOWN_WORD]
+        classes = index[settings.class_field][places.index] if settings.class_field else places["institution"]
+        several = classes.groupby(places["source_site"]).nunique() > 1
+        told = {
+            "codes": of_codes["sites"],
+            "components_of_codes": of_codes["components"],
+            "source_sites": len(several),
+            "source_sites_with_several_classes": int(several.sum()),
+            "institutions": int(places["institution"].nunique()),
+            "kinds": {str(k): int(n) for k, n in places.drop_duplicates("institution")["kind"].value_counts().items()},
+        }
+        index[site] = mapped["institution"]
+        schema = Schema.from_table(
+            index, settings.class_field or None, [n for n in schema.names if n != settings.class_field]
+        )
+    result = audit(index, schema, settings.requested or None, settings.thin_patients, site_field=site)
+    return result | ({"institutions": told} if told else {})
+
+
+def split_table(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:
+    """Split the patients of a bare table, and write the table with the column ``split_<name>``.
+
+    Returns:
+        The split, and the index that it was made from.
+
+    Raises:
+        UserError: As for :func:`read_cohort` and :func:`~latent_medi.metadata.schemes.make_split`; or there is no
+            ``out``, or the table has such a column already.
+    """
+    if not settings.out:
+        raise UserError("No table to write is given.", "out=/path/to/slides_split.csv")
+    table, column = read_table(settings.data), f"split_{settings.name}"
+    if column in table.columns and not settings.replace:
+        raise UserError(f"{settings.data} already has the column {column!r}.", "Choose another name, or replace=true.")
+    names = needed_columns(settings)
+    index, _ = read_cohort(
+        settings.data, site_field=settings.site_field if settings.site_field in names else "", fields=names,
+        patient_field=settings.patient_field, slide_field=settings.slide_field,
+    )  # fmt: skip
+    split = make_split(index, settings)
+    table[column] = split.column.to_numpy()
+    write_table(table, settings.out)
+    return split, index

@@ -1,0 +1,47 @@
+"""A table of counts as a picture: what occurs often, rarely and never."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.files import atomic_path
+
+_LABELLED = 80  # columns beyond which labels could not be read
+_CELL = 0.22  # inches
+
+
+def write_heat_map(counts: pd.DataFrame, path: str | Path, title: str) -> None:
+    """Write a PNG with a cell per count, logarithmic shades, blank for 0; the fullest columns come first.
+
+    Args:
+        counts: Counts >= 0; row and column names are shown, and the names of both axes.
+        path: PNG to write.
+        title: What is counted.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    table = counts.loc[:, counts.sum().sort_values(ascending=False, kind="stable").index]
+    rows, columns = table.shape
+    figure = Figure(figsize=(min(2.6 + _CELL * max(columns, 8), 40), 1.8 + _CELL * max(rows, 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    values = np.ma.masked_equal(table.to_numpy(dtype=float), 0)
+    norm = LogNorm(1, max(2.0, float(table.to_numpy().max(initial=0))))
+    image = axes.imshow(values, cmap="viridis_r", norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(rows), [str(v) for v in table.index], fontsize=8)
+    if columns <= _LABELLED:
+        axes.set_xticks(range(columns), [str(v) for v in table.columns], fontsize=8, rotation=90)
+    else:
+        axes.set_xticks([])
+    empty = int((table.to_numpy() == 0).sum())
+    axes.set_xlabel(f"{table.columns.name} ({columns})")
+    axes.set_ylabel(str(table.index.name))
+    axes.set_title(f"{title}; blank: none ({empty} of {rows * columns})", fontsize=9, loc="left")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, facecolor="white", metadata={"Software": None})

@@ -1,0 +1,254 @@
+"""Schemes for splits that test a shift: whole sites or whole combinations of fields are kept from training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.errors import UserError, nearest
+from latent_medi.metadata.fields import is_missing
+from latent_medi.metadata.settings import SplitSettings
+from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, random_split
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split and how it came about.
+
+    Args:
+        column: The part of each row, with the index's row labels.
+        recipe: JSON-able: settings, and what chance chose.
+    """
+
+    column: pd.Series
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+def make_split(index: pd.DataFrame, settings: SplitSettings) -> Split:
+    """Split patients as the settings say: what is held out goes to one part, the other patients are divided at random.
+
+    A patient with any patch of a held-out site or combination is held out whole.
+
+    Args:
+        index: A row per patch (or slide) with ``patient`` and the columns that the settings name; cells of these are
+            strings.
+        settings: See :class:`~latent_medi.metadata.settings.SplitSettings`.
+
+    Raises:
+        UserError: A column is absent, nothing is left to train on, a held-out value would no longer be seen in
+            training, or a patient would be on two sides.
+    """
+    if settings.scheme == "medi":
+        column = medi_split(index, settings.class_field, settings.site_field, settings.medi_fields, settings.medi_share)
+        recipe: dict[str, Any] = {
+            "kind": "MeDi's complex split", "class_field": settings.class_field, "site_field": settings.site_field,
+            "fields": list(settings.medi_fields), "share": settings.medi_share,
+        }  # fmt: skip
+    else:
+        column, recipe = _hold_out_split(index, settings)
+    named = column.rename("split")
+    assert_patient_disjoint(pd.DataFrame({"patient": index["patient"], "split": named}), "split")
+    return Split(named, recipe)
+
+
+def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Series, dict[str, Any]]:
+    part = settings.hold_out_part
+    combinations: list[dict[str, str]] = [dict(c) for c in settings.hold_out]
+    sites = list(settings.sites)
+    if settings.site_share:
+        sites += choose_sites(index, settings.site_field, settings.class_field, settings.site_share, settings.seed)
+    combinations += [{settings.site_field: site} for site in sites]
+    if settings.hold_out_fields:
+        combinations += choose_combinations(
+            index, settings.hold_out_fields, settings.hold_out_share, settings.seed, settings.thin_patients
+        )
+    out = hold_out(index, combinations) if combinations else pd.Series(False, index=index.index)
+    patients = set(index.loc[out, "patient"])
+    held = index["patient"].isin(patients)
+    if held.all():
+        raise UserError(f"All {len(patients)} patients are held out: none is left for {list(settings.fractions)}.")
+    column = pd.Series(part, index=index.index, dtype=object)
+    column[~held] = random_split(index[~held], settings.fractions, settings.seed, settings.stratify)
+    recipe = {
+        "kind": "patients at random, with what is held out apart" if combinations else "patients at random",
+        "seed": settings.seed, "fractions": dict(settings.fractions), "stratify": list(settings.stratify),
+        "held_out": combinations, "held_out_part": part if combinations else "",
+    }  # fmt: skip
+    return column, recipe
+
+
+def choose_sites(index: pd.DataFrame, site_field: str, class_field: str, share: float, seed: int) -> list[str]:
+    """Sites for an external test, at random until they hold ``share`` of the patients.
+
+    A site is passed over if a class would lose its last training patient, so that the test is of the shift and not of
+    a class that was never seen.
+
+    Args:
+        index: A row per patch with ``patient`` and both columns.
+        site_field: Column of sites.
+        class_field: Column of classes; ``""`` if there is none.
+        share: Share of patients, above 0 and below 1.
+        seed: Seed; a site's turn is a hash of its name and the seed.
+
+    Raises:
+        UserError: The share cannot be had.
+    """
+    _require(index, ["patient", site_field, *([class_field] if class_field else [])])
+    if not 0 < share < 1:
+        raise UserError(f"The share of patients at held-out sites is between 0 and 1, not {share}.")
+    columns = ["patient", site_field, *([class_field] if class_field else [])]
+    pairs = index[columns].drop_duplicates()
+    total = pairs["patient"].nunique()
+    left = Counter(pairs.drop_duplicates(["patient", class_field])[class_field]) if class_field else Counter()
+    chosen: list[str] = []
+    out: set[str] = set()
+    at_site = dict(list(pairs.groupby(site_field, sort=True)))
+    for site in sorted((s for s in at_site if not is_missing(s)), key=lambda s: _turn(seed, s)):
+        if len(out) >= share * total:
+            break
+        rows = at_site[site][~at_site[site]["patient"].isin(out)]
+        loses = Counter(rows.drop_duplicates(["patient", class_field])[class_field]) if class_field else Counter()
+        if any(left[name] <= count for name, count in loses.items()):
+            continue
+        left -= loses
+        out |= set(rows["patient"])
+        chosen.append(str(site))
+    if len(out) < share * total:
+        raise UserError(
+            f"No choice of sites holds {share:.0%} of the patients and leaves each class one to train on "
+            f"({len(out)} of {total} could be reached).",
+            "Ask for less, or name the sites.",
+        )
+    return chosen
+
+
+def choose_combinations(
+    index: pd.DataFrame, fields: Sequence[str], share: float, seed: int, thin_patients: int
+) -> list[dict[str, str]]:
+    """Combinations of fields to hold out, at random until they are ``share`` of those that occur.
+
+    A combination is passed over if holding its patients out would leave one of its values with fewer than
+    ``thin_patients`` training patients: the rest must teach what the combination is made of.
+
+    Args:
+        index: A row per patch with ``patient`` and the fields; rows with an unknown value take no part.
+        fields: Two or more columns, such as class and site, or site and race.
+        share: Share of the combinations that occur, above 0 and below 1.
+        seed: Seed; a combination's turn is a hash of its values and the seed.
+        thin_patients: Patients that each value keeps.
+
+    Raises:
+        UserError: The share cannot be had.
+    """
+    fields = list(fields)
+    _require(index, ["patient", *fields])
+    if len(fields) < 2 or not 0 < share < 1:
+        raise UserError(f"Give at least two fields and a share between 0 and 1, not {fields} and {share}.")
+    known = index[["patient", *fields]].drop_duplicates()
+    for name in fields:
+        known = known[~known[name].map(is_missing)]
+    groups = {tuple(map(str, values)): set(rows["patient"]) for values, rows in known.groupby(fields, sort=True)}
+    # Patients of each value, and where else each patient has patches: a patient is held out whole.
+    of_value = {
+        (name, value): set(rows["patient"]) for name in fields for value, rows in known.groupby(name, sort=True)
+    }
+    wanted = round(share * len(groups))
+    chosen: list[dict[str, str]] = []
+    out: set[str] = set()
+    for values in sorted(groups, key=lambda v: _turn(seed, *v)):
+        if len(chosen) >= wanted:
+            break
+        new = out | groups[values]
+        if any(len(of_value[name, value] - new) < thin_patients for name, value in zip(fields, values, strict=True)):
+            continue
+        chosen.append(dict(zip(fields, values, strict=True)))
+        out = new
+    if len(chosen) < max(wanted, 1):
+        raise UserError(
+            f"Only {len(chosen)} of the {len(groups)} combinations of {fields} can be held out while each value keeps "
+            f"{thin_patients} training patients; {max(wanted, 1)} were asked for.",
+            "Ask for less, or lower thin_patients.",
+        )
+    return chosen
+
+
+def medi_split(
+    index: pd.DataFrame, class_field: str, site_field: str, fields: Sequence[str], share: float = 0.7
+) -> pd.Series:
+    """The complex split that MeDi was published with: ``train`` or ``test`` for each row. It has no seed.
+
+    Within each class the combinations of the fields are taken in the order of their first row; the first ⌊share · n⌋
+    train and the others test. Every site that then lies on both sides goes to the test whole. Test sites therefore
+    have no embedding: what the split tests is a classifier at new hospitals (Drexlin et al., MICCAI 2025).
+
+    Args:
+        index: A row per slide or patch, in the published order for the published split.
+        class_field: Column of classes.
+        site_field: Column of sites, tissue-source-site codes in the published split.
+        fields: Columns whose combinations with the site are divided: gender and race in the published split.
+        share: Share of combinations to train on, 0.7 in the published split.
+
+    Raises:
+        UserError: A class is left on one side only.
+    """
+    _require(index, ["patient", class_field, site_field, *fields])
+    combination = index[site_field].astype(str).str.cat([index[name].astype(str) for name in fields], sep="\x1f")
+    keys = pd.DataFrame({"class": index[class_field], "key": combination}).drop_duplicates()
+    trains: set[tuple[str, str]] = set()
+    for name, of_class in keys.groupby("class", sort=True):
+        ordered = of_class["key"].tolist()
+        trains |= {(str(name), key) for key in ordered[: int(share * len(ordered))]}
+    train = np.fromiter(
+        ((c, k) in trains for c, k in zip(index[class_field].astype(str), combination, strict=True)), bool, len(index)
+    )
+    sites = index[site_field].astype(str)
+    both = set(sites[train]) & set(sites[~train])
+    train &= ~sites.isin(both).to_numpy()
+    classes = set(index[class_field])
+    for part, rows in (("train", train), ("test", ~train)):
+        if lost := sorted(classes - set(index.loc[rows, class_field])):
+            raise UserError(
+                f"MeDi's split leaves no {part} rows of {lost[:5]} ({len(lost)} of {len(classes)} classes).",
+                "It needs classes with several sites each; hold out combinations or sites instead.",
+            )
+    return pd.Series(np.where(train, "train", "test"), index=index.index, dtype=object)
+
+
+def _require(index: pd.DataFrame, names: Sequence[str]) -> None:
+    columns = [str(c) for c in index.columns]
+    for name in names:
+        if name not in columns:
+            raise UserError(f"The index has no column {name!r}; {nearest(name, columns)}.")
+
+
+def _turn(seed: int, *names: str) -> str:
+    return hashlib.sha256("\x1f".join([str(seed), *names]).encode()).hexdigest()
+
+
+def needed_columns(settings: SplitSettings) -> list[str]:
+    """Columns besides ``patient`` that a split by these settings looks at."""
+    if settings.scheme == "medi":
+        return list(dict.fromkeys([settings.class_field, settings.site_field, *settings.medi_fields]))
+    names = [*settings.stratify, *settings.hold_out_fields, *(name for c in settings.hold_out for name in c)]
+    if settings.sites or settings.site_share:
+        names.append(settings.site_field)
+    if settings.site_share and settings.class_field:
+        names.append(settings.class_field)
+    return list(dict.fromkeys(names))
+
+
+def split_summary(index: pd.DataFrame, split: Split) -> Mapping[str, Mapping[str, int]]:
+    """Patches and patients (and slides, if there is such a column) by part."""
+    groups = index.assign(_part=split.column).groupby("_part", sort=True)
+    summary: dict[str, dict[str, int]] = {}
+    for part, rows in groups:
+        summary[str(part)] = {"rows": len(rows), "patients": int(rows["patient"].nunique())}
+        if "slide" in rows:
+            summary[str(part)]["slides"] = int(rows["slide"].nunique())
+    return summary

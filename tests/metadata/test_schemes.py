@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latent_medi.errors import UserError
+from latent_medi.metadata.schemes import choose_combinations, choose_sites, make_split, medi_split
+from latent_medi.metadata.settings import SplitSettings
+from latent_medi.metadata.splits import assert_patient_disjoint
+
+
+def cohort(patients: int = 240, each: int = 2) -> pd.DataFrame:
+    """Three classes at four sites, all combinations; every tenth patient has patches of two sites."""
+    rows = []
+    for p in range(patients):
+        for i in range(each):
+            moved = p % 10 == 0 and i == 1
+            rows.append(
+                {
+                    "patient": f"p{p}", "class": "abc"[p % 3], "site": "wxyz"[(p // 3 + moved) % 4],
+                    "race": "mn"[(p // 12) % 2],
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_held_out_combination_leaves_no_patient_behind() -> None:
+    table = cohort()
+    split = make_split(
+        table, SplitSettings(hold_out=[{"class": "a", "site": "w"}], fractions={"train": 0.8, "val": 0.2})
+    )
+    asked = (table["class"] == "a") & (table["site"] == "w")
+    assert set(split.column[asked]) == {"test"}
+    # Patients with patches elsewhere too are held out whole.
+    moved = table["patient"].isin(table.loc[asked, "patient"]) & ~asked
+    assert moved.any()
+    assert set(split.column[moved]) == {"test"}
+    rest = split.column[~table["patient"].isin(table.loc[asked, "patient"])]
+    assert set(rest) == {"train", "val"}
+    assert split.recipe["held_out"] == [{"class": "a", "site": "w"}]
+
+
+def test_external_split_by_named_sites() -> None:
+    table = cohort()
+    split = make_split(table, SplitSettings(sites=["w"], fractions={"train": 1.0}))
+    assert set(table.loc[split.column == "train", "site"]) == {"x", "y", "z"}
+    assert set(split.column[table["site"] == "w"]) == {"test"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.floats(0.05, 0.6))
+def test_sites_at_random_leave_every_class_to_train(seed: int, share: float) -> None:
+    table = cohort()
+    sites = choose_sites(table, "site", "class", share, seed)
+    out = table["patient"].isin(table.loc[table["site"].isin(sites), "patient"])
+    assert table.loc[out, "patient"].nunique() >= share * table["patient"].nunique()
+    assert set(table.loc[~out, "class"]) == {"a", "b", "c"}
+    assert sites == choose_sites(table.sample(frac=1, random_state=seed), "site", "class", share, seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.floats(0.1, 0.4))
+def test_combinations_at_random_keep_their_margins(seed: int, share: float) -> None:
+    table = cohort()
+    chosen = choose_combinations(table, ["class", "site"], share, seed, thin_patients=10)
+    assert len(chosen) == max(1, round(share * 12))
+    split = make_split(
+        table,
+        SplitSettings(hold_out_fields=["class", "site"], hold_out_share=share, seed=seed, fractions={"train": 1.0}),
+    )
+    assert_patient_disjoint(table.assign(split=split.column), "split")
+    train = table[split.column == "train"]
+    for name in ("class", "site"):
+        assert train.groupby(name)["patient"].nunique().min() >= 10
+    for combination in chosen:
+        assert not ((train["class"] == combination["class"]) & (train["site"] == combination["site"])).any()
+
+
+def test_what_cannot_be_had_is_said() -> None:
+    table = cohort(24)
+    with pytest.raises(UserError, match="could be reached"):
+        choose_sites(table.assign(site=table["class"]), "site", "class", 0.5, 0)
+    with pytest.raises(UserError, match="can be held out while each value keeps"):
+        choose_combinations(table, ["class", "site"], 0.9, 0, thin_patients=2)
+    with pytest.raises(UserError, match="none is left"):
+        make_split(table, SplitSettings(sites=["w", "x", "y", "z"]))
+    with pytest.raises(UserError, match="no column 'hospital'"):
+        make_split(table, SplitSettings(site_field="hospital", sites=["w"]))
+    with pytest.raises(UserError, match="No row has site = 'v'"):
+        make_split(table, SplitSettings(sites=["v"]))
+
+
+def test_medis_own_split_by_hand() -> None:
+    # Class a: combinations in the order of their rows are w·m, x·m, x·n, y·m; ⌊0.7 · 4⌋ = 2 train. Site x is then on
+    # both sides and goes to the test whole. Class b: only z·m and v·m, one of which trains.
+    rows = [
+        ("a", "w", "m"),
+        ("a", "x", "m"),
+        ("a", "x", "n"),
+        ("a", "y", "m"),
+        ("a", "w", "m"),
+        ("b", "z", "m"),
+        ("b", "v", "m"),
+    ]
+    table = pd.DataFrame(rows, columns=["class", "site", "race"])
+    table["patient"] = [f"p{i}" for i in range(len(table))]
+    found = medi_split(table, "class", "site", ["race"])
+    assert found.tolist() == ["train", "test", "test", "test", "train", "train", "test"]
+    with pytest.raises(UserError, match=r"leaves no train rows of \['b'\]"):
+        medi_split(table[:6], "class", "site", ["race"])
+
+
+def test_a_patient_on_two_sides_is_refused() -> None:
+    # MeDi's scheme divides sites, so a patient with slides from two of them can be torn apart: never silently.
+    table = pd.DataFrame({"class": ["a"] * 4, "site": list("wxyz"), "race": ["m"] * 4, "patient": ["p", "q", "r", "p"]})
+    with pytest.raises(UserError, match="'p' in"):
+        make_split(table, SplitSettings(scheme="medi", medi_fields=["race"]))
