@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi import __version__, config
-from latent_medi.errors import UserError, nearest
+from latent_medi.errors import Incomplete, UserError, nearest
 from latent_medi.files import write_json
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
@@ -65,8 +65,13 @@ def _shards(words: list[str]) -> Printed:
         settings = config.parse(ImportSettings, words[1:], "shards images")
         dataset = import_images(settings)
         return {"folder": str(dataset.folder), "patches": len(dataset)}
+    if what == "slides":
+        from latent_medi.shards.settings import SlideSettings
+        from latent_medi.shards.slides import cut_slides
+
+        return cut_slides(config.parse(SlideSettings, words[1:], "shards slides"))
     if not what:
-        print("latent-medi shards images|verify|info|RECIPE …\nrecipes: " + ", ".join(recipes()))
+        print("latent-medi shards images|slides|verify|info|RECIPE …\nrecipes: " + ", ".join(recipes()))
         return {"recipes": list(recipes())}
     return load_recipe(what).main(words[1:]) or {}
 
@@ -177,7 +182,7 @@ def _report(words: list[str]) -> Printed:
 VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "demo": (_demo, "the whole pipeline on procedural tissue with known truth"),
     "run": (_run, "the whole pipeline on a dataset, from one configuration"),
-    "shards": (_shards, "images or a public dataset into a dataset folder; verify; info"),
+    "shards": (_shards, "slides, images or a public dataset into a dataset folder; verify; info"),
     "audit": (_audit, "which class × site × attribute combinations the data have, lack and can support"),
     "split": (_split, "patients into parts: at random, whole sites or held-out combinations apart"),
     "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),
@@ -222,7 +227,12 @@ def run_verb(words: Sequence[str]) -> int:
             json_file = word.partition("=")[2]
             del rest[i]
             break
-    result = VERBS[verb][0](rest)
+    try:
+        result = VERBS[verb][0](rest)
+    except Incomplete as error:
+        if json_file:
+            write_json(json_file, error.result)
+        raise
     if json_file:
         write_json(json_file, result)
     return 0
@@ -235,7 +245,8 @@ def _end(*_: object) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of ``latent-medi``, ``train.py`` and ``sample.py``.
 
-    Exit codes: 0 done; 2 bad input, explained in one message; 130 interrupted; 143 terminated; anything else is a
+    Exit codes: 0 done; 2 bad input, explained in one message; 3 done, but for some of the input, which is named;
+    130 interrupted; 143 terminated; anything else is a
     defect and keeps its traceback.
     """
     set_up_logging()
@@ -247,6 +258,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Incomplete as error:
+        print(f"incomplete: {error}", file=sys.stderr)
+        return 3
     except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class UserError(ValueError):
@@ -21,6 +22,21 @@ class UserError(ValueError):
         super().__init__(f"{message}\n  {hint}" if hint else message)
         self.message = message
         self.hint = hint
+
+
+class Incomplete(Exception):
+    """Work that was finished, but not for all of its input: what was left out is named.
+
+    The command line prints it, writes the result, and exits with code 3.
+
+    Args:
+        message: What was left out, and why.
+        result: What there is to tell about the rest.
+    """
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result or {}
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:

@@ -1,8 +1,9 @@
-"""Settings of importing images."""
+"""Settings of importing images and slides."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -58,3 +59,74 @@ class ImportSettings:
     patches_per_shard: int = 512
     jobs: int = 1
     max_bad: float = 0.01
+
+
+@dataclass
+class SlideSettings:
+    """Whole slides, and how patches are cut from them.
+
+    Args:
+        source: Folder that is searched for slides; or the folder that the table's slide paths are relative to.
+        table: CSV, TSV or Parquet file with a row per slide; empty to take every slide in source, without fields.
+        out: Dataset folder to write.
+        name: The dataset's name; empty for the name of the output folder.
+        slide_column: Column of the table with the slides' files.
+        patient_column: Column of patients, the unit that never crosses splits. Without a table the patient is that of
+            the TCGA barcode in the file's name, or the slide itself.
+        class_field: Class column; empty if there is none.
+        categorical: Categorical columns.
+        continuous: Continuous columns.
+        units: Unit by continuous column, such as {age: years}.
+        extra: Columns that are carried along as text without being fields.
+        mpp_table: CSV with columns slide and mpp (µm per pixel of level 0), which wins over what the files say.
+        patch_size: Edge of a patch, in pixels.
+        mpp: Resolution of the patches, in µm per pixel; a slide that is coarser is skipped, never enlarged.
+        overlap: Share of a patch that its neighbour covers too, 0 to below 1.
+        min_tissue: Least share of tissue in a patch, 0 to 1.
+        max_patches: Most patches per slide, chosen at random; 0 for all.
+        max_white: Largest share of a patch that may be near-white, 0 to 1.
+        max_black: Largest share of a patch that may be near-black, 0 to 1.
+        min_sharpness: Least variance of the Laplacian of the brightness (0 to 255); 0 keeps blurred patches.
+        icc: "ignore" stores pixels as the scanner delivered them; "srgb" converts them by the embedded profile.
+        codec: png (lossless) or jpg.
+        seed: Seed of the choice of patches.
+        jobs: Slides that are read at the same time.
+        dask: Address of a Dask scheduler that slides are sent to instead, such as tcp://host:8786.
+        timeout: Seconds after which a slide's process is killed and the slide quarantined.
+        memory: GiB of memory that a slide's process may use.
+        max_unreadable: Largest share of a slide's patches that may be unreadable, 0 to 1; beyond it the slide is
+            quarantined.
+        dry_run: Only count, and estimate bytes and time.
+        contact_sheets: Whether to write a thumbnail with the patch grid for each slide.
+    """
+
+    source: str = ""
+    table: str = ""
+    out: str = ""
+    name: str = ""
+    slide_column: str = "slide"
+    patient_column: str = "patient"
+    class_field: str = ""
+    categorical: list[str] = field(default_factory=list)
+    continuous: list[str] = field(default_factory=list)
+    units: dict[str, str] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)
+    mpp_table: str = ""
+    patch_size: int = 256
+    mpp: float = 0.5
+    overlap: float = 0.0
+    min_tissue: float = 0.5
+    max_patches: int = 0
+    max_white: float = 0.8
+    max_black: float = 0.3
+    min_sharpness: float = 0.0
+    icc: Literal["ignore", "srgb"] = "ignore"
+    codec: str = "png"
+    seed: int = 0
+    jobs: int = 1
+    dask: str = ""
+    timeout: float = 1800.0
+    memory: float = 4.0
+    max_unreadable: float = 0.1
+    dry_run: bool = False
+    contact_sheets: bool = True

@@ -63,7 +63,7 @@ def write_shard(
         patches: At least one patch, of one size, with the same fields and extra columns.
         codec: ``png`` or ``jpg``.
         token: What the shard is made from, for a rerun to compare with.
-        notes: JSON-able remarks, kept in the record.
+        notes: JSON-able remarks, kept in the record as they are once the last patch was taken.
 
     Raises:
         UserError: A patch that cannot be stored (named), no patch at all, or a folder that already is a finished
@@ -239,6 +239,39 @@ def _index(records: Sequence[ShardRecord], schema: Schema) -> pd.DataFrame:
     for column in sorted(extra.columns):
         index[column] = extra[column]
     return index
+
+
+def reopen_dataset(folder: str | Path) -> None:
+    """Turn a finished dataset folder back into an unfinished one with all its shards, to add to it or redo some.
+
+    A folder that cannot be opened loses its index only: its shards then have no record and are written again.
+    """
+    folder = Path(folder)
+    try:
+        dataset = PatchDataset.open(folder)
+    except UserError:
+        dataset = None
+    if dataset is not None:
+        names = set(dataset.schema.names)
+        splits = [c for c in dataset.index.columns if c.startswith(SPLIT_PREFIX)]
+        extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", *names, *splits}]
+        for shard in dataset.info["shards"]:
+            mine = dataset.index[dataset.index["shard"] == shard["file"]]
+            rows = mine[list(_ROW_COLUMNS)].reset_index(drop=True)
+            fields = mine[list(dataset.schema.names)].to_dict(orient="records")
+            unknown = {f.name: UNKNOWN_WORD for f in dataset.schema.fields}
+            rows["fields"] = [
+                json.dumps({k: unknown[k] if v != v else str(v) for k, v in row.items()}) for row in fields
+            ]
+            rows["extra"] = [json.dumps(row) for row in mine[extra].to_dict(orient="records")]
+            number = int(Path(shard["file"]).stem.removeprefix("part-"))
+            record = ShardRecord(
+                number, shard["sha256"], shard["count"], shard["bytes"], dataset.info["codec"], dataset.patch_size,
+                shard["made_from"], {}, rows,
+            )  # fmt: skip
+            write_record(folder, record)
+    remove(folder / INFO_FILE)
+    remove(folder / INDEX_FILE)
 
 
 def patches_token(patches: Sequence[Patch], codec: str) -> str:

@@ -1,0 +1,146 @@
+"""Where the tissue is: a mask on a thumbnail, without a network.
+
+Pen and black are set aside; Otsu's threshold on colour saturation finds the tissue; a second pass repeats it in the
+surroundings of what the first found, where glass and tissue are balanced, so that pale tissue on a mostly empty slide
+is kept (Otsu, IEEE Trans. SMC 9, 1979).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+
+THUMBNAIL_MPP = 8.0
+"""µm per pixel of the thumbnail that masks are made on."""
+_SMALLEST_UM2 = 20_000.0  # smaller specks are dust
+_LARGEST_HOLE_UM2 = 20_000.0  # smaller holes are lumina
+_AROUND_UM = 400.0  # how far the second pass looks around the first one's tissue
+_LOG_SCALE = 255 / np.log(256)
+_LEAST_SATURATION = 8.0  # of 255 between glass and tissue; below it the slide is taken for empty
+
+
+def otsu(values: np.ndarray) -> float:
+    """The threshold on [0, 255] that separates two groups with the least variance within.
+
+    Args:
+        values: Any number of values in [0, 255].
+    """
+    counts = np.bincount(np.clip(values, 0, 255).astype(np.int64).reshape(-1), minlength=256).astype(np.float64)
+    below = np.cumsum(counts)
+    moment = np.cumsum(counts * np.arange(256))
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (moment / below - (moment[-1] - moment) / above) ** 2
+    between = np.nan_to_num(between)
+    # Between two groups apart every threshold is as good: the middle one.
+    best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
+    return float(best.mean())
+
+
+def hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hue in degrees [0, 360), saturation and value on [0, 255], each float32 [h, w].
+
+    Args:
+        image: uint8 [h, w, 3].
+    """
+    rgb = image.astype(np.float32)
+    high, low = rgb.max(-1), rgb.min(-1)
+    spread = high - low
+    safe = np.maximum(spread, 1)
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    hue = np.where(
+        high == red,
+        (green - blue) / safe % 6,
+        np.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    return hue * 60, 255 * spread / np.maximum(high, 1), high
+
+
+def pen_and_black(image: np.ndarray) -> np.ndarray:
+    """Marker ink (green, blue, red, black), scanner borders and folds that let no light through; bool [h, w].
+
+    Haematoxylin and eosin lie between violet-blue and pink (hues of 235° to 350°); inks lie outside, or are far more
+    saturated.
+
+    Args:
+        image: uint8 [h, w, 3].
+    """
+    hue, saturation, value = hsv(image)
+    green = (hue > 65) & (hue < 190) & (saturation > 50)
+    blue = (hue >= 190) & (hue < 232) & (saturation > 90)
+    red = ((hue < 15) | (hue > 350)) & (saturation > 150)
+    black = (value < 60) | ((value < 110) & (saturation < 40))
+    return green | blue | red | black
+
+
+def tissue_mask(image: np.ndarray, mpp: float = THUMBNAIL_MPP) -> np.ndarray:
+    """Where there is tissue, bool [h, w].
+
+    Args:
+        image: Thumbnail, uint8 [h, w, 3].
+        mpp: Its µm per pixel.
+    """
+    bad = ndimage.binary_dilation(pen_and_black(image), iterations=1)
+    _, saturation, _ = hsv(image)
+    saturation = ndimage.median_filter(saturation, 3)
+    usable = ~bad
+    if not usable.any():
+        return np.zeros(image.shape[:2], bool)
+    first = usable & (saturation > _threshold(saturation[usable]))
+    if not first.any():
+        return first
+    around = ndimage.binary_dilation(_without_small(first, mpp), iterations=max(1, round(_AROUND_UM / mpp))) & usable
+    if not around.any():
+        return around
+    second = around & (saturation > min(_threshold(saturation[around]), _threshold(saturation[usable])))
+    second = ndimage.binary_closing(np.pad(second, 2), iterations=2)[2:-2, 2:-2] & usable
+    return _fill_small_holes(_without_small(second, mpp), mpp) & usable
+
+
+def _threshold(saturation: np.ndarray) -> float:
+    """Otsu's threshold, or one above everything if there are no two groups apart.
+
+    Taken on a logarithmic scale, where glass and pale tissue are as far apart as pale and dark tissue.
+    """
+    level = float(np.expm1(otsu(np.log1p(saturation) * _LOG_SCALE) / _LOG_SCALE))
+    low, high = saturation[saturation <= level], saturation[saturation > level]
+    if not len(low):  # no glass at all
+        return -1.0 if np.median(saturation) > 2 * _LEAST_SATURATION else 256.0
+    if not len(high) or np.median(high) - np.median(low) < _LEAST_SATURATION:
+        return -1.0 if np.median(saturation) > 4 * _LEAST_SATURATION else 256.0
+    if np.median(low) > 4 * _LEAST_SATURATION:  # both groups are stained: tissue from edge to edge
+        return -1.0
+    return level
+
+
+def _without_small(mask: np.ndarray, mpp: float) -> np.ndarray:
+    labels, count = ndimage.label(mask)
+    sizes = np.bincount(labels.reshape(-1), minlength=count + 1) * mpp**2
+    keep = sizes >= _SMALLEST_UM2
+    keep[0] = False
+    return keep[labels]
+
+
+def _fill_small_holes(mask: np.ndarray, mpp: float) -> np.ndarray:
+    labels, count = ndimage.label(~mask)
+    sizes = np.bincount(labels.reshape(-1), minlength=count + 1) * mpp**2
+    fill = sizes < _LARGEST_HOLE_UM2
+    fill[0] = False
+    return mask | fill[labels]
+
+
+def tissue_share(mask: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Share of tissue in each box, 0 to 1.
+
+    Args:
+        mask: bool [h, w].
+        boxes: float [n, 4]: left, top, right, bottom in pixels of the mask, each at least partly inside.
+    """
+    height, width = mask.shape
+    total = np.zeros((height + 1, width + 1), np.int64)
+    total[1:, 1:] = mask.astype(np.int64).cumsum(0).cumsum(1)
+    left, top = (np.clip(np.floor(boxes[:, i]).astype(int), 0, limit - 1) for i, limit in ((0, width), (1, height)))
+    right = np.clip(np.ceil(boxes[:, 2]).astype(int), left + 1, width)
+    bottom = np.clip(np.ceil(boxes[:, 3]).astype(int), top + 1, height)
+    inside = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
+    return inside / ((right - left) * (bottom - top))
