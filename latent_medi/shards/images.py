@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from latent_medi.shards.writer import finish_dataset, finished_dataset, write_sh
 
 logger = get_logger(__name__)
 
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+"""Endings of the files that a folder is searched for."""
 TOLERANCE = 0.02
 """Share by which a resolution or a field of view may be off and still be taken as equal."""
 
@@ -43,10 +46,11 @@ def import_images(
 ) -> PatchDataset:
     """Write a dataset folder from images named in a table.
 
-    With ``mpp`` given, the middle of each image is cut so that a patch covers ``patch_size × mpp`` µm; without, each
-    image is stored whole. Either way it is scaled down with an antialiasing Lanczos filter, never up. Images that
-    cannot be decoded, are not 8-bit RGB, too small or (stored whole) not square or of another resolution are logged by
-    name and listed in ``provenance["rejected"]``. A rerun keeps the shards whose images and settings have not changed.
+    With ``mpp`` given, the middle of each image is cut so that a patch covers ``patch_size × mpp`` µm, or with ``tile``
+    as many patches side by side as fit; without, each image is stored whole. Either way it is scaled down with an
+    antialiasing Lanczos filter, never up. Images that cannot be decoded, are not 8-bit RGB, too small or (stored whole)
+    not square or of another resolution are logged by name and listed in ``provenance["rejected"]``. A rerun keeps the
+    shards whose images and settings have not changed.
 
     Args:
         settings: See :class:`ImportSettings`.
@@ -59,9 +63,13 @@ def import_images(
         UserError: The table does not have what the settings name, or more than ``max_bad`` of the images are bad.
     """
     check_codec(settings.codec)
+    if table is None and settings.folder:
+        table, settings = _listed(settings)
     if table is None:
         if not settings.table:
-            raise UserError("No table of images is given.", "table=/path/to/manifest.csv")
+            raise UserError(
+                "No table or folder of images is given.", "table=/path/to/manifest.csv, or folder=… with pattern=…"
+            )
         table = read_table(settings.table)
     if not settings.out:
         raise UserError("No dataset folder to write is given.", "out=/path/to/dataset")
@@ -74,7 +82,11 @@ def import_images(
     schema.encode(table)
     root = Path(settings.root) if settings.root else Path(settings.table).parent if settings.table else Path()
     out, name = Path(settings.out), settings.name or Path(settings.out).name
-    geometry = _Geometry(settings.patch_size, settings.mpp or _whole_mpp(rows, root, settings), bool(settings.mpp))
+    if settings.tile and not settings.mpp:
+        raise UserError("Images are to be tiled, but the resolution of a patch is not given.", "mpp=… in µm per pixel")
+    geometry = _Geometry(
+        settings.patch_size, settings.mpp or _whole_mpp(rows, root, settings), bool(settings.mpp), settings.tile
+    )
 
     chunks = [rows[i : i + settings.patches_per_shard] for i in range(0, len(rows), settings.patches_per_shard)]
     pool = Parallel(n_jobs=settings.jobs, return_as="generator")
@@ -105,14 +117,15 @@ def import_images(
 
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-    """How an image becomes a patch: edge in pixels, µm per pixel, and whether the middle is cut out."""
+    """How an image becomes patches: edge in pixels, µm per pixel, whether the middle is cut out, or many side by side."""
 
     patch_size: int
     mpp: float
     cut: bool
+    tile: bool = False
 
-    def apply(self, image: np.ndarray, source_mpp: float) -> np.ndarray:
-        """The patch of an image, uint8 [patch_size, patch_size, 3].
+    def apply(self, image: np.ndarray, source_mpp: float) -> list[tuple[int, int, np.ndarray]]:
+        """The patches of an image: left and top edge in its pixels, and uint8 [patch_size, patch_size, 3].
 
         Raises:
             UserError: The image does not hold such a patch.
@@ -136,12 +149,49 @@ class _Geometry:
         # Within rounding of the whole edge or of whole pixels nothing is interpolated.
         side = min(side, edge)
         side = round(side) if abs(side - round(side)) < 1e-6 else side
-        left, top = (width - side) / 2, (height - side) / 2
+        corners = [((width - side) / 2, (height - side) / 2)]
+        if self.tile:
+            counts = [int((length + 1e-6) // side) for length in (width, height)]
+            corners = [(column * side, row * side) for row in range(counts[1]) for column in range(counts[0])]
         if side == self.patch_size:
-            left, top = int(left), int(top)
-        box = (left, top, left + side, top + side)
-        size = (self.patch_size, self.patch_size)
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, box=box))
+            corners = [(int(left), int(top)) for left, top in corners]
+        picture, size = Image.fromarray(image), (self.patch_size, self.patch_size)
+        return [
+            (int(x), int(y), np.asarray(picture.resize(size, Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))))
+            for x, y in corners
+        ]
+
+
+def _listed(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings]:
+    """A table of the images below a folder, its columns read from their paths by the pattern.
+
+    Raises:
+        UserError: There is no image, the pattern is none, or some paths do not match it.
+    """
+    folder = Path(settings.folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.")
+    try:
+        pattern = re.compile(settings.pattern)
+    except re.error as error:
+        raise UserError(f"The pattern {settings.pattern!r} is no regular expression: {error}.") from None
+    if not {"patient"} <= set(pattern.groupindex):
+        raise UserError(
+            f"The pattern {settings.pattern!r} names no patient.",
+            r"Name parts of the path, such as '(?P<class>[^/]+)/(?P<patient>[^/_]+)_[0-9]+\.png'.",
+        )
+    paths = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS]
+    matches = [pattern.fullmatch(path) for path in paths]
+    if others := [path for path, match in zip(paths, matches, strict=True) if match is None]:
+        raise UserError(
+            f"{len(others)} of {len(paths)} images do not match {settings.pattern!r}, such as {others[:3]}.",
+            "Widen the pattern; nothing is left out silently.",
+        )
+    if not paths:
+        raise UserError(f"{folder} holds no image ({', '.join(IMAGE_ENDINGS)}).")
+    rows = [{"image": path} | match.groupdict(default="") for path, match in zip(paths, matches, strict=True) if match]
+    root = settings.root or str(folder)
+    return pd.DataFrame(rows), dataclasses.replace(settings, image_column="image", patient_column="patient", root=root)
 
 
 def _rows(table: pd.DataFrame, settings: ImportSettings) -> list[dict[str, Any]]:
@@ -219,7 +269,7 @@ def _whole_mpp(rows: list[dict[str, Any]], root: Path, settings: ImportSettings)
         try:
             with Image.open(root / row["path"]) as image:
                 return min(image.size) * row["source_mpp"] / settings.patch_size
-        except OSError:
+        except (OSError, Image.DecompressionBombError):
             continue
     raise UserError(f"None of the {len(rows)} images can be read, such as {root / rows[0]['path']}.", "Check root.")
 
@@ -242,13 +292,18 @@ def _write(
     patches, bad = [], []
     for row in rows:
         try:
-            image = geometry.apply(decode_image((root / row["path"]).read_bytes()), row["source_mpp"])
+            cut = geometry.apply(decode_image((root / row["path"]).read_bytes()), row["source_mpp"])
         except UserError as error:
             bad.append({"image": row["path"], "reason": error.message})
         except OSError as error:
             bad.append({"image": row["path"], "reason": error.strerror or str(error)})
         else:
-            patches.append(Patch(image=image, **{name: value for name, value in row.items() if name != "path"}))
+            known = {name: value for name, value in row.items() if name not in ("path", "key", "x", "y")}
+            for x, y, image in cut:
+                place = (row["key"], row["x"], row["y"])
+                if geometry.tile:  # positions count from the image's own, or from 0 if that is not known
+                    place = (f"{row['key']}/{x}_{y}", max(row["x"], 0) + x, max(row["y"], 0) + y)
+                patches.append(Patch(key=place[0], image=image, x=place[1], y=place[2], **known))
     if not patches:
         return None, bad
     record = write_shard(out, number, patches, codec, token, notes={"rejected": bad})

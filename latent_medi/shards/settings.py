@@ -8,10 +8,13 @@ from typing import Literal
 
 @dataclass
 class ImportSettings:
-    """A table of patch images, and what to make of it.
+    """A table or a folder of images, and what to make of it.
 
     Args:
         table: CSV, TSV or Parquet file with a row per image.
+        folder: Instead of a table: folder that is searched for images.
+        pattern: With folder: regular expression that every path (relative to it, with '/') matches as a whole; its
+            named groups become columns, one of them patient.
         out: Dataset folder to write.
         root: Folder that the image paths are relative to; empty for the table's folder.
         name: The dataset's name; empty for the name of the output folder.
@@ -30,6 +33,7 @@ class ImportSettings:
         source_mpp: Resolution of the images, in µm per pixel; it is never assumed.
         source_mpp_column: Column of resolutions, where images differ; replaces source_mpp.
         mpp: Resolution of the stored patches, in µm per pixel; 0 to store each image whole.
+        tile: With mpp: cut as many patches as fit side by side, instead of the middle one.
         codec: png (lossless) or jpg.
         patches_per_shard: Patches per tar.
         jobs: Processes.
@@ -37,6 +41,8 @@ class ImportSettings:
     """
 
     table: str = ""
+    folder: str = ""
+    pattern: str = ""
     out: str = ""
     root: str = ""
     name: str = ""
@@ -55,6 +61,7 @@ class ImportSettings:
     source_mpp: float = 0.0
     source_mpp_column: str = ""
     mpp: float = 0.0
+    tile: bool = False
     codec: str = "png"
     patches_per_shard: int = 512
     jobs: int = 1

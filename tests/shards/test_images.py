@@ -161,3 +161,51 @@ def test_tables_that_cannot_be_imported(source: Path, tmp_path: Path) -> None:
         run(source, tmp_path / "out")
     with pytest.raises(UserError, match="'webp'"):
         run(source, tmp_path / "out", codec="webp")
+
+
+def test_larger_images_are_tiled(source: Path, tmp_path: Path) -> None:
+    original = np.asarray(Image.open(source / "im.03.png"))
+    tiled = run(source, tmp_path / "tiles", patch_size=12, mpp=0.5, tile=True)
+    mine = tiled.index[tiled.index["key"].str.startswith("im-03/")]
+    assert mine["key"].tolist() == ["im-03/0_0", "im-03/12_0", "im-03/0_12", "im-03/12_12"]
+    assert mine[["x", "y"]].to_numpy().tolist() == [[0, 0], [12, 0], [0, 12], [12, 12]]
+    assert np.array_equal(tiled.read([mine.index[3]])[0], original[12:24, 12:24])
+    assert len(tiled) == 48
+    with pytest.raises(UserError, match="resolution of a patch is not given"):
+        run(source, tmp_path / "none", tile=True)
+
+
+def test_a_folder_is_read_by_a_pattern(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for i in range(6):
+        target = folder / "ab"[i % 2] / f"p{i // 2}_{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((source / f"im.{i:02d}.png").read_bytes())
+    pattern = r"(?P<class>[^/]+)/(?P<patient>[^_]+)_[0-9]+\.png"
+    settings = ImportSettings(
+        folder=str(folder), pattern=pattern, out=str(tmp_path / "out"), patch_size=16, source_mpp=0.5
+    )
+    dataset = import_images(settings)
+    assert dataset.index.groupby("class")["patient"].nunique().to_dict() == {"a": 3, "b": 3}
+    (folder / "a" / "stray.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 7 images do not match.*a/stray\.png"):
+        import_images(settings)
+    for bad, words in (("(?P<class>.*)", "names no patient"), ("(", "no regular expression")):
+        with pytest.raises(UserError, match=words):
+            import_images(ImportSettings(folder=str(folder), pattern=bad, out=str(tmp_path / "x"), source_mpp=0.5))
+
+
+def test_an_image_bomb_is_named_and_not_unpacked(source: Path, tmp_path: Path) -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)  # 10 GB of pixels in a few bytes
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (source / "im.05.png").write_bytes(bomb)
+    dataset = run(source, tmp_path / "out", max_bad=0.1)
+    (entry,) = dataset.info["provenance"]["rejected"]["images"]
+    assert entry["image"] == "im.05.png"
+    assert "exceeds limit" in entry["reason"]
