@@ -117,7 +117,7 @@ def import_images(
 
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-    """How an image becomes patches: edge in pixels, µm per pixel, whether the middle is cut out, or many side by side."""
+    """How an image becomes patches: edge in pixels, µm per pixel, whether the middle is cut out, or many are tiled."""
 
     patch_size: int
     mpp: float
