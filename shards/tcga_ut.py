@@ -9,8 +9,8 @@ The third number of a file's name is the side of the crop in the scanner's own p
 (128 µm ÷ pixels), and with it some hospitals and even classes. It is taken out of the key and kept as the field
 ``scan_mpp``, where a model can be told it and an analysis can stratify by it.
 
-``--metadata`` is a clinical table of the GDC (a row per slide or case), joined by barcode; ``--codes`` is the GDC's table
-of tissue source sites, which makes the site an institution. Without them there are no such fields. CC BY-NC-SA 4.0.
+``--metadata`` is a clinical table of the GDC (a row per slide or case), joined by barcode; ``--codes`` is its table of
+tissue source sites, which makes the site an institution. Without them there are no such fields. CC BY-NC-SA 4.0.
 """
 
 from __future__ import annotations
