@@ -42,22 +42,10 @@ def _shards(words: list[str]) -> Printed:
             raise UserError(f"{folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
         return {"folder": str(folder), "problems": []}
     if what == "info":
-        from latent_medi.shards.dataset import PatchDataset
+        from latent_medi.shards.info import info
+        from latent_medi.shards.settings import InfoSettings
 
-        dataset = PatchDataset.open(_only_folder(words[1:], "shards info"))
-        result: Printed = {
-            "folder": str(dataset.folder),
-            "patches": len(dataset),
-            "schema": dataset.schema.to_dict(),
-            "counts": {},
-        }
-        names = [f.name for f in dataset.schema.fields if f.kind != "continuous"]
-        for i, row in enumerate(names):
-            for column in names[i + 1 :]:
-                table = dataset.counts(row, column)
-                result["counts"][f"{row} x {column}"] = table.to_dict()
-                print(f"{row} × {column} (patches)\n{table.to_string()}\n")
-        return result
+        return info(config.parse(InfoSettings, words[1:], "shards info", positional="data"))
     if what == "images":
         from latent_medi.shards.images import import_images
         from latent_medi.shards.settings import ImportSettings
@@ -80,6 +68,15 @@ def _only_folder(words: Sequence[str], verb: str) -> Path:
     if len(words) != 1:
         raise UserError(f"`latent-medi {verb}` takes one folder.", f"latent-medi {verb} runs/demo/data")
     return Path(words[0])
+
+
+def _export(words: list[str]) -> Printed:
+    from latent_medi.shards.export import export
+    from latent_medi.shards.settings import ExportSettings
+
+    result = export(config.parse(ExportSettings, words, "export", positional="data"))
+    print(", ".join(f"{part}: {count} patches" for part, count in result["parts"].items()) + f" in {result['folder']}")
+    return result
 
 
 def _audit(words: list[str]) -> Printed:
@@ -183,6 +180,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "demo": (_demo, "the whole pipeline on procedural tissue with known truth"),
     "run": (_run, "the whole pipeline on a dataset, from one configuration"),
     "shards": (_shards, "slides, images or a public dataset into a dataset folder; verify; info"),
+    "export": (_export, "a dataset folder as split-pure tars for the Hub, or as folders of images"),
     "audit": (_audit, "which class × site × attribute combinations the data have, lack and can support"),
     "split": (_split, "patients into parts: at random, whole sites or held-out combinations apart"),
     "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),

@@ -137,3 +137,39 @@ class SlideSettings:
     max_unreadable: float = 0.1
     dry_run: bool = False
     contact_sheets: bool = True
+
+
+@dataclass
+class ExportSettings:
+    """A dataset folder, and the form to write it in.
+
+    Args:
+        data: Dataset folder.
+        out: New folder to write.
+        split: Named split whose parts are kept apart; empty for all patches together.
+        parts: Parts to write; none for every part.
+        format: "webdataset" (tars and the Hub's README) or "folder" (images by class, and a CSV).
+        patches_per_shard: Patches per tar.
+    """
+
+    data: str = ""
+    out: str = ""
+    split: str = ""
+    parts: list[str] = field(default_factory=list)
+    format: Literal["webdataset", "folder"] = "webdataset"
+    patches_per_shard: int = 2048
+
+
+@dataclass
+class InfoSettings:
+    """A dataset folder to look at.
+
+    Args:
+        data: Dataset folder.
+        unit: What to count: "patches", "slides" or "patients".
+        figures: Folder for a heat map of every pair of fields; empty for none.
+    """
+
+    data: str = ""
+    unit: Literal["patches", "slides", "patients"] = "patches"
+    figures: str = ""

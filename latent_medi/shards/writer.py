@@ -31,7 +31,7 @@ _RECORD_SIZE = 10240  # tar's customary blocking: the archive is padded to a mul
 _ROW_COLUMNS = ("key", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
 
 
-def _member(name: str, data: bytes) -> tuple[bytes, bytes]:
+def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
     """Header and padded content of one tar member. Everything that could differ between two runs is fixed."""
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.mode, info.uid, info.gid, info.uname, info.gname = len(data), 0, 0o644, 0, 0, "", ""
@@ -42,6 +42,11 @@ def _member(name: str, data: bytes) -> tuple[bytes, bytes]:
             f"The key of {name!r} does not fit a tar header: {error}.", "Keep keys below 100 bytes."
         ) from None
     return header, data + bytes(-len(data) % _BLOCK)
+
+
+def tar_end(size: int) -> bytes:
+    """What closes a tar of ``size`` bytes of members: two empty blocks, padded to tar's customary record."""
+    return bytes(2 * _BLOCK + -(size + 2 * _BLOCK) % _RECORD_SIZE)
 
 
 def write_shard(
@@ -95,8 +100,8 @@ def write_shard(
                 )
             member = {k: v for k, v in row.items() if k not in ("fields", "extra")} | row["fields"] | row["extra"]
             image = encode_image(patch.image, codec, patch.origin)
-            parts = [*_member(f"{patch.key}.{codec}", image)]
-            parts += _member(
+            parts = [*tar_member(f"{patch.key}.{codec}", image)]
+            parts += tar_member(
                 f"{patch.key}.json", json.dumps(member, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
             )
             rows.append({**row, "offset": written + _BLOCK, "size": len(image)})
@@ -106,7 +111,7 @@ def write_shard(
                 written += len(part)
         if not rows:
             raise UserError(f"Shard {number} of {folder} would be empty.", "Give at least one patch per shard.")
-        end = bytes(2 * _BLOCK + -(written + 2 * _BLOCK) % _RECORD_SIZE)
+        end = tar_end(written)
         file.write(end)
         digest.update(end)
     record = ShardRecord(

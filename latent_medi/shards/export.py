@@ -1,0 +1,149 @@
+"""A dataset folder in the forms that other programs expect: split-pure WebDataset tars for the Hub, or image folders.
+
+Nothing is decoded: image files and JSON members are copied as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from latent_medi.errors import UserError, nearest
+from latent_medi.files import atomic_path, write_json, write_text
+from latent_medi.metadata.schema import UNKNOWN_WORD
+from latent_medi.metadata.tables import write_table
+from latent_medi.progress import progress
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.settings import ExportSettings
+from latent_medi.shards.writer import tar_end, tar_member
+
+NO_PART = "all"
+"""Part that holds every patch if no split is named."""
+
+
+def export(settings: ExportSettings) -> dict[str, Any]:
+    """Write a dataset folder's patches by part of a split.
+
+    ``webdataset``: ``data/<part>/<part>-000000.tar`` and a ``README.md`` whose header tells the Hub and
+    ``datasets.load_dataset`` which files are which part. ``folder``: ``<part>/<class>/<key>.png`` and
+    ``<part>/metadata.csv``, as ``datasets``' imagefolder and torchvision's ImageFolder read them. Patches in no part
+    are left out.
+
+    Returns:
+        ``folder``, ``format`` and the number of patches by part.
+
+    Raises:
+        UserError: No such split or part, or the target exists and is not empty.
+    """
+    dataset = PatchDataset.open(settings.data)
+    if not settings.out:
+        raise UserError("No folder to write is given.", "out=/path/to/folder")
+    out = Path(settings.out)
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty.", "Export into a new folder.")
+    column = _parts(dataset, settings)
+    names = settings.parts or [p for p in sorted(column.unique(), key=_order) if p]
+    if gone := [p for p in names if not (column == p).any()]:
+        raise UserError(f"The split has no part {gone[0]!r}; {nearest(gone[0], [p for p in column.unique() if p])}.")
+    counts = {}
+    for part in names:
+        rows = np.flatnonzero((column == part).to_numpy())
+        if settings.format == "webdataset":
+            _write_tars(dataset, rows, out / "data" / part, part, settings.patches_per_shard)
+        else:
+            _write_images(dataset, rows, out / part)
+        counts[part] = len(rows)
+    if settings.format == "webdataset":
+        write_text(out / "README.md", _card(dataset, counts))
+    write_json(out / "dataset.json", dataset.info)
+    return {"folder": str(out), "format": settings.format, "parts": counts}
+
+
+def _order(part: str) -> tuple[int, str]:
+    usual = ("train", "val", "test")
+    return (usual.index(part) if part in usual else len(usual), part)
+
+
+def _parts(dataset: PatchDataset, settings: ExportSettings) -> pd.Series:
+    if not settings.split:
+        return pd.Series(NO_PART, index=dataset.index.index)
+    if settings.split not in dataset.splits:
+        raise UserError(f"{dataset.folder} has no split {settings.split!r}; {nearest(settings.split, dataset.splits)}.")
+    return dataset.index[SPLIT_PREFIX + settings.split]
+
+
+def samples(dataset: PatchDataset, rows: np.ndarray) -> Iterator[tuple[str, bytes, bytes]]:
+    """Key, image file and JSON member of some rows, in their order; ``rows`` are ascending.
+
+    Raises:
+        UserError: A shard is damaged.
+    """
+    for shard, mine in dataset.index.iloc[rows].groupby("shard", sort=False):
+        path = dataset.folder / str(shard)
+        try:
+            with tarfile.open(path, "r:") as tar:
+                wanted = set(mine["key"])
+                image: tuple[str, bytes] | None = None
+                for member in tar:
+                    key, _, ending = member.name.partition(".")
+                    if key not in wanted:
+                        continue
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    if ending == dataset.info["codec"]:
+                        image = (key, file.read())
+                    elif ending == "json" and image is not None and image[0] == key:
+                        yield key, image[1], file.read()
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(
+                f"{path} cannot be read: {error}.", "`latent-medi shards verify` lists the damage."
+            ) from None
+
+
+def _write_tars(dataset: PatchDataset, rows: np.ndarray, folder: Path, part: str, per_shard: int) -> None:
+    found = samples(dataset, rows)
+    codec = dataset.info["codec"]
+    for number in progress(range(-(-len(rows) // per_shard)), desc=f"exporting {part}", unit="shard"):
+        with atomic_path(folder / f"{part}-{number:06d}.tar") as temporary, open(temporary, "wb") as file:
+            size = 0
+            for _ in range(min(per_shard, len(rows) - number * per_shard)):
+                key, image, text = next(found)
+                for name, data in ((f"{key}.{codec}", image), (f"{key}.json", text)):
+                    size += sum(file.write(piece) for piece in tar_member(name, data))
+            file.write(tar_end(size))
+
+
+def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> None:
+    codec, known = dataset.info["codec"], dataset.schema.class_field
+    table = []
+    for key, image, text in progress(samples(dataset, rows), len(rows), f"exporting {folder.name}", "patch"):
+        member = json.loads(text)
+        kind = str(member[known.name]) if known is not None else ""
+        path = Path(kind.replace("/", "_"), f"{key.replace('/', '__')}.{codec}")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(image)
+        table.append({"file_name": path.as_posix(), **{k: UNKNOWN_WORD if v == "" else v for k, v in member.items()}})
+    write_table(pd.DataFrame(table), folder / "metadata.csv")
+
+
+def _card(dataset: PatchDataset, counts: dict[str, int]) -> str:
+    """The Hub's README with the header that names the files of each part."""
+    hub = {"train": "train", "val": "validation", "test": "test"}
+    files = [{"split": hub.get(part, part), "path": f"data/{part}/*.tar"} for part in counts]
+    header = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]}, sort_keys=False)
+    info = dataset.info
+    fields = "\n".join(f"- `{f.name}` ({f.kind})" for f in dataset.schema.fields)
+    parts = "\n".join(f"- {part}: {count} patches" for part, count in counts.items())
+    licence = info["provenance"].get("licence", "")
+    return (
+        f"---\n{header}---\n# {info['name']}\n\n{len(dataset)} patches of {info['patch_size']} px at "
+        f"{info['mpp']:g} µm per pixel; WebDataset tars with an image and a JSON member per patch."
+        f"\n\n{parts}\n\nFields:\n{fields}\n" + (f"\nLicence of the source: {licence}\n" if licence else "")
+    )

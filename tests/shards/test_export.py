@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import webdataset
+from PIL import Image
+
+from latent_medi.cli import main
+from latent_medi.errors import UserError
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.export import export
+from latent_medi.shards.settings import ExportSettings, InfoSettings
+from latent_medi.shards.writer import Patch, write_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(
+    tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..., list[Patch]], schema: Schema
+) -> PatchDataset:
+    """Every third patient tests, one is in no part."""
+    patches = make_patches()
+    patients = sorted({p.patient for p in patches})
+    parts = {patient: ("test" if i % 3 == 0 else "train") for i, patient in enumerate(patients)}
+    del parts[patients[-1]]
+    folder = tmp_path_factory.mktemp("d") / "set"
+    return write_dataset(folder, patches, "d", schema, 16, 0.5, splits={"main": (parts, {})}, patches_per_shard=7)
+
+
+def test_tars_hold_one_part_each_and_every_byte(dataset: PatchDataset, tmp_path: Path) -> None:
+    result = export(ExportSettings(str(dataset.folder), str(tmp_path / "out"), "main", patches_per_shard=5))
+    column = dataset.index["split_main"]
+    assert result["parts"] == {part: int((column == part).sum()) for part in ("train", "test")}
+    for part in ("train", "test"):
+        tars = sorted(str(p) for p in (tmp_path / "out" / "data" / part).glob("*.tar"))
+        assert len(tars) == -(-result["parts"][part] // 5)
+        found = list(webdataset.WebDataset(tars, shardshuffle=False))
+        mine = dataset.index[column == part]
+        assert [s["__key__"] for s in found] == mine["key"].tolist()
+        rows = np.flatnonzero(column == part)
+        for sample, row in zip(found, rows, strict=True):
+            with open(dataset.folder / dataset.index["shard"].iloc[row], "rb") as file:
+                file.seek(int(dataset.index["offset"].iloc[row]))
+                assert sample["png"] == file.read(int(dataset.index["size"].iloc[row]))
+            assert json.loads(sample["json"])["key"] == sample["__key__"]
+
+
+def test_the_hubs_loader_finds_the_parts(dataset: PatchDataset, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    export(ExportSettings(str(dataset.folder), str(tmp_path / "out"), "main"))
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    counts = dataset.index["split_main"].value_counts()
+    assert {name: len(part) for name, part in loaded.items()} == {"train": counts["train"], "test": counts["test"]}
+
+
+def test_folders_of_images_with_a_csv(dataset: PatchDataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(dataset.folder), f"out={out}", "split=main", "format=folder", "parts=[test]"]) == 0
+    assert not (out / "train").exists()
+    table = pd.read_csv(out / "test" / "metadata.csv", dtype=str, keep_default_na=False)
+    rows = np.flatnonzero(dataset.index["split_main"] == "test")
+    assert table["key"].tolist() == dataset.index["key"].iloc[rows].tolist()
+    for name, row in zip(table["file_name"], rows, strict=True):
+        assert name.startswith(dataset.index["class"].iloc[row])
+        assert np.array_equal(np.asarray(Image.open(out / "test" / name)), dataset.read([row])[0])
+
+
+def test_what_cannot_be_exported_is_said(dataset: PatchDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="closest: 'main'"):
+        export(ExportSettings(str(dataset.folder), str(tmp_path / "a"), "mian"))
+    with pytest.raises(UserError, match="no part 'tset'; closest: 'test'"):
+        export(ExportSettings(str(dataset.folder), str(tmp_path / "a"), "main", parts=["tset"]))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty"):
+        export(ExportSettings(str(dataset.folder), str(tmp_path / "full")))
+    assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
+
+
+def test_counts_of_every_pair_and_their_heat_maps(dataset: PatchDataset, tmp_path: Path) -> None:
+    from latent_medi.shards.info import info
+
+    found = info(InfoSettings(str(dataset.folder), "patients", str(tmp_path / "maps")))
+    assert found["counts"]["class x site"] == dataset.counts("class", "site", "patients").to_dict()
+    assert all(Path(p).read_bytes().startswith(b"\x89PNG") for p in found["figures"])
+    assert len(found["figures"]) >= 1
