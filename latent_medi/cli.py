@@ -12,7 +12,7 @@ from typing import Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import Incomplete, UserError, nearest
-from latent_medi.files import write_json
+from latent_medi.files import NO_SPACE, write_json
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 
@@ -256,12 +256,21 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Incomplete as error:
-        print(f"incomplete: {error}", file=sys.stderr)
-        return 3
     except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(
+            f"error: The disk is full{where}.\n  What was finished is kept: free some space and run it again.",
+            file=sys.stderr,
+        )
+        return 2
+    except Incomplete as error:
+        print(f"incomplete: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -80,6 +80,9 @@ class PatchDataset:
         known = {*FIXED_COLUMNS, *splits, *(f["name"] for f in info["schema"]["fields"])}
         if gone := sorted(known - set(index.columns)):
             raise UserError(f"{folder / INDEX_FILE} lacks the columns {gone}.", "Write the dataset again.")
+        listed = {shard["file"] for shard in info["shards"]}
+        if bad := sorted(name for name in {*index["shard"], *listed} if not _SHARD_FILE.fullmatch(str(name))):
+            raise UserError(f"{folder} names the shard {bad[0]!r}; shards lie in data/ and nowhere else.")
         if len(index) != info["counts"]["patches"]:
             raise UserError(f"{folder}: the index has {len(index)} patches, {INFO_FILE} {info['counts']['patches']}.")
         return PatchDataset(folder, info, index)

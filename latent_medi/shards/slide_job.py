@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from latent_medi.files import atomic_path, write_json
+from latent_medi.files import NO_SPACE, atomic_path, write_json
 from latent_medi.shards.patch import Patch
 from latent_medi.shards.slide import LEVEL_TOLERANCE, PatchError, Slide, SlideError, SlideSkipped
 from latent_medi.shards.tissue import THUMBNAIL_MPP, tissue_mask, tissue_share
@@ -240,6 +240,10 @@ def run(job: SlideJob) -> dict[str, Any]:
         row |= {"reason": str(error), "status": "skipped" if isinstance(error, SlideSkipped) else "quarantined"}
     except MemoryError:
         row["reason"] = f"it needs more than {job.memory:g} GiB of memory"
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        row |= {"status": "failed", "reason": "the disk is full"}  # no fault of the slide: the parent stops
     row["seconds"] = round(time.monotonic() - start, 2)
     return row
 

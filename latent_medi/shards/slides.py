@@ -86,6 +86,10 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
     if done:
         logger.info("%d of %d slides were cut before", len(done), len(jobs))
     for job, row in zip(todo, progress(_dispatch(todo, settings), len(todo), "cutting slides", "slide"), strict=True):
+        if row["status"] == "failed":
+            raise UserError(
+                f"{job.path}: {row['reason']}.", "What was finished is kept: mend it and run the same command again."
+            )
         rows[job.number] = row
         if row["status"] != "kept":
             logger.warning("%s: %s: %s", job.path, row["status"], row["reason"])
