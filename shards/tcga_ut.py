@@ -108,7 +108,10 @@ def _patches(rows: Sequence[dict[str, Any]], source: Path, fields: Sequence[str]
     wanted = {row["name"] for row in rows}
     images = (sample["image"] for sample in samples if sample["name"] in wanted)
     for row in rows:
-        image = decode_image(next(images) if tar else (source / row["file"]).read_bytes())
+        try:
+            image = decode_image(next(images) if tar else (source / row["file"]).read_bytes())
+        except UserError as error:
+            raise UserError(f"{row['file']}: {row['name']}: {error.message}", "Download it again.") from None
         yield Patch(
             row["key"], scaled(image, patch_size, row["name"]), row["patient"], row["slide"], -1, -1,
             float(row["scan_mpp"]), {name: row[name] for name in fields}, extra={"tss": row["tss"]},

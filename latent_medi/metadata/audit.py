@@ -370,14 +370,15 @@ def class_by_site(result: Mapping[str, Any], unit: str = "patients") -> pd.DataF
 def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
     """The audit as plain text for a terminal; at most ``most`` combinations that are not simply seen are listed."""
     counts = result["counts"]
-    lines = [f"{counts['patches']} patches, {counts['slides']} slides, {counts['patients']} patients"]
+    unit = "rows" if "table" in result else "patches"
+    lines = [f"{counts['patches']} {unit}, {counts['slides']} slides, {counts['patients']} patients"]
     if result["split"]:
         lines[0] += f" ({result['split']})"
     for name, margin in result["margins"].items():
         ranked = sorted(margin.items(), key=lambda item: -item[1]["patients"]) if len(margin) > most else margin.items()
         words = [f"{value} {c['patients']}" for value, c in ranked]
         lines.append(f"{name} ({len(margin)} values; patients): {_some(words, most)}")
-    lines += [f"{name}: {share:.1%} of patches unknown" for name, share in result["missing"].items() if share]
+    lines += [f"{name}: {share:.1%} of {unit} unknown" for name, share in result["missing"].items() if share]
     for name, value in result["cramers_v"].items():
         told = "not defined (one value only)" if value is None else f"{value:.2f}"
         lines.append(f"association of class and {name} (Cramér's V over patients, 0 to 1): {told}")

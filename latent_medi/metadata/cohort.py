@@ -113,9 +113,10 @@ def audit_table(settings: AuditSettings) -> dict[str, Any]:
     """The audit of a bare table; with ``tss_table`` its site codes become institutions first.
 
     Returns:
-        As :func:`latent_medi.metadata.audit.audit`; with ``tss_table`` also ``institutions``: how many codes,
-        source-site names (as the code table spells them, aliases apart) and institutions there are, how many names
-        have several classes, the components of the codes' graph, and institutions by kind.
+        As :func:`latent_medi.metadata.audit.audit`, ``patches`` being rows of the ``table``. With ``tss_table`` also
+        ``institutions``: how many codes, source-site names (as the code table spells them, aliases apart) and
+        institutions there are, how many names have several classes, the components of the codes' graph, and
+        institutions by kind.
 
     Raises:
         UserError: As for :func:`read_cohort` and the audit.
@@ -144,7 +145,7 @@ def audit_table(settings: AuditSettings) -> dict[str, Any]:
             index, settings.class_field or None, [n for n in schema.names if n != settings.class_field]
         )
     result = audit(index, schema, settings.requested or None, settings.thin_patients, site_field=site)
-    return result | ({"institutions": told} if told else {})
+    return result | {"table": settings.data} | ({"institutions": told} if told else {})
 
 
 def split_table(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ def make_split(index: pd.DataFrame, settings: SplitSettings) -> Split:
 
 
 def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Series, dict[str, Any]]:
+    if not settings.fractions:
+        raise UserError("No fractions are given for the patients that are not held out.", "fractions={train: 1.0}")
     part = settings.hold_out_part
     combinations: list[dict[str, str]] = [dict(c) for c in settings.hold_out]
     sites = list(settings.sites)
@@ -65,8 +68,15 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
         sites += choose_sites(index, settings.site_field, settings.class_field, settings.site_share, settings.seed)
     combinations += [{settings.site_field: site} for site in sites]
     if settings.hold_out_fields:
+        left = (
+            index[~index["patient"].isin(index.loc[hold_out(index, combinations), "patient"])]
+            if combinations
+            else index
+        )
+        # Of the patients that are left, only a fraction will train.
+        least = math.ceil(settings.thin_patients / settings.fractions[training_part(settings)])
         combinations += choose_combinations(
-            index, settings.hold_out_fields, settings.hold_out_share, settings.seed, settings.thin_patients
+            left, settings.hold_out_fields, settings.hold_out_share, settings.seed, least
         )
     out = hold_out(index, combinations) if combinations else pd.Series(False, index=index.index)
     patients = set(index.loc[out, "patient"])
@@ -75,12 +85,46 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
         raise UserError(f"All {len(patients)} patients are held out: none is left for {list(settings.fractions)}.")
     column = pd.Series(part, index=index.index, dtype=object)
     column[~held] = random_split(index[~held], settings.fractions, settings.seed, settings.stratify)
+    if combinations:
+        _check_training(index[column == training_part(settings)], index, settings, combinations, sites)
     recipe = {
         "kind": "patients at random, with what is held out apart" if combinations else "patients at random",
         "seed": settings.seed, "fractions": dict(settings.fractions), "stratify": list(settings.stratify),
         "held_out": combinations, "held_out_part": part if combinations else "",
     }  # fmt: skip
     return column, recipe
+
+
+def training_part(settings: SplitSettings) -> str:
+    """The part that trains: ``train``, or the largest if none is called so."""
+    return "train" if "train" in settings.fractions else max(settings.fractions, key=lambda n: settings.fractions[n])
+
+
+def _check_training(
+    training: pd.DataFrame, index: pd.DataFrame, settings: SplitSettings, combinations: list[dict[str, str]],
+    sites: list[str],
+) -> None:  # fmt: skip
+    """Refuse a split after which training no longer sees what the held-out part is made of.
+
+    Raises:
+        UserError: Names the values.
+    """
+    wanted = {(name, value) for combination in combinations for name, value in combination.items()}
+    wanted -= {(settings.site_field, site) for site in sites}  # held out whole, on purpose
+    if sites and settings.class_field in index.columns:
+        wanted |= {(settings.class_field, value) for value in index[settings.class_field].astype(str).unique()}
+    least = settings.thin_patients if settings.hold_out_fields else 1
+    few = []
+    for name, value in sorted(wanted):
+        count = training.loc[training[name].astype(str) == value, "patient"].nunique()
+        if count < least and not is_missing(value):
+            few.append(f"{name} = {value!r} ({count})")
+    if few:
+        raise UserError(
+            f"With this held out, training would keep fewer than {least} patients of {', '.join(few[:8])}"
+            + (f" and {len(few) - 8} more." if len(few) > 8 else "."),
+            "Hold out less, give training a larger fraction, lower thin_patients, or try another seed.",
+        )
 
 
 def choose_sites(index: pd.DataFrame, site_field: str, class_field: str, share: float, seed: int) -> list[str]:

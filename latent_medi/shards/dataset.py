@@ -291,9 +291,10 @@ class PatchDataset:
             problems.append(
                 f"the index names shards that {INFO_FILE} lacks: {sorted(set(self.index['shard']) - listed)}"
             )
+        of_shard = dict(list(self.index.groupby("shard", sort=False)))
         for shard in self.info["shards"]:
             path, file = self.folder / shard["file"], shard["file"]
-            mine = self.index[self.index["shard"] == file]
+            mine = of_shard.get(file, self.index.iloc[:0])
             if len(mine) != shard["count"]:
                 problems.append(f"{file}: the index has {len(mine)} patches, {INFO_FILE} {shard['count']}")
             if not path.is_file():

@@ -52,17 +52,23 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     names = settings.parts or [p for p in sorted(column.unique(), key=_order) if p]
     if gone := [p for p in names if not (column == p).any()]:
         raise UserError(f"The split has no part {gone[0]!r}; {nearest(gone[0], [p for p in column.unique() if p])}.")
+    if out.is_dir():
+        out.rmdir()
     counts = {}
-    for part in names:
-        rows = np.flatnonzero((column == part).to_numpy())
+    with atomic_path(out) as folder:  # whole or absent: what was broken off is no export
+        folder.mkdir()
+        for part in names:
+            rows = np.flatnonzero((column == part).to_numpy())
+            if settings.format == "webdataset":
+                _write_tars(dataset, rows, folder / "data" / part, part, settings.patches_per_shard)
+            else:
+                _write_images(dataset, rows, folder / part)
+            counts[part] = len(rows)
         if settings.format == "webdataset":
-            _write_tars(dataset, rows, out / "data" / part, part, settings.patches_per_shard)
-        else:
-            _write_images(dataset, rows, out / part)
-        counts[part] = len(rows)
-    if settings.format == "webdataset":
-        write_text(out / "README.md", _card(dataset, counts))
-    write_json(out / "dataset.json", dataset.info)
+            write_text(folder / "README.md", _card(dataset, counts))
+        kept = ("name", "schema", "patch_size", "mpp", "codec", "provenance")
+        manifest = {"split": settings.split, "parts": counts} | {key: dataset.info[key] for key in kept}
+        write_json(folder / "export.json", manifest)
     return {"folder": str(out), "format": settings.format, "parts": counts}
 
 
@@ -100,7 +106,10 @@ def samples(dataset: PatchDataset, rows: np.ndarray) -> Iterator[tuple[str, byte
                     if ending == dataset.info["codec"]:
                         image = (key, file.read())
                     elif ending == "json" and image is not None and image[0] == key:
+                        wanted.discard(key)
                         yield key, image[1], file.read()
+            if wanted:  # a tar that ends between two members is no error to tarfile
+                raise tarfile.ReadError(f"it lacks {len(wanted)} patches, such as {min(wanted)!r}")
         except (OSError, tarfile.TarError) as error:
             raise UserError(
                 f"{path} cannot be read: {error}.", "`latent-medi shards verify` lists the damage."

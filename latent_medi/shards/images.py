@@ -300,10 +300,11 @@ def _write(
         else:
             known = {name: value for name, value in row.items() if name not in ("path", "key", "x", "y")}
             for x, y, image in cut:
-                place = (row["key"], row["x"], row["y"])
-                if geometry.tile:  # positions count from the image's own, or from 0 if that is not known
-                    place = (f"{row['key']}/{x}_{y}", max(row["x"], 0) + x, max(row["y"], 0) + y)
-                patches.append(Patch(key=place[0], image=image, x=place[1], y=place[2], **known))
+                # A place in the slide is known only if the image's is; a tile's key tells its place in the image.
+                key = f"{row['key']}/{x}_{y}" if geometry.tile else row["key"]
+                placed = row["x"] >= 0 and row["y"] >= 0
+                left, top = (row["x"] + x, row["y"] + y) if placed else (-1, -1)
+                patches.append(Patch(key=key, image=image, x=left, y=top, **known))
     if not patches:
         return None, bad
     record = write_shard(out, number, patches, codec, token, notes={"rejected": bad})

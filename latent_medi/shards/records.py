@@ -68,6 +68,11 @@ def write_record(folder: Path, record: ShardRecord) -> None:
         pq.write_table(table, temporary)
 
 
+def remove_record(folder: Path, number: int) -> None:
+    """Forget a shard; its tar stays."""
+    _record_path(folder, number).unlink(missing_ok=True)
+
+
 def _read_record(path: Path) -> ShardRecord:
     table = pq.read_table(path)
     summary = json.loads(table.schema.metadata[b"shard"])

@@ -18,11 +18,14 @@ from PIL import Image, ImageCms
 
 from latent_medi.errors import UserError
 
-EXTENSIONS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi", ".dcm")
-"""File endings taken for slides in a folder; OpenSlide decides what they are."""
+EXTENSIONS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi")
+"""File endings taken for slides in a folder; OpenSlide decides what they are. Not ``.dcm``: a DICOM slide is many
+files, each of which opens the whole; name one of them in a table.
+"""
 CACHE_BYTES = 64 * 2**20
 MPP_RANGE = (0.05, 20.0)
 """µm per pixel beyond which a value is taken for a placeholder, such as the 72 dpi that image programs write."""
+_SLACK = 1e-3  # pixels of a region that rounding may account for
 _BLOCK_EDGE = 2048  # pixels of a level that a thumbnail reads at once
 LEVEL_TOLERANCE = 0.02
 """Share by which a level may be coarser than asked for and still be taken as equal."""
@@ -109,7 +112,7 @@ class Slide:
 
     def __init__(self, path: str | Path, mpp: float | None = None, srgb: bool = False) -> None:
         self.path = Path(path)
-        self._handle = self._open()
+        self._handle: Any = self._open()
         try:
             self.properties: dict[str, str] = dict(self._handle.properties)
             found = Resolution(mpp, mpp, "override") if mpp is not None else resolution(self.properties)
@@ -158,8 +161,10 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Close the slide's file."""
-        self._handle.close()
+        """Close the slide's file; closing twice is no error."""
+        if self._handle is not None:
+            self._handle.close()
+        self._handle = None
 
     def level_for(self, downsample: float) -> int:
         """The coarsest level that is not coarser than ``downsample`` (within :data:`LEVEL_TOLERANCE`)."""
@@ -170,14 +175,12 @@ class Slide:
         """RGB of a region; where the slide has no tile (transparent), the slide's own background colour."""
         for attempt in (1, 2):
             try:
+                if self._handle is None:  # after an error, even one of opening again
+                    self._handle = self._open()
                 region = self._handle.read_region((x, y), level, size)
                 break
-            except (openslide.OpenSlideError, OSError) as error:
-                self._handle.close()
-                try:
-                    self._handle = self._open()
-                except SlideError as again:
-                    raise PatchError(str(again)) from None
+            except (openslide.OpenSlideError, OSError, SlideError) as error:
+                self.close()
                 if attempt == 2:
                     raise PatchError(str(error)) from None
         image = Image.new("RGB", region.size, self.background)
@@ -205,10 +208,10 @@ class Slide:
         level = self.level_for(min(across, down))
         # Downsamples are no whole numbers in general (2.0005): sizes stay fractions until the resize takes its box.
         width, height = (patch_size * scale / self.downsamples[level] for scale in (across, down))
-        whole = (max(1, math.ceil(width - 1e-6)), max(1, math.ceil(height - 1e-6)))
+        whole = (max(1, math.ceil(width - _SLACK)), max(1, math.ceil(height - _SLACK)))
         image = self._region(x, y, level, whole)
-        if max(abs(width - patch_size), abs(height - patch_size)) < 1e-3:
-            return np.asarray(image)
+        if max(abs(width - patch_size), abs(height - patch_size)) <= _SLACK:
+            return np.asarray(image)  # within rounding of a resolution or downsample nothing is interpolated
         box = (0.0, 0.0, min(width, whole[0]), min(height, whole[1]))
         return np.asarray(image.resize((patch_size, patch_size), Image.Resampling.LANCZOS, box=box))
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from latent_medi.shards.writer import write_shard
 WHITE, BLACK = 235, 25
 """Brightness (0 to 255) from which a pixel is near-white, and up to which it is near-black."""
 REJECTIONS = ("tissue", "white", "black", "blur", "unreadable")
+_HOPELESS = 20  # unreadable patches after which their share is looked at while the slide is being read
 _TRIAL = 8  # patches that a dry run reads to estimate bytes and time
 _SHEET_EDGE = 1200  # pixels of a contact sheet's longer side
 
@@ -159,6 +161,7 @@ class _Cutter:
                     f"{job.key}/{x}_{y}", image, job.patient, job.key, x, y, self.slide.mpp.x, job.fields,
                     extra=job.extra,
                 )  # fmt: skip
+        self.check_readable()
 
     def one(self, x: int, y: int) -> np.ndarray | None:
         """The patch, or ``None`` if it is rejected or unreadable, which is counted.
@@ -173,17 +176,24 @@ class _Cutter:
         except PatchError as error:
             self.counts["unreadable"] += 1
             self.errors.append(str(error))
-            most = max(1, math.floor(job.max_unreadable * len(self.candidates)))
-            if self.counts["unreadable"] > most:
-                raise SlideError(
-                    f"{self.counts['unreadable']} of {self.read} patches were unreadable, the last: {error}"
-                ) from None
+            if self.counts["unreadable"] >= _HOPELESS:
+                self.check_readable()
             return None
         why = rejection(image, job)
         if why:
             self.counts[why] += 1
             return None
         return image
+
+    def check_readable(self) -> None:
+        """Give the slide up if too large a share of what was read so far was unreadable.
+
+        Raises:
+            SlideError: It was.
+        """
+        bad = self.counts["unreadable"]
+        if bad > self.job.max_unreadable * self.read:
+            raise SlideError(f"{bad} of {self.read} patches were unreadable, the last: {self.errors[-1]}")
 
     def sheet(self, path: Path) -> None:
         """The thumbnail with the mask's outline and the kept patches."""
@@ -201,7 +211,8 @@ class _Cutter:
         for corner in self.kept:
             left, top = np.array(corner) * to_sheet
             right, bottom = (np.array(corner) + np.array(self.footprint)) * to_sheet
-            draw.rectangle((left, top, right - 1, bottom - 1), outline=(20, 60, 200))
+            box = (left, top, max(left, right - 1), max(top, bottom - 1))  # a patch may be less than a pixel here
+            draw.rectangle(box, outline=(20, 60, 200))
         with atomic_path(path) as temporary:
             image.save(temporary)
 
@@ -231,11 +242,15 @@ def run(job: SlideJob) -> dict[str, Any]:
                 _write(cutter, job, row)
             row |= {f"rejected_{why}": count for why, count in cutter.counts.items()}
             if not job.dry_run:
+                cutter.check_readable()
                 row["kept"] = len(cutter.kept)
                 row["status"] = "kept" if cutter.kept else "empty"
                 row["reason"] = "" if cutter.kept else "no patch with enough tissue passed"
                 if job.sheet:
-                    cutter.sheet(Path(job.sheet))
+                    try:
+                        cutter.sheet(Path(job.sheet))
+                    except (ValueError, MemoryError) as error:  # a picture is no reason to lose the slide
+                        row["reason"] = f"no contact sheet: {error}"
     except SlideError as error:
         row |= {"reason": str(error), "status": "skipped" if isinstance(error, SlideSkipped) else "quarantined"}
     except MemoryError:
@@ -300,11 +315,23 @@ def limit_memory(gib: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), int(gib * 2**30)))
 
 
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that ends (Linux only): an orphan could overwrite
+    what a rerun writes.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
+
+
 def main() -> None:
     """Read a job, do it, write its row."""
     path = Path(sys.argv[1])
     job = SlideJob(**json.loads(path.read_text(encoding="utf-8")))
     limit_memory(job.memory)
+    die_with_parent()
     row = run(job)
     write_json(path.with_suffix(".row.json"), row)
 

@@ -6,6 +6,7 @@ shard, so a rerun keeps the slides that were done.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.patch import check_column, check_key
-from latent_medi.shards.records import finished_shards
+from latent_medi.shards.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
 from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slide import find_slides
 from latent_medi.shards.slide_job import SlideJob, write_job
@@ -78,7 +79,7 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
         if whole and all(job.key in before for job in jobs):
             return _told(whole, [before[job.key] for job in jobs])
         reopen_dataset(out)  # to add slides, or to try those again that were left out
-    done = {n: r for n, r in finished_shards(out).items() if n < len(jobs) and r.token == jobs[n].token}
+    done = _kept(out, jobs)
     rows = {number: dict(record.notes.get("row") or before[jobs[number].key]) for number, record in done.items()
             if "row" in record.notes or jobs[number].key in before}  # fmt: skip
     done = {number: record for number, record in done.items() if number in rows}
@@ -108,6 +109,35 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
         out, name, schema, settings.patch_size, settings.mpp, settings.codec, provenance, shards=kept_numbers
     )
     return _told(dataset, ordered)
+
+
+def _kept(out: Path, jobs: list[SlideJob]) -> dict[int, ShardRecord]:
+    """Shards that need not be cut again, by the number of their job; tars are renamed where the order has changed.
+
+    A slide whose file is out of reach keeps its shard if all else is the same.
+    """
+    there = finished_shards(out)
+    by_token = {record.token: record for record in there.values()}
+    by_known = {record.token.partition("-")[0]: record for record in there.values()}
+    kept: dict[int, ShardRecord] = {}
+    for job in jobs:
+        record = by_token.get(job.token)
+        if record is None and job.token.endswith("-"):
+            record = by_known.get(job.token[:-1])
+            if record is not None:
+                logger.warning("%s is out of reach; what was cut from it before is kept", job.path)
+                job.token = record.token
+        if record is not None:
+            kept[job.number] = record
+    moved = {number: record for number, record in kept.items() if record.number != number}
+    for record in moved.values():
+        os.replace(out / shard_file(record.number), out / "data" / f".tmp-move-{record.number}.tar")
+        remove_record(out, record.number)
+    for number, record in moved.items():
+        os.replace(out / "data" / f".tmp-move-{record.number}.tar", out / shard_file(number))
+        kept[number] = dataclasses.replace(record, number=number)
+        write_record(out, kept[number])
+    return kept
 
 
 def _told(dataset: PatchDataset, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -211,8 +241,9 @@ def _jobs(settings: SlideSettings) -> tuple[list[SlideJob], Schema]:
         if key in keys:
             raise UserError(f"{path} and {keys[key]} would both have the key {key!r}.", "Rename one of the files.")
         keys[key] = path
-        patient = patient or (parse_barcode(path.name).patient if is_tcga([path.name]) else key)
-        if is_missing(patient):
+        if not settings.table:
+            patient = parse_barcode(path.name).patient if is_tcga([path.name]) else key
+        if is_missing(patient):  # with a table never the slide's name: two slides of one person would become two people
             raise UserError(f"{path} has no patient.", "Without patients no honest split is possible; fill the column.")
         override = next(
             (
@@ -224,10 +255,11 @@ def _jobs(settings: SlideSettings) -> tuple[list[SlideJob], Schema]:
         )
         used.add(override)
         job = SlideJob(
-            str(path), key, str(patient), fields={name: row[name] for name in fields},
+            str(path.resolve()), key, str(patient), fields={name: row[name] for name in fields},
             extra={name: row[name] for name in settings.extra}, mpp_override=overrides.get(override),
-            folder=settings.out, number=number, memory=settings.memory, dry_run=settings.dry_run,
-            sheet=f"{settings.out}/{QC_FOLDER}/{key}.png" if settings.contact_sheets and settings.out else "", **common,
+            folder=str(Path(settings.out).resolve()), number=number, memory=settings.memory, dry_run=settings.dry_run,
+            sheet=str(Path(settings.out, QC_FOLDER, f"{key}.png").resolve()) if settings.contact_sheets else "",
+            **common,
         )  # fmt: skip
         job.token = _token(job, path)
         jobs.append(job)
@@ -265,14 +297,16 @@ def _token(job: SlideJob, path: Path) -> str:
     """SHA-256 over what decides the shard: settings, metadata, and the file by size and time, as hashing slides would
     take longer than cutting them.
     """
-    try:
-        status = path.stat()
-        file = [status.st_size, status.st_mtime_ns]
-    except OSError:
-        file = []
-    parts = [job.key, job.patient, job.fields, job.extra, job.mpp_override, file]
+    parts = [job.key, job.patient, job.fields, job.extra, job.mpp_override]
     parts += [getattr(job, key) for key in _JOB_SETTINGS]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    # A MIRAX slide is an index file and a folder of the same name.
+    companions = sorted(path.with_suffix("").glob("*")) if path.suffix.lower() == ".mrxs" else []
+    try:
+        files = [[p.name, (status := p.stat()).st_size, status.st_mtime_ns] for p in (path, *companions)]
+    except OSError:
+        files = []
+    known = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return f"{known}-{hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else ''}"
 
 
 def _dispatch(jobs: list[SlideJob], settings: SlideSettings) -> Iterable[dict[str, Any]]:
@@ -332,6 +366,6 @@ def run_slide(job: SlideJob, timeout: float) -> dict[str, Any]:
 
 def _remove_leftovers(job: SlideJob, pid: int) -> None:
     """What a killed process left half-written."""
-    for folder in (Path(job.folder) / "data", Path(job.folder) / QC_FOLDER):
-        for leftover in folder.glob(f".tmp-{pid}-*"):
-            remove(leftover)
+    # This job's names only: on a cluster another host's process may have the same number.
+    remove(Path(job.folder) / "data" / f".tmp-{pid}-part-{job.number:06d}.tar")
+    remove(Path(job.folder) / QC_FOLDER / f".tmp-{pid}-{job.key}.png")

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, remove
+from latent_medi.files import atomic_path, read_json, remove, write_json
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
-from latent_medi.progress import progress
+from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_image, encode_image
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, SPLIT_PREFIX, PatchDataset, write_folder
 from latent_medi.shards.patch import Patch, column_types, describe
@@ -26,6 +26,9 @@ from latent_medi.shards.records import PROGRESS_FOLDER, ShardRecord, finished_sh
 
 __all__ = ["Patch", "ShardRecord", "finish_dataset", "finished_shards", "shard_file", "write_dataset", "write_shard"]
 
+logger = get_logger(__name__)
+
+SPLITS_FILE = "splits.json"
 _BLOCK = 512
 _RECORD_SIZE = 10240  # tar's customary blocking: the archive is padded to a multiple of it
 _ROW_COLUMNS = ("key", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
@@ -194,7 +197,15 @@ def finish_dataset(
         "name": name, "schema": schema.to_dict(), "patch_size": patch_size, "mpp": float(mpp), "codec": codec,
         "shards": listed, "splits": {}, "provenance": provenance,
     }  # fmt: skip
-    for split, (by_patient, recipe) in (splits or {}).items():
+    splits = dict(splits or {})
+    for split, entry in _remembered(folder).items():
+        there = set(index["patient"])
+        parts = {patient: part for patient, part in entry["parts"].items() if patient in there}
+        if split not in splits:
+            splits[split] = (parts, entry["recipe"])
+            if new := len(there - set(parts)):
+                logger.warning("%d new patients are in no part of the split %r: make it again", new, split)
+    for split, (by_patient, recipe) in splits.items():
         if unknown := sorted(set(by_patient) - set(index["patient"])):
             raise UserError(f"The split {split!r} names patients that the dataset lacks: {unknown[:5]}.")
         index[SPLIT_PREFIX + split] = [by_patient.get(patient, "") for patient in index["patient"]]
@@ -202,6 +213,12 @@ def finish_dataset(
     write_folder(folder, info, index)
     _clear(folder, {shard_file(number) for number in wanted})
     return PatchDataset.open(folder)
+
+
+def _remembered(folder: Path) -> dict[str, Any]:
+    """The splits of the dataset that this folder was before it was reopened."""
+    path = folder / PROGRESS_FOLDER / SPLITS_FILE
+    return read_json(path) if path.is_file() else {}
 
 
 def _clear(folder: Path, keep: set[str]) -> None:
@@ -247,7 +264,8 @@ def _index(records: Sequence[ShardRecord], schema: Schema) -> pd.DataFrame:
 
 
 def reopen_dataset(folder: str | Path) -> None:
-    """Turn a finished dataset folder back into an unfinished one with all its shards, to add to it or redo some.
+    """Turn a finished dataset folder back into an unfinished one with all its shards, to add to it or redo some. Its
+    splits are remembered, and :func:`finish_dataset` records them again.
 
     A folder that cannot be opened loses its index only: its shards then have no record and are written again.
     """
@@ -260,8 +278,14 @@ def reopen_dataset(folder: str | Path) -> None:
         names = set(dataset.schema.names)
         splits = [c for c in dataset.index.columns if c.startswith(SPLIT_PREFIX)]
         extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", *names, *splits}]
+        splits_of = {
+            name: {"parts": dataset.index.groupby("patient")[SPLIT_PREFIX + name].first().to_dict(), **entry}
+            for name, entry in dataset.info["splits"].items()
+        }
+        write_json(folder / PROGRESS_FOLDER / SPLITS_FILE, splits_of)
+        of_shard = dict(list(dataset.index.groupby("shard", sort=False)))
         for shard in dataset.info["shards"]:
-            mine = dataset.index[dataset.index["shard"] == shard["file"]]
+            mine = of_shard[shard["file"]]
             rows = mine[list(_ROW_COLUMNS)].reset_index(drop=True)
             fields = mine[list(dataset.schema.names)].to_dict(orient="records")
             unknown = {f.name: UNKNOWN_WORD for f in dataset.schema.fields}

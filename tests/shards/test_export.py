@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,21 @@ def test_what_cannot_be_exported_is_said(dataset: PatchDataset, tmp_path: Path) 
     with pytest.raises(UserError, match="is not empty"):
         export(ExportSettings(str(dataset.folder), str(tmp_path / "full")))
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("form", ["webdataset", "folder"])
+def test_a_damaged_shard_stops_the_export_and_nothing_is_left(
+    tmp_path: Path, make_patches: Callable[..., list[Patch]], schema: Schema, form: Literal["webdataset", "folder"]
+) -> None:
+    damaged = write_dataset(tmp_path / "set", make_patches(), "d", schema, 16, 0.5, patches_per_shard=7)
+    path = damaged.folder / "data" / "part-000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(damaged.index["offset"].iloc[9]) - 512])  # between two members
+    with pytest.raises(UserError, match="lacks 5 patches, such as 'p2/009'"):
+        export(ExportSettings(str(damaged.folder), str(tmp_path / "out"), format=form))
+    assert not (tmp_path / "out").exists()
+    path.write_bytes(whole)
+    assert export(ExportSettings(str(damaged.folder), str(tmp_path / "out"), format=form))["parts"] == {"all": 24}
 
 
 def test_counts_of_every_pair_and_their_heat_maps(dataset: PatchDataset, tmp_path: Path) -> None:

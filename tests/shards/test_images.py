@@ -168,7 +168,13 @@ def test_larger_images_are_tiled(source: Path, tmp_path: Path) -> None:
     tiled = run(source, tmp_path / "tiles", patch_size=12, mpp=0.5, tile=True)
     mine = tiled.index[tiled.index["key"].str.startswith("im-03/")]
     assert mine["key"].tolist() == ["im-03/0_0", "im-03/12_0", "im-03/0_12", "im-03/12_12"]
-    assert mine[["x", "y"]].to_numpy().tolist() == [[0, 0], [12, 0], [0, 12], [12, 12]]
+    assert set(tiled.index["x"]) == {-1}  # where the image lies in its slide is not known
+    table = pd.read_csv(source / "table.csv", dtype=str).assign(x="100", y="200")
+    table.to_csv(source / "table.csv", index=False)
+    placed = run(source, tmp_path / "placed", patch_size=12, mpp=0.5, tile=True, x_column="x", y_column="y")
+    assert placed.index[["x", "y"]].to_numpy()[:4].tolist() == [[100, 200], [112, 200], [100, 212], [112, 212]]
+    middle = run(source, tmp_path / "middle", patch_size=12, mpp=0.5, x_column="x", y_column="y")
+    assert middle.index[["x", "y"]].to_numpy()[0].tolist() == [110, 210]
     assert np.array_equal(tiled.read([mine.index[3]])[0], original[12:24, 12:24])
     assert len(tiled) == 48
     with pytest.raises(UserError, match="resolution of a patch is not given"):

@@ -229,6 +229,9 @@ def test_unreadable_patches_are_dropped_and_too_many_quarantine(
     row = run(job)
     assert row["rejected_unreadable"] == len(bad) > 0
     assert row["kept"] == row["candidates"] - len(bad) - row["rejected_white"]
+    # A share of what was read, not of what could have been: a few patches out of a damaged slide are no sample of it.
+    row = run(SlideJob(str(path), "k", "p", 64, 1.0, folder=str(tmp_path / "few"), max_unreadable=0.02, max_patches=30))
+    assert row["status"] == "quarantined"
     row = run(SlideJob(str(path), "k", "p", 64, 1.0, folder=str(tmp_path / "other"), max_unreadable=0.0))
     assert row["status"] == "quarantined"
     assert "tile is damaged" in row["reason"]
@@ -396,3 +399,100 @@ def test_a_dask_cluster_that_loses_a_worker(slides: Path, tmp_path: Path) -> Non
 
 def test_skips_are_not_quarantines() -> None:
     assert issubclass(SlideSkipped, SlideError)
+
+
+def test_rounded_resolutions_and_levels_give_patches_of_the_size_asked_for(tmp_path: Path) -> None:
+    # TIFF stores resolutions as 32-bit floats, and levels of odd slides are rounded up.
+    for mpp in (0.2525, 0.2201, 0.23, 0.4545, 0.4604):
+        path = write_slide(tmp_path / f"r{mpp}.tif", tissue(700, 700), mpp=mpp, levels=1)
+        with Slide(path) as slide:
+            assert slide.patch(100, 100, 256, mpp).shape == (256, 256, 3)
+    with Slide(path) as slide:
+        slide.downsamples = (1.99999,)
+        assert slide.patch(0, 0, 128, 2 * mpp).shape == (128, 128, 3)
+
+
+def test_a_table_without_a_patient_is_refused_not_filled_in(slides: Path, tmp_path: Path) -> None:
+    names = sorted(p.name for p in slides.iterdir())
+    (tmp_path / "t.csv").write_text(
+        "slide,patient\n" + "".join(f"{n},{'p' if i else ''}\n" for i, n in enumerate(names))
+    )
+    with pytest.raises(UserError, match="has no patient"):
+        cut_slides(cut(slides, tmp_path / "out", table=str(tmp_path / "t.csv")))
+
+
+def test_a_rerun_keeps_splits_and_shards_whatever_was_added_or_moved_away(tmp_path: Path) -> None:
+    source = tmp_path / "slides"
+    source.mkdir()
+    for i, name in enumerate(("m", "n")):
+        write_slide(source / f"{name}.tif", tissue(1300, 1000, i))
+    (source / "z.svs").write_bytes(b"no slide")
+    options = {"patch_size": 64, "max_patches": 5, "name": "same"}
+    with pytest.raises(Incomplete):
+        cut_slides(cut(source, tmp_path / "out", **options))
+    dataset = PatchDataset.open(tmp_path / "out")
+    dataset.add_split("main", ["train" if s == "m" else "test" for s in dataset.index["slide"]], {"kind": "by hand"})
+    tar = (tmp_path / "out" / "data" / "part-000001.tar").stat()
+    write_slide(source / "a.tif", tissue(1300, 1000, 7))  # sorts first: every number shifts
+    with pytest.raises(Incomplete):
+        cut_slides(cut(source, tmp_path / "out", **options))
+    dataset = PatchDataset.open(tmp_path / "out")
+    assert dataset.verify(images=True) == []
+    assert dataset.info["splits"]["main"]["recipe"] == {"kind": "by hand"}
+    assert dataset.index.groupby("slide")["split_main"].first().to_dict() == {"a": "", "m": "train", "n": "test"}
+    moved = (tmp_path / "out" / "data" / "part-000002.tar").stat()
+    assert (tar.st_ino, tar.st_mtime_ns) == (moved.st_ino, moved.st_mtime_ns)
+    # A slide that is out of reach for a moment is no reason to throw away what was cut from it.
+    table = tmp_path / "t.csv"
+    table.write_text("slide,patient\na.tif,a\nm.tif,m\nn.tif,n\n")
+    cut_slides(cut(source, tmp_path / "table", table=str(table), **options))
+    (source / "m.tif").rename(tmp_path / "archived.tif")
+    write_slide(source / "b.tif", tissue(1300, 1000, 8))
+    table.write_text("slide,patient\na.tif,a\nm.tif,m\nn.tif,n\nb.tif,b\n")
+    assert cut_slides(cut(source, tmp_path / "table", table=str(table), **options))["slides"] == {"kept": 4}
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) -> None:
+    import psutil
+
+    source = tmp_path / "slides"
+    source.mkdir()
+    for i in range(2):
+        os.mkfifo(source / f"forever{i}.tif")
+    words = [sys.executable, "-m", "latent_medi.cli", "shards", "slides", f"source={source}", f"out={tmp_path / 'out'}"]
+    command = psutil.Popen([*words, "jobs=2"], stderr=subprocess.DEVNULL)
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while len(children) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        children = [
+            c for c in command.children(recursive=True) if "latent_medi.shards.slide_job" in " ".join(c.cmdline())
+        ]
+    time.sleep(3)  # until they have asked to go with their parent
+    command.send_signal(how)
+    command.wait(30)
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert len(gone) == 2
+    assert not alive
+
+
+def test_patches_smaller_than_a_pixel_of_the_contact_sheet(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "wide.tif", tissue(9000, 400), mpp=0.5, levels=1)
+    job = SlideJob(
+        str(path), "k", "p", 4, 0.5, folder=str(tmp_path / "out"), max_patches=3, sheet=str(tmp_path / "s.png")
+    )
+    row = run(job)
+    assert (row["status"], row["reason"]) == ("kept", "")
+    assert (tmp_path / "s.png").is_file()
+
+
+def test_a_slide_that_cannot_be_opened_again_for_a_moment(slides: Path) -> None:
+    with Slide(next(slides.glob("*DX1*"))) as slide:
+        good = slide.patch(600, 500, 64, 1.0)
+        opened, slide._open = slide._open, lambda: (_ for _ in ()).throw(SlideError("stale file handle"))  # type: ignore[method-assign]
+        slide.close()
+        with pytest.raises(PatchError, match="stale file handle"):
+            slide.patch(600, 500, 64, 1.0)
+        slide._open = opened  # type: ignore[method-assign]
+        np.testing.assert_array_equal(slide.patch(600, 500, 64, 1.0), good)

@@ -1,0 +1,139 @@
+"""Dataset folders behind a URL: ``s3://``, ``gs://``, ``hf://``, ``https://`` and whatever else fsspec opens.
+
+The index is fetched once; patches are fetched as byte ranges of the tars, many at a time, so that any order costs the
+same and no tar is downloaded whole.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.errors import UserError
+from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+
+_AT_ONCE = 256  # byte ranges per request to the file system
+
+_REMOTE = ("s3", "s3a", "gs", "gcs", "http", "https")  # what the extra `remote` brings file systems for
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a place is a URL and not a local path."""
+    return "://" in str(place)
+
+
+def open_dataset(place: str | Path, storage: Mapping[str, Any] | None = None) -> PatchDataset:
+    """Open a dataset folder, local or behind a URL.
+
+    Args:
+        place: A local folder, or a URL such as ``s3://bucket/prostate``.
+        storage: What fsspec's file system needs, such as ``{"anon": True}`` or ``{"endpoint_url": …}``.
+
+    Raises:
+        UserError: It is no dataset, cannot be reached, or fsspec lacks what the protocol needs.
+    """
+    return RemotePatchDataset.fetch(str(place), dict(storage or {})) if is_url(place) else PatchDataset.open(place)
+
+
+class RemotePatchDataset(PatchDataset):
+    """A dataset folder behind a URL, for reading only.
+
+    Attributes:
+        url: Where it is.
+    """
+
+    url: str
+    _storage: dict[str, Any]
+    _filesystem: Any = None
+    _process: int = -1
+
+    @staticmethod
+    def fetch(url: str, storage: dict[str, Any]) -> RemotePatchDataset:
+        """Fetch the index and ``dataset.json`` of a folder.
+
+        Raises:
+            UserError: As for :func:`open_dataset`.
+        """
+        filesystem, root = _filesystem(url, storage)
+        with tempfile.TemporaryDirectory(prefix="latent-medi-") as folder:
+            for name in (INFO_FILE, INDEX_FILE):
+                try:
+                    Path(folder, name).write_bytes(filesystem.cat_file(f"{root}/{name}"))
+                except FileNotFoundError:
+                    raise UserError(f"{url} is no dataset folder: it has no {name}.", "Check the URL.") from None
+                except Exception as error:  # every file system has its own kinds of error
+                    raise UserError(f"{url}/{name} cannot be read: {type(error).__name__}: {error}.") from None
+            local = PatchDataset.open(folder)
+        dataset = RemotePatchDataset(Path(PurePosixPath(root)), local.info, local.index)
+        dataset.url, dataset._storage = url, storage
+        dataset._filesystem, dataset._process = filesystem, os.getpid()
+        return dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Connections stay behind: each process opens its own."""
+        return self.__dict__ | {"_filesystem": None}
+
+    def __repr__(self) -> str:
+        return f"RemotePatchDataset({self.url!r}, {len(self)} patches of {self.patch_size} px)"
+
+    @property
+    def shard_urls(self) -> list[str]:
+        """The URL of every shard, as ``webdataset.WebDataset`` takes them."""
+        return [f"{self.url.rstrip('/')}/{shard['file']}" for shard in self.info["shards"]]
+
+    def _read_into(self, out: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> None:
+        if self._filesystem is None or self._process != os.getpid():  # connections do not survive a fork
+            self._filesystem, _ = _filesystem(self.url, {**self._storage, "skip_instance_cache": True})
+            self._process = os.getpid()
+        _, root = _split(self.url)
+        for start in range(0, len(positions), _AT_ONCE):
+            part = positions[start : start + _AT_ONCE]
+            asked = self.index[["shard", "offset", "size"]].iloc[rows[part]]
+            starts = asked["offset"].tolist()
+            found = self._filesystem.cat_ranges(
+                [f"{root}/{shard}" for shard in asked["shard"]], starts, (asked["offset"] + asked["size"]).tolist(),
+                on_error="return",
+            )  # fmt: skip
+            for position, data in zip(part, found, strict=True):
+                row = int(rows[position])
+                if isinstance(data, Exception):
+                    raise UserError(
+                        f"Patch {self.index['key'].iloc[row]!r} of {self.url} cannot be read: "
+                        f"{type(data).__name__}: {data}."
+                    )
+                out[position] = self._decode(bytes(data), row)
+
+    def add_split(
+        self, name: str, column: pd.Series | Sequence[str], recipe: Mapping[str, Any], replace: bool = False
+    ) -> None:
+        """Refused: a dataset behind a URL is for reading."""
+        raise UserError(f"{self.url} cannot be written to.", "Make the split in a local copy.")
+
+    def verify(self, images: bool = False) -> list[str]:
+        """Refused: it would download everything."""
+        raise UserError(f"{self.url} is behind a URL.", "Verify the folder where it lies.")
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Protocol and path in the file system's own form, without a slash at the end."""
+    protocol, _, rest = url.partition("://")
+    return protocol, (url if protocol.startswith("http") else rest).rstrip("/")
+
+
+def _filesystem(url: str, storage: Mapping[str, Any]) -> tuple[Any, str]:
+    import fsspec
+
+    protocol, root = _split(url)
+    try:
+        return fsspec.filesystem(protocol, **storage), root
+    except ImportError as error:
+        hint = "pip install 'latent-medi[remote]'" if protocol in _REMOTE else "Install what fsspec asks for."
+        raise UserError(f"{url} cannot be opened: {str(error).rstrip('.')}.", hint) from None
+    except ValueError as error:
+        raise UserError(f"{url} cannot be opened: {error}.", "fsspec knows s3, gs, hf, https and others.") from None
