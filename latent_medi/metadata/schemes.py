@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,10 +72,8 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
             if combinations
             else index
         )
-        # Of the patients that are left, only a fraction will train.
-        least = math.ceil(settings.thin_patients / settings.fractions[training_part(settings)])
         combinations += choose_combinations(
-            left, settings.hold_out_fields, settings.hold_out_share, settings.seed, least
+            left, settings.hold_out_fields, settings.hold_out_share, settings.seed, settings.thin_patients
         )
     out = hold_out(index, combinations) if combinations else pd.Series(False, index=index.index)
     patients = set(index.loc[out, "patient"])
@@ -113,17 +110,13 @@ def _check_training(
     wanted -= {(settings.site_field, site) for site in sites}  # held out whole, on purpose
     if sites and settings.class_field in index.columns:
         wanted |= {(settings.class_field, value) for value in index[settings.class_field].astype(str).unique()}
-    least = settings.thin_patients if settings.hold_out_fields else 1
-    few = []
-    for name, value in sorted(wanted):
-        count = training.loc[training[name].astype(str) == value, "patient"].nunique()
-        if count < least and not is_missing(value):
-            few.append(f"{name} = {value!r} ({count})")
-    if few:
+    seen = {name: set(training[name].astype(str)) for name in {name for name, _ in wanted}}
+    gone = [f"{n} = {v!r}" for n, v in sorted(wanted) if v not in seen[n] and not is_missing(v)]
+    if gone:
         raise UserError(
-            f"With this held out, training would keep fewer than {least} patients of {', '.join(few[:8])}"
-            + (f" and {len(few) - 8} more." if len(few) > 8 else "."),
-            "Hold out less, give training a larger fraction, lower thin_patients, or try another seed.",
+            f"With this held out, no training patient has {', '.join(gone[:8])}"
+            + (f" and {len(gone) - 8} more." if len(gone) > 8 else "."),
+            "Hold out less, give training a larger fraction, or try another seed.",
         )
 
 
@@ -178,14 +171,14 @@ def choose_combinations(
     """Combinations of fields to hold out, at random until they are ``share`` of those that occur.
 
     A combination is passed over if holding its patients out would leave one of its values with fewer than
-    ``thin_patients`` training patients: the rest must teach what the combination is made of.
+    ``thin_patients`` patients: the rest, of which a fraction trains, must teach what the combination is made of.
 
     Args:
         index: A row per patch with ``patient`` and the fields; rows with an unknown value take no part.
         fields: Two or more columns, such as class and site, or site and race.
         share: Share of the combinations that occur, above 0 and below 1.
         seed: Seed; a combination's turn is a hash of its values and the seed.
-        thin_patients: Patients that each value keeps.
+        thin_patients: Patients that each value keeps outside of what is held out.
 
     Raises:
         UserError: The share cannot be had.
@@ -216,7 +209,7 @@ def choose_combinations(
     if len(chosen) < max(wanted, 1):
         raise UserError(
             f"Only {len(chosen)} of the {len(groups)} combinations of {fields} can be held out while each value keeps "
-            f"{thin_patients} training patients; {max(wanted, 1)} were asked for.",
+            f"{thin_patients} patients; {max(wanted, 1)} were asked for.",
             "Ask for less, or lower thin_patients.",
         )
     return chosen

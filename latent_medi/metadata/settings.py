@@ -60,7 +60,8 @@ class SplitSettings:
         sites: Sites to hold out whole (external test).
         site_share: Share of the patients whose sites, chosen at random, are held out whole, 0 to 1; 0 for none.
         hold_out_part: The part that what is held out goes to.
-        thin_patients: Training patients that each value of a combination held out at random must keep.
+        thin_patients: Patients that each value of a combination held out at random must keep outside of what is held
+            out; the fractions then divide them.
         class_field: Class column.
         site_field: Site column.
         medi_fields: Scheme "medi": columns whose combinations with the site are divided.
