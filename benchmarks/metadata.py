@@ -7,8 +7,6 @@ The peer is ``pandas.read_csv`` on the same file with every cell as a string, th
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from output import options, tell
 
 AUDIT = ["fields=[race,gender]"]
 SPLIT = ["hold_out_fields=[class,site]", "hold_out_share=0.2", "stratify=[class]", "fractions={train: 0.9, val: 0.1}"]
@@ -48,9 +47,7 @@ def timed(words: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="200,000 rows instead of 1,000,000")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser = options(__doc__, "200,000 rows instead of 1,000,000")
     arguments = parser.parse_args()
     rows = 200_000 if arguments.quick else 1_000_000
     with tempfile.TemporaryDirectory() as name:
@@ -64,10 +61,7 @@ def main() -> None:
         "rows": rows, "audit_seconds": audit, "split_seconds": split, "peak_gib": max(memory, most),
         "audit_over_pandas_read_csv": audit / read, "split_over_pandas_read_csv": split / read,
     }  # fmt: skip
-    for key, value in result.items():
-        print(f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value:,}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    tell(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ out: the rate is that of the later patches. The peer is the ceiling, a bare loop
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import resource
@@ -26,6 +25,7 @@ import numpy as np
 import openslide
 import tifffile
 import tifffile._imagecodecs
+from output import options, tell
 from PIL import Image
 from scipy import ndimage
 
@@ -142,10 +142,8 @@ def main() -> None:
         slide, few, many, what = sys.argv[2:6]
         print(json.dumps(worker(Path(slide), int(few), int(many), what)))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "a smaller slide and fewer patches")
     parser.add_argument("--region", type=Path, help="slide whose densest region is repeated")
-    parser.add_argument("--quick", action="store_true", help="a smaller slide and fewer patches")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()
     edge, few, many = (8192, 50, 250) if arguments.quick else (EDGE, 300, 1500)
     with tempfile.TemporaryDirectory() as name:
@@ -162,10 +160,7 @@ def main() -> None:
         "two_processes_over_one": sum(one["rate"] for one in together) / alone["rate"],
         "peak_gib_per_worker": max(one["gib"] for one in together),
     }
-    for key, value in result.items():
-        print(f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value:,}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    tell(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ every image to uint8 and read the metadata: the peer its JSON member, the stream
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import webdataset
+from output import options, tell
 from scipy import ndimage
 
 from latent_medi.metadata.schema import Schema
@@ -50,9 +49,7 @@ def rate(make: Callable[[], Iterable[int]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1,000 patches instead of 8,000")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser = options(__doc__, "1,000 patches instead of 8,000")
     arguments = parser.parse_args()
     count = 1000 if arguments.quick else 8000
     with tempfile.TemporaryDirectory() as name:
@@ -85,10 +82,7 @@ def main() -> None:
         "shuffled_stream_over_webdataset": rates["stream"] / rates["webdataset"],
         "plain_pass_over_webdataset": rates["plain"] / rates["webdataset"],
     }
-    for key, value in result.items():
-        print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value:,}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    tell(result, arguments.json)
 
 
 if __name__ == "__main__":

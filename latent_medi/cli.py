@@ -80,8 +80,8 @@ def _export(words: list[str]) -> Printed:
 
 
 def _audit(words: list[str]) -> Printed:
-    from latent_medi.metadata.audit import audit, audit_text, class_by_site
-    from latent_medi.metadata.cohort import audit_table, is_table
+    from latent_medi.metadata.audit import audit_text, class_by_site
+    from latent_medi.metadata.cohort import audit_index, audit_table, is_table
     from latent_medi.metadata.heatmap import write_heat_map
     from latent_medi.metadata.settings import AuditSettings
     from latent_medi.shards.dataset import PatchDataset
@@ -92,10 +92,7 @@ def _audit(words: list[str]) -> Printed:
     else:
         dataset = PatchDataset.open(settings.data)
         split = (settings.split, settings.split_value) if settings.split else None
-        result = audit(
-            dataset.index, dataset.schema, settings.requested or None, settings.thin_patients, split,
-            settings.site_field,
-        )  # fmt: skip
+        result = audit_index(dataset.index, dataset.schema, settings, split)
     print(audit_text(result))
     if settings.figure:
         write_heat_map(class_by_site(result), settings.figure, "patients")

@@ -110,42 +110,60 @@ def institutions_of(codes: pd.Series, tss_table: str | Path) -> pd.DataFrame:
 
 
 def audit_table(settings: AuditSettings) -> dict[str, Any]:
-    """The audit of a bare table; with ``tss_table`` its site codes become institutions first.
-
-    Returns:
-        As :func:`latent_medi.metadata.audit.audit`, ``patches`` being rows of the ``table``. With ``tss_table`` also
-        ``institutions``: how many codes, source-site names (as the code table spells them, aliases apart) and
-        institutions there are, how many names have several classes, the components of the codes' graph, and
-        institutions by kind.
+    """The audit of a bare table, as :func:`audit_index` gives it; ``patches`` are rows of the ``table``.
 
     Raises:
         UserError: As for :func:`read_cohort` and the audit.
     """
-    site = settings.site_field
     index, schema = read_cohort(
-        settings.data, settings.class_field, site, settings.fields, settings.patient_field, settings.slide_field
-    )
-    told: dict[str, Any] = {}
-    if settings.tss_table:
-        of_codes = audit(index, schema, [], settings.thin_patients, site_field=site)
-        mapped = institutions_of(index[site], settings.tss_table)
-        places = mapped[mapped["institution"] != UNKNOWN_WORD]
-        classes = index[settings.class_field][places.index] if settings.class_field else places["institution"]
-        several = classes.groupby(places["source_site"]).nunique() > 1
-        told = {
-            "codes": of_codes["sites"],
-            "components_of_codes": of_codes["components"],
-            "source_sites": len(several),
-            "source_sites_with_several_classes": int(several.sum()),
-            "institutions": int(places["institution"].nunique()),
-            "kinds": {str(k): int(n) for k, n in places.drop_duplicates("institution")["kind"].value_counts().items()},
-        }
-        index[site] = mapped["institution"]
-        schema = Schema.from_table(
-            index, settings.class_field or None, [n for n in schema.names if n != settings.class_field]
-        )
-    result = audit(index, schema, settings.requested or None, settings.thin_patients, site_field=site)
-    return result | {"table": settings.data} | ({"institutions": told} if told else {})
+        settings.data, settings.class_field, settings.site_field, settings.fields, settings.patient_field,
+        settings.slide_field,
+    )  # fmt: skip
+    return audit_index(index, schema, settings) | {"table": settings.data}
+
+
+def audit_index(
+    index: pd.DataFrame, schema: Schema, settings: AuditSettings, split: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """The audit of an index; with ``tss_table`` its site codes become institutions first.
+
+    Args:
+        index: A row per patch or slide.
+        schema: Its fields.
+        settings: What to look for.
+        split: (name, part) to look at; ``None`` for all rows.
+
+    Returns:
+        As :func:`latent_medi.metadata.audit.audit`. With ``tss_table`` also ``institutions``: how many codes,
+        source-site names (as the code table spells them, aliases apart) and institutions there are, how many names
+        have several classes, the components of the codes' graph, and institutions by kind.
+
+    Raises:
+        UserError: As for the audit, or a code is not in the table.
+    """
+    site, thin = settings.site_field, settings.thin_patients
+    if not settings.tss_table:
+        return audit(index, schema, settings.requested or None, thin, split, site)
+    of_codes = audit(index, schema, [], thin, split, site)
+    rows = index if split is None else index[index[f"split_{split[0]}"] == split[1]]
+    mapped = institutions_of(rows[site], settings.tss_table)
+    places = mapped[mapped["institution"] != UNKNOWN_WORD]
+    known = schema.class_field
+    classes = rows.loc[places.index, known.name] if known is not None else places["institution"]
+    several = classes.groupby(places["source_site"]).nunique() > 1
+    told = {
+        "codes": of_codes["sites"],
+        "components_of_codes": of_codes["components"],
+        "source_sites": len(several),
+        "source_sites_with_several_classes": int(several.sum()),
+        "institutions": int(places["institution"].nunique()),
+        "kinds": {str(k): int(n) for k, n in places.drop_duplicates("institution")["kind"].value_counts().items()},
+    }
+    rows = rows.assign(**{site: mapped["institution"]})
+    (new,) = Schema.from_table(rows, None, [site]).fields
+    schema = Schema(tuple(new if known.name == site else known for known in schema.fields))
+    result = audit(rows, schema, settings.requested or None, thin, site_field=site)
+    return result | {"split": of_codes["split"], "institutions": told}
 
 
 def split_table(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:

@@ -195,7 +195,7 @@ def choose_combinations(
     of_value = {
         (name, value): set(rows["patient"]) for name in fields for value, rows in known.groupby(name, sort=True)
     }
-    wanted = round(share * len(groups))
+    wanted = max(1, round(share * len(groups)))
     chosen: list[dict[str, str]] = []
     out: set[str] = set()
     for values in sorted(groups, key=lambda v: _turn(seed, *v)):
@@ -206,10 +206,10 @@ def choose_combinations(
             continue
         chosen.append(dict(zip(fields, values, strict=True)))
         out = new
-    if len(chosen) < max(wanted, 1):
+    if len(chosen) < wanted:
         raise UserError(
             f"Only {len(chosen)} of the {len(groups)} combinations of {fields} can be held out while each value keeps "
-            f"{thin_patients} patients; {max(wanted, 1)} were asked for.",
+            f"{thin_patients} patients; {wanted} were asked for.",
             "Ask for less, or lower thin_patients.",
         )
     return chosen

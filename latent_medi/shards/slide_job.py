@@ -14,8 +14,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -268,20 +269,13 @@ def _write(cutter: _Cutter, job: SlideJob, row: dict[str, Any]) -> None:
     first = next(patches, None)
     if first is None:
         return
-
-    def all_of_them() -> Iterator[Patch]:
-        assert first is not None
-        yield first
-        yield from patches
-
     notes: dict[str, Any] = {}
-    record = write_shard(
-        job.folder, job.number, _noting(all_of_them(), notes, cutter, row), job.codec, job.token, notes
-    )
+    all_of_them = _noting(chain([first], patches), notes, cutter, row)
+    record = write_shard(job.folder, job.number, all_of_them, job.codec, job.token, notes)
     row["bytes"] = record.size
 
 
-def _noting(patches: Iterator[Patch], notes: dict[str, Any], cutter: _Cutter, row: dict[str, Any]) -> Iterator[Patch]:
+def _noting(patches: Iterable[Patch], notes: dict[str, Any], cutter: _Cutter, row: dict[str, Any]) -> Iterator[Patch]:
     """The patches; once all were taken, what was counted becomes part of the shard's record."""
     yield from patches
     counts = {f"rejected_{why}": count for why, count in cutter.counts.items()}

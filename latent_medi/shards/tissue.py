@@ -8,6 +8,7 @@ is kept (Otsu, IEEE Trans. SMC 9, 1979).
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 THUMBNAIL_MPP = 8.0
@@ -43,17 +44,8 @@ def hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Args:
         image: uint8 [h, w, 3].
     """
-    rgb = image.astype(np.float32)
-    high, low = rgb.max(-1), rgb.min(-1)
-    spread = high - low
-    safe = np.maximum(spread, 1)
-    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    hue = np.where(
-        high == red,
-        (green - blue) / safe % 6,
-        np.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    return hue * 60, 255 * spread / np.maximum(high, 1), high
+    hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(image).convert("HSV"), np.float32), -1, 0)
+    return hue * (360 / 256), saturation, value
 
 
 def pen_and_black(image: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from latent_medi.cli import main
 from latent_medi.errors import UserError
 from latent_medi.metadata.audit import audit_text
-from latent_medi.metadata.cohort import audit_table, read_cohort
+from latent_medi.metadata.cohort import audit_index, audit_table, read_cohort
 from latent_medi.metadata.settings import AuditSettings
 
 CODES = (
@@ -92,3 +92,15 @@ def test_tables_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     (tmp_path / "codes.tsv").write_text("TSS Code\tSource Site\tStudy Name\tBCR\nE2\tRoswell Park\tB\tB\n")
     with pytest.raises(UserError, match=r"4 site codes are not in .*: 12, 4P, 73, NA"):
         audit_table(settings(tmp_path, tss_table=str(tmp_path / "codes.tsv")))
+
+
+def test_a_dataset_folders_codes_are_mapped_too(tmp_path: Path) -> None:
+    index, schema = read_cohort(write(tmp_path), "project_id", "tissue_source_site")
+    index["split_main"] = ["train" if site != "12" else "test" for site in index["tissue_source_site"]]
+    (tmp_path / "codes.tsv").write_text(CODES)
+    more = settings(tmp_path, tss_table=str(tmp_path / "codes.tsv"))
+    whole = audit_index(index, schema, more)
+    assert (whole["sites"], whole["components"], whole["institutions"]["codes"]) == (2, 1, 5)
+    train = audit_index(index, schema, more, ("main", "train"))
+    assert (train["split"], train["institutions"]["codes"]) == ("split_main = train", 4)
+    assert train["counts"]["patients"] == 48

@@ -126,3 +126,7 @@ def test_what_is_held_out_must_still_be_made_of_things_seen() -> None:
         make_split(table, SplitSettings(sites=["w"], fractions={"train": 1.0}))
     with pytest.raises(UserError, match=r"no training patient has .*class = 'c'"):
         make_split(table, SplitSettings(hold_out=[{"class": "c", "site": "w"}], fractions={"train": 1.0}))
+
+
+def test_a_share_below_one_combination_holds_out_one() -> None:
+    assert len(choose_combinations(cohort(), ["class", "site"], 0.01, 0, thin_patients=5)) == 1
