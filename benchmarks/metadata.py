@@ -24,12 +24,12 @@ PEER = "import pandas, sys; pandas.read_csv(sys.argv[1], dtype=str, keep_default
 
 
 def generate(path: Path, rows: int) -> None:
-    """A table of patches: 40 per slide, 2 slides per patient, 32 classes at 600 sites, each class at a few of them."""
+    """A table of patches: 40 per slide, 2 slides per patient, 32 classes at up to 600 sites, each class at a few of them."""
     draw = np.random.default_rng(0)
     slide = np.arange(rows) // 40
     patient = slide // 2
     patients = int(patient.max()) + 1
-    site = draw.integers(0, 600, patients)
+    site = draw.integers(0, rows * 600 // 1_000_000, patients)
     kind = (site % 32 + draw.integers(0, 3, patients)) % 32
     columns = {
         "slide": slide, "patient": patient, "class": kind[patient], "site": site[patient],
