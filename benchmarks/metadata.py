@@ -24,7 +24,7 @@ PEER = "import pandas, sys; pandas.read_csv(sys.argv[1], dtype=str, keep_default
 
 
 def generate(path: Path, rows: int) -> None:
-    """A table of patches: 40 per slide, 2 slides per patient, 32 classes at up to 600 sites, each class at a few of them."""
+    """A table of patches: 40 per slide, 2 slides per patient, 32 classes, each at a few of up to 600 sites."""
     draw = np.random.default_rng(0)
     slide = np.arange(rows) // 40
     patient = slide // 2
