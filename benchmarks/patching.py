@@ -1,17 +1,19 @@
 """Patches per second and core from a whole slide, in steady state.
 
-    python benchmarks/patching.py [--region SLIDE] [--quick] [--json FILE]
+    python benchmarks/patching.py [--region SLIDE] [--peer NAME=PYTHON ...] [--quick] [--json FILE]
 
 A pyramidal TIFF of 20,480 × 20,480 px is built from a region of a real slide (``--region``; without it, of a generated
 texture). Each figure comes from a process pinned to one core and one thread. Start-up, thumbnail and mask are taken
-out: the rate is that of the later patches. The peer is the ceiling, a bare loop over the same positions: OpenSlide's
-``read_region``, RGB, Lanczos, PNG, and nothing else.
+out: the rate is that of the later patches. The ceiling is a bare loop over the same positions: OpenSlide's
+``read_region``, RGB, Lanczos, PNG, and nothing else. A peer is ``tiatoolbox`` or ``histolab``, with the Python of an
+environment that has it, doing the same job its own way (:mod:`patching_peer`).
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -100,7 +102,7 @@ def bare(slide: Path, positions: np.ndarray) -> float:
         for x, y in positions.tolist():
             image = handle.read_region((x, y), 0, (side, side)).convert("RGB")
             image = image.resize((PATCH, PATCH), Image.Resampling.LANCZOS)
-            image.save(io.BytesIO(), "PNG", compress_level=1)
+            image.save(io.BytesIO(), "PNG", compress_level=1, compress_type=3)
         return time.perf_counter() - start
 
 
@@ -129,6 +131,17 @@ def pinned(core: int, slide: Path, few: int, many: int, what: str) -> subprocess
     return subprocess.Popen(["taskset", "-c", str(core), *words], stdout=subprocess.PIPE, text=True, env=environment)
 
 
+def peer(name: str, python: str, slide: Path, few: int, many: int) -> float:
+    """A peer's rate, pinned like a worker."""
+    script = Path(__file__).with_name("patching_peer.py")
+    words = [python, "-W", "ignore", str(script), name, str(slide), str(PATCH), str(MPP), "0.5", str(few), str(many)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    output = subprocess.run(["taskset", "-c", "0", *words], stdout=subprocess.PIPE, text=True, env=environment)
+    if output.returncode:
+        raise SystemExit(f"{name} ended with exit code {output.returncode}")
+    return json.loads(output.stdout.splitlines()[-1])["rate"]
+
+
 def finished(process: subprocess.Popen[str]) -> dict[str, float]:
     """What a worker found."""
     output, _ = process.communicate()
@@ -144,6 +157,7 @@ def main() -> None:
         return
     parser = options(__doc__, "a smaller slide and fewer patches")
     parser.add_argument("--region", type=Path, help="slide whose densest region is repeated")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="tiatoolbox or histolab")
     arguments = parser.parse_args()
     edge, few, many = (8192, 50, 250) if arguments.quick else (EDGE, 300, 1500)
     with tempfile.TemporaryDirectory() as name:
@@ -152,6 +166,10 @@ def main() -> None:
         alone = finished(pinned(0, slide, few, many, "both"))
         pair = [pinned(core, slide, few, many, "ours") for core in (0, 1)]
         together = [finished(process) for process in pair]
+        peers = {
+            name: peer(name, python, slide, few, many)
+            for name, _, python in (given.partition("=") for given in arguments.peer)
+        }
     result: dict[str, Any] = {
         "slide_edge_px": edge,
         "patches_per_s_per_core": alone["rate"],
@@ -160,6 +178,8 @@ def main() -> None:
         "two_processes_over_one": sum(one["rate"] for one in together) / alone["rate"],
         "peak_gib_per_worker": max(one["gib"] for one in together),
     }
+    for name, rate in peers.items():
+        result |= {f"{name}_patches_per_s": rate, f"over_{name}": alone["rate"] / rate}
     tell(result, arguments.json)
 
 

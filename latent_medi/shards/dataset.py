@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -152,6 +152,14 @@ class PatchDataset:
         finally:
             if handle >= 0:
                 os.close(handle)
+
+    def open_shard(self, file: str) -> BinaryIO:
+        """A shard as a stream of bytes.
+
+        Raises:
+            UserError: It cannot be opened.
+        """
+        return os.fdopen(self._open_shard(file), "rb")
 
     def _open_shard(self, shard: str) -> int:
         try:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 from PIL import Image
 
 from latent_medi.errors import UserError
@@ -24,6 +23,7 @@ from latent_medi.metadata.tables import read_table, require_columns
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, decode_image
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.patch import Patch, check_column, check_key
 from latent_medi.shards.records import ShardRecord, finished_shards
 from latent_medi.shards.settings import ImportSettings
@@ -81,7 +81,8 @@ def import_images(
         schema = Schema.from_table(table, settings.class_field or None, settings.categorical, continuous, units)
     schema.encode(table)
     root = Path(settings.root) if settings.root else Path(settings.table).parent if settings.table else Path()
-    out, name = Path(settings.out), settings.name or Path(settings.out).name
+    # Absolute, as a process elsewhere has another working folder.
+    root, out, name = root.resolve(), Path(settings.out).resolve(), settings.name or Path(settings.out).name
     if settings.tile and not settings.mpp:
         raise UserError("Images are to be tiled, but the resolution of a patch is not given.", "mpp=… in µm per pixel")
     geometry = _Geometry(
@@ -89,8 +90,8 @@ def import_images(
     )
 
     chunks = [rows[i : i + settings.patches_per_shard] for i in range(0, len(rows), settings.patches_per_shard)]
-    pool = Parallel(n_jobs=settings.jobs, return_as="generator")
-    hashes = pool(delayed(_token)(chunk, root, geometry, settings.codec) for chunk in chunks)
+    codec, jobs, dask = settings.codec, settings.jobs, settings.dask
+    hashes = dispatch(_token, [(chunk, root, geometry, codec) for chunk in chunks], jobs, dask)
     tokens = list(progress(hashes, len(chunks), "reading images", "shard"))
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": settings.patch_size, "codec": settings.codec}
     if whole := finished_dataset(out, expected | {"mpp": geometry.mpp}, tokens, splits):
@@ -100,7 +101,7 @@ def import_images(
     done = {number: r for number, r in finished_shards(out).items() if number < len(tokens)}
     done = {number: record for number, record in done.items() if record.token == tokens[number]}
     todo = [number for number in range(len(chunks)) if number not in done]
-    work = pool(delayed(_write)(out, n, chunks[n], root, geometry, settings.codec, tokens[n]) for n in todo)
+    work = dispatch(_write, [(out, n, chunks[n], root, geometry, codec, tokens[n]) for n in todo], jobs, dask)
     rejected = {number: list(record.notes["rejected"]) for number, record in done.items()}
     written = set(done)
     for number, (record, bad) in zip(todo, progress(work, len(todo), f"writing {name}", "shard"), strict=True):

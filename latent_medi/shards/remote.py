@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -82,21 +82,26 @@ class RemotePatchDataset(PatchDataset):
     def __repr__(self) -> str:
         return f"RemotePatchDataset({self.url!r}, {len(self)} patches of {self.patch_size} px)"
 
-    @property
-    def shard_urls(self) -> list[str]:
-        """The URL of every shard, as ``webdataset.WebDataset`` takes them."""
-        return [f"{self.url.rstrip('/')}/{shard['file']}" for shard in self.info["shards"]]
+    def open_shard(self, file: str) -> BinaryIO:
+        """A shard as a stream of bytes, read ahead in blocks."""
+        try:
+            return self._connection().open(f"{_split(self.url)[1]}/{file}", "rb")
+        except Exception as error:  # every file system has its own kinds of error
+            raise UserError(f"{self.url}/{file} cannot be read: {type(error).__name__}: {error}.") from None
 
-    def _read_into(self, out: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> None:
+    def _connection(self) -> Any:
         if self._filesystem is None or self._process != os.getpid():  # connections do not survive a fork
             self._filesystem, _ = _filesystem(self.url, {**self._storage, "skip_instance_cache": True})
             self._process = os.getpid()
-        _, root = _split(self.url)
+        return self._filesystem
+
+    def _read_into(self, out: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> None:
+        filesystem, root = self._connection(), _split(self.url)[1]
         for start in range(0, len(positions), _AT_ONCE):
             part = positions[start : start + _AT_ONCE]
             asked = self.index[["shard", "offset", "size"]].iloc[rows[part]]
             starts = asked["offset"].tolist()
-            found = self._filesystem.cat_ranges(
+            found = filesystem.cat_ranges(
                 [f"{root}/{shard}" for shard in asked["shard"]], starts, (asked["offset"] + asked["size"]).tolist(),
                 on_error="return",
             )  # fmt: skip

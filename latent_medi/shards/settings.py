@@ -37,6 +37,7 @@ class ImportSettings:
         codec: png (lossless) or jpg.
         patches_per_shard: Patches per tar.
         jobs: Processes.
+        dask: Address of a Dask scheduler that images are sent to instead, such as tcp://host:8786.
         max_bad: Largest share of images that may be rejected, 0 to 1; beyond it nothing is finished.
     """
 
@@ -65,6 +66,7 @@ class ImportSettings:
     codec: str = "png"
     patches_per_shard: int = 512
     jobs: int = 1
+    dask: str = ""
     max_bad: float = 0.01
 
 

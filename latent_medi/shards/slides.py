@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from joblib import Parallel, delayed
 
 from latent_medi.errors import Incomplete, UserError
 from latent_medi.files import read_json, remove
@@ -30,6 +29,7 @@ from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
 from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
+from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.patch import check_column, check_key
 from latent_medi.shards.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
 from latent_medi.shards.settings import SlideSettings
@@ -310,25 +310,9 @@ def _token(job: SlideJob, path: Path) -> str:
 
 
 def _dispatch(jobs: list[SlideJob], settings: SlideSettings) -> Iterable[dict[str, Any]]:
-    """A row per job, in order. Threads suffice here, since each job is a process of its own."""
-    if not jobs:
-        return []
-    if settings.dask:
-        try:
-            from dask.distributed import Client
-        except ImportError:
-            raise UserError("dask=… needs Dask.", "pip install 'latent-medi[cluster]'") from None
-        client = Client(settings.dask, timeout="30s")
-        futures = client.map(run_slide, jobs, timeout=settings.timeout, pure=False, retries=2)
-        return _gathered(client, futures)
-    pool = Parallel(n_jobs=settings.jobs, backend="threading", return_as="generator")
-    return pool(delayed(run_slide)(job, settings.timeout) for job in jobs)
-
-
-def _gathered(client: Any, futures: list[Any]) -> Iterable[dict[str, Any]]:
-    with client:
-        for future in futures:
-            yield future.result()
+    """A row per job, in order."""
+    # Threads suffice here, since each job is a process of its own.
+    return dispatch(run_slide, [(job, settings.timeout) for job in jobs], settings.jobs, settings.dask, "threading")
 
 
 def run_slide(job: SlideJob, timeout: float) -> dict[str, Any]:

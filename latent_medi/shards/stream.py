@@ -8,15 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset import tariterators
 
 from latent_medi.errors import UserError
 from latent_medi.shards.dataset import PatchDataset
 
 Order = Callable[[int, int], np.ndarray]
 """(first image, count) to the rows at these positions of the run, int64 [count]."""
+
+
+def webdataset_of(dataset: PatchDataset) -> webdataset.DataPipeline:
+    """A ``webdataset`` pipeline over the tars, local or behind any URL that fsspec opens, in their order.
+
+    Shards are divided over processes and loader workers, as ``webdataset`` does. A sample holds ``__key__``, ``png`` or
+    ``jpg`` (bytes) and ``json`` (bytes); add ``webdataset.shuffle``, ``webdataset.decode`` and others with
+    ``pipeline.append(…)``. Where every patch has to be seen equally often, use :class:`PatchStream`.
+    """
+
+    return webdataset.DataPipeline(
+        webdataset.SimpleShardList([shard["file"] for shard in dataset.info["shards"]]),
+        webdataset.split_by_node,
+        webdataset.split_by_worker,
+        partial(_opened, dataset),
+        tariterators.tar_file_expander,
+        tariterators.group_by_keys,
+    )
+
+
+def _opened(dataset: PatchDataset, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        with dataset.open_shard(shard["url"]) as stream:
+            yield {**shard, "stream": stream}
 
 
 @dataclass(frozen=True)

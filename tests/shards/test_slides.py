@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from slide_parts import GLASS, tissue, write_slide
 
 from latent_medi.cli import main
 from latent_medi.errors import Incomplete, UserError
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.settings import SlideSettings
+from latent_medi.shards.images import import_images
+from latent_medi.shards.settings import ImportSettings, SlideSettings
 from latent_medi.shards.slide import PatchError, Slide, SlideError, resolution
 from latent_medi.shards.slide_job import SlideJob, grid, run, shuffled
 from latent_medi.shards.slides import cut_slides
@@ -388,13 +391,39 @@ def test_a_dask_cluster_that_loses_a_worker(slides: Path, tmp_path: Path) -> Non
 
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
         pids = [worker.pid for worker in cluster.workers.values()]
-        import threading
-
         threading.Timer(1.5, lambda: os.kill(pids[0], signal.SIGKILL)).start()
         result = cut_slides(cut(slides, tmp_path / "dask", dask=cluster.scheduler_address, name="same"))
     cut_slides(cut(slides, tmp_path / "here", name="same"))
     assert result["slides"] == {"kept": 3}
     assert (tmp_path / "dask" / "dataset.json").read_bytes() == (tmp_path / "here" / "dataset.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_images_on_a_dask_cluster_that_loses_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dask.distributed import LocalCluster
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(60):
+        Image.fromarray(tissue(700, 700, number)).save(folder / f"p{number // 4}_{number}.png")
+    monkeypatch.chdir(tmp_path)  # workers elsewhere have another working folder
+    common = {"folder": "images", "pattern": r"(?P<patient>p[0-9]+)_[0-9]+\.png", "class_field": "", "name": "same"}
+    common |= {"patch_size": 64, "source_mpp": 0.5, "mpp": 1.0, "tile": True, "patches_per_shard": 3}
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", local_directory=tmp_path / "dask"
+    ) as cluster:
+        pids = [worker.pid for worker in cluster.workers.values()]
+        threading.Timer(0.5, lambda: os.kill(pids[0], signal.SIGKILL)).start()
+        import_images(ImportSettings(out="far", dask=cluster.scheduler_address, **common))
+        assert pids != [worker.pid for worker in cluster.workers.values()]
+    import_images(ImportSettings(out="here", **common))
+    for name in ("dataset.json", "index.parquet"):
+        assert Path("far", name).read_bytes() == Path("here", name).read_bytes()
+
+
+def test_no_scheduler_there(slides: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No Dask scheduler answers at nowhere"):
+        cut_slides(cut(slides, tmp_path / "out", dask="nowhere"))
 
 
 def test_rounded_resolutions_and_levels_give_patches_of_the_size_asked_for(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Schema
+from latent_medi.shards.codec import decode_image
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.remote import open_dataset
-from latent_medi.shards.stream import PatchStream, epochs
+from latent_medi.shards.stream import PatchStream, epochs, webdataset_of
 from latent_medi.shards.writer import Patch, write_dataset
 
 
@@ -130,12 +132,48 @@ def test_a_dataset_behind_a_url_gives_the_same_patches(dataset: PatchDataset, se
             forbidden()
 
 
-def test_webdataset_reads_the_urls(dataset: PatchDataset, server: str) -> None:
-    import webdataset
+@pytest.fixture(scope="module")
+def bucket(dataset: PatchDataset) -> Iterator[tuple[str, dict[str, object]]]:
+    """The dataset in a bucket of an S3 server on loopback, and what it takes to reach it."""
+    from moto.server import ThreadedMotoServer
 
-    remote = open_dataset(f"{server}/set")
-    keys = [s["__key__"] for s in webdataset.WebDataset(remote.shard_urls, shardshuffle=False)]
-    assert keys == dataset.index["key"].tolist()
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    storage: dict[str, object] = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
+    s3 = fsspec.filesystem("s3", **storage)
+    s3.mkdir("slides")
+    s3.put(str(dataset.folder), "slides/set", recursive=True)
+    yield "s3://slides/set", storage
+    server.stop()
+
+
+def test_an_object_store_gives_the_same_patches(dataset: PatchDataset, bucket: tuple[str, dict[str, object]]) -> None:
+    url, storage = bucket
+    remote = open_dataset(url, storage)
+    assert remote.index.equals(dataset.index)
+    assert np.array_equal(remote.read(np.arange(24)), dataset.read(np.arange(24)))
+    stream = PatchStream(remote, epochs(np.arange(len(remote)), 0), images=24, global_batch=8)
+    for workers in (0, 2):
+        batches = list(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=lambda batch: batch))
+        assert len(batches) == 3
+        assert all(np.array_equal(b.images, dataset.read(b.rows)) for b in batches)
+    with pytest.raises(UserError, match=r"has no dataset\.json"):
+        open_dataset("s3://slides/nothing", storage)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_dataset(url, storage | {"endpoint_url": "http://127.0.0.1:9"})
+
+
+def test_webdataset_reads_local_folders_and_urls(
+    dataset: PatchDataset, server: str, bucket: tuple[str, dict[str, object]]
+) -> None:
+    for source in (dataset, open_dataset(f"{server}/set"), open_dataset(*bucket)):
+        samples = list(webdataset_of(source))
+        assert [s["__key__"] for s in samples] == dataset.index["key"].tolist()
+        assert [json.loads(s["json"])["site"] for s in samples] == dataset.index["site"].tolist()
+        assert np.array_equal(np.stack([decode_image(s["png"]) for s in samples]), dataset.read(np.arange(24)))
+    loader = DataLoader(webdataset_of(open_dataset(*bucket)), batch_size=None, num_workers=2)
+    assert sorted(s["__key__"] for s in loader) == sorted(dataset.index["key"])
 
 
 def test_any_file_system_of_fsspec(dataset: PatchDataset) -> None:

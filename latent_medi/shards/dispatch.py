@@ -1,0 +1,50 @@
+"""Work handed out by joblib on this machine, or by Dask to others that see the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from joblib import Parallel, delayed, parallel_config
+
+from latent_medi.errors import UserError
+
+T = TypeVar("T")
+
+
+def dispatch(
+    function: Callable[..., T],
+    tasks: Sequence[tuple[Any, ...]],
+    jobs: int,
+    dask: str = "",
+    backend: Literal["loky", "threading"] = "loky",
+) -> Iterator[T]:
+    """The function's results in the order of the tasks, each as soon as it and those before it are done.
+
+    Args:
+        function: With ``dask``, importable there.
+        tasks: Arguments of each call.
+        jobs: Calls at the same time on this machine; not used with ``dask``.
+        dask: Address of a Dask scheduler, such as ``tcp://host:8786``; empty for this machine.
+        backend: Processes (``loky``) or threads on this machine.
+
+    Raises:
+        UserError: Dask is not installed, or no scheduler answers.
+    """
+    if not tasks:
+        return
+    calls = (delayed(function)(*task) for task in tasks)
+    if not dask:
+        yield from Parallel(n_jobs=jobs, backend=backend, return_as="generator")(calls)
+        return
+    try:
+        from dask.distributed import Client
+    except ImportError:
+        raise UserError("dask=… needs Dask.", "pip install 'latent-medi[cluster]'") from None
+    try:
+        client = Client(dask, timeout="30s")
+    except (OSError, TimeoutError, ValueError) as error:
+        raise UserError(f"No Dask scheduler answers at {dask}: {error}.", "Start one, or correct dask=….") from None
+    with client, parallel_config("dask", client=client):
+        # Not batched: a task is seconds to minutes, and one that is lost with its worker is done again.
+        yield from Parallel(n_jobs=-1, batch_size=1, return_as="generator")(calls)
