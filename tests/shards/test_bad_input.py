@@ -91,7 +91,8 @@ def test_a_full_disk_is_no_fault_of_the_slide(
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [("zero", "Not a readable image"), ("grey16", "not RGB"), ("cmyk", "not RGB"), ("palette", "not RGB"),
-     ("alpha", "not RGB"), ("half", "Not a readable image"), ("bomb", "Not a readable image: Image size .* exceeds limit")],
+     ("alpha", "not RGB"), ("half", "Not a readable image"),
+     ("bomb", "Not a readable image: Image size .* exceeds limit")],
 )  # fmt: skip
 def test_images_that_are_not_8_bit_rgb_are_named(tmp_path: Path, kind: str, reason: str) -> None:
     source = images(tmp_path / "source", 8)
