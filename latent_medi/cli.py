@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi import __version__, config
-from latent_medi.errors import Incomplete, UserError, nearest
+from latent_medi.errors import Incomplete, Preempted, UserError, nearest
 from latent_medi.files import NO_SPACE, write_json
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 
 Printed = dict[str, Any]
+
+EXIT_RESUME = 75
+"""Told to stop and saved: the same command continues (EX_TEMPFAIL of sysexits.h)."""
 
 
 def _demo(words: list[str]) -> Printed:
@@ -134,6 +137,13 @@ def _train(words: list[str]) -> Printed:
     return {"model": str(train(config.parse(TrainSettings, words, "train")))}
 
 
+def _average(words: list[str]) -> Printed:
+    from latent_medi.training.run import write_average
+    from latent_medi.training.settings import AverageSettings
+
+    return {"model": str(write_average(config.parse(AverageSettings, words, "average", positional="run")))}
+
+
 def _plan(words: list[str]) -> Printed:
     from latent_medi.shards.dataset import PatchDataset
     from latent_medi.synthesis.plan import make_plan, write_plan
@@ -182,6 +192,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "split": (_split, "patients into parts: at random, whole sites or held-out combinations apart"),
     "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),
     "train": (_train, "a metadata-conditioned denoiser on latents"),
+    "average": (_average, "a finished run's model with another length of the weights' average"),
     "plan": (_plan, "which combinations to generate, and how many"),
     "sample": (_sample, "the patches of a plan, as a dataset folder"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
@@ -241,7 +252,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Entry point of ``latent-medi``, ``train.py`` and ``sample.py``.
 
     Exit codes: 0 done; 2 bad input, explained in one message; 3 done, but for some of the input, which is named;
-    130 interrupted; 143 terminated; anything else is a
+    75 told to stop and saved, so that the same command continues; 130 interrupted; 143 terminated; anything else is a
     defect and keeps its traceback.
     """
     set_up_logging()
@@ -268,6 +279,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except Incomplete as error:
         print(f"incomplete: {error}", file=sys.stderr)
         return 3
+    except Preempted as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return EXIT_RESUME
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

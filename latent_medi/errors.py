@@ -39,6 +39,13 @@ class Incomplete(Exception):
         self.result = result or {}
 
 
+class Preempted(Exception):
+    """Work that was told to stop and has saved what it needs to go on: the same command continues.
+
+    The command line prints it and exits with code 75 ("try again later"), which schedulers can requeue on.
+    """
+
+
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """A phrase that names the known words closest to ``word``, or lists a few of them when none is close."""
     known = [str(k) for k in known]

@@ -7,4 +7,4 @@ import sys
 from latent_medi.cli import main
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -25,7 +25,7 @@ def power_exponent(relative_width: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - inverse_square, 12.0 - inverse_square]).real.max())
 
 
-def ema_decay(images: int, batch: int, settings: EmaSettings) -> float:
+def ema_decay(images: int, batch: int, settings: EmaSettings, width: float | None = None) -> float:
     """Decay of the update that brings the run to ``images`` images seen.
 
     "power": (1 - batch/images)^(γ+1), which keeps the averaging window at a fixed share of the run; its first value is
@@ -36,9 +36,10 @@ def ema_decay(images: int, batch: int, settings: EmaSettings) -> float:
         images: Images seen, this batch included; > 0.
         batch: Images per update.
         settings: Kind and length of the average.
+        width: For "power": another relative width than the settings'.
     """
     if settings.kind == "power":
-        return max(0.0, 1.0 - batch / images) ** (power_exponent(settings.relative_width) + 1.0)
+        return max(0.0, 1.0 - batch / images) ** (power_exponent(width or settings.relative_width) + 1.0)
     updates = images / batch - 1.0
     return min(settings.decay, (1.0 + updates) / (10.0 + updates))
 

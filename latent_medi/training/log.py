@@ -1,11 +1,16 @@
-"""log.csv: one row per logging interval, consistent with the checkpoint that a run goes on from."""
+"""log.csv and its like: rows by images seen, consistent with the checkpoint that a run goes on from; and trackers."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from accelerate import Accelerator
+
+from latent_medi.errors import UserError
 from latent_medi.files import write_text
 
 Measure = tuple[float, float | None]
@@ -20,37 +25,66 @@ def read_log(path: Path) -> list[dict[str, str]]:
         return []
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
-    return [row for row in csv.DictReader(io.StringIO(whole)) if row.get(COLUMNS[-1])]
+    rows = csv.DictReader(io.StringIO(whole))
+    last = (rows.fieldnames or [""])[-1]
+    return [row for row in rows if row.get(last)]
 
 
-class TrainingLog:
-    """Appends rows to log.csv.
+class CsvLog:
+    """Appends rows to a CSV file whose first column is images seen.
 
     Args:
         path: The file.
+        columns: Names of its columns.
         images: Images seen where the run goes on; later rows, of work that was lost, are removed.
     """
 
-    def __init__(self, path: Path, images: int) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], images: int) -> None:
         self.path = path
         kept = [row for row in read_log(path) if int(row["images"]) <= images]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(kept)
         write_text(path, text.getvalue())
 
-    def row(self, images: int, window: list[Measure], lr: float, images_per_s: float) -> None:
-        """Append a row.
-
-        Args:
-            images: Images seen.
-            window: (loss, gradient norm) of each update since the last row; their means are written.
-            lr: Learning rate of the last update.
-            images_per_s: Since the last row or the resume, over all processes.
-        """
-        loss = sum(entry[0] for entry in window) / len(window)
-        norms = [entry[1] for entry in window if entry[1] is not None]
-        norm = sum(norms) / len(norms) if norms else float("nan")
+    def write(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Append rows."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{images},{loss!r},{lr!r},{norm!r},{images_per_s:.1f}\n")
+            file.write(text.getvalue())
+
+
+def mean_measures(window: list[Measure]) -> tuple[float, float]:
+    """Mean loss and mean gradient norm (NaN where no update had one) of some updates."""
+    norms = [entry[1] for entry in window if entry[1] is not None]
+    return sum(entry[0] for entry in window) / len(window), sum(norms) / len(norms) if norms else float("nan")
+
+
+def start_trackers(accelerator: Accelerator, names: Sequence[str], out: Path, images: int, run: str) -> None:
+    """Open TensorBoard or Weights & Biases through Accelerate; log.csv is written in any case.
+
+    Args:
+        accelerator: Made with these trackers.
+        names: "tensorboard", "wandb".
+        out: Folder of the run; its name becomes the run's.
+        images: Images seen where the run goes on; TensorBoard drops what it has beyond.
+        run: What tells this run from others, so that a resumed run continues its own page.
+
+    Raises:
+        UserError: A tracker that is not installed or cannot be reached.
+    """
+    if not names:
+        return
+    options = {
+        "tensorboard": {"purge_step": images},
+        "wandb": {"id": run[:16], "name": out.name, "dir": str(out), "resume": "allow"},
+    }
+    try:
+        accelerator.init_trackers(out.name, init_kwargs={name: options[name] for name in names})
+    except Exception as error:  # each service has its own kinds
+        raise UserError(
+            f"The trackers {', '.join(names)} cannot be started: {type(error).__name__}: {error}.",
+            "pip install 'latent-medi[track]'; for W&B log in, or set WANDB_MODE=offline.",
+        ) from None

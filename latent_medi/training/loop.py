@@ -11,20 +11,26 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors.torch import save_file
 
 from latent_medi.diffusion.objective import Objective, diffusion_loss
-from latent_medi.errors import UserError
+from latent_medi.errors import Preempted, UserError
+from latent_medi.files import atomic_path, write_json
 from latent_medi.progress import get_logger, progress
-from latent_medi.training import checkpoint, run
-from latent_medi.training.data import TrainingData, open_data
+from latent_medi.training import averages, checkpoint, losses, preview, run
+from latent_medi.training.data import Batch, TrainingData, open_data
 from latent_medi.training.ema import Ema, ema_decay
-from latent_medi.training.log import Measure, TrainingLog
+from latent_medi.training.log import COLUMNS, CsvLog, Measure, mean_measures, start_trackers
+from latent_medi.training.notice import listening
+from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.settings import TrainSettings
 from latent_medi.training.transfer import inherited_objective, open_source
 
@@ -36,15 +42,18 @@ ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _LOOK_EVERY = 100  # updates after which losses are fetched from the device at the latest
 
 
-def learning_rate(images: int, lr: float, total: int, warmup: float, schedule: str) -> float:
+def learning_rate(images: int, lr: float, total: int, warmup: float, schedule: str, decay: int = 0) -> float:
     """Learning rate of the update that starts at ``images`` images seen.
 
-    A linear rise from 0 over ``warmup`` images, then half a cosine that reaches 0 at ``total``, or a constant.
+    A linear rise from 0 over ``warmup`` images, then half a cosine that reaches 0 at ``total``; or a constant; or
+    lr/√max(images/``decay``, 1) (Karras et al. 2024, arXiv 2312.02696, equation 67).
     """
     if images < warmup:
         return lr * images / warmup
     if schedule == "constant":
         return lr
+    if schedule == "inverse_sqrt":
+        return lr / math.sqrt(max(images / decay, 1.0))
     share = min(1.0, (images - warmup) / max(total - warmup, 1))
     return lr * 0.5 * (1.0 + math.cos(math.pi * share))
 
@@ -64,10 +73,13 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     Raises:
         UserError: Settings that cannot be followed, data that do not fit, a folder with another run, or a loss that is
             not finite.
+        Preempted: SIGTERM or SIGUSR1 came; a checkpoint was saved first.
     """
     settings.check()
     accelerator = accelerator or Accelerator(
         mixed_precision=ACCELERATE_PRECISION[settings.precision],
+        log_with=list(settings.trackers) or None,
+        project_dir=settings.out,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     check_strategy(accelerator, settings)
@@ -93,7 +105,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     # Where to go on. The main process chooses, so that all agree.
     found = [checkpoint.newest_checkpoint(out / "checkpoints") if main else None]
     newest: Path | None = broadcast_object_list(found)[0] if processes > 1 else found[0]
-    tensors, state = checkpoint.load_checkpoint(newest) if newest else ({}, {"images": 0, "window": [], "scaler": {}})
+    tensors, state = checkpoint.load_checkpoint(newest) if newest else ({}, {"images": 0})
     if newest:
         run.check_same(out, record, state["run"])
         denoiser.load_state_dict(tensors["model"])
@@ -102,94 +114,149 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     denoiser.to(device)
     if settings.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    ema = Ema(denoiser)
+    emas = {width: Ema(denoiser) for width in settings.ema.widths()}
+    ema = emas[settings.ema.relative_width]
     names = [name for name, _ in denoiser.named_parameters()]
-    optimizer = torch.optim.AdamW(
-        denoiser.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = build_optimizer(denoiser.parameters(), settings)
     if newest:
-        ema.module.load_state_dict(tensors["ema"])
+        for width, each in emas.items():
+            each.module.load_state_dict(tensors[ema_file(width, settings)])
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], names)
     del tensors
     if settings.compile:
         denoiser.unet.compile()
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     model.train()
-    if accelerator.scaler is not None and state["scaler"]:
+    if accelerator.scaler is not None and state.get("scaler"):
         accelerator.scaler.load_state_dict(state["scaler"])
+
+    # What is told of it on the way.
+    window: list[Measure] = [(loss, norm) for loss, norm in state.get("window", [])]  # updates since the last row
+    pending: list[torch.Tensor] = []  # measures still on the device
+    table_of_losses = losses.LossTable(data.schema, objective.timesteps, device)
+    table_of_losses.load(state.get("losses", []))
+    log = CsvLog(out / "log.csv", COLUMNS, state["images"]) if main else None
+    loss_log = CsvLog(out / "losses.csv", losses.COLUMNS, state["images"]) if main else None
+    previews = preview_log = None
+    if settings.preview_every_images:
+        previews = preview.Previews(settings, data, autoencoder, objective.settings, accelerator)
+        preview_log = CsvLog(out / "previews.csv", preview.COLUMNS, state["images"]) if main else None
+    start_trackers(accelerator, settings.trackers, out, state["images"], data.fingerprint())
 
     batch, total = settings.global_batch, settings.total_images
     share = batch // processes
     largest = min(settings.device_batch or share, share)
-    window: list[Measure] = [(loss, norm) for loss, norm in state["window"]]  # of the updates since the last row
-    pending: list[torch.Tensor] = []  # measures still on the device
-    log = TrainingLog(out / "log.csv", state["images"]) if main else None
+    steps = range(state["images"] // batch, total // batch)
     last_time, last_images = time.monotonic(), state["images"]
 
-    steps = range(state["images"] // batch, total // batch)
-    for step in progress(steps, desc="training", unit="step") if main else steps:
-        seen, images = step * batch, (step + 1) * batch
-        rate = learning_rate(seen, settings.lr, total, settings.total_warmup_images, settings.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        if denoiser.unet.config["dropout"]:  # the network's own dropout must not depend on what ran before
-            torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
+    def prepared(step: int) -> Batch:
+        return data.batch(step, batch, settings.seed, objective.timesteps, settings.dropout, rank, processes)
 
-        # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
-        mine = data.batch(step, batch, settings.seed, objective.timesteps, settings.dropout, rank, processes)
-        loss = torch.zeros((), device=device)
-        parts = mine.parts(largest, device)
-        for i, part in enumerate(parts):
-            with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext():
-                each = diffusion_loss(model, part.latents, part.noise, part.timesteps, part.conditions, objective)
-                part_loss = each.sum() / share
-                accelerator.backward(part_loss)
-            loss += part_loss.detach()
+    def save(images: int) -> None:
+        checkpoint.save_checkpoint(
+            out / "checkpoints",
+            images,
+            {
+                "model": denoiser.state_dict(),
+                "optimizer": checkpoint.optimizer_tensors(optimizer, names),
+                **{ema_file(width, settings): each.module.state_dict() for width, each in emas.items()},
+            },
+            {
+                "run": record,
+                "window": window,
+                "losses": table_of_losses.state(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
+            },
+            settings.keep_checkpoints,
+        )
 
-        # Update and running average. A step that fp16's loss scaler skips leaves the average alone.
-        norm = clip_gradients(accelerator, list(model.parameters()), settings.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if not accelerator.optimizer_step_was_skipped:
-            ema.update(denoiser, ema_decay(images, batch, settings.ema))
-        pending.append(torch.stack([loss, norm.to(loss)]))
-
-        # Look at the losses, log and save. Nothing is saved before its losses were seen to be finite.
-        logging = crossed(images, batch, settings.log_every_images)
-        saving = crossed(images, batch, settings.checkpoint_every_images)
-        last = images == total
-        if logging or saving or last or len(pending) >= _LOOK_EVERY:
-            values = accelerator.reduce(torch.stack(pending), "mean").tolist()
-            check_finite(values, step, settings, data, accelerator.scaler is not None)
-            window += [(value[0], value[1] if math.isfinite(value[1]) else None) for value in values]
-            pending.clear()
-        if log is not None and (logging or last):
-            now = time.monotonic()
-            log.row(images, window, rate, (images - last_images) / (now - last_time))
-            last_time, last_images = now, images
-        if logging:
-            window.clear()
-        if main and (saving or last):
-            checkpoint.save_checkpoint(
-                out / "checkpoints",
-                images,
-                {
-                    "model": denoiser.state_dict(),
-                    "ema": ema.module.state_dict(),
-                    "optimizer": checkpoint.optimizer_tensors(optimizer, names),
-                },
-                {
-                    "run": record,
-                    "window": window,
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-                },
-                settings.keep_checkpoints,
+    with listening() as notice, ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(prepared, steps[0]) if steps else None
+        for step in progress(steps, desc="training", unit="step") if main else steps:
+            seen, images = step * batch, (step + 1) * batch
+            last = images == total
+            rate = learning_rate(
+                seen, settings.lr, total, settings.total_warmup_images, settings.schedule, settings.decay_images
             )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if denoiser.unet.config["dropout"]:  # the network's own dropout must not depend on what ran before
+                torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
 
+            # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
+            mine = coming.result()  # type: ignore[union-attr]
+            coming = None if last else ahead.submit(prepared, step + 1)  # while the device is at work on this one
+            loss = torch.zeros((), device=device)
+            parts = mine.parts(largest, device)
+            for i, part in enumerate(parts):
+                with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext():
+                    loss_of = diffusion_loss(
+                        model, part.latents, part.noise, part.timesteps, part.conditions, objective
+                    )
+                    part_loss = loss_of.sum() / share
+                    accelerator.backward(part_loss)
+                loss += part_loss.detach()
+                table_of_losses.add(loss_of, part.timesteps, part.conditions)
+
+            # Update and running averages. A step that fp16's loss scaler skips leaves the averages alone.
+            norm = clip_gradients(accelerator, list(model.parameters()), settings.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if not accelerator.optimizer_step_was_skipped:
+                for width, averaged in emas.items():
+                    averaged.update(denoiser, ema_decay(images, batch, settings.ema, width))
+            pending.append(torch.stack([loss, norm.to(loss)]))
+
+            # Look at the losses, log and save. Nothing is saved before its losses were seen to be finite.
+            stopping = not last and notice.agreed(accelerator, step)
+            logging = last or crossed(images, batch, settings.log_every_images)
+            saving = last or stopping or crossed(images, batch, settings.checkpoint_every_images)
+            if logging or saving or len(pending) >= _LOOK_EVERY:
+                values = accelerator.reduce(torch.stack(pending), "mean").tolist()
+                check_finite(values, step, settings, data, accelerator.scaler is not None, main, denoiser)
+                window += [(value[0], value[1] if math.isfinite(value[1]) else None) for value in values]
+                pending.clear()
+                table_of_losses.fold(accelerator)
+            if logging:
+                now = time.monotonic()
+                mean_loss, mean_norm = mean_measures(window)
+                row = (mean_loss, rate, mean_norm, round((images - last_images) / (now - last_time), 1))
+                accelerator.log(dict(zip(COLUMNS[1:], row, strict=True)), step=images)
+                if log is not None and loss_log is not None:
+                    log.write([(images, *map(repr, row))])
+                    loss_log.write(table_of_losses.rows(images))
+                last_time, last_images = now, images
+                window.clear()
+                table_of_losses.clear()
+            if previews is not None and (last or crossed(images, batch, settings.preview_every_images)):
+                looked = previews.make(images, ema.module)
+                accelerator.log(dict(zip(preview.COLUMNS[1:], looked[1:], strict=True)), step=images)
+                if preview_log is not None:
+                    preview_log.write([looked])
+            if main and settings.ema.also and (last or crossed(images, batch, settings.ema.snapshot_every_images)):
+                averages.save_snapshots(out, images, {w: each.module.state_dict() for w, each in emas.items()})
+            if main and saving:
+                save(images)
+            if stopping:
+                accelerator.wait_for_everyone()
+                raise Preempted(
+                    f"{notice.given or 'another process was told to stop'} at {images:,} of {total:,} images; "
+                    "saved, the same command continues"
+                )
+
+    if previews is not None:
+        previews.finish()
     if main:
         run.finish(out, record, data, autoencoder, objective.settings, total, ema.module)
     accelerator.wait_for_everyone()
+    if settings.trackers:
+        accelerator.end_training()
     return out / "model"
+
+
+def ema_file(width: float, settings: TrainSettings) -> str:
+    """Name of an average's file in a checkpoint, without its ending."""
+    return "ema" if width == settings.ema.relative_width else f"ema-{width:.4f}"
 
 
 def crossed(images: int, batch: int, every: int) -> bool:
@@ -232,9 +299,12 @@ def check_strategy(accelerator: Accelerator, settings: TrainSettings) -> None:
 
 
 def check_finite(
-    values: list[list[float]], step: int, settings: TrainSettings, data: TrainingData, scaled: bool
-) -> None:
+    values: list[list[float]], step: int, settings: TrainSettings, data: TrainingData, scaled: bool, main: bool,
+    denoiser: torch.nn.Module,
+) -> None:  # fmt: skip
     """Stop at the first update whose loss or gradient is not finite, naming what was trained on.
+
+    ``out/not_finite`` then holds the update's numbers and keys and the weights as they are now, a few updates later.
 
     Raises:
         UserError: Names the update and its patches.
@@ -245,9 +315,19 @@ def check_finite(
             continue
         bad = step - len(values) + 1 + i
         keys = [str(key) for key in data.keys[data.at(bad, settings.global_batch, settings.seed)]]
+        folder = Path(settings.out) / "not_finite"
+        if main:
+            with atomic_path(folder) as temporary:
+                temporary.mkdir()
+                told = {"update": bad + 1, "images": bad * settings.global_batch, "keys": keys}
+                # JSON has no word for what is not finite.
+                numbers = {"losses_and_norms_since_the_last_look": [[repr(x) for x in value] for value in values]}
+                write_json(temporary / "update.json", told | numbers | {"settings": run.plain(asdict(settings))})
+                weights = {name: tensor.contiguous() for name, tensor in denoiser.state_dict().items()}
+                save_file(weights, temporary / "model.safetensors")
         raise UserError(
             f"The loss of update {bad + 1} (from {bad * settings.global_batch:,} images on) is {loss}, its gradient "
-            f"norm {norm}. Its patches: {', '.join(keys)}.",
+            f"norm {norm}. Its patches: {', '.join(keys)}. {folder} holds the state.",
             "No checkpoint was written since. Look at the latents of these patches; else lower lr, lengthen the "
             "warm-up, or use bf16 instead of fp16.",
         )

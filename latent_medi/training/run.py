@@ -19,10 +19,11 @@ from latent_medi.errors import UserError
 from latent_medi.files import read_json, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.progress import get_logger
+from latent_medi.training.averages import reconstruct
 from latent_medi.training.checkpoint import checkpoint_folders, remove_unfinished
 from latent_medi.training.data import TrainingData
 from latent_medi.training.draws import batch_seed
-from latent_medi.training.settings import TrainSettings
+from latent_medi.training.settings import AverageSettings, TrainSettings
 from latent_medi.training.transfer import Source, describe_table, transfer
 
 logger = get_logger("training")
@@ -33,7 +34,8 @@ RUN_FILE = "run.json"
 # instead.
 _FREE = {
     "data", "latents", "out", "autoencoder", "init_from", "device_batch", "checkpoint_every_images",
-    "keep_checkpoints", "log_every_images", "channels_last", "compile", "checkpoint_activations",
+    "keep_checkpoints", "log_every_images", "channels_last", "compile", "checkpoint_activations", "trackers",
+    "preview_every_images", "preview_images", "preview_steps",
 }  # fmt: skip
 
 
@@ -173,6 +175,29 @@ def finish(
     MediPipeline.from_parts(averaged, objective, autoencoder, data.shift, data.scale, provenance).save_pretrained(
         out / "model"
     )
+
+
+def write_average(settings: AverageSettings) -> Path:
+    """Write the model of a finished run with its weights averaged over another length.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        UserError: The run is not finished, kept too few averages, or the folder is there already.
+    """
+    run, out = Path(settings.run), Path(settings.out)
+    if not (run / "model").is_dir():
+        raise UserError(f"{run} holds no finished model.", "Finish the run first.")
+    if out.exists():
+        raise UserError(f"{out} is there already.", "Choose another out.")
+    tensors, made = reconstruct(run, settings.width, settings.images)
+    pipeline = MediPipeline.from_pretrained(run / "model")
+    pipeline.denoiser.load_state_dict(tensors)
+    pipeline.provenance["average"] = made
+    pipeline.provenance["images_seen"] = made["images"]
+    pipeline.save_pretrained(out)
+    return out
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -19,11 +19,20 @@ class EmaSettings:
             warm-up.
         relative_width: For "power": standard deviation of the window as a share of the run, above 0 and below 0.28.
         decay: For "constant": decay per update, 0 to 1.
+        also: For "power": further relative widths that are averaged along, 4 bytes per parameter each, so that the
+            length can be chosen afterwards with `latent-medi average`; [0.05] beside 0.10 serves well.
+        snapshot_every_images: Images between snapshots of all averages in out/averages; 0 keeps those at the end only.
     """
 
     kind: Literal["power", "constant"] = "power"
     relative_width: float = 0.10
     decay: float = 0.9999
+    also: list[float] = field(default_factory=list)
+    snapshot_every_images: int = 0
+
+    def widths(self) -> list[float]:
+        """Every relative width that is averaged, the model's own first."""
+        return [self.relative_width, *self.also]
 
 
 @dataclass
@@ -48,7 +57,10 @@ class TrainSettings:
         weight_decay: AdamW's weight decay.
         warmup_images: Images over which the learning rate rises linearly from 0; 0 means warmup_fraction of the run.
         warmup_fraction: Share of the run, 0 to 1, used if warmup_images is 0.
-        schedule: "cosine" falls to 0 at the end of the run; "constant" stays.
+        schedule: "cosine" falls to 0 at the end of the run; "constant" stays; "inverse_sqrt" stays for decay_images and
+            then falls with the square root of the images seen, so that a run can be stopped or prolonged.
+        decay_images: For "inverse_sqrt": images from which it falls.
+        optimizer: "adamw"; or "adamw8bit", which keeps its moments in 8 bits (bitsandbytes).
         grad_clip: Largest gradient norm; 0 does not clip.
         ema: The running average of the weights.
         model: The denoiser. With init_from, only fields, fusion and widths count.
@@ -59,7 +71,12 @@ class TrainSettings:
         balance_temperature: 0 keeps the data's frequencies, 1 draws every combination equally often.
         checkpoint_every_images: Images between checkpoints; 0 writes one at the end only.
         keep_checkpoints: Newest checkpoints to keep, at least 1.
-        log_every_images: Images per row of log.csv.
+        log_every_images: Images per row of log.csv and losses.csv.
+        trackers: Besides the CSV files: "tensorboard", "wandb".
+        preview_every_images: Images between grids of samples in out/previews, with a light Fréchet distance in
+            previews.csv; 0 for none.
+        preview_images: Samples of a preview, over all processes.
+        preview_steps: Sampler steps of a preview.
         init_from: Model folder (ours, or of a diffusers UNet2DModel) to start from; its autoencoder scaling and
             objective are inherited.
         override: With init_from, parts taken from these settings or data instead: any of "prediction", "schedule",
@@ -88,7 +105,9 @@ class TrainSettings:
     weight_decay: float = 0.0
     warmup_images: int = 0
     warmup_fraction: float = 0.01
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    decay_images: int = 0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     grad_clip: float = 1.0
     ema: EmaSettings = field(default_factory=EmaSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -99,6 +118,10 @@ class TrainSettings:
     checkpoint_every_images: int = 100_000
     keep_checkpoints: int = 2
     log_every_images: int = 3_200
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    preview_every_images: int = 0
+    preview_images: int = 32
+    preview_steps: int = 12
     init_from: str = ""
     override: list[str] = field(default_factory=list)
     autoencoder: str = ""
@@ -127,7 +150,7 @@ class TrainSettings:
             problems.append(
                 f"give max_images or max_steps, one of them above 0 (they are {self.max_images} and {self.max_steps})"
             )
-        for name in ("global_batch", "keep_checkpoints", "log_every_images"):
+        for name in ("global_batch", "keep_checkpoints", "log_every_images", "preview_images", "preview_steps"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.device_batch is not None and self.device_batch < 1:
@@ -135,6 +158,8 @@ class TrainSettings:
         for name in (
             "seed",
             "warmup_images",
+            "decay_images",
+            "preview_every_images",
             "checkpoint_every_images",
             "weight_decay",
             "grad_clip",
@@ -146,8 +171,17 @@ class TrainSettings:
             problems.append(f"lr must be above 0, not {self.lr}")
         if not 0 <= self.warmup_fraction <= 1:
             problems.append(f"warmup_fraction is a share from 0 to 1, not {self.warmup_fraction}")
-        if not 0 < self.ema.relative_width < 0.28:
-            problems.append(f"ema.relative_width must lie between 0 and 0.28, not {self.ema.relative_width}")
+        for width in self.ema.widths():
+            if not 0 < width < 0.28:
+                problems.append(f"ema.relative_width must lie between 0 and 0.28, not {width}")
+        if len({f"{width:.4f}" for width in self.ema.widths()}) < len(self.ema.widths()):
+            problems.append(f"ema.also repeats a width: {self.ema.widths()}")
+        if self.ema.kind != "power" and (self.ema.also or self.ema.snapshot_every_images):
+            problems.append("ema.also and ema.snapshot_every_images need ema.kind=power")
+        if self.ema.snapshot_every_images < 0:
+            problems.append("ema.snapshot_every_images must not be negative")
+        if (self.schedule == "inverse_sqrt") != (self.decay_images > 0):
+            problems.append("schedule=inverse_sqrt and decay_images above 0 go together")
         if not 0 <= self.ema.decay < 1:
             problems.append(f"ema.decay must be at least 0 and below 1, not {self.ema.decay}")
         if self.override and not self.init_from:
@@ -158,3 +192,20 @@ class TrainSettings:
             )
         if problems:
             raise UserError("The training settings cannot be followed: " + "; ".join(problems) + ".")
+
+
+@dataclass
+class AverageSettings:
+    """A finished run, and another length of its weights' average.
+
+    Args:
+        run: Folder of a run with ema.also and snapshots.
+        width: Relative width of the average, above 0 and below 0.28.
+        images: Moment in images seen, one of the snapshots'; 0 for the end.
+        out: Model folder to write.
+    """
+
+    run: str
+    width: float
+    out: str
+    images: int = 0

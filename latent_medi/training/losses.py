@@ -1,0 +1,78 @@
+"""The loss by noise level and by value of each field: which hospital is learned worst, and at which noise."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from latent_medi.diffusion.conditioning import Conditions
+from latent_medi.metadata.schema import Schema
+
+BUCKETS = 10
+COLUMNS = ("images", "group", "value", "loss", "n")
+
+
+class LossTable:
+    """Sums of the weighted loss by tenth of the noise levels and by code of every field, over a logging interval.
+
+    Dropped conditions are counted under "null". Sums are collected on the device and fetched when the loop looks at its
+    losses anyway.
+
+    Args:
+        schema: The model's fields, or ``None``.
+        timesteps: Number of noise levels.
+        device: Where the losses are.
+    """
+
+    def __init__(self, schema: Schema | None, timesteps: int, device: torch.device) -> None:
+        edges = [i * timesteps // BUCKETS for i in range(BUCKETS + 1)]
+        self.labels = [("timestep", f"{low}-{high - 1}") for low, high in pairwise(edges)]
+        starts = []
+        for field in schema.fields if schema is not None else ():
+            starts.append(len(self.labels))
+            values = ("value",) if field.continuous else field.values
+            self.labels += [(field.name, value) for value in ("null", "unknown", *values)]
+        self._timesteps = timesteps
+        self._starts = torch.tensor(starts, dtype=torch.int64, device=device)
+        # fp64 where there is: sums of many small numbers.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._recent = torch.zeros(len(self.labels), 2, dtype=dtype, device=device)
+        self._total = np.zeros((len(self.labels), 2))
+
+    def add(self, each: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions | None) -> None:
+        """Take in the weighted losses fp32 [n] of samples at timesteps int64 [n]."""
+        rows = (timesteps * BUCKETS // self._timesteps)[:, None]
+        if conditions is not None:
+            rows = torch.cat([rows, conditions.codes + self._starts], 1)
+        both = torch.stack([each.detach(), torch.ones_like(each)], 1).to(self._recent.dtype)
+        self._recent.index_add_(0, rows.flatten(), both.repeat_interleave(rows.shape[1], 0))
+
+    def fold(self, accelerator: Accelerator) -> None:
+        """Add what all processes have collected to the interval's sums; every process must call."""
+        self._total += accelerator.reduce(self._recent, "sum").double().cpu().numpy()
+        self._recent.zero_()
+
+    def rows(self, images: int) -> list[tuple[Any, ...]]:
+        """Rows of :data:`COLUMNS` for all groups that were seen."""
+        return [
+            (images, *label, repr(float(total / count)), int(count))
+            for label, (total, count) in zip(self.labels, self._total, strict=True)
+            if count
+        ]
+
+    def clear(self) -> None:
+        """Begin a new interval."""
+        self._total[:] = 0.0
+
+    def state(self) -> list[list[float]]:
+        """The interval's sums, JSON-able with every bit."""
+        return self._total.tolist()
+
+    def load(self, state: list[list[float]]) -> None:
+        """Go on from :meth:`state`."""
+        if state:
+            self._total = np.array(state, dtype=np.float64)

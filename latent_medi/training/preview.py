@@ -1,0 +1,133 @@
+"""Looking at a model while it trains: a grid of its samples, and how far they are from the data.
+
+Every process generates an equal share, so that none waits for another; the grid is decoded and written by a thread
+while training goes on. Nothing here draws from the random numbers of the training.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from latent_medi.diffusion.conditioning import Conditions
+from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.samplers import draw_noise
+from latent_medi.diffusion.settings import ObjectiveSettings, SamplerSettings
+from latent_medi.features.statistics import frechet_distance
+from latent_medi.files import atomic_path
+from latent_medi.latents.autoencoder import Autoencoder
+from latent_medi.progress import get_logger
+from latent_medi.training.data import TrainingData
+from latent_medi.training.settings import TrainSettings
+
+logger = get_logger("training")
+
+FOLDER = "previews"
+COLUMNS = ("images", "fd_pooled", "fd_pooled_real", "n")
+_STREAM = 7  # apart from the streams of order.py and draws.py
+_DECODED_AT_ONCE = 8
+_MOST_SHOWN = 64
+
+
+def pooled(latents: torch.Tensor) -> np.ndarray:
+    """Mean and standard deviation of each channel over a latent, float64 [n, 2C] of latents [n, C, h, w]."""
+    flat = latents.double().flatten(2)
+    return torch.cat([flat.mean(2), flat.std(2)], 1).cpu().numpy()
+
+
+class Previews:
+    """Samples of the averaged model at chosen moments of a run.
+
+    The conditions are those of a seeded choice of training patches, so that the samples and the real latents of these
+    patches should be alike. The Fréchet distance is over :func:`pooled` latents: cheap, blind to structure, and good
+    enough to see a run go wrong; beside it stands that between two sets of real patches of the same size.
+
+    Args:
+        settings: The run's.
+        data: Its rows, whitened.
+        autoencoder: Decodes the grid.
+        objective: The run's.
+        accelerator: Its processes.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, data: TrainingData, autoencoder: Autoencoder, objective: ObjectiveSettings,
+        accelerator: Accelerator,
+    ) -> None:  # fmt: skip
+        self.out = Path(settings.out)
+        self._autoencoder, self._objective, self._accelerator = autoencoder, objective, accelerator
+        self._shift, self._scale, self._precision = data.shift, data.scale, settings.precision
+        self._sampler = SamplerSettings(steps=settings.preview_steps)
+        self._batch = settings.device_batch or settings.global_batch
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        # As many for every process; at least two samples per dimension of the pooled latents.
+        wanted = max(settings.preview_images, 4 * data.store.shape[0])
+        count = -(-wanted // processes) * processes
+        draw = np.random.default_rng([_STREAM, settings.seed])
+        chosen = np.sort(draw.choice(len(data), count, replace=len(data) < count))
+        others = np.sort(draw.choice(len(data), count, replace=len(data) < count))
+        conditions = None if data.conditions is None else data.conditions.rows(torch.from_numpy(chosen))
+        if conditions is not None:  # alike combinations beside each other
+            order = np.lexsort(conditions.codes.numpy().T[::-1])
+            chosen, conditions = chosen[order], conditions.rows(torch.from_numpy(order))
+        self.count, mine = count, slice(rank, None, processes)
+        self._conditions: Conditions | None = None if conditions is None else conditions.rows(mine)
+        self._noise = draw_noise(range(count), data.store.shape)[0][mine]
+        self._real, self._other = (pooled(self._latents(data, rows)) for rows in (chosen, others))
+        self._floor = frechet_distance(self._real, self._other)
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def _latents(self, data: TrainingData, rows: np.ndarray) -> torch.Tensor:
+        mean, std = data.store.moments(data.rows[rows])
+        raw = mean.cpu() if std is None else mean.cpu() + std.cpu() * draw_noise(range(len(rows)), mean.shape[1:])[0]
+        return (raw - self._shift.view(-1, 1, 1)) / self._scale.view(-1, 1, 1)
+
+    def make(self, images: int, averaged: Denoiser) -> tuple[int, float, float, int]:
+        """Generate, measure, and have the grid written; every process must call.
+
+        Args:
+            images: Images seen.
+            averaged: The averaged denoiser, on the training device.
+
+        Returns:
+            A row of :data:`COLUMNS`.
+        """
+        pipeline = MediPipeline.from_parts(averaged, self._objective, self._autoencoder, self._shift, self._scale)
+        mine = pipeline.generate_latents(
+            self._conditions, self._noise, self._sampler, batch=self._batch, precision=self._precision
+        )
+        # [processes, share, …] back into the order of the whole.
+        gathered = self._accelerator.gather(mine.to(self._accelerator.device)).cpu()
+        share = gathered.unflatten(0, (self._accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1)
+        distance = frechet_distance(pooled(share), self._real)
+        if self._accelerator.is_main_process:
+            self.finish()
+            self._last = self._thread.submit(self._draw, pipeline, share[:: -(-self.count // _MOST_SHOWN)], images)
+        return images, distance, self._floor, self.count
+
+    def finish(self) -> None:
+        """Wait for the last grid; one that failed is named in the log and does not end the training."""
+        if self._last is None:
+            return
+        error = self._last.exception()
+        if error is not None:
+            logger.warning("A preview could not be drawn: %s: %s", type(error).__name__, error)
+        self._last = None
+
+    def _draw(self, pipeline: MediPipeline, latents: torch.Tensor, images: int) -> None:
+        parts = [pipeline.decode(part) for part in latents.split(_DECODED_AT_ONCE)]
+        tiles = np.concatenate(parts)
+        columns = int(np.ceil(np.sqrt(len(tiles))))
+        rows, edge = -(-len(tiles) // columns), tiles.shape[1]
+        grid = np.full((rows * columns, edge, edge, 3), 255, np.uint8)
+        grid[: len(tiles)] = tiles
+        whole = grid.reshape(rows, columns, edge, edge, 3).transpose(0, 2, 1, 3, 4).reshape(rows * edge, -1, 3)
+        with atomic_path(self.out / FOLDER / f"images-{images:012d}.png") as path:
+            Image.fromarray(whole).save(path, "PNG")
