@@ -91,25 +91,36 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     """An AdamW's state as named tensors ``<parameter>/<entry>``; hyperparameters are settings, so they are not state.
 
     Args:
-        optimizer: The optimizer; one parameter group, or several in the order of ``names``.
+        optimizer: The optimizer; one parameter group, or several in the order of ``names``. The 8-bit one's nested
+            entries become ``<parameter>/<group>/<entry>``.
         names: Parameter names in the optimizer's order.
     """
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[i]}/{key}": torch.as_tensor(value) for i, entries in state.items() for key, value in entries.items()
-    }
+    found: dict[str, torch.Tensor] = {}
+    for i, entries in optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, dict):  # cloned, since all parameters share their quantisation maps
+                found |= {f"{names[i]}/{key}/{k}": torch.as_tensor(v).clone() for k, v in value.items()}
+            else:
+                found[f"{names[i]}/{key}"] = torch.as_tensor(value)
+    return found
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
     """Put the tensors of :func:`optimizer_tensors` back."""
     position = {name: i for i, name in enumerate(names)}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        name, entry = key.rsplit("/", 1)
+        name, entry, *inner = key.split("/")
         at = position[name]
         if value.shape == parameters[at].shape:
             # In the parameter's own memory layout, since fused kernels walk through both by address.
             value = torch.empty_like(parameters[at], device="cpu", dtype=value.dtype).copy_(value)
-        state.setdefault(at, {})[entry] = value
+        # The 8-bit optimizer counts its steps in a Python number.
+        kept = int(value) if value.ndim == 0 and not value.is_floating_point() else value
+        entries = state.setdefault(at, {})
+        if inner:
+            entries.setdefault(entry, {})[inner[0]] = kept
+        else:
+            entries[entry] = kept
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

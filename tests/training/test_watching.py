@@ -202,7 +202,7 @@ def test_the_length_of_the_average_is_chosen_afterwards(run_settings: Make, tmp_
     train(kept)
     assert len(list_snapshots(tmp_path / "kept")) == 16
     raw = load_file(sorted((tmp_path / "kept" / "checkpoints").iterdir())[-1] / "model.safetensors")
-    for width, share in ((0.07, 0.12), (0.15, 0.2)):
+    for width in (0.07, 0.15):
         direct = replace(kept, out=str(tmp_path / f"{width}"), ema=EmaSettings(relative_width=width))
         train(direct)
         wanted = MediPipeline.from_pretrained(tmp_path / f"{width}" / "model").denoiser.state_dict()
@@ -214,7 +214,7 @@ def test_the_length_of_the_average_is_chosen_afterwards(run_settings: Make, tmp_
 
         # Far closer to the average of that length than the averages of the kept lengths or the raw weights are.
         others = [norm(load_file(s.path), wanted) for s in list_snapshots(tmp_path / "kept") if s.images == 640]
-        assert norm(found, wanted) < share * min([norm(raw, wanted), *others])
+        assert norm(found, wanted) < 0.2 * min([norm(raw, wanted), *others])
     # A kept length comes back as it is, and the verb writes it as a model.
     shares = coefficients([(320, 0.1), (640, 0.05), (640, 0.1)], 640, 0.1)
     assert np.allclose(shares, [0, 0, 1], atol=1e-9)
@@ -258,3 +258,26 @@ def test_exponent_of_a_width() -> None:
     for width in (0.05, 0.1, 0.2):
         gamma = power_exponent(width)
         assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(width**2)
+
+
+def test_eight_bit_moments_survive_a_resume(
+    run_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_settings(out=str(tmp_path / "whole"), max_steps=12, optimizer="adamw8bit")
+    train(whole)
+    kept = load_file(sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1] / "optimizer.safetensors")
+    assert any(tensor.dtype == torch.uint8 for tensor in kept.values())
+    torn, clip, calls = replace(whole, out=str(tmp_path / "torn")), loop.clip_gradients, [0]
+
+    def interrupt(*arguments: object) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 10:
+            raise KeyboardInterrupt
+        return clip(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "clip_gradients", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(torn)
+    train(torn)
+    assert_equal(tmp_path / "whole", tmp_path / "torn")
