@@ -124,7 +124,8 @@ def _encode(words: list[str]) -> Printed:
     from latent_medi.latents.encode import encode
     from latent_medi.latents.settings import EncodeSettings
 
-    return {"latents": str(encode(config.parse(EncodeSettings, words, "encode")))}
+    out = encode(config.parse(EncodeSettings, words, "encode"))
+    return {"latents": str(out), "floor": read_json(out / "latents.json").get("floor")}
 
 
 def _train(words: list[str]) -> Printed:
