@@ -12,7 +12,7 @@ from typing import Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import Incomplete, UserError, nearest
-from latent_medi.files import NO_SPACE, write_json
+from latent_medi.files import NO_SPACE, read_json, write_json
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 

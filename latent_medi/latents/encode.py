@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from latent_medi.errors import UserError
+from latent_medi.features.encoders import load_encoder
 from latent_medi.files import atomic_path, read_json, remove, sha256_file, write_json
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
 from latent_medi.latents.floor import floor_text, measure_floor
@@ -86,6 +87,8 @@ def encode_dataset(
         "dtype": "float16",
     }
     shards = shard_rows(data)
+    if floor is not None and floor.patches and rank == 0:
+        load_encoder(floor.encoder, floor.weights or None)  # a wrong name is told now, not after hours
     if (out / INFO_FILE).is_file():
         _check_same(out, header, data)
         logger.info("%s is finished.", out)

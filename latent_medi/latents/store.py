@@ -47,9 +47,7 @@ class LatentStore:
         UserError: The folder is absent, unfinished or damaged.
     """
 
-    def __init__(
-        self, folder: str | Path, resident: Residence = "auto", device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, folder: str | Path, resident: Residence = "auto", device: torch.device | str = "cpu") -> None:
         self.folder = Path(folder)
         if not (self.folder / INFO_FILE).is_file():
             state = "is not finished" if (self.folder / ".progress").is_dir() else "is no latent folder"
@@ -96,10 +94,6 @@ class LatentStore:
     def identity(self) -> str:
         """What tells these moments from others of the same patches and autoencoder; empty for one view."""
         return f"views={self.views}" if self.views > 1 else ""
-
-    def expect(self, rows: Sequence[int] | np.ndarray) -> None:
-        """Announce rows that will be asked for; nothing to do where all are at hand."""
-
 
     def _map(self, shard: dict[str, Any], name: str) -> np.ndarray:
         """One tensor of a shard's file, mapped. Safetensors is a length, a JSON header, and the tensors' bytes."""
