@@ -33,7 +33,8 @@ RUN_FILE = "run.json"
 # instead, the latents' views and the like among it.
 _FREE = {
     "data", "latents", "resident", "stream", "out", "autoencoder", "init_from", "device_batch",
-    "checkpoint_every_images", "keep_checkpoints", "log_every_images", "channels_last", "compile", "checkpoint_activations",
+    "checkpoint_every_images", "keep_checkpoints", "log_every_images", "channels_last", "compile",
+    "checkpoint_activations",
 }  # fmt: skip
 
 

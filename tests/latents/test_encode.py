@@ -188,7 +188,7 @@ def test_views_are_encoded_in_pixel_space(dataset, autoencoder, tmp_path):
         assert torch.equal(mean, torch.cat([m for m, _ in expected]).half().float())
         assert torch.equal(std, torch.cat([s for _, s in expected]).half().float())
         assert torch.equal(store.moments(rows)[0], store.moments(rows, [0] * 5)[0])
-        with pytest.raises(UserError, match="Views of .* from 0 to 7, not 0 to 8"):
+        with pytest.raises(UserError, match=r"Views of .* from 0 to 7, not 0 to 8"):
             store.moments([0, 1], [0, 8])
     # Statistics and sums are over all views.
     info = json.loads((out / "latents.json").read_text())
