@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -88,7 +89,8 @@ class StreamedLatents:
             autoencoder, where the autoencoder runs, rounded to fp16 as stored ones are.
 
         Raises:
-            UserError: A row or view number out of range, a damaged patch, or a moment beyond fp16.
+            UserError: A row or view number out of range, or a damaged patch. Moments beyond fp16 are infinite, which
+                the training loop finds in its loss: looking at them here would make a GPU wait.
         """
         rows, views = check_asked(rows, views, len(self), self.views, str(self.data.folder))
         images = view_of(self._reader.read(rows), views)
@@ -98,13 +100,6 @@ class StreamedLatents:
             return empty, None if self.deterministic else empty
         mean = torch.cat([mean for mean, _ in parts])
         std = None if self.deterministic else torch.cat([std for _, std in parts if std is not None])
-        for name, values in (("mean", mean), ("standard deviation", std)):
-            if values is not None and not bool(torch.isfinite(values).all()):
-                bad = rows[(~torch.isfinite(values).flatten(1).all(1)).cpu().numpy()]
-                raise UserError(
-                    f"The {name} of the latent of {self.data.index['key'].iloc[bad[0]]!r} is not finite in fp16.",
-                    "Encode in fp32.",
-                )
         return mean, std
 
     def _encode(self, images: np.ndarray) -> Moments:
@@ -120,7 +115,7 @@ class StreamedLatents:
             deviation about 1 per channel.
 
         Raises:
-            UserError: There is no row, or a channel is constant.
+            UserError: There is no row, a moment is beyond fp16, or a channel is constant.
         """
         rows = np.sort(np.asarray(rows, dtype=np.int64).reshape(-1))
         rng = np.random.default_rng(_SAMPLE)
@@ -129,11 +124,19 @@ class StreamedLatents:
         views = rng.integers(self.views, size=len(rows))
         parts: list[Moments] = []
         starts = range(0, len(rows), self.device_batch)
-        for i in progress(starts, desc="shift and scale", unit="batch"):
+        # One of several processes shows progress, though each measures for itself.
+        first = os.environ.get("RANK", "0") == "0"
+        for i in progress(starts, desc="shift and scale", unit="batch") if first else starts:
             for j in (i, i + self.device_batch, i + 2 * self.device_batch):
                 self.expect(rows[j : j + self.device_batch])
             batch = slice(i, i + self.device_batch)
             mean, std = self.moments(rows[batch], views[batch])
+            finite = torch.isfinite(mean if std is None else mean + std).flatten(1).all(1).cpu().numpy()
+            if not finite.all():
+                raise UserError(
+                    f"The latent of {self.data.index['key'].iloc[rows[batch][~finite][0]]!r} is not finite in fp16.",
+                    "Encode in fp32.",
+                )
             parts.append((mean.half().cpu(), None if std is None else std.half().cpu()))
 
         def chunks() -> Iterable[Moments]:

@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from parts import random_model
 from safetensors.torch import load_file
 
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -139,6 +140,15 @@ def test_statistics_are_of_a_fixed_sample(tiny: Path, autoencoder: Autoencoder) 
     torch.testing.assert_close(scale, whole[1], atol=0, rtol=0.3)
     with pytest.raises(UserError, match="no row"):
         few.statistics([])
+
+
+def test_a_latent_beyond_fp16_is_named(tiny: Path) -> None:
+    model = random_model("AutoencoderTiny")
+    with torch.no_grad():
+        list(model.encoder.modules())[-1].bias += 1e5
+    streamed = StreamedLatents(PatchDataset.open(tiny / "data"), Autoencoder(model, "x"))
+    with pytest.raises(UserError, match="'p003' is not finite in fp16"):
+        streamed.statistics([3, 9])
 
 
 def test_a_streamed_run_is_the_stored_run(run_settings: Make, streaming: Make, tmp_path: Path) -> None:
