@@ -12,7 +12,7 @@ from typing import Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import Incomplete, Preempted, UserError, nearest
-from latent_medi.files import NO_SPACE, write_json
+from latent_medi.files import NO_SPACE, read_json, write_json
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 
@@ -127,7 +127,8 @@ def _encode(words: list[str]) -> Printed:
     from latent_medi.latents.encode import encode
     from latent_medi.latents.settings import EncodeSettings
 
-    return {"latents": str(encode(config.parse(EncodeSettings, words, "encode")))}
+    out = encode(config.parse(EncodeSettings, words, "encode"))
+    return {"latents": str(out), "floor": read_json(out / "latents.json").get("floor")}
 
 
 def _train(words: list[str]) -> Printed:

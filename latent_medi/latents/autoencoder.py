@@ -19,6 +19,9 @@ from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAE
 HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd"}
 """Short names of autoencoders on the model hub."""
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What an autoencoder may run in, by the word of the settings."""
+
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _KINDS: dict[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
@@ -41,6 +44,7 @@ class Autoencoder:
         latent_channels: Channels C of a latent.
         factor: Pixels per latent pixel along an edge.
         deterministic: Whether it has no posterior, only a latent.
+        slicing: Whether patches pass one by one, whatever the batch; set by :meth:`enable_slicing`.
     """
 
     def __init__(self, model: Any, source: str) -> None:
@@ -53,6 +57,7 @@ class Autoencoder:
         self.latent_channels = int(self.model.config["latent_channels"])
         self.factor = _factor(self.model)
         self.deterministic = self.kind != "AutoencoderKL"
+        self.slicing = False
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +75,22 @@ class Autoencoder:
         if dtype is not None and dtype != self.dtype:
             self.model.to(dtype=dtype)
         return self
+
+    def enable_slicing(self) -> Autoencoder:
+        """Pass patches one by one, for the memory of one.
+
+        Tiling, diffusers' other way to save memory, is not offered: it leaves patches up to the size that the
+        autoencoder was made for as they are, and changes the latents of larger ones, because each tile is normalised
+        by itself.
+        """
+        self.slicing = True
+        if hasattr(self.model, "enable_slicing"):
+            self.model.enable_slicing()
+        return self
+
+    def _run(self, part: Any, x: torch.Tensor) -> torch.Tensor:
+        """A part of the TAEF2 model, which knows no slicing of its own."""
+        return torch.cat([part(one) for one in x.split(1)]) if self.slicing and len(x) > 1 else part(x)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -104,7 +125,7 @@ class Autoencoder:
             )
         x = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
         if self.kind == "AutoencoderTAEF2":
-            return self.model.encode(x.to(self.dtype)).float().contiguous(), None
+            return self._run(self.model.encode, x.to(self.dtype)).float().contiguous(), None
         x = (x * 2 - 1).to(self.dtype)
         if self.kind == "AutoencoderTiny":
             return self.model.encode(x).latents.float().contiguous(), None
@@ -116,7 +137,7 @@ class Autoencoder:
         """Images of raw latents fp32 [n, C, h, w]: uint8 [n, H, W, 3], rounded and clamped."""
         z = latents.to(device=self.device, dtype=self.dtype)
         if self.kind == "AutoencoderTAEF2":
-            x = self.model.decode(z).float()
+            x = self._run(self.model.decode, z).float()
         else:
             x = self.model.decode(z).sample.float() / 2 + 0.5
         if not torch.isfinite(x).all():
@@ -141,6 +162,20 @@ def weight_hash(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def latent_shape(autoencoder: Autoencoder, patch_size: int) -> tuple[int, int, int]:
+    """Shape (C, h, w) of the latent of a patch of ``patch_size`` pixels along an edge.
+
+    Raises:
+        UserError: The autoencoder does not take patches of this size.
+    """
+    if patch_size % autoencoder.factor:
+        raise UserError(
+            f"{autoencoder.source} takes patches of a multiple of {autoencoder.factor} px, not {patch_size} px."
+        )
+    size = patch_size // autoencoder.factor
+    return autoencoder.latent_channels, size, size
 
 
 def demo_folder() -> Path:

@@ -12,27 +12,33 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from latent_medi.errors import UserError
+from latent_medi.features.encoders import load_encoder
 from latent_medi.files import atomic_path, read_json, remove, sha256_file, write_json
-from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
-from latent_medi.latents.settings import EncodeSettings
+from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
+from latent_medi.latents.floor import floor_text, measure_floor
+from latent_medi.latents.reader import ReadAhead
+from latent_medi.latents.settings import EncodeSettings, FloorSettings
+from latent_medi.latents.store import INFO_FILE, SCHEMA_VERSION
+from latent_medi.latents.views import view_of
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
-
-INFO_FILE = "latents.json"
-SCHEMA_VERSION = 1
+from latent_medi.shards.remote import open_dataset
 
 logger = get_logger("latents")
 
 
 def encode(settings: EncodeSettings) -> Path:
     """Encode a dataset folder as the settings say; returns the latent folder."""
+    settings.check()
     accelerator = Accelerator(cpu=settings.device == "cpu")
     device = torch.device(settings.device) if settings.device else accelerator.device
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    autoencoder = load_autoencoder(settings.autoencoder, device, dtype)
+    autoencoder = load_autoencoder(settings.autoencoder, device, PRECISIONS[settings.precision])
+    if settings.slicing:
+        autoencoder.enable_slicing()
     return encode_dataset(
-        settings.data, autoencoder, settings.out, settings.device_batch, None, accelerator, settings.workers
-    )
+        settings.data, autoencoder, settings.out, settings.device_batch, None, accelerator, settings.workers,
+        settings.views, settings.floor,
+    )  # fmt: skip
 
 
 def encode_dataset(
@@ -43,18 +49,23 @@ def encode_dataset(
     device: torch.device | str | None = None,
     accelerator: Accelerator | None = None,
     workers: int = 0,
+    views: int = 1,
+    floor: FloorSettings | None = None,
 ) -> Path:
     """Encode a dataset folder.
 
     Args:
-        dataset: Dataset folder.
+        dataset: Dataset folder, or the URL of one.
         autoencoder: What encodes.
         out: Latent folder to write. If it was cut off, shards that are whole are kept.
         device_batch: Patches per forward pass.
         device: Where to run; ``None`` leaves the autoencoder where it is.
         accelerator: With several processes, shard i is encoded by process i modulo their number. Every process must
             call.
-        workers: Threads that decode images.
+        workers: Threads that decode images ahead.
+        views: 1, or 8 to encode each patch under every symmetry of the square, in pixel space.
+        floor: The reconstruction floor to measure, by the first process, if the folder has none yet; ``None`` for
+            none.
 
     Returns:
         The latent folder.
@@ -63,38 +74,52 @@ def encode_dataset(
         UserError: The folder holds latents of something else, the patches do not fit the autoencoder, or a latent is
             beyond fp16.
     """
-    data, out = PatchDataset.open(dataset), Path(out)
+    data, out = open_dataset(dataset), Path(out)
     if device is not None:
         autoencoder.to(device)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    if data.patch_size % autoencoder.factor:
-        raise UserError(
-            f"{autoencoder.source} takes patches of a multiple of {autoencoder.factor} px, not {data.patch_size} px."
-        )
-    size = data.patch_size // autoencoder.factor
     header = {
         "schema_version": SCHEMA_VERSION,
         "dataset": data.name,
         "autoencoder": {**autoencoder.description, "precision": str(autoencoder.dtype).removeprefix("torch.")},
-        "shape": [autoencoder.latent_channels, size, size],
+        "shape": list(latent_shape(autoencoder, data.patch_size)),
+        "views": views,
         "dtype": "float16",
     }
     shards = shard_rows(data)
+    if floor is not None and floor.patches and rank == 0:
+        load_encoder(floor.encoder, floor.weights or None)  # a wrong name is told now, not after hours
     if (out / INFO_FILE).is_file():
         _check_same(out, header, data)
         logger.info("%s is finished.", out)
-        return out
-    mine = list(enumerate(data.info["shards"]))[rank::processes]
-    for number, shard in progress(mine, desc="encoding", unit="shard") if rank == 0 else mine:
-        if _record_of(out, number, shard, header) is None:
-            _encode_shard(data, shards[shard["file"]], shard, autoencoder, out, number, device_batch, workers, header)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
+    else:
+        mine = list(enumerate(data.info["shards"]))[rank::processes]
+        reader = ReadAhead(data, workers)
+        for number, shard in progress(mine, desc="encoding", unit="shard") if rank == 0 else mine:
+            if _record_of(out, number, shard, header) is None:
+                _encode_shard(reader, shards[shard["file"]], shard, autoencoder, out, number, device_batch, header)
+        reader.close()
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        if rank == 0:
+            _finish(out, data, header)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
     if rank == 0:
-        _finish(out, data, header)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
+        _tell_floor(out, data, autoencoder, floor, device_batch, workers)
     return out
+
+
+def _tell_floor(
+    out: Path, data: PatchDataset, autoencoder: Autoencoder, floor: FloorSettings | None, batch: int, workers: int
+) -> None:
+    """Measure the floor if it is wanted and not known; log it if it is known."""
+    info = read_json(out / INFO_FILE)
+    if floor is not None and floor.patches and len(data) and "floor" not in info:
+        info["floor"] = measure_floor(data, out, autoencoder, floor, batch, workers)
+        write_json(out / INFO_FILE, info)
+    if "floor" in info:
+        logger.info("%s", floor_text(info["floor"]))
 
 
 def shard_rows(data: PatchDataset) -> dict[str, np.ndarray]:
@@ -121,16 +146,18 @@ def _record_of(out: Path, number: int, shard: dict[str, Any], header: dict[str, 
 
 
 def _encode_shard(
-    data: PatchDataset, rows: np.ndarray, shard: dict[str, Any], autoencoder: Autoencoder, out: Path, number: int,
-    batch: int,
-    workers: int, header: dict[str, Any],
+    reader: ReadAhead, rows: np.ndarray, shard: dict[str, Any], autoencoder: Autoencoder, out: Path, number: int,
+    batch: int, header: dict[str, Any],
 ) -> None:  # fmt: skip
+    data, views = reader.dataset, header["views"]
     parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
-    for _, images in data.iterate(rows, batch, workers):
-        mean, std = autoencoder.encode(images)
-        parts["mean"].append(mean.half().cpu())
-        if std is not None:
-            parts["std"].append(std.half().cpu())
+    for _, images in reader.batches(rows, batch):
+        moments = [autoencoder.encode(view_of(images, view)) for view in range(views)]
+        # A dimension of views only where there are several, so that one view is laid out as it always was.
+        for name, values in zip(parts, zip(*moments, strict=True), strict=True):
+            if values[0] is not None:
+                halves = [value.half() for value in values]
+                parts[name].append((torch.stack(halves, 1) if views > 1 else halves[0]).cpu())
     tensors = {name: torch.cat(values) for name, values in parts.items() if values}
     if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
         keys = data.index["key"].iloc[rows[(~torch.isfinite(tensors[bad[0]]).flatten(1).all(1)).numpy()]]
@@ -142,15 +169,16 @@ def _encode_shard(
     with atomic_path(file) as temporary:
         save_file(tensors, str(temporary))
     mean = tensors["mean"].double()
+    others = tuple(i for i in range(mean.ndim) if i != mean.ndim - 3)  # all but the channels
     record: dict[str, Any] = {
         "file": f"data/{file.name}",
         "sha256": sha256_file(file),
         "source": shard["file"],
         "source_sha256": shard["sha256"],
         "count": len(rows),
-        "sum": mean.sum((0, 2, 3)).tolist(),
-        "sum_squares": mean.square().sum((0, 2, 3)).tolist(),
-        "sum_variances": tensors["std"].double().square().sum((0, 2, 3)).tolist() if "std" in tensors else None,
+        "sum": mean.sum(others).tolist(),
+        "sum_squares": mean.square().sum(others).tolist(),
+        "sum_variances": tensors["std"].double().square().sum(others).tolist() if "std" in tensors else None,
     }
     write_json(note, {"header": header, "shard": record})
 
@@ -160,7 +188,8 @@ def _finish(out: Path, data: PatchDataset, header: dict[str, Any]) -> None:
     if None in records:
         raise UserError(f"{out}: shard {records.index(None)} was not encoded.", "Run the same command again.")
     count = sum(r["count"] for r in records if r is not None)
-    # Σ and Σ² per channel run over every latent pixel of the means; Σσ² is what sampling the posterior adds.
+    # Σ and Σ² per channel run over every latent pixel of the means, of all views; Σσ² is what sampling the posterior
+    # adds. Counts are patches.
     write_json(out / INFO_FILE, {**header, "count": count, "shards": records})
     remove(out / ".progress")
 
@@ -169,6 +198,11 @@ def _check_same(out: Path, header: dict[str, Any], data: PatchDataset) -> None:
     info = read_json(out / INFO_FILE)
     if info.get("autoencoder", {}).get("hash") != header["autoencoder"]["hash"]:
         raise UserError(f"{out} holds latents of another autoencoder.", "Choose another folder, or remove this one.")
+    if info.get("views", 1) != header["views"]:
+        raise UserError(
+            f"{out} holds {info.get('views', 1)} view(s) per patch, not {header['views']}.",
+            "Choose another folder, or remove this one.",
+        )
     if [s["source_sha256"] for s in info["shards"]] != [s["sha256"] for s in data.info["shards"]]:
         raise UserError(
             f"{out} holds latents of other images than {data.folder}.", "Choose another folder, or remove this one."

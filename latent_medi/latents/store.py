@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,16 @@ import torch
 
 from latent_medi.errors import UserError
 from latent_medi.files import read_json
-from latent_medi.latents.encode import INFO_FILE, SCHEMA_VERSION
+
+INFO_FILE = "latents.json"
+SCHEMA_VERSION = 2
+"""Version 1 had one view per patch and did not say so; it is read as before."""
+
+Residence = Literal["auto", "mmap", "ram", "device"]
+Moments = tuple[torch.Tensor, torch.Tensor | None]
 
 _SHARE = 0.4  # of the free memory that "auto" is willing to fill
-_CHUNK = 4096  # rows per step of the statistics
+_CHUNK = 4096  # latents per step of the statistics
 
 
 class LatentStore:
@@ -24,46 +31,56 @@ class LatentStore:
 
     Args:
         folder: Latent folder.
-        resident: "mmap" reads from disk on demand, "ram" loads everything, "auto" loads if it takes at most 40 % of
-            the free memory.
-        device: With "ram", where to hold them, such as "cuda"; moments then come from there.
+        resident: "mmap" reads from disk on demand, "ram" loads everything, "device" loads everything onto ``device``;
+            "auto" takes a device other than the CPU if the moments fill at most 40 % of its free memory, else RAM by
+            the same rule, else "mmap".
+        device: Where moments are wanted, such as "cuda".
 
     Attributes:
         info: The content of ``latents.json``.
         shape: (C, h, w) of a latent.
         deterministic: Whether there is a mean only.
+        views: Symmetries stored per patch, 1 or 8.
+        resident: "mmap", "ram" or "device".
 
     Raises:
         UserError: The folder is absent, unfinished or damaged.
     """
 
-    def __init__(
-        self, folder: str | Path, resident: Literal["auto", "mmap", "ram"] = "auto", device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, folder: str | Path, resident: Residence = "auto", device: torch.device | str = "cpu") -> None:
         self.folder = Path(folder)
         if not (self.folder / INFO_FILE).is_file():
             state = "is not finished" if (self.folder / ".progress").is_dir() else "is no latent folder"
             raise UserError(f"{folder} {state}: it has no {INFO_FILE}.", "Run `latent-medi encode` (again).")
         self.info: dict[str, Any] = read_json(self.folder / INFO_FILE)
-        if self.info.get("schema_version") != SCHEMA_VERSION:
+        if self.info.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
             raise UserError(
-                f"{folder} has latent version {self.info.get('schema_version')!r}; this program reads {SCHEMA_VERSION}."
+                f"{folder} has latent version {self.info.get('schema_version')!r}; this program reads up to "
+                f"{SCHEMA_VERSION}."
             )
         self.shape: tuple[int, int, int] = tuple(self.info["shape"])
         self.deterministic = bool(self.info["autoencoder"]["deterministic"])
+        self.views = int(self.info.get("views", 1))
         names = ["mean"] if self.deterministic else ["mean", "std"]
         self._starts = np.concatenate([[0], np.cumsum([s["count"] for s in self.info["shards"]])]).astype(np.int64)
         self._mapped = {name: [self._map(shard, name) for shard in self.info["shards"]] for name in names}
-        if resident not in ("auto", "mmap", "ram"):
-            raise UserError(f"Latents are resident 'auto', 'mmap' or 'ram', not {resident!r}.")
-        self.resident = resident == "ram" or (resident == "auto" and self.nbytes <= _SHARE * _free_memory())
+        if resident not in ("auto", "mmap", "ram", "device"):
+            raise UserError(f"Latents are resident 'auto', 'mmap', 'ram' or 'device', not {resident!r}.")
+        self.resident = choose_residence(self.nbytes, device) if resident == "auto" else resident
         self._loaded: dict[str, torch.Tensor] = {}
-        if self.resident:
-            empty = np.empty((0, *self.shape), np.float16)
-            self._loaded = {
-                n: torch.from_numpy(np.concatenate([empty, *maps])).to(device) for n, maps in self._mapped.items()
-            }
+        if self.resident != "mmap":
+            place = device if self.resident == "device" else "cpu"
+            self._loaded = {n: self._load(maps, torch.device(place)) for n, maps in self._mapped.items()}
             self._mapped = {}
+
+    def _load(self, maps: list[np.ndarray], device: torch.device) -> torch.Tensor:
+        """All shards of one tensor, [n·views, C, h, w]: shard by shard, so that a device's copy needs no second in
+        RAM."""
+        out = torch.empty((len(self) * self.views, *self.shape), dtype=torch.float16, device=device)
+        for start, values in zip(self._starts * self.views, maps, strict=False):
+            part = np.array(values).reshape(-1, *self.shape)  # copied: torch warns about memory it must not write to
+            out[int(start) : int(start) + len(part)] = torch.from_numpy(part)
+        return out
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -71,11 +88,17 @@ class LatentStore:
     @property
     def nbytes(self) -> int:
         """Size of all moments in bytes."""
-        return len(self) * int(np.prod(self.shape)) * 2 * (1 if self.deterministic else 2)
+        return len(self) * self.views * int(np.prod(self.shape)) * 2 * (1 if self.deterministic else 2)
+
+    @property
+    def identity(self) -> str:
+        """What tells these moments from others of the same patches and autoencoder; empty for one view."""
+        return f"views={self.views}" if self.views > 1 else ""
 
     def _map(self, shard: dict[str, Any], name: str) -> np.ndarray:
         """One tensor of a shard's file, mapped. Safetensors is a length, a JSON header, and the tensors' bytes."""
-        path, shape = self.folder / shard["file"], [shard["count"], *self.shape]
+        path = self.folder / shard["file"]
+        shape = [shard["count"], *([self.views] if self.views > 1 else []), *self.shape]
         try:
             with open(path, "rb") as handle:
                 length = int.from_bytes(handle.read(8), "little")
@@ -92,34 +115,38 @@ class LatentStore:
             return np.empty(shape, np.float16)
         return np.memmap(path, np.float16, "r", 8 + length + entry["data_offsets"][0], tuple(shape))
 
-    def _rows(self, name: str, rows: np.ndarray) -> torch.Tensor:
-        if self.resident:
+    def _rows(self, name: str, rows: np.ndarray, views: np.ndarray) -> torch.Tensor:
+        if self.resident != "mmap":
             values = self._loaded[name]
-            return values[torch.from_numpy(rows).to(values.device)].float()
+            return values[torch.from_numpy(rows * self.views + views).to(values.device)].float()
         out = np.empty((len(rows), *self.shape), np.float16)
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard):
             where = np.flatnonzero(shard == number)
-            out[where] = self._mapped[name][number][rows[where] - self._starts[number]]
+            mapped, inside = self._mapped[name][number], rows[where] - self._starts[number]
+            out[where] = mapped[inside, views[where]] if self.views > 1 else mapped[inside]
         return torch.from_numpy(out).float()
 
-    def moments(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def moments(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> Moments:
         """Moments of some rows, in the order asked for, repeats allowed.
+
+        Args:
+            rows: Row numbers.
+            views: The symmetry of each row, 0 to :attr:`views` − 1 as in :func:`latent_medi.latents.views.view_of`;
+                ``None`` takes the patches as they were cut.
 
         Returns:
             Mean fp32 [n, C, h, w], and standard deviation of the same shape or ``None`` for a deterministic
             autoencoder.
 
         Raises:
-            UserError: A row number out of range.
+            UserError: A row or view number out of range.
         """
-        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            raise UserError(f"Rows of {self.folder} run from 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}.")
-        return self._rows("mean", rows), None if self.deterministic else self._rows("std", rows)
+        rows, views = check_asked(rows, views, len(self), self.views, str(self.folder))
+        return self._rows("mean", rows, views), None if self.deterministic else self._rows("std", rows, views)
 
     def statistics(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation per channel of *sampled* latents over some rows: var = var(mean) + E[std²].
+        """Mean and standard deviation per channel of *sampled* latents over some rows and all their views.
 
         Returns:
             Shift and scale, fp32 [C] each; (latent − shift) / scale has mean 0 and standard deviation 1 per channel.
@@ -128,33 +155,96 @@ class LatentStore:
             UserError: There is no row, or a channel is constant.
         """
         rows = np.sort(np.asarray(rows, dtype=np.int64).reshape(-1))
-        if not len(rows):
-            raise UserError(f"There is no row of {self.folder} to take the shift and scale from.")
-        channels = self.shape[0]
-        # Two passes: a difference of large sums would cost digits.
-        total, spread = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-        pixels = len(rows) * self.shape[1] * self.shape[2]
-        chunks = [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)]
-        for chunk in chunks:
-            total += self.moments(chunk)[0].double().sum((0, 2, 3)).cpu()
-        shift = total / pixels
-        for chunk in chunks:
-            mean, std = self.moments(chunk)
-            spread += (mean.double().cpu() - shift[:, None, None]).square().sum((0, 2, 3))
-            if std is not None:
-                spread += std.double().square().sum((0, 2, 3)).cpu()
-        scale = (spread / pixels).sqrt()
-        if not bool((scale > 1e-6).all()):
-            flat = [i for i, s in enumerate(scale.tolist()) if not s > 1e-6]
-            raise UserError(
-                f"Latent channels {flat} of {self.folder} are constant over the training rows.",
-                "Is every patch the same?",
-            )
-        return shift.float(), scale.float()
+        rows, views = np.repeat(rows, self.views), np.tile(np.arange(self.views), len(rows))
+
+        def chunks() -> Iterable[Moments]:
+            for i in range(0, len(rows), _CHUNK):
+                yield self.moments(rows[i : i + _CHUNK], views[i : i + _CHUNK])
+
+        return channel_statistics(chunks, self.shape, len(rows), str(self.folder))
+
+
+def check_asked(
+    rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None, count: int, known: int, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and view numbers as int64 [n] each.
+
+    Raises:
+        UserError: One is out of range.
+    """
+    rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+    if len(rows) and (rows.min() < 0 or rows.max() >= count):
+        raise UserError(f"Rows of {where} run from 0 to {count - 1}, not {rows.min()} to {rows.max()}.")
+    if views is None:
+        return rows, np.zeros(len(rows), np.int64)
+    views = np.asarray(views, dtype=np.int64).reshape(-1)
+    if len(views) != len(rows):
+        raise UserError(f"Each of {len(rows)} rows has one view; there are {len(views)}.")
+    if len(views) and (views.min() < 0 or views.max() >= known):
+        raise UserError(f"Views of {where} run from 0 to {known - 1}, not {views.min()} to {views.max()}.")
+    return rows, views
+
+
+def channel_statistics(
+    chunks: Callable[[], Iterable[Moments]], shape: tuple[int, int, int], count: int, where: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation per channel of sampled latents: var = var(mean) + E[std²].
+
+    Args:
+        chunks: Gives the moments in parts; called twice, since a difference of large sums would cost digits.
+        shape: (C, h, w).
+        count: Latents in all parts.
+        where: Where they are, for messages.
+
+    Returns:
+        Shift and scale, fp32 [C] each, on the CPU.
+
+    Raises:
+        UserError: There is none, or a channel is constant.
+    """
+    if not count:
+        raise UserError(f"There is no row of {where} to take the shift and scale from.")
+    channels = shape[0]
+    total, spread = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    pixels = count * shape[1] * shape[2]
+    for mean, _ in chunks():
+        total += mean.double().sum((0, 2, 3)).cpu()
+    shift = total / pixels
+    for mean, std in chunks():
+        spread += (mean.double() - shift.to(mean.device)[:, None, None]).square().sum((0, 2, 3)).cpu()
+        if std is not None:
+            spread += std.double().square().sum((0, 2, 3)).cpu()
+    scale = (spread / pixels).sqrt()
+    if not bool((scale > 1e-6).all()):
+        flat = [i for i, s in enumerate(scale.tolist()) if not s > 1e-6]
+        raise UserError(
+            f"Latent channels {flat} of {where} are constant over the training rows.", "Is every patch the same?"
+        )
+    return shift.float(), scale.float()
+
+
+def choose_residence(nbytes: int, device: torch.device | str) -> Literal["mmap", "ram", "device"]:
+    """Where moments of ``nbytes`` are held: on the device if it is no CPU, in RAM, or on disk, the first that they
+    fill to at most 40 % of what is free."""
+    device = torch.device(device)
+    if device.type != "cpu" and nbytes <= _SHARE * _free_on(device):
+        return "device"
+    return "ram" if nbytes <= _SHARE * _free_memory() else "mmap"
+
+
+def _free_on(device: torch.device) -> int:
+    """Free bytes of an accelerator; 0 where it does not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _free_memory() -> int:
+    """Free bytes of RAM for this process: of the machine or of its container, and its share where the launcher started
+    several."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 0
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # "max", or no such limit on this system
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

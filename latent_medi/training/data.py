@@ -12,13 +12,19 @@ import torch
 from latent_medi.diffusion.conditioning import Conditions, draw_dropout
 from latent_medi.diffusion.settings import DropoutSettings
 from latent_medi.errors import UserError
-from latent_medi.latents.store import LatentStore
+from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
+from latent_medi.latents.store import LatentStore, Residence
+from latent_medi.latents.stream import StreamedLatents
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.remote import open_dataset
 from latent_medi.training.draws import batch_generator, draw_batch
 from latent_medi.training.order import balance_weights, rank_slice, rows_at
-from latent_medi.training.settings import TrainSettings
+from latent_medi.training.settings import StreamSettings, TrainSettings
 from latent_medi.training.transfer import Source, transferred_schema
+
+AHEAD = 2
+"""Updates whose patches are read and decoded before they are asked for, when streaming."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Batch:
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             # From pageable memory a copy would wait for the device, and nothing could be prepared meanwhile.
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+            pageable = device.type == "cuda" and tensor.device.type == "cpu"
+            return (tensor.pin_memory() if pageable else tensor).to(device, non_blocking=True)
 
         def conditions(part: slice) -> Conditions | None:
             if self.conditions is None:
@@ -64,7 +71,7 @@ class TrainingData:
     """The rows to train on.
 
     Args:
-        store: The latents of the whole dataset.
+        store: The latents of the whole dataset, stored or encoded as they are asked for.
         rows: int64 [n]; row numbers of the dataset's index.
         keys: Keys of these rows.
         schema: Fields of the model, or ``None`` for an unconditional one.
@@ -75,7 +82,7 @@ class TrainingData:
         scale: fp32 [C]; then divided by.
     """
 
-    store: LatentStore
+    store: LatentStore | StreamedLatents
     rows: np.ndarray
     keys: np.ndarray
     schema: Schema | None
@@ -103,28 +110,37 @@ class TrainingData:
     def batch(
         self, number: int, batch: int, seed: int, timesteps: int, dropout: DropoutSettings, rank: int, processes: int
     ) -> Batch:
-        """A process's share of the ``number``-th global batch, on the CPU.
+        """A process's share of the ``number``-th global batch: latents where the store holds them, the rest on the CPU.
 
         All draws are made for the whole global batch, so that they do not depend on how many processes share it.
         """
         generator = batch_generator(seed, number)
         mine = rank_slice(rank, processes)
+        if isinstance(self.store, StreamedLatents):
+            for later in range(number, number + AHEAD + 1):
+                self.store.expect(self.rows[self.at(later, batch, seed)[mine]])
         members = self.at(number, batch, seed)
-        mean, std = self.store.moments(self.rows[members[mine]])
-        draws = draw_batch(generator, (batch, *mean.shape[1:]), timesteps, posterior=std is not None)
+        draws = draw_batch(generator, (batch, *self.store.shape), timesteps, posterior=not self.store.deterministic)
         conditions = None
         if self.conditions is not None and self.schema is not None:
             everyone = self.conditions.rows(torch.from_numpy(members))
             conditions = draw_dropout(everyone, dropout, generator, self.schema).rows(mine)
+        # Drawn last, and not at all for one view: with and without views, everything else about a batch is the same.
+        views = None
+        if self.store.views > 1:
+            views = torch.randint(self.store.views, (batch,), generator=generator).numpy()[mine]
         draws = draws.share(mine)
-        raw = mean if std is None or draws.posterior is None else torch.addcmul(mean, std, draws.posterior)
-        latents = (raw - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
+        mean, std = self.store.moments(self.rows[members[mine]], views)
+        place = mean.device
+        raw = mean if std is None or draws.posterior is None else torch.addcmul(mean, std, draws.posterior.to(place))
+        latents = (raw - self.shift.view(-1, 1, 1).to(place)) / self.scale.view(-1, 1, 1).to(place)
         return Batch(latents, draws.noise, draws.timesteps, conditions)
 
     def fingerprint(self) -> str:
         """SHA-256 over the rows, what is known of them, and what their latents were encoded from and by."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
         digest.update(str(self.store.info["autoencoder"]["hash"]).encode())
+        digest.update(self.store.identity.encode())
         if self.conditions is not None and self.schema is not None:
             digest.update(repr(self.schema.to_dict()).encode())
             digest.update(self.conditions.codes.numpy().tobytes())
@@ -134,27 +150,33 @@ class TrainingData:
         return digest.hexdigest()
 
 
-def open_data(settings: TrainSettings, source: Source | None) -> TrainingData:
+def open_data(settings: TrainSettings, source: Source | None, device: torch.device | str = "cpu") -> TrainingData:
     """The rows that the settings name, encoded by the model's fields.
 
     Args:
         settings: The run.
         source: The model to start from, whose fields keep their codes, or ``None``.
+        device: Where the run trains: where an autoencoder in the loop runs, and where latents may be held.
 
     Raises:
         UserError: Data, split or field absent; latents of other images or of another autoencoder than the source's; or
             a source that cannot be conditioned on these fields.
     """
-    dataset = PatchDataset.open(settings.data)
+    dataset = open_dataset(settings.data)
     rows = training_rows(dataset, settings.split, settings.split_value)
-    store = open_latents(dataset, settings.latents)
+    store: LatentStore | StreamedLatents
+    if settings.latents:
+        store = open_latents(dataset, settings.latents, settings.resident, device)
+    else:
+        store = stream_latents(dataset, settings.autoencoder, settings.stream, device)
     if (
         source is not None
         and source.autoencoder is not None
         and source.autoencoder["hash"] != store.info["autoencoder"]["hash"]
     ):
+        made = f"latents in {settings.latents} were encoded" if settings.latents else "patches are encoded"
         raise UserError(
-            f"The latents in {settings.latents} were encoded by another autoencoder than the one of {source.folder}.",
+            f"The {made} by another autoencoder than the one of {source.folder}.",
             "Encode the data with the source's autoencoder.",
         )
     names = settings.model.fields
@@ -186,13 +208,31 @@ def training_rows(dataset: PatchDataset, split: str, value: str) -> np.ndarray:
     return rows
 
 
-def open_latents(dataset: PatchDataset, folder: str) -> LatentStore:
+def stream_latents(
+    dataset: PatchDataset, autoencoder: str, settings: StreamSettings, device: torch.device | str
+) -> StreamedLatents:
+    """Latents that a frozen autoencoder makes while training.
+
+    Raises:
+        UserError: The autoencoder is absent, or does not take these patches.
+    """
+    frozen = load_autoencoder(autoencoder, device, PRECISIONS[settings.precision])
+    if settings.slicing:
+        frozen.enable_slicing()
+    return StreamedLatents(
+        dataset, frozen, settings.views, settings.device_batch, settings.workers, settings.statistics_patches
+    )
+
+
+def open_latents(
+    dataset: PatchDataset, folder: str, resident: Residence = "auto", device: torch.device | str = "cpu"
+) -> LatentStore:
     """The latents of a dataset.
 
     Raises:
         UserError: They were encoded from other images.
     """
-    store = LatentStore(folder)
+    store = LatentStore(folder, resident, device)
     hashes = [shard["sha256"] for shard in dataset.info["shards"]]
     if len(store) != len(dataset) or [shard["source_sha256"] for shard in store.info["shards"]] != hashes:
         raise UserError(

@@ -89,7 +89,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
 
     # What to train on, what to train, and to what end; inherited where it starts from another model.
     source = open_source(settings.init_from) if settings.init_from else None
-    data = open_data(settings, source)
+    data = open_data(settings, source, device)
     record = run.describe(settings, data, source)
     if run.finished(out, record):
         logger.info("%s is finished.", out)

@@ -31,11 +31,11 @@ logger = get_logger("training")
 RUN_FILE = "run.json"
 
 # Where things are, and what changes speed, memory and rounding only. Data and source are told apart by their content
-# instead.
+# instead, the latents' views and the like among it.
 _FREE = {
-    "data", "latents", "out", "autoencoder", "init_from", "device_batch", "checkpoint_every_images",
-    "keep_checkpoints", "log_every_images", "channels_last", "compile", "checkpoint_activations", "trackers",
-    "preview_every_images", "preview_images", "preview_steps",
+    "data", "latents", "resident", "stream", "out", "autoencoder", "init_from", "device_batch",
+    "checkpoint_every_images", "keep_checkpoints", "log_every_images", "channels_last", "compile",
+    "checkpoint_activations", "trackers", "preview_every_images", "preview_images", "preview_steps",
 }  # fmt: skip
 
 

@@ -36,13 +36,38 @@ class EmaSettings:
 
 
 @dataclass
+class StreamSettings:
+    """Training straight from images, with the frozen autoencoder in the loop; counts only without latents.
+
+    Args:
+        views: 1 encodes patches as they were cut, 8 draws one of the symmetries of the square for each.
+        statistics_patches: Training patches, drawn once, that shift and scale of the latents are measured over.
+        precision: Arithmetic of the autoencoder: "fp32", "bf16" or "fp16".
+        device_batch: Most patches per forward pass of the autoencoder; caps memory.
+        workers: Threads per process that read and decode patches ahead; 0 does it in between.
+        slicing: Patch by patch through the autoencoder: least memory, slower on a GPU.
+    """
+
+    views: int = 1
+    statistics_patches: int = 2048
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device_batch: int = 64
+    workers: int = 4
+    slicing: bool = False
+
+
+@dataclass
 class TrainSettings:
     """How a model is trained. Progress is counted in images seen; the number of processes changes speed only.
 
     Args:
-        data: Dataset folder (metadata and splits).
-        latents: Latent folder encoded from it.
+        data: Dataset folder (metadata and splits), or the URL of one.
         out: Folder of the run: checkpoints, log.csv, settings.yaml and, when finished, model.
+        latents: Latent folder encoded from the data; empty encodes the patches while training, which needs
+            autoencoder.
+        resident: Where latents are held: "device" (all on each GPU), "ram", "mmap" (read from disk), or "auto": the
+            first of these whose free memory they fill to at most 40 %.
+        stream: Without latents: how patches are encoded while training.
         split: Named split of the dataset; empty trains on every row.
         split_value: The part of the split to train on.
         max_images: Length of the run in images seen, rounded up to whole global batches; 0 if max_steps is given.
@@ -90,8 +115,10 @@ class TrainSettings:
     """
 
     data: str
-    latents: str
     out: str
+    latents: str = ""
+    resident: Literal["auto", "mmap", "ram", "device"] = "auto"
+    stream: StreamSettings = field(default_factory=StreamSettings)
     split: str = "main"
     split_value: str = "train"
     max_images: int = 0
@@ -167,6 +194,12 @@ class TrainSettings:
         ):
             if not getattr(self, name) >= 0:
                 problems.append(f"{name} must not be negative, but it is {getattr(self, name)}")
+        if not self.latents and not self.autoencoder:
+            problems.append("give latents (a folder that `latent-medi encode` wrote), or an autoencoder to stream with")
+        if self.stream.views not in (1, 8):
+            problems.append(f"stream.views is 1 or 8, not {self.stream.views}")
+        if self.stream.statistics_patches < 1 or self.stream.device_batch < 1 or self.stream.workers < 0:
+            problems.append("stream takes statistics_patches and device_batch of at least 1, workers of at least 0")
         if not (math.isfinite(self.lr) and self.lr > 0):
             problems.append(f"lr must be above 0, not {self.lr}")
         if not 0 <= self.warmup_fraction <= 1:

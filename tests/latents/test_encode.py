@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from latent_medi.latents.autoencoder import Autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode, encode_dataset
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.latents.store import LatentStore
+from latent_medi.latents.views import view_of
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +73,11 @@ def test_a_cut_off_encoding_goes_on_and_gives_the_same_bytes(dataset, autoencode
     whole = encode_dataset(dataset.folder, autoencoder, tmp_path / "whole")
     real, done = module._encode_shard, []
 
-    def count_and_fail(data, rows, shard, *rest):
+    def count_and_fail(reader, rows, shard, *rest):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(shard["file"])
-        real(data, rows, shard, *rest)
+        real(reader, rows, shard, *rest)
 
     monkeypatch.setattr(module, "_encode_shard", count_and_fail)
     with pytest.raises(KeyboardInterrupt):
@@ -138,3 +141,64 @@ def test_the_verb(dataset, tmp_path):
     save_autoencoder(Autoencoder(random_model("AutoencoderKL"), "x"), tmp_path / "vae")
     settings = EncodeSettings(str(dataset.folder), str(tmp_path / "out"), str(tmp_path / "vae"), device="cpu")
     assert len(LatentStore(encode(settings))) == 10
+    with pytest.raises(UserError, match="views is 1 or 8, not 4; workers must not be negative, but it is -1"):
+        encode(replace(settings, views=4, workers=-1))
+
+
+def test_threads_that_read_ahead_change_nothing(dataset, autoencoder, tmp_path):
+    plain = encode_dataset(dataset.folder, autoencoder, tmp_path / "plain", device_batch=1)
+    ahead = encode_dataset(dataset.folder, autoencoder, tmp_path / "ahead", device_batch=1, workers=3)
+    assert (plain / "latents.json").read_bytes() == (ahead / "latents.json").read_bytes()
+
+
+def test_a_url_is_encoded_like_a_folder(dataset, autoencoder, tmp_path):
+    files = fsspec.filesystem("memory")
+    files.put(str(dataset.folder), "/encoded-from-here", recursive=True)
+    plain = encode_dataset(dataset.folder, autoencoder, tmp_path / "plain")
+    there = encode_dataset("memory://encoded-from-here", autoencoder, tmp_path / "there", workers=2)
+    assert (plain / "latents.json").read_bytes() == (there / "latents.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderTAEF2"])
+def test_slicing_passes_patches_one_by_one_and_gives_the_same(kind, tmp_path):
+    save_autoencoder(Autoencoder(random_model(kind), "x"), tmp_path / "vae")
+    data = make_dataset(tmp_path / "data")
+    settings = EncodeSettings(str(data.folder), str(tmp_path / "a"), str(tmp_path / "vae"), device="cpu")
+    a = LatentStore(encode(settings)).moments(range(10))
+    sizes: list[int] = []
+    sliced = Autoencoder(random_model(kind), "x").enable_slicing()
+    for part in (sliced.model.encoder, sliced.model.decoder):
+        part.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    sliced.decode(sliced.encode(data.read(range(4)))[0])
+    assert sizes == [1] * 8
+    b = LatentStore(encode(replace(settings, out=str(tmp_path / "b"), slicing=True))).moments(range(10))
+    torch.testing.assert_close(a[0], b[0], atol=2e-3, rtol=2e-3)
+
+
+def test_views_are_encoded_in_pixel_space(dataset, autoencoder, tmp_path):
+    out = encode_dataset(dataset.folder, autoencoder, tmp_path / "latents", device_batch=3, views=8)
+    assert load_file(out / "data/part-000000.safetensors")["mean"].shape == (4, 8, 4, 8, 8)
+    images = dataset.read(np.arange(10))
+    for resident in ("mmap", "ram"):
+        store = LatentStore(out, resident)
+        assert (store.views, store.nbytes) == (8, 10 * 8 * 2 * 4 * 8 * 8 * 2)
+        rows, views = np.array([9, 0, 4, 4, 7]), np.array([0, 7, 3, 4, 5])
+        mean, std = store.moments(rows, views)
+        expected = [autoencoder.encode(view_of(images[[r]], int(v))) for r, v in zip(rows, views, strict=True)]
+        assert torch.equal(mean, torch.cat([m for m, _ in expected]).half().float())
+        assert torch.equal(std, torch.cat([s for _, s in expected]).half().float())
+        assert torch.equal(store.moments(rows)[0], store.moments(rows, [0] * 5)[0])
+        with pytest.raises(UserError, match=r"Views of .* from 0 to 7, not 0 to 8"):
+            store.moments([0, 1], [0, 8])
+    # Statistics and sums are over all views.
+    info = json.loads((out / "latents.json").read_text())
+    everything = torch.cat([load_file(out / s["file"])["mean"] for s in info["shards"]]).double()
+    torch.testing.assert_close(store.statistics(range(10))[0].double(), everything.mean((0, 1, 3, 4)))
+    total = np.sum([s["sum"] for s in info["shards"]], axis=0)
+    np.testing.assert_allclose(total, everything.sum((0, 1, 3, 4)), rtol=1e-9)
+    one = encode_dataset(dataset.folder, autoencoder, tmp_path / "one")
+    with pytest.raises(UserError, match=r"8 view\(s\) per patch, not 1"):
+        encode_dataset(dataset.folder, autoencoder, out)
+    assert torch.equal(LatentStore(one).moments(range(10))[0], store.moments(range(10))[0])
+    with pytest.raises(UserError, match="from 0 to 0"):
+        LatentStore(one).moments([0], [1])

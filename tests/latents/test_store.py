@@ -12,9 +12,10 @@ from parts import random_model
 from safetensors.torch import load_file
 
 from latent_medi.errors import UserError
+from latent_medi.latents import store as module
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.encode import encode_dataset
-from latent_medi.latents.store import LatentStore
+from latent_medi.latents.store import LatentStore, choose_residence
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,12 @@ def everything(folder):
     return tuple(torch.cat([p[name] for p in parts]).float() for name in ("mean", "std"))
 
 
-@pytest.mark.parametrize("resident", ["mmap", "ram", "auto"])
+@pytest.mark.parametrize("resident", ["mmap", "ram", "device", "auto"])
 def test_rows_come_in_the_order_asked_for(folder, everything, resident):
     store = LatentStore(folder, resident)
     assert len(store) == 11
     assert store.shape == (4, 8, 8)
-    assert store.resident == (resident != "mmap")
+    assert store.resident == ("ram" if resident == "auto" else resident)
     for rows in ([10, 0, 5, 5, 4, 3], np.arange(11), [], np.array([7], dtype=np.int32)):
         mean, std = store.moments(rows)
         assert mean.dtype == std.dtype == torch.float32
@@ -108,3 +109,46 @@ def test_damaged_folders_are_refused(tmp_path, damage):
         (out / "latents.json").write_text(json.dumps({**info, **changed}))
     with pytest.raises(UserError):
         LatentStore(out)
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "place"),
+    [
+        (40, "cuda", "device"),
+        (41, "cuda", "ram"),
+        (400, "cuda", "ram"),
+        (401, "cuda", "mmap"),
+        (40, "cpu", "ram"),
+        (401, "cpu", "mmap"),
+    ],
+)
+def test_the_nearest_place_that_they_fill_to_40_percent_is_chosen(monkeypatch, size, device, place):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1 << 40))
+    monkeypatch.setattr(module, "_free_memory", lambda: 1000)
+    assert choose_residence(size, device) == place
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(module.os, "sysconf", lambda name: 10**6)
+    monkeypatch.setattr(module.Path, "read_text", lambda self: "max")
+    assert module._free_memory() == 10**12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert module._free_memory() == 10**12 // 4
+    # A container that may take less than the machine has.
+    monkeypatch.setattr(module.Path, "read_text", lambda self: "9000" if self.name == "memory.max" else "1000")
+    assert module._free_memory() == 2000
+
+
+def test_another_place_is_refused(folder):
+    with pytest.raises(UserError, match="'device', not 'gpu'"):
+        LatentStore(folder, "gpu")
+
+
+def test_a_folder_of_version_1_reads_as_one_view(folder, everything, tmp_path):
+    info = json.loads((folder / "latents.json").read_text())
+    del info["views"]
+    (tmp_path / "data").symlink_to(folder / "data")
+    (tmp_path / "latents.json").write_text(json.dumps({**info, "schema_version": 1}))
+    store = LatentStore(tmp_path)
+    assert (store.views, store.identity) == (1, "")
+    assert torch.equal(store.moments(range(11))[0], everything[0])

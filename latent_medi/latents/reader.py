@@ -1,0 +1,63 @@
+"""Patches decoded by threads before they are asked for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from latent_medi.shards.dataset import PatchDataset
+
+
+class ReadAhead:
+    """Reads rows of a dataset, those that were announced in the background.
+
+    Args:
+        dataset: Local or remote.
+        workers: Threads; 0 reads in the caller's when asked, and announcing does nothing.
+        keep: Announcements held at most; an older one that nobody asked for is dropped.
+    """
+
+    def __init__(self, dataset: PatchDataset, workers: int, keep: int = 4) -> None:
+        self.dataset, self.workers, self.keep = dataset, workers, keep
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead") if workers else None
+        self._coming: OrderedDict[bytes, list[Future[np.ndarray]]] = OrderedDict()
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Announce that these rows (int64) will be asked for, in this order and together."""
+        key = rows.tobytes()
+        if self._pool is None or key in self._coming or not len(rows):
+            return
+        # Parts of neighbouring rows: each opens its shards itself. A few per thread, so that none waits long for one.
+        parts = np.array_split(rows, min(len(rows), 2 * self.workers))
+        self._coming[key] = [self._pool.submit(self.dataset.read, part) for part in parts]
+        while len(self._coming) > self.keep:
+            for future in self._coming.popitem(last=False)[1]:
+                future.cancel()
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Patches of these rows (int64), uint8 [n, H, W, 3], announced or not.
+
+        Raises:
+            UserError: A patch is damaged or missing (named).
+        """
+        futures = self._coming.pop(rows.tobytes(), None)
+        if futures is None:
+            return self.dataset.read(rows, self.workers)
+        return np.concatenate([future.result() for future in futures])
+
+    def batches(self, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Row numbers int64 [n] and patches of all rows in their order, two batches read ahead."""
+        parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        for i, part in enumerate(parts):
+            for later in parts[i : i + 3]:
+                self.expect(later)
+            yield part, self.read(part)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._coming.clear()

@@ -1,0 +1,145 @@
+"""Latents straight from image shards, with the frozen autoencoder in the loop, for data too large to store encoded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from latent_medi.errors import UserError
+from latent_medi.latents.autoencoder import Autoencoder, latent_shape
+from latent_medi.latents.reader import ReadAhead
+from latent_medi.latents.store import Moments, channel_statistics, check_asked
+from latent_medi.latents.views import view_of
+from latent_medi.progress import progress
+from latent_medi.shards.dataset import PatchDataset
+
+_SAMPLE = 3  # the stream of random numbers that the statistics draw from
+
+
+class StreamedLatents:
+    """Moments of a dataset's patches by row number, encoded when they are asked for: in place of a
+    :class:`latent_medi.latents.store.LatentStore`, whose values it gives, rounding to fp16 included.
+
+    Args:
+        data: The dataset, local or behind a URL.
+        autoencoder: Frozen; where it runs, the moments are.
+        views: Symmetries to draw from, 1 or 8.
+        device_batch: Most patches per forward pass of the autoencoder.
+        workers: Threads that read and decode patches announced with :meth:`expect`.
+        sample: Patches that the statistics are taken from.
+
+    Attributes:
+        info: The part of a latent folder's ``latents.json`` that training looks at.
+        shape: (C, h, w) of a latent.
+        deterministic: Whether there is a mean only.
+        views: As given.
+
+    Raises:
+        UserError: The autoencoder does not take patches of this size.
+    """
+
+    def __init__(
+        self,
+        data: PatchDataset,
+        autoencoder: Autoencoder,
+        views: int = 1,
+        device_batch: int = 64,
+        workers: int = 4,
+        sample: int = 2048,
+    ) -> None:
+        self.data, self.autoencoder, self.views = data, autoencoder, views
+        self.device_batch, self.sample = device_batch, sample
+        self.shape = latent_shape(autoencoder, data.patch_size)
+        self.deterministic = autoencoder.deterministic
+        self.info: dict[str, Any] = {
+            "dataset": data.name,
+            "autoencoder": {**autoencoder.description, "precision": str(autoencoder.dtype).removeprefix("torch.")},
+            "shape": list(self.shape),
+            "views": views,
+        }
+        self._reader = ReadAhead(data, workers)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def identity(self) -> str:
+        """What tells these moments, and the whitening measured over a sample of them, from others of the same patches
+        and autoencoder."""
+        return f"streamed views={self.views} sample={self.sample} precision={self.info['autoencoder']['precision']}"
+
+    def expect(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Announce rows that :meth:`moments` will be asked for, together and in this order: they are read and decoded
+        in the background."""
+        self._reader.expect(np.asarray(rows, dtype=np.int64).reshape(-1))
+
+    def moments(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> Moments:
+        """Moments of some rows, in the order asked for, repeats allowed.
+
+        Args:
+            rows: Row numbers of the dataset's index.
+            views: The symmetry of each row, applied to its pixels; ``None`` takes the patches as they were cut.
+
+        Returns:
+            Mean fp32 [n, C, h, w], and standard deviation of the same shape or ``None`` for a deterministic
+            autoencoder, where the autoencoder runs, rounded to fp16 as stored ones are.
+
+        Raises:
+            UserError: A row or view number out of range, or a damaged patch. Moments beyond fp16 are infinite, which
+                the training loop finds in its loss: looking at them here would make a GPU wait.
+        """
+        rows, views = check_asked(rows, views, len(self), self.views, str(self.data.folder))
+        images = view_of(self._reader.read(rows), views)
+        parts = [self._encode(images[i : i + self.device_batch]) for i in range(0, len(rows), self.device_batch)]
+        if not parts:
+            empty = torch.empty((0, *self.shape), device=self.autoencoder.device)
+            return empty, None if self.deterministic else empty
+        mean = torch.cat([mean for mean, _ in parts])
+        std = None if self.deterministic else torch.cat([std for _, std in parts if std is not None])
+        return mean, std
+
+    def _encode(self, images: np.ndarray) -> Moments:
+        mean, std = self.autoencoder.encode(images)
+        return mean.half().float(), None if std is None else std.half().float()
+
+    def statistics(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation per channel of sampled latents, over a fixed random sample of some rows, each in
+        one of the views.
+
+        Returns:
+            Shift and scale, fp32 [C] each, on the CPU; (latent − shift) / scale has mean about 0 and standard
+            deviation about 1 per channel.
+
+        Raises:
+            UserError: There is no row, a moment is beyond fp16, or a channel is constant.
+        """
+        rows = np.sort(np.asarray(rows, dtype=np.int64).reshape(-1))
+        rng = np.random.default_rng(_SAMPLE)
+        if len(rows) > self.sample:
+            rows = np.sort(rng.choice(rows, self.sample, replace=False))
+        views = rng.integers(self.views, size=len(rows))
+        parts: list[Moments] = []
+        starts = range(0, len(rows), self.device_batch)
+        # One of several processes shows progress, though each measures for itself.
+        first = os.environ.get("RANK", "0") == "0"
+        for i in progress(starts, desc="shift and scale", unit="batch") if first else starts:
+            for j in (i, i + self.device_batch, i + 2 * self.device_batch):
+                self.expect(rows[j : j + self.device_batch])
+            batch = slice(i, i + self.device_batch)
+            mean, std = self.moments(rows[batch], views[batch])
+            finite = torch.isfinite(mean if std is None else mean + std).flatten(1).all(1).cpu().numpy()
+            if not finite.all():
+                raise UserError(
+                    f"The latent of {self.data.index['key'].iloc[rows[batch][~finite][0]]!r} is not finite in fp16.",
+                    "Encode in fp32.",
+                )
+            parts.append((mean.half().cpu(), None if std is None else std.half().cpu()))
+
+        def chunks() -> Iterable[Moments]:
+            return parts
+
+        return channel_statistics(chunks, self.shape, len(rows), str(self.data.folder))
