@@ -15,6 +15,7 @@ from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_json, remove, sha256_file, write_json
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.latents.settings import EncodeSettings
+from latent_medi.launch import make_accelerator
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
 
@@ -26,7 +27,7 @@ logger = get_logger("latents")
 
 def encode(settings: EncodeSettings) -> Path:
     """Encode a dataset folder as the settings say; returns the latent folder."""
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    accelerator = make_accelerator(cpu=settings.device == "cpu")
     device = torch.device(settings.device) if settings.device else accelerator.device
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     autoencoder = load_autoencoder(settings.autoencoder, device, dtype)

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.errors import UserError
+from latent_medi.launch import make_accelerator
 from latent_medi.progress import get_logger, progress
 from latent_medi.training import checkpoint, run
 from latent_medi.training.data import TrainingData, open_data
@@ -66,7 +67,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             not finite.
     """
     settings.check()
-    accelerator = accelerator or Accelerator(
+    accelerator = accelerator or make_accelerator(
         mixed_precision=ACCELERATE_PRECISION[settings.precision],
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
