@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
+from torch.nn.parallel import DistributedDataParallel
 
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.errors import UserError
@@ -128,6 +129,13 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     last_time, last_images = time.monotonic(), state["images"]
 
     steps = range(state["images"] // batch, total // batch)
+    if newest and steps and isinstance(model, DistributedDataParallel):
+        # After its first update, DDP sums gradients in another order, which more than two processes see in the last
+        # bit. The unbroken run has that behind it: so a resumed one takes an update that changes nothing.
+        again = data.batch(steps[0], batch, settings.seed, objective.timesteps, settings.dropout, rank, processes)
+        part = again.parts(largest, device)[0]
+        diffusion_loss(model, part.latents, part.noise, part.timesteps, part.conditions, objective).sum().backward()
+        optimizer.zero_grad(set_to_none=True)
     for step in progress(steps, desc="training", unit="step") if main else steps:
         seen, images = step * batch, (step + 1) * batch
         rate = learning_rate(seen, settings.lr, total, settings.total_warmup_images, settings.schedule)

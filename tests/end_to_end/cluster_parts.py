@@ -50,7 +50,9 @@ def start(words: list[str], errors: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_until(true: Callable[[], object], process: subprocess.Popen[bytes], errors: Path, every: float = 0.001) -> None:
+def wait_until(
+    true: Callable[[], object], process: subprocess.Popen[bytes], errors: Path, every: float = 0.001
+) -> None:
     """Wait for something to become true while a command runs."""
     end = time.monotonic() + LONGEST
     while not true():

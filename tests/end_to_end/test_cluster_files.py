@@ -193,9 +193,7 @@ def test_slurm_script_requeues_what_can_go_on_and_nothing_else(code: int, slurm:
 
 
 @pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, ["requeue 4711"]), (signal.SIGTERM, [])])
-def test_slurm_script_passes_the_notice_on_and_waits(
-    number: signal.Signals, requeued: list[str], slurm: Slurm
-) -> None:
+def test_slurm_script_passes_the_notice_on_and_waits(number: signal.Signals, requeued: list[str], slurm: Slurm) -> None:
     """SIGTERM means that the user cancelled the job, or that Slurm requeues it: both end the run, neither requeues."""
     process = slurm.submit("train.py")
     wait_until(lambda: len(slurm.asked("python")) == 2, process, slurm.printed)
