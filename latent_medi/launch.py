@@ -22,6 +22,9 @@ import torch
 from accelerate import Accelerator
 
 from latent_medi.errors import UserError
+from latent_medi.progress import get_logger
+
+logger = get_logger("launch")
 
 RESUME = os.EX_TEMPFAIL
 """Exit code 75: ended early by a notice, with everything saved; the same command goes on."""
@@ -64,6 +67,8 @@ def make_accelerator(cpu: bool = False, **options: Any) -> Accelerator:
             f"{launched} processes were launched, and this one sees {accelerator.num_processes}.",
             "Launch with `accelerate launch`, or unset WORLD_SIZE.",
         )
+    if accelerator.num_processes > 1 and accelerator.is_main_process:
+        logger.info("%d processes; the first has %s.", accelerator.num_processes, accelerator.device)
     return accelerator
 
 
