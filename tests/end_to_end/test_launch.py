@@ -44,10 +44,10 @@ def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_
     plan = tmp_path / "plan.csv"
     plan.write_text("class,site,age,count,verdict,seed\ntumour,birch,50,3,seen,1\nbenign,NA,unknown,2,seen,2\n")
     made = {}
-    for name, launcher in (("two", TWO), ("one", ALONE)):
+    for name, words in (("two", TWO), ("one", ALONE)):
         made[name] = tmp_path / name
         sampled = run(
-            launcher,
+            words,
             "sample.py",
             f"model={model}",
             f"plan={plan}",
