@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,6 +64,18 @@ def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_
     assert one.index.equals(two.index)
     for name in sorted(p.name for p in (one.folder / "data").iterdir()):
         assert (one.folder / "data" / name).read_bytes() == (two.folder / "data" / name).read_bytes()
+
+
+def test_two_launched_processes_encode_the_same_latents(tiny: Path, tmp_path: Path) -> None:
+    encoder = json.loads((tiny / "latents" / "latents.json").read_text())["autoencoder"]["source"]
+    words = ["-m", "latent_medi.cli", "encode", f"data={tiny / 'data'}", f"autoencoder={encoder}"]
+    encoded = run(TWO, *words, f"out={tmp_path / 'latents'}")
+    assert encoded.returncode == 0, encoded.stderr
+    assert "2 processes" in encoded.stderr
+    files = sorted(p.relative_to(tiny / "latents") for p in (tiny / "latents" / "data").iterdir())
+    assert len(files) == 3
+    for file in files:
+        assert (tiny / "latents" / file).read_bytes() == (tmp_path / "latents" / file).read_bytes()
 
 
 @pytest.mark.parametrize("launcher", [ALONE, TWO], ids=["alone", "launched"])
