@@ -149,7 +149,7 @@ def test_processes_that_were_not_started_are_missed(monkeypatch: pytest.MonkeyPa
             launch.make_accelerator()
 
 
-def test_a_terminal_command_under_cpu_is_refused_not_run_twice(tiny: Path, tmp_path: Path) -> None:
+def test_several_processes_under_cpu_are_refused(tiny: Path, tmp_path: Path) -> None:
     where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}", f"out={tmp_path / 'run'}", "max_steps=2"]
     words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py"]
     process = start([*words, "--config", "demo/medi", *where, *SMALL], tmp_path / "errors")
@@ -207,11 +207,12 @@ def test_slurm_script_says_how_to_use_it(slurm: Slurm) -> None:
     assert "usage: sbatch" in slurm.printed.read_text()
 
 
-# Each process notes that it is ready; the first waits for the notice and ends as told.
+# Each process notes that it is ready, and ends at the notice, or after some seconds as told.
 RANK = """
 import os, pathlib, signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+if "deaf" not in sys.argv:
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 pathlib.Path(sys.argv[1], os.environ.get("RANK", "0")).touch()
 time.sleep(float(sys.argv[2]))
 sys.exit(int(sys.argv[3]))
@@ -244,6 +245,14 @@ def test_launcher_passes_a_notice_on(number: signal.Signals, processes: int, tmp
     process = start(words, tmp_path / "errors")
     wait_until(ready, process, tmp_path / "errors")
     process.send_signal(number)
+    assert process.wait(timeout=60) == launch.RESUME, (tmp_path / "errors").read_text()
+
+
+def test_a_process_that_ends_before_it_can_take_notice_may_go_on_too(tmp_path: Path) -> None:
+    words, ready = launched(2, tmp_path, LONGEST, 0)
+    process = start([*words, "deaf"], tmp_path / "errors")
+    wait_until(ready, process, tmp_path / "errors")
+    process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == launch.RESUME, (tmp_path / "errors").read_text()
 
 
