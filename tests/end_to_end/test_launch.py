@@ -82,7 +82,7 @@ def test_two_launched_processes_encode_the_same_latents(tiny: Path, tmp_path: Pa
 def test_a_crash_exits_non_zero(launcher: list[str], tiny: Path, tmp_path: Path) -> None:
     where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}", f"out={tmp_path / 'run'}"]
     failed = run(
-        launcher, "train.py", "--config", "demo/medi", *where, "max_steps=4", "global_batch=7", "split_value=nobody"
+        launcher, "train.py", "--config", "demo/medi", *where, "max_steps=4", "global_batch=8", "split_value=nobody"
     )
     assert failed.returncode != 0
     assert "nobody" in failed.stderr
