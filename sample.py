@@ -1,6 +1,6 @@
 """Generate the patches of a plan: the entry point for `accelerate launch`.
 
-accelerate launch --num_processes 2 --cpu sample.py model=runs/demo/medi/model plan=runs/demo/plan.csv
+accelerate launch --config_file configs/accelerate/cpu.yaml sample.py model=runs/demo/medi/model plan=runs/demo/plan.csv
 out=runs/demo/synthetic/medi
 """
 

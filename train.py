@@ -1,6 +1,6 @@
 """Train a denoiser: the entry point for `accelerate launch`.
 
-accelerate launch --num_processes 2 --cpu train.py --config demo/medi max_steps=20
+accelerate launch --config_file configs/accelerate/cpu.yaml train.py --config demo/medi max_steps=20
 accelerate launch --config_file configs/accelerate/two_nodes.yaml train.py --config tcga_ut/medi
 """
 

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi import __version__, config
-from latent_medi.errors import Incomplete, Preempted, UserError, nearest
+from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
 from latent_medi.files import NO_SPACE, read_json, write_json
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 
 Printed = dict[str, Any]
-
-EXIT_RESUME = 75
-"""Told to stop and saved: the same command continues (EX_TEMPFAIL of sysexits.h)."""
 
 
 def _demo(words: list[str]) -> Printed:
@@ -282,7 +279,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 3
     except Preempted as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return EXIT_RESUME
+        return RESUME
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

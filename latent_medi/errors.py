@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+RESUME = 75
+"""Exit code of what was told to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
 
 class UserError(ValueError):
     """Bad input: what is wrong, where, and how to fix it.
@@ -42,7 +45,7 @@ class Incomplete(Exception):
 class Preempted(Exception):
     """Work that was told to stop and has saved what it needs to go on: the same command continues.
 
-    The command line prints it and exits with code 75 ("try again later"), which schedulers can requeue on.
+    The command line prints it and exits with :data:`RESUME`, which schedulers can requeue on.
     """
 
 

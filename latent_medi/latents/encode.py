@@ -20,6 +20,7 @@ from latent_medi.latents.reader import ReadAhead
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.store import INFO_FILE, SCHEMA_VERSION
 from latent_medi.latents.views import view_of
+from latent_medi.launch import make_accelerator
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.remote import open_dataset
@@ -30,7 +31,7 @@ logger = get_logger("latents")
 def encode(settings: EncodeSettings) -> Path:
     """Encode a dataset folder as the settings say; returns the latent folder."""
     settings.check()
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    accelerator = make_accelerator(cpu=settings.device == "cpu")
     device = torch.device(settings.device) if settings.device else accelerator.device
     autoencoder = load_autoencoder(settings.autoencoder, device, PRECISIONS[settings.precision])
     if settings.slicing:

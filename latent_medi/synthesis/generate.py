@@ -23,6 +23,7 @@ from latent_medi.diffusion.guidance import check_guidance
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise, make_sampler
 from latent_medi.errors import UserError
+from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -72,7 +73,7 @@ def generate_plan(
     for name in ("device_batch", "patches_per_shard"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}.")
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or make_accelerator()
     pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
     pipeline.to(accelerator.device)
     checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan

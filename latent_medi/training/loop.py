@@ -20,10 +20,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.errors import Preempted, UserError
 from latent_medi.files import atomic_path, write_json
+from latent_medi.launch import make_accelerator
 from latent_medi.progress import get_logger, progress
 from latent_medi.training import averages, checkpoint, losses, preview, run
 from latent_medi.training.data import Batch, TrainingData, open_data
@@ -76,7 +78,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
         Preempted: SIGTERM or SIGUSR1 came; a checkpoint was saved first.
     """
     settings.check()
-    accelerator = accelerator or Accelerator(
+    accelerator = accelerator or make_accelerator(
         mixed_precision=ACCELERATE_PRECISION[settings.precision],
         log_with=list(settings.trackers) or None,
         project_dir=settings.out,
@@ -170,6 +172,12 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             settings.keep_checkpoints,
         )
 
+    if newest and steps and isinstance(model, DistributedDataParallel):
+        # After its first update, DDP sums gradients in another order, which more than two processes see in the last
+        # bit. The unbroken run has that behind it: so a resumed one takes an update that changes nothing.
+        part = prepared(steps[0]).parts(largest, device)[0]
+        diffusion_loss(model, part.latents, part.noise, part.timesteps, part.conditions, objective).sum().backward()
+        optimizer.zero_grad(set_to_none=True)
     with listening() as notice, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(prepared, steps[0]) if steps else None
         for step in progress(steps, desc="training", unit="step") if main else steps:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -185,18 +188,32 @@ def drawn(schema: Schema, dropout: DropoutSettings, count: int = 40_000) -> np.n
     return kept.numpy()
 
 
-def test_each_pattern_is_as_frequent_as_its_share(schema):
-    kept = drawn(schema, DropoutSettings())
-    patterns, counts = np.unique(kept, axis=0, return_counts=True)
-    observed = {tuple(p): c / len(kept) for p, c in zip(patterns.tolist(), counts, strict=True)}
-    rest = 0.1 / 16  # each of the 16 subsets, from the independent pattern
-    expected = dict.fromkeys(observed, rest)
-    expected[(True,) * 4] += 0.7
-    expected[(False,) * 4] += 0.1
-    expected[(True, False, False, False)] += 0.1
-    assert len(observed) == 16
-    for pattern, share in expected.items():
-        assert abs(observed[pattern] - share) < 5 * np.sqrt(share * (1 - share) / len(kept)), pattern
+@pytest.mark.parametrize(
+    "dropout",
+    [
+        DropoutSettings(),
+        DropoutSettings(0.25, 0.05, 0.2, 0.5, 0.3),
+        DropoutSettings(0.0, 0.0, 0.0, 1.0, 0.8),
+        DropoutSettings(0.6, 0.4, 0.0, 0.0),
+        DropoutSettings(0.0, 0.0, 0.9, 0.1, 1.0),
+    ],
+    ids=["default", "mixed", "independent", "classifier-free", "never"],
+)
+def test_every_subset_of_fields_is_as_frequent_as_the_settings_say(schema, dropout):
+    """The joint frequency of each of the 2⁴ subsets of kept fields, not of each field alone."""
+    kept = drawn(schema, dropout)
+    observed = Counter(map(tuple, kept.tolist()))
+    total = 0.0
+    for subset in product((True, False), repeat=4):
+        dropped = 4 - sum(subset)
+        share = dropout.independent * dropout.independent_rate**dropped * (1 - dropout.independent_rate) ** sum(subset)
+        share += dropout.keep_all * (subset == (True,) * 4)
+        share += dropout.all_null * (subset == (False,) * 4)
+        share += dropout.metadata_null * (subset == (True, False, False, False))
+        total += share
+        frequency = observed[subset] / len(kept)
+        assert abs(frequency - share) <= 5 * np.sqrt(share * (1 - share) / len(kept)), subset  # 0 is never
+    assert total == pytest.approx(1)
 
 
 def test_the_pattern_is_drawn_for_each_sample_not_for_the_batch(schema):

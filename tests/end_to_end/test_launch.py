@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,15 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cluster_parts import ALONE, REPOSITORY, SMALL, launcher
 
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.shards.dataset import PatchDataset
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-ALONE = [sys.executable]
-TWO = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port"]
-SMALL = ["model.block_out_channels=[16,32]", "model.attention=[false,true]", "model.attention_head_dim=16"]
-SMALL += ["model.layers_per_block=1", "model.norm_num_groups=8"]
+TWO = launcher(2, 0, module="accelerate.commands.launch")
 
 
 def run(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -37,8 +35,9 @@ def run(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProc
 def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_path: Path) -> None:
     where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}", f"out={tmp_path / 'run'}"]
     small = ["max_steps=20", "global_batch=8", "log_every_images=80", *SMALL]
-    trained = run([*TWO, "29671"], "train.py", "--config", "demo/medi", *where, *small)
+    trained = run(TWO, "train.py", "--config", "demo/medi", *where, *small)
     assert trained.returncode == 0, trained.stderr
+    assert "2 processes" in trained.stderr  # not one, nor two that know nothing of each other
     model = tmp_path / "run" / "model"
     pipeline = MediPipeline.from_pretrained(model)
     assert pipeline(class_="tumour", site="NA", num_images=2, steps=2).images[1].size == (32, 32)
@@ -46,10 +45,10 @@ def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_
     plan = tmp_path / "plan.csv"
     plan.write_text("class,site,age,count,verdict,seed\ntumour,birch,50,3,seen,1\nbenign,NA,unknown,2,seen,2\n")
     made = {}
-    for name, launcher in (("two", [*TWO, "29672"]), ("one", ALONE)):
+    for name, words in (("two", TWO), ("one", ALONE)):
         made[name] = tmp_path / name
         sampled = run(
-            launcher,
+            words,
             "sample.py",
             f"model={model}",
             f"plan={plan}",
@@ -58,6 +57,7 @@ def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_
             "device_batch=4",
         )
         assert sampled.returncode == 0, sampled.stderr
+        assert ("2 processes" in sampled.stderr) == (name == "two")
     one, two = (PatchDataset.open(made[name]) for name in ("one", "two"))
     assert one.index["class"].tolist() == ["tumour"] * 3 + ["benign"] * 2
     assert set(one.index["origin"]) == {"synthetic"}
@@ -66,11 +66,23 @@ def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_
         assert (one.folder / "data" / name).read_bytes() == (two.folder / "data" / name).read_bytes()
 
 
-@pytest.mark.parametrize("launcher", [ALONE, [*TWO, "29673"]], ids=["alone", "launched"])
+def test_two_launched_processes_encode_the_same_latents(tiny: Path, tmp_path: Path) -> None:
+    encoder = json.loads((tiny / "latents" / "latents.json").read_text())["autoencoder"]["source"]
+    words = ["-m", "latent_medi.cli", "encode", f"data={tiny / 'data'}", f"autoencoder={encoder}"]
+    encoded = run(TWO, *words, f"out={tmp_path / 'latents'}")
+    assert encoded.returncode == 0, encoded.stderr
+    assert "2 processes" in encoded.stderr
+    files = sorted(p.relative_to(tiny / "latents") for p in (tiny / "latents" / "data").iterdir())
+    assert len(files) == 3
+    for file in files:
+        assert (tiny / "latents" / file).read_bytes() == (tmp_path / "latents" / file).read_bytes()
+
+
+@pytest.mark.parametrize("launcher", [ALONE, TWO], ids=["alone", "launched"])
 def test_a_crash_exits_non_zero(launcher: list[str], tiny: Path, tmp_path: Path) -> None:
     where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}", f"out={tmp_path / 'run'}"]
     failed = run(
-        launcher, "train.py", "--config", "demo/medi", *where, "max_steps=4", "global_batch=7", "split_value=nobody"
+        launcher, "train.py", "--config", "demo/medi", *where, "max_steps=4", "global_batch=8", "split_value=nobody"
     )
     assert failed.returncode != 0
     assert "nobody" in failed.stderr

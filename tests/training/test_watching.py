@@ -18,9 +18,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from latent_medi.cli import EXIT_RESUME, main
+from latent_medi.cli import main
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.errors import Preempted, UserError
+from latent_medi.errors import RESUME, Preempted, UserError
 from latent_medi.training import loop, run
 from latent_medi.training.averages import coefficients, list_snapshots, profile_product, reconstruct
 from latent_medi.training.ema import power_exponent
@@ -68,7 +68,7 @@ def test_told_to_stop_it_saves_and_the_same_command_goes_on(
         time.sleep(0.02)
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == EXIT_RESUME == 75, errors
+    assert process.returncode == RESUME == 75, errors
     assert f"stopped: {sent.name} at" in errors
     (folder,) = (tmp_path / "torn" / "checkpoints").glob("images-*")
     at = int(folder.name.removeprefix("images-"))

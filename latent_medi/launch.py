@@ -1,0 +1,115 @@
+"""Processes of one run: how they find each other, and a launcher for clusters that take machines back.
+
+    python -m latent_medi.launch --config_file configs/accelerate/two_nodes.yaml --machine_rank 0 … train.py --config …
+
+is ``accelerate launch`` with the same options, and two things more, which a scheduler needs and Accelerate's launcher
+does not do: SIGUSR1 and SIGTERM reach the processes that train, which then save; and it ends with their exit code, so
+that "resume me" (:data:`RESUME`) can be told from a crash.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from latent_medi.errors import RESUME, UserError
+from latent_medi.progress import get_logger
+
+logger = get_logger("launch")
+
+NOTICES = (signal.SIGUSR1, signal.SIGTERM)
+"""Signals by which a cluster announces that it takes a machine back."""
+
+# Set for each process by every launcher that starts several (torch's, mpirun, srun with PMI).
+_OF_SEVERAL = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def make_accelerator(cpu: bool = False, **options: Any) -> Accelerator:
+    """An :class:`accelerate.Accelerator` of which it is certain that it joins all processes that were launched.
+
+    Accelerate joins processes without a GPU only if told that they have none: otherwise each of them believes to be
+    alone, and they would write the same files.
+
+    Args:
+        cpu: Use processors even if there is a GPU.
+        options: Of the accelerator.
+
+    Raises:
+        UserError: Fewer processes than asked for were started, or they do not find each other.
+    """
+    environment = os.environ
+    # Accelerate's launcher for one process notes ACCELERATE_USE_CPU, and an address only if asked for several.
+    asked = "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
+    if asked and not any(name in environment for name in _OF_SEVERAL):
+        raise UserError(
+            "Several processes were asked for, and one was started: `accelerate launch --cpu` starts one, whatever "
+            "--num_processes and --num_machines say.",
+            "Use --config_file configs/accelerate/cpu.yaml (with any --num_processes) in place of --cpu. If one "
+            "process is what you want, unset MASTER_ADDR.",
+        )
+    launched = int(environment.get("WORLD_SIZE", 1))
+    cpu = cpu or (launched > 1 and not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=cpu, **options)
+    if accelerator.num_processes != launched and "WORLD_SIZE" in environment:
+        raise UserError(
+            f"{launched} processes were launched, and this one sees {accelerator.num_processes}.",
+            "Launch with `accelerate launch`, or unset WORLD_SIZE.",
+        )
+    if accelerator.num_processes > 1 and accelerator.is_main_process:
+        logger.info("%d processes; the first has %s.", accelerator.num_processes, accelerator.device)
+    return accelerator
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """``accelerate launch`` that passes notices on and returns the exit code of the process that failed first.
+
+    A notice is waited out without a limit of time, since the cluster sets one. A process that it ended before it could
+    take notice has nothing to save, so that is :data:`RESUME` too.
+
+    Args:
+        words: Options of ``accelerate launch``, the script and its arguments; the command line's by default.
+
+    Returns:
+        0, :data:`RESUME`, or the exit code (128 + the signal's number if it was killed).
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    noticed: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        noticed.append(number)
+        for process in psutil.Process().children():
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:  # it ended meanwhile
+                continue
+
+    args = launch_command_parser().parse_args(words)
+    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torch's launcher would give SIGTERM's receivers 30 s
+    for number in NOTICES:
+        signal.signal(number, pass_on)
+    try:
+        launch_command(args)
+        return 0
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        print(error, file=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        code = error.returncode
+    if any(code in (-number, 128 + number) for number in noticed):
+        return RESUME
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
