@@ -59,7 +59,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
 
     Returns:
         The model folder, ``out/model``: a :class:`latent_medi.diffusion.pipeline.MediPipeline` with the averaged
-        weights.
+        weights; or, with ``lora``, the adapter's folder, ``out/adapter``.
 
     Raises:
         UserError: Settings that cannot be followed, data that do not fit, a folder with another run, or a loss that is
@@ -81,10 +81,11 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     record = run.describe(settings, data, source)
     if run.finished(out, record):
         logger.info("%s is finished.", out)
-        return out / "model"
+        return out / run.product(settings)
     data.whiten(source, settings.override)
     objective = Objective(inherited_objective(source, settings) if source else settings.objective)
     denoiser, table = run.build(settings, data, source)
+    names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
     autoencoder = run.find_autoencoder(settings, data, source)
     if main:
         run.begin(out, record, settings, table)
@@ -96,19 +97,19 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     tensors, state = checkpoint.load_checkpoint(newest) if newest else ({}, {"images": 0, "window": [], "scaler": {}})
     if newest:
         run.check_same(out, record, state["run"])
-        denoiser.load_state_dict(tensors["model"])
+        checkpoint.load_trained(denoiser, tensors["model"], names)
         if main:
             logger.info("Going on at %s images.", f"{state['images']:,}")
     denoiser.to(device)
     if settings.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     ema = Ema(denoiser)
-    names = [name for name, _ in denoiser.named_parameters()]
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        denoiser.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     if newest:
-        ema.module.load_state_dict(tensors["ema"])
+        checkpoint.load_trained(ema.module, tensors["ema"], names)
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], names)
     del tensors
     if settings.compile:
@@ -132,7 +133,9 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
         rate = learning_rate(seen, settings.lr, total, settings.total_warmup_images, settings.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if denoiser.unet.config["dropout"]:  # the network's own dropout must not depend on what ran before
+        if denoiser.unet.config["dropout"] or (
+            settings.lora and settings.lora.dropout
+        ):  # the network's own dropout must not depend on what ran before
             torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
 
         # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
@@ -174,8 +177,8 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
                 out / "checkpoints",
                 images,
                 {
-                    "model": denoiser.state_dict(),
-                    "ema": ema.module.state_dict(),
+                    "model": checkpoint.trained_tensors(denoiser, names),
+                    "ema": checkpoint.trained_tensors(ema.module, names),
                     "optimizer": checkpoint.optimizer_tensors(optimizer, names),
                 },
                 {
@@ -187,9 +190,9 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             )
 
     if main:
-        run.finish(out, record, data, autoencoder, objective.settings, total, ema.module)
+        run.finish(settings, record, data, autoencoder, objective.settings, total, ema.module, source)
     accelerator.wait_for_everyone()
-    return out / "model"
+    return out / run.product(settings)
 
 
 def crossed(images: int, batch: int, every: int) -> bool:
