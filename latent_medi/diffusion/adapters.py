@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA) of a model: made, saved alone, stacked on the model and merged into it; by peft.
 
-An adapter folder is peft's own, ``adapter_config.json`` and ``adapter_model.safetensors`` over the network, so peft alone
-can read it too; beside them ``adapter.json`` (the hash of its model, values it adds to fields, how it was trained) and,
-if it adds values, ``values.safetensors`` with their vectors. A few MB, and useless without its model.
+An adapter folder is peft's own, ``adapter_config.json`` and ``adapter_model.safetensors`` over the network, so peft
+alone can read it too; beside them ``adapter.json`` (its model's hash, values it adds to fields, how it was trained)
+and, if it adds values, ``values.safetensors`` with their vectors. A few MB, and useless without its model.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def open_adapter(folder: str | Path) -> Adapter:
         weights = {key.removeprefix(_PREFIX): value for key, value in load_file(path / WEIGHTS_FILE).items()}
         vectors = load_file(path / VALUES_FILE) if facts["values"] else {}
         # Only these entries of peft's file are followed: the others could name further code or files.
-        lora = {"rank": int(config["r"]), "alpha": float(config["lora_alpha"]), "dropout": 0.0}
+        lora: dict[str, Any] = {"rank": int(config["r"]), "alpha": float(config["lora_alpha"]), "dropout": 0.0}
         lora["targets"] = [str(name) for name in config["target_modules"]]
         values = {str(name): [str(v) for v in listed] for name, listed in facts["values"].items()}
         base = str(facts["base"])
@@ -238,8 +238,9 @@ def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[flo
         )
     peft.set_peft_model_state_dict(unet, adapter.weights, adapter_name=f"adapter_{number}")
     set_weights_and_activate_adapters(unet, [f"adapter_{i}" for i in range(len(scales))], list(scales))
-    unet.to(device=unet.device, dtype=unet.dtype)
-    unet.requires_grad_(False).eval()
+    network: nn.Module = unet
+    network.to(device=unet.device, dtype=unet.dtype)
+    network.requires_grad_(False).eval()
     for name, values in adapter.values.items():
         assert conditioner is not None  # checked above
         conditioner.append(name, values)

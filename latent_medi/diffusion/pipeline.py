@@ -102,7 +102,7 @@ class MediPipeline(DiffusionPipeline):
 
     @property
     def model_hash(self) -> str:
-        """SHA-256 over all that its images depend on: weights, fields, schedule, autoencoder, shift, scale, adapters."""
+        """SHA-256 over all that its images depend on: weights, fields, schedule, autoencoder, whitening, adapters."""
         if self._adapters:
             return adapted_hash(self._base_hash, self._adapters)
         return parts_hash(

@@ -1,8 +1,8 @@
 """Which tensors a run trains when it starts from a model: all, named groups, or only what the source does not have.
 
-What is frozen asks for no gradient, so it has no optimizer state, no weight decay and no average of its own. Of a tensor
-that is partly new, such as a vocabulary's table with a further row, the old part is held as a constant and the new part
-is a parameter of its own: nothing that acts on parameters can reach the old part.
+What is frozen asks for no gradient, so it has no optimizer state, no weight decay and no average of its own. Of a
+tensor that is partly new, such as a vocabulary's table with a further row, the old part is held as a constant and the
+new part is a parameter of its own: nothing that acts on parameters can reach the old part.
 """
 
 from __future__ import annotations
@@ -111,12 +111,11 @@ def choose_parts(denoiser: Denoiser, table: pd.DataFrame, source: Source, settin
     new = new_parts(source, denoiser)
     if settings.lora is not None:
         _check_adapter(source, denoiser, settings)
-    wanted = settings.train_parts if settings.train_parts is not None else ([] if settings.lora else list(PARTS))
+    wanted = settings.train_parts or []
+    everything = settings.train_parts is None and settings.lora is None
     state: dict[str, str] = {}
     for name, parameter in list(denoiser.named_parameters()):
-        if settings.train_parts is None and settings.lora is None:
-            state[name] = TRAINED
-        elif any(in_part(name, part) for part in wanted if part != "new"):
+        if everything or any(in_part(name, part) for part in wanted if part != "new"):
             state[name] = TRAINED
         elif "new" in wanted and name in new:
             part = new[name]
@@ -163,6 +162,9 @@ def _check_adapter(source: Source, denoiser: Denoiser, settings: TrainSettings) 
 
 class _Grown(nn.Module):
     """A tensor made of a constant and a trained part."""
+
+    index: torch.Tensor
+    whole: torch.Tensor
 
     def __init__(self, whole: torch.Tensor, part: NewPart) -> None:
         super().__init__()

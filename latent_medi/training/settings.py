@@ -47,8 +47,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class LoraSettings:
-    """A low-rank adapter (LoRA, Hu et al. 2022, arXiv 2106.09685): the model is frozen, and each targeted layer W learns
-    an update (alpha / rank)·B·A.
+    """A low-rank adapter (LoRA, Hu et al. 2022, arXiv 2106.09685): the model is frozen, and each targeted layer learns
+    an update (alpha / rank)·B·A of its weights.
 
     Args:
         rank: Rows of A and columns of B; at least 1.
@@ -115,9 +115,9 @@ class TrainSettings:
             autoencoder scaling and objective are inherited.
         override: With init_from, parts taken from these settings or data instead: any of "prediction", "schedule",
             "weighting", "scaling". The run then no longer starts exactly at the source.
-        train_parts: With init_from, the groups of tensors to train, everything else staying as it is bit for bit: any of
-            "conditioning", "attention", "time", "down", "mid", "up" and "new" (only what the source does not have, such
-            as the vector of a new hospital: all that it knows then samples exactly as before). Unset: everything.
+        train_parts: With init_from, the groups of tensors to train, everything else staying as it is bit for bit: any
+            of "conditioning", "attention", "time", "down", "mid", "up" and "new" (only what the source does not have,
+            such as the vector of a new hospital: all that it knows then samples exactly as before). Unset: everything.
         lora: With init_from, train a low-rank adapter instead of the model, saved alone in out/adapter; with
             train_parts=[new] the vectors of new values are trained with it and stored in it. Unset: none.
         autoencoder: Where the model's autoencoder is found (name or folder); empty means where the latents' encoder

@@ -41,12 +41,13 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from latent_medi.training import checkpoint, loop
-from latent_medi.training.settings import EmaSettings, TrainSettings
+from latent_medi.training.settings import EmaSettings, LoraSettings, TrainSettings
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 
 values, kill = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 parts = {"ema": EmaSettings, "model": ModelSettings, "objective": ObjectiveSettings, "dropout": DropoutSettings}
-settings = TrainSettings(**{k: parts[k](**v) if k in parts else v for k, v in values.items()})
+parts["lora"] = LoraSettings
+settings = TrainSettings(**{k: parts[k](**v) if k in parts and v else v for k, v in values.items()})
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
