@@ -62,11 +62,9 @@ def random_images(count: int = 3, size: int = 32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def make_cohort(
-    folder: Path, sites: tuple[str, ...], patches: int = 52, seed: int = 0, levels: dict[str, int] | None = None
-) -> PatchDataset:
+def make_cohort(folder: Path, sites: tuple[str, ...], patches: int = 52, seed: int = 0) -> PatchDataset:
     """Patches of 32 px, grey with noise, with a class, a site and an age that one in five lacks; the last patient is
-    for testing. ``levels`` gives each site its own grey."""
+    for testing."""
     rng = np.random.default_rng(seed)
     table = pd.DataFrame(
         {
@@ -79,9 +77,7 @@ def make_cohort(
     items = [
         Patch(
             key=f"p{i:03d}",
-            image=np.clip(
-                rng.normal(levels[row["site"]] if levels else 70 + 60 * (i % 3), 12, (32, 32, 3)), 0, 255
-            ).astype(np.uint8),
+            image=np.clip(rng.normal(70 + 60 * (i % 3), 12, (32, 32, 3)), 0, 255).astype(np.uint8),
             patient=f"patient{i // 4:02d}",
             slide=f"slide{i // 4:02d}",
             x=0,

@@ -228,14 +228,12 @@ def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[flo
         width = conditioner.embeddings[embedding_key(name)].codes.weight.shape[1]  # type: ignore[union-attr,index]
         if adapter.vectors[name].shape != (len(values), width):
             raise UserError(f"The adapter {adapter.folder} has vectors of another width for {name}.")
-    peft = require_peft()
-    number = len(scales) - 1
-    add_lora(unet, **adapter.config, name=f"adapter_{number}")
-    expected = peft.get_peft_model_state_dict(unet, adapter_name=f"adapter_{number}", save_embedding_layers=False)
-    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in adapter.weights.items()}:
+    peft, number = require_peft(), len(scales) - 1
+    if {key: value.shape for key, value in adapter.weights.items()} != _shapes(unet, adapter.config):
         raise UserError(
             f"The matrices of the adapter {adapter.folder} do not fit the network.", "Copy the whole folder again."
         )
+    add_lora(unet, **adapter.config, name=f"adapter_{number}")
     peft.set_peft_model_state_dict(unet, adapter.weights, adapter_name=f"adapter_{number}")
     set_weights_and_activate_adapters(unet, [f"adapter_{i}" for i in range(len(scales))], list(scales))
     network: nn.Module = unet
@@ -247,6 +245,18 @@ def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[flo
         table: torch.Tensor = conditioner.embeddings[embedding_key(name)].codes.weight  # type: ignore[union-attr,assignment]
         with torch.no_grad():
             table[-len(values) :] = adapter.vectors[name].to(table)
+
+
+def _shapes(unet: nn.Module, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Shape by name of the matrices of an adapter: A takes a layer's input to the rank, B from there to its output."""
+    ends, rank = tuple(f".{target}" for target in config["targets"]), config["rank"]
+    found = {}
+    for name, layer in unet.named_modules():
+        if f".{name}".endswith(ends):
+            weight: Any = layer.weight
+            found[f"{name}.lora_A.weight"] = torch.Size((rank, *weight.shape[1:]))
+            found[f"{name}.lora_B.weight"] = torch.Size((weight.shape[0], rank, *[1] * (weight.ndim - 2)))
+    return found
 
 
 def merge(unet: Any) -> None:

@@ -269,9 +269,10 @@ def test_damaged_or_foreign_adapter_is_refused(
         next(other.unet.parameters()).add_(1e-3)
     with pytest.raises(UserError, match="belongs to the model"):
         other.load_adapter(folder)
+    fresh = MediPipeline.from_pretrained(base)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"latent-medi\[lora\]"):
-        MediPipeline.from_pretrained(base).load_adapter(folder)
+        fresh.load_adapter(folder)
 
 
 def test_generation_with_adapters(base: Path, run_settings: Make, tiny_more: Path, tmp_path: Path) -> None:

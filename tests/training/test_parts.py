@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from parts import make_cohort
 from safetensors.torch import load_file
 from test_loop import assert_same_bits, finished, interrupt_at, launch, two_processes, weights
 
@@ -18,15 +18,15 @@ from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import DropoutSettings, GuidanceSettings
 from latent_medi.errors import UserError
-from latent_medi.latents.autoencoder import Autoencoder
-from latent_medi.latents.encode import encode_dataset
+from latent_medi.latents.store import LatentStore
 from latent_medi.metadata.schema import FIRST_VALUE
+from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training import loop
 from latent_medi.training.checkpoint import checkpoint_folders
-from latent_medi.training.data import open_data
+from latent_medi.training.data import TrainingData, open_data
 from latent_medi.training.loop import train
 from latent_medi.training.settings import PARTS, TrainSettings
-from latent_medi.training.transfer import open_source
+from latent_medi.training.transfer import Source, open_source
 
 Make = Callable[..., TrainSettings]
 STRONG = {"lr": 1e-2, "weight_decay": 0.5}  # what is not held fast moves visibly
@@ -116,18 +116,30 @@ def test_further_hospital_leaves_the_others_as_they_were(
     assert max(value.numel() for value in state.values()) == new[table].shape[1]  # a single row's
 
 
-def test_further_hospital_is_learned(run_settings: Make, autoencoder: Autoencoder, tmp_path: Path) -> None:
-    """Hospitals differ in grey, the new one is as the darkest: its vector lowers the loss below the mean hospital's."""
-    levels = {"aster": 60, "NA": 150, "birch": 200, "cedar": 60}
-    for name, sites in (("old", ("aster", "NA", "birch")), ("more", ("aster", "cedar"))):
-        make_cohort(tmp_path / name / "data", sites, levels=levels)
-        encode_dataset(tmp_path / name / "data", autoencoder, tmp_path / name / "latents")
-    old = {name: str(tmp_path / "old" / name) for name in ("data", "latents")}
-    train(run_settings(out=str(tmp_path / "source"), max_steps=100, lr=1e-2, **old))
-    settings = run_settings(**further(tmp_path, tmp_path / "more", max_steps=40, lr=5e-2, weight_decay=0.0))
+def test_further_hospital_is_learned(
+    run_settings: Make, tiny_more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hospitals differ in the mean of their latents; the new one is as the highest, far from the mean hospital."""
+    levels = {"aster": -1.0, "NA": -1.0, "birch": 2.0, "cedar": 2.0}
+    sites: dict[int, np.ndarray] = {}
+    moments, opened = LatentStore.moments, open_data
+
+    def shifted(store: LatentStore, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mean, std = moments(store, rows)
+        return mean + torch.tensor([levels[site] for site in sites[id(store)][rows]])[:, None, None, None], std
+
+    def noted(settings: TrainSettings, source: Source | None) -> TrainingData:
+        data = opened(settings, source)
+        sites[id(data.store)] = PatchDataset.open(settings.data).index["site"].to_numpy()
+        return data
+
+    monkeypatch.setattr(LatentStore, "moments", shifted)
+    monkeypatch.setattr(loop, "open_data", noted)
+    train(run_settings(out=str(tmp_path / "source"), max_steps=100, lr=5e-3))
+    settings = run_settings(**further(tmp_path, tiny_more, max_steps=40, lr=5e-2, weight_decay=0.0))
     after = MediPipeline.from_pretrained(train(settings))
     start = open_source(settings.init_from)
-    data = open_data(settings, start)
+    data = noted(settings, start)
     data.whiten(start, [])
     batch = data.batch(0, 256, 99, 1000, DropoutSettings(1.0, 0.0, 0.0, 0.0), 0, 1)
     assert batch.conditions is not None
@@ -139,7 +151,6 @@ def test_further_hospital_is_learned(run_settings: Make, autoencoder: Autoencode
         learned = float(diffusion_loss(after.denoiser, *inputs, Objective(after.objective)).mean())
         rows[-1] = rows[FIRST_VALUE:-1].mean(0)
         mean = float(diffusion_loss(after.denoiser, *inputs, Objective(after.objective)).mean())
-    print("LOSS", learned, mean)
     assert learned < 0.98 * mean
 
 
