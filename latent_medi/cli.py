@@ -132,7 +132,8 @@ def _train(words: list[str]) -> Printed:
     from latent_medi.training.loop import train
     from latent_medi.training.settings import TrainSettings
 
-    return {"model": str(train(config.parse(TrainSettings, words, "train")))}
+    made = train(config.parse(TrainSettings, words, "train"))
+    return {made.name: str(made)}  # "model", or "adapter" of a run with lora
 
 
 def _average(words: list[str]) -> Printed:

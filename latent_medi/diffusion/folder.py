@@ -25,5 +25,8 @@ def local_folder(name: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # offline, absent, refused: the message says which
         raise UserError(
-            f"{name} is no folder here, and cannot be downloaded: {first_line(error)}", "Check the path or the hub id."
+            f"{name} is no folder here, and cannot be downloaded: {first_line(error)}",
+            "Check the path or the hub id. For a machine without a network, run "
+            f"`hf download {name} --include '*.json' '*.safetensors' --local-dir FOLDER` on one with it, copy FOLDER "
+            "here and give its path.",
         ) from None

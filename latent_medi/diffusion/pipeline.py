@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
+from latent_medi.diffusion.adapters import adapted_hash, attach, merge, open_adapter, parts_hash
 from latent_medi.diffusion.card import model_card
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser
@@ -26,7 +26,7 @@ from latent_medi.diffusion.samplers import draw_noise, make_sampler, sample_late
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_json, write_json, write_text
-from latent_medi.latents.autoencoder import Autoencoder, forget_path, load_autoencoder, save_autoencoder, weight_hash
+from latent_medi.latents.autoencoder import Autoencoder, forget_path, load_autoencoder, save_autoencoder
 from latent_medi.metadata.schema import Schema
 
 AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
@@ -80,6 +80,8 @@ class MediPipeline(DiffusionPipeline):
         self.provenance = dict(provenance or {})
         self._carries_autoencoder = False  # whether it came out of the model folder itself
         self.denoiser = Denoiser(unet, conditioning).eval()
+        self._adapters: list[tuple[str, float]] = []  # hash and scale of each, in order
+        self._base_hash = ""  # of the model without them
 
     @property
     def schema(self) -> Schema:
@@ -100,12 +102,45 @@ class MediPipeline(DiffusionPipeline):
 
     @property
     def model_hash(self) -> str:
-        """SHA-256 over all that its images depend on: weights, fields, schedule, autoencoder, shift and scale."""
-        facts = [weight_hash(self.unet), asdict(settings_of(self.scheduler.config)), self.autoencoder.hash]
-        facts += [self.shift.tolist(), self.scale.tolist()]
-        if self.conditioning is not None:
-            facts += [weight_hash(self.conditioning), self.schema.to_dict(), self.conditioning.config["fusion"]]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over all that its images depend on: weights, fields, schedule, autoencoder, whitening, adapters."""
+        if self._adapters:
+            return adapted_hash(self._base_hash, self._adapters)
+        return parts_hash(
+            self.unet, self.conditioning, self.scheduler.config, self.autoencoder.hash, self.shift, self.scale
+        )
+
+    # ---- adapters
+
+    def load_adapter(self, folder: str | Path, scale: float = 1.0) -> None:
+        """Stack a low-rank adapter on the model; values that it adds to a field can then be asked for.
+
+        Args:
+            folder: Its folder, or a hub id ``owner/name``.
+            scale: Factor of its update of the network, 1 as trained; the vectors of added values are not scaled.
+
+        Raises:
+            UserError: It belongs to another model, adds a value that is there, is damaged, or peft is not installed.
+        """
+        if not math.isfinite(scale):
+            raise UserError(f"The scale of the adapter {folder} is {scale}.")
+        adapter, base = open_adapter(folder), self._base_hash or self.model_hash
+        attach(adapter, self.denoiser, base, [*(s for _, s in self._adapters), float(scale)])
+        self._base_hash = base
+        self._adapters.append((adapter.hash, float(scale)))
+
+    @property
+    def adapters(self) -> list[tuple[str, float]]:
+        """Hash and scale of every stacked adapter, in order."""
+        return list(self._adapters)
+
+    def merge_adapters(self) -> None:
+        """Work the adapters into the weights: as with them stacked, but for rounding, and a model that can be saved."""
+        if not self._adapters:
+            return
+        merge(self.unet)
+        merged = [{"hash": digest, "scale": scale} for digest, scale in self._adapters]
+        self.provenance = {**self.provenance, "merged_adapters": {"model": self._base_hash, "adapters": merged}}
+        self._adapters, self._base_hash = [], ""
 
     def to(self, *args: Any, **kwargs: Any) -> MediPipeline:
         """Move the networks to a device (and the denoiser to a dtype)."""
@@ -289,9 +324,14 @@ class MediPipeline(DiffusionPipeline):
             kwargs: ``push_to_hub=True`` with ``repo_id`` and so on also publishes it.
 
         Raises:
-            UserError: The folder holds something that is not a model.
+            UserError: The folder holds something that is not a model, or adapters are stacked on the model.
         """
         folder = Path(save_directory)
+        if self._adapters:
+            raise UserError(
+                "A model with stacked adapters is not saved: they have folders of their own.",
+                "Call merge_adapters() first to save one model.",
+            )
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
             raise UserError(f"{folder} is not empty and holds no model.", "Choose another folder.")
         push = kwargs.pop("push_to_hub", False)

@@ -75,6 +75,7 @@ def generate_plan(
             raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}.")
     accelerator = accelerator or make_accelerator()
     pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
+    load_adapters(pipeline, settings, loaded=isinstance(model, MediPipeline))
     pipeline.to(accelerator.device)
     checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
     checked = check_plan(checked, pipeline.schema, ignore=settings.ignore)
@@ -111,6 +112,29 @@ def generate_plan(
         )
     accelerator.wait_for_everyone()
     return PatchDataset.open(folder)
+
+
+def load_adapters(pipeline: MediPipeline, settings: GenerateSettings, loaded: bool = False) -> None:
+    """Stack the settings' adapters on a model that was just read.
+
+    Args:
+        pipeline: The model.
+        settings: Names the adapters and their scales.
+        loaded: Whether it is a pipeline of the caller's, which is left as it is.
+
+    Raises:
+        UserError: Scales that do not match the adapters, adapters for a pipeline of the caller's, or an adapter that
+            does not fit.
+    """
+    folders, scales = settings.adapters, settings.adapter_scales or [1.0] * len(settings.adapters)
+    if len(scales) != len(folders):
+        raise UserError(f"There are {len(folders)} adapters and {len(scales)} adapter_scales.", "Give one for each.")
+    if folders and loaded:
+        raise UserError(
+            "Adapters are loaded onto a model folder, and a pipeline is given.", "Call its load_adapter() instead."
+        )
+    for folder, scale in zip(folders, scales, strict=True):
+        pipeline.load_adapter(folder, scale)
 
 
 def patches_of(
@@ -169,9 +193,11 @@ def check_requests(plan: pd.DataFrame, pipeline: MediPipeline, settings: Generat
 def describe(plan: pd.DataFrame, pipeline: MediPipeline, settings: GenerateSettings, model_hash: str) -> dict[str, Any]:
     """Everything that the images depend on, JSON-able."""
     table = plan.drop(columns="verdict").to_csv(index=False, lineterminator="\n")
+    stacked = [{"hash": digest, "scale": scale} for digest, scale in pipeline.adapters]
     return {
         "kind": "synthetic",
-        "model": model_hash,
+        "model": model_hash,  # of the model with its adapters
+        **({"adapters": stacked} if stacked else {}),
         "autoencoder": pipeline.autoencoder.hash,
         "trained_on": pipeline.provenance.get("name", ""),
         "plan": {"sha256": hashlib.sha256(table.encode()).hexdigest(), "rows": plan.to_dict("records")},

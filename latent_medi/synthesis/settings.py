@@ -44,6 +44,8 @@ class GenerateSettings:
         plan: The plan, .csv or .parquet.
         model: Model folder.
         out: Dataset folder to write.
+        adapters: Folders (or hub ids) of low-rank adapters to stack on the model, in order.
+        adapter_scales: Scale of each adapter's update, 1 as trained; empty means 1 for each.
         sampler: The sampler and its steps.
         guidance: Guidance scales per field.
         device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
@@ -60,6 +62,8 @@ class GenerateSettings:
     plan: str = ""
     model: str = ""
     out: str = ""
+    adapters: list[str] = field(default_factory=list)
+    adapter_scales: list[float] = field(default_factory=list)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     device_batch: int = 64

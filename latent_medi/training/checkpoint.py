@@ -87,6 +87,25 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     return tensors, read_json(path / _STATE)
 
 
+def trained_tensors(module: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """A module's state without its frozen parameters, which the run's source holds.
+
+    Args:
+        module: The denoiser or its average.
+        names: The trained parameters.
+    """
+    frozen = {name for name, _ in module.named_parameters()} - set(names)
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
+def load_trained(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
+    """Put the tensors of :func:`trained_tensors` back; none may be absent or left over."""
+    expected = set(trained_tensors(module, names))
+    if expected != set(tensors):
+        raise UserError(f"The checkpoint lacks or adds {', '.join(sorted(expected ^ set(tensors))[:5])}.")
+    module.load_state_dict(tensors, strict=False)
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
     """An AdamW's state as named tensors ``<parameter>/<entry>``; hyperparameters are settings, so they are not state.
 

@@ -48,12 +48,16 @@ class Ema(Generic[M]):
     """A copy of a module whose parameters follow the module's.
 
     Args:
-        module: The trained module (not wrapped for distributed training).
+        module: The trained module (not wrapped for distributed training). Its frozen parameters are shared, not copied.
     """
 
     def __init__(self, module: M) -> None:
-        self.module: M = copy.deepcopy(module).eval().requires_grad_(False)
-        self._averages: list[torch.Tensor] = list(self.module.parameters())
+        trained = [p.requires_grad for p in module.parameters()]
+        shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+        self.module: M = copy.deepcopy(module, shared).eval().requires_grad_(False)
+        self._averages: list[torch.Tensor] = [
+            p for p, follows in zip(self.module.parameters(), trained, strict=True) if follows
+        ]
         if any(p.dtype != torch.float32 for p in self._averages):
             # bf16 cannot hold an update of size 1e-4 and would stand still.
             raise ValueError("The average is kept in fp32; the module has parameters of another type.")
@@ -61,4 +65,4 @@ class Ema(Generic[M]):
     @torch.no_grad()
     def update(self, module: nn.Module, decay: float) -> None:
         """average ← decay · average + (1 - decay) · weight, for all tensors in a few fused calls."""
-        torch._foreach_lerp_(self._averages, [p.detach() for p in module.parameters()], 1.0 - decay)
+        torch._foreach_lerp_(self._averages, [p.detach() for p in module.parameters() if p.requires_grad], 1.0 - decay)

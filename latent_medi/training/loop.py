@@ -70,7 +70,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
 
     Returns:
         The model folder, ``out/model``: a :class:`latent_medi.diffusion.pipeline.MediPipeline` with the averaged
-        weights.
+        weights; or, with ``lora``, the adapter's folder, ``out/adapter``.
 
     Raises:
         UserError: Settings that cannot be followed, data that do not fit, a folder with another run, or a loss that is
@@ -95,10 +95,11 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     record = run.describe(settings, data, source)
     if run.finished(out, record):
         logger.info("%s is finished.", out)
-        return out / "model"
+        return out / run.product(settings)
     data.whiten(source, settings.override)
     objective = Objective(inherited_objective(source, settings) if source else settings.objective)
     denoiser, table = run.build(settings, data, source)
+    names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
     autoencoder = run.find_autoencoder(settings, data, source)
     if main:
         run.begin(out, record, settings, table)
@@ -110,7 +111,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     tensors, state = checkpoint.load_checkpoint(newest) if newest else ({}, {"images": 0})
     if newest:
         run.check_same(out, record, state["run"])
-        denoiser.load_state_dict(tensors["model"])
+        checkpoint.load_trained(denoiser, tensors["model"], names)
         if main:
             logger.info("Going on at %s images.", f"{state['images']:,}")
     denoiser.to(device)
@@ -118,11 +119,10 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
         denoiser.to(memory_format=torch.channels_last)
     emas = {width: Ema(denoiser) for width in settings.ema.widths()}
     ema = emas[settings.ema.relative_width]
-    names = [name for name, _ in denoiser.named_parameters()]
-    optimizer = build_optimizer(denoiser.parameters(), settings)
+    optimizer = build_optimizer([p for p in denoiser.parameters() if p.requires_grad], settings)
     if newest:
         for width, each in emas.items():
-            each.module.load_state_dict(tensors[ema_file(width, settings)])
+            checkpoint.load_trained(each.module, tensors[ema_file(width, settings)], names)
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], names)
     del tensors
     if settings.compile:
@@ -159,9 +159,12 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             out / "checkpoints",
             images,
             {
-                "model": denoiser.state_dict(),
+                "model": checkpoint.trained_tensors(denoiser, names),
                 "optimizer": checkpoint.optimizer_tensors(optimizer, names),
-                **{ema_file(width, settings): each.module.state_dict() for width, each in emas.items()},
+                **{
+                    ema_file(width, settings): checkpoint.trained_tensors(each.module, names)
+                    for width, each in emas.items()
+                },
             },
             {
                 "run": record,
@@ -188,7 +191,8 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            if denoiser.unet.config["dropout"]:  # the network's own dropout must not depend on what ran before
+            # The network's own dropout must not depend on what ran before.
+            if denoiser.unet.config["dropout"] or (settings.lora and settings.lora.dropout):
                 torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
 
             # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
@@ -255,11 +259,11 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     if previews is not None:
         previews.finish()
     if main:
-        run.finish(out, record, data, autoencoder, objective.settings, total, ema.module)
+        run.finish(settings, record, data, autoencoder, objective.settings, total, ema.module, source)
     accelerator.wait_for_everyone()
     if settings.trackers:
         accelerator.end_training()
-    return out / "model"
+    return out / run.product(settings)
 
 
 def ema_file(width: float, settings: TrainSettings) -> str:

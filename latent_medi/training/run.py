@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 import yaml
 
+from latent_medi.diffusion.adapters import add_lora, save_adapter
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -23,8 +24,9 @@ from latent_medi.training.averages import reconstruct
 from latent_medi.training.checkpoint import checkpoint_folders, remove_unfinished
 from latent_medi.training.data import TrainingData
 from latent_medi.training.draws import batch_seed
-from latent_medi.training.settings import AverageSettings, TrainSettings
-from latent_medi.training.transfer import Source, describe_table, transfer
+from latent_medi.training.parts import added_values, choose_parts, fold
+from latent_medi.training.settings import LORA_TARGETS, AverageSettings, TrainSettings
+from latent_medi.training.transfer import Source, describe_table, transfer, with_adapter
 
 logger = get_logger("training")
 
@@ -86,13 +88,18 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def product(settings: TrainSettings) -> str:
+    """Name in ``out`` of what a run makes: its model, or the adapter alone."""
+    return "adapter" if settings.lora else "model"
+
+
 def finished(out: Path, record: Mapping[str, Any]) -> bool:
-    """Whether ``out`` holds the finished model of this run.
+    """Whether ``out`` holds the finished model (or adapter) of this run.
 
     Raises:
         UserError: It holds another run's model or checkpoints, or a model of unknown origin.
     """
-    model = (out / "model").exists()
+    model = (out / "model").exists() or (out / "adapter").exists()
     if not model and not checkpoint_folders(out / "checkpoints"):
         return False
     if not (out / RUN_FILE).exists():
@@ -113,6 +120,12 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
         torch.manual_seed(settings.seed)
         if source is not None:
             denoiser, table = transfer(source, data.schema, settings.model, settings.dropout, (channels, height, width))
+            table = choose_parts(denoiser, table, source, settings)
+            if settings.lora is not None:
+                lora, before = settings.lora, {name for name, _ in denoiser.named_parameters()}
+                targets = [end for name in lora.targets for end in LORA_TARGETS[name]]
+                add_lora(denoiser.unet, lora.rank, lora.alpha or lora.rank, targets, lora.dropout)
+                table = with_adapter(table, denoiser, before)
             logger.info("Starting from %s: %s.", source.folder, describe_table(table))
         else:
             conditioner = None
@@ -162,16 +175,23 @@ def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source
 
 
 def finish(
-    out: Path,
+    settings: TrainSettings,
     record: Mapping[str, Any],
     data: TrainingData,
     autoencoder: Autoencoder,
     objective: ObjectiveSettings,
     images: int,
     averaged: Denoiser,
+    source: Source | None,
 ) -> None:
-    """Write ``out/model`` with the averaged weights; it is there whole or not at all."""
+    """Write ``out/model`` (or ``out/adapter``) with the averaged weights; it is there whole or not at all."""
+    out = Path(settings.out)
     provenance = {**data.info, "training_patches": len(data), "images_seen": images, **record}
+    fold(averaged)
+    if settings.lora is not None and source is not None:
+        added = added_values(source, averaged)
+        save_adapter(out / "adapter", averaged, source.model_hash, added, provenance)
+        return
     MediPipeline.from_parts(averaged, objective, autoencoder, data.shift, data.scale, provenance).save_pretrained(
         out / "model"
     )

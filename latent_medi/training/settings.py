@@ -56,6 +56,57 @@ class StreamSettings:
     slicing: bool = False
 
 
+PARTS: dict[str, str] = {
+    "conditioning": "the embeddings of all fields",
+    "attention": "self-attention blocks",
+    "time": "the timestep embedding and each residual block's projection of it, through which conditions act",
+    "down": "input layer and blocks on the way down",
+    "mid": "the middle block",
+    "up": "blocks on the way up and output layer",
+    "new": "only what the source does not have: vectors of new values and fields",
+}
+"""Named groups of tensors that train_parts knows; a tensor may be in several."""
+
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "time": ("time_emb_proj",),
+    "residual": ("conv1", "conv2"),
+}
+"""Layers that an adapter can change, by name: the ends of their names in the network."""
+
+
+@dataclass
+class LoraSettings:
+    """A low-rank adapter (LoRA, Hu et al. 2022, arXiv 2106.09685): the model is frozen, and each targeted layer learns
+    an update (alpha / rank)·B·A of its weights.
+
+    Args:
+        rank: Rows of A and columns of B; at least 1.
+        alpha: Scale of the update times rank; unset: rank, a scale of 1.
+        targets: Layers: any of "attention" (query, key, value and output projections), "time" (projections through
+            which timestep and conditions act) and "residual" (convolutions; larger files).
+        dropout: Share of the adapter's inputs dropped while training, 0 to 1.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: list[str] = field(default_factory=lambda: ["attention", "time"])
+    dropout: float = 0.0
+
+    def problems(self) -> list[str]:
+        """What no adapter can have, in words."""
+        found = []
+        if self.rank < 1:
+            found.append(f"lora.rank must be at least 1, not {self.rank}")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            found.append(f"lora.alpha must be above 0 or unset, not {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"lora.dropout must be at least 0 and below 1, not {self.dropout}")
+        if not self.targets or set(self.targets) - set(LORA_TARGETS):
+            found.append(f"lora.targets are some of {', '.join(LORA_TARGETS)}, not {self.targets}")
+        return found
+
+
 @dataclass
 class TrainSettings:
     """How a model is trained. Progress is counted in images seen; the number of processes changes speed only.
@@ -102,10 +153,15 @@ class TrainSettings:
             previews.csv; 0 for none.
         preview_images: Samples of a preview, over all processes.
         preview_steps: Sampler steps of a preview.
-        init_from: Model folder (ours, or of a diffusers UNet2DModel) to start from; its autoencoder scaling and
-            objective are inherited.
+        init_from: Model folder (ours, or of a diffusers UNet2DModel) or hub id ``owner/name`` to start from; its
+            autoencoder scaling and objective are inherited.
         override: With init_from, parts taken from these settings or data instead: any of "prediction", "schedule",
             "weighting", "scaling". The run then no longer starts exactly at the source.
+        train_parts: With init_from, the groups of tensors to train, everything else staying as it is bit for bit: any
+            of "conditioning", "attention", "time", "down", "mid", "up" and "new" (only what the source does not have,
+            such as the vector of a new hospital: all that it knows then samples exactly as before). Unset: everything.
+        lora: With init_from, train a low-rank adapter instead of the model, saved alone in out/adapter; with
+            train_parts=[new] the vectors of new values are trained with it and stored in it. Unset: none.
         autoencoder: Where the model's autoencoder is found (name or folder); empty means where the latents' encoder
             was.
         channels_last: Memory layout of the network; faster on GPUs with bf16.
@@ -151,6 +207,8 @@ class TrainSettings:
     preview_steps: int = 12
     init_from: str = ""
     override: list[str] = field(default_factory=list)
+    train_parts: list[str] | None = None
+    lora: LoraSettings | None = None
     autoencoder: str = ""
     channels_last: bool = False
     compile: bool = False
@@ -223,6 +281,21 @@ class TrainSettings:
             problems.append(
                 f"override knows prediction, schedule, weighting and scaling, not {', '.join(sorted(unknown))}"
             )
+        if self.train_parts is not None:
+            if not self.init_from:
+                problems.append("train_parts freezes parts of init_from, which is empty")
+            if not self.train_parts or set(self.train_parts) - set(PARTS):
+                problems.append(f"train_parts are some of {', '.join(PARTS)}, not {self.train_parts}")
+        if self.ema.also and (self.lora is not None or self.train_parts is not None):
+            problems.append("ema.also is for whole models: no lora and no train_parts with it")
+        if self.lora is not None:
+            problems += self.lora.problems()
+            if not self.init_from:
+                problems.append("lora adapts the model in init_from, which is empty")
+            if self.train_parts not in (None, ["new"]):
+                problems.append("lora freezes the model: train_parts is unset or [new] with it")
+            if kept := set(self.override) - {"weighting"}:
+                problems.append(f"an adapter is sampled with its model's own {', '.join(sorted(kept))}: no override")
         if problems:
             raise UserError("The training settings cannot be followed: " + "; ".join(problems) + ".")
 

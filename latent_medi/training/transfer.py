@@ -16,8 +16,10 @@ import pandas as pd
 import torch
 from diffusers import UNet2DModel
 
+from latent_medi.diffusion.adapters import parts_hash
 from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.folder import local_folder
 from latent_medi.diffusion.objective import settings_of
 from latent_medi.diffusion.pipeline import AUTOENCODER_FILE, OBJECTIVE_FILE
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
@@ -51,14 +53,26 @@ class Source:
     autoencoder: dict[str, Any] | None
     objective: ObjectiveSettings | None
 
+    @property
+    def model_hash(self) -> str:
+        """What :attr:`~latent_medi.diffusion.pipeline.MediPipeline.model_hash` is of it; adapters name their model by
+        it."""
+        if self.scheduler is None or self.autoencoder is None:
+            raise UserError(f"{self.folder} is no whole model of this program.")
+        shift, scale = (torch.tensor(self.autoencoder[n], dtype=torch.float32) for n in ("shift", "scale"))
+        return parts_hash(self.unet, self.conditioner, self.scheduler, self.autoencoder["hash"], shift, scale)
+
 
 def open_source(folder: str | Path) -> Source:
     """Read a model folder: ours, a diffusers pipeline with a ``unet/`` of class UNet2DModel, or such a network alone.
 
+    Args:
+        folder: The folder, or a hub id ``owner/name``, of which only JSON and safetensors are fetched.
+
     Raises:
-        UserError: It is none of these.
+        UserError: It is none of these, or cannot be downloaded.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     network = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
     if (
         not (network / "config.json").is_file()
@@ -258,5 +272,22 @@ def _copy_embedding(old: FieldEmbedding, new: FieldEmbedding, columns: slice) ->
 
 
 def describe_table(table: pd.DataFrame) -> str:
-    """The table's counts in words, such as "312 loaded, 4 new"."""
-    return ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
+    """The table's counts in words, such as "312 loaded, 4 new; 300 frozen, 16 trained"."""
+    told = [table["status"].value_counts()]
+    if "training" in table:
+        told.append(table.loc[table["training"] != "", "training"].value_counts())
+    return "; ".join(", ".join(f"{count} {word}" for word, count in counts.items()) for counts in told)
+
+
+def with_adapter(table: pd.DataFrame, denoiser: Denoiser, before: set[str]) -> pd.DataFrame:
+    """The table with a row per matrix of the adapter that was put into the network.
+
+    Args:
+        table: Before.
+        denoiser: With the adapter.
+        before: The parameters it had without.
+    """
+    # peft renames an adapted layer's own parameters, which are frozen: what asks for a gradient is the adapter's.
+    added = [(n, p) for n, p in denoiser.named_parameters() if p.requires_grad and n not in before]
+    rows = [{**_row(name, "new", p, "low-rank update, zero at the start"), "training": "trained"} for name, p in added]
+    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)

@@ -41,15 +41,15 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from latent_medi.training import checkpoint, loop
-from latent_medi.training.settings import EmaSettings, StreamSettings, TrainSettings
+from latent_medi.training.settings import EmaSettings, LoraSettings, StreamSettings, TrainSettings
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 
 values, kill = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 parts = {
     "ema": EmaSettings, "model": ModelSettings, "objective": ObjectiveSettings, "dropout": DropoutSettings,
-    "stream": StreamSettings,
+    "stream": StreamSettings, "lora": LoraSettings,
 }
-settings = TrainSettings(**{k: parts[k](**v) if k in parts else v for k, v in values.items()})
+settings = TrainSettings(**{k: parts[k](**v) if k in parts and v else v for k, v in values.items()})
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

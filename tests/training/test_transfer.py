@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pandas as pd
 import pytest
 import torch
@@ -12,14 +14,17 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ModelSettings, ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.training import loop, run
 from latent_medi.training.data import open_data
 from latent_medi.training.loop import train
-from latent_medi.training.settings import TrainSettings
+from latent_medi.training.settings import LoraSettings, TrainSettings
 from latent_medi.training.transfer import inherited_objective, open_source
+
+WIDE = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
 
 Make = Callable[..., TrainSettings]
 
@@ -61,6 +66,44 @@ def test_conditional_starts_at_an_unconditional_model(plain: MediPipeline, run_s
     assert len(table) == len(denoiser.state_dict())
 
 
+def first_loss(settings: TrainSettings) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """Loss of each sample of a run's first update, as the loop computes it, and what it was computed from."""
+    seen: list[tuple[torch.Tensor, tuple[Any, ...]]] = []
+
+    def watched(model: Any, *arguments: Any) -> torch.Tensor:
+        each = diffusion_loss(model, *arguments)
+        seen.append((each.detach().clone(), arguments))
+        return each
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "diffusion_loss", watched)
+        train(settings)
+    return seen[0]
+
+
+@pytest.mark.parametrize("change", ["everything", "parts", "adapter"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_first_loss_is_the_source_s(change: str, conditional: bool, run_settings: Make, tmp_path: Path) -> None:
+    """On the target's latents, with the inherited whitening and objective, before anything was learned."""
+    own = ObjectiveSettings(prediction="epsilon", schedule="linear", zero_terminal_snr=False, weighting="min_snr")
+    model = {} if conditional else {"fields": []}
+    folder = train(run_settings(out=str(tmp_path / "source"), max_steps=4, lr=1e-2, objective=own, model=model))
+    source = MediPipeline.from_pretrained(folder)
+    started: dict[str, Any] = {"init_from": str(folder), "max_steps": 1, "seed": 5}
+    if change == "parts":
+        started["train_parts"] = ["conditioning", "time"]
+    if change == "adapter":
+        started |= {"lora": LoraSettings(rank=2), "model": model}
+    ours, (latents, noise, timesteps, conditions, objective) = first_loss(run_settings(**started))
+    assert (conditions is None) == (change == "adapter" and not conditional)
+    assert objective.settings == own
+    known = conditions if conditional else None
+    with torch.no_grad():
+        theirs = diffusion_loss(source.denoiser, latents, noise, timesteps, known, Objective(source.objective))
+    assert torch.equal(ours, theirs)
+    assert bool((ours > 0).all())
+
+
 def test_new_conditions_are_learned(plain: MediPipeline, run_settings: Make, tmp_path: Path) -> None:
     folder = train(run_settings(init_from=str(tmp_path / "plain" / "model"), max_steps=6, lr=1e-2))
     after = MediPipeline.from_pretrained(folder)
@@ -69,7 +112,8 @@ def test_new_conditions_are_learned(plain: MediPipeline, run_settings: Make, tmp
     assert torch.equal(after.shift, plain.shift)
     assert torch.equal(after.scale, plain.scale)
     table = pd.read_csv(tmp_path / "run" / "transfer.csv")
-    assert list(table.columns) == ["tensor", "status", "shape", "note"]
+    assert list(table.columns) == ["tensor", "status", "shape", "note", "training"]
+    assert table["training"].eq("trained").all()
 
 
 @pytest.mark.parametrize("fusion", ["concat", "additive", "linear"])
@@ -131,8 +175,7 @@ def test_conditional_source_of_an_unconditional_run_is_refused(run_settings: Mak
 def test_starts_at_a_diffusers_network(whole: bool, run_settings: Make, tmp_path: Path) -> None:
     torch.manual_seed(3)
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    sizes = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "num_class_embeds": 3}
-    unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **blocks, **sizes).eval()
+    unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=3, **blocks, **WIDE).eval()
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=500)
     (DDPMPipeline(unet, scheduler) if whole else unet).save_pretrained(tmp_path / "foreign")
     settings = run_settings(init_from=str(tmp_path / "foreign"))
@@ -175,6 +218,37 @@ def test_other_autoencoder_is_refused(plain: MediPipeline, run_settings: Make, t
     file.write_text(text.replace(plain.autoencoder.hash, "0" * 64))
     with pytest.raises(UserError, match="another autoencoder"):
         train(run_settings(init_from=str(tmp_path / "plain" / "model")))
+
+
+def test_source_from_the_hub(
+    plain: MediPipeline, run_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "plain" / "model")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = train(run_settings(init_from="some-lab/plain", max_steps=1))
+    assert asked == [("some-lab/plain", ["*.json", "*.safetensors"])]  # nothing that could run code
+    assert torch.equal(MediPipeline.from_pretrained(folder).shift, plain.shift)
+    by_path = run_settings(init_from=str(tmp_path / "plain" / "model"), max_steps=1)
+    monkeypatch.setattr(loop, "diffusion_loss", None)
+    assert train(by_path) == folder  # the same run: a source is told by its weights
+
+
+def test_source_from_the_hub_without_a_network(run_settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"(?s)some-lab/plain is no folder here.*hf download some-lab/plain"):
+        train(run_settings(init_from="some-lab/plain", max_steps=1))
+
+
+def test_other_latent_channels_are_refused(run_settings: Make, tmp_path: Path) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    UNet2DModel(sample_size=8, in_channels=3, out_channels=3, **blocks, **WIDE).save_pretrained(tmp_path / "rgb")
+    with pytest.raises(UserError, match="works on 3 channels; the latents have 4"):
+        train(run_settings(init_from=str(tmp_path / "rgb"), max_steps=1))
 
 
 def test_what_is_no_model_is_refused(run_settings: Make, tmp_path: Path) -> None:
