@@ -11,16 +11,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -138,19 +135,15 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-class GpuAutocast(TorchFunctionMode):
-    """Makes autocast on the CPU choose types as it does on a GPU, where group normalisation runs in fp32.
+def normalise_as_on_gpu(module: nn.Module) -> None:
+    """Make every group normalisation take fp32, as a GPU's autocast does and the CPU's does not.
 
-    Of the operations in these networks only that one is treated differently, and it decides: its input and output
-    are the largest things saved. On a GPU's own fake tensors the backward pass cannot be followed without a GPU.
+    Of the operations in these networks only that one is treated differently, and it decides: its input and output are
+    the largest things saved. On a GPU's own fake tensors no backward pass can be followed where there is no GPU.
     """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.group_norm or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(args[0].float(), *args[1:], **kwargs)
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm):
+            part.register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
 
 
 def stand_in_schema(names: list[str] | None, count: int, values: int) -> Schema | None:
@@ -283,11 +276,9 @@ def step_cost(
         own += [p.grad for p in denoiser.parameters() if p.grad is not None]
         saved, live, flops = SavedBytes(denoiser), LiveBytes(), FlopCounterMode(display=False)
         live.ignore([*own, *(t for t in inputs if isinstance(t, torch.Tensor))])
-        with ExitStack() as stack:
-            if device != "cpu":
-                stack.enter_context(GpuAutocast())
-            stack.enter_context(flops)
-            stack.enter_context(live)
+        if device != "cpu":
+            normalise_as_on_gpu(denoiser)
+        with flops, live:
             with saved.hooks(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 loss = diffusion_loss(denoiser, *inputs, objective).sum() / batch
             forward, kept = flops.get_total_flops(), saved.total
