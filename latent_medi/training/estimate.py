@@ -177,7 +177,8 @@ def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema 
             return open_latents(dataset, settings.latents).shape, fields, f"{told}, latents of {settings.latents}"
     else:
         fields = stand_in_schema(names, settings.stand_in_fields, settings.stand_in_values)
-        told = f"{len(fields.fields) if fields else 0} stand-in fields of {settings.stand_in_values} values"
+        count = len(fields.fields) if fields else 0
+        told = f"{count or 'no'} stand-in field{'' if count == 1 else 's'} of {settings.stand_in_values} values"
     return tuple(settings.latent_shape), fields, told
 
 
@@ -505,7 +506,9 @@ def estimate_text(result: dict[str, Any]) -> str:
         f"{result['card_share']:.0%} of the {result['card_tflops']:.4g} TFLOP/s of {result['card']} "
         f"({result['card_gib']:.3g} GiB: {'enough' if result['fits'] else 'NOT enough'})",
     ]
-    if result["measured"] is not None:
+    if result["measured"] is None:
+        lines.append("no GPU here, so nothing was tried on one")
+    else:
         peak, rate = result["measured"].get("peak_bytes", float("nan")), result["measured"]["steps_per_s"]
         lines.append(f"measured on this GPU: peak {peak / GIB:.2f} GiB, {rate:.3g} steps/s per process")
     return "\n".join(lines)
