@@ -397,7 +397,9 @@ def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, floa
     return name, settings.card_gib or memory, settings.card_tflops or tflops
 
 
-def matmul_tflops(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", size: int = 8192, count: int = 20) -> float:
+def matmul_tflops(
+    dtype: torch.dtype = torch.bfloat16, device: str = "cuda", size: int = 8192, count: int = 20
+) -> float:
     """10^12 operations per second of large square matrix products on a device, the best of three times ``count``."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")

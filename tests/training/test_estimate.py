@@ -145,7 +145,15 @@ def test_work_per_image_is_that_of_the_network() -> None:
 def test_command_line_tells_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = tmp_path / "estimate.json"
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    words = ["--config", "presets/24gb", "--estimate", "device_batch=16", f"out={tmp_path / 'run'}", "--json", str(told)]
+    words = [
+        "--config",
+        "presets/24gb",
+        "--estimate",
+        "device_batch=16",
+        f"out={tmp_path / 'run'}",
+        "--json",
+        str(told),
+    ]
     assert cli.main(["train", *words]) == 0
     # The weights alone would be 1.4 GiB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 0.5 * 2**20
@@ -201,7 +209,9 @@ def test_small_cards_are_told_to_be_too_small() -> None:
 def test_starting_from_a_model_estimates_its_network(tmp_path: Path) -> None:
     build_denoiser(run_of(small_model()), TINY, None).unet.save_pretrained(tmp_path / "unet")
     settings = run_of(ModelSettings(preset="S"), init_from=str(tmp_path), latent_shape=TINY, stand_in_fields=0)
-    assert estimate(settings)["parameters"] == estimate(replace(settings, init_from="", model=small_model()))["parameters"]
+    assert (
+        estimate(settings)["parameters"] == estimate(replace(settings, init_from="", model=small_model()))["parameters"]
+    )
     with pytest.raises(UserError, match="no network"):
         estimate(replace(settings, init_from=str(tmp_path / "nothing")))
 
