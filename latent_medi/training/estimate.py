@@ -325,7 +325,7 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
 
     Returns:
         ``bytes`` by purpose with their sum ``peak``, parameters, batch, operations per image, and the expected rates;
-        ``measured`` holds what a GPU did, or ``None`` without one.
+        ``measured`` holds what a GPU did: nothing if its memory was too small, and ``None`` without one.
 
     Raises:
         UserError: Settings that cannot be followed, or an unknown card.
@@ -350,7 +350,12 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     # Without autocast, convolutions still use the tensor cores at half the rate (TF32, torch's default).
     per_second = settings.device_share * tflops * 1e12 * (0.5 if settings.precision == "fp32" else 1.0)
     images = per_second / (cost.flops / batch) * settings.processes
-    measured = measure(settings, shape, schema, batch) if torch.cuda.is_available() else None
+    measured: dict[str, float] | None = None
+    if torch.cuda.is_available():
+        try:
+            measured = measure(settings, shape, schema, batch)
+        except torch.cuda.OutOfMemoryError:
+            measured = {}
     return {
         "data": told,
         "latent_shape": list(shape),
@@ -510,7 +515,9 @@ def estimate_text(result: dict[str, Any]) -> str:
     ]
     if result["measured"] is None:
         lines.append("no GPU here, so nothing was tried on one")
+    elif not result["measured"]:
+        lines.append("measured on this GPU: its memory is too small; lower device_batch")
     else:
-        peak, rate = result["measured"].get("peak_bytes", float("nan")), result["measured"]["steps_per_s"]
+        peak, rate = result["measured"]["peak_bytes"], result["measured"]["steps_per_s"]
         lines.append(f"measured on this GPU: peak {peak / GIB:.2f} GiB, {rate:.3g} steps/s per process")
     return "\n".join(lines)
