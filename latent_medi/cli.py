@@ -129,6 +129,8 @@ def _encode(words: list[str]) -> Printed:
 
 
 def _train(words: list[str]) -> Printed:
+    if "--estimate" in words:
+        return _estimate([word for word in words if word != "--estimate"])
     from latent_medi.training.loop import train
     from latent_medi.training.settings import TrainSettings
 
@@ -141,6 +143,15 @@ def _average(words: list[str]) -> Printed:
     from latent_medi.training.settings import AverageSettings
 
     return {"model": str(write_average(config.parse(AverageSettings, words, "average", positional="run")))}
+
+
+def _estimate(words: list[str]) -> Printed:
+    from latent_medi.training.estimate import estimate, estimate_text
+    from latent_medi.training.settings import EstimateSettings
+
+    result = estimate(config.parse(EstimateSettings, words, "train --estimate"))
+    print(estimate_text(result))
+    return result
 
 
 def _plan(words: list[str]) -> Printed:
@@ -190,7 +201,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "audit": (_audit, "which class × site × attribute combinations the data have, lack and can support"),
     "split": (_split, "patients into parts: at random, whole sites or held-out combinations apart"),
     "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),
-    "train": (_train, "a metadata-conditioned denoiser on latents"),
+    "train": (_train, "a metadata-conditioned denoiser on latents; --estimate: what it will take"),
     "average": (_average, "a finished run's model with another length of the weights' average"),
     "plan": (_plan, "which combinations to generate, and how many"),
     "sample": (_sample, "the patches of a plan, as a dataset folder"),

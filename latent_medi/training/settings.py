@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
@@ -315,3 +315,52 @@ class AverageSettings:
     width: float
     out: str
     images: int = 0
+
+
+@dataclass
+class EstimateSettings(TrainSettings):
+    """A run whose memory and speed are to be told before it starts. Data need not be there; see the other settings in
+    `latent-medi train --help`.
+
+    Args:
+        data: Dataset folder, whose fields are used if it is there.
+        latents: Latent folder, whose shape is used if it is there.
+        out: Not used.
+        latent_shape: Channels, height and width of a latent where there are none: (4, 32, 32) are Stable Diffusion's of
+            256 px.
+        stand_in_fields: Fields to be conditioned on where neither data nor model.fields say.
+        stand_in_values: Values of each field where there are no data.
+        processes: Devices that share the global batch.
+        card: GPU to estimate the speed of, such as "rtx4090"; empty: the one here, or the smallest that is large
+            enough.
+        card_gib: Its memory in GiB; 0: as known.
+        card_tflops: Its dense bf16 matrix products in 10^12 operations per second; 0: as known.
+        device_share: Share of that which training is expected to reach, above 0 and up to 1.
+        measure_steps: On a machine with a GPU, updates that are really made and timed.
+    """
+
+    data: str = ""
+    latents: str = ""
+    out: str = ""
+    latent_shape: tuple[int, int, int] = (4, 32, 32)
+    stand_in_fields: int = 5
+    stand_in_values: int = 64
+    processes: int = 1
+    card: str = ""
+    card_gib: float = 0.0
+    card_tflops: float = 0.0
+    device_share: float = 0.35
+    measure_steps: int = 10
+
+    def check(self) -> None:
+        """As for a run, whose length need not be given.
+
+        Raises:
+            UserError: Lists every problem.
+        """
+        length = replace(self, max_steps=self.max_steps or 1) if not self.max_images else self
+        super(EstimateSettings, length).check()
+        if not 0 < self.device_share <= 1:
+            raise UserError(f"device_share must be above 0 and at most 1, not {self.device_share}.")
+        if self.measure_steps < 1:
+            raise UserError(f"measure_steps must be at least 1, not {self.measure_steps}.")

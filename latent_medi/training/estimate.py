@@ -1,0 +1,523 @@
+"""What a run will take, told before it starts: memory of one device, work per image, and updates per second.
+
+Nothing is computed and no memory is used: the network is built of fake tensors, which have shapes, types and storage
+sizes only, and one forward and backward pass of the loop's own loss is followed through them. Weights, gradients,
+optimizer and averages are exact. Activations are what autograd saves, at the settings' batch, precision and
+checkpointing. Rates are estimates; "measured" is said of what a GPU did.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
+from latent_medi.diffusion.denoiser import Denoiser, build_unet
+from latent_medi.diffusion.objective import Objective, diffusion_loss
+from latent_medi.errors import UserError, nearest
+from latent_medi.files import read_json
+from latent_medi.metadata.schema import Field, Schema
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.training.data import open_latents
+from latent_medi.training.settings import EstimateSettings, TrainSettings
+
+GIB = 2**30
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type that autocast computes in, by precision."""
+
+CARDS: dict[str, tuple[float, float]] = {
+    "rtx3070": (8, 40.6),
+    "rtx4060": (8, 30.2),
+    "rtx3060": (12, 25.5),
+    "rtx4070": (12, 58.3),
+    "rtx3090": (24, 71.2),
+    "rtx4090": (24, 165.2),
+    "l40s": (48, 362.0),
+    "a100": (80, 312.0),
+    "h100": (80, 989.4),
+    "h200": (141, 989.4),
+}
+"""GiB of memory, and 10^12 operations per second of dense matrices in bf16 with sums in fp32, as the maker states."""
+
+_CONTEXT = 0.5 * GIB  # what CUDA itself takes of a card's memory, outside of what torch counts
+_FIXED_WORKSPACE = 128 * 2**20  # cuBLAS keeps 32 MiB per handle; cuDNN's kernels ask for a few times that
+_WORKSPACE_SHARE = 0.05  # of activations and passing tensors: rounding to the allocator's blocks, gaps between them
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one forward and backward pass of one device's batch takes.
+
+    Args:
+        saved: Bytes that autograd saves: every storage once, parameters left out, autocast's copies of them included.
+        passing: Bytes at the fullest moment of the pass beyond ``saved``: gradients of activations, copies in another
+            type, recomputed blocks.
+        forward_flops: Floating-point operations of the forward pass, a multiplication and an addition being two.
+        flops: Of forward and backward pass, recomputation included.
+    """
+
+    saved: int
+    passing: int
+    forward_flops: int
+    flops: int
+
+
+class SavedBytes:
+    """Counts what autograd saves for the backward pass while :meth:`hooks` is entered.
+
+    Args:
+        module: Its parameters and buffers are not counted: they are there anyway.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._own = {t.untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
+        self._kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
+
+    def hooks(self) -> Any:
+        """The context in which to run the forward pass."""
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._own:
+                self._kept[storage._cdata] = storage
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    @property
+    def total(self) -> int:
+        """Bytes saved so far."""
+        return sum(storage.nbytes() for storage in self._kept.values())
+
+    def release(self) -> None:
+        """Stop holding the storages, so that they can be seen to be freed."""
+        self._kept.clear()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all storages made while it is entered, and their highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def _free(self, address: int, size: int) -> None:
+        self._seen.discard(address)
+        self.now -= size
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Leave out the storages of tensors that are counted elsewhere; operations in place return them again."""
+        self._seen |= {t.untyped_storage()._cdata for t in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                address, size = storage._cdata, storage.nbytes()
+                if address not in self._seen:
+                    self._seen.add(address)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, address, size)
+        return result
+
+
+def normalise_as_on_gpu(module: nn.Module) -> None:
+    """Make every group normalisation take fp32, as a GPU's autocast does and the CPU's does not.
+
+    Of the operations in these networks only that one is treated differently, and it decides: its input and output are
+    the largest things saved. On a GPU's own fake tensors no backward pass can be followed where there is no GPU.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm):
+            part.register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
+
+
+def stand_in_schema(names: list[str] | None, count: int, values: int) -> Schema | None:
+    """A schema to estimate with where there are no data: categorical fields of ``values`` values each.
+
+    Args:
+        names: The fields that the model is conditioned on; unset: ``count`` of them.
+        count: Number of fields without names.
+        values: Values of each.
+    """
+    names = [f"field{i}" for i in range(count)] if names is None else names
+    vocabulary = tuple(f"value{i:06d}" for i in range(values))
+    return Schema(tuple(Field(name, "categorical", vocabulary) for name in names)) if names else None
+
+
+def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema | None, str]:
+    """Shape (C, h, w) of a latent, the model's fields, and a sentence on where they are from.
+
+    The data and latents that the settings name, if they are there, otherwise a stand-in.
+
+    Raises:
+        UserError: Data that do not fit the settings or each other.
+    """
+    names = settings.model.fields
+    if settings.data and (Path(settings.data) / "dataset.json").is_file():
+        dataset = PatchDataset.open(settings.data)
+        schema = dataset.schema if names is None else dataset.schema.subset(names)
+        fields: Schema | None = schema if schema.fields else None
+        told = f"fields of {settings.data}"
+        if settings.latents and (Path(settings.latents) / "latents.json").is_file():
+            return open_latents(dataset, settings.latents).shape, fields, f"{told}, latents of {settings.latents}"
+    else:
+        fields = stand_in_schema(names, settings.stand_in_fields, settings.stand_in_values)
+        count = len(fields.fields) if fields else 0
+        told = f"{count or 'no'} stand-in field{'' if count == 1 else 's'} of {settings.stand_in_values} values"
+    return tuple(settings.latent_shape), fields, told
+
+
+def build_denoiser(settings: TrainSettings, shape: tuple[int, int, int], schema: Schema | None) -> Denoiser:
+    """The denoiser that a run with these settings trains, at random; with ``init_from``, the source's network.
+
+    Raises:
+        UserError: It cannot be built.
+    """
+    channels, height, width = shape
+    if height != width:
+        raise UserError(f"Latents are square; these are {height}×{width}.")
+    unet: Any
+    if settings.init_from:
+        unet = _source_unet(settings.init_from, schema is not None)
+        if unet.config["in_channels"] != channels:
+            raise UserError(
+                f"The network in {settings.init_from} takes latents of {unet.config['in_channels']} channels, not "
+                f"{channels}."
+            )
+    else:
+        unet = build_unet(settings.model, channels, height, conditional=schema is not None)
+    conditioner = None
+    if schema is not None:
+        width = 4 * unet.config["block_out_channels"][0]
+        conditioner = MetadataConditioner(
+            schema.to_dict(), width, fusion=settings.model.fusion, widths=settings.model.widths,
+            dropout_patterns=asdict(settings.dropout),
+        )  # fmt: skip
+    if settings.checkpoint_activations:
+        unet.enable_gradient_checkpointing()
+    return Denoiser(unet, conditioner)
+
+
+def _source_unet(folder: str, conditional: bool) -> Any:
+    from diffusers import UNet2DModel
+
+    found = [f for f in (Path(folder) / "unet" / "config.json", Path(folder) / "config.json") if f.is_file()]
+    if not found:
+        raise UserError(
+            f"There is no network in {folder} to estimate.", "Give a model folder, or leave out init_from here."
+        )
+    values = {key: value for key, value in read_json(found[0]).items() if not key.startswith("_")}
+    return UNet2DModel(**{**values, "class_embed_type": "identity" if conditional else None})
+
+
+def device_batch(settings: TrainSettings, processes: int = 1) -> int:
+    """Images per forward pass of one process, as the loop cuts its batch."""
+    share = max(settings.global_batch // processes, 1)
+    return min(settings.device_batch or share, share)
+
+
+def example(
+    denoiser: Denoiser, shape: tuple[int, int, int], count: int, timesteps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Conditions | None]:
+    """Latents, noise, timesteps and conditions of ``count`` images, drawn on the default device."""
+    conditions = None
+    if denoiser.conditioner is not None:
+        fields = len(denoiser.conditioner.schema.fields)
+        conditions = Conditions(torch.zeros(count, fields, dtype=torch.int64), torch.zeros(count, fields))
+    return torch.randn(count, *shape), torch.randn(count, *shape), torch.randint(0, timesteps, (count,)), conditions
+
+
+def step_cost(
+    settings: TrainSettings,
+    shape: tuple[int, int, int],
+    schema: Schema | None,
+    batch: int,
+    device: str = "cuda",
+) -> tuple[StepCost, Denoiser]:
+    """Follow one forward and backward pass through fake tensors.
+
+    Args:
+        settings: Model, objective, precision and checkpointing.
+        shape: (C, h, w) of a latent.
+        schema: The model's fields, or ``None``.
+        batch: Images in the pass.
+        device: "cuda" for the types that autocast chooses on a GPU, "cpu" for those on the CPU.
+
+    Returns:
+        The cost, and the denoiser, of fake tensors.
+
+    Raises:
+        UserError: The network cannot be built.
+    """
+    dtype = AUTOCAST[settings.precision]
+    with FakeTensorMode():
+        denoiser = build_denoiser(settings, shape, schema).train()
+        objective = Objective(settings.objective)
+        inputs = example(denoiser, shape, batch, objective.timesteps)
+        # Gradients stay from one part of a batch to the next, and under DDP always, so they are there all along.
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        own = [*denoiser.parameters(), *denoiser.buffers(), objective.alphas_cumprod, objective.weights]
+        own += [p.grad for p in denoiser.parameters() if p.grad is not None]
+        saved, live, flops = SavedBytes(denoiser), LiveBytes(), FlopCounterMode(display=False)
+        live.ignore([*own, *(t for t in inputs if isinstance(t, torch.Tensor))])
+        if device != "cpu":
+            normalise_as_on_gpu(denoiser)
+        with flops, live:
+            with saved.hooks(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = diffusion_loss(denoiser, *inputs, objective).sum() / batch
+            forward, kept = flops.get_total_flops(), saved.total
+            saved.release()
+            loss.backward()
+    return StepCost(kept, max(live.peak - kept, 0), forward, flops.get_total_flops()), denoiser
+
+
+def averages(settings: TrainSettings) -> int:
+    """Number of running averages that the loop keeps."""
+    widths = getattr(settings.ema, "widths", None)
+    return len(widths) if widths else 1
+
+
+def state_bytes(denoiser: nn.Module, ema_count: int) -> dict[str, int]:
+    """Exact bytes of what stays on a device during a run, all of it fp32.
+
+    AdamW keeps two tensors per trained parameter and a step count of 4 bytes. DDP's buckets are the gradients
+    themselves (``gradient_as_bucket_view``), so they take nothing more.
+
+    Args:
+        denoiser: The model.
+        ema_count: Running averages, each a whole copy of the model.
+    """
+    everything = sum(t.untyped_storage().nbytes() for t in [*denoiser.parameters(), *denoiser.buffers()])
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    return {
+        "weights": everything,
+        "gradients": gradients,
+        "optimizer": 2 * gradients + 4 * len(trained),
+        "averages": ema_count * everything,
+        "ddp_buckets": 0,
+    }
+
+
+def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[str, Any]:
+    """What a run takes on one device.
+
+    Args:
+        settings: The run, and what to estimate it for.
+        ema_count: Running averages; unset: those of the settings.
+
+    Returns:
+        ``bytes`` by purpose with their sum ``peak``, parameters, batch, operations per image, and the expected rates;
+        ``measured`` holds what a GPU did: nothing if its memory was too small, and ``None`` without one.
+
+    Raises:
+        UserError: Settings that cannot be followed, or an unknown card.
+    """
+    settings.check()
+    if settings.processes < 1 or settings.global_batch % settings.processes:
+        raise UserError(
+            f"{settings.processes} processes cannot share a global_batch of {settings.global_batch} equally."
+        )
+    shape, schema, told = what_data(settings)
+    batch = device_batch(settings, settings.processes)
+    cost, denoiser = step_cost(settings, shape, schema, batch)
+    sizes = state_bytes(denoiser, averages(settings) if ema_count is None else ema_count)
+    pixels = shape[0] * shape[1] * shape[2]
+    fields = len(schema.fields) if schema else 0
+    # Latents and noise, timesteps, codes and values; all parts of a process's share wait on the device.
+    sizes["batch"] = settings.global_batch // settings.processes * (2 * 4 * pixels + 8 + 12 * fields)
+    sizes["activations"], sizes["passing"] = cost.saved, cost.passing
+    sizes["workspace"] = _FIXED_WORKSPACE + round(_WORKSPACE_SHARE * (cost.saved + cost.passing))
+    sizes["peak"] = sum(sizes.values())
+    card, memory, tflops = choose_card(settings, sizes["peak"])
+    # Without autocast, convolutions still use the tensor cores at half the rate (TF32, torch's default).
+    per_second = settings.device_share * tflops * 1e12 * (0.5 if settings.precision == "fp32" else 1.0)
+    images = per_second / (cost.flops / batch) * settings.processes
+    measured: dict[str, float] | None = None
+    if torch.cuda.is_available():
+        try:
+            measured = measure(settings, shape, schema, batch)
+        except torch.cuda.OutOfMemoryError:
+            measured = {}
+    return {
+        "data": told,
+        "latent_shape": list(shape),
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "precision": settings.precision,
+        "checkpoint_activations": settings.checkpoint_activations,
+        "processes": settings.processes,
+        "global_batch": settings.global_batch,
+        "device_batch": batch,
+        "bytes": sizes,
+        "forward_flops_per_image": cost.forward_flops // batch,
+        "flops_per_image": cost.flops // batch,
+        "card": card,
+        "card_gib": memory,
+        "card_tflops": tflops,
+        "card_share": settings.device_share,
+        "fits": sizes["peak"] + _CONTEXT <= memory * GIB,
+        "estimated_images_per_s": images,
+        "estimated_steps_per_s": images / settings.global_batch,
+        "measured": measured,
+    }
+
+
+def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, float]:
+    """Name, GiB and TFLOP/s of the card that is asked for, or that is here, or the smallest that is large enough.
+
+    Raises:
+        UserError: An unknown card.
+    """
+    name = settings.card
+    if name and name not in CARDS:
+        raise UserError(
+            f"The speed of {name!r} is not known; {nearest(name, CARDS)}.", "Or give card_gib and card_tflops."
+        )
+    if not name and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+        known = next((c for c in CARDS if c in name.lower().replace(" ", "")), None)
+        return name, memory, settings.card_tflops or (CARDS[known][1] if known else matmul_tflops())
+    if not name:
+        enough = settings.card_gib or (peak + _CONTEXT) / GIB
+        name = next((c for c, (memory, _) in CARDS.items() if memory >= enough), "h200")
+    memory, tflops = CARDS[name]
+    return name, settings.card_gib or memory, settings.card_tflops or tflops
+
+
+def matmul_tflops(
+    dtype: torch.dtype = torch.bfloat16, device: str = "cuda", size: int = 8192, count: int = 20
+) -> float:
+    """10^12 operations per second of large square matrix products on a device, the best of three times ``count``."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):  # the first warms up
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 * count / best / 1e12
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def measure(
+    settings: EstimateSettings,
+    shape: tuple[int, int, int],
+    schema: Schema | None,
+    batch: int,
+    device: str = "cuda",
+) -> dict[str, float]:
+    """Real updates of the loop's kind on one device: bytes at the fullest moment, and their rate.
+
+    Args:
+        settings: The run.
+        shape: (C, h, w) of a latent.
+        schema: The model's fields, or ``None``.
+        batch: Images per forward pass.
+        device: Where to run.
+
+    Returns:
+        ``peak_bytes`` (on a GPU) and ``steps_per_s`` of updates of one process's share of the global batch.
+    """
+    from latent_medi.training.ema import Ema
+
+    dtype = AUTOCAST[settings.precision]
+    gpu = device.startswith("cuda")
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    denoiser = build_denoiser(settings, shape, schema).train().to(device)
+    if settings.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    copies = [Ema(denoiser) for _ in range(averages(settings))]
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=settings.lr, betas=settings.betas, fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
+    objective = Objective(settings.objective)
+    if settings.compile:
+        denoiser.unet.compile()
+    with torch.device(device):
+        inputs = example(denoiser, shape, batch, objective.timesteps)
+    parts = max(settings.global_batch // settings.processes // batch, 1)
+    warm = 3
+    for step in range(warm + settings.measure_steps):
+        if step == warm:
+            _wait(device)
+            start = time.perf_counter()
+        for _ in range(parts):
+            with torch.autocast(device.partition(":")[0], dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = diffusion_loss(denoiser, *inputs, objective).sum() / (batch * parts)
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if settings.grad_clip:
+            nn.utils.clip_grad_norm_(denoiser.parameters(), settings.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        for average in copies:
+            average.update(denoiser, 0.999)
+    _wait(device)
+    result = {"steps_per_s": settings.measure_steps / (time.perf_counter() - start)}
+    if gpu:
+        result["peak_bytes"] = float(torch.cuda.max_memory_allocated())
+    return result
+
+
+def estimate_text(result: dict[str, Any]) -> str:
+    """The estimate as lines to read."""
+    told = {
+        "weights": "weights, fp32",
+        "gradients": "gradients, fp32",
+        "optimizer": "AdamW, two fp32 states",
+        "averages": "running averages, fp32",
+        "ddp_buckets": "DDP buckets (the gradients are views of them)",
+        "batch": "latents and noise of one update",
+        "activations": f"activations that autograd saves at a batch of {result['device_batch']}",
+        "passing": "more at the fullest moment of the backward pass",
+        "workspace": "allowance for libraries' workspaces and the allocator's gaps",
+        "peak": "expected peak",
+    }
+    sizes = result["bytes"]
+    lines = [
+        f"{result['parameters']:,} parameters; latents {'×'.join(map(str, result['latent_shape']))}; {result['data']}",
+        f"precision {result['precision']}, checkpoint_activations {str(result['checkpoint_activations']).lower()}, "
+        f"global_batch {result['global_batch']} in parts of {result['device_batch']} on {result['processes']} "
+        f"device{'s' if result['processes'] > 1 else ''}",
+        "",
+        *(f"{sizes[key]:>16,} B {sizes[key] / GIB:7.2f} GiB  {text}" for key, text in told.items()),
+        "",
+        f"{result['flops_per_image'] / 1e9:.1f} GFLOP per image, forward and backward",
+        f"estimated: {result['estimated_steps_per_s']:.3g} steps/s, {result['estimated_images_per_s']:.3g} images/s at "
+        f"{result['card_share']:.0%} of the {result['card_tflops']:.4g} TFLOP/s of {result['card']} "
+        f"({result['card_gib']:.3g} GiB: {'enough' if result['fits'] else 'NOT enough'})",
+    ]
+    if result["measured"] is None:
+        lines.append("no GPU here, so nothing was tried on one")
+    elif not result["measured"]:
+        lines.append("measured on this GPU: its memory is too small; lower device_batch")
+    else:
+        peak, rate = result["measured"]["peak_bytes"], result["measured"]["steps_per_s"]
+        lines.append(f"measured on this GPU: peak {peak / GIB:.2f} GiB, {rate:.3g} steps/s per process")
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""Every packaged recipe for Stable Diffusion latents trains, samples and reloads, with an autoencoder of exactly that
+architecture and random weights."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from latent_medi import config
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.samplers import draw_noise
+from latent_medi.diffusion.settings import SamplerSettings
+from latent_medi.latents.encode import encode
+from latent_medi.latents.settings import EncodeSettings
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.training.checkpoint import checkpoint_folders
+from latent_medi.training.estimate import GIB, estimate
+from latent_medi.training.log import read_log
+from latent_medi.training.loop import train
+from latent_medi.training.settings import EstimateSettings, TrainSettings
+
+PRESETS = {"8gb": (8, 93), "12gb": (12, 210), "24gb": (24, 373), "80gb": (80, 373)}
+"""GiB of memory and million parameters."""
+
+CPU = ["global_batch=1", "device_batch=1", "compile=false", "max_steps=3", "log_every_images=1"]
+
+
+def stable_diffusion_autoencoder(folder: Path) -> None:
+    """The architecture of stabilityai/sd-vae-ft-mse with random weights."""
+    torch.manual_seed(0)
+    AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        act_fn="silu",
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=256,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``data``, four patches of 256 px, their ``latents``, and the ``autoencoder``."""
+    folder = tmp_path_factory.mktemp("stable_diffusion")
+    stable_diffusion_autoencoder(folder / "autoencoder")
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame({"class": list("abab"), "site": ["aster", "birch", "NA", "aster"]})
+    patches = [
+        Patch(f"k{i}", draw.integers(0, 256, (256, 256, 3), dtype=np.uint8), f"p{i}", f"s{i}", 0, 0, 0.5, row)
+        for i, row in enumerate(table.to_dict("records"))
+    ]
+    schema = Schema.from_table(table, "class", ["site"])
+    dataset = write_dataset(folder / "data", patches, "four", schema, 256, 0.5)
+    parts = ["train"] * 3 + ["test"]
+    for name in ("main", "medi"):
+        dataset.add_split(name, parts, {"test": "p3"})
+    encode(
+        EncodeSettings(
+            str(folder / "data"), str(folder / "latents"), str(folder / "autoencoder"), device_batch=2, device="cpu"
+        )
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(f"presets/{name}" for name in PRESETS), "medi_faithful", "cls_faithful"])
+def test_recipe_trains_samples_and_reloads(name: str, encoded: Path, tmp_path: Path) -> None:
+    words = [f"data={encoded / 'data'}", f"latents={encoded / 'latents'}", f"autoencoder={encoded / 'autoencoder'}"]
+    # CPUs multiply bf16 slowly and have no fp16 autocast worth its name: the network is what is tried here.
+    settings = config.parse(TrainSettings, ["--config", name, *words, f"out={tmp_path}", "precision=fp32", *CPU])
+    model = train(settings)
+    for _, checkpoint in checkpoint_folders(tmp_path / "checkpoints"):  # gigabytes, for L
+        shutil.rmtree(checkpoint)
+    rows = read_log(tmp_path / "log.csv")
+    assert [int(row["images"]) for row in rows] == [1, 2, 3]
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+
+    pipeline = MediPipeline.from_pretrained(model)
+    fields = {"class_": "a"} if name == "cls_faithful" else {"class_": "a", "site": "NA"}
+    sampler = {"sampler": "ddim"} if "faithful" in name else {}
+    images = pipeline(num_images=2, steps=2, output_type="np", **sampler, **fields).images
+    assert np.shape(images) == (2, 256, 256, 3)
+    # Saved by the pipeline and read again, it is the same model.
+    latents = few_latents(pipeline)
+    shutil.rmtree(model)
+    pipeline.save_pretrained(tmp_path / "again")
+    hashed = pipeline.autoencoder.hash
+    del pipeline
+    again = MediPipeline.from_pretrained(tmp_path / "again")
+    assert torch.equal(few_latents(again), latents)
+    assert again.autoencoder.hash == hashed
+    shutil.rmtree(tmp_path)
+
+
+def few_latents(pipeline: MediPipeline) -> torch.Tensor:
+    """Latents of one sample after two steps; decoding them would take longer than all the rest."""
+    noise, generators = draw_noise([0], pipeline.latent_shape)
+    conditions = pipeline.conditions([{"class": "b"}])
+    return pipeline.generate_latents(conditions, noise, SamplerSettings("ddim", 2), generators=generators)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_fits_its_card(name: str) -> None:
+    memory, millions = PRESETS[name]
+    settings = config.parse(EstimateSettings, ["--config", f"presets/{name}"])
+    result = estimate(settings)
+    # With a second running average, and half a GiB for CUDA itself and for what else uses the card.
+    peak = result["bytes"]["peak"] + result["bytes"]["weights"]
+    assert peak < (memory - 0.5) * GIB
+    assert round(result["parameters"] / 1e6) == millions
+    assert settings.precision == "bf16"
+    # The comment says what the estimate is.
+    text = config.find_config(f"presets/{name}").read_text()
+    assert f"Estimated: peak {result['bytes']['peak'] / GIB:.1f} GiB" in text
+
+
+def test_presets_differ_only_in_what_memory_decides() -> None:
+    free = {"lr", "device_batch", "model", "checkpoint_activations"}
+    loaded = [config.load_yaml(f"presets/{name}") for name in PRESETS]
+    assert len({str({k: v for k, v in values.items() if k not in free}) for values in loaded}) == 1
+
+
+def test_faithful_recipes_differ_in_the_fields_only() -> None:
+    words = ["out=x"]
+    medi, cls = (config.parse(TrainSettings, ["--config", f"{name}_faithful", *words]) for name in ("medi", "cls"))
+    assert medi.model.fields == ["class", "site"]
+    assert replace(cls, model=replace(cls.model, fields=medi.model.fields)) == medi
+    assert (medi.objective.prediction, medi.objective.schedule, medi.objective.weighting) == (
+        "epsilon", "linear", "uniform",
+    )  # fmt: skip
+    assert medi.dropout.keep_all == 1
+    assert medi.betas == (0.95, 0.999)
