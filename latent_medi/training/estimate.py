@@ -30,6 +30,7 @@ from latent_medi.files import read_json
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training.data import open_latents
+from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
 GIB = 2**30
@@ -179,7 +180,8 @@ def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema 
         fields = stand_in_schema(names, settings.stand_in_fields, settings.stand_in_values)
         count = len(fields.fields) if fields else 0
         told = f"{count or 'no'} stand-in field{'' if count == 1 else 's'} of {settings.stand_in_values} values"
-    return tuple(settings.latent_shape), fields, told
+    channels, height, width = settings.latent_shape
+    return (channels, height, width), fields, told
 
 
 def build_denoiser(settings: TrainSettings, shape: tuple[int, int, int], schema: Schema | None) -> Denoiser:
@@ -288,29 +290,31 @@ def step_cost(
     return StepCost(kept, max(live.peak - kept, 0), forward, flops.get_total_flops()), denoiser
 
 
-def averages(settings: TrainSettings) -> int:
-    """Number of running averages that the loop keeps."""
-    widths = getattr(settings.ema, "widths", None)
-    return len(widths) if widths else 1
+def state_bytes(denoiser: nn.Module, ema_count: int, eight_bit: bool = False) -> dict[str, int]:
+    """Exact bytes of what stays on a device during a run, all of it fp32 but for 8-bit moments.
 
-
-def state_bytes(denoiser: nn.Module, ema_count: int) -> dict[str, int]:
-    """Exact bytes of what stays on a device during a run, all of it fp32.
-
-    AdamW keeps two tensors per trained parameter and a step count of 4 bytes. DDP's buckets are the gradients
-    themselves (``gradient_as_bucket_view``), so they take nothing more.
+    AdamW keeps two tensors per trained parameter and a step count of 4 bytes. In 8 bits, tensors of at least 4,096
+    entries have two bytes per entry and two fp32 scales per 256 of them, and two maps are shared. DDP's buckets are the
+    gradients themselves (``gradient_as_bucket_view``), so they take nothing more.
 
     Args:
         denoiser: The model.
         ema_count: Running averages, each a whole copy of the model.
+        eight_bit: Whether the optimizer is adamw8bit.
     """
     everything = sum(t.untyped_storage().nbytes() for t in [*denoiser.parameters(), *denoiser.buffers()])
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
+    if eight_bit:
+        large = [p.numel() for p in trained if p.numel() >= 4096]
+        moments = 8 * sum(p.numel() for p in trained if p.numel() < 4096)
+        moments += sum(2 * n + 8 * -(-n // 256) for n in large) + 2 * 256 * 4
+    else:
+        moments = 2 * gradients + 4 * len(trained)
     return {
         "weights": everything,
         "gradients": gradients,
-        "optimizer": 2 * gradients + 4 * len(trained),
+        "optimizer": moments,
         "averages": ema_count * everything,
         "ddp_buckets": 0,
     }
@@ -331,6 +335,10 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
         UserError: Settings that cannot be followed, or an unknown card.
     """
     settings.check()
+    if settings.lora is not None or settings.train_parts is not None:
+        raise UserError(
+            "Only whole models are estimated, not lora or train_parts.", "They take less than the same run without."
+        )
     if settings.processes < 1 or settings.global_batch % settings.processes:
         raise UserError(
             f"{settings.processes} processes cannot share a global_batch of {settings.global_batch} equally."
@@ -338,7 +346,8 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     shape, schema, told = what_data(settings)
     batch = device_batch(settings, settings.processes)
     cost, denoiser = step_cost(settings, shape, schema, batch)
-    sizes = state_bytes(denoiser, averages(settings) if ema_count is None else ema_count)
+    count = len(settings.ema.widths()) if ema_count is None else ema_count
+    sizes = state_bytes(denoiser, count, settings.optimizer == "adamw8bit")
     pixels = shape[0] * shape[1] * shape[2]
     fields = len(schema.fields) if schema else 0
     # Latents and noise, timesteps, codes and values; all parts of a process's share wait on the device.
@@ -452,8 +461,8 @@ def measure(
     denoiser = build_denoiser(settings, shape, schema).train().to(device)
     if settings.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    copies = [Ema(denoiser) for _ in range(averages(settings))]
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=settings.lr, betas=settings.betas, fused=True)
+    copies = [Ema(denoiser) for _ in settings.ema.widths()]
+    optimizer = build_optimizer(denoiser.parameters(), settings)
     scaler = torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
     objective = Objective(settings.objective)
     if settings.compile:
@@ -490,7 +499,7 @@ def estimate_text(result: dict[str, Any]) -> str:
     told = {
         "weights": "weights, fp32",
         "gradients": "gradients, fp32",
-        "optimizer": "AdamW, two fp32 states",
+        "optimizer": "AdamW's two moments",
         "averages": "running averages, fp32",
         "ddp_buckets": "DDP buckets (the gradients are views of them)",
         "batch": "latents and noise of one update",

@@ -46,7 +46,9 @@ class Notice:
 
 @contextmanager
 def listening() -> Iterator[Notice]:
-    """Take note of the first SIGTERM or SIGUSR1 instead of ending at once; a second one ends as before."""
+    """Take note of SIGTERM or SIGUSR1 instead of ending at once. More of them change nothing, since a cluster may reach
+    a process both directly and through its launcher; SIGINT ends at once as ever.
+    """
     notice = Notice()
     if threading.current_thread() is not threading.main_thread():  # only there Python lets signals be handled
         yield notice
@@ -54,10 +56,9 @@ def listening() -> Iterator[Notice]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def note(number: int, _: object) -> None:
-        notice.given = signal.Signals(number).name
-        logger.warning("%s: saving after this update, then stopping", notice.given)
-        for known, handler in before.items():
-            signal.signal(known, handler)
+        if not notice.given:
+            notice.given = signal.Signals(number).name
+            logger.warning("%s: saving after this update, then stopping", notice.given)
 
     for number in before:
         signal.signal(number, note)

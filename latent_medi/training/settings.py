@@ -358,8 +358,8 @@ class EstimateSettings(TrainSettings):
         Raises:
             UserError: Lists every problem.
         """
-        length = replace(self, max_steps=self.max_steps or 1) if not self.max_images else self
-        super(EstimateSettings, length).check()
+        known = replace(self, max_steps=self.max_steps or (0 if self.max_images else 1), latents=self.latents or "none")
+        super(EstimateSettings, known).check()
         if not 0 < self.device_share <= 1:
             raise UserError(f"device_share must be above 0 and at most 1, not {self.device_share}.")
         if self.measure_steps < 1:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from parts import small_model
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latent_medi import cli, config
@@ -21,8 +22,9 @@ from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.diffusion.settings import ModelSettings
 from latent_medi.errors import UserError
 from latent_medi.training import estimate as estimating
+from latent_medi.training.checkpoint import optimizer_tensors
 from latent_medi.training.ema import Ema
-from latent_medi.training.estimate import AUTOCAST, SavedBytes, build_denoiser, estimate, example, step_cost
+from latent_medi.training.estimate import AUTOCAST, SavedBytes, build_denoiser, estimate, example, state_bytes, step_cost
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
 TINY, LATENT = (4, 8, 8), (4, 32, 32)
@@ -219,3 +221,17 @@ def test_starting_from_a_model_estimates_its_network(tmp_path: Path) -> None:
 def test_updates_are_really_made_where_something_is_measured() -> None:
     settings = run_of(small_model(), global_batch=8, device_batch=4, measure_steps=1, precision="bf16")
     assert estimating.measure(settings, TINY, SCHEMA, 4, device="cpu")["steps_per_s"] > 0
+
+
+def test_moments_in_eight_bits_are_counted_exactly() -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    module = nn.Sequential(nn.Linear(100, 77), nn.Conv2d(33, 65, 3))
+    optimizer = AdamW8bit(module.parameters())
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    kept = optimizer_tensors(optimizer, [name for name, _ in module.named_parameters()])
+    own = sum(tensor.nbytes for name, tensor in kept.items() if tensor.ndim and "qmap" not in name)
+    shared = 2 * 256 * 4  # all parameters share the two maps, and steps are Python numbers
+    assert state_bytes(module, 1, eight_bit=True)["optimizer"] == own + shared
