@@ -179,7 +179,8 @@ def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema 
         fields = stand_in_schema(names, settings.stand_in_fields, settings.stand_in_values)
         count = len(fields.fields) if fields else 0
         told = f"{count or 'no'} stand-in field{'' if count == 1 else 's'} of {settings.stand_in_values} values"
-    return tuple(settings.latent_shape), fields, told
+    channels, height, width = settings.latent_shape
+    return (channels, height, width), fields, told
 
 
 def build_denoiser(settings: TrainSettings, shape: tuple[int, int, int], schema: Schema | None) -> Denoiser:
