@@ -3,6 +3,7 @@ architecture and random weights."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -121,9 +122,10 @@ def test_preset_fits_its_card(name: str) -> None:
     assert peak < (memory - 0.5) * GIB
     assert round(result["parameters"] / 1e6) == millions
     assert settings.precision == "bf16"
-    # The comment says what the estimate is.
-    text = config.find_config(f"presets/{name}").read_text()
-    assert f"Estimated: peak {result['bytes']['peak'] / GIB:.1f} GiB" in text
+    # The comment says what the estimate is; torch's next version may save a little more or less.
+    told = re.search(r"Estimated: peak ([\d.]+) GiB", config.find_config(f"presets/{name}").read_text())
+    assert told is not None
+    assert float(told[1]) == pytest.approx(result["bytes"]["peak"] / GIB, rel=0.02)
 
 
 def test_presets_differ_only_in_what_memory_decides() -> None:
