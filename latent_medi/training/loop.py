@@ -133,9 +133,8 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
         rate = learning_rate(seen, settings.lr, total, settings.total_warmup_images, settings.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if denoiser.unet.config["dropout"] or (
-            settings.lora and settings.lora.dropout
-        ):  # the network's own dropout must not depend on what ran before
+        # The network's (or adapter's) own dropout must not depend on what ran before.
+        if denoiser.unet.config["dropout"] or (settings.lora and settings.lora.dropout):
             torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
 
         # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
