@@ -24,7 +24,15 @@ from latent_medi.errors import UserError
 from latent_medi.training import estimate as estimating
 from latent_medi.training.checkpoint import optimizer_tensors
 from latent_medi.training.ema import Ema
-from latent_medi.training.estimate import AUTOCAST, SavedBytes, build_denoiser, estimate, example, state_bytes, step_cost
+from latent_medi.training.estimate import (
+    AUTOCAST,
+    SavedBytes,
+    build_denoiser,
+    estimate,
+    example,
+    state_bytes,
+    step_cost,
+)
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
 TINY, LATENT = (4, 8, 8), (4, 32, 32)
