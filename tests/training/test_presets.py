@@ -89,26 +89,26 @@ def test_recipe_trains_samples_and_reloads(name: str, encoded: Path, tmp_path: P
     assert all(np.isfinite(float(row["loss"])) for row in rows)
 
     pipeline = MediPipeline.from_pretrained(model)
-    fields = {"class_": "a"} if name == "cls_faithful" else {"class_": "a", "site": "NA"}
+    fields = {"class": "a"} if name == "cls_faithful" else {"class": "a", "site": "NA"}
     sampler = {"sampler": "ddim"} if "faithful" in name else {}
     images = pipeline(num_images=2, steps=2, output_type="np", **sampler, **fields).images
     assert np.shape(images) == (2, 256, 256, 3)
     # Saved by the pipeline and read again, it is the same model.
-    latents = few_latents(pipeline)
+    latents = few_latents(pipeline, fields)
     shutil.rmtree(model)
     pipeline.save_pretrained(tmp_path / "again")
     hashed = pipeline.autoencoder.hash
     del pipeline
     again = MediPipeline.from_pretrained(tmp_path / "again")
-    assert torch.equal(few_latents(again), latents)
+    assert torch.equal(few_latents(again, fields), latents)
     assert again.autoencoder.hash == hashed
     shutil.rmtree(tmp_path)
 
 
-def few_latents(pipeline: MediPipeline) -> torch.Tensor:
+def few_latents(pipeline: MediPipeline, fields: dict[str, str]) -> torch.Tensor:
     """Latents of one sample after two steps; decoding them would take longer than all the rest."""
     noise, generators = draw_noise([0], pipeline.latent_shape)
-    conditions = pipeline.conditions([{"class": "b"}])
+    conditions = pipeline.conditions([fields])
     return pipeline.generate_latents(conditions, noise, SamplerSettings("ddim", 2), generators=generators)
 
 
