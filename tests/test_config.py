@@ -110,6 +110,8 @@ def test_every_packaged_configuration_fits_its_settings() -> None:
             continue
         found += 1
         values = config.load_yaml(path)
+        if path.parent.name == "presets" or path.stem.endswith("_faithful"):  # what data they are for is added
+            values = {"data": "data", "out": "out", **values}
         settings_class = kinds.get(path.stem) or (ExperimentSettings if "recipe" in values else TrainSettings)
         config.build(settings_class, values)
     assert found >= 5

@@ -124,12 +124,12 @@ def test_further_hospital_is_learned(
     sites: dict[int, np.ndarray] = {}
     moments, opened = LatentStore.moments, open_data
 
-    def shifted(store: LatentStore, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mean, std = moments(store, rows)
+    def shifted(store: LatentStore, rows: np.ndarray, *views: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mean, std = moments(store, rows, *views)
         return mean + torch.tensor([levels[site] for site in sites[id(store)][rows]])[:, None, None, None], std
 
-    def noted(settings: TrainSettings, source: Source | None) -> TrainingData:
-        data = opened(settings, source)
+    def noted(settings: TrainSettings, source: Source | None, *device: Any) -> TrainingData:
+        data = opened(settings, source, *device)
         sites[id(data.store)] = PatchDataset.open(settings.data).index["site"].to_numpy()
         return data
 
