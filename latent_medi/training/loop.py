@@ -10,31 +10,27 @@ seen), and a checkpoint holds the rest, so the resumed run gives the unbroken ru
 from __future__ import annotations
 
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
-from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.errors import Preempted, UserError
-from latent_medi.files import atomic_path, write_json
 from latent_medi.launch import make_accelerator
 from latent_medi.progress import get_logger, progress
-from latent_medi.training import averages, checkpoint, losses, preview, run
-from latent_medi.training.data import Batch, TrainingData, open_data
+from latent_medi.training import averages, checkpoint, run
+from latent_medi.training.data import Batch, open_data
 from latent_medi.training.ema import Ema, ema_decay
-from latent_medi.training.log import COLUMNS, CsvLog, Measure, mean_measures, start_trackers
 from latent_medi.training.notice import listening
 from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.settings import TrainSettings
 from latent_medi.training.transfer import inherited_objective, open_source
+from latent_medi.training.watch import Watch
 
 logger = get_logger("training")
 
@@ -132,24 +128,12 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     if accelerator.scaler is not None and state.get("scaler"):
         accelerator.scaler.load_state_dict(state["scaler"])
 
-    # What is told of it on the way.
-    window: list[Measure] = [(loss, norm) for loss, norm in state.get("window", [])]  # updates since the last row
-    pending: list[torch.Tensor] = []  # measures still on the device
-    table_of_losses = losses.LossTable(data.schema, objective.timesteps, device)
-    table_of_losses.load(state.get("losses", []))
-    log = CsvLog(out / "log.csv", COLUMNS, state["images"]) if main else None
-    loss_log = CsvLog(out / "losses.csv", losses.COLUMNS, state["images"]) if main else None
-    previews = preview_log = None
-    if settings.preview_every_images:
-        previews = preview.Previews(settings, data, autoencoder, objective.settings, accelerator)
-        preview_log = CsvLog(out / "previews.csv", preview.COLUMNS, state["images"]) if main else None
-    start_trackers(accelerator, settings.trackers, out, state["images"], data.fingerprint())
+    watch = Watch(settings, data, autoencoder, objective, accelerator, state)
 
     batch, total = settings.global_batch, settings.total_images
     share = batch // processes
     largest = min(settings.device_batch or share, share)
     steps = range(state["images"] // batch, total // batch)
-    last_time, last_images = time.monotonic(), state["images"]
 
     def prepared(step: int) -> Batch:
         return data.batch(step, batch, settings.seed, objective.timesteps, settings.dropout, rank, processes)
@@ -168,8 +152,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             },
             {
                 "run": record,
-                "window": window,
-                "losses": table_of_losses.state(),
+                **watch.state(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
             },
             settings.keep_checkpoints,
@@ -208,7 +191,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
                     part_loss = loss_of.sum() / share
                     accelerator.backward(part_loss)
                 loss += part_loss.detach()
-                table_of_losses.add(loss_of, part.timesteps, part.conditions)
+                watch.table.add(loss_of, part.timesteps, part.conditions)
 
             # Update and running averages. A step that fp16's loss scaler skips leaves the averages alone.
             norm = clip_gradients(accelerator, list(model.parameters()), settings.grad_clip)
@@ -217,34 +200,18 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             if not accelerator.optimizer_step_was_skipped:
                 for width, averaged in emas.items():
                     averaged.update(denoiser, ema_decay(images, batch, settings.ema, width))
-            pending.append(torch.stack([loss, norm.to(loss)]))
+            watch.take(loss, norm)
 
             # Look at the losses, log and save. Nothing is saved before its losses were seen to be finite.
             stopping = not last and notice.agreed(accelerator, step)
             logging = last or crossed(images, batch, settings.log_every_images)
             saving = last or stopping or crossed(images, batch, settings.checkpoint_every_images)
-            if logging or saving or len(pending) >= _LOOK_EVERY:
-                values = accelerator.reduce(torch.stack(pending), "mean").tolist()
-                check_finite(values, step, settings, data, accelerator.scaler is not None, main, denoiser)
-                window += [(value[0], value[1] if math.isfinite(value[1]) else None) for value in values]
-                pending.clear()
-                table_of_losses.fold(accelerator)
+            if logging or saving or watch.waiting >= _LOOK_EVERY:
+                watch.look(step, denoiser)
             if logging:
-                now = time.monotonic()
-                mean_loss, mean_norm = mean_measures(window)
-                row = (mean_loss, rate, mean_norm, round((images - last_images) / (now - last_time), 1))
-                accelerator.log(dict(zip(COLUMNS[1:], row, strict=True)), step=images)
-                if log is not None and loss_log is not None:
-                    log.write([(images, *map(repr, row))])
-                    loss_log.write(table_of_losses.rows(images))
-                last_time, last_images = now, images
-                window.clear()
-                table_of_losses.clear()
-            if previews is not None and (last or crossed(images, batch, settings.preview_every_images)):
-                looked = previews.make(images, ema.module)
-                accelerator.log(dict(zip(preview.COLUMNS[1:], looked[1:], strict=True)), step=images)
-                if preview_log is not None:
-                    preview_log.write([looked])
+                watch.report(images, rate)
+            if last or crossed(images, batch, settings.preview_every_images):
+                watch.preview(images, ema.module)
             if main and settings.ema.also and (last or crossed(images, batch, settings.ema.snapshot_every_images)):
                 averages.save_snapshots(out, images, {w: each.module.state_dict() for w, each in emas.items()})
             if main and saving:
@@ -256,13 +223,10 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
                     "saved, the same command continues"
                 )
 
-    if previews is not None:
-        previews.finish()
+    watch.finish()
     if main:
         run.finish(settings, record, data, autoencoder, objective.settings, total, ema.module, source)
     accelerator.wait_for_everyone()
-    if settings.trackers:
-        accelerator.end_training()
     return out / run.product(settings)
 
 
@@ -307,39 +271,4 @@ def check_strategy(accelerator: Accelerator, settings: TrainSettings) -> None:
         raise UserError(
             f"{accelerator.num_processes} processes cannot share a global_batch of {settings.global_batch} equally.",
             "Choose a multiple; the number of processes must not change what is trained.",
-        )
-
-
-def check_finite(
-    values: list[list[float]], step: int, settings: TrainSettings, data: TrainingData, scaled: bool, main: bool,
-    denoiser: torch.nn.Module,
-) -> None:  # fmt: skip
-    """Stop at the first update whose loss or gradient is not finite, naming what was trained on.
-
-    ``out/not_finite`` then holds the update's numbers and keys and the weights as they are now, a few updates later.
-
-    Raises:
-        UserError: Names the update and its patches.
-    """
-    for i, (loss, norm) in enumerate(values):
-        # Under fp16 a gradient beyond its range is normal: the scaler skips that update.
-        if math.isfinite(loss) and (scaled or math.isfinite(norm)):
-            continue
-        bad = step - len(values) + 1 + i
-        keys = [str(key) for key in data.keys[data.at(bad, settings.global_batch, settings.seed)]]
-        folder = Path(settings.out) / "not_finite"
-        if main:
-            with atomic_path(folder) as temporary:
-                temporary.mkdir()
-                told = {"update": bad + 1, "images": bad * settings.global_batch, "keys": keys}
-                # JSON has no word for what is not finite.
-                numbers = {"losses_and_norms_since_the_last_look": [[repr(x) for x in value] for value in values]}
-                write_json(temporary / "update.json", told | numbers | {"settings": run.plain(asdict(settings))})
-                weights = {name: tensor.contiguous() for name, tensor in denoiser.state_dict().items()}
-                save_file(weights, temporary / "model.safetensors")
-        raise UserError(
-            f"The loss of update {bad + 1} (from {bad * settings.global_batch:,} images on) is {loss}, its gradient "
-            f"norm {norm}. Its patches: {', '.join(keys)}. {folder} holds the state.",
-            "No checkpoint was written since. Look at the latents of these patches; else lower lr, lengthen the "
-            "warm-up, or use bf16 instead of fp16.",
         )
