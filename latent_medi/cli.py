@@ -131,10 +131,19 @@ def _encode(words: list[str]) -> Printed:
 def _train(words: list[str]) -> Printed:
     if "--estimate" in words:
         return _estimate([word for word in words if word != "--estimate"])
+    import torch
+
     from latent_medi.training.loop import train
     from latent_medi.training.settings import TrainSettings
 
-    made = train(config.parse(TrainSettings, words, "train"))
+    try:
+        made = train(config.parse(TrainSettings, words, "train"))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The device's memory is full: {str(error).splitlines()[0]}",
+            "Lower device_batch (the update stays the same), or set resident=ram, checkpoint_activations=true, "
+            "optimizer=adamw8bit; `latent-medi train --estimate` tells what takes how much.",
+        ) from None
     return {made.name: str(made)}  # "model", or "adapter" of a run with lora
 
 

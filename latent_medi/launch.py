@@ -14,12 +14,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from latent_medi.errors import RESUME, UserError
 from latent_medi.progress import get_logger
@@ -33,7 +34,7 @@ NOTICES = (signal.SIGUSR1, signal.SIGTERM)
 _OF_SEVERAL = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def make_accelerator(cpu: bool = False, **options: Any) -> Accelerator:
+def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -> Accelerator:
     """An :class:`accelerate.Accelerator` of which it is certain that it joins all processes that were launched.
 
     Accelerate joins processes without a GPU only if told that they have none: otherwise each of them believes to be
@@ -41,6 +42,8 @@ def make_accelerator(cpu: bool = False, **options: Any) -> Accelerator:
 
     Args:
         cpu: Use processors even if there is a GPU.
+        patient: Let processes wait for the slowest one for a week instead of torch's ten minutes; for work that is
+            divided beforehand, where they meet at the end only.
         options: Of the accelerator.
 
     Raises:
@@ -58,6 +61,11 @@ def make_accelerator(cpu: bool = False, **options: Any) -> Accelerator:
         )
     launched = int(environment.get("WORLD_SIZE", 1))
     cpu = cpu or (launched > 1 and not torch.accelerator.is_available())
+    if patient:
+        options["kwargs_handlers"] = [
+            *options.get("kwargs_handlers", []),
+            InitProcessGroupKwargs(timeout=timedelta(days=7)),
+        ]
     accelerator = Accelerator(cpu=cpu, **options)
     if accelerator.num_processes != launched and "WORLD_SIZE" in environment:
         raise UserError(

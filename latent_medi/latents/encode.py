@@ -31,7 +31,7 @@ logger = get_logger("latents")
 def encode(settings: EncodeSettings) -> Path:
     """Encode a dataset folder as the settings say; returns the latent folder."""
     settings.check()
-    accelerator = make_accelerator(cpu=settings.device == "cpu")
+    accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = torch.device(settings.device) if settings.device else accelerator.device
     autoencoder = load_autoencoder(settings.autoencoder, device, PRECISIONS[settings.precision])
     if settings.slicing:

@@ -73,7 +73,7 @@ def generate_plan(
     for name in ("device_batch", "patches_per_shard"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}.")
-    accelerator = accelerator or make_accelerator()
+    accelerator = accelerator or make_accelerator(patient=True)
     pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
     load_adapters(pipeline, settings, loaded=isinstance(model, MediPipeline))
     pipeline.to(accelerator.device)

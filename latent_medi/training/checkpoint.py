@@ -46,7 +46,9 @@ def save_checkpoint(
             save_file({k: v.detach().contiguous() for k, v in mapping.items()}, temporary / f"{name}.safetensors")
         hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / _STATE, {"images": images, "sha256": hashes, **state})
-    for _, old in checkpoint_folders(folder)[:-keep]:  # only after the new one is safe
+    # Only after the new one is safe. A newer one was found damaged, or this one would not have been written.
+    older = [(seen, old) for seen, old in checkpoint_folders(folder) if seen < images]
+    for _, old in older[: len(older) - keep + 1] + [e for e in checkpoint_folders(folder) if e[0] > images]:
         remove(old)
     return path
 

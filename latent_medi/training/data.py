@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from latent_medi.diffusion.conditioning import Conditions, draw_dropout
 from latent_medi.diffusion.settings import DropoutSettings
@@ -95,13 +97,30 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def whiten(self, source: Source | None, override: list[str]) -> None:
-        """Fix the whitening for the run: the source's if there is one, else measured over these rows."""
-        if source is not None and source.autoencoder is not None and "scaling" not in override:
+    def whiten(
+        self, source: Source | None, override: list[str], known: list[list[float]] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:  # fmt: skip
+        """Fix the whitening for the run: what a checkpoint has; else the source's if there is one; else measured over
+        these rows, by the main process for all.
+
+        Args:
+            source: The model to start from.
+            override: Parts not to inherit from it.
+            known: Shift and scale of a checkpoint.
+            accelerator: The processes; every one must call.
+        """
+        if known is not None:
+            self.shift, self.scale = (torch.tensor(values, dtype=torch.float32) for values in known)
+        elif source is not None and source.autoencoder is not None and "scaling" not in override:
             self.shift = torch.tensor(source.autoencoder["shift"], dtype=torch.float32)
             self.scale = torch.tensor(source.autoencoder["scale"], dtype=torch.float32)
         else:
-            self.shift, self.scale = (torch.as_tensor(v, dtype=torch.float32) for v in self.store.statistics(self.rows))
+            several = accelerator is not None and accelerator.num_processes > 1
+            found: list[Any] = [None]
+            if accelerator is None or accelerator.is_main_process:
+                found = [[torch.as_tensor(v, dtype=torch.float32).cpu() for v in self.store.statistics(self.rows)]]
+            self.shift, self.scale = broadcast_object_list(found)[0] if several else found[0]
 
     def at(self, number: int, batch: int, seed: int) -> np.ndarray:
         """Positions in :attr:`rows` of the ``number``-th global batch, int64 [batch]."""

@@ -175,7 +175,11 @@ def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema 
         fields: Schema | None = schema if schema.fields else None
         told = f"fields of {settings.data}"
         if settings.latents and (Path(settings.latents) / "latents.json").is_file():
-            return open_latents(dataset, settings.latents).shape, fields, f"{told}, latents of {settings.latents}"
+            return (
+                open_latents(dataset, settings.latents, "mmap").shape,
+                fields,
+                f"{told}, latents of {settings.latents}",
+            )
     else:
         fields = stand_in_schema(names, settings.stand_in_fields, settings.stand_in_values)
         count = len(fields.fields) if fields else 0

@@ -70,7 +70,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], out: Path, im
         names: "tensorboard", "wandb".
         out: Folder of the run; its name becomes the run's.
         images: Images seen where the run goes on; TensorBoard drops what it has beyond.
-        run: What tells this run from others, so that a resumed run continues its own page.
+        run: What tells this run and folder from others, so that a resumed run continues its own page.
 
     Raises:
         UserError: A tracker that is not installed or cannot be reached.
@@ -78,11 +78,13 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], out: Path, im
     if not names:
         return
     options = {
-        "tensorboard": {"purge_step": images},
+        "tensorboard": {"purge_step": images + 1},
         "wandb": {"id": run[:16], "name": out.name, "dir": str(out), "resume": "allow"},
     }
     try:
         accelerator.init_trackers(out.name, init_kwargs={name: options[name] for name in names})
+        if len(accelerator.trackers) < len(names):  # Accelerate leaves out what is not installed without a word
+            raise ImportError(f"only {[tracker.name for tracker in accelerator.trackers]} of them are installed")
     except Exception as error:  # each service has its own kinds
         raise UserError(
             f"The trackers {', '.join(names)} cannot be started: {type(error).__name__}: {error}.",

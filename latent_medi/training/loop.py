@@ -92,7 +92,6 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     if run.finished(out, record):
         logger.info("%s is finished.", out)
         return out / run.product(settings)
-    data.whiten(source, settings.override)
     objective = Objective(inherited_objective(source, settings) if source else settings.objective)
     denoiser, table = run.build(settings, data, source)
     names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
@@ -105,6 +104,8 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
     found = [checkpoint.newest_checkpoint(out / "checkpoints") if main else None]
     newest: Path | None = broadcast_object_list(found)[0] if processes > 1 else found[0]
     tensors, state = checkpoint.load_checkpoint(newest) if newest else ({}, {"images": 0})
+    # Measured once: another device or batch would measure other last digits.
+    data.whiten(source, settings.override, state.get("whitening"), accelerator)
     if newest:
         run.check_same(out, record, state["run"])
         checkpoint.load_trained(denoiser, tensors["model"], names)
@@ -153,6 +154,7 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             {
                 "run": record,
                 **watch.state(),
+                "whitening": [data.shift.tolist(), data.scale.tolist()],
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
             },
             settings.keep_checkpoints,
@@ -195,9 +197,11 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
 
             # Update and running averages. A step that fp16's loss scaler skips leaves the averages alone.
             norm = clip_gradients(accelerator, list(model.parameters()), settings.grad_clip)
+            before = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if not accelerator.optimizer_step_was_skipped:
+            # A fused optimizer skips inside its kernel, which Accelerate does not see: the scale falls exactly then.
+            if accelerator.scaler is None or accelerator.scaler.get_scale() >= before:
                 for width, averaged in emas.items():
                     averaged.update(denoiser, ema_decay(images, batch, settings.ema, width))
             watch.take(loss, norm)
@@ -210,12 +214,13 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
                 watch.look(step, denoiser)
             if logging:
                 watch.report(images, rate)
-            if last or crossed(images, batch, settings.preview_every_images):
-                watch.preview(images, ema.module)
-            if main and settings.ema.also and (last or crossed(images, batch, settings.ema.snapshot_every_images)):
+            keeping = settings.ema.also or settings.ema.snapshot_every_images
+            if main and keeping and (last or crossed(images, batch, settings.ema.snapshot_every_images)):
                 averages.save_snapshots(out, images, {w: each.module.state_dict() for w, each in emas.items()})
             if main and saving:
                 save(images)
+            if last or crossed(images, batch, settings.preview_every_images):  # once all that matters is safe
+                watch.preview(images, ema.module)
             if stopping:
                 accelerator.wait_for_everyone()
                 raise Preempted(
@@ -223,10 +228,10 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
                     "saved, the same command continues"
                 )
 
-    watch.finish()
     if main:
         run.finish(settings, record, data, autoencoder, objective.settings, total, ema.module, source)
     accelerator.wait_for_everyone()
+    watch.finish()
     return out / run.product(settings)
 
 
@@ -266,6 +271,12 @@ def check_strategy(accelerator: Accelerator, settings: TrainSettings) -> None:
         raise UserError(
             f"The launcher's precision is {accelerator.mixed_precision}, and the settings say {settings.precision}.",
             "Set precision, which belongs to the run, and leave it out of the launcher's configuration.",
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"The launcher's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}, which would "
+            "scale the gradients.",
+            "Leave it out: accumulation follows from global_batch, device_batch and the number of processes.",
         )
     if settings.global_batch % accelerator.num_processes:
         raise UserError(

@@ -16,8 +16,9 @@ from PIL import Image
 
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.objective import make_scheduler
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.diffusion.samplers import draw_noise
+from latent_medi.diffusion.samplers import draw_noise, make_sampler
 from latent_medi.diffusion.settings import ObjectiveSettings, SamplerSettings
 from latent_medi.features.statistics import frechet_distance
 from latent_medi.files import atomic_path
@@ -81,6 +82,7 @@ class Previews:
         self._noise = draw_noise(range(count), data.store.shape)[0][mine]
         self._real, self._other = (pooled(self._latents(data, rows)) for rows in (chosen, others))
         self._floor = frechet_distance(self._real, self._other)
+        make_sampler(make_scheduler(objective).config, self._sampler)  # refused now rather than after hours
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
@@ -106,8 +108,11 @@ class Previews:
         # [processes, share, …] back into the order of the whole.
         gathered = self._accelerator.gather(mine.to(self._accelerator.device)).cpu()
         share = gathered.unflatten(0, (self._accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1)
-        distance = frechet_distance(pooled(share), self._real)
-        if self._accelerator.is_main_process:
+        distance = frechet_distance(pooled(share), self._real) if bool(share.isfinite().all()) else float("nan")
+        if self._accelerator.is_main_process and self._last is not None and not self._last.done():
+            # Decoding is slower than training here: others must not wait for a picture.
+            logger.warning("No picture at %s images: the one before is still being drawn.", f"{images:,}")
+        elif self._accelerator.is_main_process:
             self.finish()
             self._last = self._thread.submit(self._draw, pipeline, share[:: -(-self.count // _MOST_SHOWN)], images)
         return images, distance, self._floor, self.count

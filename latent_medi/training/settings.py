@@ -134,7 +134,7 @@ class TrainSettings:
         warmup_images: Images over which the learning rate rises linearly from 0; 0 means warmup_fraction of the run.
         warmup_fraction: Share of the run, 0 to 1, used if warmup_images is 0.
         schedule: "cosine" falls to 0 at the end of the run; "constant" stays; "inverse_sqrt" stays for decay_images and
-            then falls with the square root of the images seen, so that a run can be stopped or prolonged.
+            then falls with the square root of the images seen, whatever the length of the run.
         decay_images: For "inverse_sqrt": images from which it falls.
         optimizer: "adamw"; or "adamw8bit", which keeps its moments in 8 bits (bitsandbytes).
         grad_clip: Largest gradient norm; 0 does not clip.
@@ -284,10 +284,16 @@ class TrainSettings:
         if self.train_parts is not None:
             if not self.init_from:
                 problems.append("train_parts freezes parts of init_from, which is empty")
+            if self.train_parts == ["new"] and (moved := set(self.override) - {"weighting"}):
+                problems.append(
+                    f"train_parts=[new] keeps what the model knew: no override of {', '.join(sorted(moved))}"
+                )
             if not self.train_parts or set(self.train_parts) - set(PARTS):
                 problems.append(f"train_parts are some of {', '.join(PARTS)}, not {self.train_parts}")
-        if self.ema.also and (self.lora is not None or self.train_parts is not None):
-            problems.append("ema.also is for whole models: no lora and no train_parts with it")
+        if (self.ema.also or self.ema.snapshot_every_images) and (
+            self.lora is not None or self.train_parts is not None
+        ):
+            problems.append("ema.also and its snapshots are for whole models: no lora and no train_parts with them")
         if self.lora is not None:
             problems += self.lora.problems()
             if not self.init_from:

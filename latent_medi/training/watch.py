@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -55,7 +57,9 @@ class Watch:
         if settings.preview_every_images:
             self._previews = preview.Previews(settings, data, autoencoder, objective.settings, accelerator)
             self._looks = CsvLog(out / "previews.csv", preview.COLUMNS, self._images) if main else None
-        start_trackers(accelerator, settings.trackers, out, self._images, data.fingerprint())
+        described = json.dumps([run.plain(asdict(settings)), str(out.resolve()), data.fingerprint()], sort_keys=True)
+        identity = hashlib.sha256(described.encode()).hexdigest()
+        start_trackers(accelerator, settings.trackers, out, self._images, identity)
         self._time = time.monotonic()
 
     @property

@@ -19,9 +19,9 @@ batch, moments = TrainingData.batch, LatentStore.moments
 read: list[np.ndarray] = []
 
 
-def watched_moments(store: LatentStore, rows: np.ndarray) -> Any:
+def watched_moments(store: LatentStore, rows: np.ndarray, *views: Any) -> Any:
     read.append(np.asarray(rows))
-    return moments(store, rows)
+    return moments(store, rows, *views)
 
 
 def watched_batch(data: TrainingData, number: int, *rest: Any) -> Any:

@@ -114,15 +114,15 @@ def test_damaged_folders_are_refused(tmp_path, damage):
 @pytest.mark.parametrize(
     ("size", "device", "place"),
     [
-        (40, "cuda", "device"),
-        (41, "cuda", "ram"),
+        (10, "cuda", "device"),
+        (11, "cuda", "ram"),
         (400, "cuda", "ram"),
         (401, "cuda", "mmap"),
         (40, "cpu", "ram"),
         (401, "cpu", "mmap"),
     ],
 )
-def test_the_nearest_place_that_they_fill_to_40_percent_is_chosen(monkeypatch, size, device, place):
+def test_the_nearest_place_where_they_fit_with_room_is_chosen(monkeypatch, size, device, place):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1 << 40))
     monkeypatch.setattr(module, "_free_memory", lambda: 1000)
     assert choose_residence(size, device) == place

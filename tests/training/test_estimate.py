@@ -86,8 +86,8 @@ def test_activations_are_the_bytes_that_a_real_pass_saves(
     settings = run_of(model, precision=precision, checkpoint_activations=checkpointing)
     cost, _ = step_cost(settings, shape, SCHEMA, batch, device="cpu")
     real = real_pass(settings, shape, batch)
-    assert cost.saved == pytest.approx(real["hooks"], rel=0.02)
-    assert cost.saved == pytest.approx(real["left"], rel=0.04)
+    assert cost.saved == pytest.approx(real["hooks"], rel=0.04)
+    assert cost.saved == pytest.approx(real["left"], rel=0.05)
     assert cost.saved + cost.passing == pytest.approx(real["peak"], rel=0.10 if model.preset else 0.35)
 
 

@@ -375,6 +375,7 @@ def test_batch_that_processes_cannot_share_is_refused(run_settings: Make) -> Non
         num_processes = 3
         distributed_type = None
         mixed_precision = "no"
+        gradient_accumulation_steps = 1
 
     with pytest.raises(UserError, match="cannot share"):
         loop.check_strategy(Three(), run_settings(global_batch=8))  # type: ignore[arg-type]

@@ -281,3 +281,70 @@ def test_eight_bit_moments_survive_a_resume(
             train(torn)
     train(torn)
     assert_equal(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_preview_that_cannot_be_made_is_refused_before_the_training(run_settings: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step"):
+        train(run_settings(preview_every_images=64, preview_steps=2000))
+    assert not read_log(tmp_path / "run" / "log.csv")
+
+
+def test_a_tracker_that_is_not_installed_is_named(run_settings: Make) -> None:
+    with pytest.raises(UserError, match=r"wandb cannot be started.*latent-medi\[track\]|wandb") as caught:
+        train(run_settings(trackers=["wandb"]))
+    assert "latent-medi[track]" in str(caught.value)
+
+
+def test_shift_and_scale_are_the_checkpoints(
+    run_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that measures other last digits goes on with those that the run began with."""
+    from latent_medi.latents.store import LatentStore
+
+    whole = run_settings(out=str(tmp_path / "whole"), max_steps=12, checkpoint_every_images=64)
+    train(whole)
+    torn, clip, calls, measure = (
+        replace(whole, out=str(tmp_path / "torn")),
+        loop.clip_gradients,
+        [0],
+        LatentStore.statistics,
+    )
+
+    def interrupt(*arguments: object) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 10:
+            raise KeyboardInterrupt
+        return clip(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "clip_gradients", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(torn)
+    monkeypatch.setattr(LatentStore, "statistics", lambda *a: tuple(1.01 * value for value in measure(*a)))
+    train(torn)
+    assert_equal(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_snapshots_of_one_average_are_kept_too(run_settings: Make, tmp_path: Path) -> None:
+    train(run_settings(max_steps=20, ema=EmaSettings(snapshot_every_images=80)))
+    assert [s.images for s in list_snapshots(tmp_path / "run")] == [80, 160]
+    assert reconstruct(tmp_path / "run", 0.12)[1]["images"] == 160
+
+
+def test_a_launcher_that_accumulates_is_refused(run_settings: Make) -> None:
+    from accelerate import Accelerator
+
+    with pytest.raises(UserError, match="gradient_accumulation_steps is 4"):
+        train(run_settings(), Accelerator(gradient_accumulation_steps=4))
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    from latent_medi.training.checkpoint import checkpoint_folders, newest_checkpoint, save_checkpoint
+
+    tensors = {"model": {"a": torch.ones(3)}}
+    for images in (10, 20):
+        save_checkpoint(tmp_path, images, tensors, {}, keep=2)
+    (tmp_path / "images-000000000020" / "model.safetensors").write_bytes(b"")
+    assert newest_checkpoint(tmp_path) == tmp_path / "images-000000000010"
+    save_checkpoint(tmp_path, 15, tensors, {}, keep=1)
+    assert [images for images, _ in checkpoint_folders(tmp_path)] == [15]
