@@ -167,7 +167,9 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
         diffusion_loss(model, part.latents, part.noise, part.timesteps, part.conditions, objective).sum().backward()
         optimizer.zero_grad(set_to_none=True)
     with listening() as notice, ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(prepared, steps[0]) if steps else None
+        # The next batch while the device works on this one. On a CPU the two would only be in each other's way.
+        early = device.type != "cpu"
+        coming = ahead.submit(prepared, steps[0]) if early and steps else None
         for step in progress(steps, desc="training", unit="step") if main else steps:
             seen, images = step * batch, (step + 1) * batch
             last = images == total
@@ -181,8 +183,8 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
                 torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
 
             # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
-            mine = coming.result()  # type: ignore[union-attr]
-            coming = None if last else ahead.submit(prepared, step + 1)  # while the device is at work on this one
+            mine = coming.result() if coming is not None else prepared(step)
+            coming = ahead.submit(prepared, step + 1) if early and not last else None
             loss = torch.zeros((), device=device)
             parts = mine.parts(largest, device)
             for i, part in enumerate(parts):
