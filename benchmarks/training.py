@@ -47,7 +47,8 @@ from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.writer import Patch, write_dataset
 from latent_medi.training.data import Batch, TrainingData, open_data
-from latent_medi.training.estimate import GIB, EstimateSettings, matmul_tflops, measure, stand_in_schema, step_cost
+from latent_medi.training.estimate import GIB, EstimateSettings, matmul_tflops, measure, stand_in_schema
+from latent_medi.training.footprint import step_cost
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import ACCELERATE_PRECISION, train
 from latent_medi.training.run import build

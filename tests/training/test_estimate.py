@@ -24,15 +24,8 @@ from latent_medi.errors import UserError
 from latent_medi.training import estimate as estimating
 from latent_medi.training.checkpoint import optimizer_tensors
 from latent_medi.training.ema import Ema
-from latent_medi.training.estimate import (
-    AUTOCAST,
-    SavedBytes,
-    build_denoiser,
-    estimate,
-    example,
-    state_bytes,
-    step_cost,
-)
+from latent_medi.training.estimate import estimate
+from latent_medi.training.footprint import AUTOCAST, SavedBytes, build_denoiser, example, state_bytes, step_cost
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
 TINY, LATENT = (4, 8, 8), (4, 32, 32)
@@ -104,7 +97,7 @@ def test_state_is_exact() -> None:
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     weights = size(real.parameters())
-    assert estimating.state_bytes(fake, 3) == {
+    assert state_bytes(fake, 3) == {
         "weights": weights,
         "gradients": size(p.grad for p in real.parameters() if p.grad is not None),
         "optimizer": size(tensor for entry in optimizer.state.values() for tensor in entry.values()),
@@ -114,8 +107,8 @@ def test_state_is_exact() -> None:
     # Frozen tensors have neither gradient nor optimizer state.
     fake.unet.requires_grad_(False)
     trained = sum(p.numel() for p in fake.conditioner.parameters())
-    assert estimating.state_bytes(fake, 1)["gradients"] == 4 * trained
-    assert estimating.state_bytes(fake, 1)["weights"] == weights
+    assert state_bytes(fake, 1)["gradients"] == 4 * trained
+    assert state_bytes(fake, 1)["weights"] == weights
 
 
 def test_types_are_those_that_autocast_chooses_on_a_gpu() -> None:

@@ -55,6 +55,22 @@ def assert_equal(a: Path, b: Path) -> None:
         assert kept[0] == kept[1], file
 
 
+def cut_off(settings: TrainSettings, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until an update, and stop in the middle of it."""
+    calls, clip = [0], loop.clip_gradients
+
+    def interrupt(*arguments: object) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == update:
+            raise KeyboardInterrupt
+        return clip(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "clip_gradients", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
 def test_told_to_stop_it_saves_and_the_same_command_goes_on(
     sent: signal.Signals, run_settings: Make, tmp_path: Path
@@ -235,18 +251,8 @@ def test_several_averages_survive_a_resume(run_settings: Make, tmp_path: Path, m
     ema = EmaSettings(also=[0.05])
     whole = run_settings(out=str(tmp_path / "whole"), ema=ema)
     train(whole)
-    torn, clip, calls = replace(whole, out=str(tmp_path / "torn")), loop.clip_gradients, [0]
-
-    def interrupt(*arguments: object) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 21:
-            raise KeyboardInterrupt
-        return clip(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(torn)
+    torn = replace(whole, out=str(tmp_path / "torn"))
+    cut_off(torn, 21, monkeypatch)
     train(torn)
     assert_equal(tmp_path / "whole", tmp_path / "torn")
     for snapshot in list_snapshots(tmp_path / "whole"):
@@ -267,18 +273,8 @@ def test_eight_bit_moments_survive_a_resume(
     train(whole)
     kept = load_file(sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1] / "optimizer.safetensors")
     assert any(tensor.dtype == torch.uint8 for tensor in kept.values())
-    torn, clip, calls = replace(whole, out=str(tmp_path / "torn")), loop.clip_gradients, [0]
-
-    def interrupt(*arguments: object) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 10:
-            raise KeyboardInterrupt
-        return clip(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(torn)
+    torn = replace(whole, out=str(tmp_path / "torn"))
+    cut_off(torn, 10, monkeypatch)
     train(torn)
     assert_equal(tmp_path / "whole", tmp_path / "torn")
 
@@ -290,7 +286,7 @@ def test_a_preview_that_cannot_be_made_is_refused_before_the_training(run_settin
 
 
 def test_a_tracker_that_is_not_installed_is_named(run_settings: Make) -> None:
-    with pytest.raises(UserError, match=r"wandb cannot be started.*latent-medi\[track\]|wandb") as caught:
+    with pytest.raises(UserError, match="trackers wandb cannot be started") as caught:
         train(run_settings(trackers=["wandb"]))
     assert "latent-medi[track]" in str(caught.value)
 
