@@ -19,17 +19,16 @@ from latent_medi.diffusion.adapters import adapted_hash, attach, merge, open_ada
 from latent_medi.diffusion.card import model_card
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.folder import local_folder
+from latent_medi.diffusion.folder import AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE, read_model
 from latent_medi.diffusion.guidance import ClassifierGuidance, check_guidance, guidance_of
 from latent_medi.diffusion.objective import make_scheduler, settings_of
 from latent_medi.diffusion.samplers import draw_noise, make_sampler, sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, write_json, write_text
-from latent_medi.latents.autoencoder import Autoencoder, forget_path, load_autoencoder, save_autoencoder
+from latent_medi.files import atomic_path, write_json, write_text
+from latent_medi.latents.autoencoder import Autoencoder, forget_path, save_autoencoder
 from latent_medi.metadata.schema import Schema
 
-AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -375,41 +374,9 @@ class MediPipeline(DiffusionPipeline):
         Raises:
             UserError: Something is absent or damaged, or the autoencoder is not the one the model was trained with.
         """
-        path = local_folder(folder)
-        index = read_json(path / "model_index.json")
-        if index.get("_class_name") != "MediPipeline":
-            raise UserError(f"{folder} holds a {index.get('_class_name')}, not a latent-medi model.")
-        known = read_json(path / AUTOENCODER_FILE)
-        try:
-            unet = UNet2DModel.from_pretrained(str(path / "unet"), use_safetensors=True, torch_dtype=torch_dtype)
-            scheduler = DDPMScheduler.from_pretrained(str(path / "scheduler"))
-            conditioning = None
-            if (path / "conditioning").is_dir():
-                conditioning = MetadataConditioner.from_pretrained(
-                    str(path / "conditioning"), use_safetensors=True, torch_dtype=torch_dtype
-                )
-        except UserError:
-            raise
-        except Exception as error:  # safetensors, JSON, shapes and missing files each have their own
-            raise UserError(
-                f"The model in {folder} cannot be loaded: {error}", "Copy the whole folder again."
-            ) from error
-        carried = autoencoder is None and (path / "autoencoder").is_dir()
-        if carried:
-            autoencoder = load_autoencoder(path / "autoencoder", device)
-            autoencoder.source = known["source"]
-        elif not isinstance(autoencoder, Autoencoder):
-            autoencoder = load_autoencoder(autoencoder or known["source"], device)
-        if autoencoder.hash != known["hash"]:
-            raise UserError(
-                f"The model in {folder} was trained on latents of {known['source']} ({known['hash'][:12]}), "
-                f"and {autoencoder.source} ({autoencoder.hash[:12]}) is another.",
-                "Give the right one as `autoencoder`.",
-            )
-        objective = ObjectiveSettings(**read_json(path / OBJECTIVE_FILE)) if (path / OBJECTIVE_FILE).is_file() else None
-        provenance = read_json(path / PROVENANCE_FILE) if (path / PROVENANCE_FILE).is_file() else {}
-        shift, scale = torch.tensor(known["shift"]), torch.tensor(known["scale"])
-        pipeline = cls(unet, scheduler, conditioning, autoencoder, shift, scale, objective, provenance)
+        parts = read_model(folder, autoencoder, torch_dtype, device)
+        carried = parts.pop("carried")
+        pipeline = cls(**parts)
         pipeline._carries_autoencoder = carried
         return pipeline.to(torch.device(device))
 
