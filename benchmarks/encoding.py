@@ -30,7 +30,6 @@ from reading import build
 
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, load_autoencoder
 from latent_medi.latents.encode import encode_dataset
-from latent_medi.latents.settings import EncodeSettings
 
 BATCH = 64
 
@@ -77,16 +76,14 @@ def main() -> None:
         precision = "bf16" if gpu else "fp32"
         autoencoder = load_autoencoder(chosen, device, PRECISIONS[precision])
         parameters = sum(p.numel() for p in autoencoder.model.parameters())
-        workers, zeros = EncodeSettings("", "").workers, np.zeros((BATCH, size, size, 3), np.uint8)
+        zeros = np.zeros((BATCH, size, size, 3), np.uint8)
 
         def only() -> None:
             for _ in range(count // BATCH):
                 autoencoder.encode(zeros)
 
         runs: dict[str, Callable[[int], object]] = {
-            "encode_dataset": lambda i: encode_dataset(
-                dataset.folder, autoencoder, folder / f"latents-{i}", BATCH, workers=workers
-            ),
+            "encode_dataset": lambda i: encode_dataset(dataset.folder, autoencoder, folder / f"latents-{i}", BATCH),
             "bare_loop": lambda i: bare_loop(files, autoencoder),
             "autoencoder_alone": lambda i: only(),
         }

@@ -16,7 +16,7 @@ from latent_medi.features.encoders import load_encoder
 from latent_medi.files import atomic_path, read_json, remove, sha256_file, write_json
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
 from latent_medi.latents.floor import floor_text, measure_floor
-from latent_medi.latents.reader import ReadAhead
+from latent_medi.latents.reader import ReadAhead, threads_beside
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.store import INFO_FILE, SCHEMA_VERSION
 from latent_medi.latents.views import view_of
@@ -49,7 +49,7 @@ def encode_dataset(
     device_batch: int = 64,
     device: torch.device | str | None = None,
     accelerator: Accelerator | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     views: int = 1,
     floor: FloorSettings | None = None,
 ) -> Path:
@@ -63,7 +63,7 @@ def encode_dataset(
         device: Where to run; ``None`` leaves the autoencoder where it is.
         accelerator: With several processes, shard i is encoded by process i modulo their number. Every process must
             call.
-        workers: Threads that decode images ahead.
+        workers: Threads that decode images ahead; ``None`` takes what suits the device.
         views: 1, or 8 to encode each patch under every symmetry of the square, in pixel space.
         floor: The reconstruction floor to measure, by the first process, if the folder has none yet; ``None`` for
             none.
@@ -78,6 +78,7 @@ def encode_dataset(
     data, out = open_dataset(dataset), Path(out)
     if device is not None:
         autoencoder.to(device)
+    workers = threads_beside(autoencoder.device, data) if workers is None else workers
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     header = {
         "schema_version": SCHEMA_VERSION,

@@ -7,8 +7,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.remote import RemotePatchDataset
+
+
+def threads_beside(device: torch.device, data: PatchDataset) -> int:
+    """How many threads should read ahead of an autoencoder on a device, if nobody says.
+
+    Decoding beside an autoencoder on the same CPU cores makes its threads wait for each other, and costs more than it
+    saves; a GPU, or the wait for a server, leaves the cores free.
+    """
+    return 4 if device.type != "cpu" or isinstance(data, RemotePatchDataset) else 0
 
 
 class ReadAhead:

@@ -38,7 +38,8 @@ class EncodeSettings:
         device_batch: Patches per forward pass.
         device: Torch device, such as "cpu" or "cuda"; empty means the launcher's.
         precision: Arithmetic of the autoencoder: "fp32", "bf16" or "fp16".
-        workers: Threads that decode images ahead of the autoencoder; 0 decodes in the main one, in between.
+        workers: Threads that decode images ahead of the autoencoder; 0 decodes in the main one, in between; ``None``
+            takes 4, or 0 where the autoencoder runs on the CPU that they would take from it.
         slicing: Patch by patch through the autoencoder, whatever the batch: least memory, slower on a GPU.
         views: 1 encodes each patch as it was cut, 8 under every symmetry of the square (eight times the work and the
             disk); training then draws one per image.
@@ -51,7 +52,7 @@ class EncodeSettings:
     device_batch: int = 64
     device: str = ""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    workers: int = 4
+    workers: int | None = None
     slicing: bool = False
     views: int = 1
     floor: FloorSettings = field(default_factory=FloorSettings)
@@ -68,7 +69,7 @@ class EncodeSettings:
         if self.device_batch < 1:
             problems.append(f"device_batch must be at least 1, not {self.device_batch}")
         for name, value in (
-            ("workers", self.workers),
+            ("workers", self.workers or 0),
             ("floor.patches", self.floor.patches),
             ("floor.seed", self.floor.seed),
         ):

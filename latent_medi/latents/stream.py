@@ -11,7 +11,7 @@ import torch
 
 from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import Autoencoder, latent_shape
-from latent_medi.latents.reader import ReadAhead
+from latent_medi.latents.reader import ReadAhead, threads_beside
 from latent_medi.latents.store import Moments, channel_statistics, check_asked
 from latent_medi.latents.views import view_of
 from latent_medi.progress import progress
@@ -29,7 +29,8 @@ class StreamedLatents:
         autoencoder: Frozen; where it runs, the moments are.
         views: Symmetries to draw from, 1 or 8.
         device_batch: Most patches per forward pass of the autoencoder.
-        workers: Threads that read and decode patches announced with :meth:`expect`.
+        workers: Threads that read and decode patches announced with :meth:`expect`; ``None`` takes what suits the
+            device.
         sample: Patches that the statistics are taken from.
 
     Attributes:
@@ -48,7 +49,7 @@ class StreamedLatents:
         autoencoder: Autoencoder,
         views: int = 1,
         device_batch: int = 64,
-        workers: int = 4,
+        workers: int | None = None,
         sample: int = 2048,
     ) -> None:
         self.data, self.autoencoder, self.views = data, autoencoder, views
@@ -61,7 +62,7 @@ class StreamedLatents:
             "shape": list(self.shape),
             "views": views,
         }
-        self._reader = ReadAhead(data, workers)
+        self._reader = ReadAhead(data, threads_beside(autoencoder.device, data) if workers is None else workers)
 
     def __len__(self) -> int:
         return len(self.data)

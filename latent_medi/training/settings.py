@@ -44,7 +44,8 @@ class StreamSettings:
         statistics_patches: Training patches, drawn once, that shift and scale of the latents are measured over.
         precision: Arithmetic of the autoencoder: "fp32", "bf16" or "fp16".
         device_batch: Most patches per forward pass of the autoencoder; caps memory.
-        workers: Threads per process that read and decode patches ahead; 0 does it in between.
+        workers: Threads per process that read and decode patches ahead; 0 does it in between; ``None`` takes 4, or 0
+            where the autoencoder runs on the CPU that they would take from it.
         slicing: Patch by patch through the autoencoder: least memory, slower on a GPU.
     """
 
@@ -52,7 +53,7 @@ class StreamSettings:
     statistics_patches: int = 2048
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device_batch: int = 64
-    workers: int = 4
+    workers: int | None = None
     slicing: bool = False
 
 
@@ -256,7 +257,7 @@ class TrainSettings:
             problems.append("give latents (a folder that `latent-medi encode` wrote), or an autoencoder to stream with")
         if self.stream.views not in (1, 8):
             problems.append(f"stream.views is 1 or 8, not {self.stream.views}")
-        if self.stream.statistics_patches < 1 or self.stream.device_batch < 1 or self.stream.workers < 0:
+        if self.stream.statistics_patches < 1 or self.stream.device_batch < 1 or (self.stream.workers or 0) < 0:
             problems.append("stream takes statistics_patches and device_batch of at least 1, workers of at least 0")
         if not (math.isfinite(self.lr) and self.lr > 0):
             problems.append(f"lr must be above 0, not {self.lr}")

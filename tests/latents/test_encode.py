@@ -17,9 +17,11 @@ from latent_medi.errors import UserError
 from latent_medi.latents import encode as module
 from latent_medi.latents.autoencoder import Autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode, encode_dataset
+from latent_medi.latents.reader import threads_beside
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.views import view_of
+from latent_medi.shards.remote import open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,14 @@ def test_a_url_is_encoded_like_a_folder(dataset, autoencoder, tmp_path):
     plain = encode_dataset(dataset.folder, autoencoder, tmp_path / "plain")
     there = encode_dataset("memory://encoded-from-here", autoencoder, tmp_path / "there", workers=2)
     assert (plain / "latents.json").read_bytes() == (there / "latents.json").read_bytes()
+
+
+def test_threads_read_ahead_only_where_they_do_not_take_the_autoencoders_cores(dataset):
+    files = fsspec.filesystem("memory")
+    files.put(str(dataset.folder), "/read-ahead-of", recursive=True)
+    assert threads_beside(torch.device("cpu"), dataset) == 0
+    assert threads_beside(torch.device("cuda:1"), dataset) == 4
+    assert threads_beside(torch.device("cpu"), open_dataset("memory://read-ahead-of")) == 4
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderTAEF2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,9 +23,18 @@ def test_the_architecture_is_the_published_one(tmp_path) -> None:
     assert autoencoder.model.config["scaling_factor"] == 0.18215
 
 
-@pytest.mark.slow
-def test_64_patches_of_256_px_through_the_verb(tmp_path) -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For this test alone: sums of others depend on their number."""
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
+def test_64_patches_of_256_px_through_the_verb(tmp_path) -> None:
     folder = stable_diffusion_vae(tmp_path / "vae")
     data = make_dataset(tmp_path / "data", count=64, per_shard=32, size=256)
     words = ["encode", f"data={data.folder}", f"out={tmp_path / 'latents'}", f"autoencoder={folder}"]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from parts import stable_diffusion_vae
 
 from latent_medi import config
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -34,28 +34,11 @@ PRESETS = {"8gb": (8, 93), "12gb": (12, 210), "24gb": (24, 373), "80gb": (80, 37
 CPU = ["global_batch=1", "device_batch=1", "compile=false", "max_steps=3", "log_every_images=1"]
 
 
-def stable_diffusion_autoencoder(folder: Path) -> None:
-    """The architecture of stabilityai/sd-vae-ft-mse with random weights."""
-    torch.manual_seed(0)
-    AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        act_fn="silu",
-        latent_channels=4,
-        norm_num_groups=32,
-        sample_size=256,
-    ).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with ``data``, four patches of 256 px, their ``latents``, and the ``autoencoder``."""
     folder = tmp_path_factory.mktemp("stable_diffusion")
-    stable_diffusion_autoencoder(folder / "autoencoder")
+    stable_diffusion_vae(folder / "autoencoder")
     draw = np.random.default_rng(0)
     table = pd.DataFrame({"class": list("abab"), "site": ["aster", "birch", "NA", "aster"]})
     patches = [
