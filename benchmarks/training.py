@@ -6,7 +6,9 @@
 latents: a DataLoader over single samples, Accelerate, AdamW, a prepared learning-rate scheduler, diffusers' EMAModel, a
 progress bar with the loss of every step. Network, batch, precision and data are the same in all arms; they run in turns
 and the median window counts.
-(b) Tensors already in memory: the same loop, whose data hand out one batch that is on the device.
+(b) Tensors already in memory: the same loop, whose data hand out one batch that is on the device. Without a GPU, where
+nothing runs beside the update, the share of the time that making batches takes is timed as well: other programs on the
+machine change it far less than they change the ratio of two runs.
 (c) With a GPU: images per second of UNet L on latents of 256 px against MeDi's UNet on pixels of 128 px, each at its
 best batch in the same memory, beside the ratio of operations, which needs no GPU; and UNet B's share of the measured
 peak of matrix products. Without one these rows say "not measured".
@@ -123,6 +125,23 @@ def memory_rates(settings: TrainSettings) -> list[float]:
         return loop_rates(settings)
 
 
+def timed_rates(settings: TrainSettings, shares: list[float]) -> list[float]:
+    """As :func:`loop_rates`; appends the share of the run that was spent in making batches, drawing noise included."""
+    make, spent = TrainingData.batch, 0.0
+
+    def batch(self: TrainingData, *words: Any, **named: Any) -> Batch:
+        nonlocal spent
+        start = time.monotonic()
+        made = make(self, *words, **named)
+        spent += time.monotonic() - start
+        return made
+
+    with mock.patch.object(TrainingData, "batch", batch):
+        rates = loop_rates(settings)
+    shares.append(spent * statistics.median(rates) / settings.max_steps)
+    return rates
+
+
 class Latents(Dataset):
     """Single samples of the same rows: a latent drawn from the posterior and whitened, codes and values."""
 
@@ -221,8 +240,9 @@ def speed_of_loops(quick: bool, gpu: bool) -> dict[str, Any]:
         folder = Path(name)
         make_data(folder, (2048 if gpu else 256) if quick else (8192 if gpu else 1024), 32 if gpu else 16)
         settings = run_settings(folder, quick, gpu)
+        shares: list[float] = []
         arms: dict[str, Callable[[], list[float]]] = {
-            "loop": lambda: loop_rates(settings),
+            "loop": lambda: loop_rates(settings) if gpu else timed_rates(settings, shares),
             "plain": lambda: plain_rates(settings),
             "memory": lambda: memory_rates(settings),
         }
@@ -245,6 +265,8 @@ def speed_of_loops(quick: bool, gpu: bool) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(turns["loop"], turns["memory"], strict=True)]
     result["loop_over_tensors_in_memory_lowest_turn"] = min(ratios)
     result["loop_over_tensors_in_memory_highest_turn"] = max(ratios)
+    if shares:
+        result["share_of_the_loop_in_making_batches"] = statistics.median(shares)
     if gpu:
         result["loop_eager_over_plain_loop"] = rate["loop_eager"] / rate["plain"]
     return result
