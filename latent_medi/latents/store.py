@@ -23,7 +23,7 @@ Residence = Literal["auto", "mmap", "ram", "device"]
 Moments = tuple[torch.Tensor, torch.Tensor | None]
 
 _SHARE = 0.4  # of the free memory that "auto" is willing to fill
-_DEVICE_SHARE = 0.1  # of a device's, where the model has to fit as well
+DEVICE_SHARE = 0.1  # of a device's, where the model has to fit as well
 _CHUNK = 4096  # latents per step of the statistics
 
 
@@ -228,7 +228,7 @@ def choose_residence(nbytes: int, device: torch.device | str) -> Literal["mmap",
     """Where moments of ``nbytes`` are held: on the device if it is no CPU and they fill at most 10 % of its free
     memory, in RAM if they fill at most 40 % of that, or on disk."""
     device = torch.device(device)
-    if device.type != "cpu" and nbytes <= _DEVICE_SHARE * _free_on(device):
+    if device.type != "cpu" and nbytes <= DEVICE_SHARE * _free_on(device):
         return "device"
     return "ram" if nbytes <= _SHARE * _free_memory() else "mmap"
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.errors import UserError, nearest
+from latent_medi.latents.store import DEVICE_SHARE
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training.data import open_latents
@@ -58,8 +59,8 @@ def stand_in_schema(names: list[str] | None, count: int, values: int) -> Schema 
     return Schema(tuple(Field(name, "categorical", vocabulary) for name in names)) if names else None
 
 
-def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema | None, str]:
-    """Shape (C, h, w) of a latent, the model's fields, and a sentence on where they are from.
+def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema | None, str, int]:
+    """Shape (C, h, w) of a latent, the model's fields, a sentence on where they are from, and bytes of all latents.
 
     The data and latents that the settings name, if they are there, otherwise a stand-in.
 
@@ -73,17 +74,14 @@ def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema 
         fields: Schema | None = schema if schema.fields else None
         told = f"fields of {settings.data}"
         if settings.latents and (Path(settings.latents) / "latents.json").is_file():
-            return (
-                open_latents(dataset, settings.latents, "mmap").shape,
-                fields,
-                f"{told}, latents of {settings.latents}",
-            )
+            store = open_latents(dataset, settings.latents, "mmap")
+            return store.shape, fields, f"{told}, latents of {settings.latents}", store.nbytes
     else:
         fields = stand_in_schema(names, settings.stand_in_fields, settings.stand_in_values)
         count = len(fields.fields) if fields else 0
         told = f"{count or 'no'} stand-in field{'' if count == 1 else 's'} of {settings.stand_in_values} values"
     channels, height, width = settings.latent_shape
-    return (channels, height, width), fields, told
+    return (channels, height, width), fields, told, 0
 
 
 def device_batch(settings: TrainSettings, processes: int = 1) -> int:
@@ -115,7 +113,7 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
         raise UserError(
             f"{settings.processes} processes cannot share a global_batch of {settings.global_batch} equally."
         )
-    shape, schema, told = what_data(settings)
+    shape, schema, told, stored = what_data(settings)
     batch = device_batch(settings, settings.processes)
     cost, denoiser = step_cost(settings, shape, schema, batch)
     count = len(settings.ema.widths()) if ema_count is None else ema_count
@@ -126,8 +124,12 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     sizes["batch"] = settings.global_batch // settings.processes * (2 * 4 * pixels + 8 + 12 * fields)
     sizes["activations"], sizes["passing"] = cost.saved, cost.passing
     sizes["workspace"] = _FIXED_WORKSPACE + round(_WORKSPACE_SHARE * (cost.saved + cost.passing))
+    sizes["latents"] = stored if settings.resident == "device" else 0
     sizes["peak"] = sum(sizes.values())
     card, memory, tflops = choose_card(settings, sizes["peak"])
+    if settings.resident == "auto" and stored <= DEVICE_SHARE * memory * GIB:
+        sizes["latents"], sizes["peak"] = stored, sizes["peak"] + stored
+        card, memory, tflops = choose_card(settings, sizes["peak"])
     # Without autocast, convolutions still use the tensor cores at half the rate (TF32, torch's default).
     per_second = settings.device_share * tflops * 1e12 * (0.5 if settings.precision == "fp32" else 1.0)
     images = per_second / (cost.flops / batch) * settings.processes
@@ -275,6 +277,7 @@ def estimate_text(result: dict[str, Any]) -> str:
         "averages": "running averages, fp32",
         "ddp_buckets": "DDP buckets (the gradients are views of them)",
         "batch": "latents and noise of one update",
+        "latents": "all latents, where the run keeps them on the device",
         "activations": f"activations that autograd saves at a batch of {result['device_batch']}",
         "passing": "more at the fullest moment of the backward pass",
         "workspace": "allowance for libraries' workspaces and the allocator's gaps",

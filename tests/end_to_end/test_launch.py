@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_parts import ALONE, REPOSITORY, SMALL, launcher
+from cluster_parts import ALONE, REPOSITORY, SMALL, launcher, losses, relative_distance
 
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.shards.dataset import PatchDataset
@@ -64,6 +64,20 @@ def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_
     assert one.index.equals(two.index)
     for name in sorted(p.name for p in (one.folder / "data").iterdir()):
         assert (one.folder / "data" / name).read_bytes() == (two.folder / "data" / name).read_bytes()
+
+
+def test_two_launched_processes_train_straight_from_images(tiny: Path, tmp_path: Path) -> None:
+    """Every process streams its own share, and the run is that of stored latents."""
+    source = json.loads((tiny / "latents" / "latents.json").read_text())["autoencoder"]["source"]
+    for name, latents in (("stored", f"latents={tiny / 'latents'}"), ("streamed", "latents=")):
+        where = [f"data={tiny / 'data'}", latents, f"autoencoder={source}", f"out={tmp_path / name}"]
+        small = ["max_steps=6", "global_batch=8", "log_every_images=8", *SMALL]
+        trained = run(TWO, "train.py", "--config", "demo/medi", *where, *small)
+        assert trained.returncode == 0, trained.stderr
+        assert "2 processes" in trained.stderr
+    assert losses(tmp_path / "stored").keys() == losses(tmp_path / "streamed").keys()
+    for part in ("model.safetensors", "model/unet"):  # batches of another size may be encoded with other roundings
+        assert relative_distance(tmp_path / "streamed", tmp_path / "stored", part) <= 1e-5
 
 
 def test_two_launched_processes_encode_the_same_latents(tiny: Path, tmp_path: Path) -> None:

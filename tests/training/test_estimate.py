@@ -21,6 +21,7 @@ from latent_medi import cli, config
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.diffusion.settings import ModelSettings
 from latent_medi.errors import UserError
+from latent_medi.latents.store import LatentStore
 from latent_medi.training import estimate as estimating
 from latent_medi.training.checkpoint import optimizer_tensors
 from latent_medi.training.ema import Ema
@@ -185,6 +186,20 @@ def test_data_that_are_there_are_used(tiny: Path) -> None:
     assert result["parameters"] - same["parameters"] == 4 * 22 + 5 * 21 + (2 * 21 + 33 * 21)
     unconditional = estimate(replace(settings, model=replace(small_model(), fields=[])))
     assert unconditional["parameters"] == same["parameters"]
+
+
+def test_latents_count_where_the_run_would_keep_them_on_the_device(tiny: Path) -> None:
+    settings = run_of(small_model(), data=str(tiny / "data"), latents=str(tiny / "latents"), global_batch=8)
+    stored = LatentStore(tiny / "latents").nbytes
+    free = estimate(replace(settings, resident="ram"))["bytes"]
+    assert free["latents"] == 0
+    for kept in ("auto", "device"):
+        sizes = estimate(replace(settings, resident=kept))["bytes"]
+        assert (sizes["latents"], sizes["peak"]) == (stored, free["peak"] + stored)
+    # More than a tenth of the card is left on disk or in RAM, unless it is asked for.
+    small = {"card": "rtx4060", "card_gib": 9 * stored / estimating.GIB}
+    assert estimate(replace(settings, resident="auto", **small))["bytes"]["latents"] == 0
+    assert estimate(replace(settings, resident="device", **small))["bytes"]["latents"] == stored
 
 
 def test_settings_change_what_they_should() -> None:
