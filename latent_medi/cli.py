@@ -184,8 +184,21 @@ def _sample(words: list[str]) -> Printed:
     from latent_medi.synthesis.generate import generate
     from latent_medi.synthesis.settings import GenerateSettings
 
-    dataset = generate(config.parse(GenerateSettings, words, "sample"))
+    settings = config.parse(GenerateSettings, config.under("fields", GenerateSettings, words), "sample")
+    dataset = generate(settings)
+    if dataset is None:
+        print(settings.grid)
+        return {"grid": settings.grid, "patches": settings.n}
     return {"folder": str(dataset.folder), "patches": len(dataset)}
+
+
+def _grid(words: list[str]) -> Printed:
+    from latent_medi.synthesis.grids import grid
+    from latent_medi.synthesis.settings import GridSettings
+
+    path = grid(config.parse(GridSettings, config.under("fields", GridSettings, words), "grid"))
+    print(path)
+    return {"grid": str(path)}
 
 
 def _evaluate(words: list[str]) -> Printed:
@@ -213,7 +226,8 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "train": (_train, "a metadata-conditioned denoiser on latents; --estimate: what it will take"),
     "average": (_average, "a finished run's model with another length of the weights' average"),
     "plan": (_plan, "which combinations to generate, and how many"),
-    "sample": (_sample, "the patches of a plan, as a dataset folder"),
+    "sample": (_sample, "the patches of a plan, as a dataset folder; or of one combination: --class X --n 16"),
+    "grid": (_grid, "a picture of what a model makes: cells, a blend of two values, the way out of the noise"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
     "report": (_report, "one HTML page from metrics.json"),
 }

@@ -10,6 +10,7 @@ demo/medi``.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 import typing
@@ -118,6 +119,26 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
     for part in reversed(dotted.split(".")):
         value = {part: value}
     return value
+
+
+def under(setting: str, settings_class: type, arguments: Sequence[str]) -> list[str]:
+    """Command-line words in which ``--NAME VALUE``, where ``NAME`` is no setting, gives ``setting.NAME`` as text: a
+    dataset's own fields, such as ``--class gleason4`` or ``--grade 3``.
+    """
+    known = {key.partition(".")[0] for key in known_keys(settings_class)} | {"config", "help"}
+    words, result = list(arguments), []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name.replace("-", "_").partition(".")[0] in known:
+            result.append(word)
+            if word.startswith("--") and not equals and words and not words[0].startswith("--"):
+                result.append(words.pop(0))
+            continue
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        result.append(f"{setting}.{name}={json.dumps(value)}")  # quoted, or 3 would be a number and no a boolean
+    return result
 
 
 def parse(

@@ -115,3 +115,25 @@ def test_every_packaged_configuration_fits_its_settings() -> None:
         settings_class = kinds.get(path.stem) or (ExperimentSettings if "recipe" in values else TrainSettings)
         config.build(settings_class, values)
     assert found >= 5
+
+
+def test_a_dataset_s_own_fields_are_words_of_the_command_line() -> None:
+    words = ["--steps", "3", "--grade", "3", "--site=no", "--config", "x.yaml", "n=2", "--flag", "--age", "60"]
+    result = config.under("fields", Plain, words)
+    assert result == [
+        "--steps", "3", '--fields.grade="3"', '--fields.site="no"', "--config", "x.yaml", "n=2", '--fields.flag=""',
+        '--fields.age="60"',
+    ]  # fmt: skip
+
+
+@dataclass
+class Plain:
+    """Settings with fields of a dataset.
+
+    Args:
+        steps: A number.
+        fields: Value by field.
+    """
+
+    steps: int = 1
+    fields: dict[str, str] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,12 +85,15 @@ def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch
     if not 0 <= low < high <= 1:
         raise UserError(f"The guidance interval is a range of ᾱ within 0 and 1, not {low} to {high}.")
     order = guidance_order(settings, schema)
+    if not 0 <= settings.rescale <= 1:
+        raise UserError(f"guidance.rescale is a share from 0 to 1, not {settings.rescale}.")
+    whole = Branch(frozenset(order), 1.0)
     if settings.form == "none":
-        if settings.scales or settings.scale != 1:
+        if settings.scales or settings.scale != 1 or settings.rescale:
             raise UserError(
                 "Guidance scales are given, but the form of guidance is none.", "Set guidance.form to chain or margins."
             )
-        return [Branch(frozenset(order), 1.0)]
+        return [whole]
     weights = [float(settings.scales.get(name, settings.scale)) for name in order]
     if settings.form == "chain":
         steps = [1.0, *weights, 0.0]
@@ -99,7 +103,10 @@ def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch
         branches += [Branch(frozenset([name]), weight) for name, weight in zip(order, weights, strict=True)]
     else:
         raise UserError(f"There is no guidance form {settings.form!r}; there are none, chain and margins.")
-    return [b for b in branches if b.weight != 0.0]
+    branches = [b for b in branches if b.weight != 0.0]
+    if settings.rescale and branches != [whole] and all(b.fields != whole.fields for b in branches):
+        branches.append(Branch(whole.fields, 0.0))  # its standard deviation is what the others are brought back to
+    return branches
 
 
 def check_guidance(
@@ -179,7 +186,29 @@ def guided(
     asked = Conditions.cat([conditions.masked(_keep(b, schema)) for b in branches])
     count = len(branches)
     predictions = denoiser(x_t.repeat(count, 1, 1, 1), t.repeat(count), asked).chunk(count)
-    return sum_of(predictions, [b.weight for b in branches])
+    total = sum_of(predictions, [b.weight for b in branches])
+    if settings.rescale:
+        conditional = next(p for p, b in zip(predictions, branches, strict=True) if len(b.fields) == len(schema.names))
+        total = rescaled(total, conditional.float(), settings.rescale)
+    return total
+
+
+def evaluations(settings: GuidanceSettings, schema: Schema) -> int:
+    """Evaluations of the network per step and image within the interval of guidance; they are one batch."""
+    return len(guidance_branches(settings, schema)) if schema.fields else 1
+
+
+def rescaled(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
+    """A guided prediction with its standard deviation brought back, Lin et al. 2024 (arXiv 2305.08891), equations 15
+    and 16: φ·σ_cond/σ_guided·x + (1 − φ)·x.
+
+    Args:
+        guided: fp32 [N, C, h, w].
+        conditional: Of the same shape.
+        share: φ.
+    """
+    ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
+    return guided * (share * ratio + (1 - share)).view(-1, 1, 1, 1)
 
 
 def sum_of(predictions: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -188,6 +217,42 @@ def sum_of(predictions: Sequence[torch.Tensor], weights: Sequence[float]) -> tor
     for prediction, weight in zip(predictions[1:], weights[1:], strict=True):
         total = total + prediction.float() * weight
     return total
+
+
+@dataclass(frozen=True)
+class Autoguidance:
+    """Guidance by a weaker model: D_weak + w·(D − D_weak), Karras et al. 2024 (arXiv 2406.02507), equation 5. For ε and
+    v alike, since both are the same linear map of x₀ and x_t.
+
+    Args:
+        denoiser: The weaker model, of the same latents, objective and fields.
+        scale: w.
+        interval: Range of ᾱ in which it acts.
+    """
+
+    denoiser: Denoiser
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise UserError(f"The interval of autoguidance is a range of ᾱ within 0 and 1, not {self.interval}.")
+        if not math.isfinite(self.scale):
+            raise UserError(f"The scale of autoguidance is {self.scale}.")
+
+    def guide(
+        self,
+        prediction: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        conditions: Conditions | None,
+        alpha_bar: float,
+    ) -> torch.Tensor:
+        """The changed prediction, fp32 [N, C, h, w]."""
+        if self.scale == 1 or not self.interval[0] <= alpha_bar <= self.interval[1]:
+            return prediction
+        weak = self.denoiser(x_t, t, conditions)
+        return weak + self.scale * (prediction - weak)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from latent_medi.diffusion.card import model_card
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.folder import AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE, read_model
-from latent_medi.diffusion.guidance import ClassifierGuidance, check_guidance, guidance_of
+from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, check_guidance, guidance_of
 from latent_medi.diffusion.objective import make_scheduler, settings_of
-from latent_medi.diffusion.samplers import draw_noise, make_sampler, sample_latents
+from latent_medi.diffusion.samplers import Watcher, draw_noise, make_sampler, sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, write_json, write_text
@@ -240,6 +240,8 @@ class MediPipeline(DiffusionPipeline):
         precision: str = "fp32",
         first_step: int = 0,
         classifier: ClassifierGuidance | None = None,
+        weak: Autoguidance | None = None,
+        watch: Watcher | None = None,
     ) -> torch.Tensor:
         """Whitened latents of N samples.
 
@@ -255,6 +257,8 @@ class MediPipeline(DiffusionPipeline):
             precision: Arithmetic inside the network: "fp32" (that of its weights), "bf16" or "fp16".
             first_step: Leading steps to leave out; the noise is then the noisy latent at that step.
             classifier: Guidance by a latent classifier.
+            weak: Guidance by a weaker model.
+            watch: As for :func:`~latent_medi.diffusion.samplers.sample_latents`.
 
         Returns:
             fp32 [N, C, h, w] on the CPU.
@@ -292,6 +296,8 @@ class MediPipeline(DiffusionPipeline):
                 first_step=first_step,
                 classifier=classifier,
                 dtype=_DTYPES[precision],
+                weak=weak,
+                watch=watch,
             )
             parts.append(latents[: stop - start].float().cpu())
         return torch.cat(parts) if parts else noise.float().cpu()

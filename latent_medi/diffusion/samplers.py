@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,15 +12,18 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.guidance import ClassifierGuidance, check_guidance, guided
+from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, check_guidance, guided
 from latent_medi.diffusion.objective import noise_schedule, settings_of
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.errors import UserError, nearest
+
+Watcher = Callable[[float, torch.Tensor, torch.Tensor], None]
 
 _FAINT = 1e-6
 """ᾱ below which an ε prediction says next to nothing about x₀."""
@@ -31,6 +34,7 @@ _KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
     "euler": (EulerDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
     "ddim": (DDIMScheduler, {"clip_sample": False}),  # latents are not confined to [-1, 1]
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
 }
@@ -42,13 +46,15 @@ SAMPLERS: tuple[str, ...] = tuple(_KINDS)
 def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
     """Why a sampler cannot be used with an objective; empty if it can.
 
-    | objective                             | dpmpp_2m, _sde, unipc, euler | ddim                | ddpm        |
-    |---------------------------------------|------------------------------|---------------------|-------------|
-    | v, any schedule, zero terminal or not | any steps                    | steps that divide T | any steps   |
-    | ε, linear or scaled_linear            | any steps                    | steps that divide T | any steps   |
-    | ε, cosine (terminal ᾱ about 2e-9)     | refused                      | refused             | all T steps |
-    | ε, zero terminal SNR                  | refused                      | refused             | refused     |
+    | objective                        | dpmpp_2m, _sde, unipc, euler | heun      | ddim                | ddpm        |
+    |----------------------------------|------------------------------|-----------|---------------------|-------------|
+    | v, linear or scaled_linear       | any steps                    | any steps | steps that divide T | any steps   |
+    | v, cosine or zero terminal SNR   | any steps                    | refused   | steps that divide T | any steps   |
+    | ε, linear or scaled_linear       | any steps                    | any steps | steps that divide T | any steps   |
+    | ε, cosine (terminal ᾱ of 2e-9)   | refused                      | refused   | refused             | all T steps |
+    | ε, zero terminal SNR             | refused                      | refused   | refused             | refused     |
 
+    Heun's correction is multiplied by the length of its first step in σ = √((1−ᾱ)/ᾱ), thousands where ᾱ ends near 0.
     DDIM takes T // steps as the distance to the previous timestep, which is wrong where steps does not divide T.
     """
     if sampler.name not in _KINDS:
@@ -69,6 +75,11 @@ def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
                 f"the schedule ends at ᾱ = {terminal:.0e}, so that an ε prediction is divided by {terminal**0.5:.0e}: "
                 f"use ddpm with all {total} steps, or train with v_prediction"
             )
+    if sampler.name == "heun" and (terminal := float(noise_schedule(objective)[-1])) < _FAINT:
+        return (
+            f"the schedule ends at ᾱ = {terminal:.0e}, and its correction is multiplied by the first step's length in "
+            "noise, which is then thousands: use dpmpp_2m or euler"
+        )
     if sampler.name == "ddim" and total % steps:
         below = next(d for d in range(steps, 0, -1) if total % d == 0)
         above = next(d for d in range(steps, total + 1) if total % d == 0)
@@ -103,9 +114,13 @@ def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
         "timestep_spacing": "trailing",
         **options,
     }
+    if kind is HeunDiscreteScheduler:  # which is never asked for zero terminal SNR, and does not know it
+        del config["rescale_betas_zero_snr"]
     scheduler = kind(**config)
     scheduler.set_timesteps(settings.steps)
     visited = [round(float(t)) for t in scheduler.timesteps]
+    if kind is HeunDiscreteScheduler:  # goes to each but the first twice
+        visited = visited[:1] + visited[1::2]
     falling = all(a > b for a, b in pairwise(visited))
     if len(visited) != settings.steps or visited[0] != objective.timesteps - 1 or not falling:
         raise UserError(
@@ -137,11 +152,20 @@ def draws_noise(sampler: Any, eta: float = 0.0) -> bool:
 def _prepare(sampler: Any, first_step: int) -> tuple[list[Any], torch.Tensor]:
     """Reset a sampler's state; its timesteps from ``first_step`` on, and ᾱ of each."""
     sampler.set_timesteps(sampler.num_inference_steps)
+    if isinstance(sampler, HeunDiscreteScheduler):
+        first_step *= 2  # a step and its correction
     timesteps = list(sampler.timesteps)[first_step:]
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(first_step)
     alphas_cumprod = noise_schedule(settings_of(sampler.config))
     return timesteps, alphas_cumprod[torch.tensor([round(float(t)) for t in timesteps], dtype=torch.long)]
+
+
+def clean_latent(prediction: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
+    """The x₀ that a prediction stands for: (x_t − √(1−ᾱ)·ε)/√ᾱ, or √ᾱ·x_t − √(1−ᾱ)·v."""
+    if prediction_type == "epsilon":
+        return (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
+    return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * prediction
 
 
 @torch.no_grad()
@@ -156,6 +180,8 @@ def sample_latents(
     first_step: int = 0,
     classifier: ClassifierGuidance | None = None,
     dtype: torch.dtype | None = None,
+    weak: Autoguidance | None = None,
+    watch: Watcher | None = None,
 ) -> torch.Tensor:
     """Run a sampler.
 
@@ -171,6 +197,9 @@ def sample_latents(
         first_step: Number of leading steps to leave out, for starting from a noised image.
         classifier: Guidance by a latent classifier on top.
         dtype: Arithmetic inside the network, bf16 or fp16; ``None`` is that of its weights. The sampler's own is fp32.
+        weak: Guidance by a weaker model, after that over the fields.
+        watch: Called at each evaluation with ᾱ, the noisy latent x_t and the clean one that the prediction stands for,
+            fp32 [N, C, h, w] each.
 
     Returns:
         fp32 [N, C, h, w]; clean whitened latents.
@@ -185,9 +214,9 @@ def sample_latents(
     guidance = guidance or GuidanceSettings()
     check_guidance(guidance, denoiser.conditioner, conditions)
     timesteps, alphas = _prepare(sampler, first_step)
-    euler = isinstance(sampler, EulerDiscreteScheduler)
-    # Euler's state is x/√ᾱ = x₀ + σε.
-    x = noise * (sampler.sigmas[first_step] ** 2 + 1).sqrt() if euler else noise
+    # Euler's and Heun's state is x/√ᾱ = x₀ + σε.
+    euler = isinstance(sampler, (EulerDiscreteScheduler, HeunDiscreteScheduler))
+    x = noise * (sampler.sigmas[-len(timesteps) - 1] ** 2 + 1).sqrt() if euler else noise
     options: dict[str, Any] = {"generator": list(generators)} if draws and generators is not None else {}
     if isinstance(sampler, DDIMScheduler):
         options["eta"] = eta
@@ -196,7 +225,11 @@ def sample_latents(
         step = torch.full((len(x),), round(float(t)), dtype=torch.long, device=x.device)
         with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             prediction = guided(denoiser, x_t, step, conditions, guidance, alpha_bar)
+            if weak is not None:
+                prediction = weak.guide(prediction, x_t, step, conditions, alpha_bar)
         if classifier is not None:
             prediction = classifier.guide(prediction, x_t, step, alpha_bar, sampler.config["prediction_type"])
+        if watch is not None:
+            watch(alpha_bar, x_t, clean_latent(prediction, x_t, alpha_bar, sampler.config["prediction_type"]))
         x = sampler.step(prediction, t, x, return_dict=False, **options)[0]
     return x

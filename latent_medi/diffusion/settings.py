@@ -210,12 +210,32 @@ class GuidanceSettings:
             order, the class first.
         interval: Lowest and highest ᾱ (1 = clean, 0 = noise) between which guidance acts; elsewhere the conditional
             model is used.
+        rescale: Share, 0 to 1, in which the guided prediction is brought back to the conditional one's standard
+            deviation, against the washed-out or glaring colours of strong guidance (Lin et al. 2024, section 3.4). The
+            form margins then asks for the whole condition too.
     """
 
     form: Literal["none", "chain", "margins"] = "none"
     scale: float = 1.0
     scales: dict[str, float] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+
+
+@dataclass
+class AutoguidanceSettings:
+    """Guidance by a weaker version of the same model: D_weak + w·(D − D_weak) (Karras et al. 2024, equation 5).
+
+    Args:
+        model: Folder of the weaker model, such as one of an earlier checkpoint or a shorter average
+            (`latent-medi average`); empty: none.
+        scale: w; 1 changes nothing.
+        interval: Lowest and highest ᾱ between which it acts.
+    """
+
+    model: str = ""
+    scale: float = 2.0
     interval: tuple[float, float] = (0.0, 1.0)
 
 
@@ -224,12 +244,12 @@ class SamplerSettings:
     """How noise becomes a latent.
 
     Args:
-        name: "dpmpp_2m" (DPM-Solver++ 2M), "dpmpp_2m_sde", "unipc", "euler", "ddim" or "ddpm".
-        steps: Network evaluations per image (times the guidance branches); for "ddim" it must divide the training
-            timesteps.
+        name: "dpmpp_2m" (DPM-Solver++ 2M), "dpmpp_2m_sde", "unipc", "euler", "heun", "ddim" or "ddpm".
+        steps: Network evaluations per image (times the guidance branches), twice as many less one for "heun"; for
+            "ddim" it must divide the training timesteps.
         eta: For "ddim", share of fresh noise per step, 0 (none) to 1 (as in ddpm).
     """
 
-    name: Literal["dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "ddim", "ddpm"] = "dpmpp_2m"
+    name: Literal["dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun", "ddim", "ddpm"] = "dpmpp_2m"
     steps: int = 20
     eta: float = 0.0

@@ -309,15 +309,20 @@ def limit_memory(gib: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), int(gib * 2**30)))
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Have the kernel end this process when its parent ends, however that ends (Linux only): an orphan could overwrite
     what a rerun writes.
+
+    Args:
+        parent: Its process number: if it has ended already, the kernel has nothing to tell.
     """
     if sys.platform == "linux":
         import ctypes
 
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
+        if os.getppid() != parent:
+            raise SystemExit("the command that wanted this slide has ended")
 
 
 def main() -> None:
@@ -325,7 +330,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     job = SlideJob(**json.loads(path.read_text(encoding="utf-8")))
     limit_memory(job.memory)
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
     row = run(job)
     write_json(path.with_suffix(".row.json"), row)
 

@@ -326,7 +326,7 @@ def run_slide(job: SlideJob, timeout: float) -> dict[str, Any]:
         path = Path(folder) / "job.json"
         write_job(job, path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "latent_medi.shards.slide_job", str(path)],
+            [sys.executable, "-m", "latent_medi.shards.slide_job", str(path), str(os.getpid())],
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip

@@ -9,40 +9,73 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from accelerate import Accelerator
 
 from latent_medi.diffusion.guidance import check_guidance
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.diffusion.samplers import draw_noise, make_sampler
-from latent_medi.errors import UserError
+from latent_medi.diffusion.samplers import make_sampler
+from latent_medi.errors import Preempted, UserError
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
+from latent_medi.synthesis.grids import samples_sheet, save_sheet
+from latent_medi.synthesis.maker import Maker
 from latent_medi.synthesis.plan import Sample, check_plan, read_plan, sample_at
 from latent_medi.synthesis.settings import GenerateSettings
+from latent_medi.training.notice import Notice, listening
 
 logger = get_logger("synthesis")
 
 
-def generate(settings: GenerateSettings, accelerator: Accelerator | None = None) -> PatchDataset:
-    """Generate what the settings say; see :func:`generate_plan`.
+def generate(settings: GenerateSettings, accelerator: Accelerator | None = None) -> PatchDataset | None:
+    """Generate what the settings say; see :func:`generate_plan`. ``None`` if only a picture was asked for.
 
     Raises:
         UserError: Plan, model or out is not given; or as for :func:`generate_plan`.
+        Preempted: SIGTERM or SIGUSR1 came; finished shards are kept.
     """
-    if missing := [name for name in ("plan", "model", "out") if not getattr(settings, name)]:
+    plan: pd.DataFrame | str = settings.plan
+    if settings.n:
+        if settings.plan:
+            raise UserError("A plan is given and n too.", "Leave out n, or the plan.")
+        plan = pd.DataFrame([{**settings.fields, "count": settings.n, "seed": settings.seed}])
+    elif settings.fields:
+        raise UserError("Fields are given, but not how many images.", "Add n=16, or write a plan.")
+    wanted = {"plan (or n)": settings.plan or settings.n, "model": settings.model, "out": settings.out or settings.grid}
+    if missing := [name for name, given in wanted.items() if not given]:
         raise UserError(f"Generation needs {' and '.join(missing)}.")
-    return generate_plan(settings.plan, settings.model, settings.out, settings, accelerator)
+    if not settings.out and not settings.n:
+        raise UserError("A plan's images need a folder.", "Give out; grid alone goes with n.")
+    if settings.out:
+        dataset = generate_plan(plan, settings.model, settings.out, settings, accelerator)
+        if settings.grid:
+            save_grid(dataset, settings.grid)
+        return dataset
+    with tempfile.TemporaryDirectory(prefix="latent-medi-") as folder:  # made and kept in one way, with or without out
+        whole = replace(settings, patches_per_shard=max(settings.n, 1), name="grid")
+        save_grid(generate_plan(plan, settings.model, Path(folder) / "grid", whole, accelerator), settings.grid)
+    return None
+
+
+def save_grid(dataset: PatchDataset, path: str | Path, most: int = 24) -> None:
+    """Write a picture with a row per row of the plan, the first ``most`` of them."""
+    rows = dataset.index["plan_row"].to_numpy()
+    keep = np.flatnonzero(rows <= np.unique(rows)[:most][-1])
+    plan = dataset.info["provenance"]["plan"]["rows"]
+    labels = {i: " × ".join(str(plan[i][f]) for f in dataset.schema.names if plan[i].get(f)) for i in range(len(plan))}
+    first = np.concatenate([keep[rows[keep] == number][:16] for number in np.unique(rows[keep])])
+    save_sheet(samples_sheet(dataset.read(first), rows[first], labels), path)
 
 
 def generate_plan(
@@ -77,6 +110,7 @@ def generate_plan(
     pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
     load_adapters(pipeline, settings, loaded=isinstance(model, MediPipeline))
     pipeline.to(accelerator.device)
+    maker = Maker(pipeline, settings)
     checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
     checked = check_plan(checked, pipeline.schema, ignore=settings.ignore)
     ends = np.cumsum(checked["count"].to_numpy(np.int64))
@@ -89,7 +123,7 @@ def generate_plan(
 
     folder, name = Path(out), settings.name or Path(out).name
     model_hash = pipeline.model_hash
-    provenance = describe(checked, pipeline, settings, model_hash)
+    provenance = describe(checked, maker, model_hash)
     if (folder / INFO_FILE).exists():
         done = PatchDataset.open(folder)
         if done.info["provenance"] != provenance or done.name != name:
@@ -97,14 +131,23 @@ def generate_plan(
         logger.info("%s is finished.", folder)
         return done
     token = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
-    shards = range(-(-int(ends[-1]) // settings.patches_per_shard))
+    size = settings.patches_per_shard
+    shards = range(-(-int(ends[-1]) // size))
     whole = {number for number, record in finished_shards(folder).items() if record.token == token}
     mine = [n for n in shards if n not in whole and n % accelerator.num_processes == accelerator.process_index]
-    for number in progress(mine, desc="generating", unit="shard") if accelerator.is_main_process else mine:
-        first = number * settings.patches_per_shard
-        positions = range(first, min(first + settings.patches_per_shard, int(ends[-1])))
-        samples = [sample_at(checked, pipeline.schema, position, ends) for position in positions]
-        write_shard(folder, number, patches_of(samples, pipeline, settings, mpp, model_hash), settings.codec, token)
+    positions = {n: range(n * size, min((n + 1) * size, int(ends[-1]))) for n in mine}
+    count, start = sum(map(len, positions.values())), time.monotonic()
+    first = accelerator.is_main_process
+    ticks = iter(progress(range(count), desc="generating", unit="image") if first else range(count))
+    if first and count:
+        logger.info("%d of %d images here: %s", count, ends[-1], maker.told())
+    with listening() as notice:
+        for number in mine:
+            samples = [sample_at(checked, pipeline.schema, position, ends) for position in positions[number]]
+            patches = observed(patches_of(samples, maker, mpp, model_hash), ticks, notice)
+            write_shard(folder, number, patches, settings.codec, token)
+    if first and count:
+        logger.info("%.3g images/s in each process", count / (time.monotonic() - start))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish_dataset(
@@ -137,40 +180,38 @@ def load_adapters(pipeline: MediPipeline, settings: GenerateSettings, loaded: bo
         pipeline.load_adapter(folder, scale)
 
 
-def patches_of(
-    samples: list[Sample], pipeline: MediPipeline, settings: GenerateSettings, mpp: float, model_hash: str
-) -> Iterator[Patch]:
-    """Generate some samples, batch by batch."""
-    for start in range(0, len(samples), settings.device_batch):
-        part = samples[start : start + settings.device_batch]
-        noise, generators = draw_noise([sample.seed for sample in part], pipeline.latent_shape)
-        latents = pipeline.generate_latents(
-            pipeline.conditions([sample.fields for sample in part]),
-            noise,
-            settings.sampler,
-            settings.guidance,
-            generators,
-            batch=settings.device_batch,
-            pad=True,
-            precision=settings.precision,
+def patches_of(samples: list[Sample], maker: Maker, mpp: float, model_hash: str) -> Iterator[Patch]:
+    """The patches of some samples."""
+    fields = maker.pipeline.schema.fields
+    for sample, image in maker.images(samples):
+        who = f"synthetic:{model_hash[:12]}:{sample.row}"
+        yield Patch(
+            key=f"synthetic-{model_hash[:8]}-{sample.row:05d}-{sample.seed:016x}",
+            image=image,
+            patient=who,
+            slide=who,
+            x=-1,
+            y=-1,
+            source_mpp=mpp,
+            fields={f.name: sample.fields.get(f.name, UNKNOWN_WORD) for f in fields},
+            origin="synthetic",
+            extra={"plan_row": sample.row, "sample_seed": sample.seed},
         )
-        # The decoder, too, is given full batches: a kernel may round differently for another batch size.
-        filled = latents[torch.arange(settings.device_batch).clamp(max=len(part) - 1)]
-        images = pipeline.decode(filled.to(pipeline.unet.device))[: len(part)]
-        for sample, image in zip(part, images, strict=True):
-            who = f"synthetic:{model_hash[:12]}:{sample.row}"
-            yield Patch(
-                key=f"synthetic-{model_hash[:8]}-{sample.row:05d}-{sample.seed:016x}",
-                image=image,
-                patient=who,
-                slide=who,
-                x=-1,
-                y=-1,
-                source_mpp=mpp,
-                fields={f.name: sample.fields.get(f.name, UNKNOWN_WORD) for f in pipeline.schema.fields},
-                origin="synthetic",
-                extra={"plan_row": sample.row, "sample_seed": sample.seed},
+
+
+def observed(patches: Iterator[Patch], ticks: Iterator[int], notice: Notice) -> Iterator[Patch]:
+    """The same patches, with progress; ended by a notice.
+
+    Raises:
+        Preempted: SIGTERM or SIGUSR1 came; the shard that is being written is given up.
+    """
+    for patch in patches:
+        if notice.given:
+            raise Preempted(
+                f"{notice.given}: the shards that were finished are kept; the same command makes the others."
             )
+        next(ticks, None)
+        yield patch
 
 
 def check_requests(plan: pd.DataFrame, pipeline: MediPipeline, settings: GenerateSettings) -> None:
@@ -190,8 +231,9 @@ def check_requests(plan: pd.DataFrame, pipeline: MediPipeline, settings: Generat
     check_guidance(settings.guidance, pipeline.conditioning, pipeline.conditions(given))
 
 
-def describe(plan: pd.DataFrame, pipeline: MediPipeline, settings: GenerateSettings, model_hash: str) -> dict[str, Any]:
+def describe(plan: pd.DataFrame, maker: Maker, model_hash: str) -> dict[str, Any]:
     """Everything that the images depend on, JSON-able."""
+    pipeline, settings = maker.pipeline, maker.settings
     table = plan.drop(columns="verdict").to_csv(index=False, lineterminator="\n")
     stacked = [{"hash": digest, "scale": scale} for digest, scale in pipeline.adapters]
     return {
@@ -201,8 +243,7 @@ def describe(plan: pd.DataFrame, pipeline: MediPipeline, settings: GenerateSetti
         "autoencoder": pipeline.autoencoder.hash,
         "trained_on": pipeline.provenance.get("name", ""),
         "plan": {"sha256": hashlib.sha256(table.encode()).hexdigest(), "rows": plan.to_dict("records")},
-        "sampler": asdict(settings.sampler),
-        "guidance": json.loads(json.dumps(asdict(settings.guidance))),
+        **maker.description(),
         "device_batch": settings.device_batch,
         "patches_per_shard": settings.patches_per_shard,
         "codec": settings.codec,

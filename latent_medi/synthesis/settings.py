@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from dataclasses import field as dataclass_field
 from typing import Literal
 
-from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
+from latent_medi.diffusion.settings import AutoguidanceSettings, GuidanceSettings, SamplerSettings
 
 
 @dataclass
@@ -48,8 +49,9 @@ class GenerateSettings:
         adapter_scales: Scale of each adapter's update, 1 as trained; empty means 1 for each.
         sampler: The sampler and its steps.
         guidance: Guidance scales per field.
+        autoguidance: Guidance by a weaker version of the model.
         device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
-            number of processes.
+            number of processes. Halved, with a warning, when the device's memory is full.
         patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
         codec: "png" (exact) or "jpg".
         precision: Arithmetic inside the denoiser: "fp32", "bf16" or "fp16".
@@ -57,6 +59,11 @@ class GenerateSettings:
             a class-only model.
         name: The dataset's name; empty means the folder's name.
         mpp: µm per pixel of the patches; 0 means what the model was trained on.
+        n: Without a plan: images of the one combination in ``fields``.
+        fields: Without a plan: what the model is told, value by field; on the command line also --class VALUE and so
+            on.
+        seed: Without a plan: seed of the images.
+        grid: PNG to write, a row of patches for each row of the plan. With n, out may then be left out.
     """
 
     plan: str = ""
@@ -66,6 +73,7 @@ class GenerateSettings:
     adapter_scales: list[float] = field(default_factory=list)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+    autoguidance: AutoguidanceSettings = field(default_factory=AutoguidanceSettings)
     device_batch: int = 64
     patches_per_shard: int = 512
     codec: Literal["png", "jpg"] = "png"
@@ -73,3 +81,60 @@ class GenerateSettings:
     ignore: list[str] = field(default_factory=list)
     name: str = ""
     mpp: float = 0.0
+    n: int = 0
+    fields: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    grid: str = ""
+
+
+@dataclass
+class GridSettings:
+    """A picture of what a model makes.
+
+    Args:
+        model: Model folder.
+        out: PNG to write.
+        kind: "cells": a cell per pair of values of ``rows`` × ``columns``; "blend": from ``start`` to ``stop`` of a
+            field in even steps; "trajectory": a sample's way out of the noise.
+        n: Patches per cell, or rows of a blend or trajectory; each from its own seed.
+        seed: Seed of the first; the same seeds in every cell.
+        rows: Field down the side of "cells".
+        columns: Field across the top of "cells".
+        field: Field that "blend" changes.
+        start: Its first value.
+        stop: Its last value.
+        steps: Columns of "blend" and "trajectory".
+        fields: What the model is told beside, value by field.
+        sampler: The sampler and its steps.
+        guidance: Guidance scales per field.
+        device_batch: Images per forward pass.
+    """
+
+    model: str
+    out: str
+    kind: Literal["cells", "blend", "trajectory"] = "cells"
+    n: int = 1
+    seed: int = 0
+    rows: str = "class"
+    columns: str = "site"
+    field: str = "site"
+    start: str = ""
+    stop: str = ""
+    steps: int = 8
+    fields: dict[str, str] = dataclass_field(default_factory=dict)
+    sampler: SamplerSettings = dataclass_field(default_factory=SamplerSettings)
+    guidance: GuidanceSettings = dataclass_field(default_factory=GuidanceSettings)
+    device_batch: int = 16
+
+    def problems(self) -> list[str]:
+        """What does not go together, in words."""
+        found = [f"{k} is {getattr(self, k)}, and at least {n}" for k, n in
+                 (("n", 1), ("steps", 2), ("device_batch", 1)) if getattr(self, k) < n]  # fmt: skip
+        if self.kind == "cells" and self.rows == self.columns:
+            found.append(f"rows and columns are both {self.rows!r}")
+        if self.kind == "blend" and not (self.start and self.stop):
+            found.append("a blend needs start and stop")
+        twice = {"cells": {self.rows, self.columns}, "blend": {self.field}}.get(self.kind, set()) & set(self.fields)
+        if twice:
+            found.append(f"fields gives {', '.join(sorted(twice))}, which the picture varies")
+        return found

@@ -58,7 +58,7 @@ def listening() -> Iterator[Notice]:
     def note(number: int, _: object) -> None:
         if not notice.given:
             notice.given = signal.Signals(number).name
-            logger.warning("%s: saving after this update, then stopping", notice.given)
+            logger.warning("%s: stopping as soon as what is done is saved", notice.given)
 
     for number in before:
         signal.signal(number, note)

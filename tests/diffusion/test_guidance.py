@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusion_parts import make_denoiser
 
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.guidance import (
+    Autoguidance,
     Branch,
     ClassifierGuidance,
     check_guidance,
+    evaluations,
     guidance_branches,
     guidance_of,
     guided,
@@ -193,6 +197,47 @@ def test_settings_that_mean_nothing_are_refused(schema):
             check_guidance(settings, conditioner)
     with pytest.raises(UserError, match="unconditional"):
         check_guidance(GuidanceSettings("chain"), None)
+
+
+def test_rescaling_brings_the_standard_deviation_back(denoiser, conditions, schema):
+    strong = GuidanceSettings("margins", scale=6.0)
+    with torch.no_grad():
+        plain, whole = guided(denoiser, X, T, conditions, strong), denoiser(X, T, conditions)
+        full = guided(denoiser, X, T, conditions, replace(strong, rescale=1.0))
+        half = guided(denoiser, X, T, conditions, replace(strong, rescale=0.5))
+    torch.testing.assert_close(full.flatten(1).std(1), whole.flatten(1).std(1), rtol=1e-3, atol=0)
+    assert not torch.allclose(plain.flatten(1).std(1), whole.flatten(1).std(1), rtol=1e-3)
+    torch.testing.assert_close(half, (full + plain) / 2, rtol=1e-3, atol=1e-4)
+    # The margins alone need no joint of all; what they are brought back to does.
+    assert evaluations(strong, schema) == 5
+    assert evaluations(replace(strong, rescale=0.5), schema) == 6
+    assert evaluations(GuidanceSettings("chain", scale=3.0, rescale=0.5), schema) == 2
+    for bad, why in ((replace(strong, rescale=1.5), "share from 0 to 1"), (GuidanceSettings(rescale=0.5), "form")):
+        with pytest.raises(UserError, match=why):
+            guidance_branches(bad, schema)
+
+
+def test_autoguidance_by_hand(schema, denoiser, conditions):
+    torch.manual_seed(3)
+    weak = make_denoiser(schema)
+    with torch.no_grad():
+        for parameter in weak.unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        strong, other = denoiser(X, T, conditions), weak(X, T, conditions)
+        guide = Autoguidance(weak, 2.0, (0.1, 0.8))
+        expected = other + 2.0 * (strong - other)
+        torch.testing.assert_close(guide.guide(strong, X, T, conditions, 0.5), expected)
+        assert not torch.allclose(expected, strong, atol=1e-3)
+        assert guide.guide(strong, X, T, conditions, 0.9) is strong  # outside its interval
+        assert Autoguidance(weak, 1.0).guide(strong, X, T, conditions, 0.5) is strong
+    noise, _ = draw_noise([1, 2], (4, 8, 8))
+    sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, SamplerSettings(steps=3))
+    plain = sample_latents(denoiser, conditions, noise, sampler)
+    assert torch.equal(sample_latents(denoiser, conditions, noise, sampler, weak=Autoguidance(weak, 1.0)), plain)
+    assert not torch.allclose(sample_latents(denoiser, conditions, noise, sampler, weak=Autoguidance(weak, 2.0)), plain)
+    for scale, interval in ((2.0, (0.5, 0.5)), (float("nan"), (0.0, 1.0))):
+        with pytest.raises(UserError):
+            Autoguidance(weak, scale, interval)
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])

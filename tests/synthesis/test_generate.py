@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
+from latent_medi.cli import main
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
-from latent_medi.errors import UserError
+from latent_medi.diffusion.settings import AutoguidanceSettings, GuidanceSettings, SamplerSettings
+from latent_medi.errors import Preempted, UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.synthesis import generate as module
@@ -226,3 +231,104 @@ def test_guidance_is_used_and_checked_first(
         with pytest.raises(UserError, match=words):
             generate_plan(asked, model, tmp_path / "bad", settings)
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_full_memory_halves_the_batch_and_goes_on(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    real, sizes = MediPipeline.generate_latents, []
+
+    def small(self: MediPipeline, conditions: Any, noise: torch.Tensor, *rest: Any, batch: int, **named: Any) -> Any:
+        sizes.append(batch)
+        if batch > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, conditions, noise, *rest, batch=batch, **named)
+
+    monkeypatch.setattr(MediPipeline, "generate_latents", small)
+    monkeypatch.setattr(logging.getLogger("latent_medi"), "propagate", True)
+    limit = 2
+    made = generate_plan(plan, model, tmp_path / "small" / "synthetic", SETTINGS)
+    assert sizes[:2] == [4, 2]
+    assert set(sizes[1:]) == {2}  # once is enough, for all shards
+    assert "going on with batches of 2" in caplog.text
+    assert made.index["key"].tolist() == whole.index["key"].tolist()
+    assert np.abs(made.read(np.arange(13)).astype(int) - whole.read(np.arange(13))).max() <= 1
+    limit = 0
+    with pytest.raises(UserError, match="too small for one image"):
+        generate_plan(plan, model, tmp_path / "none", SETTINGS)
+
+
+def test_a_notice_keeps_what_is_finished(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = MediPipeline.decode, [0]
+
+    def noticed(self: MediPipeline, latents: Any) -> np.ndarray:
+        calls[0] += 1
+        if calls[0] == 4:  # within the second shard
+            signal.raise_signal(signal.SIGTERM)
+        return decode(self, latents)
+
+    folder = tmp_path / "told" / "synthetic"
+    with monkeypatch.context() as patch:
+        patch.setattr(MediPipeline, "decode", noticed)
+        with pytest.raises(Preempted, match="SIGTERM"):
+            generate_plan(plan, model, folder, SETTINGS)
+    assert sorted(p.name for p in (folder / "data").iterdir()) == ["part-000000.tar"]
+    generate_plan(plan, model, folder, SETTINGS)
+    assert files(folder) == files(whole.folder)
+
+
+def test_one_combination_without_a_plan(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: PatchDataset
+) -> None:
+    """As a person tries a model: fields by their own names, a picture, no dataset."""
+    words = ["sample", f"model={model}", "--class", "tumour", "--site=birch", "--age", "61", "--n", "3"]
+    words += ["sampler.steps=2", "device_batch=4", "--grid", str(tmp_path / "out.png")]
+    assert main(words) == 0
+    with Image.open(tmp_path / "out.png") as picture:
+        first = np.asarray(picture)
+    assert first.shape[0] >= 32
+    assert first.shape[1] >= 3 * 32
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.png"] or not (tmp_path / "data").exists()
+    assert main([*words, f"out={tmp_path / 'kept'}"]) == 0
+    kept = PatchDataset.open(tmp_path / "kept")
+    assert (kept.index["site"] == "birch").all()
+    assert kept.index["age"].tolist() == [61.0] * 3
+    with Image.open(tmp_path / "out.png") as picture:
+        assert np.array_equal(np.asarray(picture), first)
+    patch = kept.read([0])[0]
+    found = [
+        (y, x) for y in range(first.shape[0] - 31) for x in range(first.shape[1] - 31)
+        if np.array_equal(first[y : y + 32, x : x + 32], patch)
+    ]  # fmt: skip
+    assert len(found) == 1  # the picture holds the patch itself
+    for wrong, why in (
+        (["--site", "birhc"], "closest: 'birch'"),
+        (["--sit", "birch"], "closest: 'site'"),
+        (["plan=x.csv"], "plan is given and n too"),
+        (["--grid", ""], "out"),
+        (["--grid", "a.jpg"], "must end in .png"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_a_weaker_model_guides(plan: pd.DataFrame, model: Path, class_model: Path, tmp_path: Path) -> None:
+    pipeline = MediPipeline.from_pretrained(model)
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            parameter.mul_(0.9)
+    pipeline.save_pretrained(tmp_path / "weak")
+    guided = replace(SETTINGS, autoguidance=AutoguidanceSettings(str(tmp_path / "weak"), 2.0))
+    made = generate_plan(plan, model, tmp_path / "guided", guided)
+    plain = generate_plan(plan, model, tmp_path / "plain", SETTINGS)
+    assert not np.array_equal(made.read(np.arange(13)), plain.read(np.arange(13)))
+    told = made.info["provenance"]["autoguidance"]
+    assert told == {"model": pipeline.model_hash, "scale": 2.0, "interval": [0.0, 1.0]}
+    assert "autoguidance" not in plain.info["provenance"]
+    with pytest.raises(UserError, match="another fields"):
+        generate_plan(
+            plan, model, tmp_path / "no", replace(guided, autoguidance=AutoguidanceSettings(str(class_model)))
+        )

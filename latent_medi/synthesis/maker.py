@@ -1,0 +1,138 @@
+"""From samples to images: batches, guides, and what happens when a device's memory is full."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from latent_medi.diffusion.guidance import Autoguidance, evaluations
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.samplers import draw_noise
+from latent_medi.errors import UserError
+from latent_medi.progress import get_logger
+from latent_medi.synthesis.plan import Sample
+from latent_medi.synthesis.settings import GenerateSettings
+
+logger = get_logger("synthesis")
+
+
+class Maker:
+    """Makes the images of samples, each a function of the model, the settings, its condition and its own seed.
+
+    Args:
+        pipeline: The model, on its device.
+        settings: Sampler, guidance, batch and precision.
+
+    Attributes:
+        batch: Samples per forward pass: the settings', halved each time that the device's memory was full.
+
+    Raises:
+        UserError: A guide that does not go with the model.
+    """
+
+    def __init__(self, pipeline: MediPipeline, settings: GenerateSettings) -> None:
+        self.pipeline, self.settings = pipeline, settings
+        self.batch = settings.device_batch
+        self.weak: Autoguidance | None = None
+        self._weak_hash = ""
+        if settings.autoguidance.model:
+            other = MediPipeline.from_pretrained(settings.autoguidance.model, autoencoder=pipeline.autoencoder)
+            check_weaker(pipeline, other, settings.autoguidance.model)
+            self.weak = Autoguidance(
+                other.denoiser.to(pipeline.unet.device), settings.autoguidance.scale, settings.autoguidance.interval
+            )
+            self._weak_hash = other.model_hash
+
+    def description(self) -> dict[str, Any]:
+        """What the images depend on beside the plan and the model, JSON-able."""
+        guidance = json.loads(json.dumps(asdict(self.settings.guidance)))  # with lists, as it will be read again
+        if not guidance["rescale"]:
+            del guidance["rescale"]  # as it was before there was one: a folder that was begun then goes on
+        described: dict[str, Any] = {"sampler": asdict(self.settings.sampler), "guidance": guidance}
+        if self.weak is not None:
+            interval = list(self.weak.interval)
+            described["autoguidance"] = {"model": self._weak_hash, "scale": self.weak.scale, "interval": interval}
+        return described
+
+    def told(self) -> str:
+        """The work per image, in words."""
+        sampler, guidance = self.settings.sampler, self.settings.guidance
+        branches = evaluations(guidance, self.pipeline.schema)
+        low, high = guidance.interval
+        words = f"{sampler.name}, {sampler.steps} steps, {branches} evaluation{'s' if branches > 1 else ''} per step"
+        if branches > 1:
+            words += f" (guidance {guidance.form}" + (f", ᾱ {low:g} to {high:g})" if (low, high) != (0, 1) else ")")
+        return words + (", one more of the weaker model" if self.weak is not None else "")
+
+    def images(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
+        """Each sample with its image, uint8 [H, W, 3], in their order.
+
+        A full memory halves the batch, and the same samples are made again; they then differ by a grey level at most.
+
+        Raises:
+            UserError: The memory is too small for a single image.
+        """
+        done = 0
+        while done < len(samples):
+            part = samples[done : done + self.batch]
+            try:
+                images = self._batch(part)
+            except torch.OutOfMemoryError as error:
+                if self.batch == 1:
+                    raise UserError(
+                        f"The device's memory is too small for one image: {str(error).splitlines()[0]}",
+                        "Use precision=bf16, fewer guidance branches, or another device.",
+                    ) from None
+                images = None
+            if images is None:  # outside the handler, which would keep the failed pass's tensors alive
+                self.batch //= 2
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                logger.warning("the device's memory is full: going on with batches of %d", self.batch)
+                continue
+            yield from zip(part, images, strict=True)
+            done += len(part)
+
+    def _batch(self, part: Sequence[Sample]) -> np.ndarray:
+        pipeline, settings = self.pipeline, self.settings
+        noise, generators = draw_noise([sample.seed for sample in part], pipeline.latent_shape)
+        latents = pipeline.generate_latents(
+            pipeline.conditions([sample.fields for sample in part]),
+            noise,
+            settings.sampler,
+            settings.guidance,
+            generators,
+            batch=self.batch,
+            pad=True,
+            precision=settings.precision,
+            weak=self.weak,
+        )
+        # The decoder, too, is given full batches: a kernel may round differently for another batch size.
+        filled = latents[torch.arange(self.batch).clamp(max=len(part) - 1)]
+        return pipeline.decode(filled.to(pipeline.unet.device))[: len(part)]
+
+
+def check_weaker(strong: MediPipeline, weak: MediPipeline, name: str) -> None:
+    """Refuse a weaker model that does not speak of the same latents and conditions.
+
+    Raises:
+        UserError: Names what differs.
+    """
+    same = {
+        "whitening of the latents": torch.equal(strong.shift, weak.shift) and torch.equal(strong.scale, weak.scale),
+        "noise schedule": dict(strong.scheduler.config) == dict(weak.scheduler.config),
+        "fields": strong.schema == weak.schema,
+        "shape of latents": strong.latent_shape == weak.latent_shape,
+    }
+    if different := [what for what, equal in same.items() if not equal]:
+        raise UserError(
+            f"{name} cannot guide this model: another {' and another '.join(different)}.",
+            "A weaker version of the same model can: `latent-medi average` writes one.",
+        )
