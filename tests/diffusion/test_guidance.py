@@ -64,6 +64,17 @@ def test_scales_of_one_are_the_conditional_model_bit_for_bit(denoiser, condition
         assert torch.equal(guided(denoiser, X, T, conditions, guidance), denoiser(X, T, conditions))
 
 
+@pytest.mark.parametrize("form", ["chain", "margins"])
+def test_scales_of_zero_are_the_unconditional_model_bit_for_bit(denoiser, conditions, form):
+    with torch.no_grad():
+        nothing = denoiser(X, T, conditions.null_like())
+        assert torch.equal(guided(denoiser, X, T, conditions, GuidanceSettings(form, scale=0.0)), nothing)
+    noise, _ = draw_noise([1, 2], (4, 8, 8))
+    sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, SamplerSettings(steps=4))
+    zero = sample_latents(denoiser, conditions, noise, sampler, GuidanceSettings(form, scale=0.0))
+    assert torch.equal(zero, sample_latents(denoiser, conditions.null_like(), noise, sampler))
+
+
 def test_a_whole_chain_of_steps_with_scales_of_one_is_bit_for_bit_conditional(denoiser, conditions):
     config = make_scheduler(ObjectiveSettings()).config
     noise, _ = draw_noise([1, 2], (4, 8, 8))

@@ -1,0 +1,121 @@
+"""What guidance does to unseen combinations: site and class recovered, variety and distance, by form and scales.
+
+    python benchmarks/guidance.py RUN [--encoder NAME] [--weights FILE] [--quick] [--json FILE]
+
+RUN is a finished experiment's folder, such as the demo's. Every setting generates the same plan, the combinations
+without a training patch, from the same seeds. It is judged by probes of other real patients, held-out combinations
+included, in an encoder that should be one that nothing was tuned on (SqueezeNet's ImageNet features by default). The
+distance is Fréchet's after a projection onto the real training features' main directions; recall (Kynkäänniemi et al.
+2019) says how much of the real patches' variety is there. "none" is unguided, and "floor" other real patients.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from output import options, tell
+
+from latent_medi import config
+from latent_medi.diffusion.settings import GuidanceSettings
+from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.fidelity import FLOOR, neighbourhoods, unseen_cells
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.evaluation.study import open_study
+from latent_medi.experiment import ExperimentSettings
+from latent_medi.features.cache import cached_features
+from latent_medi.features.encoders import load_encoder
+from latent_medi.progress import set_up_logging
+from latent_medi.synthesis.generate import generate_plan
+from latent_medi.synthesis.plan import read_plan
+
+INTERVAL = (0.0, 0.25)
+"""Range of ᾱ of all settings but the last; overall colour and layout are decided there."""
+
+SCALES = ((1.0, 2.0), (2.0, 1.0), (1.5, 1.5), (2.0, 2.0), (3.0, 3.0), (2.0, 3.0), (4.0, 2.0))
+"""w of the class, w of every metadata field."""
+
+
+def settings_of(run: ExperimentSettings, class_field: str) -> dict[str, GuidanceSettings]:
+    """Guidance by name."""
+    found = {"none": GuidanceSettings()}
+    for form in ("chain", "margins"):
+        for of_class, of_metadata in SCALES:
+            if form == "margins" and max(of_class, of_metadata) > 2:
+                continue  # the sum of margins is strong already
+            scales = {class_field: of_class}
+            name = f"{form}_class_{of_class:g}_metadata_{of_metadata:g}"
+            found[name] = GuidanceSettings(form, of_metadata, scales, interval=INTERVAL)  # type: ignore[arg-type]
+    found["chain_class_2_metadata_2_everywhere"] = GuidanceSettings("chain", 2.0)
+    found["chain_class_3_metadata_3_rescaled"] = GuidanceSettings("chain", 3.0, interval=INTERVAL, rescale=0.7)
+    return found
+
+
+def recalls(settings: EvaluateSettings, name: str, weights: str | None) -> dict[str, float]:
+    """Mean recall over the unseen combinations, by arm."""
+    study, encoder = open_study(settings), load_encoder(name, weights, settings.device)
+    cache = Path(settings.out) / "features"
+    used = np.unique(np.concatenate([study.probe, study.reference]))
+    real = np.zeros((len(study.index), encoder.dim), np.float32)
+    real[used] = cached_features(study.real, used, encoder, cache, settings.batch, settings.device)
+    made = {
+        arm.name: cached_features(arm.dataset, np.arange(len(arm.index)), encoder, cache, settings.batch, "cpu")
+        for arm in study.arms.values()
+    }
+    found: dict[str, list[float]] = {}
+    for cell in unseen_cells(study, settings.seed):
+        for arm, rows in cell.rows.items():
+            sample = (real if arm == FLOOR else made[arm])[rows]
+            found.setdefault(arm, []).append(neighbourhoods(real[cell.reference], sample)["recall"])
+    return {arm: float(np.mean(values)) for arm, values in found.items()}
+
+
+def main() -> None:
+    parser = options(__doc__, "a sixth of the images and three settings")
+    parser.add_argument("run", type=Path, help="folder of a finished experiment")
+    parser.add_argument("--encoder", default="squeezenet", help="who judges")
+    parser.add_argument("--weights", help="the encoder's weights, where they do not come with the package")
+    parser.add_argument("--out", type=Path, help="folder for what is generated; RUN/guidance by default")
+    arguments = parser.parse_args()
+    set_up_logging()
+    run = config.build(ExperimentSettings, yaml.safe_load((arguments.run / "settings.yaml").read_text("utf-8")))
+    out: Path = arguments.out or arguments.run / "guidance"
+    plan = read_plan(arguments.run / "plan-medi.csv")
+    unseen = plan[plan["verdict"].isin(["both margins seen", "thin"]) & (plan["count"] > run.seen_per_cell)]
+    unseen = unseen.assign(count=14 if arguments.quick else 84)
+    first = str(unseen.columns[0])  # the class stands first in a schema
+    chosen = settings_of(run, first)
+    if arguments.quick:
+        chosen = {name: chosen[name] for name in ("none", *list(chosen)[4:6])}
+    for name, guidance in chosen.items():
+        settings = replace(run.generate, guidance=guidance)
+        generate_plan(pd.DataFrame(unseen), arguments.run / "medi" / "model", out / name, settings)
+    judging: dict[str, Any] = {"weights": {arguments.encoder: arguments.weights}} if arguments.weights else {}
+    settings = EvaluateSettings(
+        real=str(arguments.run / "data"), synthetic={name: str(out / name) for name in chosen}, out=str(out),
+        held_out=run.held_out, encoders=[arguments.encoder], colour_free=False, site_field=run.site_field,
+        downstream=False, seed=run.seed, **judging,
+    )  # fmt: skip
+    metrics = evaluate(settings)
+    fidelity = metrics["fidelity"][arguments.encoder]["unseen"]["summary"]
+    fields = metrics["adherence"][arguments.encoder]["fields"]
+    variety = recalls(settings, arguments.encoder, arguments.weights)
+    judged: dict[str, dict[str, float]] = {}
+    for name in (*chosen, FLOOR):
+        recovered = {"site": fields[run.site_field], "class": fields[first]}
+        judged[name] = {
+            what: (record["ceiling"] if name == FLOOR else record["arms"][name])["value"]
+            for what, record in recovered.items()
+        }
+        judged[name] |= {"recall": variety[name], **{what: fidelity[name][what] for what in ("fd_pca", "kid")}}
+    print(pd.DataFrame(judged).T.round(3).to_string(), file=sys.stderr)
+    tell({f"{name}_{what}": value for name, row in judged.items() for what, value in row.items()}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
