@@ -12,6 +12,7 @@ from latent_medi.files import atomic_path
 
 _LABELLED = 80  # columns beyond which labels could not be read
 _CELL = 0.22  # inches
+_LETTER = 0.075  # inches, of a label's font
 
 
 def write_heat_map(counts: pd.DataFrame, path: str | Path, title: str) -> None:
@@ -40,8 +41,10 @@ def write_heat_maps(tables: Mapping[str, pd.DataFrame], path: str | Path) -> Non
     first = next(iter(tables.values()))
     order = first.sum().sort_values(ascending=False, kind="stable").index
     rows, columns = first.shape
-    height = 1.8 + _CELL * max(rows, 3)
-    figure = Figure(figsize=(min(2.6 + _CELL * max(columns, 8), 40), height * len(tables)), layout="constrained")
+    labelled = columns <= _LABELLED
+    longest = max((len(str(c)) for c in first.columns), default=0) if labelled else 0
+    height = (1.8 + _CELL * max(rows, 3)) * len(tables) + max(0.0, _LETTER * longest - 0.6)
+    figure = Figure(figsize=(min(2.6 + _CELL * max(columns, 8), 40), height), layout="constrained")
     FigureCanvasAgg(figure)
     most = max(float(table.to_numpy().max(initial=0)) for table in tables.values())
     norm = LogNorm(1, max(2.0, most))
@@ -51,7 +54,7 @@ def write_heat_maps(tables: Mapping[str, pd.DataFrame], path: str | Path) -> Non
         values = np.ma.masked_equal(table.to_numpy(dtype=float), 0)
         image = axes.imshow(values, cmap="viridis_r", norm=norm, aspect="auto", interpolation="nearest")
         axes.set_yticks(range(rows), [str(v) for v in table.index], fontsize=8)
-        if columns <= _LABELLED:
+        if labelled and axes is panels[-1]:  # the columns are the same in all
             axes.set_xticks(range(columns), [str(v) for v in table.columns], fontsize=8, rotation=90)
         else:
             axes.set_xticks([])

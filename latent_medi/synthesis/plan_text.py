@@ -9,7 +9,7 @@ import pandas as pd
 from latent_medi.synthesis.planner import Planned
 
 _ROWS, _COLUMNS, _WIDTH = 16, 7, 18  # of the table on the screen; what does not fit is added up
-_LEVELS = {"cell": "their own combination", "class": "their class", "all": "all patients"}
+_LEVELS = {"cell": "their combination", "class": "their class", "all": "all classes"}
 
 
 def plan_text(planned: Planned) -> str:
@@ -39,9 +39,9 @@ def plan_text(planned: Planned) -> str:
     if not images:
         lines.append("→ Nothing is to be generated.")
     for name, levels in facts["drawn"].items():
-        told = ", ".join(f"{count:,} from {_LEVELS[level]}" for level, count in levels.items() if count)
+        told = [f"{count:,} of {_LEVELS[level]}" for level, count in levels.items() if count]
         if told:
-            lines.append(f"{name} is drawn in {told}")
+            lines.append(f"{name}: rows draw from the patients {', '.join(told)}")
     return "\n".join([*lines, "", *_table(planned, unit)])
 
 

@@ -175,9 +175,9 @@ def make_plan(index: pd.DataFrame, schema: Schema, settings: PlanSettings) -> Pl
         left_out = cell in wants and verdicts[cell] == "unidentifiable" and not settings.force_unidentifiable
         if not counts.get(cell) and not left_out:
             continue
-        values = dict(zip(names, cell, strict=True))
-        row = {f.name: values.get(f.name, REAL if f.continuous else "") for f in schema.fields}
-        seed = stable_seed(settings.seed, *values.items())
+        told = dict(zip(names, cell, strict=True))
+        row = {f.name: told.get(f.name, REAL if f.continuous else "") for f in schema.fields}
+        seed = stable_seed(settings.seed, *told.items())
         rows.append({**row, "count": counts.get(cell, 0), "verdict": verdicts[cell], "seed": seed})
     table = pd.DataFrame(rows, columns=[*schema.names, *OWN_COLUMNS])
     drawn: dict[str, dict[str, int]] = {}
