@@ -63,8 +63,14 @@ def test_by_hand_with_bounds() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "total", "low", "high"),
-    [({("a",): 0}, 1, 0, None), ({("a",): 1}, 3, 0, 2), ({("a",): 1}, 3, 4, None), ({("a",): 1}, -1, 0, None), ({}, 1, 0, None)],
-)  # fmt: skip
+    [
+        ({("a",): 0}, 1, 0, None),
+        ({("a",): 1}, 3, 0, 2),
+        ({("a",): 1}, 3, 4, None),
+        ({("a",): 1}, -1, 0, None),
+        ({}, 1, 0, None),
+    ],
+)
 def test_what_cannot_be_divided(weights, total, low, high) -> None:
     with pytest.raises(ValueError, match=r"divided|cell|weight"):
         apportion(weights, total, low, high)

@@ -273,8 +273,8 @@ def test_everything_that_is_wrong_is_said_at_once(index: pd.DataFrame, schema: S
 
 @pytest.fixture
 def cohort(tmp_path: Path) -> Path:
-    """Slides of two cancers at two hospitals under three codes, with ages: LUAD at Duke (12 patients aged 40 to 51, code
-    4P) and Roswell (2 aged 60, 61), LUSC at Duke (11 aged 70; 4 more with none, code NA).
+    """Slides of two cancers at two hospitals under three codes, with ages: LUAD at Duke (12 patients aged 40 to 51,
+    code 4P) and Roswell (2 aged 60, 61), LUSC at Duke (11 aged 70; 4 more with none, code NA).
     """
     lines = ["project_id,tissue_source_site,case_submitter_id,slide_submitter_id,age_at_index,split_main"]
     patients = [("LUAD", "4P", f"A{i:03d}", str(40 + i)) for i in range(12)]
