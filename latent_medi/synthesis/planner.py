@@ -221,7 +221,7 @@ def _counts(
     weights = {cell: wants[cell] for cell in free if cell in wants}
     allowed = _allowed(settings)
     if settings.ratio:
-        wanted = int(Decimal(repr(settings.ratio)) * real)  # binary 0.29 × 100 would be 28
+        wanted = int(Decimal(repr(float(settings.ratio))) * real)  # binary 0.29 × 100 would be 28
         if goal in LACK_GOALS and wanted > (lacking := sum(weights.values())):
             # Everything reaches its level; the rest lifts all levels alike.
             rest = apportion(dict.fromkeys(free, 1), wanted - lacking) if free else {}
@@ -253,7 +253,7 @@ def _allowed(settings: PlanSettings) -> int | None:
     """The budget in images; ``None`` without one."""
     budgets = [settings.max_images] if settings.max_images else []
     if settings.gpu_hours:
-        hours, speed = Decimal(repr(settings.gpu_hours)), Decimal(repr(settings.images_per_s))
+        hours, speed = (Decimal(repr(float(x))) for x in (settings.gpu_hours, settings.images_per_s))
         budgets.append(int(hours * 3600 * speed))
     return min(budgets, default=None)
 

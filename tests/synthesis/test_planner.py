@@ -52,6 +52,8 @@ EACH = [(c, s) for c in (B, T) for s in ("NA", "aster", "birch")]
     ("settings", "wanted"),
     [
         ({"per_cell": 7}, {(T, "birch"): 7}),  # fill_unseen
+        # Birch is known from benign patches, which the verdict rests on too.
+        ({"per_cell": 7, "only": {"class": [T]}}, {(T, "birch"): 7}),
         ({"goal": "each", "per_cell": 3}, dict.fromkeys(EACH, 3)),
         ({"goal": "union", "per_cell": 5}, dict.fromkeys(EACH, 5)),
         ({"goal": "separate", "per_cell": 5}, dict.fromkeys([c for c in EACH if c != (T, "birch")], 5)),
@@ -109,6 +111,11 @@ def test_counts_by_hand(settings: dict, wanted: dict, ask) -> None:
     planned = ask(**settings)
     assert counts(planned) == wanted
     assert planned.facts["images"] == sum(wanted.values())
+
+
+def test_a_ratio_is_a_decimal_number(index: pd.DataFrame, schema: Schema) -> None:
+    hundred = pd.concat([index] * 6).iloc[:100]
+    assert make_plan(hundred, schema, PlanSettings(goal="each", ratio=0.29)).facts["images"] == 29  # not 28.999…
 
 
 def test_one_field_and_what_the_others_hold(ask) -> None:
