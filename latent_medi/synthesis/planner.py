@@ -2,7 +2,7 @@
 
 The goal says which combinations are wanted and how many images of each; a ratio or a budget may set the total instead,
 which is then divided in proportion (:func:`~latent_medi.synthesis.apportion.apportion`). Combinations that the data
-cannot identify get nothing unless forced, and what they would have got goes to nobody, except where a total is divided.
+cannot identify get nothing unless forced; a ratio or a budget is divided among the others.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from latent_medi.metadata.tables import read_table
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.synthesis.apportion import Cell, apportion
 from latent_medi.synthesis.plan import MOST, OWN_COLUMNS, REAL, stable_seed, whole_number, write_plan
+from latent_medi.synthesis.plan_checks import (
+    EVEN_GOALS,
+    LACK_GOALS,
+    allowed_images,
+    goal_of,
+    problems_of,
+    problems_with,
+    refusal,
+)
 from latent_medi.synthesis.real_values import real_values
 from latent_medi.synthesis.settings import PlanSettings
 
-EVEN_GOALS = ("fill_unseen", "each", "union", "separate")
-"""Goals that want the same of every combination."""
-LACK_GOALS = ("balance", "within_site", "target")
-"""Goals that want of every combination what it lacks."""
-SITE_GOALS = ("union", "separate", "within_site")
-"""Goals that need a class and a site."""
 _MOST_CELLS = 200_000
 
 
@@ -78,18 +81,18 @@ def plan_from(settings: PlanSettings) -> Planned:
             )
             if given
         ]  # fmt: skip
-    problems += _problems(settings)
+    problems += problems_of(settings)
     if not settings.data:
-        raise _refusal(problems)
+        raise refusal(problems)
     try:
         index, schema = _read(settings)
-        problems += _problems_with(settings, schema)
+        problems += problems_with(settings, schema)
     except UserError as error:
         if not problems:
             raise
         problems.append(error.message.rstrip("."))
     if problems:
-        raise _refusal(problems)
+        raise refusal(problems)
     planned = make_plan(index, schema, settings)
     write_plan(planned.table, settings.out)
     return planned
@@ -142,9 +145,9 @@ def make_plan(index: pd.DataFrame, schema: Schema, settings: PlanSettings) -> Pl
         UserError: Lists everything that is wrong with the settings; or the floor does not fit the budget, the plan is
             too large, or the target cannot be read.
     """
-    if problems := _problems(settings) + _problems_with(settings, schema):
-        raise _refusal(problems)
-    goal = settings.goal or ("target" if settings.target else "fill_unseen")
+    if problems := problems_of(settings) + problems_with(settings, schema):
+        raise refusal(problems)
+    goal = goal_of(settings)
     target = _read_target(settings.target, schema) if settings.target else None
     names = list(target[0]) if target else _combined(settings, schema)
     domain = {name: _chosen(schema, name, settings) for name in names}
@@ -219,7 +222,7 @@ def _counts(
     """Images by cell; ``wanted`` and ``budget`` for the facts."""
     low, high = settings.floor, settings.cap or None
     weights = {cell: wants[cell] for cell in free if cell in wants}
-    allowed = _allowed(settings)
+    allowed = allowed_images(settings)
     if settings.ratio:
         wanted = int(Decimal(repr(float(settings.ratio))) * real)  # binary 0.29 × 100 would be 28
         if goal in LACK_GOALS and wanted > (lacking := sum(weights.values())):
@@ -247,15 +250,6 @@ def _counts(
         )
     facts = {"asked": asked, "wanted": wanted if weights else 0, "budget": {"images": allowed}}
     return apportion(weights, total, low, high), facts
-
-
-def _allowed(settings: PlanSettings) -> int | None:
-    """The budget in images; ``None`` without one."""
-    budgets = [settings.max_images] if settings.max_images else []
-    if settings.gpu_hours:
-        hours, speed = (Decimal(repr(float(x))) for x in (settings.gpu_hours, settings.images_per_s))
-        budgets.append(int(hours * 3600 * speed))
-    return min(budgets, default=None)
 
 
 def _wants(goal: str, cells: Sequence[Cell], seen: Mapping[Cell, int], settings: PlanSettings) -> dict[Cell, int]:
@@ -314,88 +308,6 @@ def _read_target(path: str, schema: Schema) -> tuple[tuple[str, ...], dict[Cell,
         if first.setdefault(cell, i) != i:
             raise UserError(f"{where}: rows {first[cell]} and {i} are of the same combination, {' × '.join(cell)}.")
     return names, levels
-
-
-def _problems(settings: PlanSettings) -> list[str]:
-    """What is wrong with the settings, whatever the data."""
-    goals = ("fill_unseen", "each", "union", "separate", "balance", "within_site", "target")
-    goal, found = settings.goal or ("target" if settings.target else "fill_unseen"), []
-    if goal not in goals:
-        return [f"there is no goal {goal!r}; {nearest(goal, goals)}"]
-    for name in ("per_cell", "max_images", "floor", "cap"):
-        if not 0 <= (value := getattr(settings, name)) < MOST:
-            found.append(f"{name} is {value}; it is a number from 0 to {MOST - 1}")
-    for name in ("ratio", "gpu_hours", "images_per_s"):
-        if not (math.isfinite(value := getattr(settings, name)) and value >= 0):
-            found.append(f"{name} is {value}; it is a finite number, at least 0")
-    for name in ("thin_patients", "patches_per_row"):
-        if (value := getattr(settings, name)) < 1:
-            found.append(f"{name} is {value}; it is at least 1")
-    if found:
-        return found
-    if goal == "target" and not settings.target:
-        found.append("the goal 'target' needs a target table: target=wanted.csv")
-    if goal != "target" and settings.target:
-        found.append(f"target is the goal, so goal={goal} contradicts it")
-    if settings.target:
-        named = [name for name in ("per_cell", "ratio", "fields", "only") if getattr(settings, name)]
-        found += [f"target says which combinations reach which number, so {name} contradicts it" for name in named]
-    elif settings.per_cell and settings.ratio:
-        found.append("per_cell and ratio both set the number: give one")
-    if goal == "within_site" and settings.per_cell:
-        found.append("the goal 'within_site' reaches the largest class of each site, so per_cell contradicts it")
-    if goal in EVEN_GOALS and not (settings.per_cell or settings.ratio or settings.max_images or settings.gpu_hours):
-        found.append(f"the goal {goal!r} needs a number: per_cell, ratio, or a budget to be spread evenly")
-    if settings.spread == "real" and not (goal == "separate" and settings.ratio):
-        found.append("spread=real shares a ratio among the combinations there are: it needs goal=separate and ratio")
-    if settings.gpu_hours and not settings.images_per_s:
-        found.append("gpu_hours needs images_per_s, the images that one GPU makes in a second")
-    elif settings.gpu_hours and not _allowed(settings):
-        found.append(f"{settings.gpu_hours} GPU-hours are not one image at {settings.images_per_s} images/s")
-    if settings.cap and settings.floor > settings.cap:
-        found.append(f"floor = {settings.floor} is above cap = {settings.cap}")
-    found += [f"only names no value of {name!r}" for name, values in settings.only.items() if not values]
-    return found
-
-
-def _problems_with(settings: PlanSettings, schema: Schema) -> list[str]:
-    """What is wrong with the settings for data with that schema."""
-    plain = [f.name for f in schema.fields if not f.continuous]
-    found = []
-    for what, names in (("fields", settings.fields), ("only", list(settings.only))):
-        for name in names:
-            if name not in schema.names:
-                found.append(f"{what}: there is no field {name!r} ({nearest(name, plain)})")
-            elif name not in plain:
-                found.append(f"{what}: {name!r} is continuous; a plan combines the class and categorical fields")
-    for name in [name for name in settings.only if name in plain]:
-        known = schema.field(name).values
-        found += [
-            f"only: {name!r} has no value {value!r} ({nearest(value, known)})"
-            for value in settings.only[name]
-            if value not in known
-        ]
-        if settings.fields and name not in settings.fields:
-            found.append(f"only names {name!r}, which is not among the fields that are combined")
-    if len(set(settings.fields)) < len(settings.fields):
-        found.append(f"fields names a field twice: {settings.fields}")
-    names = [name for name in plain if not settings.fields or name in settings.fields]
-    if not names and not found:
-        found.append("a plan combines the class and categorical fields, and the data have none")
-    known_class = schema.class_field
-    if (
-        settings.goal in SITE_GOALS
-        and not found
-        and (known_class is None or names[0] != known_class.name or not names[1:])
-    ):
-        found.append(f"the goal {settings.goal!r} combines the class with a site, not {' × '.join(names)}")
-    return found
-
-
-def _refusal(problems: Sequence[str]) -> UserError:
-    if len(problems) == 1:
-        return UserError(f"There can be no such plan: {problems[0]}.")
-    return UserError(f"There can be no such plan, for {len(problems)} reasons:\n  " + "\n  ".join(problems))
 
 
 def _combined(settings: PlanSettings, schema: Schema) -> list[str]:

@@ -269,10 +269,10 @@ def test_settings_that_mean_nothing(settings: dict, words: str, ask) -> None:
 def test_everything_that_is_wrong_is_said_at_once(index: pd.DataFrame, schema: Schema, capsys, tmp_path: Path) -> None:
     path = tmp_path / "slides.csv"
     index.to_csv(path, index=False)
-    words = ["goal=each", "gpu_hours=1", "floor=9", "cap=3", "only.class=[tumor]", "fields=[cite]", f"out={path}.txt"]
+    words = ["goal=each", "gpu_hours=1", "floor=9", "cap=3", "max_images=-1", "fields=[cite]", f"out={path}.txt"]
     assert main(["plan", str(path), *words]) == 2
     told = capsys.readouterr().err
-    for part in ("images_per_s", "floor = 9", "must end in .csv or .parquet", "cite"):
+    for part in ("images_per_s", "floor = 9", "must end in .csv or .parquet", "cite", "max_images is -1"):
         assert part in told
     assert main(["plan", str(path), "goal=each", "per_cell=2", "only.class=[tumor]", f"out={tmp_path}/p.csv"]) == 2
     assert "closest: 'tumour'" in capsys.readouterr().err
