@@ -164,20 +164,18 @@ def _estimate(words: list[str]) -> Printed:
 
 
 def _plan(words: list[str]) -> Printed:
-    from latent_medi.shards.dataset import PatchDataset
-    from latent_medi.synthesis.plan import make_plan, write_plan
+    from latent_medi.metadata.heatmap import write_heat_maps
+    from latent_medi.synthesis.plan_text import figure_tables, plan_text
+    from latent_medi.synthesis.planner import plan_from
     from latent_medi.synthesis.settings import PlanSettings
 
-    settings = config.parse(PlanSettings, words, "plan")
-    dataset = PatchDataset.open(settings.data)
-    rows = dataset.rows({settings.split: settings.split_value}) if settings.split else dataset.rows()
-    plan = make_plan(
-        dataset.index.iloc[rows], dataset.schema, settings.goal, settings.per_cell, settings.seed, settings.fields,
-        settings.thin_patients,
-    )  # fmt: skip
-    write_plan(plan, settings.out)
-    print(plan.to_string(index=False))
-    return {"plan": settings.out, "rows": len(plan), "images": int(plan["count"].sum())}
+    settings = config.parse(PlanSettings, words, "plan", positional="data")
+    planned = plan_from(settings)
+    print(plan_text(planned))
+    print(f"written to {settings.out}")
+    if settings.figure:
+        write_heat_maps(figure_tables(planned), settings.figure)
+    return {"plan": settings.out, **planned.facts}
 
 
 def _sample(words: list[str]) -> Printed:

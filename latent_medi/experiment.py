@@ -258,14 +258,17 @@ def _audit(settings: ExperimentSettings, folder: Path) -> None:
 def _plan(settings: ExperimentSettings, folder: Path) -> None:
     """MeDi: every combination, the unseen ones more often. CLS: as many patches of each class."""
     from latent_medi.shards.dataset import PatchDataset
-    from latent_medi.synthesis.plan import make_plan, stable_seed, write_plan
+    from latent_medi.synthesis.plan import stable_seed, write_plan
+    from latent_medi.synthesis.planner import make_plan
+    from latent_medi.synthesis.settings import PlanSettings
 
     dataset = PatchDataset.open(folder / "data")
     index = dataset.index[dataset.index["split_main"] == "train"]
     fields = settings.plan_fields
-    plan = make_plan(
-        index, dataset.schema, goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields
-    )
+    asked = PlanSettings(
+        goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields, draw_from="all"
+    )  # fmt: skip
+    plan = make_plan(index, dataset.schema, asked).table
     names = [f.name for f in dataset.schema.fields if f.name in plan.columns and not f.continuous]
     there = set(index[names].astype(str).itertuples(index=False, name=None))
     unseen = ~plan[names].astype(str).apply(tuple, axis=1).isin(there)

@@ -34,8 +34,10 @@ def read_cohort(
     fields: Sequence[str] = (),
     patient_field: str = "",
     slide_field: str = "",
+    continuous: Sequence[str] = (),
 ) -> tuple[pd.DataFrame, Schema]:
-    """A table as an index with ``key``, ``slide``, ``patient`` and the named fields, missing cells as ``"unknown"``.
+    """A table as an index with ``key``, ``slide``, ``patient`` and the named fields, missing cells as ``"unknown"``,
+    or NaN in a continuous field.
 
     TCGA barcodes decide over a column of site codes: blank cells and lost zeros are put right, a contradiction is an
     error.
@@ -47,17 +49,22 @@ def read_cohort(
         fields: Further categorical columns.
         patient_field: Patient column; ``""`` to find it.
         slide_field: Slide column; ``""`` to find it.
+        continuous: Columns of numbers.
 
     Returns:
         The index, a row per row of the table in its order, and a schema of the fields.
 
     Raises:
-        UserError: A column is absent, there is no patient, or a site code contradicts its barcode.
+        UserError: A column is absent, there is no patient, a site code contradicts its barcode, a cell of a continuous
+            column is no number, or a column is named both as categorical and as continuous.
     """
     table = read_table(path)
     where = f"The table {path}"
     named = list(dict.fromkeys(n for n in (class_field, site_field, *fields) if n))
-    require_columns(table, [*named, *(n for n in (patient_field, slide_field) if n)], where)
+    numbers = list(dict.fromkeys(continuous))
+    require_columns(table, [*named, *numbers, *(n for n in (patient_field, slide_field) if n)], where)
+    if both := [name for name in numbers if name in named]:
+        raise UserError(f"{', '.join(both)} cannot be both continuous and a class or category.")
     if not len(table):
         raise UserError(f"{where} has no row.")
     slide = slide_field or next((n for n in SLIDE_COLUMNS if n in table.columns), "")
@@ -82,8 +89,13 @@ def read_cohort(
             cells = pd.Series(site_codes(table[barcodes], cells), index=table.index)
         values = {value: UNKNOWN_WORD if is_missing(value) else value for value in cells.unique()}
         index[name] = cells.map(values).to_numpy()
+    for name in numbers:
+        index[name] = table[name].to_numpy()
     categorical = [n for n in named if n != class_field]
-    return index, Schema.from_table(index, class_field or None, categorical)
+    schema = Schema.from_table(index, class_field or None, categorical, numbers)
+    for name in numbers:
+        index[name] = pd.to_numeric(index[name].mask(index[name].map(is_missing)))
+    return index, schema
 
 
 def institutions_of(codes: pd.Series, tss_table: str | Path) -> pd.DataFrame:
@@ -107,6 +119,30 @@ def institutions_of(codes: pd.Series, tss_table: str | Path) -> pd.DataFrame:
         )
     known.loc[UNKNOWN_WORD] = [UNKNOWN_WORD, "", UNKNOWN_WORD, "none"]
     return known.loc[codes, ["source_site", "institution", "kind"]].set_axis(codes.index)
+
+
+def map_sites(
+    index: pd.DataFrame, schema: Schema, site_field: str, tss_table: str | Path
+) -> tuple[pd.DataFrame, Schema, pd.DataFrame]:
+    """An index whose tissue-source-site codes have become institutions, and the schema that goes with it.
+
+    Args:
+        index: A row per patch or slide.
+        schema: Its fields.
+        site_field: The field of codes.
+        tss_table: GDC's table of codes.
+
+    Returns:
+        The index, the schema with the institutions as the site's vocabulary, and :func:`institutions_of` the rows.
+
+    Raises:
+        UserError: There is no such field, or a code is not in the table.
+    """
+    schema.field(site_field)
+    mapped = institutions_of(index[site_field], tss_table)
+    index = index.assign(**{site_field: mapped["institution"]})
+    (new,) = Schema.from_table(index, None, [site_field]).fields
+    return index, Schema(tuple(new if f.name == site_field else f for f in schema.fields)), mapped
 
 
 def audit_table(settings: AuditSettings) -> dict[str, Any]:
@@ -146,9 +182,9 @@ def audit_index(
         return audit(index, schema, settings.requested or None, thin, split, site)
     of_codes = audit(index, schema, [], thin, split, site)
     rows = index if split is None else index[index[f"split_{split[0]}"] == split[1]]
-    mapped = institutions_of(rows[site], settings.tss_table)
-    places = mapped[mapped["institution"] != UNKNOWN_WORD]
     known = schema.class_field
+    rows, schema, mapped = map_sites(rows, schema, site, settings.tss_table)
+    places = mapped[mapped["institution"] != UNKNOWN_WORD]
     classes = rows.loc[places.index, known.name] if known is not None else places["institution"]
     several = classes.groupby(places["source_site"]).nunique() > 1
     told = {
@@ -159,9 +195,6 @@ def audit_index(
         "institutions": int(places["institution"].nunique()),
         "kinds": {str(k): int(n) for k, n in places.drop_duplicates("institution")["kind"].value_counts().items()},
     }
-    rows = rows.assign(**{site: mapped["institution"]})
-    (new,) = Schema.from_table(rows, None, [site]).fields
-    schema = Schema(tuple(new if known.name == site else known for known in schema.fields))
     result = audit(rows, schema, settings.requested or None, thin, site_field=site)
     return result | {"split": of_codes["split"], "institutions": told}
 

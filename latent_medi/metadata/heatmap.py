@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from latent_medi.files import atomic_path
 
 _LABELLED = 80  # columns beyond which labels could not be read
 _CELL = 0.22  # inches
+_LETTER = 0.075  # inches, of a label's font
 
 
 def write_heat_map(counts: pd.DataFrame, path: str | Path, title: str) -> None:
@@ -21,27 +23,45 @@ def write_heat_map(counts: pd.DataFrame, path: str | Path, title: str) -> None:
         path: PNG to write.
         title: What is counted.
     """
+    write_heat_maps({title: counts}, path)
+
+
+def write_heat_maps(tables: Mapping[str, pd.DataFrame], path: str | Path) -> None:
+    """As :func:`write_heat_map` for several tables of the same rows and columns, one above the other, with the same
+    shades and the first one's order of columns, so that they can be compared.
+
+    Args:
+        tables: Counts >= 0 by title.
+        path: PNG to write.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    table = counts.loc[:, counts.sum().sort_values(ascending=False, kind="stable").index]
-    rows, columns = table.shape
-    figure = Figure(figsize=(min(2.6 + _CELL * max(columns, 8), 40), 1.8 + _CELL * max(rows, 3)), layout="constrained")
+    first = next(iter(tables.values()))
+    order = first.sum().sort_values(ascending=False, kind="stable").index
+    rows, columns = first.shape
+    labelled = columns <= _LABELLED
+    longest = max((len(str(c)) for c in first.columns), default=0) if labelled else 0
+    height = (1.8 + _CELL * max(rows, 3)) * len(tables) + max(0.0, _LETTER * longest - 0.6)
+    figure = Figure(figsize=(min(2.6 + _CELL * max(columns, 8), 40), height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    values = np.ma.masked_equal(table.to_numpy(dtype=float), 0)
-    norm = LogNorm(1, max(2.0, float(table.to_numpy().max(initial=0))))
-    image = axes.imshow(values, cmap="viridis_r", norm=norm, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(rows), [str(v) for v in table.index], fontsize=8)
-    if columns <= _LABELLED:
-        axes.set_xticks(range(columns), [str(v) for v in table.columns], fontsize=8, rotation=90)
-    else:
-        axes.set_xticks([])
-    empty = int((table.to_numpy() == 0).sum())
-    axes.set_xlabel(f"{table.columns.name} ({columns})")
-    axes.set_ylabel(str(table.index.name))
-    axes.set_title(f"{title}; blank: none ({empty} of {rows * columns})", fontsize=9, loc="left")
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    most = max(float(table.to_numpy().max(initial=0)) for table in tables.values())
+    norm = LogNorm(1, max(2.0, most))
+    panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
+    for axes, (title, counts) in zip(panels, tables.items(), strict=True):
+        table = counts.loc[:, order]
+        values = np.ma.masked_equal(table.to_numpy(dtype=float), 0)
+        image = axes.imshow(values, cmap="viridis_r", norm=norm, aspect="auto", interpolation="nearest")
+        axes.set_yticks(range(rows), [str(v) for v in table.index], fontsize=8)
+        if labelled and axes is panels[-1]:  # the columns are the same in all
+            axes.set_xticks(range(columns), [str(v) for v in table.columns], fontsize=8, rotation=90)
+        else:
+            axes.set_xticks([])
+        empty = int((table.to_numpy() == 0).sum())
+        axes.set_xlabel(f"{table.columns.name} ({columns})")
+        axes.set_ylabel(str(table.index.name))
+        axes.set_title(f"{title}; blank: none ({empty} of {rows * columns})", fontsize=9, loc="left")
+        figure.colorbar(image, ax=axes, shrink=0.8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150, facecolor="white", metadata={"Software": None})

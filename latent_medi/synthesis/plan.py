@@ -1,17 +1,20 @@
-"""The plan: a table with a row per combination to generate, made from what the data lack, edited by a person, checked
-before use.
+"""The plan: a table with a row per combination to generate, edited by a person, checked before use.
 
 Columns: a column per field, ``count``, ``verdict`` and ``seed``. A cell of a field holds a value, ``unknown``, or
     nothing (the model is not told);
-a continuous field may also hold ``real``: drawn for each sample from the distribution of the training data.
+a continuous field may also hold ``real``: drawn for each sample from the distribution of the training data. Two
+columns more say from which, such as ``age_quantiles`` ("41 55 62 70 88": evenly spaced quantiles, from the least to
+the largest value) and ``age_unknown`` (share of samples without a value, 0 to 1; nothing means none). Where both are
+empty or absent, the values are those of the model's schema.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,14 @@ import pandas as pd
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import atomic_path
-from latent_medi.metadata.audit import audit
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field, Schema
 from latent_medi.metadata.tables import read_table
 
 REAL = "real"
 """Cell of a continuous field: draw a realistic value for each sample."""
 OWN_COLUMNS = ("count", "verdict", "seed")
+QUANTILES_OF, UNKNOWN_OF = "_quantiles", "_unknown"
+"""Endings of the columns that say what ``real`` means in a row."""
 MOST = 10**8  # more images than any run makes; a slip of the keyboard is caught here
 
 
@@ -37,65 +41,6 @@ def stable_seed(*parts: Any, bits: int = 31) -> int:
     """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - bits)
-
-
-def make_plan(
-    index: pd.DataFrame,
-    schema: Schema,
-    goal: str = "fill_unseen",
-    per_cell: int = 0,
-    seed: int = 0,
-    fields: Sequence[str] = (),
-    thin_patients: int = 10,
-) -> pd.DataFrame:
-    """A plan from the rows a model was (or will be) trained on.
-
-    Args:
-        index: Those rows of a dataset's index.
-        schema: The dataset's schema.
-        goal: "fill_unseen": ``per_cell`` for each combination without a patch; "balance": each combination is topped
-            up to ``per_cell``, or to the largest one if that is 0; "each": ``per_cell`` for every combination.
-        per_cell: Number of patches, see ``goal``.
-        seed: Seed of the plan.
-        fields: Class and categorical fields to combine; all if empty. Other categorical fields are left to the model,
-            continuous ones are "real".
-        thin_patients: See :func:`latent_medi.metadata.audit.audit`.
-
-    Returns:
-        Columns as in the module's description. Combinations that the data cannot identify are listed with count 0 and
-        their verdict.
-
-    Raises:
-        UserError: An unknown goal or field, no count, or nothing to combine.
-    """
-    if goal not in ("fill_unseen", "balance", "each"):
-        raise UserError(f"There is no goal {goal!r}; {nearest(goal, ('fill_unseen', 'balance', 'each'))}.")
-    if per_cell < 0 or per_cell >= MOST or (per_cell == 0 and goal != "balance"):
-        raise UserError(f"per_cell is {per_cell}; the goal {goal!r} needs a number above 0 and below {MOST}.")
-    combined = [schema.field(name) for name in fields] or [f for f in schema.fields if not f.continuous]
-    combined = sorted(combined, key=lambda f: schema.names.index(f.name))
-    if not combined or any(f.continuous for f in combined):
-        raise UserError("A plan combines the class and categorical fields; choose at least one and no continuous one.")
-    names = [f.name for f in combined]
-    cells = [dict(zip(names, values, strict=True)) for values in product(*(f.values for f in combined))]
-    # "" and "unknown" are no values: such patches count for no combination.
-    seen = index.groupby(names, observed=True).size().to_dict()
-    present = [int(seen.get(tuple(cell.values()) if len(names) > 1 else cell[names[0]], 0)) for cell in cells]
-    found = audit(index, schema, requested=cells, thin_patients=thin_patients, split=None)["verdicts"]
-    target = per_cell or max(present, default=0)
-    rows = []
-    for cell, there, found_verdict in zip(cells, present, found, strict=True):
-        verdict = found_verdict["verdict"]
-        if goal == "fill_unseen" and there:
-            continue
-        count = max(0, target - there) if goal == "balance" else per_cell
-        if verdict == "unidentifiable":
-            count = 0
-        elif goal == "balance" and not count:
-            continue
-        row = {f.name: cell.get(f.name, REAL if f.continuous else "") for f in schema.fields}
-        rows.append({**row, "count": count, "verdict": verdict, "seed": stable_seed(seed, *cell.items())})
-    return pd.DataFrame(rows, columns=[*schema.names, *OWN_COLUMNS])
 
 
 def write_plan(plan: pd.DataFrame, path: str | Path) -> None:
@@ -119,23 +64,24 @@ def check_plan(
     plan: pd.DataFrame, schema: Schema | None = None, where: str = "The plan", ignore: Sequence[str] = ()
 ) -> pd.DataFrame:
     """A plan with counts and seeds as integers, everything else as strings, and seeds filled in where they are left
-    out.
+    out; the columns on ``real`` come last.
 
     Args:
         plan: The table.
         schema: The model's schema; every column and value is looked up in it. Without one, only counts and seeds are
             checked.
         where: How messages call the plan.
-        ignore: Field columns that are left out of the result.
+        ignore: Field columns that are left out of the result, with what they say on ``real``.
 
     Raises:
         UserError: No count column; a count that is negative, no whole number or too large; an unknown column or value;
-            two equal rows.
+            quantiles that do not rise or a share that is none; two equal rows.
     """
     columns = [str(c) for c in plan.columns]
     if "count" not in columns:
         raise UserError(f"{where} has no column 'count'; {nearest('count', columns)}.")
-    named = [c for c in columns if c not in OWN_COLUMNS and c not in ignore]
+    drawn = _columns_on_real(columns, schema)
+    named = [c for c in columns if c not in OWN_COLUMNS and c not in ignore and c not in drawn]
     if schema is not None:
         for column in named:
             if column not in schema.names:
@@ -144,57 +90,131 @@ def check_plan(
                     f"Rename it, or leave it out knowingly with ignore=[{column}].",
                 )
     cells = {column: [_cell(value) for value in plan[column]] for column in named}
-    counts = [_whole(value, MOST, f"{where}, row {i + 1}: count") for i, value in enumerate(plan["count"])]
+    extras = {c: [_cell(value) for value in plan[c]] for c, field in drawn.items() if field not in ignore}
+    counts = [whole_number(value, MOST, f"{where}, row {i + 1}: count") for i, value in enumerate(plan["count"])]
     if sum(counts) >= MOST:
         raise UserError(f"{where} asks for {sum(counts)} patches; the most is {MOST - 1}.", "Is a count mistyped?")
     seeds = []
     for i in range(len(plan)):
         given = _cell(plan["seed"].iloc[i]) if "seed" in columns else ""
         row = [(column, cells[column][i]) for column in named]
-        seeds.append(_whole(given, 2**53, f"{where}, row {i + 1}: seed") if given else stable_seed(0, *row))
+        row += [(column, extras[column][i]) for column in sorted(extras) if extras[column][i]]
+        seeds.append(whole_number(given, 2**53, f"{where}, row {i + 1}: seed") if given else stable_seed(0, *row))
     if schema is not None:
         for column in named:
             for i, cell in enumerate(cells[column]):
                 try:
-                    _check_cell(schema.field(column), cell)
+                    _check_cell(schema.field(column), cell, *_on_real(column, extras, i, schema))
                 except UserError as error:
                     raise UserError(f"{where}, row {i + 1}: {error.message}", error.hint) from None
     seen: dict[tuple, int] = {}
     for i in range(len(plan)):
-        first = seen.setdefault((seeds[i], *(cells[column][i] for column in named)), i)
+        content = (seeds[i], *(cells[column][i] for column in named), *(extras[column][i] for column in extras))
+        first = seen.setdefault(content, i)
         if first != i:
             raise UserError(
                 f"{where}: rows {first + 1} and {i + 1} are the same, and would give the same images twice.",
                 "Raise the count of one, or give them different seeds.",
             )
     verdicts = [_cell(value) for value in plan["verdict"]] if "verdict" in columns else [""] * len(plan)
-    return pd.DataFrame({**cells, "count": counts, "verdict": verdicts, "seed": seeds})
+    return pd.DataFrame({**cells, "count": counts, "verdict": verdicts, "seed": seeds, **extras})
+
+
+def _columns_on_real(columns: Sequence[str], schema: Schema | None) -> dict[str, str]:
+    """The field by column of those that say what ``real`` means; a field of such a name stays a field."""
+    found = {}
+    for column in columns:
+        for ending in (QUANTILES_OF, UNKNOWN_OF):
+            name = column.removesuffix(ending)
+            if name == column or name not in columns:
+                continue
+            if schema is None or (
+                column not in schema.names and (name not in schema.names or schema.field(name).continuous)
+            ):
+                found[column] = name
+    return found
+
+
+def _on_real(name: str, columns: Mapping[str, Any] | pd.DataFrame, row: int, schema: Schema) -> tuple[str, str]:
+    """What a row says on a field's ``real``: quantiles and share of unknown, each maybe empty."""
+    quantiles, unknown = (
+        columns[column][row] if column in columns and column not in schema.names else ""
+        for column in (name + QUANTILES_OF, name + UNKNOWN_OF)
+    )
+    return quantiles, unknown
 
 
 def _cell(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()
 
 
-def _whole(value: Any, bound: int, what: str) -> int:
+def whole_number(value: Any, bound: int, what: str) -> int:
+    """A whole number from 0 to ``bound`` - 1 out of a cell; ``100.0`` is 100.
+
+    Args:
+        value: The cell.
+        bound: The number that is too large.
+        what: How the message calls it.
+
+    Raises:
+        UserError: It is empty, has a fraction or an exponent, is no number, or is out of bounds.
+    """
     text = _cell(value)
     try:
-        number = float(text)  # a spreadsheet may have written 100 as 100.0
+        number = float(text)
         whole = int(text) if text.lstrip("+-").isdigit() else int(number)
     except (ValueError, OverflowError):
         raise UserError(f"{what} is {text!r}, which is no whole number.") from None
     if whole != number or not 0 <= whole < bound:
         raise UserError(f"{what} is {text}; it is a whole number from 0 to {bound - 1}.")
+    if "e" in text.lower() or "_" in text:  # a spreadsheet that writes 1E+05 may have rounded
+        raise UserError(f"{what} is {text}; write it in digits alone.", f"Is {whole} meant?")
     return whole
 
 
-def _check_cell(known: Field, cell: str) -> None:
+def _check_cell(known: Field, cell: str, quantiles: str, unknown: str) -> None:
     if not cell:
         return
-    if known.continuous and cell == REAL:
-        if not known.quantiles and known.missing < 1:
+    if known.continuous:
+        values, missing = _distribution(known, quantiles, unknown)
+        if cell == REAL and not values and missing < 1:
             raise UserError(f"Field {known.name!r} cannot be {REAL!r}: the model's schema has no quantiles for it.")
-        return
+        if cell == REAL:
+            return
     known.code(cell)
+
+
+def _distribution(known: Field, quantiles: str, unknown: str) -> tuple[tuple[float, ...], float]:
+    """Quantiles and share of unknown that ``real`` stands for; the schema's where a row says neither.
+
+    Raises:
+        UserError: Quantiles that are no rising numbers, or a share that is not from 0 to 1.
+    """
+    values = known.quantiles
+    if quantiles:
+        values = tuple(_number(word, known.name + QUANTILES_OF) for word in quantiles.split())
+        if any(a > b for a, b in itertools.pairwise(values)):
+            raise UserError(
+                f"{known.name}{QUANTILES_OF} is {quantiles!r}; the numbers run from the least to the largest."
+            )
+    missing = 0.0 if quantiles else known.missing
+    if unknown:
+        missing = _number(unknown, known.name + UNKNOWN_OF)
+        if not 0 <= missing <= 1:
+            raise UserError(f"{known.name}{UNKNOWN_OF} is {unknown}; it is a share from 0 to 1.")
+    return values, missing
+
+
+def _number(word: str, what: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(
+            f"{what} holds {word!r}, which is no number.", "Separate numbers by blanks, with a decimal point."
+        )
+    return number
 
 
 @dataclass(frozen=True)
@@ -218,7 +238,7 @@ def sample_at(plan: pd.DataFrame, schema: Schema, position: int, ends: np.ndarra
     """The ``position``-th image of a checked plan.
 
     Args:
-        plan: From :func:`check_plan`.
+        plan: From :func:`check_plan`, rows numbered from 0.
         schema: The model's schema.
         position: From 0 to the sum of counts - 1.
         ends: Cumulative sum of the plan's counts, int64.
@@ -229,15 +249,18 @@ def sample_at(plan: pd.DataFrame, schema: Schema, position: int, ends: np.ndarra
     fields: dict[str, str | float] = {}
     for known in schema.fields:
         cell = plan[known.name].iloc[row] if known.name in plan.columns else ""
-        if cell:
-            fields[known.name] = _drawn(known, seed) if known.continuous and cell == REAL else cell
+        if known.continuous and cell == REAL:
+            told = _on_real(known.name, plan, row, schema)
+            fields[known.name] = _drawn(known, seed, *_distribution(known, *told))
+        elif cell:
+            fields[known.name] = cell
     return Sample(row, number, seed, fields)
 
 
-def _drawn(known: Field, seed: int) -> str | float:
-    """A value of a continuous field as the training data have it: missing as often, and spread like their quantiles."""
+def _drawn(known: Field, seed: int, quantiles: Sequence[float], share_missing: float) -> str | float:
+    """A value of a continuous field as the data have it: missing as often, and spread like the quantiles."""
     # The name keeps two fields of one sample independent of each other.
     missing, position = np.random.default_rng(stable_seed(known.name, seed)).random(2)
-    if missing < known.missing or not known.quantiles:
+    if missing < share_missing or not quantiles:
         return UNKNOWN_WORD
-    return float(np.interp(position, np.linspace(0.0, 1.0, len(known.quantiles)), known.quantiles))
+    return float(np.interp(position, np.linspace(0.0, 1.0, len(quantiles)), quantiles))

@@ -10,55 +10,27 @@ import pytest
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
-from latent_medi.synthesis.plan import check_plan, make_plan, read_plan, sample_at, stable_seed, write_plan
+from latent_medi.synthesis.plan import check_plan, read_plan, sample_at, stable_seed, write_plan
 
 
-def test_fill_unseen_plans_exactly_the_missing_combination(index: pd.DataFrame, schema: Schema) -> None:
-    plan = make_plan(index, schema, "fill_unseen", per_cell=7, thin_patients=2)
-    assert plan[["class", "site", "age", "count"]].to_dict("records") == [
-        {"class": "tumour", "site": "birch", "age": "real", "count": 7}
-    ]
-    assert plan["verdict"].tolist() == ["both margins seen"]
-
-
-def test_balance_tops_every_combination_up(index: pd.DataFrame, schema: Schema) -> None:
-    plan = make_plan(index, schema, "balance", thin_patients=2)
-    counts = {(row["class"], row["site"]): row["count"] for row in plan.to_dict("records")}
-    present = index.groupby(["class", "site"]).size()
-    assert counts == {
-        (c, s): 6 - int(present.get((c, s), 0))
+@pytest.fixture
+def plan(schema: Schema) -> pd.DataFrame:
+    """Three images of every combination."""
+    rows = [
+        {"class": c, "site": s, "age": "real", "count": 3}
         for c in ("benign", "tumour")
         for s in ("NA", "aster", "birch")
-        if present.get((c, s), 0) < 6
-    }
+    ]
+    return check_plan(pd.DataFrame(rows), schema)
 
 
-def test_each_plans_all_and_fields_choose_what_is_combined(index: pd.DataFrame, schema: Schema) -> None:
-    assert len(make_plan(index, schema, "each", per_cell=3)) == 6
-    plan = make_plan(index, schema, "each", per_cell=3, fields=["class"])
-    assert plan[["class", "site"]].to_numpy().tolist() == [["benign", ""], ["tumour", ""]]
-
-
-def test_unidentifiable_combinations_are_listed_with_count_0(index: pd.DataFrame, schema: Schema) -> None:
-    pairs = zip(index["class"], index["site"], strict=True)
-    apart = index[[pair in {("benign", "aster"), ("tumour", "NA")} for pair in pairs]]
-    plan = make_plan(apart, schema, "fill_unseen", per_cell=5, thin_patients=1)
-    assert len(plan) == 4
-    assert (plan["verdict"] == "unidentifiable").all()
-    assert (plan["count"] == 0).all()
-
-
-def test_seeds_are_stable_and_differ(index: pd.DataFrame, schema: Schema) -> None:
-    plan = make_plan(index, schema, "each", per_cell=1, seed=3)
-    assert plan["seed"].equals(make_plan(index, schema, "each", per_cell=1, seed=3)["seed"])
+def test_seeds_are_the_same_on_every_machine_and_in_every_release(plan: pd.DataFrame) -> None:
+    assert stable_seed(1, "a", bits=63) == 6148644138517888281
     assert plan["seed"].nunique() == len(plan)
-    assert not plan["seed"].equals(make_plan(index, schema, "each", per_cell=1, seed=4)["seed"])
-    assert stable_seed(1, "a", bits=63) == 6148644138517888281  # on every machine and in every release
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_written_and_read_again(suffix: str, index: pd.DataFrame, schema: Schema, tmp_path: Path) -> None:
-    plan = make_plan(index, schema, "each", per_cell=3)
+def test_written_and_read_again(suffix: str, plan: pd.DataFrame, schema: Schema, tmp_path: Path) -> None:
     write_plan(plan, tmp_path / f"plan.{suffix}")
     again = read_plan(tmp_path / f"plan.{suffix}", schema)
     pd.testing.assert_frame_equal(again, plan, check_dtype=False)
@@ -77,6 +49,9 @@ def test_a_spreadsheet_may_write_numbers_with_a_point(schema: Schema, tmp_path: 
         ([{"class": "tumour", "count": -1}], r"row 1: count is -1"),
         ([{"class": "tumour", "count": 10**9}], "count is 1000000000"),
         ([{"class": "tumour", "count": "1e9"}], "count is 1e9"),
+        ([{"class": "tumour", "count": "1e3"}], "count is 1e3; write it in digits"),
+        ([{"class": "tumour", "count": "1_000"}], "count is 1_000"),
+        ([{"class": "tumour", "count": "12.5"}], r"count is 12\.5"),
         ([{"class": "tumour", "count": "2.5"}], r"count is 2\.5"),
         ([{"class": "tumour", "count": "many"}], "'many'"),
         ([{"class": "tumour", "count": ""}], "no whole number"),
@@ -90,23 +65,17 @@ def test_a_spreadsheet_may_write_numbers_with_a_point(schema: Schema, tmp_path: 
         ([{"class": "real", "count": 3}], "'real'"),
         ([{"class": "tumour", "count": 3, "seed": -4}], "seed is -4"),
         ([{"class": "tumour", "count": 3}, {"class": "tumour", "count": 4}], "rows 1 and 2 are the same"),
+        ([{"class": "tumour", "age": "real", "age_quantiles": "60 50", "count": 3}], "age_quantiles is '60 50'"),
+        ([{"class": "tumour", "age": "real", "age_quantiles": "50, 60", "count": 3}], "'50,', which is no number"),
+        ([{"class": "tumour", "age": "real", "age_quantiles": "50 inf", "count": 3}], "'inf'"),
+        ([{"class": "tumour", "age": "real", "age_unknown": "1.5", "count": 3}], r"age_unknown is 1\.5"),
+        ([{"class": "tumour", "age": "real", "age_quantile": "50 60", "count": 3}], "'age_quantile'"),
+        ([{"class": "tumour", "site": "NA", "site_quantiles": "50 60", "count": 3}], "'site_quantiles'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(rows: list[dict], words: str, schema: Schema) -> None:
     with pytest.raises(UserError, match=words):
         check_plan(pd.DataFrame(rows), schema)
-
-
-def test_plan_settings_that_mean_nothing(index: pd.DataFrame, schema: Schema) -> None:
-    for arguments, words in (
-        ({"goal": "fill_unsen", "per_cell": 1}, "fill_unseen"),
-        ({"goal": "each", "per_cell": 0}, "per_cell"),
-        ({"goal": "each", "per_cell": -3}, "per_cell"),
-        ({"goal": "each", "per_cell": 1, "fields": ["age"]}, "continuous"),
-        ({"goal": "each", "per_cell": 1, "fields": ["gender"]}, "gender"),
-    ):
-        with pytest.raises(UserError, match=words):
-            make_plan(index, schema, **arguments)
 
 
 def test_samples_follow_the_rows(schema: Schema) -> None:
@@ -131,3 +100,48 @@ def test_real_values_follow_the_training_data(index: pd.DataFrame, schema: Schem
     assert known.max() <= there.max()
     assert np.median(known) == pytest.approx(there.median(), abs=0.7)
     assert drawn[7] == sample_at(plan, schema, 7, ends).fields["age"]
+
+
+def drawn(rows: list[dict], schema: Schema, n: int = 2000) -> list[str | float]:
+    plan = check_plan(pd.DataFrame([{**row, "count": n} for row in rows]), schema)
+    ends = np.cumsum(plan["count"].to_numpy())
+    return [sample_at(plan, schema, i, ends).fields["age"] for i in range(ends[-1])]
+
+
+def test_a_row_may_say_what_real_means(schema: Schema) -> None:
+    ages = drawn([{"class": "benign", "age": "real", "age_quantiles": "20 30 70"}], schema)
+    known = np.array(ages, dtype=float)  # nobody is unknown unless the row says so
+    assert 20 <= known.min() < 21
+    assert 69 < known.max() <= 70
+    assert np.median(known) == pytest.approx(30, abs=1.5)
+    ages = drawn([{"class": "benign", "age": "real", "age_quantiles": "20 30", "age_unknown": "0.25"}], schema)
+    assert sum(a == UNKNOWN_WORD for a in ages) / len(ages) == pytest.approx(0.25, abs=0.04)
+    assert set(drawn([{"class": "benign", "age": "real", "age_unknown": "1"}], schema, 5)) == {UNKNOWN_WORD}
+    assert set(drawn([{"class": "benign", "age": "61", "age_quantiles": "20 30"}], schema, 5)) == {"61"}
+
+
+def test_a_plan_without_such_columns_is_drawn_as_ever(schema: Schema) -> None:
+    # Made before there were such columns.
+    rows = [{"class": "benign", "age": "real"}, {"class": "tumour", "age": "real", "seed": 7}]
+    assert [a if a == UNKNOWN_WORD else round(a, 6) for a in drawn(rows, schema, 4)] == [
+        UNKNOWN_WORD, 48.072891, 42.1574, UNKNOWN_WORD, UNKNOWN_WORD, UNKNOWN_WORD, 55.710995, 41.009161,
+    ]  # fmt: skip
+    empty = [{**row, "age_quantiles": "", "age_unknown": ""} for row in rows]
+    assert drawn(empty, schema, 4) == drawn(rows, schema, 4)
+
+
+def test_rows_that_differ_in_what_real_means_are_two(schema: Schema, tmp_path: Path) -> None:
+    rows = [{"class": "benign", "age": "real", "age_quantiles": q, "count": 1} for q in ("20 30", "30 40")]
+    plan = check_plan(pd.DataFrame(rows), schema)
+    assert plan["seed"].nunique() == 2
+    assert plan["seed"].tolist() == check_plan(pd.DataFrame(rows))["seed"].tolist()  # with and without the schema
+    write_plan(plan, tmp_path / "plan.csv")
+    pd.testing.assert_frame_equal(read_plan(tmp_path / "plan.csv", schema), plan, check_dtype=False)
+
+
+def test_leaving_a_field_out_leaves_out_what_is_said_of_it(schema: Schema) -> None:
+    rows = pd.DataFrame([{"class": "benign", "age": "real", "age_quantiles": "20 30", "age_unknown": "0", "count": 1}])
+    plan = check_plan(rows, schema.subset(["class"]), ignore=["age"])
+    assert list(plan.columns) == ["class", "count", "verdict", "seed"]
+    with pytest.raises(UserError, match="'age', no field of the model"):
+        check_plan(rows, schema.subset(["class"]))
