@@ -188,6 +188,15 @@ def _sample(words: list[str]) -> Printed:
     return {"folder": str(dataset.folder), "patches": len(dataset)}
 
 
+def _select(words: list[str]) -> Printed:
+    from latent_medi.synthesis.select import select, selection_text
+    from latent_medi.synthesis.settings import SelectSettings
+
+    result = select(config.parse(SelectSettings, words, "select", positional="data"))
+    print(selection_text(result))
+    return result
+
+
 def _evaluate(words: list[str]) -> Printed:
     from latent_medi.evaluation.evaluate import evaluate
     from latent_medi.evaluation.settings import EvaluateSettings
@@ -214,6 +223,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "average": (_average, "a finished run's model with another length of the weights' average"),
     "plan": (_plan, "which combinations to generate, and how many"),
     "sample": (_sample, "the patches of a plan, as a dataset folder"),
+    "select": (_select, "the best synthetic patches of each combination, as a column; random ones beside them"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
     "report": (_report, "one HTML page from metrics.json"),
 }
