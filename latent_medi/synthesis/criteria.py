@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 
+from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
 
@@ -59,6 +61,67 @@ def evenly(patients: np.ndarray, most: int, seed: int) -> np.ndarray:
     starts = np.r_[0, np.cumsum(np.bincount(codes))[:-1]]
     turn[by_patient] = np.arange(len(patients)) - starts[codes[by_patient]]
     return np.sort(order[np.argsort(turn[order], kind="stable")][:most])
+
+
+@dataclass
+class Effects:
+    """What each value of each field adds to a feature, as far as effects add up.
+
+    Args:
+        values: Values by field, in order.
+        vectors: Their effects by field, float32 [values + 1, d]; the last is that of an unknown value, 0.
+    """
+
+    values: dict[str, list[str]]
+    vectors: dict[str, np.ndarray]
+
+    def take_out(self, features: np.ndarray, index: pd.DataFrame, fields: Sequence[str]) -> np.ndarray:
+        """The features less the effects of the stated values of some fields, float32 [N, d].
+
+        Args:
+            features: [N, d].
+            index: Their rows, with the columns of ``fields``.
+            fields: What to take out; nothing of it leaves the array as it is.
+        """
+        for name in fields:
+            codes = pd.Categorical(index[name], self.values[name]).codes  # -1, the last vector, for anything else
+            features = features - self.vectors[name][codes]
+        return features
+
+
+def additive_effects(features: np.ndarray, index: pd.DataFrame, fields: Sequence[str]) -> Effects:
+    """Least squares of real features on the values of all fields at once, every patient weighing the same.
+
+    A combination without training patches is then the sum of its parts: what a site does to a patch is learned from
+    the classes that it has. The effects of a field's values sum to 0. Fields that the data cannot tell apart share
+    their effect (the solution of least norm).
+
+    Args:
+        features: [N, d].
+        index: ``patient`` and the columns of ``fields``, [N].
+        fields: Categorical fields.
+    """
+    patients = index["patient"].to_numpy(str)
+    weights = patient_weights(np.full(len(patients), ""), patients)
+    values = {name: sorted(set(index[name]) - {UNKNOWN_WORD}) for name in fields}
+    coded = {name: pd.Categorical(index[name], values[name]).codes for name in fields}
+    size = 1 + sum(map(len, values.values()))
+    normal, moments = np.zeros((size, size)), np.zeros((size, features.shape[1]))
+    for start in range(0, len(features), _BANK):
+        part = slice(start, start + _BANK)
+        blocks = [np.ones((len(weights[part]), 1))]
+        blocks += [(coded[name][part, None] == np.arange(len(values[name]))).astype(np.float64) for name in fields]
+        design = np.concatenate(blocks, axis=1)
+        weighted = design * weights[part, None]
+        normal += weighted.T @ design
+        moments += weighted.T @ features[part].astype(np.float64)
+    solution = np.linalg.lstsq(normal, moments, rcond=1e-10)[0][1:]
+    vectors: dict[str, np.ndarray] = {}
+    for name in fields:
+        own, solution = np.split(solution, [len(values[name])])
+        own = own - own.mean(axis=0) if len(own) else own
+        vectors[name] = np.concatenate([own, np.zeros((1, features.shape[1]))]).astype(np.float32)
+    return Effects(values, vectors)
 
 
 def class_centroids(features: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> tuple[list[str], np.ndarray]:

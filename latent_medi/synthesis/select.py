@@ -22,7 +22,9 @@ from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.selections import SELECTED_PREFIX
 from latent_medi.synthesis.criteria import (
+    Effects,
     FieldProbe,
+    additive_effects,
     best_per_cell,
     class_centroids,
     evenly,
@@ -97,7 +99,7 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> dic
     normalise(features)
     normalise(real_features)
     if "centroid" in settings.criteria or settings.rank == "centroid":
-        passed["centroid"], ranks["centroid"] = _centroids(task, features, real_features)
+        passed["centroid"], ranks["centroid"] = _centroids(task, features, real_features, settings)
     if {"outliers", "copies"} & set(settings.criteria) or settings.rank == "distance":
         ranks["distance"] = nearest_distances(features, real_features, device=settings.device)
     own, other = _between_patients(task, real_features, settings)
@@ -125,7 +127,7 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> dic
         accepted = accepted & passed["duplicates"]
 
     asked = np.bincount(task.cell, minlength=len(task.names))
-    most = np.floor(settings.share * asked + 1e-9).astype(np.int64)
+    most = np.ceil(settings.share * asked - 1e-9).astype(np.int64)
     most = np.minimum(most, settings.per_cell) if settings.per_cell else most
     chosen = best_per_cell(np.where(accepted, scores, np.inf), keys, task.cell, most)
     if not chosen.any():
@@ -155,17 +157,43 @@ def _told(settings: SelectSettings, entry: dict[str, Any], finished: bool) -> di
     return {**head, "finished": finished, **entry["result"], "recipe": entry["recipe"]}
 
 
-def _centroids(task: Task, features: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _effects(task: Task, real: np.ndarray, settings: SelectSettings) -> Effects | None:
+    """What the fields that make a cell, or are judged, do to the features of real patches."""
+    fields = list(dict.fromkeys([*task.cells, *task.fields]))
+    return additive_effects(real, task.real, fields) if settings.adjust and len(fields) > 1 else None
+
+
+def _apart(
+    task: Task, judged: Sequence[str], features: np.ndarray, real: np.ndarray, effects: Effects | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of the synthetic and of the real patches without what the fields that are not judged do to them.
+
+    A probe of the class that never saw it at a site takes the site for evidence against it.
+    """
+    if effects is None:
+        return features, real
+    others = [name for name in effects.values if name not in judged]
+    return (
+        effects.take_out(features, task.synthetic.index, others),
+        effects.take_out(real, task.real, others),
+    )
+
+
+def _centroids(
+    task: Task, features: np.ndarray, real: np.ndarray, settings: SelectSettings
+) -> tuple[np.ndarray, np.ndarray]:
     """Whether the nearest centroid is a patch's own in every group, and the mean squared distance to its own."""
     passes, distances = np.ones(len(features), bool), np.zeros((len(task.groups), len(features)))
     patients = column(task.real, "patient")
+    effects = _effects(task, real, settings)
     for distance, group in zip(distances, task.groups, strict=True):
         labels = joined(task.real, group)
         known = np.array([label is not None for label in labels])
-        names, centroids = class_centroids(real[known], labels[known], patients[known])
+        mine, theirs = _apart(task, group, features, real, effects)
+        names, centroids = class_centroids(theirs[known], labels[known], patients[known])
         codes = {name: i for i, name in enumerate(names)}
         own = np.array([codes.get(label, -1) for label in joined(task.synthetic.index, group)])
-        squared = squared_distances(features, centroids)
+        squared = squared_distances(mine, centroids)
         passes &= (own < 0) | (squared.argmin(axis=1) == own)  # nothing was asked, nothing is missed
         distance[:] = np.where(own < 0, np.nan, squared[np.arange(len(own)), own])
     return passes, _mean_known(distances)
@@ -183,13 +211,15 @@ def _confidence(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether a probe finds each value asked for, and minus the mean log probability."""
     patients = column(task.real, "patient")
+    effects = _effects(task, real, settings)
     found = np.full((len(task.fields), len(features)), np.nan)
     for logs, name in zip(found, task.fields, strict=True):
         labels, asked = column(task.real, name), column(task.synthetic.index, name)
         usable = pd.Series(labels).map(pd.Series(patients).groupby(labels).nunique()).to_numpy()
         rows = np.flatnonzero((labels != UNKNOWN_WORD) & (usable >= MIN_PATIENTS_OF_VALUE))
         rows = rows[evenly(patients[rows], settings.most, settings.seed)]
-        probe = fit_field_probe(real[rows], labels[rows], patients[rows], settings.regularisation, settings.seed)
+        mine, theirs = _apart(task, [name], features, real, effects)
+        probe = fit_field_probe(theirs[rows], labels[rows], patients[rows], settings.regularisation, settings.seed)
         result["probes"][name] = _about(probe)
         if probe.accuracy < 1 / len(probe.values) + _HELD:
             result["warnings"].append(
@@ -197,7 +227,7 @@ def _confidence(
                 f"({1 / len(probe.values):.0%} is chance): in this encoder's space {name} cannot be judged."
             )
         stated = asked != UNKNOWN_WORD
-        logs[stated] = probe.log_probability(features[stated], asked[stated])
+        logs[stated] = probe.log_probability(mine[stated], asked[stated])
     low = np.log(max(settings.confidence, 1e-300))
     return (np.isnan(found) | (found >= low)).all(axis=0), -_mean_known(found)
 
@@ -303,7 +333,7 @@ def _accounts(
         for code, name in enumerate(task.names)
     ]
     total: dict[str, Any] = {key: int(values.sum()) for key, values in counts.items()}
-    wanted = np.full(size, settings.per_cell) if settings.per_cell and settings.share == 1 else most
+    wanted = np.maximum(most, settings.per_cell) if settings.share == 1 else most
     short = np.flatnonzero(counts["chosen"] < wanted)
     if len(short) and (settings.per_cell or settings.share < 1):
         named = "; ".join(f"{' × '.join(task.names[c])}: {counts['chosen'][c]} of {wanted[c]}" for c in short[:5])

@@ -97,7 +97,10 @@ class SelectSettings:
             "duplicates": not too near to a better synthetic one, and not one turned or mirrored.
         centroids: Groups of fields; a centroid belongs to a combination of a group's values. Empty means each of fields
             by itself. A combination without real training patches has no centroid, so a group must not hold it.
-        confidence: Least probability of each value asked for, 0 to 1.
+        adjust: Take what the other fields do to the features (least squares over real training patches) out of them
+            before a field is judged. Without it, combinations that training lacks are refused for their rarity:
+            a probe of the class that never saw it at a site takes the site for evidence against it.
+        confidence: Least probability of each value asked for, 0 to 1, for the criterion of that name.
         outliers: Quantile, 0 to 1, of the distances of real patches to the nearest one of another patient (and, for a
             cell without real patches, of another cell): a patch farther from the nearest real one is an outlier.
         copies: Quantile of the distances between patients: a patch nearer to a real one is a copy.
@@ -106,7 +109,7 @@ class SelectSettings:
         rank: What "best" means: "confidence" (mean log probability over fields), "centroid" (mean squared distance to
             the own centroids) or "distance" (to the nearest real patch). selected_NAME_score holds it, lower is better.
         per_cell: Patches to choose per cell at most; 0 for no such bound.
-        share: Share of a cell's patches, above 0 to 1, to choose at most.
+        share: Share of a cell's patches, above 0 to 1, to choose at most, rounded up.
         control: Also choose as many per cell at random, from all of its patches.
         encoder: "demo", "squeezenet", "inception", "uni", "phikon-v2", or a folder with an encoder.
         weights: Weight file or folder for encoders that need one; empty means the hub's cache.
@@ -129,15 +132,16 @@ class SelectSettings:
     split_value: str = "train"
     cells: list[str] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
-    criteria: list[Criterion] = field(default_factory=lambda: ["confidence", "outliers", "copies", "duplicates"])
+    criteria: list[Criterion] = field(default_factory=lambda: ["outliers", "copies", "duplicates"])
     centroids: list[list[str]] = field(default_factory=list)
+    adjust: bool = True
     confidence: float = 0.5
     outliers: float = 0.99
     copies: float = 0.001
     duplicates: float = 0.001
     rank: Literal["confidence", "centroid", "distance"] = "confidence"
     per_cell: int = 0
-    share: float = 1.0
+    share: float = 0.5
     control: bool = True
     encoder: str = "demo"
     weights: str = ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -112,7 +113,7 @@ def synthetic(real: PatchDataset, tmp_path: Path) -> PatchDataset:
 
 
 def options(synthetic: PatchDataset, teacher: PatchDataset, **changes: Any) -> SelectSettings:
-    base: dict[str, Any] = {"data": str(synthetic.folder), "real": str(teacher.folder), "workers": 0}
+    base: dict[str, Any] = {"data": str(synthetic.folder), "real": str(teacher.folder), "workers": 0, "share": 1.0}
     return SelectSettings(**base | {"cache": str(teacher.folder.parent / "f")} | changes)
 
 
@@ -205,7 +206,7 @@ def test_share_of_each_cell(synthetic: PatchDataset, real: PatchDataset) -> None
     result = select(options(synthetic, real, share=0.25, control=False, criteria=[]), pooled())
     assert "selected_best_control" not in PatchDataset.open(synthetic.folder).index
     for cell in result["cells"]:
-        assert cell["chosen"] == cell["asked"] // 4
+        assert cell["chosen"] == -(-cell["asked"] // 4)
     assert result["warnings"] == []
 
 
@@ -276,7 +277,7 @@ def test_bad_input_is_named(synthetic: PatchDataset, real: PatchDataset, tmp_pat
     refuse("share is 0", share=0.0)
     refuse("'best_control'", name="best_control")
     refuse("letters", name="a b")
-    refuse("No patch of .* is left.*confidence 0", confidence=1.0)
+    refuse("No patch of .* is left.*confidence 0", confidence=1.0, criteria=["confidence"])
     with pytest.raises(UserError, match="no encoder 'unni'"):
         select(options(synthetic, real, encoder="unni"))
     assert "selections" not in PatchDataset.open(synthetic.folder).info
@@ -410,6 +411,64 @@ def test_patients_weigh_the_same() -> None:
     many = np.array(["p"] * 90 + ["q"] * 5 + ["r"] * 5)
     taken = many[criteria.evenly(many, 12, seed=0)]
     assert sorted((taken == name).sum() for name in "pqr") == [4, 4, 4]
+
+
+def test_effects_add_up_in_combinations_that_training_lacks() -> None:
+    rng = np.random.default_rng(0)
+    cells = [cell for cell in CELLS if cell != UNSEEN]
+    rows = [(*cells[i % 5], f"p{i // 3}") for i in range(90)] + [
+        ("benign", "aster", "p0")
+    ] * 40  # and one patient is many
+    table = pd.DataFrame(rows, columns=["class", "site", "patient"])
+    of = {name: rng.normal(size=8) for name in ("benign", "tumour", *COLOURS)}
+    features = np.stack([of[row["class"]] + of[row["site"]] + 3.0 for _, row in table.iterrows()]).astype(np.float32)
+    effects = criteria.additive_effects(features, table, ["class", "site"])
+    asked = pd.DataFrame([(*cell, "s") for cell in CELLS] + [("benign", "unknown", "s")], columns=table.columns)
+    theirs = [of[row["class"]] + of.get(row["site"], 0.0) + 3.0 for _, row in asked.iterrows()]
+    apart = effects.take_out(np.stack(theirs).astype(np.float32), asked, ["site"])
+    mean = np.mean([of[site] for site in COLOURS], axis=0) + 3.0
+    for row, (kind, _) in zip(apart, CELLS, strict=False):
+        assert row == pytest.approx(of[kind] + mean, abs=1e-4)  # of the class alone, unseen or not
+    assert apart[-1] == pytest.approx(theirs[-1], abs=1e-6)  # nothing is known, nothing is taken out
+
+
+def test_a_class_is_found_where_training_never_saw_it(tmp_path: Path) -> None:
+    """Dark patches are tumour, and all training patches of cedar are dark benign ones: without adjustment, cedar speaks
+    against tumour."""
+    rng = np.random.default_rng(0)
+    shade = {("benign", "aster"): 150, ("tumour", "aster"): 130, ("benign", "cedar"): 230, ("tumour", "cedar"): 210}
+    shade |= {("benign", "birch"): 170, ("tumour", "birch"): 150}
+
+    def flat(kind: str, site: str) -> np.ndarray:
+        value = shade[kind, site] + rng.normal(0, 4)
+        return np.clip(value + rng.normal(0, 4, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+
+    patches, parts = [], {}
+    for cell in sorted(shade):
+        for number in range(8):
+            who = "-".join(cell) + f"-{number}"
+            parts[who] = "test" if cell == UNSEEN else "train"
+            patches += [as_patch(f"{who}-{i}", flat(*cell), *cell, who, "real") for i in range(3)]
+    teacher = write_dataset(tmp_path / "real", patches, "real", SCHEMA, SIZE, 0.5, splits={"main": (parts, {})})
+    made = [as_patch(f"right-{i}", flat(*UNSEEN), *UNSEEN, "s") for i in range(15)]
+    made += [as_patch(f"wrong-{i}", flat("benign", "cedar"), *UNSEEN, "s") for i in range(15)]
+    data = write_dataset(tmp_path / "synthetic", made, "s", SCHEMA, SIZE, 0.5)
+    right = {}
+    for adjust in (True, False):
+        how: dict[str, Any] = {
+            "name": f"a{adjust:d}",
+            "adjust": adjust,
+            "criteria": ["confidence"],
+            "fields": ["class"],
+        }
+        try:
+            select(options(data, teacher, **how), pooled())
+            right[adjust] = kinds(chosen(data, f"selected_a{adjust:d}"))
+        except UserError:
+            right[adjust] = {}
+    assert right[True].get("right", 0) >= 13
+    assert right[True].get("wrong", 0) <= 2
+    assert right[False].get("right", 0) <= 5
 
 
 @pytest.mark.parametrize("values", [2, 3])
