@@ -163,20 +163,14 @@ def _effects(task: Task, real: np.ndarray, settings: SelectSettings) -> Effects 
     return additive_effects(real, task.real, fields) if settings.adjust and len(fields) > 1 else None
 
 
-def _apart(
-    task: Task, judged: Sequence[str], features: np.ndarray, real: np.ndarray, effects: Effects | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features of the synthetic and of the real patches without what the fields that are not judged do to them.
+def _apart(effects: Effects | None, judged: Sequence[str], features: np.ndarray, index: pd.DataFrame) -> np.ndarray:
+    """Features without what the fields that are not judged do to them.
 
     A probe of the class that never saw it at a site takes the site for evidence against it.
     """
     if effects is None:
-        return features, real
-    others = [name for name in effects.values if name not in judged]
-    return (
-        effects.take_out(features, task.synthetic.index, others),
-        effects.take_out(real, task.real, others),
-    )
+        return features
+    return effects.take_out(features, index, [name for name in effects.values if name not in judged])
 
 
 def _centroids(
@@ -189,11 +183,11 @@ def _centroids(
     for distance, group in zip(distances, task.groups, strict=True):
         labels = joined(task.real, group)
         known = np.array([label is not None for label in labels])
-        mine, theirs = _apart(task, group, features, real, effects)
-        names, centroids = class_centroids(theirs[known], labels[known], patients[known])
+        theirs = _apart(effects, group, real[known], task.real[known])
+        names, centroids = class_centroids(theirs, labels[known], patients[known])
         codes = {name: i for i, name in enumerate(names)}
         own = np.array([codes.get(label, -1) for label in joined(task.synthetic.index, group)])
-        squared = squared_distances(mine, centroids)
+        squared = squared_distances(_apart(effects, group, features, task.synthetic.index), centroids)
         passes &= (own < 0) | (squared.argmin(axis=1) == own)  # nothing was asked, nothing is missed
         distance[:] = np.where(own < 0, np.nan, squared[np.arange(len(own)), own])
     return passes, _mean_known(distances)
@@ -218,8 +212,8 @@ def _confidence(
         usable = pd.Series(labels).map(pd.Series(patients).groupby(labels).nunique()).to_numpy()
         rows = np.flatnonzero((labels != UNKNOWN_WORD) & (usable >= MIN_PATIENTS_OF_VALUE))
         rows = rows[evenly(patients[rows], settings.most, settings.seed)]
-        mine, theirs = _apart(task, [name], features, real, effects)
-        probe = fit_field_probe(theirs[rows], labels[rows], patients[rows], settings.regularisation, settings.seed)
+        theirs = _apart(effects, [name], real[rows], task.real.iloc[rows])
+        probe = fit_field_probe(theirs, labels[rows], patients[rows], settings.regularisation, settings.seed)
         result["probes"][name] = _about(probe)
         if probe.accuracy < 1 / len(probe.values) + _HELD:
             result["warnings"].append(
@@ -227,7 +221,8 @@ def _confidence(
                 f"({1 / len(probe.values):.0%} is chance): in this encoder's space {name} cannot be judged."
             )
         stated = asked != UNKNOWN_WORD
-        logs[stated] = probe.log_probability(mine[stated], asked[stated])
+        mine = _apart(effects, [name], features[stated], task.synthetic.index[stated])
+        logs[stated] = probe.log_probability(mine, asked[stated])
     low = np.log(max(settings.confidence, 1e-300))
     return (np.isnan(found) | (found >= low)).all(axis=0), -_mean_known(found)
 
