@@ -199,6 +199,15 @@ def _grid(words: list[str]) -> Printed:
     return {"grid": str(path)}
 
 
+def _select(words: list[str]) -> Printed:
+    from latent_medi.synthesis.select import select, selection_text
+    from latent_medi.synthesis.settings import SelectSettings
+
+    result = select(config.parse(SelectSettings, words, "select", positional="data"))
+    print(selection_text(result))
+    return result
+
+
 def _evaluate(words: list[str]) -> Printed:
     from latent_medi.evaluation.evaluate import evaluate
     from latent_medi.evaluation.settings import EvaluateSettings
@@ -226,6 +235,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "plan": (_plan, "which combinations to generate, and how many"),
     "sample": (_sample, "the patches of a plan, as a dataset folder; or of one combination: --class X --n 16"),
     "grid": (_grid, "a picture of what a model makes: cells, a blend of two values, the way out of the noise"),
+    "select": (_select, "the best synthetic patches of each combination, as a column; random ones beside them"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
     "report": (_report, "one HTML page from metrics.json"),
 }

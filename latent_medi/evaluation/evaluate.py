@@ -22,7 +22,7 @@ from latent_medi.evaluation import adherence, downstream, fidelity
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.rivals import STAIN_METHODS
 from latent_medi.evaluation.settings import EvaluateSettings
-from latent_medi.evaluation.study import Study, open_study
+from latent_medi.evaluation.study import Arm, Study, open_study
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
@@ -72,7 +72,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         "run": run_record(settings.seed),
         "settings": dataclasses.asdict(settings),
         "dataset": dataset_record(study, settings.split),
-        "synthetic": {a.name: _arm_record(a.dataset) for a in study.arms.values()},
+        "synthetic": {a.name: _arm_record(a, settings.selected.get(a.name, "")) for a in study.arms.values()},
         "encoders": {},
         "fidelity": {},
         "adherence": {},
@@ -148,7 +148,7 @@ def _embed(study: Study, encoder: ImageEncoder, settings: EvaluateSettings, out:
     real = np.zeros((len(study.index), encoder.dim), np.float32)
     real[used] = cached_features(study.real, used, encoder, cache, settings.batch, settings.device)
     arms = {
-        a.name: cached_features(a.dataset, np.arange(len(a.index)), encoder, cache, settings.batch, settings.device)
+        a.name: cached_features(a.dataset, a.rows, encoder, cache, settings.batch, settings.device)
         for a in study.arms.values()
     }
     return fidelity.Features(real, arms, pca_basis(real[study.train]))
@@ -237,13 +237,14 @@ def dataset_record(study: Study, split: str) -> dict[str, Any]:
     }
 
 
-def _arm_record(dataset: Any) -> dict[str, Any]:
-    info = dataset.info
+def _arm_record(arm: Arm, selected: str) -> dict[str, Any]:
+    info = arm.dataset.info
     return {
-        "folder": str(dataset.folder),
+        "folder": str(arm.dataset.folder),
         "name": info.get("name", ""),
-        "n_patches": len(dataset.index),
-        "fields": list(dataset.schema.names),
+        "n_patches": len(arm.rows),
+        "fields": list(arm.dataset.schema.names),
+        **({"selected": selected, "n_asked": len(arm.dataset)} if selected else {}),
         "provenance": info.get("provenance", {}),
     }
 

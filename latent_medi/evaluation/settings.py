@@ -13,6 +13,8 @@ class EvaluateSettings:
         real: Folder of the real dataset; its split column names training, probe and test patches.
         synthetic: Folder of each synthetic dataset by the name of its arm: "medi" knows the metadata, "cls" the class
             alone.
+        selected: By name of an arm the column of a selection, such as selected_best: only the patches that it chose
+            take part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
         held_out: Combinations without a training patch, each a mapping of field to value.
         encoders: Names or folders of encoders; the first gives the headline.
@@ -40,6 +42,7 @@ class EvaluateSettings:
 
     real: str = ""
     synthetic: dict[str, str] = field(default_factory=dict)
+    selected: dict[str, str] = field(default_factory=dict)
     out: str = "runs/evaluation"
     held_out: list[dict[str, str]] = field(default_factory=list)
     encoders: list[str] = field(default_factory=lambda: ["demo"])

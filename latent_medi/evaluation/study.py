@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from latent_medi.metadata.schema import NULL, UNKNOWN_WORD, Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.selections import selected_mask
 
 log = get_logger(__name__)
 
@@ -28,16 +30,18 @@ class Arm:
         name: "medi", "cls" or another name.
         dataset: Its patches.
         fields: The class and categorical fields that its model was given; values unknown throughout do not count.
+        rows: Row numbers of the dataset that take part, ascending.
     """
 
     name: str
     dataset: PatchDataset
     fields: tuple[str, ...]
+    rows: np.ndarray
 
-    @property
+    @cached_property
     def index(self) -> pd.DataFrame:
-        """A row per patch."""
-        return self.dataset.index
+        """A row per patch that takes part, numbered from 0."""
+        return self.dataset.index.iloc[self.rows].reset_index(drop=True)
 
 
 @dataclass
@@ -222,6 +226,8 @@ def open_study(settings: EvaluateSettings) -> Study:
             f"({len(set(index['patient'].iloc[probe]))} patients) give the floor and, with the training patches, train "
             "the probes; fidelity and the probes' ceiling use the other half. Downstream accuracy uses all of them."
         )
+    if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
+        raise UserError(f"selected names the arm {unknown[0]!r}; {nearest(unknown[0], settings.synthetic)}.")
     arms = {}
     for name, folder in settings.synthetic.items():
         dataset = PatchDataset.open(folder)
@@ -231,8 +237,11 @@ def open_study(settings: EvaluateSettings) -> Study:
             raise UserError(
                 f"The synthetic dataset {folder} ({name}) holds real patches.", "An arm must be wholly synthetic."
             )
-        arms[name] = Arm(name, dataset, _known_fields(dataset))
-        log.info("Arm %s: %d patches, fields %s", name, len(dataset), ", ".join(arms[name].fields))
+        rows = np.arange(len(dataset))
+        if name in settings.selected:
+            rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
+        arms[name] = Arm(name, dataset, _known_fields(dataset), rows)
+        log.info("Arm %s: %d patches, fields %s", name, len(rows), ", ".join(arms[name].fields))
     return Study(
         real,
         class_field,

@@ -17,7 +17,7 @@ from latent_medi.shards.dataset import PatchDataset
 log = get_logger(__name__)
 
 
-def _dataset_hash(dataset: PatchDataset) -> str:
+def dataset_hash(dataset: PatchDataset) -> str:
     """Hash of the pixels (shard hashes) and of which row is which patch (keys in order)."""
     digest = hashlib.sha256()
     for shard in dataset.info["shards"]:
@@ -49,7 +49,7 @@ def cached_features(
     """
     rows = np.asarray(rows, np.int64)
     n = len(dataset.index)
-    key = hashlib.sha256(f"{_dataset_hash(dataset)} {encoder.fingerprint}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{dataset_hash(dataset)} {encoder.fingerprint}".encode()).hexdigest()[:32]
     path = Path(cache_folder) / f"features-{key}.safetensors"
     features, known = _read(path, n, encoder.dim)
     missing = np.unique(rows[~known[rows]])

@@ -109,7 +109,9 @@ def grids(
         column = f"split_{info['split']}"
         split = {column: settings.get("test_value", "test")} if column in real.index.columns else {}
         sources.append((name_of("real").removesuffix(" only"), real, split))
-    sources += [(name_of(n), d, {}) for n, d in sorted(arms.items(), key=lambda item: item[0] != "medi")]
+    chosen = settings.get("selected", {})
+    for name, dataset in sorted(arms.items(), key=lambda item: item[0] != "medi"):
+        sources.append((name_of(name), dataset, {chosen[name]: "True"} if name in chosen else {}))
     train = info["counts"]["patches"].get(settings.get("train_value", "train"))
     result = []
     for number, tumour in enumerate(info["classes"]):

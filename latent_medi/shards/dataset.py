@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tarfile
@@ -21,6 +20,7 @@ from latent_medi.files import atomic_path, read_json, sha256_file, write_json
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.shards.codec import decode_image
+from latent_medi.shards.selections import SELECTED_PREFIX, column_hash, recorded_selections, selection_columns
 
 INFO_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
@@ -44,8 +44,8 @@ class PatchDataset:
         schema: The fields of its patches.
         index: A row per patch in the order of the shards: key, shard, offset and size in bytes of the image inside the
             shard, origin, patient, slide, x, y, source_mpp, every field (a categorical one as string, a continuous one
-            as float64 with NaN for unknown), further columns of the writer, and ``split_<name>`` for each named split.
-            Treat it as read-only.
+            as float64 with NaN for unknown), further columns of the writer, ``split_<name>`` for each named split, and
+            the columns of each selection. Treat it as read-only.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], index: pd.DataFrame) -> None:
@@ -75,9 +75,12 @@ class PatchDataset:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{folder / INDEX_FILE} cannot be read: {error}.", "Write the dataset again.") from None
         splits = {SPLIT_PREFIX + name for name in info["splits"]}
-        # A split whose writing was cut off between the two files was never recorded: it does not exist.
-        index = index.drop(columns=[c for c in index.columns if c.startswith(SPLIT_PREFIX) and c not in splits])
-        known = {*FIXED_COLUMNS, *splits, *(f["name"] for f in info["schema"]["fields"])}
+        selected = {column for entry in info.get("selections", {}).values() for column in entry["columns"]}
+        # A split or selection whose writing was cut off between the two files was never recorded: it does not exist.
+        cut_off = [c for c in index.columns if c.startswith(SPLIT_PREFIX) and c not in splits]
+        cut_off += [c for c in index.columns if c.startswith(SELECTED_PREFIX) and c not in selected]
+        index = index.drop(columns=cut_off)
+        known = {*FIXED_COLUMNS, *splits, *selected, *(f["name"] for f in info["schema"]["fields"])}
         if gone := sorted(known - set(index.columns)):
             raise UserError(f"{folder / INDEX_FILE} lacks the columns {gone}.", "Write the dataset again.")
         listed = {shard["file"] for shard in info["shards"]}
@@ -107,6 +110,11 @@ class PatchDataset:
     def splits(self) -> list[str]:
         """Names of the recorded splits; the column of each is ``split_<name>``."""
         return list(self.info["splits"])
+
+    @property
+    def selections(self) -> dict[str, dict[str, Any]]:
+        """Recipe and result of each recorded selection; the column of each is ``selected_<name>``."""
+        return dict(self.info.get("selections", {}))
 
     def read(self, rows: Sequence[int] | np.ndarray, workers: int = 0) -> np.ndarray:
         """Patches by row number, in the order asked for.
@@ -197,13 +205,13 @@ class PatchDataset:
             part = chosen[start : start + batch]
             yield part, self.read(part, workers)
 
-    def rows(self, where: Mapping[str, str | Sequence[str]] | None = None) -> np.ndarray:
+    def rows(self, where: Mapping[str, str | bool | Sequence[str]] | None = None) -> np.ndarray:
         """Row numbers of the patches for which every named column has the value (or one of the values), ascending,
         int64.
 
         Args:
             where: Value or values by column: fields, ``split_<name>``, ``origin``, ``patient`` … of a continuous field
-                ``"unknown"``.
+                ``"unknown"``, of ``selected_<name>`` true or false.
 
         Raises:
             UserError: There is no such column, field value or split name; names the closest.
@@ -225,6 +233,11 @@ class PatchDataset:
                 numbers = [float(v) for v, code in zip(values, codes, strict=True) if code != 1]
                 return (content.isin(numbers) | (content.isna() if 1 in codes else False)).to_numpy(bool)
             values = [known.value(code) for code in codes]
+        elif content.dtype == bool:
+            words = {"true": True, "false": False}
+            if bad := [v for v in values if str(v).lower() not in words]:
+                raise UserError(f"Column {column!r} is true or false, not {bad[0]!r}.")
+            values = [words[str(v).lower()] for v in values]
         elif column.startswith(SPLIT_PREFIX) or column == "origin":
             there = sorted({*content.unique(), *(_USUAL_SPLITS if column != "origin" else ("real", "synthetic"))})
             for value in values:
@@ -262,6 +275,45 @@ class PatchDataset:
         index = self.index.assign(**{label: values})
         info = {**self.info, "splits": {**self.info["splits"], name: {"recipe": dict(recipe)}}}
         self.info, self.index = write_folder(self.folder, info, index), index
+
+    def add_selection(
+        self,
+        name: str,
+        columns: Mapping[str, np.ndarray],
+        recipe: Mapping[str, Any],
+        result: Mapping[str, Any],
+        replace: bool = False,
+    ) -> None:
+        """Record a choice of patches as the column ``selected_<name>`` of the index, and what goes with it. No patch is
+        moved or removed.
+
+        Args:
+            name: Letters, digits and underscores; it does not end like the name of another selection's column.
+            columns: Per entry of ``SELECTION_PARTS`` that there is, a value per row in the index's order: bool for the
+                choice and its control, float64 for the score.
+            recipe: JSON-able: all that the choice depends on.
+            result: JSON-able: what came of it.
+            replace: Whether another selection of that name may be overwritten. If that is cut off, neither is there.
+
+        Raises:
+            UserError: A name that cannot be used, columns that do not fit, or the name is taken.
+        """
+        values = selection_columns(name, columns, len(self))
+        entry = {"recipe": dict(recipe), "result": dict(result), "columns": dict.fromkeys(values)}
+        others = {key: kept for key, kept in self.selections.items() if key != name}
+        index = self.index
+        if name in self.selections:
+            if not replace:
+                raise UserError(
+                    f"{self.folder} already has a selection {name!r}.",
+                    "Choose another name, or replace it knowingly with replace=true.",
+                )
+            index = index.drop(columns=list(self.selections[name]["columns"]))
+            # Forgotten before its columns change: an entry never stands beside columns that it did not make.
+            write_json(self.folder / INFO_FILE, {**self.info, "selections": others})
+        index = index.assign(**values)
+        self.info = write_folder(self.folder, {**self.info, "selections": {**others, name: entry}}, index)
+        self.index = index
 
     def counts(self, row_field: str, column_field: str, unit: str = "patches") -> pd.DataFrame:
         """A table of counts by two columns of the index; empty combinations are 0, and unused values of a vocabulary
@@ -319,8 +371,12 @@ class PatchDataset:
         for name, recorded in self.info["splits"].items():
             column = self.index[SPLIT_PREFIX + name]
             problems += _attempt(lambda column=column, name=name: _check_split(self.index, column, name))
-            if recorded["sha256"] != _column_hash(column):
+            if recorded["sha256"] != column_hash(column):
                 problems.append(f"the column of split {name!r} is not the recorded one")
+        for name, recorded in self.selections.items():
+            for label, entry in recorded["columns"].items():
+                if entry["sha256"] != column_hash(self.index[label]):
+                    problems.append(f"the column {label!r} of selection {name!r} is not the recorded one")
         if images:
             for row in range(len(self)):
                 problems += _attempt(lambda row=row: self.read([row]))
@@ -346,10 +402,6 @@ def _misplaced(path: Path, file: str, index: pd.DataFrame, codec: str) -> list[s
     ]
 
 
-def _column_hash(column: pd.Series) -> str:
-    return hashlib.sha256("\n".join(column.tolist()).encode()).hexdigest()
-
-
 def _check_split(index: pd.DataFrame, column: pd.Series, name: str) -> None:
     assert_patient_disjoint(index, SPLIT_PREFIX + name)
     wrong = index[(index["origin"] == "synthetic") & (column != "") & ~column.str.startswith("train")]
@@ -365,7 +417,7 @@ def write_folder(folder: Path, info: dict[str, Any], index: pd.DataFrame) -> dic
     """Check the splits of an index, then write ``index.parquet`` and, last, ``dataset.json``, each atomically.
 
     Returns:
-        ``info`` with the counts and each split's counts and column hash filled in.
+        ``info`` with the counts and each split's and selection's counts and column hashes filled in.
 
     Raises:
         UserError: A split shares a patient, or holds synthetic patches outside its training part.
@@ -378,12 +430,12 @@ def write_folder(folder: Path, info: dict[str, Any], index: pd.DataFrame) -> dic
             str(value): {unit: int(rows[unit_column].nunique()) for unit, unit_column in UNITS.items()}
             for value, rows in sorted(index.groupby(column), key=lambda item: str(item[0]))
         }
-        splits[name] = {"recipe": entry["recipe"], "counts": counts, "sha256": _column_hash(column)}
+        splits[name] = {"recipe": entry["recipe"], "counts": counts, "sha256": column_hash(column)}
     totals = {unit: int(index[column].nunique()) for unit, column in UNITS.items()}
     totals |= {"shards": len(info["shards"])} | {o: int((index["origin"] == o).sum()) for o in ("real", "synthetic")}
-    order = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "provenance")
-    complete = {**info, "counts": totals, "splits": splits}
-    complete = {"schema_version": SCHEMA_VERSION} | {key: complete[key] for key in order}
+    order = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "selections", "provenance")
+    complete = {**info, "counts": totals, "splits": splits, "selections": recorded_selections(info, index)}
+    complete = {"schema_version": SCHEMA_VERSION} | {k: complete[k] for k in order if k != "selections" or complete[k]}
     if bad := [s["file"] for s in info["shards"] if not _SHARD_FILE.fullmatch(s["file"])]:
         raise UserError(f"Shards lie in data/, not at {bad}.")
     with atomic_path(folder / INDEX_FILE) as temporary:

@@ -21,6 +21,7 @@ from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import write_table
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.selections import selected_mask
 from latent_medi.shards.settings import ExportSettings
 from latent_medi.shards.writer import tar_end, tar_member
 
@@ -40,7 +41,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         ``folder``, ``format`` and the number of patches by part.
 
     Raises:
-        UserError: No such split or part, or the target exists and is not empty.
+        UserError: No such split, part or selection, nothing left, or the target exists and is not empty.
     """
     dataset = PatchDataset.open(settings.data)
     if not settings.out:
@@ -49,6 +50,10 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty.", "Export into a new folder.")
     column = _parts(dataset, settings)
+    if settings.selected:
+        column = column.where(selected_mask(dataset, settings.selected), "")
+        if not (column != "").any():
+            raise UserError(f"{settings.selected} chose no patch of the split.", "Leave out selected, or split.")
     names = settings.parts or [p for p in sorted(column.unique(), key=_order) if p]
     if gone := [p for p in names if not (column == p).any()]:
         raise UserError(f"The split has no part {gone[0]!r}; {nearest(gone[0], [p for p in column.unique() if p])}.")
@@ -68,6 +73,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             write_text(folder / "README.md", _card(dataset, counts))
         kept = ("name", "schema", "patch_size", "mpp", "codec", "provenance")
         manifest = {"split": settings.split, "parts": counts} | {key: dataset.info[key] for key in kept}
+        if settings.selected:
+            manifest["selected"] = settings.selected
         write_json(folder / "export.json", manifest)
     return {"folder": str(out), "format": settings.format, "parts": counts}
 

@@ -14,6 +14,7 @@ from latent_medi.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, is_missing
 from latent_medi.shards.codec import ORIGINS
 from latent_medi.shards.dataset import FIXED_COLUMNS, SPLIT_PREFIX
+from latent_medi.shards.selections import SELECTED_PREFIX
 
 
 @dataclass(eq=False)
@@ -126,9 +127,9 @@ def check_column(name: str) -> None:
     Raises:
         UserError: It does.
     """
-    if name in FIXED_COLUMNS or name.startswith(SPLIT_PREFIX):
+    if name in FIXED_COLUMNS or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
         reserved = ", ".join(FIXED_COLUMNS)
         raise UserError(
             f"A field cannot be called {name!r}.",
-            f"The index uses {reserved} and {SPLIT_PREFIX}… itself; rename the column.",
+            f"The index uses {reserved}, {SPLIT_PREFIX}… and {SELECTED_PREFIX}… itself; rename the column.",
         )

@@ -120,6 +120,17 @@ class RemotePatchDataset(PatchDataset):
         """Refused: a dataset behind a URL is for reading."""
         raise UserError(f"{self.url} cannot be written to.", "Make the split in a local copy.")
 
+    def add_selection(
+        self,
+        name: str,
+        columns: Mapping[str, np.ndarray],
+        recipe: Mapping[str, Any],
+        result: Mapping[str, Any],
+        replace: bool = False,
+    ) -> None:
+        """Refused: a dataset behind a URL is for reading."""
+        raise UserError(f"{self.url} cannot be written to.", "Select in a local copy.")
+
     def verify(self, images: bool = False) -> list[str]:
         """Refused: it would download everything."""
         raise UserError(f"{self.url} is behind a URL.", "Verify the folder where it lies.")

@@ -150,6 +150,7 @@ class ExportSettings:
         out: New folder to write.
         split: Named split whose parts are kept apart; empty for all patches together.
         parts: Parts to write; none for every part.
+        selected: Column of a selection, such as selected_best: only the patches that it chose; empty for all.
         format: "webdataset" (tars and the Hub's README) or "folder" (images by class, and a CSV).
         patches_per_shard: Patches per tar.
     """
@@ -158,6 +159,7 @@ class ExportSettings:
     out: str = ""
     split: str = ""
     parts: list[str] = field(default_factory=list)
+    selected: str = ""
     format: Literal["webdataset", "folder"] = "webdataset"
     patches_per_shard: int = 2048
 

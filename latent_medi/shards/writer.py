@@ -23,6 +23,7 @@ from latent_medi.shards.codec import check_codec, check_image, encode_image
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, SPLIT_PREFIX, PatchDataset, write_folder
 from latent_medi.shards.patch import Patch, column_types, describe
 from latent_medi.shards.records import PROGRESS_FOLDER, ShardRecord, finished_shards, shard_file, write_record
+from latent_medi.shards.selections import SELECTED_PREFIX
 
 __all__ = ["Patch", "ShardRecord", "finish_dataset", "finished_shards", "shard_file", "write_dataset", "write_shard"]
 
@@ -276,7 +277,11 @@ def reopen_dataset(folder: str | Path) -> None:
         dataset = None
     if dataset is not None:
         names = set(dataset.schema.names)
-        splits = [c for c in dataset.index.columns if c.startswith(SPLIT_PREFIX)]
+        splits = [c for c in dataset.index.columns if c.startswith((SPLIT_PREFIX, SELECTED_PREFIX))]
+        if dataset.selections:
+            logger.warning(
+                "The selections %s belong to the patches as they were: make them again", [*dataset.selections]
+            )
         extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", *names, *splits}]
         splits_of = {
             name: {"parts": dataset.index.groupby("patient")[SPLIT_PREFIX + name].first().to_dict(), **entry}

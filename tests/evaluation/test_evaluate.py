@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,25 @@ def test_rivals_can_be_judged_without_samples(world: World) -> None:
     assert result["headline"]["fd_unseen"]["ratio"] is None
 
 
+def test_only_what_a_selection_chose_takes_part(world: World, tmp_path: Path) -> None:
+    """A column of an arm gives what a dataset of those patches alone gives."""
+    patches = list(synthetic_patches(24, {"south": "east"}, False)) + list(synthetic_patches(24, None, False, seed=2))
+    patches = [replace(p, key=f"{i}-{p.key}") for i, p in enumerate(patches)]
+    right = np.arange(len(patches)) >= len(patches) // 2
+    both = write_dataset(tmp_path / "both", patches, "medi", SCHEMA, SIZE, 0.5)
+    both.add_selection("best", {"": right}, {}, {})
+    write_dataset(tmp_path / "right", patches[len(patches) // 2 :], "medi", SCHEMA, SIZE, 0.5)
+    runs = []
+    for folder, column in (("both", {"medi": "selected_best"}), ("right", {}), ("both", {})):
+        settings = world.settings("selected", repeats=1, synthetic={"medi": str(tmp_path / folder)}, selected=column)
+        runs.append(evaluate(settings, [filters()]))
+    for part in ("fidelity", "adherence", "downstream"):
+        assert runs[0][part] == runs[1][part]
+    assert runs[0]["synthetic"]["medi"]["n_patches"] == int(right.sum())
+    assert runs[0]["synthetic"]["medi"]["n_asked"] == len(patches)
+    assert runs[0]["headline"]["recovery_unseen"]["site"] > runs[2]["headline"]["recovery_unseen"]["site"] + 0.2
+
+
 def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
     def refuse(match: str, **changes: object) -> None:
         with pytest.raises(UserError, match=match):
@@ -141,6 +161,8 @@ def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
     refuse("site", site_field="sight")
     refuse("no 'training' patches", train_value="training")
     refuse("holds real patches", synthetic={"medi": str(world.real)})
+    refuse("no selection 'selected_best'", selected={"medi": "selected_best"})
+    refuse("the arm 'media'; closest: 'medi'", selected={"media": "selected_best"})
 
     mixed = list(real_patches(Size(2, 2, 2, 1))) + list(synthetic_patches(1, None, False))
     split = {p.patient: p.patient.split("-")[0] if p.origin == "real" else "" for p in mixed}

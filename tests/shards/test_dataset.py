@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Schema
+from latent_medi.shards import dataset as dataset_module
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset
 
@@ -201,3 +202,57 @@ def test_eight_thousand_patches_take_seconds(tmp_path: Path, make_patches: Make,
 
 def schema_for(patches: list[Patch]) -> Schema:
     return Schema.from_table(pd.DataFrame([dict(p.fields) for p in patches]), "class", ["site"], ["age"])
+
+
+def test_a_selection_is_columns_and_a_record(dataset: PatchDataset) -> None:
+    before = (dataset.folder / "dataset.json").read_bytes()
+    chosen = np.arange(24) < 5
+    columns = {"": chosen, "_control": chosen[::-1], "_score": np.where(chosen, np.nan, np.arange(24))}
+    dataset.add_selection("best", columns, {"per_cell": 5}, {"n": 5})
+    reopened = PatchDataset.open(dataset.folder)
+    assert reopened.verify() == []
+    assert reopened.rows({"selected_best": True}).tolist() == [0, 1, 2, 3, 4]
+    assert reopened.rows({"selected_best": "true", "selected_best_control": False}).tolist() == [0, 1, 2, 3, 4]
+    assert reopened.index["selected_best_score"].iloc[5:].tolist() == list(range(5, 24))
+    assert reopened.selections["best"]["recipe"] == {"per_cell": 5}
+    assert reopened.selections["best"]["columns"]["selected_best"]["patches"] == 5
+    with pytest.raises(UserError, match="true or false, not 'yes'"):
+        reopened.rows({"selected_best": "yes"})
+    with pytest.raises(UserError, match="already has a selection 'best'"):
+        reopened.add_selection("best", columns, {}, {})
+    for name, bad in (
+        ("best_control", columns),
+        ("a b", columns),
+        ("x", {"": chosen[:3]}),
+        ("x", {"_control": chosen}),
+    ):
+        with pytest.raises(UserError, match=r"best_control|a b|3 rows|columns"):
+            reopened.add_selection(name, bad, {}, {})
+    reopened.add_split("main", ["train"] * 24, {})  # and what else is recorded keeps it
+    assert PatchDataset.open(dataset.folder).selections["best"]["result"] == {"n": 5}
+    reopened.add_selection("best", {"": ~chosen}, {"per_cell": 19}, {}, replace=True)
+    reopened = PatchDataset.open(dataset.folder)
+    assert [c for c in reopened.index.columns if c.startswith("selected_")] == ["selected_best"]
+    assert reopened.verify() == []
+    (dataset.folder / "dataset.json").write_bytes(before)  # as if cut off between the two files
+    assert "selected_best" not in PatchDataset.open(dataset.folder).index.columns
+
+
+def test_a_replacement_that_is_cut_off_leaves_no_false_record(
+    dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = np.arange(24) < 5
+    dataset.add_selection("best", {"": chosen}, {"n": 1}, {})
+    with monkeypatch.context() as patch:
+
+        def cut_off(folder: Path, info: dict, index: pd.DataFrame) -> dict:
+            index.to_parquet(folder / "index.parquet", index=False)
+            raise KeyboardInterrupt
+
+        patch.setattr(dataset_module, "write_folder", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            dataset.add_selection("best", {"": ~chosen}, {"n": 2}, {}, replace=True)
+    reopened = PatchDataset.open(dataset.folder)
+    assert reopened.selections == {}
+    assert "selected_best" not in reopened.index.columns
+    assert reopened.verify() == []

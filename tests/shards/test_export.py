@@ -71,6 +71,22 @@ def test_folders_of_images_with_a_csv(dataset: PatchDataset, tmp_path: Path) -> 
         assert np.array_equal(np.asarray(Image.open(out / "test" / name)), dataset.read([row])[0])
 
 
+def test_only_what_a_selection_chose(tmp_path: Path, make_patches: Callable[..., list[Patch]], schema: Schema) -> None:
+    made = write_dataset(tmp_path / "set", make_patches(), "d", schema, 16, 0.5, patches_per_shard=7)
+    made.add_selection("best", {"": np.arange(24) % 3 == 0}, {}, {})
+    out = tmp_path / "out"
+    result = export(ExportSettings(str(made.folder), str(out), selected="selected_best"))
+    assert result["parts"] == {"all": 8}
+    found = webdataset.WebDataset([str(p) for p in (out / "data" / "all").glob("*.tar")], shardshuffle=False)
+    assert [s["__key__"] for s in found] == made.index["key"].iloc[::3].tolist()
+    assert json.loads((out / "export.json").read_text())["selected"] == "selected_best"
+    with pytest.raises(UserError, match="no selection 'selected_bets'; closest: 'selected_best'"):
+        export(ExportSettings(str(made.folder), str(tmp_path / "a"), selected="selected_bets"))
+    made.add_selection("none", {"": np.zeros(24, bool)}, {}, {})
+    with pytest.raises(UserError, match="chose no patch"):
+        export(ExportSettings(str(made.folder), str(tmp_path / "a"), selected="selected_none"))
+
+
 def test_what_cannot_be_exported_is_said(dataset: PatchDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="closest: 'main'"):
         export(ExportSettings(str(dataset.folder), str(tmp_path / "a"), "mian"))

@@ -1,0 +1,177 @@
+"""What a selection brings over a random one of the same size: recovery and diversity in combinations that no training
+patch has.
+
+    python benchmarks/selection.py runs/demo --weights squeezenet1_0_imagenet.safetensors
+
+Takes the folder of a finished experiment (``latent-medi demo``, ``latent-medi run``), leaves it as it is, and selects
+half of each combination of its synthetic patches with one encoder (``--encoder``). Another encoder (``--judge``), with
+probes that learned from real patients of neither the training nor the test part, tells in how many patches of the
+unseen combinations the class and the site that were asked for are found. The peer is random selection of as many
+patches per combination: its mean and spread over many draws. Diversity is recall (Kynkäänniemi et al. 2019): the share
+of real test patches of the combination within the neighbourhood of a selected one, at the same n.
+
+``default`` is what `latent-medi select` does unasked; the other ways are named by what they rank by, and drop nothing
+else. ``histodiffusion`` keeps what lies nearest to the centroid of its own class, as published.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from output import options, tell
+
+from latent_medi.evaluation.fidelity import neighbourhoods
+from latent_medi.evaluation.probes import fit_probe
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.evaluation.study import Study, among, any_match, matches, open_study
+from latent_medi.features.cache import cached_features
+from latent_medi.features.encoders import ImageEncoder, load_encoder
+from latent_medi.features.statistics import kid
+from latent_medi.files import read_json
+from latent_medi.progress import set_up_logging
+from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.synthesis.select import select
+from latent_medi.synthesis.settings import SelectSettings
+
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "confidence": {"criteria": []},
+    "confidence_unadjusted": {"criteria": [], "adjust": False},
+    "centroid": {"criteria": [], "rank": "centroid"},
+    "histodiffusion": {"criteria": ["centroid"], "rank": "centroid", "centroids": "class", "adjust": False},
+    "distance": {"criteria": [], "rank": "distance"},
+}
+NEIGHBOURS = 5
+
+
+def columns_only(folder: Path, target: Path) -> Path:
+    """A dataset folder with the same shards and its own index, so that the experiment stays as it is."""
+    target.mkdir()
+    for name in (INFO_FILE, INDEX_FILE):
+        shutil.copy(folder / name, target / name)
+    (target / "data").symlink_to((folder / "data").resolve(), target_is_directory=True)
+    return target
+
+
+class Judge:
+    """Recovery and recall of patches of unseen combinations.
+
+    Args:
+        study: The cohort.
+        arm: The synthetic dataset.
+        encoder: The encoder that judges.
+        cache: Folder of the feature cache.
+    """
+
+    def __init__(self, study: Study, arm: PatchDataset, encoder: ImageEncoder, cache: Path) -> None:
+        self.study, self.arm = study, arm
+        self.rows = np.flatnonzero(any_match(arm.index, study.held_out))
+        self.features = cached_features(arm, self.rows, encoder, cache)
+        reference = among(study.reference, any_match(study.index, study.held_out))
+        self.reference, self.real = reference, cached_features(study.real, reference, encoder, cache)
+        learn = cached_features(study.real, study.probe_train, encoder, cache)
+        self.hits: dict[str, np.ndarray] = {}
+        self.ceiling: dict[str, float] = {}
+        for name in (study.class_field, study.site_field):
+            truth = study.index[name].to_numpy(str)
+            probe = fit_probe(learn, truth[study.probe_train])
+            self.hits[name] = probe.predict(self.features) == arm.index[name].to_numpy(str)[self.rows]
+            self.ceiling[name] = float((probe.predict(self.real) == truth[reference]).mean())
+        both = np.logical_and.reduce(list(self.hits.values()))
+        self.hits["both"] = both
+
+    def recovery(self, chosen: np.ndarray) -> dict[str, float]:
+        """Share of the chosen rows, a mask over the unseen ones, in which a probe finds what was asked for."""
+        return {name: float(hits[chosen].mean()) for name, hits in self.hits.items()}
+
+    def recall(self, chosen: np.ndarray) -> float:
+        """Mean over the unseen combinations, at one n for all of them."""
+        values = []
+        for combination in self.study.held_out:
+            real = matches(self.study.index, combination)[self.reference]
+            mine = chosen & matches(self.arm.index, combination)[self.rows]
+            found = neighbourhoods(self.real[real], self.features[mine], NEIGHBOURS)["recall"]
+            if found is not None:
+                values.append(found)
+        return float(np.mean(values)) if values else float("nan")
+
+    def kid(self, chosen: np.ndarray) -> float:
+        """Kernel distance to the real test patches of the unseen combinations."""
+        return kid(self.real, self.features[chosen], subsets=0)[0]
+
+
+def main() -> None:
+    parser = options(__doc__, "20 random selections instead of 500, two ways to select")
+    parser.add_argument("run", type=Path, help="folder of a finished experiment")
+    parser.add_argument("--arm", default="medi", help="which synthetic dataset of it")
+    parser.add_argument("--encoder", default="demo", help="encoder that selects")
+    parser.add_argument("--judge", default="squeezenet@128", help="encoder that judges; nothing was tuned on it")
+    parser.add_argument("--weights", default="", help="weight file of the judging encoder")
+    parser.add_argument("--share", type=float, default=0.5, help="share of each combination to select")
+    parser.add_argument("--cache", type=Path, help="folder of features; a temporary one unless named")
+    arguments = parser.parse_args()
+    set_up_logging()
+    held_out = read_json(arguments.run / "metrics.json")["settings"]["held_out"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = columns_only(arguments.run / "synthetic" / arguments.arm, Path(name) / "synthetic")
+        cache = arguments.cache or Path(name) / "features"
+        real = str(arguments.run / "data")
+        study = open_study(EvaluateSettings(real=real, synthetic={arguments.arm: str(folder)}, held_out=held_out))
+        arm = study.arms[arguments.arm].dataset
+        judge = Judge(study, arm, load_encoder(arguments.judge, arguments.weights or None), cache)
+        chooser = load_encoder(arguments.encoder)
+        result: dict[str, float] = {"unseen_patches": len(judge.rows), "unseen_combinations": len(held_out)}
+        result |= {f"{name}_ceiling": value for name, value in judge.ceiling.items()}
+        rng = np.random.default_rng(0)
+        ways = {k: WAYS[k] for k in ("confidence", "histodiffusion")} if arguments.quick else WAYS
+        for way, changes in ways.items():
+            changes = dict(changes)
+            if changes.get("centroids") == "class":
+                changes["centroids"] = [[study.class_field]]
+            settings = SelectSettings(
+                data=str(folder), real=real, name=way, share=arguments.share, cache=str(cache), **changes
+            )
+            chosen_cells = select(settings, chooser)
+            made = PatchDataset.open(folder)
+            chosen = made.index[f"selected_{way}"].to_numpy(bool)[judge.rows]
+            cells = made.index[chosen_cells["recipe"]["cells"]].astype(str).agg("|".join, axis=1).to_numpy(str)
+            cells = cells[judge.rows]
+            # The control of the selection itself, and many like it: luck is part of the comparison.
+            draws = [made.index[f"selected_{way}_control"].to_numpy(bool)[judge.rows]]
+            while len(draws) < (20 if arguments.quick else 500):
+                draws.append(like(chosen, cells, rng))
+            recovery = judge.recovery(chosen)
+            random = {key: np.array([judge.recovery(draw)[key] for draw in draws]) for key in recovery}
+            result[f"{way}_selected"] = int(chosen.sum())
+            result[f"{way}_accepted_share"] = chosen_cells["total"]["acceptance"]
+            for key, value in recovery.items():
+                result[f"{way}_{key}_recovery"] = value
+                result[f"{way}_{key}_recovery_random"] = float(random[key].mean())
+                result[f"{way}_{key}_recovery_random_highest_2.5_percent"] = float(np.quantile(random[key], 0.975))
+                result[f"{way}_{key}_recovery_over_random"] = value / float(random[key].mean())
+            result[f"{way}_recall"] = judge.recall(chosen)
+            result[f"{way}_recall_random"] = float(np.mean([judge.recall(draw) for draw in draws[:20]]))
+            result[f"{way}_recall_over_random"] = result[f"{way}_recall"] / result[f"{way}_recall_random"]
+            result[f"{way}_kid"] = judge.kid(chosen)
+            result[f"{way}_kid_random"] = float(np.mean([judge.kid(draw) for draw in draws[:20]]))
+            for kind in ("pairwise", "nearest"):
+                own, other = (chosen_cells["diversity"][who][kind] for who in ("chosen", "control"))
+                result[f"{way}_{kind}_distance_over_random"] = own / other
+    tell(result, arguments.json)
+
+
+def like(chosen: np.ndarray, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many rows of each cell as were chosen, at random."""
+    draw = np.zeros(len(chosen), bool)
+    for cell in np.unique(cells):
+        rows = np.flatnonzero(cells == cell)
+        draw[rng.permutation(rows)[: int(chosen[rows].sum())]] = True
+    return draw
+
+
+if __name__ == "__main__":
+    main()
