@@ -188,6 +188,18 @@ def _sample(words: list[str]) -> Printed:
     return {"folder": str(dataset.folder), "patches": len(dataset)}
 
 
+def _translate(words: list[str]) -> Printed:
+    from latent_medi.synthesis.beside import measures_text
+    from latent_medi.synthesis.settings import TranslateSettings
+    from latent_medi.synthesis.translate import translate
+
+    done = translate(config.parse(TranslateSettings, words, "translate"))
+    if done.measures:
+        print(measures_text(done.measures))
+    counts = {"patches": len(done.dataset), "left_out": done.unchanged}
+    return {"folder": str(done.dataset.folder), **counts, "measures": done.measures}
+
+
 def _evaluate(words: list[str]) -> Printed:
     from latent_medi.evaluation.evaluate import evaluate
     from latent_medi.evaluation.settings import EvaluateSettings
@@ -214,6 +226,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "average": (_average, "a finished run's model with another length of the weights' average"),
     "plan": (_plan, "which combinations to generate, and how many"),
     "sample": (_sample, "the patches of a plan, as a dataset folder"),
+    "translate": (_translate, "real patches as another hospital would have made them, as a dataset folder"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
     "report": (_report, "one HTML page from metrics.json"),
 }

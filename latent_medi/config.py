@@ -83,6 +83,16 @@ def _dataclass_in(annotation: Any) -> type | None:
     return None
 
 
+def _is_mapping(settings_class: type, dotted: str) -> bool:
+    """Whether the setting of that key is a mapping with free keys."""
+    head, _, rest = dotted.partition(".")
+    annotation = typing.get_type_hints(settings_class).get(head)
+    inner = _dataclass_in(annotation)
+    if rest:
+        return inner is not None and _is_mapping(inner, rest)
+    return typing.get_origin(annotation) is dict
+
+
 def known_keys(settings_class: type, prefix: str = "") -> list[str]:
     """All dotted keys of a settings dataclass, nested ones included."""
     hints = typing.get_type_hints(settings_class)
@@ -128,7 +138,7 @@ def parse(
     Args:
         settings_class: The verb's settings dataclass.
         arguments: ``--config NAME`` any number of times; ``key=value``, ``--key=value`` or ``--key value`` with
-            dotted keys; ``--help``.
+            dotted keys, and ``--key name=value`` for an entry of a mapping; ``--help``.
         verb: Name shown in help.
         description: What the verb does, shown in help.
         positional: A setting that a bare first word gives.
@@ -176,6 +186,9 @@ def parse(
             continue
         key = key.replace("-", "_")
         check_keys(settings_class, _nested(key, None), f"latent-medi {verb}".strip())
+        inner, equals, rest = text.partition("=")
+        if equals and inner and _is_mapping(settings_class, key):  # --to site=radboud is to.site=radboud
+            key, text = f"{key}.{inner.strip()}", rest
         try:
             value = yaml.safe_load(text) if text != "" else ""
         except yaml.YAMLError:
