@@ -22,9 +22,9 @@ STAIN_METHODS: tuple[Method, ...] = ("reinhard", "macenko")
 TITLES = {
     "original": "original",
     "round_trip": "autoencoder\nround trip",
-    "no_op": "no-op: back and forth\nas what it is",
-    "reinhard": "Reinhard\nmapping",
-    "macenko": "Macenko\nmapping",
+    "no_op": "no-op: translated\nto what it is",
+    "reinhard": "Reinhard",
+    "macenko": "Macenko",
     "translated": "translated",
 }
 _PATCHES_PER_FIT = 240
@@ -155,7 +155,7 @@ def measures_text(measures: Mapping[str, Any]) -> str:
         return " ".join(f"{v:5.1f}" for v in values)
 
     lines = [
-        f"{measures['patches']} patches of {measures['patients']} patients, averaged over patients; against the original:",
+        f"{measures['patches']} patches of {measures['patients']} patients, averaged over patients:",
         f"{'':12}{'SSIM of haematoxylin':>22}{'correlation':>14}    mean red, green, blue",
         f"{'original':12}{'':36}    {rgb(measures['original']['rgb'])}",
     ]
@@ -187,7 +187,7 @@ def write_sheet(
     for j, (name, images) in enumerate(columns.items()):
         title = TITLES.get(name, name)
         if name in (*STAIN_METHODS, "translated"):
-            title = f"{title}\nto {target}" if "\n" not in title else f"{title} to\n{target}".replace("\n", " ", 1)
+            title = f"{title}\nto {target}"
         for i in range(len(rows)):
             ax = axes[i][j]
             ax.imshow(images[i][::step, ::step], interpolation="nearest")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,9 @@ def translate(
 
     Returns:
         The dataset, with origin "synthetic", the fields of model and source dataset together, patient
-        ``synthetic:<model hash>:<source patient>``, and the columns ``translated_from`` (the source's key), ``from_patient`` and
-        ``from_<field>`` for each field of ``to``. The measures and the figure, if asked for, are the main process's.
+        ``synthetic:<model hash>:<source patient>``, and the columns ``translated_from`` (the source's key),
+        ``from_patient`` and ``from_<field>`` for each field of ``to``. Measures and figure, if asked for, are the main
+        process's.
 
     Raises:
         UserError: Something needed is not given; a field or value that the model does not know; patches of another
@@ -364,11 +365,37 @@ def describe(asked: Request, pipeline: MediPipeline, settings: TranslateSettings
     }
 
 
+def versions(
+    asked: Request, chosen: np.ndarray, translated: np.ndarray, pipeline: MediPipeline, settings: TranslateSettings
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Some of the patches asked for, and what every way makes of them.
+
+    Args:
+        asked: The request.
+        chosen: Positions among its rows, [n].
+        translated: Their translations, uint8 [n, H, W, 3].
+        pipeline: The model.
+        settings: How to translate.
+
+    Returns:
+        The originals, uint8 [n, H, W, 3], and by name as many of "round_trip" (through the autoencoder), "no_op"
+        (translated to what they are), "reinhard" and "macenko" (where a stain mapping means something), "translated".
+    """
+    rows, source = asked.rows[chosen], pipeline.conditions([asked.source[i] for i in chosen])
+    images = asked.data.read(rows)
+    return images, {
+        "round_trip": round_trip(images, pipeline, settings.device_batch),
+        "no_op": translate_images(images, source, source, pipeline, replace(settings, guidance=GuidanceSettings())),
+        **stain_mapped(asked, rows, images, settings),
+        "translated": translated,
+    }
+
+
 def show(done: PatchDataset, asked: Request, pipeline: MediPipeline, settings: TranslateSettings) -> dict[str, Any]:
     """Measure some of the translations beside the other ways, and draw fewer of them.
 
     Returns:
-        See :func:`~latent_medi.synthesis.beside.compare`; nothing if neither measures nor a figure are asked for.
+        See :func:`~latent_medi.synthesis.beside.compare`; nothing if no measures are asked for.
     """
     drawn = settings.figure_rows if settings.figure else 0
     count = min(max(settings.measured, drawn), len(asked.rows))
@@ -376,34 +403,28 @@ def show(done: PatchDataset, asked: Request, pipeline: MediPipeline, settings: T
         return {}
     patients = asked.data.index["patient"].to_numpy(str)[asked.rows]
     chosen = spread(patients, count, settings.seed)
-    rows, source = asked.rows[chosen], pipeline.conditions([asked.source[i] for i in chosen])
-    images = asked.data.read(rows)
-    ways = {
-        "round_trip": round_trip(images, pipeline, settings.device_batch),
-        "no_op": translate_images(images, source, source, pipeline, settings),
-        **stain_mapped(asked, rows, images, settings),
-        "translated": done.read(chosen),
-    }
-    result = compare(images, ways, patients[chosen]) if settings.measured else {}
+    images, ways = versions(asked, chosen, done.read(chosen), pipeline, settings)
     if settings.figure:
         shown = spread(patients[chosen], min(drawn, count), settings.seed)
-        old = [" × ".join(str(asked.source[chosen[i]].get(n, UNKNOWN_WORD)) for n in settings.to) for i in shown]
-        keys = [str(asked.data.index["key"].iloc[rows[i]]) for i in shown]
+        labels = []
+        for i in chosen[shown]:
+            was = " × ".join(str(asked.source[i].get(n, UNKNOWN_WORD)) for n in settings.to)
+            labels.append(f"{asked.data.index['key'].iloc[asked.rows[i]]}\n{was}")
         write_sheet(
             settings.figure,
             {"original": images[shown], **{name: ways[name][shown] for name in ways}},
-            [f"{key}\n{value}" for key, value in zip(keys, old, strict=True)],
+            labels,
             " × ".join(str(v) for v in settings.to.values()),
             f"strength {settings.strength:g}, {settings.steps} steps",
         )
-    return result
+    return compare(images, ways, patients[chosen]) if settings.measured else {}
 
 
 def stain_mapped(
     asked: Request, rows: np.ndarray, images: np.ndarray, settings: TranslateSettings
 ) -> dict[str, np.ndarray]:
-    """The same patches by Reinhard's and Macenko's mapping, where that means something: categorical fields other than
-    the class, with real patches on both sides.
+    """The same patches by Reinhard's and Macenko's mapping, where that means something: all fields of ``to`` are
+    categorical (not the class), with real patches on both sides.
     """
     schema = asked.data.schema
     names = [n for n in settings.to if n in schema.names and schema.field(n).kind == "categorical"]
