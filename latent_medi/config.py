@@ -74,10 +74,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
 def _dataclass_in(annotation: Any) -> type | None:
     """The dataclass that an annotation names, alone or as ``X | None``."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    for candidate in typing.get_args(annotation) if union else (annotation,):
+    for candidate in _alternatives(annotation):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return candidate
     return None
@@ -87,10 +91,10 @@ def _is_mapping(settings_class: type, dotted: str) -> bool:
     """Whether the setting of that key is a mapping with free keys."""
     head, _, rest = dotted.partition(".")
     annotation = typing.get_type_hints(settings_class).get(head)
-    inner = _dataclass_in(annotation)
     if rest:
+        inner = _dataclass_in(annotation)
         return inner is not None and _is_mapping(inner, rest)
-    return typing.get_origin(annotation) is dict
+    return dict in map(typing.get_origin, _alternatives(annotation))
 
 
 def known_keys(settings_class: type, prefix: str = "") -> list[str]:
@@ -187,7 +191,8 @@ def parse(
         key = key.replace("-", "_")
         check_keys(settings_class, _nested(key, None), f"latent-medi {verb}".strip())
         inner, equals, rest = text.partition("=")
-        if equals and inner and _is_mapping(settings_class, key):  # --to site=radboud is to.site=radboud
+        # --to site=radboud is to.site=radboud
+        if equals and inner and not inner.lstrip().startswith("{") and _is_mapping(settings_class, key):
             key, text = f"{key}.{inner.strip()}", rest
         try:
             value = yaml.safe_load(text) if text != "" else ""

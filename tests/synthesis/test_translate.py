@@ -238,7 +238,7 @@ def test_models_and_patches_that_do_not_fit_are_refused(
         translate(replace(settings, model=str(class_model)))
     pipeline = MediPipeline.from_pretrained(model)
     pipeline.provenance["mpp"] = 1.0
-    with pytest.raises(UserError, match="trained at 1.0"):
+    with pytest.raises(UserError, match=r"trained at 1\.0"):
         translate(settings, pipeline)
     pipeline.conditioning = None
     with pytest.raises(UserError, match="unconditional"):
@@ -253,7 +253,7 @@ def test_models_and_patches_that_do_not_fit_are_refused(
 
     with pytest.raises(UserError, match="patches of 16 px"):
         translate(replace(settings, data=dataset("small", 16, "aster"), split=""))
-    with pytest.raises(UserError, match="'asterr'.*closest: 'aster'"):
+    with pytest.raises(UserError, match=r"'asterr'.*closest: 'aster'"):
         translate(replace(settings, data=dataset("foreign", 32, "asterr"), split="", where={}))
 
 
@@ -355,6 +355,8 @@ def test_a_mapping_is_given_in_either_way(words: list[str]) -> None:
     assert config.parse(TranslateSettings, ["--to", "site=NA", "--to", "age=60"]).to == {"site": "NA", "age": 60}
     nested = config.parse(TranslateSettings, ["--guidance.scales", "site=2", "guidance.form=chain"])
     assert nested.guidance.scales == {"site": 2.0}
+    whole = config.parse(TranslateSettings, ["--to", '{"site": "a=b"}'])
+    assert whole.to == {"site": "a=b"}
     with pytest.raises(UserError, match="closest: 'to'"):
         config.parse(TranslateSettings, ["--too", "site=birch"])
 
