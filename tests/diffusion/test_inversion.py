@@ -112,18 +112,17 @@ def test_translation_of_a_gaussian_is_known_in_closed_form(objective, strength):
 
 @every_objective
 def test_refinements_bring_a_network_s_round_trip_closer(objective, schema: Schema):
-    denoiser, sampler = make_denoiser(schema), ddim(objective, 20)
+    denoiser, sampler = make_denoiser(schema), ddim(objective, 10)
     conditions = Conditions.from_schema(
         schema, [{"grade": "gleason3", "site": "karolinska", "gender": "male", "age": "60"}] * 2
     )
     latents = drawn(2)
     errors = []
-    for refinements in (0, 1, 2, 6):
+    for refinements in (0, 1, 3, 12):
         again = translate_latents(denoiser, conditions, conditions, latents, sampler, 1.0, refinements)
         errors.append((again - latents).square().mean().sqrt().item())
     assert errors[0] > errors[1] > errors[2] > errors[3]
-    assert errors[2] < 0.1 * errors[0]
-    assert errors[3] < 1e-4
+    assert errors[3] < 1e-3 * errors[0], errors
 
 
 def test_the_least_strength_is_one_step_and_changes_little():
