@@ -172,9 +172,9 @@ def choose(settings: TranslateSettings, pipeline: MediPipeline) -> Request:
             f"{data.folder} has {mpp} µm per pixel, and the model was trained at {trained}.",
             "Cut the patches at the model's resolution: it has seen tissue at no other scale.",
         )
-    rows = data.rows({**_part(settings, settings.split_value), **settings.where})
+    chosen: dict[str, Any] = {**_part(settings, settings.split_value), **settings.where}
+    rows = data.rows(chosen)
     if not len(rows):
-        chosen = {**_part(settings, settings.split_value), **settings.where}
         raise UserError(f"{data.folder} has no patch with {', '.join(f'{k}={v}' for k, v in chosen.items())}.")
     made = int((data.index["origin"].iloc[rows] == "synthetic").sum())
     if made and not settings.synthetic:
