@@ -208,6 +208,18 @@ def _select(words: list[str]) -> Printed:
     return result
 
 
+def _translate(words: list[str]) -> Printed:
+    from latent_medi.synthesis.beside import measures_text
+    from latent_medi.synthesis.settings import TranslateSettings
+    from latent_medi.synthesis.translate import translate
+
+    done = translate(config.parse(TranslateSettings, words, "translate"))
+    if done.measures:
+        print(measures_text(done.measures))
+    counts = {"patches": len(done.dataset), "left_out": done.unchanged}
+    return {"folder": str(done.dataset.folder), **counts, "measures": done.measures}
+
+
 def _evaluate(words: list[str]) -> Printed:
     from latent_medi.evaluation.evaluate import evaluate
     from latent_medi.evaluation.settings import EvaluateSettings
@@ -236,6 +248,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "sample": (_sample, "the patches of a plan, as a dataset folder; or of one combination: --class X --n 16"),
     "grid": (_grid, "a picture of what a model makes: cells, a blend of two values, the way out of the noise"),
     "select": (_select, "the best synthetic patches of each combination, as a column; random ones beside them"),
+    "translate": (_translate, "real patches as another hospital would have made them, as a dataset folder"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
     "report": (_report, "one HTML page from metrics.json"),
 }

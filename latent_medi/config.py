@@ -75,13 +75,27 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
 def _dataclass_in(annotation: Any) -> type | None:
     """The dataclass that an annotation names, alone or as ``X | None``."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    for candidate in typing.get_args(annotation) if union else (annotation,):
+    for candidate in _alternatives(annotation):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return candidate
     return None
+
+
+def _is_mapping(settings_class: type, dotted: str) -> bool:
+    """Whether the setting of that key is a mapping with free keys."""
+    head, _, rest = dotted.partition(".")
+    annotation = typing.get_type_hints(settings_class).get(head)
+    if rest:
+        inner = _dataclass_in(annotation)
+        return inner is not None and _is_mapping(inner, rest)
+    return dict in map(typing.get_origin, _alternatives(annotation))
 
 
 def known_keys(settings_class: type, prefix: str = "") -> list[str]:
@@ -149,7 +163,7 @@ def parse(
     Args:
         settings_class: The verb's settings dataclass.
         arguments: ``--config NAME`` any number of times; ``key=value``, ``--key=value`` or ``--key value`` with
-            dotted keys; ``--help``.
+            dotted keys, and ``--key name=value`` for an entry of a mapping; ``--help``.
         verb: Name shown in help.
         description: What the verb does, shown in help.
         positional: A setting that a bare first word gives.
@@ -197,6 +211,10 @@ def parse(
             continue
         key = key.replace("-", "_")
         check_keys(settings_class, _nested(key, None), f"latent-medi {verb}".strip())
+        inner, equals, rest = text.partition("=")
+        # --to site=radboud is to.site=radboud
+        if equals and inner and not inner.lstrip().startswith("{") and _is_mapping(settings_class, key):
+            key, text = f"{key}.{inner.strip()}", rest
         try:
             value = yaml.safe_load(text) if text != "" else ""
         except yaml.YAMLError:

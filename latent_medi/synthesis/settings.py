@@ -271,3 +271,63 @@ class SelectSettings:
     workers: int = 2
     cache: str = ""
     replace: bool = False
+
+
+@dataclass
+class TranslateSettings:
+    """Real patches as another hospital (or another value of any field) would have made them.
+
+    Args:
+        data: Dataset folder with the patches to translate.
+        model: Model folder.
+        out: Dataset folder to write.
+        to: New value by field, as in ``--to site=radboud``; the other fields stay what they are.
+        where: Value, or list of values, by field or column of the index: which patches. Empty means all.
+        split: Named split to choose patches by; empty means every row. A training set for a study may only hold
+            translations of its training patients.
+        split_value: The part of the split to translate.
+        stain_value: The part of the split whose patches say what each site's stain is, for the mappings shown beside.
+        limit: Patches to translate at most, patients in equal parts; 0 means all.
+        seed: Seed of the choice when there is a limit, and of the choices for measures and figure.
+        synthetic: Whether synthetic patches may be translated too.
+        adapters: Folders (or hub ids) of low-rank adapters to stack on the model, in order.
+        adapter_scales: Scale of each adapter's update, 1 as trained; empty means 1 for each.
+        strength: Share of the noise schedule to go back, above 0 and up to 1: how much may change.
+        steps: DDIM steps of the whole schedule, dividing the training timesteps; strength × steps of them are taken
+            back and forth.
+        refinements: Further network evaluations per step back, which bring the round trip closer to the input.
+        guidance: Guidance on the way forth.
+        device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
+            number of processes.
+        patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
+        codec: "png" (exact) or "jpg".
+        name: The dataset's name; empty means the folder's name.
+        measured: Patches at most whose structure is measured beside the rivals' when all is done; 0 measures nothing.
+        figure: PNG to write, with a row per patch: original, round trip, no-op, stain mappings, translated.
+        figure_rows: Patches in the figure, of different patients as far as possible.
+    """
+
+    data: str = ""
+    model: str = ""
+    out: str = ""
+    to: dict[str, str | float] = field(default_factory=dict)
+    where: dict[str, str | float | list[str]] = field(default_factory=dict)
+    split: str = "main"
+    split_value: str = "train"
+    stain_value: str = "train"
+    limit: int = 0
+    seed: int = 0
+    synthetic: bool = False
+    adapters: list[str] = field(default_factory=list)
+    adapter_scales: list[float] = field(default_factory=list)
+    strength: float = 1.0
+    steps: int = 20
+    refinements: int = 1
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+    device_batch: int = 64
+    patches_per_shard: int = 512
+    codec: Literal["png", "jpg"] = "png"
+    name: str = ""
+    measured: int = 256
+    figure: str = ""
+    figure_rows: int = 8

@@ -1,0 +1,435 @@
+"""Real patches under another hospital's conditions, or another value of any field: structure kept, look changed.
+
+A translated patch is a pure function of the model, the settings and its source patch: as in generation, shards are the
+unit of work, of distribution and of resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+
+from latent_medi.diffusion.conditioning import Conditions
+from latent_medi.diffusion.guidance import check_guidance
+from latent_medi.diffusion.inversion import first_step_of, translate_latents
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.samplers import make_sampler
+from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
+from latent_medi.errors import UserError, nearest
+from latent_medi.launch import make_accelerator
+from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
+from latent_medi.progress import get_logger, progress
+from latent_medi.shards.dataset import INFO_FILE, SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
+from latent_medi.synthesis.beside import compare, stain_mappings, write_sheet
+from latent_medi.synthesis.generate import load_adapters
+from latent_medi.synthesis.settings import GenerateSettings, TranslateSettings
+
+logger = get_logger("synthesis")
+
+_SAME_MPP = 0.02
+"""Relative difference of resolutions that is called rounding."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What came out.
+
+    Args:
+        dataset: The translated patches.
+        measures: See :func:`~latent_medi.synthesis.beside.compare`; empty in processes other than the main one.
+        unchanged: Selected patches that already had the target's values, and were left out.
+    """
+
+    dataset: PatchDataset
+    measures: dict[str, Any]
+    unchanged: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which patches are to become what.
+
+    Args:
+        data: Where they are.
+        rows: Their row numbers, ascending, int64 [N].
+        source: What they are, N values by field of the model; a field that the dataset lacks is left out.
+        target: What they are to become.
+        unchanged: Selected patches that were left out.
+    """
+
+    data: PatchDataset
+    rows: np.ndarray
+    source: list[dict[str, Any]]
+    target: list[dict[str, Any]]
+    unchanged: int
+
+
+def translate(
+    settings: TranslateSettings, model: MediPipeline | None = None, accelerator: Accelerator | None = None
+) -> Translation:
+    """Translate what the settings say, or go on where a killed run left off; then measure and draw.
+
+    Args:
+        settings: What, to what, how; ``data``, ``to`` and ``out`` are needed.
+        model: A pipeline; by default the settings' model folder.
+        accelerator: Devices; by default made from the launcher's environment. Its processes share the shards.
+
+    Returns:
+        The dataset, with origin "synthetic", the fields of model and source dataset together, patient
+        ``synthetic:<model hash>:<source patient>``, and the columns ``translated_from`` (the source's key),
+        ``from_patient`` and ``from_<field>`` for each field of ``to``. Measures and figure, if asked for, are the main
+        process's.
+
+    Raises:
+        UserError: Something needed is not given; a field or value that the model does not know; patches of another
+            size; an unconditional model; nothing to translate, or nothing that would change; synthetic patches,
+            unless asked for; steps or guidance that the model does not support; a folder with another dataset.
+    """
+    needed = [name for name in ("data", "to", "out") if not getattr(settings, name)]
+    if needed or not (settings.model or model):
+        raise UserError(
+            f"Translation needs {' and '.join([*needed, *([] if settings.model or model else ['model'])])}."
+        )
+    for name, least in (("device_batch", 1), ("patches_per_shard", 1), ("limit", 0), ("refinements", 0),
+                        ("measured", 0), ("figure_rows", 1)):  # fmt: skip
+        if getattr(settings, name) < least:
+            raise UserError(f"{name} must be at least {least}, not {getattr(settings, name)}.")
+    first_step_of(settings.strength, settings.steps)
+    accelerator = accelerator or make_accelerator(patient=True)
+    pipeline = model or MediPipeline.from_pretrained(settings.model)
+    load_adapters(
+        pipeline,
+        GenerateSettings(adapters=settings.adapters, adapter_scales=settings.adapter_scales),
+        loaded=model is not None,
+    )
+    pipeline.to(accelerator.device)
+    asked = choose(settings, pipeline)
+    schema = Schema.merge(pipeline.schema, asked.data.schema)
+    model_hash, mpp = pipeline.model_hash, float(asked.data.info["mpp"])
+
+    folder, name = Path(settings.out), settings.name or Path(settings.out).name
+    provenance = describe(asked, pipeline, settings, model_hash)
+    if (folder / INFO_FILE).exists():
+        done = PatchDataset.open(folder)
+        if done.info["provenance"] != provenance or done.name != name:
+            raise UserError(f"{folder} holds another dataset.", "Choose another folder, or remove this one first.")
+        logger.info("%s is finished.", folder)
+    else:
+        token = _digest(provenance)
+        shards = range(-(-len(asked.rows) // settings.patches_per_shard))
+        whole = {number for number, record in finished_shards(folder).items() if record.token == token}
+        mine = [n for n in shards if n not in whole and n % accelerator.num_processes == accelerator.process_index]
+        for number in progress(mine, desc="translating", unit="shard") if accelerator.is_main_process else mine:
+            first = number * settings.patches_per_shard
+            positions = np.arange(first, min(first + settings.patches_per_shard, len(asked.rows)))
+            patches = patches_of(asked, positions, schema, pipeline, settings, model_hash)
+            write_shard(folder, number, patches, settings.codec, token)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish_dataset(folder, name, schema, pipeline.patch_size, mpp, settings.codec, provenance, shards=shards)
+        accelerator.wait_for_everyone()
+        done = PatchDataset.open(folder)
+    measures = show(done, asked, pipeline, settings) if accelerator.is_main_process else {}
+    return Translation(done, measures, asked.unchanged)
+
+
+def choose(settings: TranslateSettings, pipeline: MediPipeline) -> Request:
+    """The patches that the settings select, what they are and what they are to become.
+
+    Raises:
+        UserError: As for :func:`translate`.
+    """
+    if pipeline.conditioning is None:
+        raise UserError(
+            "The model is unconditional: it cannot tell one hospital from another.",
+            "Use one that was trained with the fields to change.",
+        )
+    known = pipeline.schema
+    for name in settings.to:
+        if name not in known.names:
+            raise UserError(f"The model does not know the field {name!r}; {nearest(name, known.names)}.")
+    wanted = {name: _value(known, name, value) for name, value in settings.to.items()}
+    data = PatchDataset.open(settings.data)
+    Schema.merge(known, data.schema)  # a field of another kind or unit is told here, before anything is made
+    if data.patch_size != pipeline.patch_size:
+        raise UserError(
+            f"{data.folder} has patches of {data.patch_size} px, and the model makes {pipeline.patch_size} px.",
+            "Cut or convert the patches to the model's size and resolution.",
+        )
+    mpp, trained = float(data.info["mpp"]), float(pipeline.provenance.get("mpp", 0))
+    if trained > 0 and abs(mpp / trained - 1) > _SAME_MPP:
+        raise UserError(
+            f"{data.folder} has {mpp} µm per pixel, and the model was trained at {trained}.",
+            "Cut the patches at the model's resolution: it has seen tissue at no other scale.",
+        )
+    chosen: dict[str, Any] = {**_part(settings, settings.split_value), **settings.where}
+    rows = data.rows(chosen)
+    if not len(rows):
+        raise UserError(f"{data.folder} has no patch with {', '.join(f'{k}={v}' for k, v in chosen.items())}.")
+    made = int((data.index["origin"].iloc[rows] == "synthetic").sum())
+    if made and not settings.synthetic:
+        raise UserError(
+            f"{made} of the {len(rows)} selected patches of {data.folder} are synthetic.",
+            "Select real ones with where.origin=real, or set synthetic=true if that is meant.",
+        )
+    source = fields_of(data.index.iloc[rows], known)
+    target = [{**row, **wanted} for row in source]
+    before, after = pipeline.conditions(source), pipeline.conditions(target)
+    assert before is not None
+    assert after is not None
+    moved = ((before.codes != after.codes) | (before.values != after.values)).any(dim=1).numpy()
+    if not moved.any():
+        raise UserError(
+            f"All {len(rows)} selected patches already are {_text(settings.to)}.", "Choose others with where.<field>."
+        )
+    if unchanged := int((~moved).sum()):
+        logger.info("%d of %d patches already are %s and are left out.", unchanged, len(rows), _text(settings.to))
+    kept = np.flatnonzero(moved)
+    if 0 < settings.limit < len(kept):
+        kept = kept[spread(data.index["patient"].to_numpy(str)[rows[kept]], settings.limit, settings.seed)]
+    check_guidance(GuidanceSettings(), pipeline.conditioning, before.rows(kept))
+    check_guidance(settings.guidance, pipeline.conditioning, after.rows(kept))
+    _sampler(pipeline, settings)
+    return Request(data, rows[kept], [source[i] for i in kept], [target[i] for i in kept], unchanged)
+
+
+def _value(known: Schema, name: str, value: Any) -> str | float:
+    """A wanted value in the vocabulary's spelling; the field names the closest ones of a wrong value."""
+    field = known.field(name)
+    code = field.code(value)
+    return field.value(code) if not field.continuous else value
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return " × ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _part(settings: TranslateSettings, value: str) -> dict[str, str]:
+    return {SPLIT_PREFIX + settings.split: value} if settings.split else {}
+
+
+def _sampler(pipeline: MediPipeline, settings: TranslateSettings) -> Any:
+    return make_sampler(pipeline.scheduler.config, SamplerSettings("ddim", settings.steps))
+
+
+def fields_of(index: pd.DataFrame, schema: Schema) -> list[dict[str, Any]]:
+    """Values by field of a schema for rows of an index; a continuous one that is missing is "unknown", a field that the
+    index lacks is left out.
+    """
+    names = [n for n in schema.names if n in index.columns]
+    return [
+        {str(n): UNKNOWN_WORD if isinstance(v, float) and np.isnan(v) else v for n, v in row.items()}
+        for row in index[names].to_dict("records")
+    ]
+
+
+def spread(patients: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """``count`` positions, patients in equal parts as far as they reach, drawn without replacement; ascending."""
+    order = np.random.default_rng([seed, 13]).permutation(len(patients))
+    turn = pd.Series(patients[order]).groupby(patients[order], sort=False).cumcount().to_numpy()
+    return np.sort(order[np.argsort(turn, kind="stable")[:count]])
+
+
+def translate_images(
+    images: np.ndarray,
+    source: Conditions | None,
+    target: Conditions | None,
+    pipeline: MediPipeline,
+    settings: TranslateSettings,
+) -> np.ndarray:
+    """Patches under other conditions, in batches that are filled up to ``device_batch``, all in fp32.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        source: What they are, of N samples.
+        target: What they are to become.
+        pipeline: The model, on its device.
+        settings: Strength, steps, refinements, guidance and batch.
+
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    device, size, made = pipeline.unet.device, settings.device_batch, []
+    pipeline.denoiser.eval()
+    for start in range(0, len(images), size):
+        index = torch.arange(start, start + size).clamp(max=len(images) - 1)
+        latents = translate_latents(
+            pipeline.denoiser,
+            None if source is None else source.rows(index).to(device),
+            None if target is None else target.rows(index).to(device),
+            pipeline.encode(images[index.numpy()]).to(device),
+            _sampler(pipeline, settings),
+            settings.strength,
+            settings.refinements,
+            settings.guidance,
+        )
+        made.append(pipeline.decode(latents)[: len(images) - start])
+    return np.concatenate(made) if made else images
+
+
+def round_trip(images: np.ndarray, pipeline: MediPipeline, batch: int) -> np.ndarray:
+    """Patches through the autoencoder and back, uint8 [N, H, W, 3]: what is lost before anything is translated."""
+    device = pipeline.unet.device
+    parts = [pipeline.decode(pipeline.encode(images[i : i + batch]).to(device)) for i in range(0, len(images), batch)]
+    return np.concatenate(parts) if parts else images
+
+
+def patches_of(
+    asked: Request,
+    positions: np.ndarray,
+    schema: Schema,
+    pipeline: MediPipeline,
+    settings: TranslateSettings,
+    model_hash: str,
+) -> Iterator[Patch]:
+    """Translate some of the patches asked for, batch by batch."""
+    how = {"model": model_hash, **_how(settings)}
+    for start in range(0, len(positions), settings.device_batch):
+        part = positions[start : start + settings.device_batch]
+        rows = asked.data.index.iloc[asked.rows[part]]
+        target = [asked.target[i] for i in part]
+        images = translate_images(
+            asked.data.read(asked.rows[part]),
+            pipeline.conditions([asked.source[i] for i in part]),
+            pipeline.conditions(target),
+            pipeline,
+            settings,
+        )
+        everything = fields_of(rows, schema)
+        for image, row, old, new in zip(images, rows.to_dict("records"), everything, target, strict=True):
+            values = {**old, **new}
+            who = f"synthetic:{model_hash[:12]}"
+            yield Patch(
+                key=f"translated-{model_hash[:8]}-{_digest({**how, 'key': row['key']})[:20]}",
+                image=image,
+                patient=f"{who}:{row['patient']}",
+                slide=f"{who}:{row['slide']}",
+                x=int(row["x"]),
+                y=int(row["y"]),
+                source_mpp=float(row["source_mpp"]),
+                fields={f.name: values.get(f.name, UNKNOWN_WORD) for f in schema.fields},
+                origin="synthetic",
+                extra={
+                    "translated_from": str(row["key"]),
+                    "from_patient": str(row["patient"]),
+                    **{f"from_{n}": str(old.get(n, UNKNOWN_WORD)) for n in settings.to},
+                },
+            )
+
+
+def _how(settings: TranslateSettings) -> dict[str, Any]:
+    plain = {name: getattr(settings, name) for name in ("to", "strength", "steps", "refinements")}
+    return json.loads(json.dumps({**plain, "guidance": asdict(settings.guidance)}))
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def describe(asked: Request, pipeline: MediPipeline, settings: TranslateSettings, model_hash: str) -> dict[str, Any]:
+    """Everything that the images depend on, JSON-able."""
+    stacked = [{"hash": digest, "scale": scale} for digest, scale in pipeline.adapters]
+    shards = [shard["sha256"] for shard in asked.data.info["shards"]]
+    keys = asked.data.index["key"].iloc[asked.rows].tolist()
+    selection = {"where": dict(settings.where), **_part(settings, settings.split_value)}
+    return {
+        "kind": "synthetic",
+        "method": "translated by DDIM inversion",
+        "model": model_hash,  # of the model with its adapters
+        **({"adapters": stacked} if stacked else {}),
+        "autoencoder": pipeline.autoencoder.hash,
+        "trained_on": pipeline.provenance.get("name", ""),
+        "source": {
+            "name": asked.data.name,
+            "sha256": _digest({"shards": shards, "rows": keys, "fields": asked.source}),
+            "patches": len(keys),
+            "selection": json.loads(json.dumps(selection)),
+            "limit": settings.limit,
+            "seed": settings.seed if settings.limit else 0,
+        },
+        **_how(settings),
+        "device_batch": settings.device_batch,
+        "patches_per_shard": settings.patches_per_shard,
+        "codec": settings.codec,
+        "precision": "fp32",
+    }
+
+
+def versions(
+    asked: Request, chosen: np.ndarray, translated: np.ndarray, pipeline: MediPipeline, settings: TranslateSettings
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Some of the patches asked for, and what every way makes of them.
+
+    Args:
+        asked: The request.
+        chosen: Positions among its rows, [n].
+        translated: Their translations, uint8 [n, H, W, 3].
+        pipeline: The model.
+        settings: How to translate.
+
+    Returns:
+        The originals, uint8 [n, H, W, 3], and by name as many of "round_trip" (through the autoencoder), "no_op"
+        (translated to what they are), "reinhard" and "macenko" (where a stain mapping means something), "translated".
+    """
+    rows, source = asked.rows[chosen], pipeline.conditions([asked.source[i] for i in chosen])
+    images = asked.data.read(rows)
+    return images, {
+        "round_trip": round_trip(images, pipeline, settings.device_batch),
+        "no_op": translate_images(images, source, source, pipeline, replace(settings, guidance=GuidanceSettings())),
+        **stain_mapped(asked, rows, images, settings),
+        "translated": translated,
+    }
+
+
+def show(done: PatchDataset, asked: Request, pipeline: MediPipeline, settings: TranslateSettings) -> dict[str, Any]:
+    """Measure some of the translations beside the other ways, and draw fewer of them.
+
+    Returns:
+        See :func:`~latent_medi.synthesis.beside.compare`; nothing if no measures are asked for.
+    """
+    drawn = settings.figure_rows if settings.figure else 0
+    count = min(max(settings.measured, drawn), len(asked.rows))
+    if not count:
+        return {}
+    patients = asked.data.index["patient"].to_numpy(str)[asked.rows]
+    chosen = spread(patients, count, settings.seed)
+    images, ways = versions(asked, chosen, done.read(chosen), pipeline, settings)
+    if settings.figure:
+        shown = spread(patients[chosen], min(drawn, count), settings.seed)
+        labels = []
+        for i in chosen[shown]:
+            was = " × ".join(str(asked.source[i].get(n, UNKNOWN_WORD)) for n in settings.to)
+            labels.append(f"{asked.data.index['key'].iloc[asked.rows[i]]}\n{was}")
+        write_sheet(
+            settings.figure,
+            {"original": images[shown], **{name: ways[name][shown] for name in ways}},
+            labels,
+            " × ".join(str(v) for v in settings.to.values()),
+            f"strength {settings.strength:g}, {settings.steps} steps",
+        )
+    return compare(images, ways, patients[chosen]) if settings.measured else {}
+
+
+def stain_mapped(
+    asked: Request, rows: np.ndarray, images: np.ndarray, settings: TranslateSettings
+) -> dict[str, np.ndarray]:
+    """The same patches by Reinhard's and Macenko's mapping, where that means something: all fields of ``to`` are
+    categorical (not the class), with real patches on both sides.
+    """
+    schema = asked.data.schema
+    names = [n for n in settings.to if n in schema.names and schema.field(n).kind == "categorical"]
+    if len(names) < len(settings.to):
+        logger.info("No stain mapping beside: it goes from one categorical value to another, such as site to site.")
+        return {}
+    pool = asked.data.rows({**_part(settings, settings.stain_value), "origin": "real"})
+    return stain_mappings(asked.data, rows, images, {n: str(settings.to[n]) for n in names}, pool, settings.seed)
