@@ -87,7 +87,7 @@ def main() -> None:
     out: Path = arguments.out or arguments.run / "guidance"
     plan = read_plan(arguments.run / "plan-medi.csv")
     unseen = plan[plan["verdict"].isin(["both margins seen", "thin"]) & (plan["count"] > run.seen_per_cell)]
-    unseen = unseen.assign(count=14 if arguments.quick else 84)
+    unseen = unseen.assign(count=14 if arguments.quick else 48)
     first = str(unseen.columns[0])  # the class stands first in a schema
     chosen = settings_of(run, first)
     if arguments.quick:
