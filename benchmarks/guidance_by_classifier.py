@@ -4,11 +4,11 @@
 
 Of the demo's data and latents it trains what is not there yet: a model that knows no field
 (`latent-medi train --config demo/medi model.fields=[]`), and the classifier (`latent-medi classifier --config
-demo/classifier`). For every scale it then draws the same noise once for every class, guided to it, and asks a probe what
-class each image shows. The probe learned from real patients that neither the model nor the classifier was trained on;
-its ceiling is its balanced accuracy on the real test patients. At scale 0 the images are the same whatever is wanted, so
-recovery is 1 / classes exactly: that is chance. `spread` is the variance of the samples of a class around their mean,
-over that of as many real patches: 1 is as various as real ones, and what guidance costs.
+demo/classifier`). For every scale it then draws the same noise once for every class, guided to it, and asks a probe
+what class each image shows. The probe learned from real patients that neither the model nor the classifier was trained
+on; its ceiling is its balanced accuracy on the real test patients. At scale 0 the images are the same whatever is
+wanted, so recovery is 1 / classes exactly: that is chance. `spread` is the variance of the samples of a class around
+their mean, over that of as many real patches: 1 is as various as real ones, and less is what guidance costs.
 
 Two encoders judge: the demo's own, and, given its weights, SqueezeNet, which nothing here was made with.
 """
