@@ -59,7 +59,7 @@ class LatentEncoder(nn.Module):
         settings.check(latent_size)
         widths, groups = list(settings.block_out_channels), settings.norm_num_groups
         first, last, embedding = widths[0], widths[-1], 4 * widths[0]
-        common = {
+        common: dict[str, Any] = {
             "temb_channels": embedding, "resnet_eps": 1e-5, "resnet_act_fn": "silu", "resnet_groups": groups,
             "attention_head_dim": settings.attention_head_dim, "resnet_time_scale_shift": "scale_shift",
             "dropout": settings.dropout,
@@ -83,7 +83,7 @@ class LatentEncoder(nn.Module):
         )
         self.mid_block = UNetMidBlock2D(in_channels=last, attn_groups=groups, **common)
         self.norm_out = nn.GroupNorm(groups, last, eps=1e-5)
-        self.pool = None
+        self.pool: nn.Module | None = None
         if settings.pooling == "attention":
             self.pool = AttentionPooling(last // settings.attention_head_dim, last)
         self.head = nn.Linear(last, classes)

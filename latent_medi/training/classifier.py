@@ -384,7 +384,7 @@ def describe(
     """What makes this run this run: its settings, but for paths and speed, and the content of data and model."""
     effective = replace(settings, objective=objective, values=list(values))
     kept = {key: value for key, value in run.plain(asdict(effective)).items() if key not in _FREE}
-    inherited = {}
+    inherited: dict[str, Any] = {}
     if source is not None and source.autoencoder is not None:
         inherited = {name: source.autoencoder[name] for name in ("shift", "scale")}
     return {

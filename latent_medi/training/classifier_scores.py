@@ -118,13 +118,19 @@ def score(
         if number % accelerator.num_processes != accelerator.process_index:
             continue
         at = chosen[start : start + _CHUNK]
-        mean, std = (None if v is None else v.to(device) for v in validation.store.moments(validation.rows[at]))
+        mean, std = validation.store.moments(validation.rows[at])
+        mean, std = mean.to(device), None if std is None else std.to(device)
         truth = validation.labels[torch.from_numpy(at.copy())].to(device)
         for row, (low, high) in enumerate(buckets):
             draws = draw_batch(
-                batch_generator(seed, number * len(buckets) + row), tuple(mean.shape), high - low, std is not None
+                batch_generator(seed, number * len(buckets) + row),
+                (len(at), *validation.store.shape),
+                high - low,
+                std is not None,
             )
-            raw = mean if std is None else torch.addcmul(mean, std, draws.posterior.to(device))
+            raw = mean
+            if std is not None and draws.posterior is not None:
+                raw = torch.addcmul(mean, std, draws.posterior.to(device))
             t = (draws.timesteps + low).to(device)
             x_t = objective.add_noise((raw - shift) / scale, draws.noise.to(device), t)
             logits = torch.cat(
