@@ -147,6 +147,13 @@ def _train(words: list[str]) -> Printed:
     return {made.name: str(made)}  # "model", or "adapter" of a run with lora
 
 
+def _classifier(words: list[str]) -> Printed:
+    from latent_medi.training.classifier import train_classifier
+    from latent_medi.training.classifier_settings import ClassifierSettings
+
+    return train_classifier(config.parse(ClassifierSettings, words, "classifier"))
+
+
 def _average(words: list[str]) -> Printed:
     from latent_medi.training.run import write_average
     from latent_medi.training.settings import AverageSettings
@@ -243,6 +250,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "split": (_split, "patients into parts: at random, whole sites or held-out combinations apart"),
     "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),
     "train": (_train, "a metadata-conditioned denoiser on latents; --estimate: what it will take"),
+    "classifier": (_classifier, "a classifier of noisy latents, which guides a model to a class it does not know"),
     "average": (_average, "a finished run's model with another length of the weights' average"),
     "plan": (_plan, "which combinations to generate, and how many"),
     "sample": (_sample, "the patches of a plan, as a dataset folder; or of one combination: --class X --n 16"),

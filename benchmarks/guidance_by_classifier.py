@@ -1,0 +1,150 @@
+"""Whether guidance by a latent classifier makes an unconditional model draw the class that is wanted.
+
+    python benchmarks/guidance_by_classifier.py runs/demo [--squeezenet WEIGHTS] [--quick] [--json FILE]
+
+Of the demo's data and latents it trains what is not there yet: a model that knows no field
+(`latent-medi train --config demo/medi model.fields=[]`), and the classifier (`latent-medi classifier --config
+demo/classifier`). For every scale it then draws the same noise once for every class, guided to it, and asks a probe
+what class each image shows. The probe learned from real patients that neither the model nor the classifier was trained
+on; its ceiling is its balanced accuracy on the real test patients. At scale 0 the images are the same whatever is
+wanted, so recovery is 1 / classes exactly: that is chance. `spread` is the variance of the samples of a class around
+their mean, over that of as many real patches: 1 is as various as real ones, and less is what guidance costs.
+
+Two encoders judge: the demo's own, and, given its weights, SqueezeNet, which nothing here was made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from output import options, tell
+
+from latent_medi import config
+from latent_medi.diffusion.classifier import LatentClassifier
+from latent_medi.diffusion.guidance import ClassifierGuidance
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.samplers import draw_noise
+from latent_medi.diffusion.settings import SamplerSettings
+from latent_medi.evaluation.probes import fit_probe
+from latent_medi.features.cache import cached_features
+from latent_medi.features.encoders import ImageEncoder, load_encoder
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.training.classifier import train_classifier
+from latent_medi.training.classifier_settings import ClassifierSettings
+from latent_medi.training.loop import train
+from latent_medi.training.settings import TrainSettings
+
+LEARN, JUDGE = "probe", "test"
+"""Parts of the demo's split: patients that the probe learns from, and those of its ceiling."""
+
+FIRST_SEED = 1_000
+
+
+def train_both(run: Path, out: Path, quick: bool, model_steps: int, classifier_steps: int) -> tuple[Path, Path]:
+    """Folders of the unconditional model and of the classifier, trained unless they are there."""
+    where = [f"data={run / 'data'}", f"latents={run / 'latents'}"]
+    short = ["max_steps=20"] if quick else []
+    words = ["--config", "demo/medi", *where, f"out={out / 'uncond'}", "model.fields=[]"]
+    words += [f"max_steps={model_steps}"] if model_steps else []
+    model = train(config.parse(TrainSettings, [*words, *short]))
+    words = ["--config", "demo/classifier", *where, f"model={model}", f"out={out / 'classifier'}"]
+    words += [f"max_steps={classifier_steps}"] if classifier_steps else []
+    short += ["validation_patches=64"] if quick else []
+    told = train_classifier(config.parse(ClassifierSettings, [*words, *short]))
+    return model, Path(told["classifier"])
+
+
+def draw(
+    pipeline: MediPipeline, classifier: LatentClassifier, scale: float, each: int, sampler: SamplerSettings, low: float
+) -> dict[str, np.ndarray]:
+    """Images uint8 [each, H, W, 3] guided to each value, all from the same noise."""
+    noise, _ = draw_noise(range(FIRST_SEED, FIRST_SEED + each), pipeline.latent_shape)
+    images: dict[str, np.ndarray] = {}
+    for value in classifier.values:
+        if scale == 0 and images:  # nothing guides: the same images
+            images[value] = next(iter(images.values()))
+            continue
+        guidance = ClassifierGuidance(classifier.log_probability([value]), scale, (low, 1.0))
+        images[value] = pipeline.decode(pipeline.generate_latents(None, noise, sampler, classifier=guidance))
+    return images
+
+
+def judge(
+    encoder: ImageEncoder, name: str, dataset: PatchDataset, field: str, samples: dict[float, dict[str, np.ndarray]],
+    cache: Path,
+) -> dict[str, float]:  # fmt: skip
+    """Recovery and spread at each scale, and the probe's ceiling."""
+    split = f"{SPLIT_PREFIX}main"
+    parts = {part: dataset.rows({split: part}) for part in (LEARN, JUDGE)}
+    features = {part: cached_features(dataset, rows, encoder, cache) for part, rows in parts.items()}
+    labels = {part: dataset.index[field].to_numpy(dtype=str)[rows] for part, rows in parts.items()}
+    probe = fit_probe(features[LEARN], labels[LEARN])
+    found = probe.predict(features[JUDGE])
+    wanted = sorted(next(iter(samples.values())))
+    result = {f"{name}_ceiling": float(np.mean([np.mean(found[labels[JUDGE] == v] == v) for v in wanted]))}
+    for scale, images in samples.items():
+        told = {value: encoder.features([images[value]]) for value in wanted}
+        hits = [float(np.mean(probe.predict(told[value]) == value)) for value in wanted]
+        spread = []
+        for value in wanted:
+            real = features[JUDGE][labels[JUDGE] == value][: len(told[value])]
+            spread.append(float(told[value].var(0).sum() / real.var(0).sum()))
+        result[f"{name}_recovery_scale_{scale:g}"] = float(np.mean(hits))
+        result[f"{name}_lowest_class_scale_{scale:g}"] = min(hits)
+        result[f"{name}_spread_scale_{scale:g}"] = float(np.mean(spread))
+    return result
+
+
+def measure(words: argparse.Namespace, out: Path) -> dict[str, float]:
+    """All numbers, flat."""
+    model, folder = train_both(words.run, out, words.quick, words.model_steps, words.classifier_steps)
+    pipeline, classifier = MediPipeline.from_pretrained(model), LatentClassifier.from_pretrained(folder)
+    classifier.check_model(pipeline)
+    dataset = PatchDataset.open(words.run / "data")
+    each, sampler = words.each, SamplerSettings(words.sampler, words.steps)
+    scales = words.scales
+    if words.quick:
+        each, sampler, scales = 4, SamplerSettings("dpmpp_2m", 4), scales[:2]
+    samples = {scale: draw(pipeline, classifier, scale, each, sampler, words.lowest_alpha_bar) for scale in scales}
+    encoders = {"demo": load_encoder("demo")}
+    if words.squeezenet:
+        encoders["squeezenet"] = load_encoder("squeezenet", words.squeezenet)
+    result: dict[str, float] = {"classes": len(classifier.values), "images_per_class": each}
+    for row in classifier.provenance["scores"]:
+        result[f"classifier_f1_t_{row['timesteps']}"] = row["f1"]
+    for name, encoder in encoders.items():
+        judged = judge(encoder, name, dataset, classifier.field, samples, out / "features")
+        best = max((s for s in scales if s), key=lambda s: judged[f"{name}_recovery_scale_{s:g}"])
+        result |= judged
+        result |= {f"{name}_best_scale": best, f"{name}_recovery_best": judged[f"{name}_recovery_scale_{best:g}"]}
+    return result
+
+
+def main() -> None:
+    """Train what is not there, sample, judge and tell."""
+    parser = options(__doc__, quick="20 updates, 4 images per class, 2 scales: says that it runs, not how well")
+    parser.add_argument("run", type=Path, help="folder with the demo's data and latents")
+    parser.add_argument("--out", type=Path, help="folder of the two trainings (default: inside the run)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0, 8.0, 16.0])
+    parser.add_argument("--each", type=int, default=60, help="images per class and scale")
+    parser.add_argument("--sampler", default="dpmpp_2m", help="name of the sampler")
+    parser.add_argument("--steps", type=int, default=20, help="sampler steps")
+    parser.add_argument("--lowest-alpha-bar", type=float, default=0.005, help="guidance acts above this ᾱ")
+    parser.add_argument(
+        "--model-steps", type=int, default=0, help="updates of the model (default: the configuration's)"
+    )
+    parser.add_argument("--classifier-steps", type=int, default=0, help="updates of the classifier (likewise)")
+    parser.add_argument("--squeezenet", type=Path, help="weights of the second encoder")
+    words = parser.parse_args()
+    if words.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            tell(measure(words, Path(folder)), words.json)
+    else:
+        tell(measure(words, words.out or words.run), words.json)
+
+
+if __name__ == "__main__":
+    main()
