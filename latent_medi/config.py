@@ -95,7 +95,7 @@ def _is_mapping(settings_class: type, dotted: str) -> bool:
     if rest:
         inner = _dataclass_in(annotation)
         return inner is not None and _is_mapping(inner, rest)
-    return dict in map(typing.get_origin, _alternatives(annotation))
+    return any(typing.get_origin(candidate) is dict for candidate in _alternatives(annotation))
 
 
 def known_keys(settings_class: type, prefix: str = "") -> list[str]:

@@ -7,6 +7,8 @@ conditions decide and keeps what the noise decides.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler
 
@@ -79,13 +81,14 @@ def invert_latents(
         raise ValueError(f"Only DDIM runs backwards, not {type(sampler).__name__}.")
     if latents.dtype != torch.float32:
         raise ValueError(f"Latents are fp32, not {latents.dtype}: errors of rounding grow on the way to noise.")
-    if not 0 <= first_step < len(sampler.timesteps) or refinements < 0:
-        raise ValueError(f"first_step {first_step} of {len(sampler.timesteps)}, {refinements} refinements.")
+    ddim: Any = sampler  # whose attributes diffusers makes at run time
+    if not 0 <= first_step < len(ddim.timesteps) or refinements < 0:
+        raise ValueError(f"first_step {first_step} of {len(ddim.timesteps)}, {refinements} refinements.")
     check_guidance(GuidanceSettings(), denoiser.conditioner, conditions)
-    alpha_bar_s, x = float(sampler.final_alpha_cumprod), latents
-    for t in reversed(sampler.timesteps[first_step:].tolist()):
-        alpha_bar_t = float(sampler.alphas_cumprod[t])
-        a, b = ddim_coefficients(alpha_bar_t, alpha_bar_s, sampler.config["prediction_type"])
+    alpha_bar_s, x = float(ddim.final_alpha_cumprod), latents
+    for t in reversed(ddim.timesteps[first_step:].tolist()):
+        alpha_bar_t = float(ddim.alphas_cumprod[t])
+        a, b = ddim_coefficients(alpha_bar_t, alpha_bar_s, ddim.config["prediction_type"])
         step = torch.full((len(x),), t, dtype=torch.long, device=x.device)
         x_t = x
         for _ in range(1 + refinements):
@@ -99,7 +102,7 @@ def translate_latents(
     source: Conditions | None,
     target: Conditions | None,
     latents: torch.Tensor,
-    sampler: DDIMScheduler,
+    sampler: Any,
     strength: float,
     refinements: int = 2,
     guidance: GuidanceSettings | None = None,

@@ -240,6 +240,22 @@ class AutoguidanceSettings:
 
 
 @dataclass
+class ClassifierGuidanceSettings:
+    """Guidance by a classifier of noisy latents: ε′ = ε − s·√(1−ᾱ_t)·∇ log p(y | x_t, t), as in HistoDiffusion.
+
+    Args:
+        model: Folder that `latent-medi classifier` wrote; empty: none. The plan's column of its field says what is
+            wanted, whether or not the model itself knows that field.
+        scale: s.
+        interval: Lowest and highest ᾱ between which it acts; above 0, where the latent is noise.
+    """
+
+    model: str = ""
+    scale: float = 5.0
+    interval: tuple[float, float] = (0.005, 1.0)
+
+
+@dataclass
 class SamplerSettings:
     """How noise becomes a latent.
 

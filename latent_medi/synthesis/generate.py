@@ -112,7 +112,8 @@ def generate_plan(
     pipeline.to(accelerator.device)
     maker = Maker(pipeline, settings)
     checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
-    checked = check_plan(checked, pipeline.schema, ignore=settings.ignore)
+    checked = check_plan(checked, maker.schema, ignore=settings.ignore)
+    maker.check_wanted(checked)
     ends = np.cumsum(checked["count"].to_numpy(np.int64))
     if not len(ends) or not ends[-1]:
         raise UserError("The plan asks for no image: every count is 0.")
@@ -143,16 +144,14 @@ def generate_plan(
         logger.info("%d of %d images here: %s", count, ends[-1], maker.told())
     with listening() as notice:
         for number in mine:
-            samples = [sample_at(checked, pipeline.schema, position, ends) for position in positions[number]]
+            samples = [sample_at(checked, maker.schema, position, ends) for position in positions[number]]
             patches = observed(patches_of(samples, maker, mpp, model_hash), ticks, notice)
             write_shard(folder, number, patches, settings.codec, token)
     if first and count:
         logger.info("%.3g images/s in each process", count / (time.monotonic() - start))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_dataset(
-            folder, name, pipeline.schema, pipeline.patch_size, mpp, settings.codec, provenance, shards=shards
-        )
+        finish_dataset(folder, name, maker.schema, pipeline.patch_size, mpp, settings.codec, provenance, shards=shards)
     accelerator.wait_for_everyone()
     return PatchDataset.open(folder)
 
@@ -182,7 +181,7 @@ def load_adapters(pipeline: MediPipeline, settings: GenerateSettings, loaded: bo
 
 def patches_of(samples: list[Sample], maker: Maker, mpp: float, model_hash: str) -> Iterator[Patch]:
     """The patches of some samples."""
-    fields = maker.pipeline.schema.fields
+    fields = maker.schema.fields
     for sample, image in maker.images(samples):
         who = f"synthetic:{model_hash[:12]}:{sample.row}"
         yield Patch(

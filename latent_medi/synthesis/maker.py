@@ -6,15 +6,18 @@ import gc
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 
-from latent_medi.diffusion.guidance import Autoguidance, evaluations
+from latent_medi.diffusion.classifier import LatentClassifier
+from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, evaluations
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.errors import UserError
+from latent_medi.metadata.schema import Field, Schema
 from latent_medi.progress import get_logger
 from latent_medi.synthesis.plan import Sample
 from latent_medi.synthesis.settings import GenerateSettings
@@ -49,6 +52,44 @@ class Maker:
             )
             self._weak_hash = other.model_hash
 
+        self.classifier: LatentClassifier | None = None
+        if settings.classifier.model:
+            self.classifier = LatentClassifier.from_pretrained(settings.classifier.model, pipeline.unet.device)
+            self.classifier.check_model(pipeline)
+            self._guide(self.classifier.values[:1])  # a wrong interval is told now
+
+    @property
+    def schema(self) -> Schema:
+        """The fields that a plan may give: the model's, and the classifier's."""
+        known = self.pipeline.schema
+        if self.classifier is None or self.classifier.field in known.names:
+            return known
+        kind: Literal["class", "categorical"] = "categorical" if known.class_field else "class"
+        return Schema((Field(self.classifier.field, kind, self.classifier.values), *known.fields))
+
+    def _guide(self, wanted: Sequence[str]) -> ClassifierGuidance:
+        assert self.classifier is not None
+        chosen = self.settings.classifier
+        return ClassifierGuidance(self.classifier.log_probability(wanted), chosen.scale, chosen.interval)
+
+    def check_wanted(self, plan: pd.DataFrame) -> None:
+        """Refuse a plan whose rows do not say what the classifier is to guide to.
+
+        Raises:
+            UserError: Names the first such row.
+        """
+        if self.classifier is None:
+            return
+        name = self.classifier.field
+        values = plan[name] if name in plan.columns else pd.Series("", index=plan.index)
+        for i, (value, count) in enumerate(zip(values, plan["count"], strict=True), 1):
+            if count and value not in self.classifier.values:
+                raise UserError(
+                    f"The plan, row {i}: {name} is {value!r}, and the classifier guides to "
+                    f"{', '.join(self.classifier.values)}.",
+                    f"Give the plan a column {name} with these values, or leave out classifier.model.",
+                )
+
     def description(self) -> dict[str, Any]:
         """What the images depend on beside the plan and the model, JSON-able."""
         guidance = json.loads(json.dumps(asdict(self.settings.guidance)))  # with lists, as it will be read again
@@ -58,6 +99,12 @@ class Maker:
         if self.weak is not None:
             interval = list(self.weak.interval)
             described["autoguidance"] = {"model": self._weak_hash, "scale": self.weak.scale, "interval": interval}
+        if self.classifier is not None:
+            chosen = self.settings.classifier
+            described["classifier"] = {
+                "model": self.classifier.hash, "field": self.classifier.field, "scale": chosen.scale,
+                "interval": list(chosen.interval),
+            }  # fmt: skip
         return described
 
     def told(self) -> str:
@@ -68,7 +115,8 @@ class Maker:
         words = f"{sampler.name}, {sampler.steps} steps, {branches} evaluation{'s' if branches > 1 else ''} per step"
         if branches > 1:
             words += f" (guidance {guidance.form}" + (f", ᾱ {low:g} to {high:g})" if (low, high) != (0, 1) else ")")
-        return words + (", one more of the weaker model" if self.weak is not None else "")
+        words += ", one more of the weaker model" if self.weak is not None else ""
+        return words + (f", the classifier of {self.classifier.field}" if self.classifier is not None else "")
 
     def images(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
         """Each sample with its image, uint8 [H, W, 3], in their order.
@@ -103,8 +151,13 @@ class Maker:
     def _batch(self, part: Sequence[Sample]) -> np.ndarray:
         pipeline, settings = self.pipeline, self.settings
         noise, generators = draw_noise([sample.seed for sample in part], pipeline.latent_shape)
+        names, guide = pipeline.schema.names, None
+        if self.classifier is not None:
+            wanted = [str(sample.fields[self.classifier.field]) for sample in part]
+            guide = self._guide([*wanted, *wanted[-1:] * (self.batch - len(part))])
+        told = [{name: value for name, value in sample.fields.items() if name in names} for sample in part]
         latents = pipeline.generate_latents(
-            pipeline.conditions([sample.fields for sample in part]),
+            pipeline.conditions(told),
             noise,
             settings.sampler,
             settings.guidance,
@@ -113,6 +166,7 @@ class Maker:
             pad=True,
             precision=settings.precision,
             weak=self.weak,
+            classifier=guide,
         )
         # The decoder, too, is given full batches: a kernel may round differently for another batch size.
         filled = latents[torch.arange(self.batch).clamp(max=len(part) - 1)]

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from dataclasses import field as dataclass_field
 from typing import Literal
 
-from latent_medi.diffusion.settings import AutoguidanceSettings, GuidanceSettings, SamplerSettings
+from latent_medi.diffusion.settings import (
+    AutoguidanceSettings,
+    ClassifierGuidanceSettings,
+    GuidanceSettings,
+    SamplerSettings,
+)
 
 
 @dataclass
@@ -102,6 +107,7 @@ class GenerateSettings:
         sampler: The sampler and its steps.
         guidance: Guidance scales per field.
         autoguidance: Guidance by a weaker version of the model.
+        classifier: Guidance by a classifier of noisy latents.
         device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
             number of processes. Halved, with a warning, when the device's memory is full.
         patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
@@ -126,6 +132,7 @@ class GenerateSettings:
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     autoguidance: AutoguidanceSettings = field(default_factory=AutoguidanceSettings)
+    classifier: ClassifierGuidanceSettings = field(default_factory=ClassifierGuidanceSettings)
     device_batch: int = 64
     patches_per_shard: int = 512
     codec: Literal["png", "jpg"] = "png"

@@ -58,8 +58,11 @@ def make_model(folder: Path, schema: Schema) -> Path:
     torch.manual_seed(0)
     save_autoencoder(make_autoencoder(), folder / "autoencoder")
     model = small_model()
-    conditioner = MetadataConditioner(schema.to_dict(), model.embed_dim, dropout_patterns=asdict(DropoutSettings()))
-    denoiser = Denoiser(build_unet(model, 4, 8, conditional=True), conditioner)
+    conditioner = None
+    if schema.fields:
+        patterns = asdict(DropoutSettings())
+        conditioner = MetadataConditioner(schema.to_dict(), model.embed_dim, dropout_patterns=patterns)
+    denoiser = Denoiser(build_unet(model, 4, 8, conditional=bool(schema.fields)), conditioner)
     autoencoder = load_autoencoder(str(folder / "autoencoder"))
     facts = {"name": "tiny", "mpp": 0.5, "patch_size": 32}
     pipeline = MediPipeline.from_parts(denoiser, ObjectiveSettings(), autoencoder, torch.zeros(4), torch.ones(4), facts)
@@ -77,3 +80,9 @@ def model(tmp_path_factory: pytest.TempPathFactory, schema: Schema) -> Path:
 def class_model(tmp_path_factory: pytest.TempPathFactory, schema: Schema) -> Path:
     """Folder of a model that knows the class only."""
     return make_model(tmp_path_factory.mktemp("class_model"), schema.subset(["class"]))
+
+
+@pytest.fixture(scope="session")
+def unconditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a model that knows no field."""
+    return make_model(tmp_path_factory.mktemp("unconditional"), Schema())

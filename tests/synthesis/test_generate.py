@@ -17,8 +17,15 @@ import torch
 from PIL import Image
 
 from latent_medi.cli import main
+from latent_medi.diffusion.classifier import LatentClassifier, LatentEncoder
+from latent_medi.diffusion.classifier_settings import EncoderSettings
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.diffusion.settings import AutoguidanceSettings, GuidanceSettings, SamplerSettings
+from latent_medi.diffusion.settings import (
+    AutoguidanceSettings,
+    ClassifierGuidanceSettings,
+    GuidanceSettings,
+    SamplerSettings,
+)
 from latent_medi.errors import Preempted, UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
@@ -332,3 +339,56 @@ def test_a_weaker_model_guides(plan: pd.DataFrame, model: Path, class_model: Pat
         generate_plan(
             plan, model, tmp_path / "no", replace(guided, autoguidance=AutoguidanceSettings(str(class_model)))
         )
+
+
+def make_classifier(folder: Path, model: Path, scale: float = 1.0) -> Path:
+    """A random classifier of the class, for the model's latents."""
+    pipeline = MediPipeline.from_pretrained(model)
+    torch.manual_seed(5)
+    settings = EncoderSettings(
+        block_out_channels=[16, 32], attention=[False, False], attention_head_dim=16, norm_num_groups=8
+    )
+    classifier = LatentClassifier(
+        LatentEncoder(settings, 4, 8, 2), settings, pipeline.latent_shape, "class", ("benign", "tumour"),
+        pipeline.objective, pipeline.shift, scale * pipeline.scale, pipeline.autoencoder.hash,
+    )  # fmt: skip
+    classifier.save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_guides_a_model_that_knows_no_field(
+    plan: pd.DataFrame, unconditional: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan[["class", "count", "seed"]]
+    with pytest.raises(UserError, match="'class'"):
+        generate_plan(plan, unconditional, tmp_path / "no", SETTINGS)
+    folder = make_classifier(tmp_path / "classifier", unconditional)
+    guided = replace(SETTINGS, classifier=ClassifierGuidanceSettings(str(folder), 8.0))
+    made = generate_plan(plan, unconditional, tmp_path / "guided", guided)
+    assert made.index["class"].tolist() == ["tumour"] * 7 + ["benign"] * 6
+    assert made.schema.class_field is not None
+    told = made.info["provenance"]["classifier"]
+    assert (told["field"], told["scale"], told["interval"]) == ("class", 8.0, [0.005, 1.0])
+    assert told["model"] == LatentClassifier.from_pretrained(folder).hash
+    # Each image is guided to its own class: the other one gives another image, and no guidance a third.
+    other = generate_plan(plan.assign(**{"class": ["benign", "tumour"]}), unconditional, tmp_path / "other", guided)
+    still = replace(guided, classifier=ClassifierGuidanceSettings(str(folder), 0.0))
+    none = generate_plan(plan, unconditional, tmp_path / "none", still)
+    images = [d.read(np.arange(13)) for d in (made, other, none)]
+    assert not any((a == b).all((1, 2, 3)).any() for a, b in ((images[0], images[1]), (images[0], images[2])))
+    # An image does not depend on what else is in its batch.
+    alone = generate_plan(plan.iloc[1:], unconditional, tmp_path / "alone", guided)
+    assert np.array_equal(alone.read(np.arange(6)), images[0][7:])
+    for rows, why in (
+        (plan.assign(**{"class": ["tumor", "benign"]}), "closest: 'tumour'"),
+        (plan.assign(**{"class": ["", "benign"]}), "row 1: class is ''"),
+        (plan.drop(columns="class"), "row 1: class is ''"),
+    ):
+        with pytest.raises(UserError, match=why):
+            generate_plan(rows, unconditional, tmp_path / "bad", guided)
+    wrong = make_classifier(tmp_path / "wrong", unconditional, scale=2.0)
+    with pytest.raises(UserError, match="cannot guide this model: the scale"):
+        generate_plan(
+            plan, unconditional, tmp_path / "bad", replace(guided, classifier=ClassifierGuidanceSettings(str(wrong)))
+        )
+    assert not (tmp_path / "bad").exists()
