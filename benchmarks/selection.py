@@ -37,13 +37,15 @@ from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
 from latent_medi.synthesis.select import select
 from latent_medi.synthesis.settings import SelectSettings
 
+CLASS, SITE = "the class field", "the site field"
 WAYS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "confidence": {"criteria": []},
-    "confidence_unadjusted": {"criteria": [], "adjust": False},
-    "centroid": {"criteria": [], "rank": "centroid"},
-    "histodiffusion": {"criteria": ["centroid"], "rank": "centroid", "centroids": "class", "adjust": False},
+    "class": {"criteria": [], "fields": [CLASS]},
+    "histodiffusion": {"criteria": ["centroid"], "rank": "centroid", "centroids": [[CLASS]], "adjust": False},
+    "class_and_site": {"criteria": [], "fields": [CLASS, SITE]},
+    "class_unadjusted": {"criteria": [], "fields": [CLASS], "adjust": False},
+    "class_centroid": {"criteria": [], "rank": "centroid", "centroids": [[CLASS]]},
     "distance": {"criteria": [], "rank": "distance"},
+    "default": {},
 }
 NEIGHBOURS = 5
 
@@ -127,11 +129,9 @@ def main() -> None:
         result: dict[str, float] = {"unseen_patches": len(judge.rows), "unseen_combinations": len(held_out)}
         result |= {f"{name}_ceiling": value for name, value in judge.ceiling.items()}
         rng = np.random.default_rng(0)
-        ways = {k: WAYS[k] for k in ("confidence", "histodiffusion")} if arguments.quick else WAYS
+        ways = {k: WAYS[k] for k in ("class", "histodiffusion")} if arguments.quick else WAYS
         for way, changes in ways.items():
-            changes = dict(changes)
-            if changes.get("centroids") == "class":
-                changes["centroids"] = [[study.class_field]]
+            changes = named(changes, {CLASS: study.class_field, SITE: study.site_field})
             settings = SelectSettings(
                 data=str(folder), real=real, name=way, share=arguments.share, cache=str(cache), **changes
             )
@@ -162,6 +162,15 @@ def main() -> None:
                 own, other = (chosen_cells["diversity"][who][kind] for who in ("chosen", "control"))
                 result[f"{way}_{kind}_distance_over_random"] = own / other
     tell(result, arguments.json)
+
+
+def named(changes: Any, fields: dict[str, str]) -> Any:
+    """The settings of a way to select with the names that the dataset gives its fields."""
+    if isinstance(changes, dict):
+        return {key: named(value, fields) for key, value in changes.items()}
+    if isinstance(changes, list):
+        return [named(value, fields) for value in changes]
+    return fields.get(changes, changes) if isinstance(changes, str) else changes
 
 
 def like(chosen: np.ndarray, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:

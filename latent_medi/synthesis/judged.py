@@ -161,7 +161,7 @@ def _check_values(task: Task, settings: SelectSettings) -> None:
     if "confidence" in settings.criteria or settings.rank == "confidence":
         for name in task.fields:
             patients = task.real.groupby(name)["patient"].nunique()
-            asked = set(column(task.synthetic.index, name)) - {UNKNOWN_WORD}
+            asked = set(column(task.synthetic.index, name).tolist()) - {UNKNOWN_WORD}
             for value in sorted(asked):
                 count = int(patients.get(value, 0))
                 if count < MIN_PATIENTS_OF_VALUE:
