@@ -30,7 +30,7 @@ from latent_medi.synthesis.beside import compare, measures_text, write_sheet
 from latent_medi.synthesis.settings import TranslateSettings
 from latent_medi.synthesis.translate import choose, spread, translate_images, versions
 
-_PATCHES = 1500  # training patches per probe at most
+_PATCHES = {False: 1500, True: 400}  # training patches per probe at most; with --quick
 
 
 def pairs(words: list[str]) -> dict[str, str]:
@@ -56,18 +56,21 @@ class Judge:
         data: The dataset.
         train: Rows of training patients, of the two sites.
         site: Field of the site.
-        split_class: The class field.
+        class_name: The class field.
+        most: Patches per probe at most.
     """
 
-    def __init__(self, encoder: ImageEncoder, data: PatchDataset, train: np.ndarray, site: str, split_class: str):
+    def __init__(
+        self, encoder: ImageEncoder, data: PatchDataset, train: np.ndarray, site: str, class_name: str, most: int
+    ) -> None:
         self.encoder = encoder
-        sites, classes = (data.index[name].to_numpy(str)[train] for name in (site, split_class))
+        sites, classes = (data.index[name].to_numpy(str)[train] for name in (site, class_name))
         shared = set.intersection(*(set(classes[sites == s]) for s in np.unique(sites)))
         if not shared:
             raise SystemExit("The two sites share no class among the training patients: a probe would tell classes.")
-        kept = drawn(data, train[np.isin(classes, list(shared))], _PATCHES)
+        kept = drawn(data, train[np.isin(classes, list(shared))], most)
         self.site = self._fit(data, kept, site)
-        self.tissue = self._fit(data, drawn(data, train, _PATCHES), split_class)
+        self.tissue = self._fit(data, drawn(data, train, most), class_name)
 
     def _fit(self, data: PatchDataset, rows: np.ndarray, field: str) -> Probe:
         return fit_probe(self.features(data.read(rows)), data.index[field].to_numpy(str)[rows])
@@ -78,7 +81,7 @@ class Judge:
 
 
 def main() -> None:
-    parser = options(__doc__, "48 patches instead of 256")
+    parser = options(__doc__, "48 patches instead of 256, and probes of 400 training patches instead of 1500")
     parser.add_argument("--run", type=Path, default=Path("runs/prostate"))
     parser.add_argument("--model", type=Path, help="another model folder than medi/model of the run")
     parser.add_argument("--to", nargs=1, default=["site=radboud"])
@@ -106,12 +109,16 @@ def main() -> None:
     encoder = load_encoder(arguments.encoder, arguments.weights or None)
     train = data.rows({part: "train", site: [source, target], "origin": "real"})
     judges = {
-        name: Judge(which, data, train, site, class_field.name)
+        name: Judge(which, data, train, site, class_field.name, _PATCHES[arguments.quick])
         for name, which in (("colour", encoder), ("colour_free", colour_free(encoder)))
     }
     ceiling = data.rows({**where, part: arguments.split_value, site: target, "origin": "real"})
     of_patient = data.index["patient"].to_numpy(str)
-    result: dict[str, float] = {}
+    tops = {
+        name: over_patients(j.site.predict(j.features(data.read(ceiling))) == target, of_patient[ceiling])
+        for name, j in judges.items()
+    }
+    result: dict[str, float] = {f"{name}_convinced_ceiling": share for name, share in tops.items()}
 
     count = 48 if arguments.quick else 256
     for strength in arguments.strength:
@@ -132,13 +139,11 @@ def main() -> None:
             patients = of_patient[asked.rows]
             measures = compare(images, ways, patients)
             label = f"s{strength:g}_w{scale:g}_" if len(arguments.strength) * len(arguments.guidance) > 1 else ""
-            print(f"strength {strength:g}, guidance of {site} {scale:g}\n{measures_text(measures)}")
+            print(f"strength {strength:g}, guidance of {site} {scale:g}\n{measures_text(measures)}", flush=True)
             result |= {"patches": len(images), "patients": len(np.unique(patients))}
             result |= {"ceiling_patches": len(ceiling), "ceiling_patients": len(np.unique(of_patient[ceiling]))}
             result[f"{label}images_per_s"] = len(images) / seconds
             for name, judge in judges.items():
-                top = judge.site.predict(judge.features(data.read(ceiling))) == target
-                result[f"{name}_convinced_ceiling"] = over_patients(top, of_patient[ceiling])
                 for way, version in {"original": images, **ways}.items():
                     features = judge.features(version)
                     key = f"{label if way in ('translated', 'no_op') else ''}{name}"

@@ -165,11 +165,11 @@ def test_to_what_it_is_gives_the_autoencoder_s_round_trip(settings: TranslateSet
     images, source = cohort.read(asked.rows[:5]), pipeline.conditions(asked.source[:5])
     plain = round_trip(images, pipeline, 4).astype(int)
     off = []
-    for refinements in (0, 8):
-        how = replace(settings, strength=1.0, steps=10, refinements=refinements)
+    for refinements in (0, 10):
+        how = replace(settings, strength=0.5, steps=20, refinements=refinements)
         off.append(np.abs(translate_images(images, source, source, pipeline, how).astype(int) - plain))
-    assert off[1].max() <= 1
-    assert off[0].sum() > off[1].sum()
+    assert off[1].mean() < 0.1 * off[0].mean()
+    assert off[1].mean() < 0.5  # grey levels
     target = pipeline.conditions(asked.target[:5])
     moved = np.abs(translate_images(images, source, target, pipeline, how).astype(int) - plain)
     assert moved.sum() > off[1].sum()
