@@ -60,7 +60,8 @@ def invert_latents(
 
     Each step solves x_s = a·x_t + b·prediction(x_t, t) for x_t by the fixed-point iteration x_t ← (x_s −
     b·prediction(x_t, t)) / a from x_t = x_s on. One evaluation is the usual DDIM inversion; each further one brings the
-    round trip closer to the input.
+    round trip closer to the input, as long as b/a times the prediction changes less than x_t does. With ε near pure
+    noise b/a is about −1, and refining may not come to an end there: use v-prediction, or less strength.
 
     Args:
         denoiser: In eval mode; asked without guidance, whose large steps have no stable inverse.

@@ -113,13 +113,20 @@ def test_translation_of_a_gaussian_is_known_in_closed_form(objective, strength):
 @every_objective
 def test_refinements_bring_a_network_s_round_trip_closer(objective, schema: Schema):
     denoiser, sampler = make_denoiser(schema), ddim(objective, 10)
+    strength = 1.0
+    if objective.prediction == "epsilon":
+        strength = 0.5  # beyond, what is left of an error is divided by a √ᾱ near 0
+        # Refining is a fixed-point iteration, and comes to an end where the step changes less than what it is asked
+        # about. A trained network's ε does; random weights ask for less of it.
+        with torch.no_grad():
+            denoiser.unet.conv_out.weight.mul_(0.1)
     conditions = Conditions.from_schema(
         schema, [{"grade": "gleason3", "site": "karolinska", "gender": "male", "age": "60"}] * 2
     )
     latents = drawn(2)
     errors = []
     for refinements in (0, 1, 3, 12):
-        again = translate_latents(denoiser, conditions, conditions, latents, sampler, 1.0, refinements)
+        again = translate_latents(denoiser, conditions, conditions, latents, sampler, strength, refinements)
         errors.append((again - latents).square().mean().sqrt().item())
     assert errors[0] > errors[1] > errors[2] > errors[3]
     assert errors[3] < 1e-3 * errors[0], errors
