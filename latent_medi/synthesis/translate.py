@@ -409,7 +409,8 @@ def show(done: PatchDataset, asked: Request, pipeline: MediPipeline, settings: T
         labels = []
         for i in chosen[shown]:
             was = " × ".join(str(asked.source[i].get(n, UNKNOWN_WORD)) for n in settings.to)
-            labels.append(f"{asked.data.index['key'].iloc[asked.rows[i]]}\n{was}")
+            key = str(asked.data.index["key"].iloc[asked.rows[i]])
+            labels.append(f"{key if len(key) <= 24 else '…' + key[-23:]}\n{was}")  # as high as a patch is
         write_sheet(
             settings.figure,
             {"original": images[shown], **{name: ways[name][shown] for name in ways}},
