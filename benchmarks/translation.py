@@ -28,7 +28,8 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.synthesis.beside import compare, measures_text, write_sheet
 from latent_medi.synthesis.settings import TranslateSettings
-from latent_medi.synthesis.translate import choose, spread, translate_images, versions
+from latent_medi.synthesis.translate import translate_images, versions
+from latent_medi.synthesis.translation_request import choose, spread
 
 _PATCHES = {False: 1500, True: 400}  # training patches per probe at most; with --quick
 

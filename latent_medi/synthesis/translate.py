@@ -8,36 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import Accelerator
 
 from latent_medi.diffusion.conditioning import Conditions
-from latent_medi.diffusion.guidance import check_guidance
 from latent_medi.diffusion.inversion import first_step_of, translate_latents
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.diffusion.samplers import make_sampler
-from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
-from latent_medi.errors import UserError, nearest
+from latent_medi.diffusion.settings import GuidanceSettings
+from latent_medi.errors import UserError
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
-from latent_medi.shards.dataset import INFO_FILE, SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
 from latent_medi.synthesis.beside import compare, stain_mappings, write_sheet
 from latent_medi.synthesis.generate import load_adapters
 from latent_medi.synthesis.settings import GenerateSettings, TranslateSettings
+from latent_medi.synthesis.translation_request import Request, choose, ddim_of, fields_of, part_of, spread
 
 logger = get_logger("synthesis")
-
-_SAME_MPP = 0.02
-"""Relative difference of resolutions that is called rounding."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +47,6 @@ class Translation:
 
     dataset: PatchDataset
     measures: dict[str, Any]
-    unchanged: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """Which patches are to become what.
-
-    Args:
-        data: Where they are.
-        rows: Their row numbers, ascending, int64 [N].
-        source: What they are, N values by field of the model; a field that the dataset lacks is left out.
-        target: What they are to become.
-        unchanged: Selected patches that were left out.
-    """
-
-    data: PatchDataset
-    rows: np.ndarray
-    source: list[dict[str, Any]]
-    target: list[dict[str, Any]]
     unchanged: int
 
 
@@ -143,103 +119,6 @@ def translate(
     return Translation(done, measures, asked.unchanged)
 
 
-def choose(settings: TranslateSettings, pipeline: MediPipeline) -> Request:
-    """The patches that the settings select, what they are and what they are to become.
-
-    Raises:
-        UserError: As for :func:`translate`.
-    """
-    if pipeline.conditioning is None:
-        raise UserError(
-            "The model is unconditional: it cannot tell one hospital from another.",
-            "Use one that was trained with the fields to change.",
-        )
-    known = pipeline.schema
-    for name in settings.to:
-        if name not in known.names:
-            raise UserError(f"The model does not know the field {name!r}; {nearest(name, known.names)}.")
-    wanted = {name: _value(known, name, value) for name, value in settings.to.items()}
-    data = PatchDataset.open(settings.data)
-    Schema.merge(known, data.schema)  # a field of another kind or unit is told here, before anything is made
-    if data.patch_size != pipeline.patch_size:
-        raise UserError(
-            f"{data.folder} has patches of {data.patch_size} px, and the model makes {pipeline.patch_size} px.",
-            "Cut or convert the patches to the model's size and resolution.",
-        )
-    mpp, trained = float(data.info["mpp"]), float(pipeline.provenance.get("mpp", 0))
-    if trained > 0 and abs(mpp / trained - 1) > _SAME_MPP:
-        raise UserError(
-            f"{data.folder} has {mpp} µm per pixel, and the model was trained at {trained}.",
-            "Cut the patches at the model's resolution: it has seen tissue at no other scale.",
-        )
-    chosen: dict[str, Any] = {**_part(settings, settings.split_value), **settings.where}
-    rows = data.rows(chosen)
-    if not len(rows):
-        raise UserError(f"{data.folder} has no patch with {', '.join(f'{k}={v}' for k, v in chosen.items())}.")
-    made = int((data.index["origin"].iloc[rows] == "synthetic").sum())
-    if made and not settings.synthetic:
-        raise UserError(
-            f"{made} of the {len(rows)} selected patches of {data.folder} are synthetic.",
-            "Select real ones with where.origin=real, or set synthetic=true if that is meant.",
-        )
-    source = fields_of(data.index.iloc[rows], known)
-    target = [{**row, **wanted} for row in source]
-    before, after = pipeline.conditions(source), pipeline.conditions(target)
-    assert before is not None
-    assert after is not None
-    moved = ((before.codes != after.codes) | (before.values != after.values)).any(dim=1).numpy()
-    if not moved.any():
-        raise UserError(
-            f"All {len(rows)} selected patches already are {_text(settings.to)}.", "Choose others with where.<field>."
-        )
-    if unchanged := int((~moved).sum()):
-        logger.info("%d of %d patches already are %s and are left out.", unchanged, len(rows), _text(settings.to))
-    kept = np.flatnonzero(moved)
-    if 0 < settings.limit < len(kept):
-        kept = kept[spread(data.index["patient"].to_numpy(str)[rows[kept]], settings.limit, settings.seed)]
-    check_guidance(GuidanceSettings(), pipeline.conditioning, before.rows(kept))
-    check_guidance(settings.guidance, pipeline.conditioning, after.rows(kept))
-    _sampler(pipeline, settings)
-    return Request(data, rows[kept], [source[i] for i in kept], [target[i] for i in kept], unchanged)
-
-
-def _value(known: Schema, name: str, value: Any) -> str | float:
-    """A wanted value in the vocabulary's spelling; the field names the closest ones of a wrong value."""
-    field = known.field(name)
-    code = field.code(value)
-    return field.value(code) if not field.continuous else value
-
-
-def _text(values: Mapping[str, Any]) -> str:
-    return " × ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _part(settings: TranslateSettings, value: str) -> dict[str, str]:
-    return {SPLIT_PREFIX + settings.split: value} if settings.split else {}
-
-
-def _sampler(pipeline: MediPipeline, settings: TranslateSettings) -> Any:
-    return make_sampler(pipeline.scheduler.config, SamplerSettings("ddim", settings.steps))
-
-
-def fields_of(index: pd.DataFrame, schema: Schema) -> list[dict[str, Any]]:
-    """Values by field of a schema for rows of an index; a continuous one that is missing is "unknown", a field that the
-    index lacks is left out.
-    """
-    names = [n for n in schema.names if n in index.columns]
-    return [
-        {str(n): UNKNOWN_WORD if isinstance(v, float) and np.isnan(v) else v for n, v in row.items()}
-        for row in index[names].to_dict("records")
-    ]
-
-
-def spread(patients: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """``count`` positions, patients in equal parts as far as they reach, drawn without replacement; ascending."""
-    order = np.random.default_rng([seed, 13]).permutation(len(patients))
-    turn = pd.Series(patients[order]).groupby(patients[order], sort=False).cumcount().to_numpy()
-    return np.sort(order[np.argsort(turn, kind="stable")[:count]])
-
-
 def translate_images(
     images: np.ndarray,
     source: Conditions | None,
@@ -268,7 +147,7 @@ def translate_images(
             None if source is None else source.rows(index).to(device),
             None if target is None else target.rows(index).to(device),
             pipeline.encode(images[index.numpy()]).to(device),
-            _sampler(pipeline, settings),
+            ddim_of(pipeline, settings),
             settings.strength,
             settings.refinements,
             settings.guidance,
@@ -341,7 +220,7 @@ def describe(asked: Request, pipeline: MediPipeline, settings: TranslateSettings
     stacked = [{"hash": digest, "scale": scale} for digest, scale in pipeline.adapters]
     shards = [shard["sha256"] for shard in asked.data.info["shards"]]
     keys = asked.data.index["key"].iloc[asked.rows].tolist()
-    selection = {"where": dict(settings.where), **_part(settings, settings.split_value)}
+    selection = {"where": dict(settings.where), **part_of(settings, settings.split_value)}
     return {
         "kind": "synthetic",
         "method": "translated by DDIM inversion",
@@ -432,5 +311,5 @@ def stain_mapped(
     if len(names) < len(settings.to):
         logger.info("No stain mapping beside: it goes from one categorical value to another, such as site to site.")
         return {}
-    pool = asked.data.rows({**_part(settings, settings.stain_value), "origin": "real"})
+    pool = asked.data.rows({**part_of(settings, settings.stain_value), "origin": "real"})
     return stain_mappings(asked.data, rows, images, {n: str(settings.to[n]) for n in names}, pool, settings.seed)

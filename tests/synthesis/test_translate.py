@@ -26,7 +26,8 @@ from latent_medi.shards.writer import Patch, write_dataset
 from latent_medi.synthesis import translate as module
 from latent_medi.synthesis.beside import compare, measures_text, stain_mappings, structure_kept
 from latent_medi.synthesis.settings import TranslateSettings
-from latent_medi.synthesis.translate import choose, round_trip, spread, translate, translate_images
+from latent_medi.synthesis.translate import round_trip, translate, translate_images
+from latent_medi.synthesis.translation_request import choose, spread
 
 SITES = ("aster", "birch", "NA")
 
