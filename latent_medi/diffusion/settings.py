@@ -251,7 +251,7 @@ class ClassifierGuidanceSettings:
     """
 
     model: str = ""
-    scale: float = 5.0
+    scale: float = 10.0
     interval: tuple[float, float] = (0.005, 1.0)
 
 
