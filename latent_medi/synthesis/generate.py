@@ -57,9 +57,12 @@ def generate(settings: GenerateSettings, accelerator: Accelerator | None = None)
         raise UserError(f"Generation needs {' and '.join(missing)}.")
     if not settings.out and not settings.n:
         raise UserError("A plan's images need a folder.", "Give out; grid alone goes with n.")
+    accelerator = accelerator or make_accelerator(patient=True)
+    if not settings.out and accelerator.num_processes > 1:  # each would make it in a folder of its own
+        raise UserError("A picture alone is made by one process.", "Give out too, or start one process.")
     if settings.out:
         dataset = generate_plan(plan, settings.model, settings.out, settings, accelerator)
-        if settings.grid:
+        if settings.grid and accelerator.is_main_process:
             save_grid(dataset, settings.grid)
         return dataset
     with tempfile.TemporaryDirectory(prefix="latent-medi-") as folder:  # made and kept in one way, with or without out

@@ -20,34 +20,29 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from latent_medi.diffusion.classifier import LatentClassifier, LatentEncoder
-from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.objective import Objective, settings_of
 from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
 from latent_medi.errors import Preempted, UserError
-from latent_medi.files import read_json, write_json, write_text
 from latent_medi.launch import make_accelerator
-from latent_medi.metadata.schema import UNKNOWN_WORD, Field
-from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.metadata.schema import Field
 from latent_medi.progress import get_logger, progress
-from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.shards.remote import open_dataset
 from latent_medi.training import checkpoint, run
+from latent_medi.training.classifier_data import open_model, open_parts
 from latent_medi.training.classifier_scores import COLUMNS as SCORE_COLUMNS
 from latent_medi.training.classifier_scores import Validation, score, score_text
 from latent_medi.training.classifier_settings import ClassifierSettings
-from latent_medi.training.data import Batch, TrainingData, cell_weights, open_latents, stream_latents, training_rows
+from latent_medi.training.data import Batch, TrainingData
 from latent_medi.training.log import CsvLog, read_log
 from latent_medi.training.loop import ACCELERATE_PRECISION, check_strategy, clip_gradients, crossed, learning_rate
 from latent_medi.training.notice import listening
 from latent_medi.training.optimizer import build_optimizer
-from latent_medi.training.transfer import Source, open_source
+from latent_medi.training.transfer import Source
 
 logger = get_logger("training")
 
@@ -99,11 +94,11 @@ def train_classifier(settings: ClassifierSettings, accelerator: Accelerator | No
     lookup = torch.full((field.n_codes,), -1, dtype=torch.long)
     lookup[[field.code(value) for value in values]] = torch.arange(len(values))
     record = describe(settings, data, validation, source, objective.settings, values)
-    if finished(out, record):
+    if run.finished(out, record, (PRODUCT,)):
         logger.info("%s is finished.", out / PRODUCT)
         return result(out, data, field, values)
     if main:
-        begin(out, record, settings)
+        run.begin(out, record, settings)
     accelerator.wait_for_everyone()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -267,116 +262,6 @@ def train_classifier(settings: ClassifierSettings, accelerator: Accelerator | No
     return result(out, data, field, values)
 
 
-def open_model(folder: str) -> Source:
-    """The model to guide, as far as the classifier has to fit it.
-
-    Raises:
-        UserError: It is no whole model of this program.
-    """
-    source = open_source(folder)
-    if source.scheduler is None or source.autoencoder is None:
-        raise UserError(
-            f"{folder} does not say which autoencoder, whitening and noise schedule it was trained with.",
-            "Give a model that `latent-medi train` wrote, or leave model empty and set objective.",
-        )
-    return source
-
-
-def open_parts(
-    settings: ClassifierSettings, source: Source | None, device: torch.device
-) -> tuple[TrainingData, Validation, Field, tuple[str, ...]]:
-    """The rows to train on and those to measure on, the field, and the values in the order of the logits.
-
-    Raises:
-        UserError: Data, split, field or value absent; patients in both parts; or latents that are not the model's.
-    """
-    dataset = open_dataset(settings.data)
-    field = chosen_field(dataset, settings.field)
-    values = chosen_values(field, settings.values)
-    rows = labelled(dataset, field, values, training_rows(dataset, settings.split, settings.split_value))
-    store = (
-        open_latents(dataset, settings.latents, settings.resident, device)
-        if settings.latents
-        else stream_latents(dataset, settings.autoencoder, settings.stream, device)
-    )
-    if store.shape[1] != store.shape[2]:
-        raise UserError(f"Latents are square; these are {store.shape[1]}×{store.shape[2]}.")
-    encoded_by = store.info["autoencoder"]["hash"]
-    if source is not None and source.autoencoder is not None and source.autoencoder["hash"] != encoded_by:
-        raise UserError(
-            f"The latents are of the autoencoder {encoded_by[:12]}, and {settings.model} was trained on those of "
-            f"{source.autoencoder['hash'][:12]}.",
-            "Encode the data with the model's autoencoder.",
-        )
-    table = dataset.index.iloc[rows]
-    present = set(table[field.name])
-    if empty := [value for value in values if value not in present]:
-        raise UserError(
-            f"No training patch has {field.name} {', '.join(map(repr, empty))}, so it cannot be learned.",
-            "Name the values to tell apart in values.",
-        )
-    schema = dataset.schema.subset([field.name])
-    balance = [field.name] if settings.balance is None else settings.balance
-    weights = cell_weights(dataset, rows, balance, settings.balance_temperature)
-    info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
-    info |= {"training_patients": int(table["patient"].nunique())}
-    conditions = Conditions.from_schema(schema, table[[field.name]])
-    data = TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
-
-    others = np.zeros(0, np.int64)
-    if settings.split and settings.validation_value:
-        assert_patient_disjoint(dataset.index, f"{SPLIT_PREFIX}{settings.split}")
-        others = training_rows(dataset, settings.split, settings.validation_value)
-        others = labelled(dataset, field, values, others)
-    table = dataset.index.iloc[others]
-    labels = torch.tensor([values.index(str(value)) for value in table[field.name]], dtype=torch.long)
-    validation = Validation(store, others, table["key"].to_numpy(), labels, int(table["patient"].nunique()))
-    return data, validation, field, values
-
-
-def chosen_field(dataset: PatchDataset, name: str) -> Field:
-    """The field to tell values of apart.
-
-    Raises:
-        UserError: There is none of that name (names the closest), no class, or it is a number.
-    """
-    field = dataset.schema.field(name) if name else dataset.schema.class_field
-    if field is None:
-        raise UserError(f"{dataset.folder} has no class.", f"Set field to one of {', '.join(dataset.schema.names)}.")
-    if field.continuous:
-        raise UserError(f"The field {field.name!r} is a number; a classifier tells the values of a vocabulary apart.")
-    return field
-
-
-def chosen_values(field: Field, names: Sequence[str]) -> tuple[str, ...]:
-    """The values to tell apart, in the order of the vocabulary.
-
-    Raises:
-        UserError: A value that is none of the field's (names the closest), or fewer than two.
-    """
-    for name in names:
-        field.code(name)
-    values = tuple(value for value in field.values if not names or value in names)
-    if len(values) < 2:
-        raise UserError(
-            f"There are {len(values)} values of {field.name} to tell apart ({', '.join(values) or 'none'}); a "
-            "classifier needs two or more."
-        )
-    return values
-
-
-def labelled(dataset: PatchDataset, field: Field, values: Sequence[str], rows: np.ndarray) -> np.ndarray:
-    """Those of some rows whose value of a field is one of ``values``."""
-    column = dataset.index[field.name].iloc[rows].astype(str)
-    kept = rows[column.isin(values).to_numpy()]
-    if len(kept) < len(rows):
-        logger.info(
-            "%s of %s patches are left out: their %s is %s.", f"{len(rows) - len(kept):,}", f"{len(rows):,}",
-            field.name, f"{UNKNOWN_WORD} or another" if len(values) < len(field.values) else UNKNOWN_WORD,
-        )  # fmt: skip
-    return kept
-
-
 def describe(
     settings: ClassifierSettings, data: TrainingData, validation: Validation, source: Source | None,
     objective: ObjectiveSettings, values: Sequence[str],
@@ -390,31 +275,6 @@ def describe(
     return {
         "settings": kept, "data": data.fingerprint(), "validation_data": validation.fingerprint(), "model": inherited,
     }  # fmt: skip
-
-
-def finished(out: Path, record: dict[str, Any]) -> bool:
-    """Whether ``out`` holds this run's finished classifier.
-
-    Raises:
-        UserError: It holds another run, or a classifier of unknown origin.
-    """
-    there = (out / PRODUCT).exists()
-    if not there and not checkpoint.checkpoint_folders(out / "checkpoints"):
-        return False
-    if not (out / run.RUN_FILE).exists():
-        raise UserError(
-            f"{out} holds a classifier but no {run.RUN_FILE} that says how it was trained.", "Choose another out."
-        )
-    run.check_same(out, record, read_json(out / run.RUN_FILE)["run"])
-    return there
-
-
-def begin(out: Path, record: dict[str, Any], settings: ClassifierSettings) -> None:
-    """Write settings.yaml and run.json; clear what a killed process left behind."""
-    checkpoint.remove_unfinished(out)
-    checkpoint.remove_unfinished(out / "checkpoints")
-    write_text(out / "settings.yaml", yaml.safe_dump(run.plain(asdict(settings)), sort_keys=False, allow_unicode=True))
-    write_json(out / run.RUN_FILE, {"run": record})
 
 
 def last_scores(out: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,25 @@ def product(settings: TrainSettings) -> str:
     return "adapter" if settings.lora else "model"
 
 
-def finished(out: Path, record: Mapping[str, Any]) -> bool:
-    """Whether ``out`` holds the finished model (or adapter) of this run.
+def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("model", "adapter")) -> bool:
+    """Whether ``out`` holds what this run makes, finished.
+
+    Args:
+        out: The run's folder.
+        record: What makes this run this run.
+        products: Names of what such runs make.
 
     Raises:
-        UserError: It holds another run's model or checkpoints, or a model of unknown origin.
+        UserError: It holds another run's product or checkpoints, or a product of unknown origin.
     """
-    model = (out / "model").exists() or (out / "adapter").exists()
-    if not model and not checkpoint_folders(out / "checkpoints"):
+    made = next((name for name in products if (out / name).exists()), "")
+    if not made and not checkpoint_folders(out / "checkpoints"):
         return False
     if not (out / RUN_FILE).exists():
-        raise UserError(f"{out} holds a model but no {RUN_FILE} that says how it was trained.", "Choose another out.")
+        held = f"a finished {made}" if made else "checkpoints"
+        raise UserError(f"{out} holds {held} but no {RUN_FILE} that says how it was trained.", "Choose another out.")
     check_same(out, record, read_json(out / RUN_FILE)["run"])
-    return model
+    return bool(made)
 
 
 def build(settings: TrainSettings, data: TrainingData, source: Source | None) -> tuple[Denoiser, pd.DataFrame | None]:
@@ -144,7 +150,7 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
     return denoiser, table
 
 
-def begin(out: Path, record: Mapping[str, Any], settings: TrainSettings, table: pd.DataFrame | None) -> None:
+def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFrame | None = None) -> None:
     """Write settings.yaml, run.json and, when starting from a model, transfer.csv; clear what a killed process left
     behind."""
     remove_unfinished(out)

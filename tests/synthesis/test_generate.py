@@ -392,3 +392,13 @@ def test_a_classifier_guides_a_model_that_knows_no_field(
             plan, unconditional, tmp_path / "bad", replace(guided, classifier=ClassifierGuidanceSettings(str(wrong)))
         )
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_picture_alone_is_made_by_one_process(model: Path, tmp_path: Path) -> None:
+    class OneOfTwo:
+        num_processes, process_index, is_main_process, device = 2, 1, False, "cpu"
+
+    asked = replace(SETTINGS, model=str(model), n=2, fields={"class": "tumour"}, grid=str(tmp_path / "a.png"))
+    with pytest.raises(UserError, match="made by one process"):
+        generate(asked, OneOfTwo())  # type: ignore[arg-type]
+    assert not (tmp_path / "a.png").exists()

@@ -34,7 +34,8 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset
 from latent_medi.training import classifier as trainer
 from latent_medi.training import run
-from latent_medi.training.classifier import open_parts, train_classifier
+from latent_medi.training.classifier import train_classifier
+from latent_medi.training.classifier_data import open_parts
 from latent_medi.training.classifier_scores import score, timestep_buckets
 from latent_medi.training.classifier_settings import ClassifierSettings
 from latent_medi.training.log import read_log
