@@ -5,12 +5,13 @@
 Of the demo's data and latents it trains what is not there yet: a model that knows no field
 (`latent-medi train --config demo/medi model.fields=[]`), and the classifier (`latent-medi classifier --config
 demo/classifier`). For every scale it then draws the same noise once for every class, guided to it, and asks a probe
-what class each image shows. The probe learned from real patients that neither the model nor the classifier was trained
-on; its ceiling is its balanced accuracy on the real test patients. At scale 0 the images are the same whatever is
-wanted, so recovery is 1 / classes exactly: that is chance. `spread` is the variance of the samples of a class around
-their mean, over that of as many real patches: 1 is as various as real ones, and less is what guidance costs.
+what class each image shows. The probe learned from further real patients (--probe-patients per class and hospital) that
+neither the model nor the classifier was trained on; its ceiling is its balanced accuracy on the run's test patients.
+At scale 0 the images are the same whatever is wanted, so recovery is 1 / classes exactly: that is chance. `spread` is
+the variance of the samples of a class around their mean, over that of as many real patches: 1 is as various as real
+ones, and less is what guidance costs.
 
-Two encoders judge: the demo's own, and, given its weights, SqueezeNet, which nothing here was made with.
+Two encoders judge: the demo's own, and, given its weights, SqueezeNet at 224 px, which nothing here was made with.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from demo_tissue import demo_run, in_batches, real_patches
 from output import options, tell
 
 from latent_medi import config
@@ -37,8 +40,8 @@ from latent_medi.training.classifier_settings import ClassifierSettings
 from latent_medi.training.loop import train
 from latent_medi.training.settings import TrainSettings
 
-LEARN, JUDGE = "probe", "test"
-"""Parts of the demo's split: patients that the probe learns from, and those of its ceiling."""
+JUDGE = "test"
+"""Part of the demo's split: the patients of the probe's ceiling."""
 
 FIRST_SEED = 1_000
 
@@ -74,23 +77,22 @@ def draw(
 
 def judge(
     encoder: ImageEncoder, name: str, dataset: PatchDataset, field: str, samples: dict[float, dict[str, np.ndarray]],
-    cache: Path,
+    learn: tuple[np.ndarray, pd.DataFrame], cache: Path,
 ) -> dict[str, float]:  # fmt: skip
     """Recovery and spread at each scale, and the probe's ceiling."""
-    split = f"{SPLIT_PREFIX}main"
-    parts = {part: dataset.rows({split: part}) for part in (LEARN, JUDGE)}
-    features = {part: cached_features(dataset, rows, encoder, cache) for part, rows in parts.items()}
-    labels = {part: dataset.index[field].to_numpy(dtype=str)[rows] for part, rows in parts.items()}
-    probe = fit_probe(features[LEARN], labels[LEARN])
-    found = probe.predict(features[JUDGE])
+    rows = dataset.rows({f"{SPLIT_PREFIX}main": JUDGE})
+    features, labels = cached_features(dataset, rows, encoder, cache), dataset.index[field].to_numpy(dtype=str)[rows]
+    taught, known = learn
+    probe = fit_probe(encoder.features(in_batches(taught)), known[field].to_numpy(str))
+    found = probe.predict(features)
     wanted = sorted(next(iter(samples.values())))
-    result = {f"{name}_ceiling": float(np.mean([np.mean(found[labels[JUDGE] == v] == v) for v in wanted]))}
+    result = {f"{name}_ceiling": float(np.mean([np.mean(found[labels == v] == v) for v in wanted]))}
     for scale, images in samples.items():
         told = {value: encoder.features([images[value]]) for value in wanted}
         hits = [float(np.mean(probe.predict(told[value]) == value)) for value in wanted]
         spread = []
         for value in wanted:
-            real = features[JUDGE][labels[JUDGE] == value][: len(told[value])]
+            real = features[labels == value][: len(told[value])]
             spread.append(float(told[value].var(0).sum() / real.var(0).sum()))
         result[f"{name}_recovery_scale_{scale:g}"] = float(np.mean(hits))
         result[f"{name}_lowest_class_scale_{scale:g}"] = min(hits)
@@ -111,12 +113,13 @@ def measure(words: argparse.Namespace, out: Path) -> dict[str, float]:
     samples = {scale: draw(pipeline, classifier, scale, each, sampler, words.lowest_alpha_bar) for scale in scales}
     encoders = {"demo": load_encoder("demo")}
     if words.squeezenet:
-        encoders["squeezenet"] = load_encoder("squeezenet", words.squeezenet)
+        encoders["squeezenet"] = load_encoder("squeezenet@224", words.squeezenet)
     result: dict[str, float] = {"classes": len(classifier.values), "images_per_class": each}
     for row in classifier.provenance["scores"]:
         result[f"classifier_f1_t_{row['timesteps']}"] = row["f1"]
+    learn = real_patches(demo_run(words.run).seed, "probe", 4 if words.quick else words.probe_patients)
     for name, encoder in encoders.items():
-        judged = judge(encoder, name, dataset, classifier.field, samples, out / "features")
+        judged = judge(encoder, name, dataset, classifier.field, samples, learn, out / "features")
         best = max((s for s in scales if s), key=lambda s: judged[f"{name}_recovery_scale_{s:g}"])
         result |= judged
         result |= {f"{name}_best_scale": best, f"{name}_recovery_best": judged[f"{name}_recovery_scale_{best:g}"]}
@@ -137,6 +140,7 @@ def main() -> None:
         "--model-steps", type=int, default=0, help="updates of the model (default: the configuration's)"
     )
     parser.add_argument("--classifier-steps", type=int, default=0, help="updates of the classifier (likewise)")
+    parser.add_argument("--probe-patients", type=int, default=100, help="patients per class and hospital for the probe")
     parser.add_argument("--squeezenet", type=Path, help="weights of the second encoder")
     words = parser.parse_args()
     if words.quick:
