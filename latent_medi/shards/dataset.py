@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,16 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.files import atomic_path, read_json, sha256_file, write_json
+from latent_medi.files import atomic_path, read_json, write_json
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.selections import SELECTED_PREFIX, column_hash, recorded_selections, selection_columns
+from latent_medi.shards.verify import INFO_FILE, SPLIT_PREFIX, check_split, problems_of
 
-INFO_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 SCHEMA_VERSION = 1
-SPLIT_PREFIX = "split_"
 FIXED_COLUMNS = ("key", "shard", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
 UNITS = {"patches": "key", "patients": "patient", "slides": "slide"}
 
@@ -345,72 +342,7 @@ class PatchDataset:
         Args:
             images: Also decode every patch.
         """
-        problems: list[str] = []
-        listed = {shard["file"] for shard in self.info["shards"]}
-        if set(self.index["shard"]) - listed:
-            problems.append(
-                f"the index names shards that {INFO_FILE} lacks: {sorted(set(self.index['shard']) - listed)}"
-            )
-        of_shard = dict(list(self.index.groupby("shard", sort=False)))
-        for shard in self.info["shards"]:
-            path, file = self.folder / shard["file"], shard["file"]
-            mine = of_shard.get(file, self.index.iloc[:0])
-            if len(mine) != shard["count"]:
-                problems.append(f"{file}: the index has {len(mine)} patches, {INFO_FILE} {shard['count']}")
-            if not path.is_file():
-                problems.append(f"{file} is missing")
-            elif sha256_file(path) != shard["sha256"]:
-                problems.append(f"{file} is damaged: its SHA-256 is not the recorded one")
-            else:
-                problems += _misplaced(path, file, mine, self.info["codec"])
-        extra = {f"data/{p.name}" for p in (self.folder / "data").glob("*") if not p.name.startswith(".")} - listed
-        problems += [f"{file} is not part of the dataset" for file in sorted(extra)]
-        if self.index["key"].duplicated().any():
-            problems.append(f"the key {self.index['key'][self.index['key'].duplicated()].iloc[0]!r} occurs twice")
-        problems += _attempt(lambda: self.schema.encode(self.index))
-        for name, recorded in self.info["splits"].items():
-            column = self.index[SPLIT_PREFIX + name]
-            problems += _attempt(lambda column=column, name=name: _check_split(self.index, column, name))
-            if recorded["sha256"] != column_hash(column):
-                problems.append(f"the column of split {name!r} is not the recorded one")
-        for name, recorded in self.selections.items():
-            for label, entry in recorded["columns"].items():
-                if entry["sha256"] != column_hash(self.index[label]):
-                    problems.append(f"the column {label!r} of selection {name!r} is not the recorded one")
-        if images:
-            for row in range(len(self)):
-                problems += _attempt(lambda row=row: self.read([row]))
-        return problems
-
-
-def _attempt(check: Any) -> list[str]:
-    try:
-        check()
-    except UserError as error:
-        return [error.message]
-    return []
-
-
-def _misplaced(path: Path, file: str, index: pd.DataFrame, codec: str) -> list[str]:
-    """Rows whose image is not where the index says."""
-    with tarfile.open(path) as tar:
-        members = {member.name: (member.offset_data, member.size) for member in tar}
-    return [
-        f"{file}: {key!r} is not where the index says"
-        for key, offset, size in zip(index["key"], index["offset"], index["size"], strict=True)
-        if members.get(f"{key}.{codec}") != (offset, size) or f"{key}.json" not in members
-    ]
-
-
-def _check_split(index: pd.DataFrame, column: pd.Series, name: str) -> None:
-    assert_patient_disjoint(index, SPLIT_PREFIX + name)
-    wrong = index[(index["origin"] == "synthetic") & (column != "") & ~column.str.startswith("train")]
-    if len(wrong):
-        raise UserError(
-            f"Split {name!r}: {len(wrong)} synthetic patches are outside its training part, "
-            f"first {wrong['key'].iloc[0]!r} in {column[wrong.index[0]]!r}.",
-            "Only real patients validate, test and serve as reference.",
-        )
+        return problems_of(self, images)
 
 
 def write_folder(folder: Path, info: dict[str, Any], index: pd.DataFrame) -> dict[str, Any]:
@@ -425,7 +357,7 @@ def write_folder(folder: Path, info: dict[str, Any], index: pd.DataFrame) -> dic
     splits: dict[str, Any] = {}
     for name, entry in info["splits"].items():
         column = index[SPLIT_PREFIX + name]
-        _check_split(index, column, name)
+        check_split(index, column, name)
         counts = {
             str(value): {unit: int(rows[unit_column].nunique()) for unit, unit_column in UNITS.items()}
             for value, rows in sorted(index.groupby(column), key=lambda item: str(item[0]))
