@@ -3,12 +3,12 @@ patch has.
 
     python benchmarks/selection.py runs/demo --weights squeezenet1_0_imagenet.safetensors
 
-Takes the folder of a finished experiment (``latent-medi demo``, ``latent-medi run``), leaves it as it is, and selects
-half of each combination of its synthetic patches with one encoder (``--encoder``). Another encoder (``--judge``), with
-probes that learned from real patients of neither the training nor the test part, tells in how many patches of the
-unseen combinations the class and the site that were asked for are found. The peer is random selection of as many
-patches per combination: its mean and spread over many draws. Diversity is recall (Kynkäänniemi et al. 2019): the share
-of real test patches of the combination within the neighbourhood of a selected one, at the same n.
+Takes the folder of a finished demo, leaves it as it is, and selects half of each combination of its synthetic patches
+with one encoder (``--encoder``). Another encoder (``--judge``), with probes that learned from further real patients
+(``--probe-patients``, of neither the training nor the test part), tells in how many patches of the unseen combinations
+the class and the site that were asked for are found. The peer is random selection of as many patches per combination:
+its mean and spread over many draws. Diversity is recall (Kynkäänniemi et al. 2019): the share of real test patches of
+the combination within the neighbourhood of a selected one, at the same n.
 
 ``default`` is what `latent-medi select` does unasked; the other ways are named by what they rank by, and drop nothing
 else. ``histodiffusion`` keeps what lies nearest to the centroid of its own class, as published.
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from demo_tissue import demo_run, in_batches, real_patches
 from output import options, tell
 
 from latent_medi.evaluation.fidelity import neighbourhoods
@@ -38,14 +40,16 @@ from latent_medi.synthesis.select import select
 from latent_medi.synthesis.settings import SelectSettings
 
 CLASS, SITE = "the class field", "the site field"
+ALL = "every categorical field"
 WAYS: dict[str, dict[str, Any]] = {
-    "class": {"criteria": [], "fields": [CLASS]},
+    "default": {},
     "histodiffusion": {"criteria": ["centroid"], "rank": "centroid", "centroids": [[CLASS]], "adjust": False},
+    "class": {"criteria": []},
     "class_and_site": {"criteria": [], "fields": [CLASS, SITE]},
-    "class_unadjusted": {"criteria": [], "fields": [CLASS], "adjust": False},
+    "all_fields": {"criteria": [], "fields": ALL},
+    "class_unadjusted": {"criteria": [], "adjust": False},
     "class_centroid": {"criteria": [], "rank": "centroid", "centroids": [[CLASS]]},
     "distance": {"criteria": [], "rank": "distance"},
-    "default": {},
 }
 NEIGHBOURS = 5
 
@@ -66,21 +70,29 @@ class Judge:
         study: The cohort.
         arm: The synthetic dataset.
         encoder: The encoder that judges.
+        taught: Real patches that the probes learn from, and their fields.
         cache: Folder of the feature cache.
     """
 
-    def __init__(self, study: Study, arm: PatchDataset, encoder: ImageEncoder, cache: Path) -> None:
+    def __init__(
+        self,
+        study: Study,
+        arm: PatchDataset,
+        encoder: ImageEncoder,
+        taught: tuple[np.ndarray, pd.DataFrame],
+        cache: Path,
+    ) -> None:
         self.study, self.arm = study, arm
         self.rows = np.flatnonzero(any_match(arm.index, study.held_out))
         self.features = cached_features(arm, self.rows, encoder, cache)
         reference = among(study.reference, any_match(study.index, study.held_out))
         self.reference, self.real = reference, cached_features(study.real, reference, encoder, cache)
-        learn = cached_features(study.real, study.probe_train, encoder, cache)
+        learn, known = encoder.features(in_batches(taught[0])), taught[1]
         self.hits: dict[str, np.ndarray] = {}
         self.ceiling: dict[str, float] = {}
         for name in (study.class_field, study.site_field):
             truth = study.index[name].to_numpy(str)
-            probe = fit_probe(learn, truth[study.probe_train])
+            probe = fit_probe(learn, known[name].to_numpy(str))
             self.hits[name] = probe.predict(self.features) == arm.index[name].to_numpy(str)[self.rows]
             self.ceiling[name] = float((probe.predict(self.real) == truth[reference]).mean())
         both = np.logical_and.reduce(list(self.hits.values()))
@@ -108,10 +120,13 @@ class Judge:
 
 def main() -> None:
     parser = options(__doc__, "20 random selections instead of 500, two ways to select")
-    parser.add_argument("run", type=Path, help="folder of a finished experiment")
+    parser.add_argument("run", type=Path, help="folder of a finished demo")
     parser.add_argument("--arm", default="medi", help="which synthetic dataset of it")
     parser.add_argument("--encoder", default="demo", help="encoder that selects")
-    parser.add_argument("--judge", default="squeezenet@128", help="encoder that judges; nothing was tuned on it")
+    parser.add_argument("--judge", default="squeezenet@224", help="encoder that judges; nothing was tuned on it")
+    parser.add_argument(
+        "--probe-patients", type=int, default=100, help="patients per class and hospital for the probes"
+    )
     parser.add_argument("--weights", default="", help="weight file of the judging encoder")
     parser.add_argument("--share", type=float, default=0.5, help="share of each combination to select")
     parser.add_argument("--cache", type=Path, help="folder of features; a temporary one unless named")
@@ -124,14 +139,15 @@ def main() -> None:
         real = str(arguments.run / "data")
         study = open_study(EvaluateSettings(real=real, synthetic={arguments.arm: str(folder)}, held_out=held_out))
         arm = study.arms[arguments.arm].dataset
-        judge = Judge(study, arm, load_encoder(arguments.judge, arguments.weights or None), cache)
+        taught = real_patches(demo_run(arguments.run).seed, "probe", 4 if arguments.quick else arguments.probe_patients)
+        judge = Judge(study, arm, load_encoder(arguments.judge, arguments.weights or None), taught, cache)
         chooser = load_encoder(arguments.encoder)
         result: dict[str, float] = {"unseen_patches": len(judge.rows), "unseen_combinations": len(held_out)}
         result |= {f"{name}_ceiling": value for name, value in judge.ceiling.items()}
         rng = np.random.default_rng(0)
-        ways = {k: WAYS[k] for k in ("class", "histodiffusion")} if arguments.quick else WAYS
+        ways = {k: WAYS[k] for k in ("default", "histodiffusion")} if arguments.quick else WAYS
         for way, changes in ways.items():
-            changes = named(changes, {CLASS: study.class_field, SITE: study.site_field})
+            changes = named(changes, {CLASS: study.class_field, SITE: study.site_field, ALL: list(study.categorical())})
             settings = SelectSettings(
                 data=str(folder), real=real, name=way, share=arguments.share, cache=str(cache), **changes
             )
@@ -164,7 +180,7 @@ def main() -> None:
     tell(result, arguments.json)
 
 
-def named(changes: Any, fields: dict[str, str]) -> Any:
+def named(changes: Any, fields: dict[str, Any]) -> Any:
     """The settings of a way to select with the names that the dataset gives its fields."""
     if isinstance(changes, dict):
         return {key: named(value, fields) for key, value in changes.items()}

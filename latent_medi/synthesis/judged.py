@@ -119,7 +119,7 @@ def open_task(settings: SelectSettings) -> tuple[Task, PatchDataset]:
             "Choose at random instead, or add patients.",
         )
     cells = _known(settings.cells or _stated(synthetic), synthetic, real, "cells")
-    fields = _known(settings.fields or cells, synthetic, real, "fields")
+    fields = _known(settings.fields or _class_of(synthetic, cells) or cells, synthetic, real, "fields")
     groups = [_known(group, synthetic, real, "centroids") for group in settings.centroids] or [[f] for f in fields]
     labels = list(map(tuple, synthetic.index[cells].astype(str).to_numpy()))
     names = sorted(set(labels))
@@ -137,6 +137,12 @@ def _stated(synthetic: PatchDataset) -> list[str]:
     """Class and categorical fields that at least one patch has a value of."""
     index = synthetic.index
     return [f.name for f in synthetic.schema.fields if not f.continuous and index[f.name].isin(f.values).any()]
+
+
+def _class_of(synthetic: PatchDataset, cells: Sequence[str]) -> list[str]:
+    """The class field, if it is among the cells' fields."""
+    class_field = synthetic.schema.class_field
+    return [class_field.name] if class_field is not None and class_field.name in cells else []
 
 
 def _known(names: Sequence[str], synthetic: PatchDataset, real: PatchDataset, setting: str) -> list[str]:

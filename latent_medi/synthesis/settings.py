@@ -214,7 +214,8 @@ class SelectSettings:
         split_value: Its part to learn from; a training part, test patients are refused.
         cells: Fields whose combinations are the cells to choose from; empty means every class and categorical field
             that the synthetic patches state.
-        fields: Fields that centroids and confidence judge; empty means those of cells.
+        fields: Fields that centroids and confidence judge; empty means the class alone, or those of cells where they
+            lack it. A field that real patches hardly show drowns the others in noise.
         criteria: What a patch must pass. "centroid": in each group of fields, the nearest centroid of real patches is
             that of its own values. "confidence": a probe of each field finds the value asked for. "outliers": not too
             far from every real patch. "copies": not too near to one, and no real patch turned or mirrored.

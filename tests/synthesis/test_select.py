@@ -142,7 +142,8 @@ def files(folder: Path) -> dict[str, str]:
 def test_each_criterion_finds_what_was_planted_for_it(
     synthetic: PatchDataset, real: PatchDataset, criterion: Any, faults: list[str], left: int
 ) -> None:
-    result = select(options(synthetic, real, criteria=[criterion], outliers=1.0, confidence=0.5), pooled())
+    how: dict[str, Any] = {"criteria": [criterion], "fields": ["class", "site"], "outliers": 1.0, "confidence": 0.5}
+    result = select(options(synthetic, real, **how), pooled())
     found = kinds(chosen(synthetic))
     for fault in faults:  # a flawless patch may fall under a quantile by chance
         assert max(0, left - 1) <= found.get(fault, 0) <= left
@@ -152,7 +153,7 @@ def test_each_criterion_finds_what_was_planted_for_it(
 
 def test_all_criteria_together_leave_the_good_ones(synthetic: PatchDataset, real: PatchDataset) -> None:
     names = ["centroid", "confidence", "outliers", "copies", "duplicates"]
-    result = select(options(synthetic, real, criteria=names, outliers=1.0), pooled())
+    result = select(options(synthetic, real, criteria=names, fields=["class", "site"], outliers=1.0), pooled())
     found = kinds(chosen(synthetic))
     assert set(found) == {"good", "twin", "near"}
     assert max(found["twin"], found["near"]) <= len(CELLS)
@@ -165,6 +166,16 @@ def test_all_criteria_together_leave_the_good_ones(synthetic: PatchDataset, real
     assert result["exact_copies"] == 2 * (len(CELLS) - 1)
     assert {tuple(c["cell"].values()) for c in result["cells"] if c["unseen"]} == {UNSEEN}
     assert result["probes"]["class"]["accuracy"] > 0.9
+
+
+def test_the_class_alone_is_judged_unasked(synthetic: PatchDataset, real: PatchDataset) -> None:
+    """What ranks by class: a field that real patches hardly show would drown it."""
+    result = select(options(synthetic, real, share=0.5), pooled())
+    assert result["recipe"]["fields"] == ["class"]
+    assert set(result["probes"]) == {"class"}
+    assert result["recipe"]["cells"] == ["class", "site"]
+    by_site = select(options(synthetic, real, share=0.5, cells=["site"], name="by_site"), pooled())
+    assert by_site["recipe"]["fields"] == ["site"]
 
 
 def test_a_duplicate_of_a_bad_patch_does_not_drive_out_a_good_one(real: PatchDataset, tmp_path: Path) -> None:
@@ -286,9 +297,10 @@ def test_bad_input_is_named(synthetic: PatchDataset, real: PatchDataset, tmp_pat
     few = write_real(tmp_path / "few", patients=2)
     refuse("5 training patients", real=str(few.folder))
     one_site = write_real(tmp_path / "one_site", 12, [(c, "aster") for c in ("benign", "tumour")])
-    refuse("confidence cannot judge site 'birch': 0 training patients", real=str(one_site.folder))
+    both = ["class", "site"]
+    refuse("confidence cannot judge site 'birch': 0 training patients", real=str(one_site.folder), fields=both)
     refuse("centroid cannot judge site 'birch'.*Leave site out", real=str(one_site.folder), criteria=["centroid"],
-           rank="centroid")  # fmt: skip
+           rank="centroid", fields=both)  # fmt: skip
     small = write_dataset(tmp_path / "small", [replace(p, image=p.image[:8, :8]) for p in planted(real)][:9], "small",
                           SCHEMA, 8, 0.5)  # fmt: skip
     refuse("8 px.*do not compare", data=str(small.folder))
