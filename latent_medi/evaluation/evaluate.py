@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import latent_medi
-from latent_medi.evaluation import adherence, downstream, fidelity
+from latent_medi.errors import UserError
+from latent_medi.evaluation import adherence, against_real, downstream, fidelity, memorisation
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.rivals import STAIN_METHODS
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -43,12 +44,16 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
 
     Returns:
         The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``encoders``, per encoder
-        name ``fidelity``, ``adherence`` and ``downstream``, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
+        name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones) and ``downstream``, then
+        ``notes``, ``seconds``, ``headline`` and ``verdict``.
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
-            :func:`latent_medi.features.encoders.load_encoder`.
+            :func:`latent_medi.features.encoders.load_encoder`; or more copies than ``max_copy_rate``, after
+            ``metrics.json`` was written.
     """
+    if not 0.0 <= settings.max_copy_rate <= 1.0:
+        raise UserError(f"max_copy_rate is {settings.max_copy_rate}; it is a share from 0 to 1.")
     # Thousands of small eigenvalue problems: threads of the linear algebra cost more than they bring.
     with threadpool_limits(1, user_api="blas"):
         return _evaluate(settings, encoders)
@@ -65,7 +70,10 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
     plan = downstream.make_plan(study, settings.added_per_cell, settings.seed) if settings.downstream else None
     unseen = fidelity.unseen_cells(study, settings.seed)
     classes = fidelity.class_cells(study, settings.seed)
+    sites = fidelity.site_cells(study, settings.seed)
     clock.lap("prepare")
+    copies = memorisation.find_copies(study, settings.device) if settings.memorisation and study.arms else None
+    clock.lap("memorisation")
 
     metrics: dict[str, Any] = {
         "metrics_version": METRICS_VERSION,
@@ -76,6 +84,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         "encoders": {},
         "fidelity": {},
         "adherence": {},
+        "memorisation": {},
         "downstream": {},
         "notes": list(study.notes),
     }
@@ -105,7 +114,9 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
             "fingerprint": encoder.fingerprint,
             "unseen": fidelity.summarise(study, features, unseen, *arguments, settings.protocol),
             "per_class": fidelity.summarise(study, features, classes, *arguments, settings.protocol),
+            "per_site": fidelity.summarise(study, features, sites, *arguments, settings.protocol),
             "overall": fidelity.overall(study, features, settings.seed),
+            "against_real": against_real.against_real(study, features, settings.deals, settings.seed),
         }
         clock.lap("fidelity")
         metrics["adherence"][encoder.name] = {
@@ -113,6 +124,12 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
             "fields": adherence.recovery(study, features, settings.regularisation, *arguments),
         }
         clock.lap("adherence")
+        if copies is not None and encoder.preprocessing.channel == "rgb":
+            metrics["memorisation"][encoder.name] = {
+                "fingerprint": encoder.fingerprint,
+                **memorisation.memorisation(study, features, copies, *arguments),
+            }
+            clock.lap("memorisation")
         if plan is not None and transferred is not None:
             drawer = downstream.Drawer(study, plan, features.real, features.arms, transferred)
             record, table = downstream.compare(study, drawer, settings.regularisation, settings.repeats, *arguments)
@@ -128,6 +145,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
     metrics["headline"] = headline(metrics)
     metrics["verdict"] = verdict(metrics["headline"])
     write_json(out / "metrics.json", metrics)
+    memorisation.check_gate(metrics["memorisation"], settings.max_copy_rate)
     return metrics
 
 

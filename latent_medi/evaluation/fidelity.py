@@ -69,15 +69,22 @@ class Cell:
 
 def unseen_cells(study: Study, seed: int) -> list[Cell]:
     """A cell per held-out combination."""
-    return [_cell(study, c, seed + i) for i, c in enumerate(study.held_out)]
+    return [make_cell(study, c, seed + i) for i, c in enumerate(study.held_out)]
 
 
 def class_cells(study: Study, seed: int) -> list[Cell]:
     """A cell per class, over all sites with the test patches' own mix."""
-    return [_cell(study, {study.class_field: v}, seed + i) for i, v in enumerate(study.classes)]
+    return [make_cell(study, {study.class_field: v}, seed + i) for i, v in enumerate(study.classes)]
 
 
-def _cell(study: Study, combination: Combination, seed: int) -> Cell:
+def site_cells(study: Study, seed: int) -> list[Cell]:
+    """A cell per site that test patches come from, over all classes with the test patches' own mix."""
+    there = set(study.index[study.site_field].to_numpy(str)[study.reference])
+    sites = [v for v in study.real.schema.field(study.site_field).values if v in there]
+    return [make_cell(study, {study.site_field: v}, seed + i) for i, v in enumerate(sites)]
+
+
+def make_cell(study: Study, combination: Combination, seed: int) -> Cell:
     """Choose rows: an arm follows the reference's mix of the fields that the arm knows and the cell leaves open."""
     rng = np.random.default_rng([seed, 1])
     cell = Cell(combination, among(study.reference, matches(study.index, combination)))
@@ -321,7 +328,12 @@ def _cap(x: np.ndarray) -> np.ndarray:
 
 
 def neighbourhoods(
-    reference: np.ndarray, sample: np.ndarray, k: int = 5, most: int = 2000, seed: int = 0
+    reference: np.ndarray,
+    sample: np.ndarray,
+    k: int = 5,
+    most: int = 2000,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) with k neighbours.
 
@@ -331,21 +343,30 @@ def neighbourhoods(
         k: Neighbours.
         most: Both sides are subsampled to at most this many.
         seed: Seed of that.
+        groups: Group of each real row, such as its class [N]. With these ``coverage_lowest`` is the coverage of the
+            group that is covered least (of those with 20 rows): a mode that is never drawn shows there first.
     """
     rng = np.random.default_rng(seed)
     n = min(len(reference), len(sample), most)
     if n <= k:
         return {"precision": None, "recall": None, "density": None, "coverage": None, "n": n, "k": k}
-    real, fake = (np.asarray(x[np.sort(rng.choice(len(x), n, replace=False))], np.float64) for x in (reference, sample))
+    chosen = [np.sort(rng.choice(len(x), n, replace=False)) for x in (reference, sample)]
+    real, fake = (np.asarray(x[rows], np.float64) for x, rows in zip((reference, sample), chosen, strict=True))
     between = _distances(real, fake)
     radius_real = np.partition(_distances(real, real), k, axis=1)[:, k]  # index 0 is the point itself
     radius_fake = np.partition(_distances(fake, fake), k, axis=1)[:, k]
     inside = between <= radius_real[:, None]
-    return {
+    covered = np.asarray(inside.any(axis=1))
+    lowest: dict[str, float] = {}
+    if groups is not None:
+        mine = groups[chosen[0]].astype(str)
+        shares = [float(covered[mine == g].mean()) for g in np.unique(mine) if (mine == g).sum() >= 20]
+        lowest = {"coverage_lowest": min(shares)} if shares else {}
+    return lowest | {
         "precision": float(inside.any(axis=0).mean()),
         "recall": float((between <= radius_fake[None, :]).any(axis=1).mean()),
         "density": float(inside.sum(axis=0).mean() / k),
-        "coverage": float(inside.any(axis=1).mean()),
+        "coverage": float(covered.mean()),
         "n": n,
         "k": k,
     }
@@ -358,7 +379,7 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def overall(study: Study, features: Features, seed: int) -> dict[str, Any]:
     """Precision, recall, density and coverage of each arm and of other real patients, in the test patches' mix."""
-    cell = _cell(study, {}, seed)
+    cell = make_cell(study, {}, seed)
     result: dict[str, Any] = {}
     for name, rows in cell.rows.items():
         sample = (features.real if name == FLOOR else features.arms[name])[rows]

@@ -30,11 +30,15 @@ class EvaluateSettings:
         seed: Seed of every subsample and resample.
         repeats: Draws of added patches per downstream arm.
         resamples: Patient resamples for the intervals.
+        deals: How often real patients are dealt into two sides, for the range of each measure that they reach.
         regularisation: C of the logistic regressions (inverse strength, standardised features).
         added_per_cell: Patches added per held-out cell in every downstream arm; 0 takes as many as the synthetic arms
             have,
             at most the median count of the seen cells.
         downstream: Train and compare the downstream classifiers.
+        memorisation: Look for copies of training patches, and for samples too near to training patients.
+        max_copy_rate: Largest share, 0 to 1, of an arm's patches that may be copies of training patches; with more the
+            command fails, after everything is written. 1 lets all pass.
         device: Torch device of the encoders.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
@@ -57,9 +61,12 @@ class EvaluateSettings:
     seed: int = 0
     repeats: int = 3
     resamples: int = 200
+    deals: int = 60
     regularisation: float = 1.0
     added_per_cell: int = 0
     downstream: bool = True
+    memorisation: bool = True
+    max_copy_rate: float = 1.0
     device: str = "cpu"
     batch: int = 128
     cache: str = ""

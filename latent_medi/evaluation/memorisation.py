@@ -1,0 +1,285 @@
+"""Whether a generator repeats its training patients: copies by their pixels, and nearness in feature space.
+
+Everything is held against real patients that the model has not seen, since these lie at some distance from training
+patches too, and some of them nearer than others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from sklearn.cluster import KMeans
+
+from latent_medi.errors import UserError
+from latent_medi.evaluation.fidelity import Features
+from latent_medi.evaluation.measures import PatientResamples, measure, wilson
+from latent_medi.evaluation.study import Arm, Study, among, describe, matches
+from latent_medi.features.likeness import SIDE, VIEWS, copy_scores, invariants, small_patches
+from latent_medi.features.neighbours import nearest
+from latent_medi.progress import get_logger, progress
+from latent_medi.shards.dataset import PatchDataset
+
+log = get_logger(__name__)
+
+CANDIDATES = 20
+"""Training patches that each patch is compared with pixel by pixel."""
+LEAST_COPY = 0.6
+"""A correlation below this is no copy, however few held-out patches there are to set the threshold by."""
+_QUANTILE = 0.999
+_LISTED = 24
+_CALIBRATION = 4000
+_MIN_CELL = 20
+_CT_DIMS, _CT_CELLS, _CT_LEAST = 64, 8, 20
+
+
+@dataclass
+class Copies:
+    """Which patches are copies of training patches, as far as pixels tell.
+
+    Args:
+        threshold: Correlation above which a patch is a copy.
+        scores: Correlation with the most similar training patch, by arm (each of its rows) and for "held_out" (the
+            study's reference).
+        partner: Real row of that training patch, likewise.
+        view: How it is turned, an index of ``VIEWS``, likewise.
+    """
+
+    threshold: float
+    scores: dict[str, np.ndarray]
+    partner: dict[str, np.ndarray]
+    view: dict[str, np.ndarray]
+
+
+class CopyFinder:
+    """Finds copies of training patches.
+
+    Args:
+        bank: Training patches, made small (:func:`latent_medi.features.likeness.small_patches`), [M, S, S].
+        others: Patches of other real patients, [N, S, S]: no more than one in a thousand of these is called a copy.
+        device: Torch device of the correlations.
+    """
+
+    def __init__(self, bank: np.ndarray, others: np.ndarray, device: str = "cpu") -> None:
+        self.bank, self.table, self.device = bank, invariants(bank), device
+        self.threshold = LEAST_COPY
+        if len(others):
+            self.threshold = max(LEAST_COPY, float(np.quantile(self.likeness(others)[0], _QUANTILE)))
+
+    def likeness(self, small: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Correlation of each patch with the most similar training patch [N], that one's row in the bank [N], and how
+        it is turned, an index of ``VIEWS`` [N]."""
+        candidates = nearest(invariants(small), self.table, CANDIDATES, device=self.device)[1]
+        return copy_scores(small, self.bank, candidates, self.device)
+
+
+def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
+    """Compare every synthetic patch, and every held-out one, with the training patches that may be its original.
+
+    The threshold comes from the study's probe part; how many of the reference's patches it flags is told beside.
+
+    Args:
+        study: The cohort.
+        device: Torch device of the correlations.
+        batch: Patches that are read at once.
+    """
+    probe = study.probe
+    if len(probe) > _CALIBRATION:
+        probe = np.sort(np.random.default_rng(7).choice(probe, _CALIBRATION, replace=False))
+    finder = CopyFinder(_small(study.real, study.train, batch), _small(study.real, probe, batch), device)
+    copies = Copies(finder.threshold, {}, {}, {})
+    sources = {arm.name: (arm.dataset, arm.rows) for arm in study.arms.values()}
+    for name, (dataset, rows) in {**sources, "held_out": (study.real, study.reference)}.items():
+        score, position, view = finder.likeness(_small(dataset, rows, batch))
+        copies.scores[name], copies.partner[name], copies.view[name] = score, study.train[position], view
+    return copies
+
+
+def _small(dataset: PatchDataset, rows: np.ndarray, batch: int) -> np.ndarray:
+    batches = dataset.iterate(rows, batch)
+    shown = progress(batches, -(-len(rows) // batch), f"pixels of {dataset.name}", "batch")
+    parts = [small_patches(images) for _, images in shown]
+    return np.concatenate(parts) if parts else np.zeros((0, SIDE, SIDE), np.float32)
+
+
+def memorisation(study: Study, features: Features, copies: Copies, resamples: int, seed: int) -> dict[str, Any]:
+    """The record of one encoder.
+
+    Args:
+        study: The cohort.
+        features: Features of one encoder.
+        copies: From :func:`find_copies`; they do not depend on the encoder.
+        resamples: Patient resamples for the intervals.
+        seed: Seed of these, of the subsamples and of the cells of C_T.
+
+    Returns:
+        ``rule``, ``threshold``, ``held_out_flagged`` (share of the reference's patches that count as copies),
+        ``held_out_auth_pct``, and ``arms``: ``copy_rate``, ``copies``, ``listed`` (the most alike first), ``auth_pct``
+        (Alaa et al. 2022, percent), ``ct`` (Meehan et al. 2020; below −3 speaks for copying) and ``cells``.
+    """
+    flagged = (copies.scores["held_out"] > copies.threshold).astype(float)
+    bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
+    authentic = _Authentic(study, features)
+    record: dict[str, Any] = {
+        "rule": "A copy correlates with a training patch, turned, mirrored or shifted by up to an eighth of its side, "
+        f"more than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}.",
+        "threshold": copies.threshold,
+        "held_out_flagged": _share(study, bootstrap, flagged),
+        "held_out_auth_pct": _share(study, bootstrap, 100.0 * authentic.of(features.real[study.reference])),
+        "arms": {},
+    }
+    for arm in study.arms.values():
+        if not len(arm.rows):
+            continue
+        copied = copies.scores[arm.name] > copies.threshold
+        own = authentic.of(features.arms[arm.name])
+        n, hits = len(arm.rows), int(own.sum())
+        record["arms"][arm.name] = {
+            "copies": int(copied.sum()),
+            "copy_rate": measure(float(copied.mean()), n, 0)
+            | {"interval": wilson(int(copied.sum()), n), "interval_over": "samples"},
+            "auth_pct": measure(100.0 * hits / n, n, 0)
+            | {"interval": [100.0 * x for x in wilson(hits, n) or []], "interval_over": "samples"},
+            "ct": _ct(features.real[study.train], features.real[study.reference], features.arms[arm.name], seed),
+            "cells": _cells(study, features, arm, copied, seed),
+            "listed": _listed(study, copies, arm),
+        }
+    return record
+
+
+def check_gate(record: Mapping[str, Any], most: float) -> None:
+    """Refuse a generator that copies more than it may.
+
+    Args:
+        record: ``metrics["memorisation"]``.
+        most: Largest share of copies allowed.
+
+    Raises:
+        UserError: Names the arm, how many copies there are, and the first pair.
+    """
+    for one in record.values():
+        for name, arm in one["arms"].items():
+            if arm["copy_rate"]["value"] > most:
+                first = arm["listed"][0]
+                raise UserError(
+                    f"{arm['copies']} of {arm['copy_rate']['n_patches']} patches of {name} are copies of training "
+                    f"patches ({arm['copy_rate']['value']:.2%}, allowed {most:.2%}); the most alike is "
+                    f"{first['synthetic_key']} of {first['train_key']} ({first['patient']}).",
+                    "Do not share these patches or this model. metrics.json lists the pairs; train with more patients "
+                    "or for fewer images, or drop copies with `latent-medi select`.",
+                )
+
+
+def _share(study: Study, bootstrap: PatientResamples, values: np.ndarray) -> dict[str, Any]:
+    weights = bootstrap.row_weights(np.arange(len(values)))
+    draws = weights @ values / weights.sum(axis=1)
+    return measure(float(values.mean()), len(values), len(bootstrap.names), draws)
+
+
+class _Authentic:
+    """AuthPct: a patch is authentic if its nearest training patch has a nearer training patch of another patient.
+
+    The published rule takes any other training patch. Patches of one slide are nearly the same, so almost everything
+    would be called authentic.
+    """
+
+    def __init__(self, study: Study, features: Features) -> None:
+        self.train = features.real[study.train]
+        codes = np.unique(study.patients[study.train], return_inverse=True)[1]
+        self.own = nearest(self.train, self.train, 1, (codes, codes))[0][:, 0]
+
+    def of(self, samples: np.ndarray) -> np.ndarray:
+        """bool [N]."""
+        distance, position = nearest(samples, self.train, 1)
+        return distance[:, 0] > self.own[position[:, 0]]
+
+
+def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int) -> dict[str, Any]:
+    """Whether samples lie nearer to training patches than held-out ones do, in cells of the feature space.
+
+    Distances to the nearest training patch of the same cell (k-means on training features) are ranked against those of
+    held-out patches (Mann–Whitney, as a z-score); the mean over cells is weighted by held-out patches. The
+    z-score takes patches for independent, so it says in which direction, not how surely.
+    """
+    mean = train.mean(axis=0, dtype=np.float64)
+    x = train.astype(np.float64) - mean
+    dims = min(_CT_DIMS, x.shape[1])
+    directions = np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :dims]
+    x, real, made = x @ directions, (held_out - mean) @ directions, (samples - mean) @ directions
+    clusters = KMeans(min(_CT_CELLS, max(1, len(x) // 100)), n_init=3, random_state=seed).fit(x)
+    cells = [clusters.predict(part) for part in (x, real, made)]
+    total, weight, left_out = 0.0, 0, 0
+    for cell in range(clusters.n_clusters):
+        bank, theirs, ours = (part[of == cell] for part, of in zip((x, real, made), cells, strict=True))
+        if min(len(bank), len(theirs), len(ours)) < _CT_LEAST:
+            left_out += len(ours)
+            continue
+        a, b = nearest(ours, bank, 1)[0][:, 0], nearest(theirs, bank, 1)[0][:, 0]
+        u = stats.mannwhitneyu(a, b).statistic
+        n, m = len(a), len(b)
+        total += m * (u - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
+        weight += m
+    return {"value": total / weight if weight else None, "n_patches": len(samples), "left_out": left_out}
+
+
+def _cells(study: Study, features: Features, arm: Arm, copied: np.ndarray, seed: int) -> list[dict[str, Any]]:
+    """Per combination of class and site that the arm knows: how near to training and to held-out patients.
+
+    Both banks have as many patches, from as many patients where possible; a generator that has learned the combination
+    and not its patients is as near to one as to the other.
+    """
+    fields = [f for f in (study.class_field, study.site_field) if f in arm.fields]
+    index = study.index
+    cells = []
+    for values, rows in sorted(arm.index.groupby(fields, observed=True).indices.items()):
+        combination = dict(zip(fields, values if isinstance(values, tuple) else (values,), strict=True))
+        here = matches(index, combination)
+        train, held_out = among(study.train, here), among(study.reference, here)
+        record: dict[str, Any] = {
+            "name": describe(combination), "combination": combination, "n": len(rows),
+            "copies": int(copied[rows].sum()), "median_train": None, "median_held_out": None, "nearer_train": None,
+            "n_bank": 0,
+        }  # fmt: skip
+        n = min(len(train), len(held_out))
+        if n >= _MIN_CELL:
+            rng = np.random.default_rng([seed, 23])
+            train, held_out = (_patients_in_turn(study.patients, part, n, rng) for part in (train, held_out))
+            mine = features.arms[arm.name][rows]
+            near, far = (nearest(mine, features.real[part], 1)[0][:, 0] for part in (train, held_out))
+            record |= {
+                "median_train": float(np.median(near)), "median_held_out": float(np.median(far)),
+                "nearer_train": float((near < far).mean()), "n_bank": n,
+            }  # fmt: skip
+        cells.append(record)
+    return cells
+
+
+def _patients_in_turn(patients: np.ndarray, rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """``n`` of ``rows``, patients in turn, so that as many patients as possible take part."""
+    rows = rng.permutation(rows)
+    order = np.argsort(patients[rows], kind="stable")
+    starts = np.unique(patients[rows][order], return_index=True)[1]
+    turn = np.arange(len(rows)) - np.repeat(starts, np.diff([*starts, len(rows)]))
+    return rows[order][np.argsort(turn, kind="stable")][:n]
+
+
+def _listed(study: Study, copies: Copies, arm: Arm) -> list[dict[str, Any]]:
+    """The pairs most alike, copies or not, so that a person can see what the threshold means; every copy is listed."""
+    score = copies.scores[arm.name]
+    order = np.argsort(-score, kind="stable")
+    most = max(_LISTED, int((score > copies.threshold).sum()))
+    keys, real = arm.index["key"].to_numpy(str), study.index
+    return [
+        {
+            "synthetic_key": keys[row],
+            "train_key": str(real["key"].iloc[copies.partner[arm.name][row]]),
+            "patient": str(real["patient"].iloc[copies.partner[arm.name][row]]),
+            "likeness": float(score[row]),
+            "view": VIEWS[copies.view[arm.name][row]],
+            "copy": bool(score[row] > copies.threshold),
+        }
+        for row in order[:most]
+    ]
