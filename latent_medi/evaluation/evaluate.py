@@ -70,7 +70,8 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
     plan = downstream.make_plan(study, settings.added_per_cell, settings.seed) if settings.downstream else None
     unseen = fidelity.unseen_cells(study, settings.seed)
     classes = fidelity.class_cells(study, settings.seed)
-    sites = fidelity.site_cells(study, settings.seed)
+    sites = fidelity.cells_of(study, [settings.site_field], settings.seed)
+    more = {" × ".join(fields): fidelity.cells_of(study, fields, settings.seed) for fields in settings.cells}
     clock.lap("prepare")
     copies = memorisation.find_copies(study, settings.device) if settings.memorisation and study.arms else None
     clock.lap("memorisation")
@@ -115,8 +116,16 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
             "unseen": fidelity.summarise(study, features, unseen, *arguments, settings.protocol),
             "per_class": fidelity.summarise(study, features, classes, *arguments, settings.protocol),
             "per_site": fidelity.summarise(study, features, sites, *arguments, settings.protocol),
+            "cells": {
+                name: fidelity.summarise(study, features, cells, *arguments, settings.protocol)
+                for name, cells in more.items()
+            },
             "overall": fidelity.overall(study, features, settings.seed),
-            "against_real": against_real.against_real(study, features, settings.deals, settings.seed),
+            **(
+                {"against_real": against_real.against_real(study, features, settings.deals, settings.seed)}
+                if settings.deals
+                else {}
+            ),
         }
         clock.lap("fidelity")
         metrics["adherence"][encoder.name] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.measures import PatientResamples, measure
 from latent_medi.evaluation.study import Arm, Combination, Matched, Study, among, describe, matches, strata
 from latent_medi.features.statistics import (
@@ -77,11 +78,23 @@ def class_cells(study: Study, seed: int) -> list[Cell]:
     return [make_cell(study, {study.class_field: v}, seed + i) for i, v in enumerate(study.classes)]
 
 
-def site_cells(study: Study, seed: int) -> list[Cell]:
-    """A cell per site that test patches come from, over all classes with the test patches' own mix."""
-    there = set(study.index[study.site_field].to_numpy(str)[study.reference])
-    sites = [v for v in study.real.schema.field(study.site_field).values if v in there]
-    return [make_cell(study, {study.site_field: v}, seed + i) for i, v in enumerate(sites)]
+def cells_of(study: Study, fields: Sequence[str], seed: int) -> list[Cell]:
+    """A cell per combination of some fields that test patches have, with the test patches' own mix of the others.
+
+    Raises:
+        UserError: A field is not a class or categorical field of the dataset.
+    """
+    for name in fields:
+        if name not in study.categorical():
+            raise UserError(
+                f"cells names {name!r}, no class or categorical field; {nearest(name, study.categorical())}."
+            )
+    table = study.index.iloc[study.reference][list(fields)].astype(str).drop_duplicates()
+    values = {name: {v: i for i, v in enumerate(study.real.schema.field(name).values)} for name in fields}
+    rows = [dict(zip(fields, row, strict=True)) for row in table.itertuples(index=False, name=None)]
+    known = [row for row in rows if all(value in values[name] for name, value in row.items())]
+    known.sort(key=lambda row: [values[name][value] for name, value in row.items()])
+    return [make_cell(study, row, seed + i) for i, row in enumerate(known)]
 
 
 def make_cell(study: Study, combination: Combination, seed: int) -> Cell:

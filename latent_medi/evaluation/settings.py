@@ -17,6 +17,7 @@ class EvaluateSettings:
             take part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
         held_out: Combinations without a training patch, each a mapping of field to value.
+        cells: Further combinations of fields to judge each by itself, such as [[class, site]].
         encoders: Names or folders of encoders; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
         colour_free: Also use each encoder on the haematoxylin channel alone.
@@ -30,7 +31,8 @@ class EvaluateSettings:
         seed: Seed of every subsample and resample.
         repeats: Draws of added patches per downstream arm.
         resamples: Patient resamples for the intervals.
-        deals: How often real patients are dealt into two sides, for the range of each measure that they reach.
+        deals: How often real patients are dealt into two sides, for the range of each measure that they reach;
+            0 leaves that out.
         regularisation: C of the logistic regressions (inverse strength, standardised features).
         added_per_cell: Patches added per held-out cell in every downstream arm; 0 takes as many as the synthetic arms
             have,
@@ -49,6 +51,7 @@ class EvaluateSettings:
     selected: dict[str, str] = field(default_factory=dict)
     out: str = "runs/evaluation"
     held_out: list[dict[str, str]] = field(default_factory=list)
+    cells: list[list[str]] = field(default_factory=list)
     encoders: list[str] = field(default_factory=lambda: ["demo"])
     weights: dict[str, str] = field(default_factory=dict)
     colour_free: bool = True

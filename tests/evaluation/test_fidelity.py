@@ -10,6 +10,8 @@ from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latent_medi.errors import UserError
+from latent_medi.evaluation.against_real import deals
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import frechet_draws, kid_draws, neighbourhoods
 from latent_medi.evaluation.study import Matched
@@ -35,6 +37,46 @@ def test_a_perfect_generator_lies_near_the_floor(metrics: dict[str, Any]) -> Non
         assert unseen["cls"]["interval"][0] > unseen["medi"]["interval"][1]
         assert encoder["per_class"]["summary"]["ratio"]["value"] < 0.5
         assert encoder["overall"]["medi"]["coverage"] > encoder["overall"]["cls"]["coverage"]
+
+
+def test_only_what_real_patients_do_not_do_is_called_worse(metrics: dict[str, Any]) -> None:
+    record = metrics["fidelity"]["filters"]["against_real"]
+    assert record["fd_dims"] == 16
+    assert min(record["n_patients"]) >= 100
+    perfect, blind = record["arms"]["medi"], record["arms"]["cls"]
+    assert {"fd", "kid", "class_mix", "precision", "recall", "density", "coverage", "coverage_lowest"} == set(perfect)
+    assert sum(entry["worse"] for entry in perfect.values()) <= 1
+    assert all(entry["range"][0] <= entry["real"] <= entry["range"][1] for entry in perfect.values())
+    # Class alone draws the training patches' mix of sites, not the test patches'.
+    assert blind["fd"]["worse"]
+    assert blind["fd"]["value"] > 1.5 * blind["fd"]["range"][1]
+
+
+def test_sites_are_judged_like_classes(metrics: dict[str, Any]) -> None:
+    record = metrics["fidelity"]["filters"]["per_site"]
+    assert [cell["name"] for cell in record["cells"]] == ["east", "north", "south"]
+    assert record["summary"]["medi"]["value"] < record["summary"]["cls"]["value"]
+
+
+def test_any_cell_is_judged_by_itself(world: World) -> None:
+    settings = world.settings("cells", cells=[["class", "site"]], downstream=False, memorisation=False, deals=0)
+    cells = evaluate(settings, [filters()])["fidelity"]["filters"]["cells"]["class × site"]["cells"]
+    assert [cell["name"] for cell in cells][:4] == ["blobs × east", "blobs × north", "blobs × south", "rings × east"]
+    assert len(cells) == 9
+    assert all({"medi", "floor"} <= set(cell["arms"]) for cell in cells)
+    with pytest.raises(UserError, match="cells names 'sites', no class or categorical field.*'site'"):
+        evaluate(world.settings("cells", cells=[["sites"]]), [filters()])
+
+
+def test_patients_are_dealt_whole_and_by_stratum() -> None:
+    patients, strata = np.repeat([f"p{i}" for i in range(30)], 3), np.repeat(["a", "b", "b"], 30)
+    counts = []
+    for first, second in deals(patients, strata, 0.45, 60, 1):
+        assert not set(patients[first]) & set(patients[second])
+        assert sorted([*first, *second]) == list(range(90))
+        counts.append([len(set(patients[first][strata[first] == name])) for name in "ab"])
+    assert set(map(tuple, counts)) <= {(4, 9), (5, 9)}
+    assert np.mean(counts, axis=0) == pytest.approx([4.5, 9.0], abs=0.2)
 
 
 def test_a_generator_without_the_site_is_no_better_than_class_alone(world: World) -> None:
