@@ -19,6 +19,7 @@ from latent_medi.evaluation.study import Arm, Combination, Matched, Study, among
 from latent_medi.features.statistics import (
     RANK_DEFICIENT,
     Basis,
+    fd_infinity,
     frechet,
     frechet_distance,
     full_rank,
@@ -391,11 +392,16 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def overall(study: Study, features: Features, seed: int) -> dict[str, Any]:
-    """Precision, recall, density and coverage of each arm and of other real patients, in the test patches' mix."""
+    """Precision, recall, density, coverage and the Fréchet distance for endless samples of each arm and of other real
+    patients, in the test patches' mix.
+    """
     cell = make_cell(study, {}, seed)
     result: dict[str, Any] = {}
     for name, rows in cell.rows.items():
         sample = (features.real if name == FLOOR else features.arms[name])[rows]
-        result[name] = neighbourhoods(features.real[cell.reference], sample, seed=seed)
+        reference = features.real[cell.reference]
+        result[name] = neighbourhoods(reference, sample, seed=seed)
+        found = fd_infinity(reference, sample, seed=seed)
+        result[name] |= {"fd_infinity": found and found[0], "fd_infinity_error": found and found[1]}
         result[name]["mix_mismatch"] = cell.mismatch[name]
     return result

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 RANK_RULE = 2  # Fréchet distance needs at least this many samples per dimension, on each side
 PCA_RULE = 4  # samples per PCA dimension
@@ -102,6 +103,38 @@ def frechet_distance(a: FeatureStatistics | np.ndarray, b: FeatureStatistics | n
     a = FeatureStatistics.of(a) if isinstance(a, np.ndarray) else a
     b = FeatureStatistics.of(b) if isinstance(b, np.ndarray) else b
     return frechet(a.mean, a.cov, b.mean, b.cov)
+
+
+def fd_infinity(
+    reference: np.ndarray, sample: np.ndarray, points: int = 15, seed: int = 0
+) -> tuple[float, float] | None:
+    """Fréchet distance for endlessly many samples: the intercept of a line through FD over 1/N (Chong & Forsyth 2020).
+
+    The reference stays as it is, so its own share of the bias stays too: compare with the floor's.
+
+    Args:
+        reference: Real features [M, d].
+        sample: Features [N, d].
+        points: Subsample sizes, in even steps from N/4 (2d at least) to N; three subsamples of each.
+        seed: Seed of the subsamples.
+
+    Returns:
+        The intercept, which is noisy and may lie below 0, and the line's standard error of it (of the subsampling
+        alone, so the least that it can be); None where there are fewer than 4d samples.
+    """
+    n, dim = sample.shape
+    if n < 2 * RANK_RULE * dim or len(reference) < RANK_RULE * dim:
+        return None
+    rng = np.random.default_rng([seed, 41])
+    fixed = FeatureStatistics.of(reference)
+    root = psd_root(fixed.cov)
+    sizes = np.repeat(np.linspace(max(RANK_RULE * dim, n // 4), n, points).astype(int), 3)
+    values = []
+    for size in sizes:
+        part = FeatureStatistics.of(sample[rng.choice(n, size, replace=False)])
+        values.append(frechet(part.mean, part.cov, fixed.mean, fixed.cov, root_b=root))
+    line = stats.linregress(1.0 / sizes, values)
+    return float(line.intercept), float(line.intercept_stderr)
 
 
 def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:

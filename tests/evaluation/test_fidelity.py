@@ -64,7 +64,7 @@ def test_any_cell_is_judged_by_itself(world: World) -> None:
     assert [cell["name"] for cell in cells][:4] == ["blobs × east", "blobs × north", "blobs × south", "rings × east"]
     assert len(cells) == 9
     assert all({"medi", "floor"} <= set(cell["arms"]) for cell in cells)
-    with pytest.raises(UserError, match="cells names 'sites', no class or categorical field.*'site'"):
+    with pytest.raises(UserError, match=r"cells names 'sites', no class or categorical field.*'site'"):
         evaluate(world.settings("cells", cells=[["sites"]]), [filters()])
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from latent_medi.features.statistics import (
     FeatureStatistics,
     distances,
+    fd_infinity,
     fd_with_floor,
     frechet_distance,
     full_rank,
@@ -132,3 +133,21 @@ def test_floor_is_taken_at_the_same_n() -> None:
     )
     assert {name: r["n"] for name, r in result.items()} == {"a": [400, 70], "b": [400, 70], "floor": [400, 70]}
     assert result["b"]["value"] > result["floor"]["value"]
+
+
+def test_the_distance_for_endless_samples_has_no_bias_of_their_number() -> None:
+    """Two samplings of one distribution: the plain distance falls with n, the extrapolated one is the same."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(12, 12))
+    reference = rng.normal(size=(40_000, 12)) @ mixing
+    plain, endless = {}, {}
+    for n in (300, 3000):
+        samples = [rng.normal(size=(n, 12)) @ mixing for _ in range(8)]
+        plain[n] = np.mean([frechet_distance(reference, sample) for sample in samples])
+        found = [fd_infinity(reference, sample, seed=1) for sample in samples]
+        endless[n] = np.mean([pair[0] for pair in found if pair])
+        assert all(pair and pair[1] > 0 for pair in found)
+    assert plain[300] > 5 * plain[3000]
+    assert abs(endless[300]) < plain[300] / 2
+    assert abs(endless[3000]) < plain[3000] / 2
+    assert fd_infinity(reference, reference[:47]) is None
