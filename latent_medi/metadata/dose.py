@@ -1,0 +1,143 @@
+"""Training sets of one size in which class and site are tied together more and more: a dose to measure a response by.
+
+Some combinations of class and site are the targets. At level 0 training has as many patients of a target as of any
+other combination of its class, at level 1 none; each class keeps its number of patients, so that neither size nor class
+balance explains what a model loses (after the design of PathoROB's accuracy drop, Kömen et al. 2025, with combinations
+that can be withheld while class and site stay seen).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.errors import UserError
+from latent_medi.metadata.fields import is_missing
+
+
+def rotating_targets(
+    table: pd.DataFrame, class_field: str, site_field: str, rotation: int = 0, per_site: int = 1
+) -> list[dict[str, str]]:
+    """Combinations to withhold, ``per_site`` classes of each site, that leave every class and site seen elsewhere.
+
+    Site j lacks the classes j + rotation, j + rotation + 1, … (in order of names, modulo their number), as far as it
+    has patients of them; with as many rotations as classes, every combination is a target once.
+
+    Args:
+        table: A row per patient or patch with both columns.
+        class_field, site_field: Their names.
+        rotation: Which classes come first, 0 and up.
+        per_site: Classes that each site lacks; fewer than it has.
+
+    Raises:
+        UserError: A class or a site would have nothing left.
+    """
+    pairs = {
+        tuple(map(str, pair)) for pair in table[[class_field, site_field]].drop_duplicates().itertuples(index=False)
+    }
+    pairs = {pair for pair in pairs if not any(map(is_missing, pair))}
+    classes, sites = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+    targets = [
+        (classes[(number + rotation + turn) % len(classes)], site)
+        for number, site in enumerate(sites)
+        for turn in range(per_site)
+    ]
+    targets = [target for target in targets if target in pairs]
+    left = pairs - set(targets)
+    lost = [c for c in classes if c not in {pair[0] for pair in left}]
+    lost += [s for s in sites if s not in {pair[1] for pair in left}]
+    if lost or not targets:
+        raise UserError(
+            f"With {per_site} of {len(classes)} classes withheld at each of {len(sites)} sites (rotation {rotation}), "
+            + (f"{lost[0]!r} would not be seen at all." if lost else "nothing would be withheld."),
+            "Withhold fewer classes per site, take another rotation, or name the combinations.",
+        )
+    return [{class_field: c, site_field: s} for c, s in targets]
+
+
+def training_patients(
+    table: pd.DataFrame,
+    class_field: str,
+    site_field: str,
+    targets: Sequence[dict[str, str]],
+    levels: Sequence[float],
+    seed: int = 0,
+) -> list[set[str]]:
+    """Patients to train on at each level.
+
+    Within a class, a target's share of the patients is (1 − level) times that of another combination. The number of
+    patients of each class is the largest that every level can have. What one level has of a combination, another that
+    has more of it has too, so that levels differ by as few patients as can be.
+
+    Args:
+        table: A row per patch or patient with ``patient`` and both columns; one class and site per patient.
+        class_field, site_field: Names of the columns.
+        targets: Combinations whose share falls.
+        levels: From 0 (no tie) to 1 (targets absent).
+        seed: Seed of each patient's turn.
+
+    Returns:
+        The patients by level.
+
+    Raises:
+        UserError: A level outside 0 to 1, a target that no patient has, or a patient with two classes or sites.
+    """
+    for level in levels:
+        if not 0 <= level <= 1:
+            raise UserError(f"A level is between 0 (no tie) and 1 (targets absent), not {level}.")
+    people = table[["patient", class_field, site_field]].astype(str).drop_duplicates()
+    people = people[~people[class_field].map(is_missing) & ~people[site_field].map(is_missing)]
+    if twice := sorted(people["patient"][people["patient"].duplicated()])[:1]:
+        raise UserError(
+            f"Patient {twice[0]!r} has two classes or sites, so they cannot be counted into one combination.",
+            "Choose a class field that belongs to the patient, or leave these patients out of the split.",
+        )
+    cells = {key: sorted(rows["patient"], key=lambda name: _turn(seed, name))
+             for key, rows in people.groupby([class_field, site_field], sort=True)}  # fmt: skip
+    withheld = {(target[class_field], target[site_field]) for target in targets}
+    if unknown := sorted(withheld - set(cells)):
+        raise UserError(f"No patient has the target {' × '.join(unknown[0])}.", "Name combinations that occur.")
+    chosen: list[set[str]] = [set() for _ in levels]
+    for name in sorted({key[0] for key in cells}):
+        mine = {key: found for key, found in cells.items() if key[0] == name}
+        weights = [{key: (1.0 - level) if key in withheld else 1.0 for key in mine} for level in levels]
+        if any(sum(weight.values()) <= 0 for weight in weights):
+            raise UserError(f"Every site of {name!r} is a target: at level 1 nothing of it would be left.")
+        size = min(_largest(mine, weight) for weight in weights)
+        for patients, weight in zip(chosen, weights, strict=True):
+            for key, count in _apportion(size, weight).items():
+                patients.update(mine[key][: min(count, len(mine[key]))])
+    return chosen
+
+
+def tie(table: pd.DataFrame, class_field: str, site_field: str) -> float:
+    """Cramér's V of class and site over patients: 0 is independent, 1 means that one tells the other."""
+    people = table[["patient", class_field, site_field]].astype(str).drop_duplicates()
+    counts = pd.crosstab(people[class_field], people[site_field]).to_numpy(float)
+    expected = counts.sum(1, keepdims=True) * counts.sum(0, keepdims=True) / counts.sum()
+    smaller = min(counts.shape) - 1
+    return float(np.sqrt(((counts - expected) ** 2 / expected).sum() / (counts.sum() * smaller))) if smaller else 0.0
+
+
+def _largest(cells: dict[tuple[str, str], list[str]], weight: dict[tuple[str, str], float]) -> int:
+    """The most patients in these proportions that the combinations can give."""
+    total = sum(weight.values())
+    return int(min(len(found) * total / weight[key] for key, found in cells.items() if weight[key] > 0) + 1e-9)
+
+
+def _apportion(size: int, weight: dict[tuple[str, str], float]) -> dict[tuple[str, str], int]:
+    """Largest remainders; ties by name."""
+    total = sum(weight.values())
+    exact = {key: size * w / total for key, w in weight.items()}
+    counts = {key: int(value + 1e-9) for key, value in exact.items()}
+    left = size - sum(counts.values())
+    for key in sorted(exact, key=lambda k: (counts[k] - exact[k], k))[:left]:
+        counts[key] += 1
+    return counts
+
+
+def _turn(seed: int, name: str) -> str:
+    return hashlib.sha256(f"{seed}\x1f{name}".encode()).hexdigest()
