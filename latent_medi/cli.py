@@ -234,6 +234,17 @@ def _evaluate(words: list[str]) -> Printed:
     return evaluate(config.parse(EvaluateSettings, words, "evaluate"))
 
 
+def _benchmark_shift(words: list[str]) -> Printed:
+    from latent_medi import experiment
+    from latent_medi.evaluation.shift import benchmark_shift
+    from latent_medi.evaluation.shift_settings import ShiftSettings
+
+    settings = config.parse(ShiftSettings, words, "benchmark-shift")
+    return benchmark_shift(
+        settings, lambda changes: experiment.run_changed(settings.experiment, changes, settings.changes)
+    )
+
+
 def _report(words: list[str]) -> Printed:
     from latent_medi.report.render import render
     from latent_medi.report.settings import ReportSettings
@@ -258,6 +269,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "select": (_select, "the best synthetic patches of each combination, as a column; random ones beside them"),
     "translate": (_translate, "real patches as another hospital would have made them, as a dataset folder"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
+    "benchmark-shift": (_benchmark_shift, "how accuracy falls as class and site are tied together, and what helps"),
     "report": (_report, "one HTML page from metrics.json"),
 }
 

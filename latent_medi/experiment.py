@@ -37,6 +37,9 @@ class ExperimentSettings:
         title: Heading of the report.
         recipe: Recipe that makes the dataset folder; "demo" is procedural tissue.
         source: Folder that the recipe reads.
+        data: Dataset folder that is there already, instead of one that the recipe makes.
+        latents: Latent folder of that dataset, encoded if it is not there; empty means one inside ``out``.
+        split: Named split of the dataset.
         patch_size: Width and height of a patch, pixels.
         seed: Seed of data, training, plan and evaluation.
         autoencoder: Name or folder of the frozen autoencoder.
@@ -62,6 +65,9 @@ class ExperimentSettings:
     title: str = "latent-medi"
     recipe: str = "demo"
     source: str = ""
+    data: str = ""
+    latents: str = ""
+    split: str = "main"
     patch_size: int = 64
     seed: int = 0
     autoencoder: str = "demo"
@@ -103,6 +109,14 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     return run(config.build(ExperimentSettings, values))
 
 
+def run_changed(name: str, *changes: dict[str, Any]) -> dict[str, Any]:
+    """Run a packaged configuration, or a path, with changes put over it one after the other."""
+    values = config.load_yaml(name)
+    for change in changes:
+        values = config.merge(values, change)
+    return run(config.build(ExperimentSettings, values))
+
+
 def _build_demo(settings: ExperimentSettings, out: Path) -> None:
     from latent_medi.demo.cohort import build
     from latent_medi.demo.settings import CohortSettings
@@ -129,12 +143,17 @@ def _train_settings(settings: ExperimentSettings, arm: str, folder: Path) -> dic
     return config.merge(
         config.merge(values, settings.train),
         {
-            "data": str(folder / "data"),
-            "latents": str(folder / "latents"),
+            "data": str(_data(settings, folder)),
+            "latents": settings.latents or str(folder / "latents"),
+            "split": settings.split,
             "out": str(folder / arm),
             "seed": settings.seed,
         },
     )
+
+
+def _data(settings: ExperimentSettings, folder: Path) -> Path:
+    return Path(settings.data) if settings.data else folder / "data"
 
 
 def _parallel(settings: ExperimentSettings) -> int:
@@ -170,19 +189,24 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     config.save_settings(settings, folder / "settings.yaml")
     stages = Stages(folder, STAGES)
     plain = config.as_dict(settings)
-    data = folder / "data"
+    data = _data(settings, folder)
 
     build: Callable[[ExperimentSettings, Path], None] = _build_demo if settings.recipe == "demo" else _build_recipe
     made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
-    stages.run("shards", made_of, lambda: build(settings, data), ["data"])
+    if not settings.data:
+        stages.run("shards", made_of, lambda: build(settings, data), ["data"])
     stages.run("audit", plain["held_out"], lambda: _audit(settings, folder), ["audit.json", "audit.txt"])
 
     def encode_all() -> None:
         from latent_medi.latents.encode import encode
 
-        encode(EncodeSettings(data=str(data), out=str(folder / "latents"), autoencoder=settings.autoencoder))
+        encode(
+            EncodeSettings(
+                data=str(data), out=settings.latents or str(folder / "latents"), autoencoder=settings.autoencoder
+            )
+        )
 
-    stages.run("encode", settings.autoencoder, encode_all, ["latents"])
+    stages.run("encode", settings.autoencoder, encode_all, [] if settings.latents else ["latents"])
 
     training = {arm: _train_settings(settings, arm, folder) for arm in ARMS}
 
@@ -217,13 +241,12 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
 
     stages.run("sample", plain["generate"], sample_all, ["synthetic"])
 
-    judging = config.merge(
-        {"real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder),
-         "held_out": settings.held_out,
-         "encoders": settings.encoders, "weights": settings.weights, "site_field": settings.site_field, "seed":
-         settings.seed},
-        settings.evaluate,
-    )  # fmt: skip
+    derived = {
+        "real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder),
+        "held_out": settings.held_out, "split": settings.split, "encoders": settings.encoders,
+        "weights": settings.weights, "site_field": settings.site_field, "seed": settings.seed,
+    }  # fmt: skip
+    judging = config.merge(derived, settings.evaluate)
     made = ["metrics.json", "predictions.csv", "reference", "features"]
     stages.run("evaluate", judging, lambda: evaluate(config.build(EvaluateSettings, judging)), made)
     metrics = read_json(folder / "metrics.json")
@@ -246,9 +269,11 @@ def _audit(settings: ExperimentSettings, folder: Path) -> None:
     from latent_medi.metadata.audit import audit, audit_text
     from latent_medi.shards.dataset import PatchDataset
 
-    dataset = PatchDataset.open(folder / "data")
+    dataset = PatchDataset.open(_data(settings, folder))
     result = audit(
-        dataset.index[dataset.index["split_main"] == "train"], dataset.schema, requested=settings.held_out or None
+        dataset.index[dataset.index[f"split_{settings.split}"] == "train"],
+        dataset.schema,
+        requested=settings.held_out or None,
     )
     write_json(folder / "audit.json", result)
     write_text(folder / "audit.txt", audit_text(result))
@@ -262,8 +287,8 @@ def _plan(settings: ExperimentSettings, folder: Path) -> None:
     from latent_medi.synthesis.planner import make_plan
     from latent_medi.synthesis.settings import PlanSettings
 
-    dataset = PatchDataset.open(folder / "data")
-    index = dataset.index[dataset.index["split_main"] == "train"]
+    dataset = PatchDataset.open(_data(settings, folder))
+    index = dataset.index[dataset.index[f"split_{settings.split}"] == "train"]
     fields = settings.plan_fields
     asked = PlanSettings(
         goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields, draw_from="all"

@@ -150,7 +150,7 @@ def patients(settings: CohortSettings) -> list[Patient]:
             for tumour in CLASSES:
                 unseen_cell = is_held_out({"class": tumour, "site": site, "fixation": ""})
                 count = {
-                    "train": _TRAIN_PATIENTS[site][tumour],
+                    "train": settings.train_patients or _TRAIN_PATIENTS[site][tumour],
                     # Held-out cells have no training patients, so the probes and the oracle draw more of these.
                     "probe": settings.probe_patients * (2 if unseen_cell else 1),
                     "test": settings.test_patients,
@@ -159,7 +159,7 @@ def patients(settings: CohortSettings) -> list[Patient]:
                     name = f"{split}-{site}-{tumour}-{number:03d}"
                     digest = hashlib.sha256(f"{settings.seed}/{name}".encode()).digest()
                     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-                    share = _FROZEN_SHARE[site] if split == "train" else 0.4
+                    share = _FROZEN_SHARE[site] if split == "train" and not settings.train_patients else 0.4
                     frozen = bool(rng.random() < share)
                     age = _clipped(rng, 62, 11, 25, 90)
                     shape = class_shape(tumour, age, frozen, rng)
@@ -239,7 +239,7 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
         pass
     provenance = {"generator": "latent_medi.demo.cohort", "settings": asdict(settings)}
     split = {p.name: p.split for p in cohort}
-    recipe = {"kind": "by patient", "held_out_of_train": list(HELD_OUT)}
+    recipe = {"kind": "by patient", "held_out_of_train": [] if settings.train_patients else list(HELD_OUT)}
     return finish_dataset(
         folder, name="procedural tissue", schema=schema(cohort), patch_size=PATCH_SIZE, mpp=MPP, codec="png",
         provenance=provenance, splits={"main": (split, recipe)}, shards=range(len(parts)),

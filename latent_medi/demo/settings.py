@@ -14,6 +14,8 @@ class CohortSettings:
         patches_per_patient: Patches of each patient.
         probe_patients: Patients per class × site cell for the probes and the oracle.
         test_patients: Patients per class × site cell for testing.
+        train_patients: Patients per class × site cell to train on, none held out, as many frozen as elsewhere;
+            0 for the skewed cohort in which combinations are held out.
         scale: Factor on the number of patients, for quick tests.
     """
 
@@ -21,4 +23,5 @@ class CohortSettings:
     patches_per_patient: int = 5
     probe_patients: int = 24
     test_patients: int = 28
+    train_patients: int = 0
     scale: float = 1.0

@@ -17,6 +17,8 @@ class EvaluateSettings:
             take part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
         held_out: Combinations without a training patch, each a mapping of field to value.
+        unseen: Whether the combinations of held_out must be without a training patch; false to judge combinations that
+            training has few of.
         cells: Further combinations of fields to judge each by itself, such as [[class, site]].
         encoders: Names or folders of encoders; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
@@ -51,6 +53,7 @@ class EvaluateSettings:
     selected: dict[str, str] = field(default_factory=dict)
     out: str = "runs/evaluation"
     held_out: list[dict[str, str]] = field(default_factory=list)
+    unseen: bool = True
     cells: list[list[str]] = field(default_factory=list)
     encoders: list[str] = field(default_factory=lambda: ["demo"])
     weights: dict[str, str] = field(default_factory=dict)

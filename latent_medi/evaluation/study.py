@@ -202,9 +202,10 @@ def open_study(settings: EvaluateSettings) -> Study:
             raise UserError(f"Split {settings.split!r} has no {name!r} patches; it has {sorted(set(split))}.")
     for combination in held_out:
         keep = matches(index, combination)
-        if keep[train].any():
+        if settings.unseen and keep[train].any():
             raise UserError(
-                f"{describe(combination)} is not held out: {int(keep[train].sum())} training patches have it."
+                f"{describe(combination)} is not held out: {int(keep[train].sum())} training patches have it.",
+                "Name combinations that training lacks, or set unseen=false.",
             )
         if not keep[test].any():
             raise UserError(f"{describe(combination)} has no test patch, so nothing can be said about it.")
