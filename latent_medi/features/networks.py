@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latent_medi.errors import UserError
 from latent_medi.features.registry import ENCODERS, Preprocessing
 
+
 @dataclass(frozen=True)
 class Network:
     """A module with its readout dimension, preprocessing and licence.
