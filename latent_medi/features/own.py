@@ -62,6 +62,7 @@ def _find(name: str) -> Any:
     here = str(Path.cwd())
     sys.path.insert(0, here)  # a command's own path holds its folder, not the one it is run in
     try:
+        importlib.invalidate_caches()  # the file may be younger than what was listed before
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
@@ -87,14 +88,17 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple) else "")
 
 
-def _sources(*what: Any) -> str:
+def _sources(*things: Any) -> str:
     """Hash of the source files: an edited encoder is another one, though its weights stay."""
     digest = hashlib.sha256()
-    for thing in what:
-        try:
-            file = inspect.getsourcefile(thing)
-        except TypeError:  # built in, or an instance that can be called
-            file = inspect.getsourcefile(type(thing)) if not inspect.isbuiltin(thing) else None
-        if file:
-            digest.update(Path(file).read_bytes())
+    for thing in things:
+        digest.update(_source(thing) or _source(type(thing)))
     return f"source {digest.hexdigest()}"
+
+
+def _source(thing: Any) -> bytes:
+    try:
+        file = inspect.getsourcefile(thing)
+    except (TypeError, OSError):  # an object that has no file of its own, or one made in C
+        return b""
+    return Path(file).read_bytes() if file else b""

@@ -122,15 +122,18 @@ def _from_transformers(name: str, entry: Entry, weights: str | Path | None) -> n
         wanted = ", ".join(f"{k} {v}" for k, v in entry.arguments.items())
         raise UserError(f"{source} is not {entry.source}: it has {', '.join(differ)}.", f"{name!r} has {wanted}.")
     try:
-        model, told = architecture.from_pretrained(source, config=config, output_loading_info=True, **options)
+        model, told = architecture.from_pretrained(
+            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except OSError as error:
         raise _no_access(name, entry, error) from None
     except Exception as error:  # safetensors, torch and transformers each have their own for a damaged or wrong file
         raise UserError(f"The weights in {source} cannot be loaded: {error}") from None
-    # Transformers fills what is missing with random numbers and passes over what it does not know.
+    # Transformers fills what is missing or does not fit with random numbers, and passes over what it does not know.
     wrong = [f"{k} is missing" for k in sorted(told["missing_keys"])]
     wrong += [f"{k} is not known" for k in sorted(told["unexpected_keys"]) if not k.startswith(entry.unused or (" ",))]
-    wrong += [f"{k} has another shape" for k in sorted(map(str, told["mismatched_keys"]))]
+    # A tuple of the name and both shapes.
+    wrong += [f"{k[0]} has another shape" for k in sorted(told["mismatched_keys"])]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{source} does not fit the network: {', '.join(wrong[:5])}{more}.")
