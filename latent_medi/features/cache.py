@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from latent_medi.errors import UserError
 from latent_medi.features.encoders import ImageEncoder
 from latent_medi.files import atomic_path, remove
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = get_logger(__name__)
 
@@ -33,6 +38,7 @@ def cached_features(
     cache_folder: str | Path,
     batch: int = 128,
     device: str | None = None,
+    accelerator: Accelerator | None = None,
 ) -> np.ndarray:
     """Features of some rows of a dataset, embedding only those that the cache lacks.
 
@@ -43,9 +49,15 @@ def cached_features(
         cache_folder: Where the cache lies; one file per dataset content and encoder fingerprint.
         batch: Patches per forward pass.
         device: Torch device; the encoder's own if None.
+        accelerator: With several processes, batch i of what the cache lacks is embedded by process i modulo their
+            number, and the first process writes the cache, which lies where all of them can read it. Every process
+            must call, with the same arguments but ``device``.
 
     Returns:
-        float32 [len(rows), d], in the order of ``rows``.
+        float32 [len(rows), d], in the order of ``rows``; the same in every process and for any number of them.
+
+    Raises:
+        UserError: The processes do not see the same cache.
     """
     rows = np.asarray(rows, np.int64)
     n = len(dataset.index)
@@ -53,14 +65,48 @@ def cached_features(
     path = Path(cache_folder) / f"features-{key}.safetensors"
     features, known = _read(path, n, encoder.dim)
     missing = np.unique(rows[~known[rows]])
+    if accelerator is not None and accelerator.num_processes > 1:
+        _check_same(missing, path, accelerator)
     if len(missing):
+        # Whole batches are dealt out: how rows are batched can move the last digits of a feature.
+        rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        dealt = [np.concatenate([missing[:0], *_chunks(missing, batch)[r::processes]]) for r in range(processes)]
         desc = f"{encoder.name} features"
-        batches = (images for _, images in _batches(dataset, missing, batch, desc))
-        features[missing] = encoder.features(batches, device)
+        batches = (images for _, images in _batches(dataset, dealt[rank], batch, desc, rank == 0))
+        for share, found in zip(dealt, _gathered(encoder.features(batches, device), accelerator), strict=True):
+            features[share] = found
         known[missing] = True
-        with atomic_path(path) as temporary:
-            save_file({"features": features, "known": known.astype(np.uint8)}, temporary)
+        if rank == 0:
+            with atomic_path(path) as temporary:
+                save_file({"features": features, "known": known.astype(np.uint8)}, temporary)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()  # nobody reads the next time what is being written now
     return features[rows]
+
+
+def _chunks(rows: np.ndarray, batch: int) -> list[np.ndarray]:
+    return [rows[i : i + batch] for i in range(0, len(rows), batch)]
+
+
+def _check_same(missing: np.ndarray, path: Path, accelerator: Accelerator) -> None:
+    """Refuse to go on if processes lack different rows: their parts would be put in wrong places."""
+    from accelerate.utils import gather_object
+
+    digests = gather_object([hashlib.sha256(path.name.encode() + missing.tobytes()).hexdigest()])
+    if len(set(digests)) > 1:
+        raise UserError(
+            f"The {accelerator.num_processes} processes do not find the same features in {path}.",
+            "Put the cache where every process can read it, and start them with the same settings.",
+        )
+
+
+def _gathered(mine: np.ndarray, accelerator: Accelerator | None) -> list[np.ndarray]:
+    """What each process has, in the order of the processes."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return [mine]
+    from accelerate.utils import gather_object
+
+    return gather_object([mine])
 
 
 def _read(path: Path, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,6 +122,8 @@ def _read(path: Path, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((n, dim), np.float32), np.zeros(n, bool)
 
 
-def _batches(dataset: PatchDataset, rows: np.ndarray, batch: int, desc: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    total = -(-len(rows) // batch)
-    yield from progress(dataset.iterate(rows, batch), total=total, desc=desc, unit="batch")
+def _batches(
+    dataset: PatchDataset, rows: np.ndarray, batch: int, desc: str, shown: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    batches = dataset.iterate(rows, batch)
+    yield from progress(batches, total=-(-len(rows) // batch), desc=desc, unit="batch") if shown else batches

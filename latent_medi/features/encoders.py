@@ -17,9 +17,12 @@ from latent_medi.errors import UserError, nearest
 from latent_medi.features import networks
 from latent_medi.features.colour import haematoxylin
 from latent_medi.features.networks import Network
+from latent_medi.features.own import CONTRACT, own_network
+from latent_medi.features.registry import ENCODERS
+from latent_medi.features.transformer import vision_transformer
 
 COLOUR_FREE_SUFFIX = ":haematoxylin"
-KNOWN = ("demo", "squeezenet", "inception", "uni", "phikon-v2")
+KNOWN = tuple(ENCODERS)
 DEMO_FOLDER = Path(latent_medi.__file__).parent / "demo" / "weights" / "encoder"
 
 
@@ -45,14 +48,16 @@ class ImageEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over the weights, the class of the network and the text of the preprocessing."""
+        """Hex SHA-256 over the weights, the class of the network, the preprocessing and how features are read out."""
         if not self._weights_hash:
             digest = hashlib.sha256(type(self.module).__qualname__.encode())
             for key, value in sorted(self.module.state_dict().items()):
                 digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             self._weights_hash = digest.hexdigest()
-        return hashlib.sha256(f"{self._weights_hash} {self.preprocessing.text}".encode()).hexdigest()
+        # Nothing is added for what the class says already, so that fingerprints stay as they were.
+        parts = [self._weights_hash, self.preprocessing.text, *filter(None, [self.network.readout])]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def prepare(self, images: np.ndarray) -> Tensor:
         """Network input [n, 3, S, S], float32, of uint8 patches [n, H, W, 3].
@@ -75,6 +80,16 @@ class ImageEncoder:
         )
         return (x - mean) / std
 
+    def _forward(self, batch: np.ndarray) -> np.ndarray:
+        result = self.module(self.prepare(batch))
+        if not isinstance(result, Tensor) or tuple(result.shape) != (len(batch), self.dim):
+            found = list(result.shape) if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise UserError(
+                f"The encoder {self.name} returned {found} for {len(batch)} patches, not [{len(batch)}, {self.dim}].",
+                CONTRACT,
+            )
+        return result.float().cpu().numpy()
+
     @torch.inference_mode()
     def features(self, batches: Iterable[np.ndarray], device: str | torch.device | None = None) -> np.ndarray:
         """Feature vectors of batches of uint8 patches [n, H, W, 3].
@@ -87,12 +102,13 @@ class ImageEncoder:
             float32 [N, d].
 
         Raises:
+            UserError: The network does not return [n, d].
             ValueError: A feature is not finite.
         """
         if device is not None and torch.device(device) != self.device:
             self.device = torch.device(device)
             self.module.to(self.device)
-        parts = [self.module(self.prepare(batch)).float().cpu().numpy() for batch in batches if len(batch)]
+        parts = [self._forward(batch) for batch in batches if len(batch)]
         result = np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
         if not np.isfinite(result).all():
             raise ValueError(f"the encoder {self.name} returned features that are not finite")
@@ -102,35 +118,47 @@ class ImageEncoder:
 def load_encoder(
     name_or_folder: str | Path, weights: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> ImageEncoder:
-    """Load an encoder by name, or from a folder with ``encoder.json`` and ``encoder.safetensors``.
+    """Load an encoder by name, from a folder with ``encoder.json`` and ``encoder.safetensors``, or from a function.
 
     Args:
-        name_or_folder: One of ``KNOWN``, perhaps with an input size ("squeezenet@128"), or a folder.
-        weights: Weight file or folder, for encoders that do not ship with the package.
+        name_or_folder: One of ``KNOWN``, perhaps with an input size ("squeezenet@128"); a folder; or
+            ``module:callable``, see :data:`latent_medi.features.own.CONTRACT`.
+        weights: Weight file or folder, for encoders that do not ship with the package. Without it those of the Hugging
+            Face hub are downloaded, or taken from its client's cache.
         device: Torch device.
 
     Raises:
-        UserError: Unknown name, missing weights or weights that do not fit.
+        UserError: Unknown name, missing weights (with what to do to get them), or weights that do not fit.
     """
     text = str(name_or_folder)
     name, _, size = text.partition("@")
-    if name not in KNOWN and Path(text).is_dir():
+    if name not in ENCODERS and Path(text).is_dir():
         return ImageEncoder(networks.tiny(text, Path(text).name), device)
-    if name not in KNOWN:
+    if name not in ENCODERS and ":" in text:
+        encoder = ImageEncoder(own_network(text, weights), device)
+        if pixels := encoder.preprocessing.size:  # a wrong network is told now, not after hours
+            encoder.features([np.zeros((2, pixels, pixels, 3), np.uint8)])
+        return encoder
+    if name not in ENCODERS:
         raise UserError(
-            f"There is no encoder {text!r}.", f"Give a folder with encoder.json, or a name; {nearest(name, KNOWN)}."
+            f"There is no encoder {text!r}.",
+            f"Give a name, a folder with encoder.json, or module:callable; {nearest(name, KNOWN)}.",
         )
     if size and not (size.isdigit() and int(size) >= 32):
         raise UserError(f"The input size in {text!r} must be a number of pixels, 32 or more.")
-    network = {
-        "demo": lambda: networks.tiny(weights or DEMO_FOLDER, "demo"),
-        "squeezenet": lambda: networks.squeezenet(weights),
-        "inception": lambda: networks.inception(weights),
-        "uni": lambda: networks.uni(weights),
-        "phikon-v2": lambda: networks.phikon_v2(weights),
-    }[name]()
-    if size and network.preprocessing.size == 0:
-        raise UserError(f"The encoder {name!r} resizes by itself; leave out '@{size}'.")
+    entry = ENCODERS[name]
+    if size and not entry.resizable:
+        raise UserError(f"The encoder {name!r} has one input size; leave out '@{size}'.")
+    if size and int(size) % (patch := entry.arguments.get("patch_size", 1)):
+        raise UserError(f"The input size in {text!r} must be a multiple of {patch}, the side of the encoder's tokens.")
+    if entry.library == "package":
+        network = networks.tiny(weights or DEMO_FOLDER, name)
+    elif entry.library == "torchvision":
+        network = networks.squeezenet(weights)
+    elif entry.library == "torch-fidelity":
+        network = networks.inception(weights)
+    else:
+        network = vision_transformer(name, weights)
     return ImageEncoder(networks.resized(network, int(size)) if size else network, device)
 
 

@@ -11,8 +11,9 @@ class FeatureSettings:
 
     Args:
         encoder: "demo", "squeezenet" (or "squeezenet@128" for another input size in pixels), "inception", "uni",
-            "phikon-v2", or a folder with an encoder.
-        weights: Weight file or folder for encoders that need one; empty means the hub's cache.
+            "uni2-h", "virchow2", "h-optimus-0", "phikon", "phikon-v2", "midnight", "dinov2", a folder with an encoder,
+            or module:callable for one of your own.
+        weights: Weight file or folder for encoders that need one; empty means the Hugging Face hub.
         batch: Patches per forward pass.
         device: Torch device, such as "cpu" or "cuda".
         colour_free: Also embed the haematoxylin channel alone.
