@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 import latent_medi
 from latent_medi.evaluation import adherence, downstream, fidelity
 from latent_medi.evaluation.headline import headline, verdict
-from latent_medi.evaluation.rivals import STAIN_METHODS
+from latent_medi.evaluation.learners import probe_learner
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Arm, Study, open_study
 from latent_medi.features.cache import cached_features
@@ -62,7 +62,9 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
     chosen = list(encoders or [load_encoder(n, settings.weights.get(n), settings.device) for n in settings.encoders])
     if settings.colour_free:
         chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
-    plan = downstream.make_plan(study, settings.added_per_cell, settings.seed) if settings.downstream else None
+    plan = None
+    if settings.downstream:
+        plan = downstream.make_plan(study, settings.added_per_cell, settings.seed, settings.stain_jitter)
     unseen = fidelity.unseen_cells(study, settings.seed)
     classes = fidelity.class_cells(study, settings.seed)
     clock.lap("prepare")
@@ -86,13 +88,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         _write_reference(out / "reference", study, encoder, features)
         transferred: dict[str, list[np.ndarray | None]] | None = None
         if plan is not None:
-            transferred = {
-                str(m): [
-                    None if t is None else encoder.features(_chunks(t.images[m], settings.batch))
-                    for t in plan.transferred
-                ]
-                for m in STAIN_METHODS
-            }
+            transferred = plan.made(lambda images, e=encoder: e.features(_chunks(images, settings.batch)))  # type: ignore[misc]
         clock.lap("embed")
         metrics["encoders"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
@@ -110,12 +106,15 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         clock.lap("fidelity")
         metrics["adherence"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
-            "fields": adherence.recovery(study, features, settings.regularisation, *arguments),
+            "fields": adherence.recovery(study, features, settings.regularisation or 1.0, *arguments),
         }
         clock.lap("adherence")
         if plan is not None and transferred is not None:
             drawer = downstream.Drawer(study, plan, features.real, features.arms, transferred)
-            record, table = downstream.compare(study, drawer, settings.regularisation, settings.repeats, *arguments)
+            learner = probe_learner(study, features.real, settings.regularisation, settings.seed)
+            record, table = downstream.compare(
+                study, drawer, learner.regularisation, settings.repeats, *arguments, learner, settings.downstream_arms
+            )
             metrics["downstream"][encoder.name] = {"fingerprint": encoder.fingerprint} | record
             table.insert(0, "encoder", encoder.name)
             tables.append(table)
