@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.evaluation.arms import FIRST, ONLY, Drawer, Plan, balancing_weights, make_plan
+from latent_medi.evaluation.arms import FIRST, ONLY, Drawer, Plan, make_plan
 from latent_medi.evaluation.learners import Learned, Learner, ProbeLearner
-from latent_medi.evaluation.scoring import HEADLINE, Scorer
+from latent_medi.evaluation.scoring import Scorer
 from latent_medi.evaluation.study import Study, any_match, describe
 from latent_medi.progress import progress
 
-__all__ = ["HEADLINE", "Drawer", "Plan", "Scorer", "balancing_weights", "compare", "make_plan"]
+__all__ = ["Drawer", "Plan", "Scorer", "compare", "make_plan"]
 
 RIVALS = ("real", "oversample", "stain_transfer", "reweight", "stain_augmentation", "nearest_site")
 """What a generator must beat, apart from the other generators."""
@@ -30,11 +30,10 @@ RIVALS = ("real", "oversample", "stain_transfer", "reweight", "stain_augmentatio
 def compare(
     study: Study,
     drawer: Drawer,
-    regularisation: float,
+    learner: Learner | float,
     repeats: int,
     resamples: int,
     seed: int,
-    learner: Learner | None = None,
     only: Sequence[str] = (),
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Train and judge every arm on one encoder's features.
@@ -42,11 +41,10 @@ def compare(
     Args:
         study: The cohort.
         drawer: What each arm trains on.
-        regularisation: C of the linear probe, if no other learner is given.
+        learner: The classifier, or C of a linear probe on the drawer's features.
         repeats: Draws of added patches per arm, and seeds of a learner that depends on one.
         resamples: Patient resamples.
         seed: Seed of draws and resamples.
-        learner: The classifier; None is the linear probe on the drawer's features.
         only: Names of the arms to train; empty for all that can take part.
 
     Returns:
@@ -58,13 +56,14 @@ def compare(
     """
     plan = drawer.plan
     scorer = Scorer(study, plan.cells, resamples, seed)
-    learner = learner or ProbeLearner(drawer.real[study.test], study.classes, regularisation)
+    if isinstance(learner, (int, float)):
+        learner = ProbeLearner(drawer.real[study.test], study.classes, learner)
     arms: dict[str, Any] = {}
     predictions: dict[str, np.ndarray] = {}
     probabilities: dict[str, np.ndarray] = {}
     not_converged: list[str] = []
     variants = _chosen(drawer, only)
-    done: dict[tuple[str, int], tuple[Learned, dict[str, Any]]] = {}
+    done: dict[tuple[str, str, int], tuple[Learned, dict[str, Any]]] = {}
     jobs = [
         (arm, variant, r)
         for arm, names in variants.items()
@@ -72,17 +71,20 @@ def compare(
         for r in range(1 if (arm == "real" or variant == "balance") and not learner.random else repeats)
     ]
     results: dict[tuple[str, str], list[tuple[Learned, dict[str, Any]]]] = {}
-    for arm, variant, r in progress(jobs, desc="downstream classifiers", unit="classifier"):
+    # A network shows its own progress, by steps.
+    shown = jobs if learner.random else progress(jobs, desc="downstream classifiers", unit="classifier")
+    for arm, variant, r in shown:
         # Reweighting is a variant of oversampling too: one lesson, learnt once.
-        if variant != "balance" or (variant, r) not in done:
+        key = ("" if variant == "balance" else arm, variant, r)
+        if key not in done:
             lesson = drawer.lesson(arm, variant, seed + r)
             about = {
                 "distinct_added": lesson.distinct,
                 "n_training": len(lesson.labels) + (len(lesson.first[1]) if lesson.first else 0),
                 "n_synthetic": lesson.n_synthetic,
             }
-            done[variant, r] = learner.learn(lesson, seed + r), about
-        results.setdefault((arm, variant), []).append(done[variant, r])
+            done[key] = learner.learn(lesson, seed + r), about
+        results.setdefault((arm, variant), []).append(done[key])
     for arm, names in variants.items():
         scores: dict[str, float] = {}
         for variant in names:

@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import latent_medi
-from latent_medi.evaluation import adherence, downstream, fidelity
+from latent_medi.evaluation import adherence, fidelity
+from latent_medi.evaluation.classifiers import DownstreamStage
 from latent_medi.evaluation.headline import headline, verdict
-from latent_medi.evaluation.learners import probe_learner
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Arm, Study, open_study
 from latent_medi.features.cache import cached_features
@@ -43,7 +43,8 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
 
     Returns:
         The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``encoders``, per encoder
-        name ``fidelity``, ``adherence`` and ``downstream``, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
+        name ``fidelity``, ``adherence`` and ``downstream``, ``protocols`` if one is asked for, then ``notes``,
+        ``seconds``, ``headline`` and ``verdict``.
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
@@ -62,9 +63,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
     chosen = list(encoders or [load_encoder(n, settings.weights.get(n), settings.device) for n in settings.encoders])
     if settings.colour_free:
         chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
-    plan = None
-    if settings.downstream:
-        plan = downstream.make_plan(study, settings.added_per_cell, settings.seed, settings.stain_jitter)
+    stage = DownstreamStage(study, settings)
     unseen = fidelity.unseen_cells(study, settings.seed)
     classes = fidelity.class_cells(study, settings.seed)
     clock.lap("prepare")
@@ -81,14 +80,11 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         "downstream": {},
         "notes": list(study.notes),
     }
-    tables: list[pd.DataFrame] = []
     for encoder in chosen:
         log.info("Evaluating with %s", encoder.name)
         features = _embed(study, encoder, settings, out)
         _write_reference(out / "reference", study, encoder, features)
-        transferred: dict[str, list[np.ndarray | None]] | None = None
-        if plan is not None:
-            transferred = plan.made(lambda images, e=encoder: e.features(_chunks(images, settings.batch)))  # type: ignore[misc]
+        made = stage.embed(encoder)
         clock.lap("embed")
         metrics["encoders"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
@@ -109,19 +105,11 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
             "fields": adherence.recovery(study, features, settings.regularisation or 1.0, *arguments),
         }
         clock.lap("adherence")
-        if plan is not None and transferred is not None:
-            drawer = downstream.Drawer(study, plan, features.real, features.arms, transferred)
-            learner = probe_learner(study, features.real, settings.regularisation, settings.seed)
-            record, table = downstream.compare(
-                study, drawer, learner.regularisation, settings.repeats, *arguments, learner, settings.downstream_arms
-            )
-            metrics["downstream"][encoder.name] = {"fingerprint": encoder.fingerprint} | record
-            table.insert(0, "encoder", encoder.name)
-            tables.append(table)
-            clock.lap("downstream")
-    if tables:
+        stage.judge(encoder, features, made, metrics)
+        clock.lap("downstream")
+    if stage.tables:
         with atomic_path(out / "predictions.csv") as temporary:
-            pd.concat(tables).to_csv(temporary, index=False)
+            pd.concat(stage.tables).to_csv(temporary, index=False)
     metrics["seconds"] = clock.seconds
     metrics = finite(metrics)
     metrics["headline"] = headline(metrics)
@@ -151,10 +139,6 @@ def _embed(study: Study, encoder: ImageEncoder, settings: EvaluateSettings, out:
         for a in study.arms.values()
     }
     return fidelity.Features(real, arms, pca_basis(real[study.train]))
-
-
-def _chunks(images: np.ndarray, batch: int) -> list[np.ndarray]:
-    return [images[i : i + batch] for i in range(0, len(images), batch)]
 
 
 def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: fidelity.Features) -> None:

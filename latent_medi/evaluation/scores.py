@@ -143,7 +143,7 @@ def unit_scores(
     once = np.ones((1, len(truth)))
     squares = ((probabilities - np.eye(len(classes))[truth]) ** 2).sum(axis=1)
     points = {
-        "balanced_accuracy": _quiet_balanced(truth, predicted),
+        "balanced_accuracy": quiet_balanced(truth, predicted),
         "site_averaged_accuracy": site_averaged(truth, predicted, sites),
         "mcc": float(matthews_corrcoef(truth, predicted)),
         "auroc": _auroc(truth, probabilities),
@@ -206,7 +206,8 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
 
 
-def _quiet_balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
+def quiet_balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """scikit-learn's balanced accuracy over the classes present in the truth, without its warning of others."""
     with warnings.catch_warnings():  # a class that is predicted but not present is no error
         warnings.simplefilter("ignore", UserWarning)
         return float(balanced_accuracy_score(truth, predicted))
@@ -214,7 +215,7 @@ def _quiet_balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 def site_averaged(truth: np.ndarray, predicted: np.ndarray, sites: np.ndarray) -> float:
     """Mean over sites of the balanced accuracy over the classes that a site has."""
-    return float(np.mean([_quiet_balanced(truth[sites == s], predicted[sites == s]) for s in np.unique(sites)]))
+    return float(np.mean([quiet_balanced(truth[sites == s], predicted[sites == s]) for s in np.unique(sites)]))
 
 
 def _recalls(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
