@@ -226,7 +226,8 @@ def _network(
             _load_body(model, state, settings.weights)
         return model
 
-    fresh()  # weights that do not fit are refused before anything is trained
+    with torch.random.fork_rng():
+        fresh()  # weights that do not fit are refused before anything is trained
     channel = encoder.preprocessing.channel
     how = Preprocessing(settings.size, IMAGENET_MEAN, IMAGENET_STD, "bilinear", channel)
     return fresh, ImageEncoder(Network(settings.network, nn.Identity(), 0, how, ""), encoder.device).prepare

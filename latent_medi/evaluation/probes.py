@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,14 +234,20 @@ def _folds(
     """Rows to learn from and rows to judge, of other patients, per fold; folds with one class to learn are left out."""
     rows = np.arange(len(labels))
     n_sites, n_patients = len(np.unique(sites)), len(np.unique(patients))
-    over = "sites" if n_sites >= _MIN_SITES else "patients"
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    if over == "sites":
-        pairs = list(GroupKFold(min(_FOLDS, n_sites)).split(rows, labels, sites))
-    elif n_patients >= 2:
+
+    def usable(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        apart = [(learn[~np.isin(patients[learn], patients[judge])], judge) for learn, judge in pairs]
+        return [(a, b) for a, b in apart if len(b) and len(np.unique(labels[a])) >= 2]
+
+    if n_sites >= _MIN_SITES:
+        folds = usable(GroupKFold(min(_FOLDS, n_sites)).split(rows, labels, sites))
+        if folds:
+            return "sites", folds
+    # Also where patients with patches at every site leave nothing to learn from.
+    folds = []
+    if n_patients >= 2:
         splitter = StratifiedGroupKFold(min(_FOLDS, n_patients), shuffle=True, random_state=seed)
         with warnings.catch_warnings():  # a class with fewer patches than folds is in some folds only, which is fine
             warnings.simplefilter("ignore", UserWarning)
-            pairs = list(splitter.split(rows, labels, patients))
-    pairs = [(learn[~np.isin(patients[learn], patients[judge])], judge) for learn, judge in pairs]
-    return over, [(a, b) for a, b in pairs if len(b) and len(np.unique(labels[a])) >= 2]
+            folds = usable(splitter.split(rows, labels, patients))
+    return "patients", folds

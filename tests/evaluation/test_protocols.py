@@ -122,11 +122,11 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
     study = open_study(world.settings("histo", synthetic={"medi": str(tmp_path / "made")}))
     real, arms = _features(study)
     learner = Keeping(study)
-    settings = HistoDiffusionProtocolSettings(percent=[50.0, 300.0], seeds=2)
+    settings = HistoDiffusionProtocolSettings(percent=[50.0, 900.0], seeds=2)
     record = protocols.histodiffusion_protocol(study, real, arms, settings, learner)
     assert [(r["arm"], r["choice"], r["percent"]) for r in record["rows"]] == [
         ("real", "none", 0.0), ("medi", "selected", 50.0), ("medi", "random", 50.0),
-        ("medi", "selected", 300.0), ("medi", "random", 300.0),
+        ("medi", "selected", 900.0), ("medi", "random", 900.0),
     ]  # fmt: skip
     # One lesson for what has no chance in it, one per seed for a random draw.
     assert len(learner.lessons) == 1 + 1 + 2 + 1 + 2
@@ -139,7 +139,7 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
         mine = [r for r in added[1] if classes[r] == value]
         assert mine == order[: counts[value] // 2]
         most = [r for r in added[4] if classes[r] == value]
-        assert most == order  # three times the real ones are more than there are: all, none twice
+        assert most == order  # nine times the real ones are more than there are: all, none twice
     for rows in (added[2], added[3], added[5]):
         assert control[rows].all()
         assert len(set(rows)) == len(rows)
