@@ -19,9 +19,9 @@ from threadpoolctl import threadpool_limits
 
 import latent_medi
 from latent_medi.errors import UserError
-from latent_medi.evaluation import adherence, against_real, downstream, fidelity, memorisation
+from latent_medi.evaluation import adherence, against_real, fidelity, memorisation
+from latent_medi.evaluation.classifiers import DownstreamStage
 from latent_medi.evaluation.headline import headline, verdict
-from latent_medi.evaluation.rivals import STAIN_METHODS
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Arm, Study, open_study
 from latent_medi.features.cache import cached_features
@@ -44,8 +44,8 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
 
     Returns:
         The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``encoders``, per encoder
-        name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones) and ``downstream``, then
-        ``notes``, ``seconds``, ``headline`` and ``verdict``.
+        name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones) and ``downstream``,
+        ``protocols`` if one is asked for, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
@@ -67,7 +67,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
     chosen = list(encoders or [load_encoder(n, settings.weights.get(n), settings.device) for n in settings.encoders])
     if settings.colour_free:
         chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
-    plan = downstream.make_plan(study, settings.added_per_cell, settings.seed) if settings.downstream else None
+    stage = DownstreamStage(study, settings)
     unseen = fidelity.unseen_cells(study, settings.seed)
     classes = fidelity.class_cells(study, settings.seed)
     sites = fidelity.cells_of(study, [settings.site_field], settings.seed)
@@ -89,20 +89,11 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         "downstream": {},
         "notes": list(study.notes),
     }
-    tables: list[pd.DataFrame] = []
     for encoder in chosen:
         log.info("Evaluating with %s", encoder.name)
         features = _embed(study, encoder, settings, out)
         _write_reference(out / "reference", study, encoder, features)
-        transferred: dict[str, list[np.ndarray | None]] | None = None
-        if plan is not None:
-            transferred = {
-                str(m): [
-                    None if t is None else encoder.features(_chunks(t.images[m], settings.batch))
-                    for t in plan.transferred
-                ]
-                for m in STAIN_METHODS
-            }
+        made = stage.embed(encoder)
         clock.lap("embed")
         metrics["encoders"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
@@ -130,7 +121,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         clock.lap("fidelity")
         metrics["adherence"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
-            "fields": adherence.recovery(study, features, settings.regularisation, *arguments),
+            "fields": adherence.recovery(study, features, settings.regularisation or 1.0, *arguments),
         }
         clock.lap("adherence")
         if copies is not None and encoder.preprocessing.channel == "rgb":
@@ -139,16 +130,11 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
                 **memorisation.memorisation(study, features, copies, *arguments),
             }
             clock.lap("memorisation")
-        if plan is not None and transferred is not None:
-            drawer = downstream.Drawer(study, plan, features.real, features.arms, transferred)
-            record, table = downstream.compare(study, drawer, settings.regularisation, settings.repeats, *arguments)
-            metrics["downstream"][encoder.name] = {"fingerprint": encoder.fingerprint} | record
-            table.insert(0, "encoder", encoder.name)
-            tables.append(table)
-            clock.lap("downstream")
-    if tables:
+        stage.judge(encoder, features, made, metrics)
+        clock.lap("downstream")
+    if stage.tables:
         with atomic_path(out / "predictions.csv") as temporary:
-            pd.concat(tables).to_csv(temporary, index=False)
+            pd.concat(stage.tables).to_csv(temporary, index=False)
     metrics["seconds"] = clock.seconds
     metrics = finite(metrics)
     metrics["headline"] = headline(metrics)
@@ -179,10 +165,6 @@ def _embed(study: Study, encoder: ImageEncoder, settings: EvaluateSettings, out:
         for a in study.arms.values()
     }
     return fidelity.Features(real, arms, pca_basis(real[study.train]))
-
-
-def _chunks(images: np.ndarray, batch: int) -> list[np.ndarray]:
-    return [images[i : i + batch] for i in range(0, len(images), batch)]
 
 
 def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: fidelity.Features) -> None:

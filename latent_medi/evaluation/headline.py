@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 ARMS = ("real", "oversample", "stain_transfer", "cls", "medi", "oracle")
+FURTHER_RIVALS = {
+    "stain_augmentation": "stain augmentation",
+    "nearest_site": "patches from the nearest site",
+    "reweight": "reweighting",
+}
 RIVALS = {"stain_transfer": "stain transfer", "oversample": "oversampling", "real": "the real patches alone"}
 _SUFFIX = ":haematoxylin"
 
@@ -21,8 +26,9 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
         ``fd_unseen``, ``fd_unseen_colour_free`` and ``fd_per_class``: medi, cls, floor, ratio = (medi − floor) / (cls
         − floor) and the metric ("fd", or "kid" where there are too few samples); ``accuracy_shift`` by arm, and the
         same for ``accuracy_in_distribution``, ``accuracy_seen`` and ``accuracy_unseen``;
-        ``accuracy_shift_difference`` (medi minus each rival, with interval); ``recovery_unseen``,
-        ``recovery_ceiling``; ``n`` and ``seconds`` by stage. What is not available is None.
+        ``accuracy_shift_difference`` (medi minus each rival, with interval); ``further_arms`` (of every other arm
+        ``accuracy_shift``, ``accuracy_unseen`` and ``medi_minus``); ``recovery_unseen``, ``recovery_ceiling``; ``n``
+        and ``seconds`` by stage. What is not available is None.
     """
     names = list(metrics["encoders"])
     plain = next(n for n in names if not n.endswith(_SUFFIX))
@@ -44,6 +50,15 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
             .get("interval"),
         }
         for rival in (*RIVALS, "cls")
+    }
+    record["further_arms"] = {
+        arm: {
+            "accuracy_shift": _value(entry, "accuracy_shift"),
+            "accuracy_unseen": _value(entry, "accuracy_unseen"),
+            "medi_minus": _value(comparison, "differences", f"medi - {arm}", "accuracy_shift"),
+        }
+        for arm, entry in comparison.get("arms", {}).items()
+        if arm not in ARMS
     }
     fields = metrics.get("adherence", {}).get(plain, {}).get("fields", {})
     keys = {"site": metrics["dataset"]["site_field"], "class": metrics["dataset"]["class_field"]}
@@ -70,12 +85,21 @@ def _distances(metrics: Mapping[str, Any], encoder: str, section: str) -> dict[s
 
 
 def useful(record: Mapping[str, Any]) -> bool | None:
-    """Whether MeDi beats stain transfer, oversampling and the real patches alone under shift; None if unknown."""
-    scores = record["accuracy_shift"]
-    rivals = [scores[r] for r in RIVALS if scores.get(r) is not None]
-    if scores.get("medi") is None or not rivals:
+    """Whether MeDi beats every rival under shift: stain transfer, oversampling, the real patches alone, and stain
+    augmentation, the nearest site's patches and reweighting where they were tried; None if unknown.
+    """
+    medi, rivals = record["accuracy_shift"].get("medi"), _rivals(record)
+    if medi is None or not rivals:
         return None
-    return all(scores["medi"] > r for r in rivals)
+    return all(medi > r for r in rivals.values())
+
+
+def _rivals(record: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy under shift of the rivals that were tried, by their names for people."""
+    scores = {RIVALS[r]: record["accuracy_shift"].get(r) for r in RIVALS}
+    others = record.get("further_arms", {})
+    scores |= {text: others.get(r, {}).get("accuracy_shift") for r, text in FURTHER_RIVALS.items()}
+    return {text: value for text, value in scores.items() if value is not None}
 
 
 def verdict(record: Mapping[str, Any]) -> str:
@@ -97,7 +121,7 @@ def verdict(record: Mapping[str, Any]) -> str:
         if scores.get("stain_transfer") is None:
             text += "; stain transfer could not be tried"
         return text + "."
-    ahead = [RIVALS[r] for r in RIVALS if scores.get(r) is not None and scores[r] >= scores["medi"]]
+    ahead = [text for text, value in _rivals(record).items() if value >= scores["medi"]]
     return f"MeDi is not useful here: {start}; {_list(ahead)} {'does' if len(ahead) == 1 else 'do'} at least as well."
 
 

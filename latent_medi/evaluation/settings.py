@@ -6,6 +6,67 @@ from dataclasses import dataclass, field
 
 
 @dataclass
+class CnnSettings:
+    """A small network that is trained on pixels, with the same number of steps in every arm.
+
+    Args:
+        network: Name of a torchvision classifier such as "resnet18", or "encoder" to fine-tune the evaluated encoder
+            end to end.
+        weights: File with a state dict to start a torchvision network from, its last layer aside; empty starts from
+            random weights.
+        size: Side in pixels that patches are resized to for a torchvision network; 0 keeps their own.
+        steps: Optimiser steps in all; pre-training and fine-tuning take half each.
+        batch: Patches per step.
+        learning_rate: Highest learning rate of AdamW; it falls to zero along a cosine.
+        weight_decay: Of AdamW.
+        flips: Turn each training patch by a multiple of 90° and flip it at random.
+        seeds: Networks per arm, each with its own initial weights, order and draw of added patches.
+    """
+
+    network: str = "resnet18"
+    weights: str = ""
+    size: int = 0
+    steps: int = 600
+    batch: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    flips: bool = True
+    seeds: int = 1
+
+
+@dataclass
+class MediProtocolSettings:
+    """MeDi's downstream comparison: a few sites, few real patches, and synthetic ones in proportion.
+
+    Args:
+        ratios: Synthetic patches per real one.
+        max_real: Real training patches per class, at most; 0 takes all. Several are swept.
+        sites: Number of training sites, drawn at random by seed; 0 takes all. Several are swept.
+        seeds: Runs with seeds 0 to n − 1.
+    """
+
+    ratios: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
+    max_real: list[int] = field(default_factory=lambda: [0])
+    sites: list[int] = field(default_factory=lambda: [0])
+    seeds: int = 5
+
+
+@dataclass
+class HistoDiffusionProtocolSettings:
+    """HistoDiffusion's comparison: growing shares of synthetic patches, selected or random.
+
+    Args:
+        percent: Synthetic patches per 100 real ones of the same class.
+        selection: Name of the selection, without "selected_"; empty takes the first that a dataset has.
+        seeds: Runs with seeds 0 to n − 1, for the random choice and for a network's initial weights.
+    """
+
+    percent: list[float] = field(default_factory=lambda: [50.0, 100.0, 300.0])
+    selection: str = ""
+    seeds: int = 5
+
+
+@dataclass
 class EvaluateSettings:
     """What is compared with what.
 
@@ -31,18 +92,28 @@ class EvaluateSettings:
         site_field: Field that names the hospital.
         protocol: "default", or "paper" to add raw Fréchet distances where they are rank-deficient, labelled so.
         seed: Seed of every subsample and resample.
-        repeats: Draws of added patches per downstream arm.
+        repeats: Draws of added patches per downstream arm; those without a draw are the same each time.
         resamples: Patient resamples for the intervals.
         deals: How often real patients are dealt into two sides, for the range of each measure that they reach;
             0 leaves that out.
-        regularisation: C of the logistic regressions (inverse strength, standardised features).
+        regularisation: C of the logistic regressions (inverse strength, standardised features). 0 chooses it per
+            encoder by cross-validation on the real training patches alone, the same for every downstream arm; the
+            probes of the adherence then use 1.
         added_per_cell: Patches added per held-out cell in every downstream arm; 0 takes as many as the synthetic arms
-            have,
-            at most the median count of the seen cells.
+            have, at most the median count of the seen cells.
         downstream: Train and compare the downstream classifiers.
         memorisation: Look for copies of training patches, and for samples too near to training patients.
         max_copy_rate: Largest share, 0 to 1, of an arm's patches that may be copies of training patches; with more the
             command fails, after everything is written. 1 lets all pass.
+        downstream_arms: Names of the arms to train; empty for all that can take part.
+        stain_jitter: σ of the stain augmentation: each stain's concentration is multiplied by 1 ± σ and shifted by
+            ± σ/10 in decadic optical density.
+        classifier: "probe" (linear, on frozen features) or "cnn" (a small network trained on the pixels).
+        cnn: The small network.
+        downstream_protocol: "default"; or also "medi" or "histodiffusion", a published protocol, into
+            metrics["protocols"].
+        medi_protocol: Sizes for "medi".
+        histodiffusion_protocol: Sizes for "histodiffusion".
         device: Torch device of the encoders.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
@@ -65,7 +136,7 @@ class EvaluateSettings:
     site_field: str = "site"
     protocol: str = "default"
     seed: int = 0
-    repeats: int = 3
+    repeats: int = 5
     resamples: int = 200
     deals: int = 60
     regularisation: float = 1.0
@@ -73,6 +144,13 @@ class EvaluateSettings:
     downstream: bool = True
     memorisation: bool = True
     max_copy_rate: float = 1.0
+    downstream_arms: list[str] = field(default_factory=list)
+    stain_jitter: float = 0.2
+    classifier: str = "probe"
+    cnn: CnnSettings = field(default_factory=CnnSettings)
+    downstream_protocol: str = "default"
+    medi_protocol: MediProtocolSettings = field(default_factory=MediProtocolSettings)
+    histodiffusion_protocol: HistoDiffusionProtocolSettings = field(default_factory=HistoDiffusionProtocolSettings)
     device: str = "cpu"
     batch: int = 128
     cache: str = ""

@@ -12,7 +12,8 @@ import pytest
 from evaluation_world import HELD_OUT, World
 
 from latent_medi.evaluation import rivals
-from latent_medi.evaluation.downstream import Scorer, balancing_weights, make_plan
+from latent_medi.evaluation.arms import Drawer, balancing_weights, make_plan
+from latent_medi.evaluation.scoring import Scorer
 from latent_medi.evaluation.study import Study, among, matches, open_study
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
@@ -25,7 +26,7 @@ def _hand_study() -> Study:
         ("b", "t", "3"), ("b", "t", "3"), ("b", "t", "1"),
         ("a", "s", "4"), ("b", "s", "5"),
     ]  # fmt: skip
-    index = pd.DataFrame(rows, columns=["class", "site", "patient"]).assign(origin="real", key="k")
+    index = pd.DataFrame(rows, columns=["class", "site", "patient"]).assign(origin="real", key="k", slide="one")
     real = cast(PatchDataset, SimpleNamespace(index=index, schema=schema))
     empty, test = np.zeros(0, int), np.arange(9)
     return Study(real, "class", "site", [{"class": "b", "site": "t"}], {}, empty, empty, empty, test, test, "none", [])
@@ -61,7 +62,13 @@ def test_a_gain_in_recall_alone_is_no_headline() -> None:
 def test_planted_cohort(metrics: dict[str, Any]) -> None:
     record = metrics["downstream"]["filters"]
     scores = {a: v["accuracy_shift"]["value"] for a, v in record["arms"].items()}
-    assert set(scores) == {"real", "oversample", "stain_transfer", "cls", "medi", "oracle"}
+    assert set(scores) == {
+        "real", "oversample", "reweight", "stain_augmentation", "stain_transfer", "nearest_site", "cls", "medi",
+        "synthetic_only_cls", "synthetic_only_medi", "pretrain_finetune_cls", "pretrain_finetune_medi", "oracle",
+    }  # fmt: skip
+    assert scores["reweight"] == record["arms"]["oversample"]["variants"]["balance"]
+    assert scores["medi"] > max(scores[rival] for rival in ("stain_augmentation", "nearest_site", "reweight"))
+    assert scores["synthetic_only_medi"] > scores["synthetic_only_cls"]
     assert scores["oracle"] > scores["real"] + 0.1
     assert record["differences"]["oracle - real"]["accuracy_shift"]["interval"][0] > 0
     assert scores["medi"] > scores["stain_transfer"] > scores["real"]
@@ -76,19 +83,30 @@ def test_every_arm_adds_the_same_number_to_each_cell(world: World) -> None:
     names = [tuple(c.values()) for c in plan.cells]
     # stripes × south × frozen is part of stripes × south.
     assert names == [("stripes", "south"), ("blobs", "south", "frozen"), ("rings", "south", "frozen")]
-    transferred = {m: [np.zeros((len(t.rows), 2)) for t in plan.transferred if t] for m in rivals.STAIN_METHODS}
-    from latent_medi.evaluation.downstream import Drawer
-
+    made = plan.made(lambda images: np.zeros((len(images), 2)))
     arms = {a.name: np.arange(len(a.index), dtype=float)[:, None].repeat(2, 1) for a in study.arms.values()}
-    drawer = Drawer(study, plan, np.arange(len(study.index), dtype=float)[:, None].repeat(2, 1), arms, transferred)
+    drawer = Drawer(study, plan, np.arange(len(study.index), dtype=float)[:, None].repeat(2, 1), arms, made)
+    total = len(study.train) + sum(plan.counts)
     for arm, variants in drawer.variants().items():
         for variant in variants:
+            if arm.startswith(("synthetic_only_", "pretrain_finetune_")):
+                continue
             added = drawer.draw(arm, variant, 0)
             expected = [] if arm == "real" or variant == "balance" else plan.counts
             labels = [c["class"] for c, n in zip(plan.cells, expected, strict=False) for _ in range(n)]
             assert sorted(added.labels) == sorted(labels), (arm, variant)
+            assert len(drawer.lesson(arm, variant, 0).labels) == len(study.train) + len(labels)
+    # What learns from synthetic patches alone gets as many as the other arms have in all, class by class.
+    whole = drawer.lesson("synthetic_only_medi", "synthetic_only_medi", 0)
+    like = drawer.lesson("medi", "medi", 0)
+    assert whole.n_synthetic == len(whole.labels) == total
+    assert sorted(whole.labels) == sorted(like.labels)
+    first = drawer.lesson("pretrain_finetune_cls", "pretrain_finetune_cls", 0)
+    assert first.first is not None
+    assert len(first.first[1]) == total
+    assert np.array_equal(first.features, drawer.real[study.train])
     # No arm sees a patient that it is judged on: the oracle adds patches of probe patients, oversampling of training.
-    for arm, rows in (("oracle", study.probe), ("oversample", study.train)):
+    for arm, rows in (("oracle", study.probe), ("oversample", study.train), ("nearest_site", study.train)):
         added = drawer.draw(arm, drawer.variants()[arm][0], 0).features[:, 0].astype(int)
         assert len(added)
         assert set(added) <= set(rows)
