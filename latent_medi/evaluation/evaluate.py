@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import latent_medi
-from latent_medi.evaluation import adherence, downstream, fidelity
+from latent_medi.evaluation import adherence, downstream, fidelity, projection
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.rivals import STAIN_METHODS
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -43,7 +43,8 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
 
     Returns:
         The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``encoders``, per encoder
-        name ``fidelity``, ``adherence`` and ``downstream``, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
+        name ``fidelity``, ``adherence``, ``projection`` and ``downstream``, then ``notes``, ``seconds``, ``headline``
+        and ``verdict``.
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
@@ -77,6 +78,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         "fidelity": {},
         "adherence": {},
         "downstream": {},
+        "projection": {},
         "notes": list(study.notes),
     }
     tables: list[pd.DataFrame] = []
@@ -107,6 +109,8 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
             "per_class": fidelity.summarise(study, features, classes, *arguments, settings.protocol),
             "overall": fidelity.overall(study, features, settings.seed),
         }
+        fingerprint = {"fingerprint": encoder.fingerprint}
+        metrics["projection"][encoder.name] = fingerprint | projection.project(study, features, settings.seed)
         clock.lap("fidelity")
         metrics["adherence"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
