@@ -252,6 +252,19 @@ def _report(words: list[str]) -> Printed:
     return {"report": str(render(config.parse(ReportSettings, words, "report")))}
 
 
+def _reading_sheet(words: list[str]) -> Printed:
+    from latent_medi.report.reading_score import score_sheet, score_text
+    from latent_medi.report.reading_sheet import make_sheet
+    from latent_medi.report.settings import ReadingSheetSettings
+
+    settings = config.parse(ReadingSheetSettings, words, "reading-sheet")
+    if not settings.score:
+        return make_sheet(settings)
+    result = score_sheet(settings)
+    print(score_text(result))
+    return result
+
+
 VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "demo": (_demo, "the whole pipeline on procedural tissue with known truth"),
     "run": (_run, "the whole pipeline on a dataset, from one configuration"),
@@ -270,7 +283,8 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "translate": (_translate, "real patches as another hospital would have made them, as a dataset folder"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
     "benchmark-shift": (_benchmark_shift, "how accuracy falls as class and site are tied together, and what helps"),
-    "report": (_report, "one HTML page from metrics.json"),
+    "report": (_report, "one HTML page from metrics.json; --compare A B: several evaluations side by side"),
+    "reading-sheet": (_reading_sheet, "a blinded real-or-synthetic sheet for a pathologist; --score: its score"),
 }
 
 
@@ -281,7 +295,7 @@ def _usage() -> str:
         "latent-medi VERB [--config NAME] [key=value …] [--json FILE]",
         "",
     ]
-    lines += [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    lines += [f"  {verb:<14}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join([*lines, "", "`latent-medi VERB --help` lists the settings of a verb."])
 
 

@@ -88,14 +88,24 @@ def _dataclass_in(annotation: Any) -> type | None:
     return None
 
 
-def _is_mapping(settings_class: type, dotted: str) -> bool:
-    """Whether the setting of that key is a mapping with free keys."""
+def _types(settings_class: type, dotted: str) -> tuple[Any, ...]:
+    """What the setting of that key may be; nothing for an unknown key."""
     head, _, rest = dotted.partition(".")
     annotation = typing.get_type_hints(settings_class).get(head)
     if rest:
         inner = _dataclass_in(annotation)
-        return inner is not None and _is_mapping(inner, rest)
-    return any(typing.get_origin(candidate) is dict for candidate in _alternatives(annotation))
+        return _types(inner, rest) if inner is not None else ()
+    return _alternatives(annotation)
+
+
+def _is_mapping(settings_class: type, dotted: str) -> bool:
+    """Whether the setting of that key is a mapping with free keys."""
+    return any(typing.get_origin(candidate) is dict for candidate in _types(settings_class, dotted))
+
+
+def _takes_words(settings_class: type, dotted: str) -> bool:
+    """Whether the setting of that key is a list of words."""
+    return list[str] in _types(settings_class, dotted)
 
 
 def known_keys(settings_class: type, prefix: str = "") -> list[str]:
@@ -155,6 +165,18 @@ def under(setting: str, settings_class: type, arguments: Sequence[str]) -> list[
     return result
 
 
+def _is_yaml_list(text: str) -> bool:
+    """Whether a word is a whole list (or none) by itself, such as ``[a, b]``."""
+    return text.lstrip().startswith("[") or text in ("null", "~", "")
+
+
+def _is_setting(settings_class: type, word: str) -> bool:
+    """Whether a command-line word begins a setting, so that it cannot belong to the list before it."""
+    name, equals, _ = word.partition("=")
+    known = {key.partition(".")[0] for key in known_keys(settings_class)}
+    return word.startswith("--") or (bool(equals) and name.replace("-", "_").partition(".")[0] in known)
+
+
 def parse(
     settings_class: type[S], arguments: Sequence[str], verb: str = "", description: str = "", positional: str = ""
 ) -> S:
@@ -163,7 +185,8 @@ def parse(
     Args:
         settings_class: The verb's settings dataclass.
         arguments: ``--config NAME`` any number of times; ``key=value``, ``--key=value`` or ``--key value`` with
-            dotted keys, and ``--key name=value`` for an entry of a mapping; ``--help``.
+            dotted keys, ``--key a b c`` for a list, up to the next setting, and ``--key name=value`` for an entry of a
+            mapping; ``--help``.
         verb: Name shown in help.
         description: What the verb does, shown in help.
         positional: A setting that a bare first word gives.
@@ -204,6 +227,12 @@ def parse(
             else:
                 text = words[index]
                 index += 1
+                if _takes_words(settings_class, key.replace("-", "_")) and not _is_yaml_list(text):
+                    items = [text]
+                    while index < len(words) and not _is_setting(settings_class, words[index]):
+                        items.append(words[index])
+                        index += 1
+                    text = json.dumps(items, ensure_ascii=False)
         if key == "config":
             loaded = load_yaml(text)
             check_keys(settings_class, loaded, str(find_config(text)))

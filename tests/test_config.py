@@ -69,6 +69,25 @@ def test_three_spellings_of_an_override(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        (["--network.fields", "a", "b"], ["a", "b"]),
+        (["--network.fields", "a"], ["a"]),
+        (["--network.fields", "1e3", "Ünï", "a=b", "lr=0.5"], ["1e3", "Ünï", "a=b"]),
+        (["--network.fields", "a", "b", "--kind", "b"], ["a", "b"]),
+        (["--network.fields", "a", "network.width=8"], ["a"]),
+        (["--network.fields", "[a, b]"], ["a", "b"]),
+        (["network.fields=[a, b]"], ["a", "b"]),
+        (["--network.fields", "null"], None),
+    ],
+)
+def test_a_list_of_words_ends_at_the_next_setting(words: list[str], fields: list[str] | None) -> None:
+    settings = config.parse(Settings, ["data=x", *words])
+    assert settings.network.fields == fields
+    assert settings.lr == (0.5 if "lr=0.5" in words else 1e-3)
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["data=x", "netwrk.width=3"], "network.width"),

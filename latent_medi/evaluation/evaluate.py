@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 import latent_medi
 from latent_medi.errors import UserError
-from latent_medi.evaluation import adherence, against_real, fidelity, memorisation
+from latent_medi.evaluation import adherence, against_real, fidelity, memorisation, projection
 from latent_medi.evaluation.classifiers import DownstreamStage
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -44,8 +44,8 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
 
     Returns:
         The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``encoders``, per encoder
-        name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones) and ``downstream``,
-        ``protocols`` if one is asked for, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
+        name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones), ``projection`` and
+        ``downstream``, ``protocols`` if one is asked for, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
@@ -87,6 +87,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         "adherence": {},
         "memorisation": {},
         "downstream": {},
+        "projection": {},
         "notes": list(study.notes),
     }
     for encoder in chosen:
@@ -118,6 +119,8 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
                 else {}
             ),
         }
+        fingerprint = {"fingerprint": encoder.fingerprint}
+        metrics["projection"][encoder.name] = fingerprint | projection.project(study, features, settings.seed)
         clock.lap("fidelity")
         metrics["adherence"][encoder.name] = {
             "fingerprint": encoder.fingerprint,

@@ -1,14 +1,16 @@
-"""Image grids: real beside synthetic patches for each class and site, read from the datasets."""
+"""Images of the report, read from the datasets: real beside synthetic patches, and copies beside their originals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from latent_medi.errors import UserError
 from latent_medi.progress import get_logger
@@ -80,6 +82,88 @@ def open_or_none(folder: str | Path) -> PatchDataset | None:
     except (UserError, OSError) as error:
         log.warning("No patches in the report: %s", error)
         return None
+
+
+def locate(folder: str, made_in: str, metrics_file: Path | None) -> str:
+    """Where a folder that the metrics name lies now: as it is called, or as it lay to the metrics that moved with it.
+
+    Args:
+        folder: As ``metrics.json`` has it.
+        made_in: The folder of ``metrics.json`` as that file itself has it; empty if unknown.
+        metrics_file: Where that file lies now.
+    """
+    if metrics_file is None or not made_in or Path(folder).exists():
+        return folder
+    moved = metrics_file.parent / os.path.relpath(folder, made_in)
+    return str(moved) if moved.exists() else folder
+
+
+@dataclass
+class CopyPair:
+    """A synthetic patch and its nearest training patch.
+
+    Args:
+        synthetic, train: Data URIs.
+        arm: Name of the arm.
+        caption: Distance and view.
+        combination: What was asked for.
+    """
+
+    synthetic: str
+    train: str
+    arm: str
+    caption: str
+    combination: str
+
+
+def pairs(
+    record: Mapping[str, Any],
+    real: PatchDataset | None,
+    arms: Mapping[str, PatchDataset],
+    fields: Sequence[str],
+    most: int = 12,
+) -> tuple[list[CopyPair], int]:
+    """The synthetic patches that an evaluation listed as copies, each with its training patch, the nearest first.
+
+    Args:
+        record: "memorisation" of one encoder in ``metrics.json``.
+        real: The real dataset.
+        arms: Synthetic datasets by arm.
+        fields: Fields that name the combination.
+        most: Pairs per arm.
+
+    Returns:
+        The pairs, and how many listed ones are not shown: for space, or since a patch is not on this machine.
+    """
+    result: list[CopyPair] = []
+    hidden = 0
+    for arm, found in record.get("arms", {}).items():
+        listed = sorted(found.get("listed", []), key=lambda item: item["distance"])
+        shown = 0
+        for item in listed:
+            images = [_by_key(arms.get(arm), item["synthetic_key"]), _by_key(real, item["train_key"])]
+            if shown == most or images[0] is None or images[1] is None:
+                hidden += 1
+                continue
+            shown += 1
+            row = images[0][1]
+            asked = " × ".join(str(row[f]) for f in fields if f in row.index)
+            view = f", seen {item['view']}" if item.get("view") not in (None, "", "identity") else ""
+            result.append(
+                CopyPair(
+                    image_uri(montage(images[0][0])), image_uri(montage(images[1][0])), arm,
+                    f"distance {item['distance']:.3g}{view}", asked,
+                )
+            )  # fmt: skip
+    return result, hidden
+
+
+def _by_key(dataset: PatchDataset | None, key: str) -> tuple[np.ndarray, pd.Series] | None:
+    """The patch [1, H, W, 3] of a key with its row of the index."""
+    if dataset is None:
+        return None
+    rows = np.flatnonzero(dataset.index["key"].to_numpy(dtype=str) == key)
+    return (dataset.read(rows[:1]), dataset.index.iloc[int(rows[0])]) if len(rows) else None
 
 
 def grids(

@@ -6,18 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from latent_medi.errors import UserError
-from latent_medi.evaluation.headline import distance_text
-from latent_medi.files import read_json, write_text
-from latent_medi.progress import duration
+from latent_medi.files import write_text
 from latent_medi.report import figures, patches
+from latent_medi.report.colour import side_by_side
+from latent_medi.report.compare import render_comparison
+from latent_medi.report.page import BY_ENCODER, environment, read_metrics, shade
 from latent_medi.report.settings import SECTIONS, ReportSettings
 
-_TWIN = ":haematoxylin"
 _MOST_SITES = 40
-DASH = "–"
+_PARTS = {
+    "unseen": (
+        "unseen combinations",
+        "Unseen combinations: distance to real test patches of the same combination, every arm and the real patients "
+        "at one n.",
+    ),
+    "per_class": ("each class", "Each class over all sites; MeDi's samples have the test patches' mix of sites."),
+    "per_site": ("each site", "Each site over all classes."),
+}
+_MOST_MATRIX = 6  # values of a field whose matrix still fits a telephone as a table
 
 
 def render_report(
@@ -50,114 +57,137 @@ def render_report(
     Raises:
         UserError: The metrics are no evaluation's, or there is no such section.
     """
-    content = metrics if isinstance(metrics, Mapping) else read_json(metrics)
-    if not isinstance(content, Mapping) or not {"dataset", "encoders", "headline", "verdict"} <= content.keys():
-        raise UserError("The metrics are not those of an evaluation.", "Give the metrics.json that `evaluate` wrote.")
+    content, file = read_metrics(metrics)
     if unknown := sorted(set(sections) - set(SECTIONS)):
         raise UserError(f"There is no report section {unknown[0]!r}.", f"Sections: {', '.join(SECTIONS)}.")
-    # What an evaluation left out is left out here, too.
-    absent: dict[str, Any] = {"run": None, "notes": []}
-    absent |= {part: {} for part in ("synthetic", "fidelity", "adherence", "downstream")}
-    content = absent | dict(content)
-    page = _environment().get_template("page.html").render(
+    pictured = {"patches", "memorisation"} & set(sections)
+    opened = _datasets(content, file, real, synthetic or {}) if pictured else (None, {})
+    page = environment().get_template("page.html").render(
         title=title or content["dataset"].get("name") or "Evaluation",
         metrics=content,
         headline=content["headline"],
         verdict=content["verdict"],
         sections=list(sections),
-        encoders=_encoders(content, sections),
+        colour=side_by_side(content),
+        encoders=_encoders(content, sections, *opened),
         counts=_counts(content),
-        grids=_grids(content, real, synthetic or {}, per_cell, rows_per_class, seed)
-        if "patches" in sections
-        else [],
+        grids=patches.grids(content, *opened, per_cell, rows_per_class, seed) if "patches" in sections else [],
     )  # fmt: skip
     write_text(out, page)
     return Path(out)
 
 
 def render(settings: ReportSettings) -> Path:
-    """Write the report that the settings describe."""
+    """Write the report, or the comparison, that the settings describe."""
+    if settings.compare:
+        if settings.metrics:
+            raise UserError("Both metrics and compare are given.", "A page shows one evaluation or compares several.")
+        first = read_metrics(settings.compare[0])[1]
+        assert first is not None
+        return render_comparison(settings.compare, settings.out or first.with_name("comparison.html"), settings.title)
     if not settings.metrics:
         raise UserError("No metrics are given.", "Set metrics to the metrics.json of an evaluation.")
-    out = settings.out or Path(settings.metrics).with_name("report.html")
+    file = read_metrics(settings.metrics)[1]
+    assert file is not None
     return render_report(
-        settings.metrics, out, settings.title, settings.real or None, dict(settings.synthetic), settings.sections,
-        settings.patches_per_cell, settings.rows_per_class, settings.seed,
+        settings.metrics, settings.out or file.with_name("report.html"), settings.title, settings.real or None,
+        dict(settings.synthetic), settings.sections, settings.patches_per_cell, settings.rows_per_class, settings.seed,
     )  # fmt: skip
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["shade"] = _shade
-    environment.filters |= {
-        "number": number,
-        "distance": distance,
-        "bounds": bounds,
-        "percent": percent,
-        "duration": duration,
-        "arm": figures.name_of,
-        "encoder": _encoder_name,
-    }
-    return environment
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A number (or a measure's value) with fixed decimals and a true minus sign; a dash if it is not available."""
-    value = value.get("value") if isinstance(value, Mapping) else value
-    return DASH if value is None else f"{value:.{digits}f}".replace("-", "−")
-
-
-def distance(value: Any) -> str:
-    """A distance with three significant digits and a true minus sign; a dash if it is not available."""
-    return distance_text(value).replace("-", "−")
-
-
-def bounds(record: Any, digits: int = 3) -> str:
-    """A measure's interval in words; empty if it has none."""
-    interval = record.get("interval") if isinstance(record, Mapping) else None
-    if interval is None:
-        return ""
-    if isinstance(interval, str):
-        return interval
-    return f"{number(interval[0], digits)} to {number(interval[1], digits)}"
-
-
-def percent(value: Any) -> str:
-    """A share as a whole percentage; a dash if it is not available."""
-    value = value.get("value") if isinstance(value, Mapping) else value
-    return DASH if value is None else f"{100 * value:.0f} %"
-
-
-def _encoder_name(name: str) -> str:
-    return name.removesuffix(_TWIN) + " on the haematoxylin channel alone" if name.endswith(_TWIN) else name
-
-
-def _encoders(metrics: Mapping[str, Any], sections: Sequence[str]) -> list[dict[str, Any]]:
+def _encoders(
+    metrics: Mapping[str, Any],
+    sections: Sequence[str],
+    real: patches.PatchDataset | None,
+    arms: Mapping[str, patches.PatchDataset],
+) -> list[dict[str, Any]]:
     """What each encoder found, with the plots of the sections that are shown."""
+    info = metrics["dataset"]
     result = []
     for name in metrics["encoders"]:
-        fidelity = metrics.get("fidelity", {}).get(name, {}) if "fidelity" in sections else {}
-        downstream = metrics.get("downstream", {}).get(name, {}) if "downstream" in sections else {}
-        arms = downstream.get("arms", {})
+        found = {part: metrics[part].get(name, {}) if part in sections else {} for part in BY_ENCODER}
+        downstream = found["downstream"].get("arms", {})
+        projection = found["projection"]
+        fields = found["adherence"].get("fields", {})
+        memorisation = found["memorisation"]
+        pairs, hidden = (
+            patches.pairs(memorisation, real, arms, [info["class_field"], info["site_field"]])
+            if memorisation
+            else ([], 0)
+        )
         result.append(
             {
                 "name": name,
-                "fidelity": {"unseen": None, "per_class": None, "overall": None} | dict(fidelity),
-                "unseen": figures.distances(fidelity["unseen"]) if fidelity.get("unseen") else None,
-                "per_class": figures.distances(fidelity["per_class"]) if fidelity.get("per_class") else None,
-                "downstream": downstream if arms else None,
-                "forest": figures.forest(arms, "accuracy_shift") if arms else None,
-                "differences": figures.differences(downstream.get("differences", {}), "accuracy_shift"),
-                "adherence": metrics.get("adherence", {}).get(name, {}).get("fields", {}),
+                "fidelity": {"unseen": None, "per_class": None, "overall": None} | dict(found["fidelity"]),
+                "parts": [_part(key, found["fidelity"][key]) for key in _PARTS if found["fidelity"].get(key)],
+                "downstream": found["downstream"] if downstream else None,
+                "forest": figures.forest(downstream, "accuracy_shift") if downstream else None,
+                "differences": figures.differences(found["downstream"].get("differences", {}), "accuracy_shift"),
+                "adherence": fields,
+                "matrices": [_matrix(field, record) for field, record in fields.items()],
+                "memorisation": _with_absent(memorisation) if memorisation else None,
+                "pairs": pairs,
+                "hidden_pairs": hidden,
+                "projection": projection,
+                "projections": {
+                    info[f"{key}_field"]: uri
+                    for key in ("class", "site")
+                    if projection and (uri := figures.projection(projection, key))
+                },
             }
         )
     return result
+
+
+def _part(key: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """One comparison of the fidelity section: plot, caption, what was left out, and every number."""
+    title, caption = _PARTS[key]
+    n = max((m["n_patches"] for m in part["summary"].values()), default=0)
+    rows = [
+        {"name": c["name"], "arm": arm, "record": record, "fd_infinity": record.get("fd_infinity")}
+        for c in part["cells"]
+        for arm, record in c["arms"].items()
+    ]
+    skipped = [
+        f"{c['name']}: " + "; ".join(f"{figures.name_of(a)}: {why}" if a else why for a, why in c["skipped"].items())
+        for c in part["cells"]
+        if c.get("skipped")
+    ]
+    return {
+        "title": title,
+        "metric": part["metric"],
+        "figure": figures.distances(part),
+        "alt": f"distance of MeDi, CLS and real patients to real test patches, {title}; the numbers are listed below",
+        "caption": f"{caption} n = {n} samples per arm over all. {part['rule']}.",
+        "rows": rows,
+        "skipped": skipped,
+    }
+
+
+def _matrix(field: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Requested and found values of a field: each arm, and beside them the real patches as the ceiling."""
+    confusion = record.get("confusion", {})
+    panels = [
+        {"source": figures.name_of(a), "title": f"{figures.name_of(a)}, all samples", "rows": rows}
+        for a, rows in confusion.items()
+        if a != "ceiling"
+    ]
+    if panels and "ceiling" in confusion:
+        rows = confusion["ceiling"]
+        panels.append({"source": "real patches", "title": "real patches (ceiling)", "rows": rows})
+    values = list(record["values"])
+    large = panels and len(values) > _MOST_MATRIX
+    figure = figures.matrix(values, {p["source"]: p["rows"] for p in panels}) if large else None
+    return {"field": field, "values": values, "panels": panels, "figure": figure}
+
+
+def _with_absent(memorisation: Mapping[str, Any]) -> dict[str, Any]:
+    """The memorisation record with None for what an evaluation may not have."""
+    arms = {
+        name: {"auth_pct": None, "ct": None, "cells": [], "copies": 0} | dict(arm)
+        for name, arm in memorisation.get("arms", {}).items()
+    }
+    return {"rule": "", "threshold": None, "held_out_flagged": None} | dict(memorisation) | {"arms": arms}
 
 
 def _counts(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +214,7 @@ def _counts(metrics: Mapping[str, Any]) -> dict[str, Any]:
                 {
                     "patches": patch_counts[r][i],
                     "patients": patient_counts[r][i],
-                    "colour": _shade(share),
+                    "colour": shade(share),
                     "light": share > 0.55,
                     "held_out": (tumour, info["sites"][i]) in held_pairs,
                 }
@@ -198,24 +228,14 @@ def _counts(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shade(share: float) -> str:
-    """White to deep blue."""
-    low, high = (255, 255, 255), (8, 81, 140)
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
-
-
-def _grids(
-    metrics: Mapping[str, Any],
-    real: str | Path | None,
-    synthetic: Mapping[str, str | Path],
-    per_cell: int,
-    rows_per_class: int,
-    seed: int,
-) -> list[patches.Grid]:
-    folder = real or metrics["dataset"].get("folder")
-    folders = {n: a.get("folder") for n, a in metrics.get("synthetic", {}).items()} | dict(synthetic)
-    opened = {n: patches.open_or_none(f) for n, f in folders.items() if f}
-    arms = {n: d for n, d in opened.items() if d is not None}
-    return patches.grids(
-        metrics, patches.open_or_none(folder) if folder else None, arms, per_cell, rows_per_class, seed
-    )
+def _datasets(
+    metrics: Mapping[str, Any], file: Path | None, real: str | Path | None, synthetic: Mapping[str, str | Path]
+) -> tuple[patches.PatchDataset | None, dict[str, patches.PatchDataset]]:
+    """The real dataset and each arm's, as far as they are on this machine."""
+    made_in = metrics.get("settings", {}).get("out", "")
+    named = {"": metrics["dataset"].get("folder")} | {n: a.get("folder") for n, a in metrics["synthetic"].items()}
+    folders = {n: patches.locate(f, made_in, file) for n, f in named.items() if f} | dict(synthetic)
+    if real:
+        folders[""] = real
+    opened = {n: patches.open_or_none(f) for n, f in folders.items()}
+    return opened.pop("", None), {n: d for n, d in opened.items() if d is not None}

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SECTIONS = ("headline", "cohort", "fidelity", "patches", "downstream", "adherence", "provenance")
+SECTIONS = (
+    "headline",
+    "colour",
+    "cohort",
+    "fidelity",
+    "patches",
+    "downstream",
+    "adherence",
+    "memorisation",
+    "projection",
+    "provenance",
+)
 """Parts of the page after the verdict, in order."""
 
 
@@ -13,8 +24,11 @@ class ReportSettings:
     """What goes on the page.
 
     Args:
-        metrics: The ``metrics.json`` of an evaluation.
-        out: The HTML file to write; empty means ``report.html`` beside the metrics.
+        metrics: The ``metrics.json`` of an evaluation, or the folder of a run that has one.
+        compare: Instead of one evaluation, two or more to set side by side; each a ``metrics.json`` or the folder of a
+            run. The differences are to the first.
+        out: The HTML file to write; empty means ``report.html`` beside the metrics, or ``comparison.html`` beside those
+            of the first run.
         title: Heading of the page; empty means the dataset's name.
         real: Folder of the real dataset; empty means the one that was evaluated.
         synthetic: Folder of each arm's dataset by its name; those not given are the ones that were evaluated.
@@ -25,6 +39,7 @@ class ReportSettings:
     """
 
     metrics: str = ""
+    compare: list[str] = field(default_factory=list)
     out: str = ""
     title: str = ""
     real: str = ""
@@ -33,3 +48,40 @@ class ReportSettings:
     patches_per_cell: int = 4
     rows_per_class: int = 8
     seed: int = 0
+
+
+@dataclass
+class ReadingSheetSettings:
+    """A blinded sheet on which a pathologist says which patches are real, or the score of what was answered.
+
+    Args:
+        data: Folder of the real dataset; its test patches are shown.
+        synthetic: Folder of the synthetic dataset.
+        out: The HTML file to write. It holds the pictures in random order, and nothing that tells them apart.
+        key: The file that knows which picture is which, to be written, or read with ``score``; empty means beside
+            ``out`` with the ending ``.key.csv``. It is not to be sent to readers.
+        n: Pictures on the sheet, half real and half synthetic, equally many of each combination.
+        fields: Fields whose combinations are balanced; empty means the class and the site.
+        site_field: Field that names the hospital.
+        split: Name of the split column of the real dataset, without "split_".
+        split_value: Split value of the real patches to show: patients that no model saw.
+        selected: Column of a selection of the synthetic dataset, such as selected_best: only its choice is shown.
+        seed: Seed of the choice and the order; who knows it and has the data can tell the pictures apart.
+        confidence: Also ask how sure the reader is.
+        score: Answers to score instead, one CSV file or several; nothing is written but ``out``, if it is given with
+            the ending ``.csv``: the score of each reader.
+    """
+
+    data: str = ""
+    synthetic: str = ""
+    out: str = ""
+    key: str = ""
+    n: int = 60
+    fields: list[str] = field(default_factory=list)
+    site_field: str = "site"
+    split: str = "main"
+    split_value: str = "test"
+    selected: str = ""
+    seed: int = 0
+    confidence: bool = True
+    score: list[str] = field(default_factory=list)

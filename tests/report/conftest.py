@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from browser import Browser, browser
 from evaluation_world import Size, World, build_world, filters
 
 from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.shards.dataset import PatchDataset
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +22,44 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def evaluated(small_world: World) -> dict[str, Any]:
     return evaluate(small_world.settings("full", colour_free=True, repeats=1, resamples=30), [filters()])
+
+
+@pytest.fixture(scope="session")
+def full(evaluated: dict[str, Any], small_world: World) -> dict[str, Any]:
+    """The same with what an evaluation may add: memorisation with copies, distances per site, FD∞."""
+    metrics = copy.deepcopy(evaluated) | {"memorisation": {}}
+    real, medi = PatchDataset.open(small_world.real).index["key"], PatchDataset.open(small_world.medi).index["key"]
+    listed = [
+        {"synthetic_key": medi[i], "train_key": real[i], "patient": "p", "distance": 0.01 * (i + 1), "view": "flipped"}
+        for i in range(14)
+    ]
+    cells = [
+        {"name": "stripes × south", "combination": {"class": "stripes", "site": "south"}, "n": 30, "copies": 14,
+         "median_train": 0.5, "median_held_out": 0.75},
+        {"name": "rings × east", "combination": {}, "n": 30, "copies": 0, "median_train": None,
+         "median_held_out": None},
+    ]  # fmt: skip
+    clean = {"value": 0.0, "n_patches": 60, "n_patients": 0, "interval": [0.0, 0.06]}
+    rate = {"value": 14 / 60, "n_patches": 60, "n_patients": 0, "interval": [0.14, 0.35]}
+    for name, fidelity in metrics["fidelity"].items():
+        fidelity["per_site"] = copy.deepcopy(fidelity["per_class"])
+        fidelity["per_site"]["cells"][0]["arms"]["medi"]["fd_infinity"] = {"value": 0.123, "interval": [0.1, 0.2]}
+        metrics["memorisation"][name] = {
+            "fingerprint": fidelity["fingerprint"],
+            "rule": "nearer than the nearest held-out patient",
+            "threshold": 0.2,
+            "arms": {
+                "medi": {"copy_rate": rate, "auth_pct": rate | {"value": 81.5, "interval": None}, "ct": -1.5,
+                         "cells": cells, "copies": 14, "listed": listed},
+                "cls": {"copy_rate": clean, "auth_pct": clean, "ct": None, "cells": [], "copies": 0, "listed": []},
+            },
+            "held_out_flagged": {"value": 0.008, "n_patches": 500, "n_patients": 20, "interval": [0.0, 0.02]},
+        }  # fmt: skip
+    return metrics
+
+
+@pytest.fixture(scope="session")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A tab of headless Chromium."""
+    with browser(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened

@@ -17,9 +17,13 @@ from evaluation_world import World
 from PIL import Image
 
 from latent_medi.errors import UserError
+from latent_medi.report.colour import sentence, side_by_side
+from latent_medi.report.figures import image_uri, short
+from latent_medi.report.page import bounds, flat, number, percent, share
 from latent_medi.report.patches import montage
-from latent_medi.report.render import bounds, number, render, render_report
+from latent_medi.report.render import render, render_report
 from latent_medi.report.settings import SECTIONS, ReportSettings
+from latent_medi.shards.dataset import PatchDataset
 
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -103,8 +107,104 @@ def test_it_fits_a_telephone_and_paper(page_text: str) -> None:
     page = _Page(page_text)
     assert any(a.get("name") == "viewport" for a in page.all("meta"))
     assert "@media print" in page_text
-    wide = len(page.all("table")) - sum("grid" in str(a.get("class")) for a in page.all("table"))
-    assert sum(a.get("class") == "scroll" for a in page.all("div")) == wide
+    # Every table says how it fits: as a list, with few columns, as tiles, or as a small matrix or grid.
+    kinds = {"stack", "fit", "tiles", "matrix", "grid"}
+    assert all(len(kinds & set(str(a.get("class")).split())) == 1 for a in page.all("table"))
+
+
+def test_colour_and_colour_free_stand_side_by_side(evaluated: dict[str, Any]) -> None:
+    shown = side_by_side(evaluated)
+    for row in shown["rows"]:
+        assert row["colour"] or row["without"]
+    unseen = shown["rows"][0]
+    for key, name in (("colour", "filters"), ("without", "filters:haematoxylin")):
+        assert unseen[key] == evaluated["fidelity"][name]["unseen"]["summary"]["ratio"]
+    alone = copy.deepcopy(evaluated)
+    del alone["encoders"]["filters:haematoxylin"]
+    assert side_by_side(alone) == {}
+
+
+@pytest.mark.parametrize(
+    ("colour", "without", "said"),
+    [
+        (0.2, 0.6, "closes 80 % of the distance between a class-only model and real patches in colour and 40 % "
+                   "without: 50 % of the gain survives"),
+        (0.2, 0.1, "in colour and 90 % without: all of the gain survives"),
+        (0.5, 1.1, "in colour and −10 % without: none of the gain survives"),
+        (1.2, 1.1, "no gain in colour that could be lost"),
+        (1.2, 0.9, "a gain only without colour"),
+    ],
+)  # fmt: skip
+def test_what_survives_without_colour_in_words(
+    evaluated: dict[str, Any], colour: float, without: float, said: str
+) -> None:
+    metrics = copy.deepcopy(evaluated)
+    for name, value in (("filters", colour), ("filters:haematoxylin", without)):
+        metrics["fidelity"][name]["unseen"]["summary"]["ratio"]["value"] = value
+    assert said in sentence(metrics, "filters", "stain_transfer")
+
+
+def test_memorised_pairs_are_the_patches_that_the_metrics_name(
+    full: dict[str, Any], small_world: World, tmp_path: Path
+) -> None:
+    page = render_report(full, tmp_path / "r.html").read_text()
+    text = " ".join(_Page(page).text.split())
+    assert "23.3 %" in text  # the copy rate
+    assert "14.0 % to 35.0 %" in text
+    assert "By the same rule 0.8 % of the patches of real patients" in text
+    assert "2 further pairs are not shown" in text
+    real, medi = PatchDataset.open(small_world.real), PatchDataset.open(small_world.medi)
+    listed = full["memorisation"]["filters"]["arms"]["medi"]["listed"]
+    for item in listed[:12]:
+        for dataset, key in ((medi, "synthetic_key"), (real, "train_key")):
+            row = np.flatnonzero(dataset.index["key"] == item[key])
+            assert image_uri(dataset.read(row)[0]) in page
+    assert image_uri(medi.read(np.flatnonzero(medi.index["key"] == listed[12]["synthetic_key"]))[0]) not in page
+    gone = copy.deepcopy(full)
+    gone["dataset"]["folder"] = "gone"
+    assert "14 listed pairs cannot be shown" in " ".join(
+        _Page(render_report(gone, tmp_path / "g.html").read_text()).text.split()
+    )
+
+
+def test_requested_and_found_stand_beside_the_ceiling(evaluated: dict[str, Any], page_text: str) -> None:
+    text = " ".join(_Page(page_text).text.split())
+    assert text.count("real patches (ceiling)") == 2 * 3  # encoders × fields
+    for arm in ("MeDi", "CLS"):
+        assert f"{arm}, all samples" in text
+    large = copy.deepcopy(evaluated)
+    field = large["adherence"]["filters"]["fields"]["site"]
+    field["values"] = [f"hospital {i}" for i in range(30)]
+    field["confusion"] = {k: np.eye(30).tolist() for k in field["confusion"]}
+    page = _Page(render_report(large, Path(evaluated["settings"]["out"]) / "large.html").read_text())
+    assert any("found, per requested value" in str(a["alt"]) for a in page.all("img"))
+
+
+def test_numbers_of_each_site_and_without_bias(full: dict[str, Any], tmp_path: Path) -> None:
+    text = " ".join(_Page(render_report(full, tmp_path / "r.html").read_text()).text.split())
+    assert "Each site over all classes." in text
+    assert "FD∞" in text
+    assert "0.1 to 0.2" in text
+
+
+def test_a_moved_run_finds_its_datasets(evaluated: dict[str, Any], small_world: World, tmp_path: Path) -> None:
+    metrics = copy.deepcopy(evaluated)
+    metrics["settings"]["out"] = "runs/x"
+    metrics["dataset"]["folder"] = "runs/x/data"
+    metrics["synthetic"] = {}
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "data").symlink_to(small_world.real)
+    (tmp_path / "moved" / "metrics.json").write_text(json.dumps(metrics))
+    page = render(ReportSettings(metrics=str(tmp_path / "moved")))
+    assert page == tmp_path / "moved" / "report.html"
+    assert "Real beside synthetic" in page.read_text()
+
+
+def test_settings_and_provenance_are_listed(evaluated: dict[str, Any], page_text: str) -> None:
+    text = " ".join(_Page(page_text).text.split())
+    for name, value in (("settings of the evaluation", ""), ("regularisation", "1.0"), ("held_out", "stripes × south")):
+        assert f"{name} {value}".strip().lower() in text.lower()
+    assert "model perfect" in text
 
 
 def test_everything_from_the_data_is_escaped(evaluated: dict[str, Any], tmp_path: Path) -> None:
@@ -124,7 +224,7 @@ def test_everything_from_the_data_is_escaped(evaluated: dict[str, Any], tmp_path
 
 
 def test_missing_parts_are_left_out(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    for absent in ("fidelity", "adherence", "downstream", "run", "notes", "synthetic"):
+    for absent in ("fidelity", "adherence", "downstream", "projection", "run", "notes", "synthetic", "settings"):
         metrics = copy.deepcopy(evaluated)
         del metrics[absent]
         _Page(render_report(metrics, tmp_path / "r.html").read_text())
@@ -189,3 +289,15 @@ def test_numbers_in_words() -> None:
     assert bounds({"interval": [0.1, 0.25]}, 2) == "0.10 to 0.25"
     assert bounds({"interval": "not estimable"}) == "not estimable"
     assert bounds({"interval": None}) == bounds(None) == ""
+    assert bounds({"interval": [0.0001234, 12345.6]}, None) == "0.000123 to 12346"
+    assert (percent(0.0126, 1), share({"interval": [0.01, 0.5]}, 0)) == ("1.3 %", "1 % to 50 %")
+    assert number(0.5, 2, sign=True) == "+0.50"
+
+
+def test_names_are_shortened_and_settings_flattened() -> None:
+    assert short("adenocarcinoma") == "adenocarcinoma"
+    assert len(short("x" * 200)) == 24
+    assert short("abcdefghij", 7) == "abcd…ij"
+    nested = {"a": {"b": [1, 2]}, "c": [{"d": "e", "f": "g"}], "h": None, "i": list(range(9))}
+    assert flat(nested) == {"a.b": "1, 2", "c": "e × g", "h": "–", "i": "9 entries"}
+    assert flat(nested, mappings=False)["c"] == "1 entries"

@@ -1,0 +1,110 @@
+"""Two runs side by side: numbers, differences, what differs, and a warning where numbers cannot be compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latent_medi import cli
+from latent_medi.errors import UserError
+from latent_medi.report.compare import compare, differing, render_comparison, run_names
+
+
+def _row(runs: list[dict[str, Any]], name: str, table: int = 0) -> list[dict[str, Any]]:
+    return next(r for r in compare(runs)[table]["rows"] if r["name"] == name)["cells"]
+
+
+SHIFT = "accuracy under shift: MeDi"
+DISTANCE = "distance, unseen combinations: MeDi"
+
+
+def test_numbers_are_those_of_the_files_and_differences_their_difference(evaluated: dict[str, Any]) -> None:
+    other = copy.deepcopy(evaluated)
+    record = other["downstream"]["filters"]["arms"]["medi"]["accuracy_shift"]
+    old = record["value"]
+    record["value"] = old - 0.125
+    first, second = _row([evaluated, other], SHIFT)
+    assert (first["value"], first["difference"]) == (f"{old:.3f}", "")
+    assert (second["value"], second["difference"], second["reason"]) == (f"{old - 0.125:.3f}", "−0.125", "")
+    assert f"n = {record['n_patches']}" in second["n"]
+
+
+def test_what_cannot_be_compared_has_no_difference(evaluated: dict[str, Any]) -> None:
+    def second(change: Any, name: str = DISTANCE) -> dict[str, Any]:
+        other = copy.deepcopy(evaluated)
+        change(other)
+        cell = _row([evaluated, other], name)[1]
+        assert (cell["difference"] == "") == bool(cell["reason"])
+        return cell
+
+    assert second(lambda m: None)["reason"] == ""
+    assert second(lambda m: m["encoders"]["filters"].update(fingerprint="x"))["reason"] == "another encoder"
+    unseen = evaluated["fidelity"]["filters"]["unseen"]
+    swapped = "kid" if unseen["metric"] == "fd" else "fd"
+    changed = second(lambda m: m["fidelity"]["filters"]["unseen"].update(metric=swapped))
+    assert changed["reason"] == f"{swapped.upper()} instead of {unseen['metric'].upper()}"
+    n = unseen["summary"]["medi"]["n_patches"]
+    changed = second(lambda m: m["fidelity"]["filters"]["unseen"]["summary"]["medi"].update(n_patches=n - 1))
+    assert changed["reason"] == f"n = {n - 1} instead of {n} patches"
+    assert second(lambda m: m["dataset"].update(n_patients=1), SHIFT)["reason"] == "other real data"
+    assert second(lambda m: m["downstream"].clear(), SHIFT)["reason"] == "missing in one run"
+
+
+def test_runs_with_other_encoders_meet_in_the_headline_alone(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    other = json.loads(json.dumps(evaluated).replace("filters", "others"))
+    for encoder in other["encoders"].values():
+        encoder["fingerprint"] = "x"
+    tables = compare([evaluated, other])
+    assert len(tables) == 1
+    assert all(row["cells"][1]["reason"] for row in tables[0]["rows"])
+    for name, metrics in (("a", evaluated), ("b", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(metrics))
+    text = render_comparison([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "c.html").read_text()
+    assert "no encoder in common" in text
+    assert "Not comparable." in text
+
+
+def test_what_differs_is_listed(evaluated: dict[str, Any]) -> None:
+    other = copy.deepcopy(evaluated)
+    other["settings"]["seed"] = 7
+    other["synthetic"]["medi"]["provenance"]["model"] = "another"
+    rows = dict(differing([evaluated, other]))
+    assert rows["settings.seed"] == ["0", "7"]
+    assert rows["samples.medi.model"] == ["perfect", "another"]
+    assert len(rows) == 2
+    assert differing([evaluated, evaluated]) == []
+
+
+def test_compare_as_typed(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("runA", "runB"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(evaluated))
+    runs = [str(tmp_path / "runA"), str(tmp_path / "runB")]
+    assert cli.run_verb(["report", "--compare", *runs]) == 0
+    text = (tmp_path / "runA" / "comparison.html").read_text()
+    assert "Not comparable." not in text
+    assert "Nothing: settings, encoders, data, models and versions are the same." in text
+    assert cli.run_verb(["report", "--compare", *runs, f"out={tmp_path / 'c.html'}", "--title", "Two seeds"]) == 0
+    assert "<h1>Two seeds</h1>" in (tmp_path / "c.html").read_text()
+    assert cli.run_verb(["report", f"compare={runs}".replace("'", ""), f"out={tmp_path / 'd.html'}"]) == 0
+
+
+def test_bad_input_is_refused(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="two runs or more"):
+        render_comparison([tmp_path], tmp_path / "c.html")
+    with pytest.raises(UserError, match="does not exist"):
+        cli.run_verb(["report", "--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="not those of an evaluation"):
+        cli.run_verb(["report", "--compare", str(tmp_path), str(tmp_path)])
+
+
+def test_runs_have_names_that_tell_them_apart() -> None:
+    names = run_names([Path("/r/one/demo/metrics.json"), Path("/r/two/demo/metrics.json")])
+    assert names == ["one/demo", "two/demo"]
+    assert run_names([Path("/r/a/metrics.json"), Path("/r/b.json")]) == ["a", "b"]
+    assert len(set(run_names([Path("/r/a/metrics.json")] * 2))) == 2
