@@ -21,7 +21,8 @@ from latent_medi.evaluation.learners import Learned
 from latent_medi.evaluation.settings import CnnSettings
 from latent_medi.evaluation.study import Study
 from latent_medi.features.encoders import ImageEncoder
-from latent_medi.features.networks import IMAGENET_MEAN, IMAGENET_STD, Network, Preprocessing, read_weights
+from latent_medi.features.networks import Network, Preprocessing, read_weights
+from latent_medi.features.registry import IMAGENET_MEAN, IMAGENET_STD
 from latent_medi.progress import get_logger, progress
 
 log = get_logger(__name__)
@@ -143,7 +144,7 @@ class CnnLearner:
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
         rng = np.random.default_rng([seed, 29])
         model.train()
-        value = math.nan
+        value = torch.tensor(math.nan)
         for step, rows in zip(range(steps), _batches(len(codes), settings.batch, rng), strict=False):
             next(self._steps)
             for group in optimizer.param_groups:

@@ -134,7 +134,11 @@ def unit_scores(
         2); ``worst_group`` (the lowest accuracy, averaged over patients, of class × site groups with at least 10
         patients, with its ``group`` and the groups ``not_estimable``).
     """
-    support = {"n_patches": int(counts.sum()), "n_patients": len(np.unique(patients)), "n_units": len(truth)}
+    support: dict[str, Any] = {
+        "n_patches": int(counts.sum()),
+        "n_patients": len(np.unique(patients)),
+        "n_units": len(truth),
+    }
     names = ("balanced_accuracy", "site_averaged_accuracy", "mcc", "auroc", "ece", "brier", "worst_group")
     if len(truth) == 0:
         return {name: measure(None, 0, 0, n_units=0) for name in names}
@@ -158,7 +162,7 @@ def unit_scores(
         "ece": calibration_errors(probabilities, truth, unit_weights),
         "brier": _ratio(unit_weights @ squares, unit_weights.sum(axis=1)),
     }
-    record = {name: measure(points[name], **support, draws=draws[name]) for name in points}
+    record = {name: measure(points[name], draws=draws[name], **support) for name in points}
     record["worst_group"] = worst_group(truth, predicted, sites, patients, counts, classes, weights)
     return record
 
@@ -243,9 +247,9 @@ def correlations(truth: np.ndarray, predicted: np.ndarray, n_classes: int, weigh
     cell = truth * n_classes + predicted
     order = np.argsort(cell, kind="stable")
     present, starts = np.unique(cell[order], return_index=True)
-    confusion = np.zeros((len(weights), n_classes * n_classes))
-    confusion[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)
-    confusion = confusion.reshape(-1, n_classes, n_classes)
+    flat = np.zeros((len(weights), n_classes * n_classes))
+    flat[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)
+    confusion = flat.reshape(-1, n_classes, n_classes)
     total = confusion.sum(axis=(1, 2))
     right = np.trace(confusion, axis1=1, axis2=2)
     t, p = confusion.sum(axis=2), confusion.sum(axis=1)

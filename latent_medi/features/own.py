@@ -40,7 +40,7 @@ def own_network(name: str, weights: str | Path | None) -> Network:
     """
     function = _find(name)
     result: Any = function(weights=weights) if weights else function()
-    license = "not stated"
+    license, dim = "not stated", None
     if isinstance(result, Network):
         module, dim, preprocessing, license = result.module, result.dim, result.preprocessing, result.license
     else:

@@ -183,7 +183,7 @@ def _matrix(field: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_absent(memorisation: Mapping[str, Any]) -> dict[str, Any]:
     """The memorisation record with None for what an evaluation may not have."""
-    arms = {
+    arms: dict[str, Any] = {
         name: {"auth_pct": None, "ct": None, "cells": [], "copies": 0} | dict(arm)
         for name, arm in memorisation.get("arms", {}).items()
     }
