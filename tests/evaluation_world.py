@@ -120,7 +120,8 @@ class World:
         """Settings that write into a folder of their own; features are cached for all."""
         base: dict[str, object] = {
             "real": str(self.real), "synthetic": {"medi": str(self.medi), "cls": str(self.cls)},
-            "out": str(self.root / name), "held_out": HELD_OUT, "resamples": 60, "repeats": 2, "deals": 30,
+            "out": str(self.root / name), "held_out": HELD_OUT, "resamples": 60, "repeats": 2, "deals": 0,
+            "memorisation": False,
             "cache": str(self.root / "features"), "colour_free": False,
         }  # fmt: skip
         return EvaluateSettings(**(base | changes))  # type: ignore[arg-type]

@@ -28,7 +28,9 @@ class PatientResamples:
         self.names, self.codes = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
         count = len(self.names)
         rng = np.random.default_rng(seed)
-        self.weights = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples).astype(np.float64)
+        self.weights = np.zeros((resamples, 0))
+        if count:
+            self.weights = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples).astype(np.float64)
 
     def row_weights(self, rows: np.ndarray) -> np.ndarray:
         """Weight of some of the rows given at creation (by position), [B, len(rows)]."""

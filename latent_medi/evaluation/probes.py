@@ -240,8 +240,10 @@ def _folds(
         return [(a, b) for a, b in apart if len(b) and len(np.unique(labels[a])) >= 2]
 
     if n_sites >= _MIN_SITES:
-        folds = usable(GroupKFold(min(_FOLDS, n_sites)).split(rows, labels, sites))
-        if folds:
+        wanted = min(_FOLDS, n_sites)
+        folds = usable(GroupKFold(wanted).split(rows, labels, sites))
+        # Patients with patches at several sites leave little to learn from once they are taken out.
+        if len(folds) == wanted and min(len(learn) for learn, _ in folds) >= len(rows) / 3:
             return "sites", folds
     # Also where patients with patches at every site leave nothing to learn from.
     folds = []

@@ -80,6 +80,22 @@ def _views(x: Tensor) -> Tensor:
     return torch.stack([*turned, *(view.flip(2) for view in turned)], 1)
 
 
+def _near_shifts() -> tuple[Tensor, Tensor]:
+    """Matrices of the inverse Fourier transform for small shifts alone, [2·SHIFT + 1, S] and [S/2 + 1, 2·SHIFT + 1].
+
+    A tenth of the shifts is looked at, and two small products are several times faster than the whole transform.
+    """
+    shifts = torch.arange(-SHIFT, SHIFT + 1, dtype=torch.float64)
+    turn = 2j * torch.pi / SIDE
+    rows = torch.exp(turn * shifts[:, None] * torch.arange(SIDE, dtype=torch.float64)) / SIDE
+    half = torch.arange(SIDE // 2 + 1, dtype=torch.float64)
+    # The other half of a real patch's spectrum is the conjugate of this one.
+    twice = torch.full_like(half, 2.0)
+    twice[0] = twice[-1] = 1.0
+    columns = twice[:, None] * torch.exp(turn * half[:, None] * shifts) / SIDE
+    return rows.to(torch.complex64), columns.to(torch.complex64)
+
+
 def copy_scores(
     small: np.ndarray, bank: np.ndarray, candidates: np.ndarray, device: str | torch.device = "cpu"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,16 +116,15 @@ def copy_scores(
     score, position, view = np.zeros(n, np.float32), np.zeros(n, np.int64), np.zeros(n, np.int64)
     size = max(1, _PAIRS // max(k, 1))
     starts = range(0, n, size)
+    rows, columns = (x.to(where) for x in _near_shifts())
     for start in progress(starts, desc="comparing pixels", unit="block") if len(starts) > 16 else starts:
         part = slice(start, min(start + size, n))
         mine = torch.fft.rfft2(_views(torch.from_numpy(small[part]).to(where)))
         other = torch.fft.rfft2(torch.from_numpy(bank[candidates[part]]).to(where))
         product = mine[:, :, None] * other[:, None].conj()
-        correlation = torch.fft.irfft2(product, s=(SIDE, SIDE))
-        near = torch.cat([correlation[..., : SHIFT + 1, :], correlation[..., -SHIFT:, :]], -2)
-        near = torch.cat([near[..., : SHIFT + 1], near[..., -SHIFT:]], -1)
+        near = (rows @ (product @ columns)).real
         best, code = near.amax(dim=(-2, -1)).flatten(1).max(dim=1)
-        views, columns = (x.cpu().numpy() for x in (code // k, code % k))
+        views, which = (x.cpu().numpy() for x in (code // k, code % k))
         score[part], view[part] = best.cpu().numpy(), views
-        position[part] = candidates[part][np.arange(len(columns)), columns]
+        position[part] = candidates[part][np.arange(len(which)), which]
     return score, position, view

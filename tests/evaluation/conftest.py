@@ -17,4 +17,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def metrics(world: World) -> dict[str, Any]:
-    return evaluate(world.settings("full", colour_free=True), [filters()])
+    return evaluate(world.settings("full", colour_free=True, deals=30, memorisation=True), [filters()])

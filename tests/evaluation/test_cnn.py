@@ -119,6 +119,7 @@ def test_weights_and_names_are_checked(study: Study, pools: PatchPools, tmp_path
             CnnLearner(study, pools, filters(), CnnSettings(**changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_network_takes_the_probe_s_place(world: World) -> None:
     """The planted classes are found from the pixels; the headline has the network's numbers."""
     settings = world.settings(

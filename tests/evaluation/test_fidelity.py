@@ -59,7 +59,7 @@ def test_sites_are_judged_like_classes(metrics: dict[str, Any]) -> None:
 
 
 def test_any_cell_is_judged_by_itself(world: World) -> None:
-    settings = world.settings("cells", cells=[["class", "site"]], downstream=False, memorisation=False, deals=0)
+    settings = world.settings("cells", cells=[["class", "site"]], downstream=False)
     cells = evaluate(settings, [filters()])["fidelity"]["filters"]["cells"]["class × site"]["cells"]
     assert [cell["name"] for cell in cells][:4] == ["blobs × east", "blobs × north", "blobs × south", "rings × east"]
     assert len(cells) == 9

@@ -19,7 +19,7 @@ from latent_medi.features.likeness import small_patches
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import write_dataset
 
-QUIET: dict[str, Any] = {"downstream": False, "resamples": 20, "deals": 0}
+QUIET: dict[str, Any] = {"downstream": False, "resamples": 20, "memorisation": True}
 
 
 @pytest.fixture(scope="module")
