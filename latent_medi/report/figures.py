@@ -34,6 +34,9 @@ NAMES = {
     "real": "real only",
     "oversample": "oversampling",
     "stain_transfer": "stain transfer",
+    "stain_augmentation": "stain augmentation",
+    "nearest_site": "nearest site",
+    "reweight": "reweighting",
     "oracle": "oracle",
 }
 _WIDTH = 4.4  # inches; at this width the text is about 11 px high when the page is 390 px wide
@@ -44,6 +47,9 @@ _MOST_ROWS = 40
 
 def name_of(arm: str) -> str:
     """An arm's name for people."""
+    for prefix, words in (("synthetic_only_", "{} alone"), ("pretrain_finetune_", "{}, then real")):
+        if arm.startswith(prefix):
+            return words.format(name_of(arm.removeprefix(prefix)))
     return NAMES.get(arm, arm)
 
 

@@ -100,7 +100,7 @@ def locate(folder: str, made_in: str, metrics_file: Path | None) -> str:
 
 @dataclass
 class CopyPair:
-    """A synthetic patch and its nearest training patch.
+    """A synthetic patch and the training patch that it is most like.
 
     Args:
         synthetic, train: Data URIs.
@@ -123,7 +123,7 @@ def pairs(
     fields: Sequence[str],
     most: int = 12,
 ) -> tuple[list[CopyPair], int]:
-    """The synthetic patches that an evaluation listed as copies, each with its training patch, the nearest first.
+    """The synthetic patches that an evaluation listed, each with the training patch that it is most like, copies first.
 
     Args:
         record: "memorisation" of one encoder in ``metrics.json``.
@@ -138,7 +138,7 @@ def pairs(
     result: list[CopyPair] = []
     hidden = 0
     for arm, found in record.get("arms", {}).items():
-        listed = sorted(found.get("listed", []), key=lambda item: item["distance"])
+        listed = sorted(found.get("listed", []), key=lambda item: -item["likeness"])
         shown = 0
         for item in listed:
             images = [_by_key(arms.get(arm), item["synthetic_key"]), _by_key(real, item["train_key"])]
@@ -148,11 +148,10 @@ def pairs(
             shown += 1
             row = images[0][1]
             asked = " × ".join(str(row[f]) for f in fields if f in row.index)
-            view = f", seen {item['view']}" if item.get("view") not in (None, "", "identity") else ""
             result.append(
                 CopyPair(
                     image_uri(montage(images[0][0])), image_uri(montage(images[1][0])), arm,
-                    f"distance {item['distance']:.3g}{view}", asked,
+                    f"{'copy' if item['copy'] else 'no copy'}, likeness {item['likeness']:.2f}, {item['view']}", asked,
                 )
             )  # fmt: skip
     return result, hidden

@@ -30,9 +30,10 @@ def full(evaluated: dict[str, Any], small_world: World) -> dict[str, Any]:
     metrics = copy.deepcopy(evaluated) | {"memorisation": {}}
     real, medi = PatchDataset.open(small_world.real).index["key"], PatchDataset.open(small_world.medi).index["key"]
     listed = [
-        {"synthetic_key": medi[i], "train_key": real[i], "patient": "p", "distance": 0.01 * (i + 1), "view": "flipped"}
+        {"synthetic_key": medi[i], "train_key": real[i], "patient": "p", "likeness": 0.99 - 0.01 * i,
+         "view": "mirrored", "copy": True}
         for i in range(14)
-    ]
+    ]  # fmt: skip
     cells = [
         {"name": "stripes × south", "combination": {"class": "stripes", "site": "south"}, "n": 30, "copies": 14,
          "median_train": 0.5, "median_held_out": 0.75},
