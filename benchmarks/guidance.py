@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished experiment")
     parser.add_argument("--encoder", default="squeezenet", help="who judges")
     parser.add_argument("--weights", help="the encoder's weights, where they do not come with the package")
+    parser.add_argument("--only", nargs="+", help="names of settings, as they are told: none chain_class_3_metadata_3")
     parser.add_argument("--out", type=Path, help="folder for what is generated; RUN/guidance by default")
     arguments = parser.parse_args()
     set_up_logging()
@@ -92,6 +93,10 @@ def main() -> None:
     chosen = settings_of(run, first)
     if arguments.quick:
         chosen = {name: chosen[name] for name in ("none", *list(chosen)[4:6])}
+    if arguments.only:
+        if unknown := [name for name in arguments.only if name not in chosen]:
+            parser.error(f"there is no setting {unknown[0]}; there are {', '.join(chosen)}")
+        chosen = {name: chosen[name] for name in arguments.only}
     for name, guidance in chosen.items():
         settings = replace(run.generate, guidance=guidance)
         generate_plan(pd.DataFrame(unseen), arguments.run / "medi" / "model", out / name, settings)
