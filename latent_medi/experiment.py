@@ -193,7 +193,9 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
 
     build: Callable[[ExperimentSettings, Path], None] = _build_demo if settings.recipe == "demo" else _build_recipe
     made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
-    if not settings.data:
+    if settings.data:  # nothing to make; what comes after depends on it all the same
+        stages.run("shards", {"data": settings.data, "split": settings.split}, lambda: None)
+    else:
         stages.run("shards", made_of, lambda: build(settings, data), ["data"])
     stages.run("audit", plain["held_out"], lambda: _audit(settings, folder), ["audit.json", "audit.txt"])
 

@@ -22,6 +22,7 @@ from latent_medi.features.statistics import frechet_distance, full_rank, kid, pc
 WORSE = {"fd": 1, "fd_pca": 1, "kid": 1, "class_mix": 1, "precision": -1, "recall": -1, "density": -1, "coverage": -1,
          "coverage_lowest": -1}  # fmt: skip
 """Which way a measure is worse: 1 upwards, −1 downwards. To be better than other real patients is no fault."""
+LEAST_DEALS = 20
 _MOST = 2000
 
 
@@ -135,7 +136,7 @@ def judge(
     record = {}
     for name, value in measures(reference, sample).items():
         values = np.array([draw[name] for draw in draws if name in draw])
-        if len(values) < 20:
+        if len(values) < LEAST_DEALS:
             continue
         low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         worse = value > high if WORSE[name] > 0 else value < low

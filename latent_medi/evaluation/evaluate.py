@@ -54,6 +54,11 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     """
     if not 0.0 <= settings.max_copy_rate <= 1.0:
         raise UserError(f"max_copy_rate is {settings.max_copy_rate}; it is a share from 0 to 1.")
+    if settings.deals and settings.deals < against_real.LEAST_DEALS:
+        raise UserError(
+            f"deals is {settings.deals}: too few to tell a range from.",
+            f"Give {against_real.LEAST_DEALS} or more, or 0.",
+        )
     # Thousands of small eigenvalue problems: threads of the linear algebra cost more than they bring.
     with threadpool_limits(1, user_api="blas"):
         return _evaluate(settings, encoders)

@@ -66,7 +66,7 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
     records = []
     for level, patients in zip(levels, chosen, strict=True):
         part = np.where((column == "train") & ~dataset.index["patient"].isin(patients), "", column)
-        name = f"shift_{round(1000 * level):04d}_{_short(settings, targets)}"
+        name = f"shift_{round(1000 * level):04d}_{_short(settings, targets, levels)}"
         recipe = {"kind": "class and site tied", "level": level, "targets": targets, "pool": settings.split,
                   "seed": settings.seed}  # fmt: skip
         if name not in dataset.splits:
@@ -110,9 +110,9 @@ def _pool(dataset: PatchDataset, settings: ShiftSettings) -> np.ndarray:
     return column
 
 
-def _short(settings: ShiftSettings, targets: list[dict[str, str]]) -> str:
-    """A few letters that differ where another choice of patients would."""
-    text = repr((settings.split, settings.seed, settings.class_field, settings.site_field, targets))
+def _short(settings: ShiftSettings, targets: list[dict[str, str]], levels: list[float]) -> str:
+    """A few letters that differ where another choice of patients would: how many there are depends on all levels."""
+    text = repr((settings.split, settings.seed, settings.class_field, settings.site_field, targets, levels))
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 

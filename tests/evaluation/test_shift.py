@@ -1,0 +1,87 @@
+"""The benchmark makes nested splits of one size, lets each level be judged on real patients, and reads the curve."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from evaluation_world import World, filters
+
+from latent_medi.errors import UserError
+from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.evaluation.shift import benchmark_shift
+from latent_medi.evaluation.shift_settings import ShiftSettings
+from latent_medi.files import read_json
+from latent_medi.shards.dataset import PatchDataset
+
+
+def judge(changes: dict[str, Any], ran: list[dict[str, Any]]) -> None:
+    """A level without models: the rivals alone, which need none."""
+    ran.append(changes)
+    own = {key: changes[key] for key in ("out", "split", "held_out", "seed", "site_field")}
+    settings = EvaluateSettings(
+        real=changes["data"], **own, **changes["evaluate"], repeats=1, resamples=20, deals=0, memorisation=False,
+        colour_free=False, downstream_arms=["real", "stain_transfer", "oracle"],
+    )  # fmt: skip
+    if not (Path(changes["out"]) / "metrics.json").is_file():
+        evaluate(settings, [filters()])
+
+
+def test_the_curve_of_a_planted_cohort(world: World, tmp_path: Path) -> None:
+    targets = [{"class": "stripes", "site": "north"}, {"class": "rings", "site": "east"}]
+    data = shutil.copytree(world.real, tmp_path / "real")  # it gains splits
+    settings = ShiftSettings(data=str(data), out=str(tmp_path / "out"), levels=[1.0, 0.0], held_out=targets)
+    ran: list[dict[str, Any]] = []
+    result = benchmark_shift(settings, lambda changes: judge(changes, ran))
+    assert result == read_json(tmp_path / "out" / "shift.json")
+    free, tied = result["levels"]
+    assert (free["level"], tied["level"]) == (0.0, 1.0)
+    assert free["tie"] < tied["tie"]
+    assert free["n_patients"] == tied["n_patients"]
+    # The loss is the real patches', not the oracle's, who is given patients of the targets.
+    accuracy = {
+        name: (free["arms"][name]["accuracy_shift"], tied["arms"][name]["accuracy_shift"]) for name in free["arms"]
+    }
+    assert accuracy["real"][1] < accuracy["real"][0]
+    assert tied["arms"]["real"]["recall"] < free["arms"]["real"]["recall"]
+    assert result["loss"]["real"] == pytest.approx(accuracy["real"][1] / accuracy["real"][0] - 1)
+    assert result["loss"]["oracle"] > result["loss"]["real"]
+    dataset = PatchDataset.open(data)
+    index = dataset.index
+    for changes, record in zip(ran, result["levels"], strict=True):
+        column = index[f"split_{changes['split']}"]
+        assert index["patient"][column == "train"].nunique() == record["n_patients"]
+        assert (column[index["split_main"] != "train"] == index["split_main"][index["split_main"] != "train"]).all()
+        kept = index[column == "train"]
+        shown = [((kept["class"] == t["class"]) & (kept["site"] == t["site"])).any() for t in targets]
+        assert shown == [record["level"] < 1] * 2
+    table = pd.read_csv(tmp_path / "out" / "shift.csv")
+    assert set(table["arm"]) == {"real", "stain_transfer", "oracle"}
+    assert (tmp_path / "out" / "shift.png").stat().st_size > 10_000
+    # The same command finds all of it finished; another one is refused; other levels draw patients of their own.
+    assert benchmark_shift(settings, lambda changes: judge(changes, ran)) == result
+    with pytest.raises(UserError, match="holds another benchmark"):
+        benchmark_shift(ShiftSettings(**{**vars(settings), "levels": [0.5]}), lambda changes: judge(changes, ran))
+    names = {changes["split"] for changes in ran}
+    more = ShiftSettings(**{**vars(settings), "levels": [0.0], "out": str(tmp_path / "more")})
+    benchmark_shift(more, lambda changes: judge(changes, ran))
+    assert ran[-1]["split"] not in names
+
+
+def test_bad_input(world: World, tmp_path: Path) -> None:
+    def run(**changes: Any) -> None:
+        benchmark_shift(ShiftSettings(data=str(world.real), out=str(tmp_path / "x"), **changes), lambda _: None)
+
+    with pytest.raises(UserError, match=r"no split 'mian'.*'main'"):
+        run(split="mian")
+    with pytest.raises(UserError, match=r"no field 'hospital'"):
+        run(site_field="hospital")
+    with pytest.raises(UserError, match=r"between 0 .* and 1 .*, not 2"):
+        run(levels=[2.0], held_out=[{"class": "rings", "site": "east"}])
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match="deals is 5"):
+        evaluate(world.settings("few", deals=5), [filters()])
