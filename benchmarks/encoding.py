@@ -26,7 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from parts import stable_diffusion_vae
-from reading import build
+from reading import as_files, build
 
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, load_autoencoder
 from latent_medi.latents.encode import encode_dataset
@@ -67,11 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = build(folder / "set", count, size)
-        (folder / "png").mkdir()
-        files = [folder / "png" / f"{i:06d}.png" for i in range(count)]
-        for rows, images in dataset.iterate(None, BATCH):
-            for row, image in zip(rows, images, strict=True):
-                Image.fromarray(image).save(files[row], compress_level=1)
+        files = as_files(dataset, folder / "png")
         chosen = arguments.autoencoder or (stable_diffusion_vae(folder / "vae") if gpu else "demo")
         precision = "bf16" if gpu else "fp32"
         autoencoder = load_autoencoder(chosen, device, PRECISIONS[precision])

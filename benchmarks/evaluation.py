@@ -31,7 +31,7 @@ from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from reading import build
+from reading import as_files, build
 
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
@@ -67,11 +67,7 @@ def embedding(encoder: ImageEncoder, count: int, size: int, turns: int) -> dict[
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = build(folder / "set", count, size)
-        (folder / "png").mkdir()
-        files = [folder / "png" / f"{i:06d}.png" for i in range(count)]
-        for rows, images in dataset.iterate(None, BATCH):
-            for row, image in zip(rows, images, strict=True):
-                Image.fromarray(image).save(files[row], compress_level=1)
+        files = as_files(dataset, folder / "png")
         ours = cached_features(dataset, np.arange(count), encoder, folder / "warm", BATCH)
         theirs = bare_loop(files, encoder)
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()

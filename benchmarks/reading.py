@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import webdataset
 from output import options, tell
+from PIL import Image
 from scipy import ndimage
 
 from latent_medi.metadata.schema import Schema
@@ -40,6 +41,16 @@ def build(folder: Path, count: int, size: int) -> PatchDataset:
         patches.append(Patch(f"{patient}/{i:06d}", image, patient, patient, -1, -1, 0.5, {"class": "ab"[i % 2]}))
     schema = Schema.from_table(pd.DataFrame({"class": ["a", "b"]}), "class")
     return write_dataset(folder, patches, "reading", schema, size, 0.5, patches_per_shard=512)
+
+
+def as_files(dataset: PatchDataset, folder: Path) -> list[Path]:
+    """The patches as PNG files, one each, in the order of the rows: what a plain loop reads."""
+    folder.mkdir()
+    files = [folder / f"{row:06d}.png" for row in range(len(dataset))]
+    for rows, images in dataset.iterate(None, 128):
+        for row, image in zip(rows, images, strict=True):
+            Image.fromarray(image).save(files[row], compress_level=1)
+    return files
 
 
 def rate(make: Callable[[], Iterable[int]]) -> float:
