@@ -6,11 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from latent_medi.errors import UserError
 
@@ -31,6 +34,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it there, on error remove it.
 
     Works for a file or, if the body creates one, a folder. An existing folder at ``path`` is replaced.
+
+    Raises:
+        OSError: The system refused, safetensors' wrapping of such an error undone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +56,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
     finally:
         remove(temporary)
 

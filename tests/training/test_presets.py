@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from parts import stable_diffusion_vae
 
 from latent_medi import config
@@ -58,7 +60,15 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One at a time: L's checkpoint takes 6 GB of disk, and as much memory again."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "presets.lock"):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", [*(f"presets/{name}" for name in PRESETS), "medi_faithful", "cls_faithful"])
 def test_recipe_trains_samples_and_reloads(name: str, encoded: Path, tmp_path: Path) -> None:
     words = [f"data={encoded / 'data'}", f"latents={encoded / 'latents'}", f"autoencoder={encoded / 'autoencoder'}"]
