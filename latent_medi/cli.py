@@ -58,8 +58,14 @@ def _shards(words: list[str]) -> Printed:
         from latent_medi.shards.slides import cut_slides
 
         return cut_slides(config.parse(SlideSettings, words[1:], "shards slides"))
+    if what == "demo":
+        from latent_medi.demo.cohort import build_folder
+        from latent_medi.demo.settings import CohortFolderSettings
+
+        dataset = build_folder(config.parse(CohortFolderSettings, words[1:], "shards demo"))
+        return {"folder": str(dataset.folder), "patches": len(dataset)}
     if not what:
-        print("latent-medi shards images|slides|verify|info|RECIPE …\nrecipes: " + ", ".join(recipes()))
+        print("latent-medi shards images|slides|demo|verify|info|RECIPE …\nrecipes: " + ", ".join(recipes()))
         return {"recipes": list(recipes())}
     return load_recipe(what).main(words[1:]) or {}
 
@@ -234,6 +240,15 @@ def _evaluate(words: list[str]) -> Printed:
     return evaluate(config.parse(EvaluateSettings, words, "evaluate"))
 
 
+def _floors(words: list[str]) -> Printed:
+    from latent_medi.evaluation.floors import floors, floors_text
+    from latent_medi.evaluation.settings import FloorsSettings
+
+    result = floors(config.parse(FloorsSettings, words, "floors", positional="data"))
+    print(floors_text(result))
+    return result
+
+
 def _benchmark_shift(words: list[str]) -> Printed:
     from latent_medi import experiment
     from latent_medi.evaluation.shift import benchmark_shift
@@ -282,6 +297,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "select": (_select, "the best synthetic patches of each combination, as a column; random ones beside them"),
     "translate": (_translate, "real patches as another hospital would have made them, as a dataset folder"),
     "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
+    "floors": (_floors, "what real patients alone say: floors of distances, ceilings of probes, per combination"),
     "benchmark-shift": (_benchmark_shift, "how accuracy falls as class and site are tied together, and what helps"),
     "report": (_report, "one HTML page from metrics.json; --compare A B: several evaluations side by side"),
     "reading-sheet": (_reading_sheet, "a blinded real-or-synthetic sheet for a pathologist; --score: its score"),

@@ -9,20 +9,24 @@ class and hospital apart can draw every combination, and the truth for each is a
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from latent_medi.demo.settings import CohortSettings
+from latent_medi.demo.settings import CohortFolderSettings, CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
+from latent_medi.files import remove, sha256_bytes
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
-from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
+from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
 SITES = {
@@ -215,32 +219,49 @@ def schema(cohort: list[Patient]) -> Schema:
 _PATIENTS_PER_SHARD = 64
 
 
-def _write_part(folder: Path, number: int, part: list[Patient], settings: CohortSettings) -> None:
-    write_shard(folder, number, [patch for patient in part for patch in patches(patient, settings)])
+def _write_part(folder: Path, number: int, part: list[Patient], settings: CohortSettings, token: str) -> None:
+    write_shard(folder, number, [patch for patient in part for patch in patches(patient, settings)], token=token)
 
 
 def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset:
     """Render the cohort into a dataset folder with the split ``main`` (train, probe, test).
 
+    A rerun keeps the shards that are there already, if they are of the same settings.
+
     Args:
-        folder: Where to write.
+        folder: Where to write; what it holds of another cohort is replaced.
         settings: The cohort.
         jobs: Processes that render.
     """
     cohort = patients(settings)
     parts = [cohort[i : i + _PATIENTS_PER_SHARD] for i in range(0, len(cohort), _PATIENTS_PER_SHARD)]
-    done = finished_shards(folder)
+    provenance = {"generator": "latent_medi.demo.cohort", "settings": asdict(settings)}
+    split = {p.name: p.split for p in cohort}
+    recipe = {"kind": "by patient", "held_out_of_train": [] if settings.train_patients else list(HELD_OUT)}
+    told: dict[str, Any] = {"name": "procedural tissue", "patch_size": PATCH_SIZE, "mpp": MPP, "codec": "png"}
+    # A shard of a cohort of other settings is not one of this one.
+    token = sha256_bytes(json.dumps(provenance, sort_keys=True).encode())
+    if whole := finished_dataset(folder, told | {"provenance": provenance}, [token] * len(parts)):
+        return whole
+    remove(folder / INFO_FILE)
+    remove(folder / INDEX_FILE)
+    done = {number for number, record in finished_shards(folder).items() if record.token == token}
     work = [
-        delayed(_write_part)(folder, number, part, settings) for number, part in enumerate(parts) if number not in done
+        delayed(_write_part)(folder, number, part, settings, token)
+        for number, part in enumerate(parts)
+        if number not in done
     ]
     for _ in progress(
         Parallel(n_jobs=jobs, return_as="generator")(work), total=len(work), desc="rendering", unit="shards"
     ):
         pass
-    provenance = {"generator": "latent_medi.demo.cohort", "settings": asdict(settings)}
-    split = {p.name: p.split for p in cohort}
-    recipe = {"kind": "by patient", "held_out_of_train": [] if settings.train_patients else list(HELD_OUT)}
     return finish_dataset(
-        folder, name="procedural tissue", schema=schema(cohort), patch_size=PATCH_SIZE, mpp=MPP, codec="png",
-        provenance=provenance, splits={"main": (split, recipe)}, shards=range(len(parts)),
+        folder, schema=schema(cohort), provenance=provenance, splits={"main": (split, recipe)},
+        shards=range(len(parts)), **told,
     )  # fmt: skip
+
+
+def build_folder(settings: CohortFolderSettings) -> PatchDataset:
+    """The cohort that the settings describe, in the folder that they name."""
+    cohort = CohortSettings(**{part.name: getattr(settings, part.name) for part in fields(CohortSettings)})
+    return build(Path(settings.out), cohort, jobs=settings.processes or os.cpu_count() or 1)

@@ -25,3 +25,16 @@ class CohortSettings:
     test_patients: int = 28
     train_patients: int = 0
     scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class CohortFolderSettings(CohortSettings):
+    """The demo's cohort as a dataset folder.
+
+    Args:
+        out: Dataset folder to write.
+        processes: Processes that draw patches; 0 means one per core.
+    """
+
+    out: str = "runs/demo-data"
+    processes: int = 0

@@ -154,3 +154,38 @@ class EvaluateSettings:
     device: str = "cpu"
     batch: int = 128
     cache: str = ""
+
+
+@dataclass
+class FloorsSettings:
+    """What real patients alone are measured for.
+
+    Args:
+        data: Folder of the real dataset; all its patches take part, whatever their split.
+        out: Folder for floors.json, floors.csv and the feature cache.
+        encoders: Names or folders of encoders.
+        weights: Weight file or folder by encoder name, for encoders that need one.
+        colour_free: Also use each encoder on the haematoxylin channel alone.
+        site_field: Field that names the hospital.
+        fields: Further categorical fields that probes are tried on; class and site always are.
+        deals: How often patients are dealt into two sides, 20 or more.
+        seed: Seed of the deals.
+        regularisation: C of the probes (inverse strength, standardised features).
+        device: Torch device of the encoders.
+        batch: Patches per forward pass of the encoders.
+        cache: Folder of the feature cache; empty means inside ``out``.
+    """
+
+    data: str = ""
+    out: str = "runs/floors"
+    encoders: list[str] = field(default_factory=lambda: ["phikon-v2"])
+    weights: dict[str, str] = field(default_factory=dict)
+    colour_free: bool = True
+    site_field: str = "site"
+    fields: list[str] = field(default_factory=list)
+    deals: int = 40
+    seed: int = 0
+    regularisation: float = 1.0
+    device: str = "cpu"
+    batch: int = 128
+    cache: str = ""
