@@ -6,27 +6,45 @@ real test patches of the same combinations is the ceiling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from latent_medi.evaluation.fidelity import Features
 from latent_medi.evaluation.measures import PatientResamples, PatientTable, measure, wilson
-from latent_medi.evaluation.probes import Probe, fit_probe
+from latent_medi.evaluation.probes import fit_probe
 from latent_medi.evaluation.study import Arm, Study, among, any_match, describe, matches
 
 _MAX_TRAINING = 20_000
 
 
-def recovery(study: Study, features: Features, regularisation: float, resamples: int, seed: int) -> dict[str, Any]:
-    """Share of samples in which a probe finds the requested value, per field.
+@dataclass
+class Verdicts:
+    """What the probe of one field sees.
 
-    Returns:
-        Per field: ``arms`` (a measure each; the interval is over samples, which have no patients), ``ceiling``
-        (patients first), ``chance``, ``values``, per-combination ``cells``, and ``confusion`` per arm over all its
-        samples (row: requested, column: found, as shares of the row).
+    Args:
+        values: Values that it can tell.
+        real: In each real test patch of ``study.reference``, [N].
+        arms: In each sample, by arm.
+        converged: Whether its optimiser reached its tolerance.
+        n_training: Real patches that it learned from.
     """
-    result: dict[str, Any] = {}
+
+    values: list[str]
+    real: np.ndarray
+    arms: dict[str, np.ndarray]
+    converged: bool
+    n_training: int
+
+
+def look(study: Study, features: Features, regularisation: float, seed: int) -> dict[str, Verdicts]:
+    """Let a probe of each categorical field judge the samples and the real test patches.
+
+    A field with fewer than two values among the probes' training patches has none.
+    """
+    result: dict[str, Verdicts] = {}
     for name in study.categorical():
         values = study.real.schema.field(name).values
         truth = study.index[name].to_numpy(dtype=str)
@@ -38,25 +56,31 @@ def recovery(study: Study, features: Features, regularisation: float, resamples:
             rng = np.random.default_rng([seed, 3])
             training = np.sort(rng.choice(training, _MAX_TRAINING, replace=False))
         probe = fit_probe(features.real[training], truth[training], regularisation)
-        result[name] = _field(study, features, name, present, truth, probe, resamples, seed)
-        result[name]["converged"] = probe.converged
-        result[name]["n_training"] = len(training)
+        found = {a.name: probe.predict(features.arms[a.name]) for a in study.arms.values() if len(a.index)}
+        real = probe.predict(features.real[study.reference])
+        result[name] = Verdicts(present, real, found, probe.converged, len(training))
     return result
 
 
-def _field(
-    study: Study,
-    features: Features,
-    name: str,
-    values: list[str],
-    truth: np.ndarray,
-    probe: Probe,
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    found_real = probe.predict(features.real[study.reference])
+def recovery(study: Study, verdicts: Mapping[str, Verdicts], resamples: int, seed: int) -> dict[str, Any]:
+    """Share of samples in which a probe finds the requested value, per field.
+
+    Returns:
+        Per field: ``arms`` (a measure each; the interval is over samples, which have no patients), ``ceiling``
+        (patients first), ``chance``, ``values``, per-combination ``cells``, and ``confusion`` per arm over all its
+        samples (row: requested, column: found, as shares of the row).
+    """
+    return {
+        name: _field(study, name, seen, resamples, seed)
+        | {"converged": seen.converged, "n_training": seen.n_training}
+        for name, seen in verdicts.items()
+    }  # fmt: skip
+
+
+def _field(study: Study, name: str, seen: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
+    values, found_real, found = seen.values, seen.real, seen.arms
+    truth = study.index[name].to_numpy(dtype=str)
     right_real = (found_real == truth[study.reference]).astype(float)
-    found = {arm.name: probe.predict(features.arms[arm.name]) for arm in study.arms.values() if len(arm.index)}
     bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
     cells: list[dict[str, Any]] = []
     tables: list[PatientTable] = []

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from accelerate import Accelerator
 from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import latent_medi
 from latent_medi.errors import UserError
-from latent_medi.evaluation import adherence, against_real, fidelity, memorisation, projection
+from latent_medi.evaluation import adherence, against_real, fidelity, leakage, memorisation, projection, stain
 from latent_medi.evaluation.classifiers import DownstreamStage
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -27,8 +28,10 @@ from latent_medi.evaluation.study import Arm, Study, open_study
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
-from latent_medi.files import atomic_path, write_json
+from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.launch import make_accelerator
 from latent_medi.progress import get_logger
+from latent_medi.shards.dataset import PatchDataset
 
 log = get_logger(__name__)
 
@@ -38,13 +41,15 @@ METRICS_VERSION = 1
 def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> dict[str, Any]:
     """Judge synthetic datasets against real held-out patients.
 
+    Several launched processes share the embedding; the first one does the rest, and all return the same.
+
     Args:
         settings: What is compared with what.
         encoders: Encoders that are loaded already, instead of ``settings.encoders``; the first gives the headline.
 
     Returns:
-        The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``encoders``, per encoder
-        name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones), ``projection`` and
+        The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``stain``, ``encoders``, per
+        encoder name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones), ``projection`` and
         ``downstream``, ``protocols`` if one is asked for, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
 
     Raises:
@@ -59,26 +64,35 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
             f"deals is {settings.deals}: too few to tell a range from.",
             f"Give {against_real.LEAST_DEALS} or more, or 0.",
         )
-    # Thousands of small eigenvalue problems: threads of the linear algebra cost more than they bring.
-    with threadpool_limits(1, user_api="blas"):
-        return _evaluate(settings, encoders)
-
-
-def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None) -> dict[str, Any]:
-    clock = _Clock()
+    accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
+    device = settings.device or str(accelerator.device)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     study = open_study(settings)
-    chosen = list(encoders or [load_encoder(n, settings.weights.get(n), settings.device) for n in settings.encoders])
+    chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
     if settings.colour_free:
         chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
+    if accelerator.num_processes > 1:
+        for encoder in chosen:
+            _embed(study, encoder, settings, device, accelerator)
+    if accelerator.is_main_process:
+        # Thousands of small eigenvalue problems: threads of the linear algebra cost more than they bring.
+        with threadpool_limits(1, user_api="blas"):
+            _evaluate(settings, study, chosen, device)
+    accelerator.wait_for_everyone()
+    return read_json(out / "metrics.json")
+
+
+def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncoder], device: str) -> None:
+    clock = _Clock()
+    out = Path(settings.out)
     stage = DownstreamStage(study, settings)
     unseen = fidelity.unseen_cells(study, settings.seed)
     classes = fidelity.class_cells(study, settings.seed)
     sites = fidelity.cells_of(study, [settings.site_field], settings.seed)
     more = {" × ".join(fields): fidelity.cells_of(study, fields, settings.seed) for fields in settings.cells}
     clock.lap("prepare")
-    copies = memorisation.find_copies(study, settings.device) if settings.memorisation and study.arms else None
+    copies = memorisation.find_copies(study, device) if settings.memorisation and study.arms else None
     clock.lap("memorisation")
 
     metrics: dict[str, Any] = {
@@ -90,6 +104,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         "encoders": {},
         "fidelity": {},
         "adherence": {},
+        "stain": stain.stain(study, settings.resamples, settings.seed) if study.arms else {},
         "memorisation": {},
         "downstream": {},
         "projection": {},
@@ -97,7 +112,7 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
     }
     for encoder in chosen:
         log.info("Evaluating with %s", encoder.name)
-        features = _embed(study, encoder, settings, out)
+        features = study_features(study, encoder, settings, device)
         _write_reference(out / "reference", study, encoder, features)
         made = stage.embed(encoder)
         clock.lap("embed")
@@ -127,9 +142,11 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
         fingerprint = {"fingerprint": encoder.fingerprint}
         metrics["projection"][encoder.name] = fingerprint | projection.project(study, features, settings.seed)
         clock.lap("fidelity")
+        verdicts = adherence.look(study, features, settings.regularisation or 1.0, settings.seed)
         metrics["adherence"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
-            "fields": adherence.recovery(study, features, settings.regularisation or 1.0, *arguments),
+            "fields": adherence.recovery(study, verdicts, *arguments),
+            "leakage": leakage.leakage(study, verdicts, *arguments),
         }
         clock.lap("adherence")
         if copies is not None and encoder.preprocessing.channel == "rgb":
@@ -149,7 +166,6 @@ def _evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | Non
     metrics["verdict"] = verdict(metrics["headline"])
     write_json(out / "metrics.json", metrics)
     memorisation.check_gate(metrics["memorisation"], settings.max_copy_rate)
-    return metrics
 
 
 class _Clock:
@@ -163,16 +179,25 @@ class _Clock:
         self._last = now
 
 
-def _embed(study: Study, encoder: ImageEncoder, settings: EvaluateSettings, out: Path) -> fidelity.Features:
-    cache = Path(settings.cache) if settings.cache else out / "features"
-    used = np.unique(np.concatenate([study.train, study.probe, study.probe_train, study.reference, study.test]))
+def study_features(study: Study, encoder: ImageEncoder, settings: EvaluateSettings, device: str) -> fidelity.Features:
+    """Features of every patch that takes part, from the cache as far as it has them."""
+    used, of_real, arms = _embed(study, encoder, settings, device)
     real = np.zeros((len(study.index), encoder.dim), np.float32)
-    real[used] = cached_features(study.real, used, encoder, cache, settings.batch, settings.device)
-    arms = {
-        a.name: cached_features(a.dataset, a.rows, encoder, cache, settings.batch, settings.device)
-        for a in study.arms.values()
-    }
+    real[used] = of_real
     return fidelity.Features(real, arms, pca_basis(real[study.train]))
+
+
+def _embed(
+    study: Study, encoder: ImageEncoder, settings: EvaluateSettings, device: str, accelerator: Accelerator | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Rows of the real index that take part, their features, and those of each arm."""
+    cache = Path(settings.cache) if settings.cache else Path(settings.out) / "features"
+    used = np.unique(np.concatenate([study.train, study.probe, study.probe_train, study.reference, study.test]))
+
+    def features(dataset: PatchDataset, rows: np.ndarray) -> np.ndarray:
+        return cached_features(dataset, rows, encoder, cache, settings.batch, device, accelerator)
+
+    return used, features(study.real, used), {a.name: features(a.dataset, a.rows) for a in study.arms.values()}
 
 
 def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: fidelity.Features) -> None:

@@ -26,7 +26,8 @@ from latent_medi.evaluation.study import describe, strata
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
-from latent_medi.files import atomic_path, write_json
+from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.launch import make_accelerator
 from latent_medi.metadata.fields import is_missing
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
@@ -39,6 +40,8 @@ Sides = list[tuple[np.ndarray, np.ndarray]]
 
 def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None) -> dict[str, Any]:
     """Measure floors and ceilings of a real dataset, and write ``floors.json`` and ``floors.csv``.
+
+    Several launched processes share the embedding; the first one does the rest, and all return the same.
 
     Args:
         settings: The dataset, the encoders and how often patients are dealt.
@@ -78,17 +81,21 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
             f"No combination of {class_field} and {settings.site_field} in {settings.data} has two patients.",
             "Patients cannot be set against one another; without them there is no floor.",
         )
-    chosen = list(encoders or [load_encoder(n, settings.weights.get(n), settings.device) for n in settings.encoders])
+    accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
+    device = settings.device or str(accelerator.device)
+    chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
     if settings.colour_free:
         chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
+    cache = Path(settings.cache) if settings.cache else out / "features"
     found: dict[str, Any] = {}
     with threadpool_limits(1, user_api="blas"):
         for encoder in chosen:
             log.info("Floors and ceilings with %s", encoder.name)
-            cache = Path(settings.cache) if settings.cache else out / "features"
-            x = cached_features(dataset, rows, encoder, cache, settings.batch, settings.device)
+            x = cached_features(dataset, rows, encoder, cache, settings.batch, device, accelerator)
+            if not accelerator.is_main_process:
+                continue
             basis = pca_basis(x)
             fields = list(dict.fromkeys([*pair, *settings.fields]))
             found[encoder.name] = {
@@ -101,13 +108,14 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
                     for name in fields
                 },
             }  # fmt: skip
-    for cell in cells:
-        del cell["rows"]
-    result = finite({"run": run_record(settings.seed), "settings": dataclasses.asdict(settings), "encoders": found})
-    write_json(out / "floors.json", result)
-    with atomic_path(out / "floors.csv") as temporary:
-        _table(result).to_csv(temporary, index=False)
-    return result
+    if accelerator.is_main_process:
+        result = {"run": run_record(settings.seed), "settings": dataclasses.asdict(settings), "encoders": found}
+        result = finite(result)
+        write_json(out / "floors.json", result)
+        with atomic_path(out / "floors.csv") as temporary:
+            _table(result).to_csv(temporary, index=False)
+    accelerator.wait_for_everyone()
+    return read_json(out / "floors.json")
 
 
 def _cells(index: pd.DataFrame, pair: list[str], patients: np.ndarray) -> list[dict[str, Any]]:

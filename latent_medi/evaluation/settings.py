@@ -114,7 +114,7 @@ class EvaluateSettings:
             metrics["protocols"].
         medi_protocol: Sizes for "medi".
         histodiffusion_protocol: Sizes for "histodiffusion".
-        device: Torch device of the encoders.
+        device: Torch device of the encoders; empty takes a GPU if there is one.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
     """
@@ -151,7 +151,7 @@ class EvaluateSettings:
     downstream_protocol: str = "default"
     medi_protocol: MediProtocolSettings = field(default_factory=MediProtocolSettings)
     histodiffusion_protocol: HistoDiffusionProtocolSettings = field(default_factory=HistoDiffusionProtocolSettings)
-    device: str = "cpu"
+    device: str = ""
     batch: int = 128
     cache: str = ""
 
@@ -171,7 +171,7 @@ class FloorsSettings:
         deals: How often patients are dealt into two sides, 20 or more.
         seed: Seed of the deals.
         regularisation: C of the probes (inverse strength, standardised features).
-        device: Torch device of the encoders.
+        device: Torch device of the encoders; empty takes a GPU if there is one.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
     """
@@ -186,6 +186,6 @@ class FloorsSettings:
     deals: int = 40
     seed: int = 0
     regularisation: float = 1.0
-    device: str = "cpu"
+    device: str = ""
     batch: int = 128
     cache: str = ""

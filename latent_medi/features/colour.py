@@ -108,6 +108,28 @@ def fit_stain(images: np.ndarray) -> StainStats:
     return StainStats(lab.mean(axis=0), np.maximum(lab.std(axis=0), 1e-6), stains, strength, len(images))
 
 
+def tissue_density(images: np.ndarray) -> np.ndarray:
+    """Mean optical density of each patch where it shows tissue.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+
+    Returns:
+        Decadic density of red, green and blue, float64 [N, 3], ≥ 0; NaN for a patch of glass alone.
+    """
+    density = _density(images.reshape(len(images), -1, 3))
+    tissue = (density.mean(axis=2, keepdims=True) > _TISSUE).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return (density * tissue).sum(axis=1) / tissue.sum(axis=1)
+
+
+def stain_angles(a: StainStats, b: StainStats) -> tuple[float, float]:
+    """Angle between the haematoxylin vectors, and between the eosin vectors, of two stains, in degrees, 0 to 90."""
+    cosines = np.clip((a.stains * b.stains).sum(axis=1), -1.0, 1.0)
+    haematoxylin, eosin = np.degrees(np.arccos(np.abs(cosines)))
+    return float(haematoxylin), float(eosin)
+
+
 def _macenko(density: np.ndarray, percentile: float = 1.0) -> np.ndarray:
     """Haematoxylin and eosin vectors as the extreme angles in the plane of greatest variation (Macenko et al. 2009)."""
     plane = np.linalg.eigh(np.cov(density.T))[1][:, [2, 1]]

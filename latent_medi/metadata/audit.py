@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+from scipy.stats.contingency import association
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
@@ -167,13 +168,10 @@ def cramers_v(index: pd.DataFrame, first: str, second: str) -> float | None:
     A patient counts once for each pair of values that it has; unknown values are left out (Cramér, 1946, chapter 21).
     """
     known = index[~_missing(index[first]) & ~_missing(index[second])].drop_duplicates(["patient", first, second])
-    table = pd.crosstab(known[first], known[second]).to_numpy(dtype=np.float64)
+    table = pd.crosstab(known[first], known[second]).to_numpy()
     if min(table.shape, default=0) < 2:
         return None
-    total = table.sum()
-    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / total
-    chi2 = float(((table - expected) ** 2 / expected).sum())
-    return math.sqrt(min(1.0, chi2 / (total * (min(table.shape) - 1))))
+    return min(1.0, float(association(table, method="cramer")))
 
 
 class _Judge:

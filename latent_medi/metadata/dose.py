@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
+from latent_medi.metadata.audit import cramers_v
 from latent_medi.metadata.fields import is_missing
 
 
@@ -115,11 +115,7 @@ def training_patients(
 
 def tie(table: pd.DataFrame, class_field: str, site_field: str) -> float:
     """Cramér's V of class and site over patients: 0 is independent, 1 means that one tells the other."""
-    people = table[["patient", class_field, site_field]].astype(str).drop_duplicates()
-    counts = pd.crosstab(people[class_field], people[site_field]).to_numpy(float)
-    expected = counts.sum(1, keepdims=True) * counts.sum(0, keepdims=True) / counts.sum()
-    smaller = min(counts.shape) - 1
-    return float(np.sqrt(((counts - expected) ** 2 / expected).sum() / (counts.sum() * smaller))) if smaller else 0.0
+    return cramers_v(table, class_field, site_field) or 0.0
 
 
 def _largest(cells: dict[tuple[str, str], list[str]], weight: dict[tuple[str, str], float]) -> int:

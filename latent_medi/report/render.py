@@ -124,6 +124,7 @@ def _encoders(
                 "forest": figures.forest(downstream, "accuracy_shift") if downstream else None,
                 "differences": figures.differences(found["downstream"].get("differences", {}), "accuracy_shift"),
                 "adherence": fields,
+                "leakage": found["adherence"].get("leakage"),
                 "matrices": [_matrix(field, record) for field, record in fields.items()],
                 "memorisation": _with_absent(memorisation) if memorisation else None,
                 "pairs": pairs,

@@ -7,7 +7,7 @@ import pytest
 from evaluation_world import World, filters
 from sklearn.decomposition import PCA
 
-from latent_medi.evaluation.evaluate import _embed
+from latent_medi.evaluation.evaluate import study_features
 from latent_medi.evaluation.projection import evenly, project
 from latent_medi.evaluation.study import open_study
 
@@ -15,7 +15,7 @@ from latent_medi.evaluation.study import open_study
 def test_points_are_a_pca_of_training_patches(world: World) -> None:
     settings = world.settings("projection")
     study = open_study(settings)
-    features = _embed(study, filters(), settings, world.root / "projection")
+    features = study_features(study, filters(), settings, "cpu")
     record = project(study, features, seed=0, most=10_000)
     pca = PCA(2, svd_solver="full").fit(np.asarray(features.real[study.train], np.float64))
     assert record["explained"] == pytest.approx(pca.explained_variance_ratio_, rel=1e-6)

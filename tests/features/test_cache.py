@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from latent_medi.features import cache as cache_module
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder
 from latent_medi.features.networks import Network, Preprocessing
@@ -91,3 +92,27 @@ def test_a_damaged_cache_is_made_again(dataset: PatchDataset, tmp_path: Path) ->
     encoder = _encoder()
     np.testing.assert_array_equal(cached_features(dataset, np.arange(11), encoder, cache), a)
     assert encoder.seen == 11
+
+
+def test_an_interrupted_run_keeps_what_it_wrote(
+    dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_LEAST", 4)
+    monkeypatch.setattr(cache_module, "_WRITES", 3)
+    cache = tmp_path / "cache"
+    read = PatchDataset.iterate
+
+    def broken(self: PatchDataset, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for number, item in enumerate(read(self, rows, batch)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchDataset, "iterate", broken)
+        with pytest.raises(KeyboardInterrupt):
+            cached_features(dataset, np.arange(11), _encoder(), cache, batch=2)
+    encoder = _encoder()
+    found = cached_features(dataset, np.arange(11), encoder, cache, batch=2)
+    assert encoder.seen == 3  # of 11; 8 were written in two parts before the sixth batch failed
+    np.testing.assert_allclose(found, _encoder().features([dataset.read(np.arange(11))]), atol=1e-6)
