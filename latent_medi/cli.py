@@ -252,9 +252,12 @@ def _floors(words: list[str]) -> Printed:
 def _benchmark_shift(words: list[str]) -> Printed:
     from latent_medi import experiment
     from latent_medi.evaluation.shift import benchmark_shift
+    from latent_medi.evaluation.shift_curve import mean_of_seeds
     from latent_medi.evaluation.shift_settings import ShiftSettings
 
     settings = config.parse(ShiftSettings, words, "benchmark-shift")
+    if settings.mean:
+        return mean_of_seeds(settings.mean, settings.out)
     return benchmark_shift(
         settings, lambda changes: experiment.run_changed(settings.experiment, changes, settings.changes)
     )

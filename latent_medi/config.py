@@ -2,9 +2,8 @@
 output.
 
 A verb has one settings dataclass. ``--config demo/medi`` reads ``configs/demo/medi.yaml`` of the package or any path,
-several times if wanted; later
-files and then ``key=value`` or ``--key value`` words win. A file may name another to start from with ``base:
-demo/medi``.
+several times if wanted; later files and then ``key=value`` or ``--key value`` words win. A file may name another to
+start from with ``base: demo/medi``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -171,10 +171,14 @@ def _is_yaml_list(text: str) -> bool:
 
 
 def _is_setting(settings_class: type, word: str) -> bool:
-    """Whether a command-line word begins a setting, so that it cannot belong to the list before it."""
+    """Whether a command-line word begins a setting, so that it cannot belong to the list before it.
+
+    One that is nearly the name of a setting is taken for that, mistyped: better refused than read as one more item.
+    """
     name, equals, _ = word.partition("=")
     known = {key.partition(".")[0] for key in known_keys(settings_class)}
-    return word.startswith("--") or (bool(equals) and name.replace("-", "_").partition(".")[0] in known)
+    meant = get_close_matches(name.replace("-", "_").partition(".")[0], known, 1, 0.75)
+    return word.startswith("--") or (bool(equals) and bool(meant))
 
 
 def parse(

@@ -93,6 +93,8 @@ def test_a_list_of_words_ends_at_the_next_setting(words: list[str], fields: list
         (["data=x", "netwrk.width=3"], "network.width"),
         (["data=x", "network.widht=3"], "network.width"),
         (["data=x", "lrr=3"], "lr"),
+        (["data=x", "--network.fields", "a", "weigths.a=p"], "weights"),  # mistyped right after a list of words
+        (["data=x", "--network.fields", "a", "netwrk.width=8"], "network.width"),
         (["data=x", "kind=c"], "kind"),
         (["data=x", "lr=fast"], "lr"),
         (["lr=1"], "data"),

@@ -269,7 +269,8 @@ def projection(record: Mapping[str, Any], key: str, most: int = 12) -> str | Non
     for panel in panels[: len(sources)]:
         handles |= {text: h for h, text in zip(*panel.get_legend_handles_labels(), strict=True) if len(h.get_xdata())}
     legend = figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=2, frameon=False, fontsize=_FONT,
+        # Above, since below lies the label of the axis.
+        list(handles.values()), list(handles), loc="outside upper center", ncols=2, frameon=False, fontsize=_FONT,
         handletextpad=0.2, columnspacing=1.2, markerscale=1.7,
     )  # fmt: skip
     for text in legend.get_texts():

@@ -10,12 +10,14 @@ import pandas as pd
 import pytest
 from evaluation_world import World, filters
 
+from latent_medi.cli import main
 from latent_medi.errors import UserError
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.shift import benchmark_shift
+from latent_medi.evaluation.shift_curve import loss, mean_of_seeds
 from latent_medi.evaluation.shift_settings import ShiftSettings
-from latent_medi.files import read_json
+from latent_medi.files import read_json, write_json
 from latent_medi.shards.dataset import PatchDataset
 
 
@@ -85,3 +87,47 @@ def test_bad_input(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="deals is 5"):
         evaluate(world.settings("few", deals=5), [filters()])
+
+
+def finished(folder: Path, seed: int, medi: list[float], **changes: Any) -> str:
+    """A finished benchmark of two levels with these accuracies of MeDi."""
+    levels = []
+    for level, value in zip((0.0, 1.0), medi, strict=True):
+        arm = {"accuracy_shift": value, "interval": [0, 1], "recall": value, "false_positive_rate": 0.1}
+        arms = {"real": arm | {"accuracy_shift": 0.8}, "stain_transfer": arm | {"accuracy_shift": 0.7}, "medi": arm}
+        levels.append({"level": level, "tie": level / 2, "n_patients": 40, "n_patches": 80, "arms": arms})
+    folder.mkdir()
+    result = {"settings": {"seed": seed, "data": "d"}, "targets": [], "levels": levels, "loss": loss(levels)} | changes
+    write_json(folder / "shift.json", result)
+    return str(folder)
+
+
+def test_the_mean_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [finished(tmp_path / str(seed), seed, [0.8, value]) for seed, value in enumerate((0.70, 0.76, 0.76))]
+    assert main(["benchmark-shift", "--mean", *folders, f"out={tmp_path / 'mean'}"]) == 0
+    assert "0.740 ± 0.020" in capsys.readouterr().out
+    result = read_json(tmp_path / "mean" / "shift.json")
+    assert result["seeds"] == [0, 1, 2]
+    medi = result["levels"][1]["arms"]["medi"]
+    assert medi["accuracy_shift"] == pytest.approx(0.74)
+    assert medi["accuracy_shift_sem"] == pytest.approx(0.02)  # 0.0346 / √3
+    assert medi["over_stain_transfer"] == pytest.approx(0.04)
+    assert medi["over_stain_transfer_sem"] == pytest.approx(0.02)
+    assert result["levels"][1]["arms"]["real"]["accuracy_shift_sem"] == pytest.approx(0)
+    assert result["loss"]["medi"] == pytest.approx(0.74 / 0.8 - 1)
+    assert (tmp_path / "mean" / "shift.png").stat().st_size > 10_000
+    assert len(pd.read_csv(tmp_path / "mean" / "shift.csv")) == 6
+
+
+def test_benchmarks_without_a_mean(tmp_path: Path) -> None:
+    one, again = (finished(tmp_path / name, 0, [0.8, 0.7]) for name in ("one", "again"))
+    with pytest.raises(UserError, match="two benchmarks or more"):
+        mean_of_seeds([one], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="Seed 0 is given twice"):
+        mean_of_seeds([one, again], str(tmp_path / "out"))
+    other = finished(tmp_path / "other", 1, [0.8, 0.7], levels=read_json(Path(one) / "shift.json")["levels"][:1])
+    with pytest.raises(UserError, match=r"other.* has the levels \[0\.0\]"):
+        mean_of_seeds([one, other], str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"missing.* does not exist"):
+        mean_of_seeds([one, str(tmp_path / "missing")], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
