@@ -25,7 +25,7 @@ from latent_medi.evaluation.classifiers import DownstreamStage
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Arm, Study, open_study
-from latent_medi.features.cache import cached_features
+from latent_medi.features.cache import cached_features, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
 from latent_medi.files import atomic_path, read_json, write_json
@@ -210,8 +210,14 @@ def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features
         "pca_mean": features.basis.mean,
         "pca_components": np.ascontiguousarray(features.basis.components),
     }
+    made_from = {
+        "encoder": encoder.name, "fingerprint": encoder.fingerprint, "dataset": study.real.info.get("name", ""),
+        "dataset_sha256": dataset_hash(study.real), "patches": "test reference", "n_patches": str(statistics.n),
+        "n_patients": str(len(set(study.patients[study.reference]))), "latent_medi": latent_medi.__version__,
+        "git_revision": git_revision() or "",
+    }  # fmt: skip
     with atomic_path(folder / f"{encoder.name.replace(':', '-').replace('@', '-')}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"encoder": encoder.name, "fingerprint": encoder.fingerprint})
+        save_file(tensors, temporary, metadata=made_from)
 
 
 def run_record(seed: int) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class Entry:
 
 _IMAGENET = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD)
 _IMAGENET_BICUBIC = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, "bicubic")
-_H_OPTIMUS = Preprocessing(224, (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+# Its authors give it patches of 224 px as they are; others are resized as timm does for its architecture.
+_H_OPTIMUS = Preprocessing(224, (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517), "bicubic")
 # Named, not imported: the classes are looked up in timm and torch when a network is built.
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
 _VIT_L = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_world import HELD_OUT, SCHEMA, SIZE, Size, World, filters, real_patches, synthetic_patches, write_real
+from safetensors import safe_open
 
 from latent_medi.errors import UserError
 from latent_medi.evaluation.evaluate import evaluate, finite
 from latent_medi.evaluation.headline import headline, headline_text, useful, verdict
 from latent_medi.evaluation.study import open_study
+from latent_medi.features.cache import dataset_hash
+from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import write_dataset
 
 
@@ -35,6 +38,10 @@ def test_the_file_is_the_record(metrics: dict[str, Any]) -> None:
         "filters.safetensors",
         "filters-haematoxylin.safetensors",
     }
+    with safe_open(folder / "reference" / "filters.safetensors", "numpy") as file:
+        assert file.metadata()["fingerprint"] == metrics["encoders"]["filters"]["fingerprint"]
+        assert file.metadata()["dataset_sha256"] == dataset_hash(PatchDataset.open(metrics["settings"]["real"]))
+        assert int(file.metadata()["n_patches"]) == int(file.get_tensor("n")[0])
     run = metrics["run"]
     assert run["command"]
     assert run["seed"] == 0
