@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from latent_medi import config
-from latent_medi.errors import UserError
+from latent_medi.errors import UserError, nearest
 from latent_medi.files import read_json, write_json, write_text
 from latent_medi.progress import duration, get_logger
 from latent_medi.stages import Stages, side_by_side
@@ -49,6 +49,7 @@ class ExperimentSettings:
         held_out: Combinations without a training patch.
         medi: Training configuration (name or path) of the model that knows class and metadata.
         cls: Training configuration (name or path) of the model that knows the class alone.
+        models: Model folder by arm ("medi", "cls") of those that are trained already; the others are trained.
         train: Training settings put over both, such as max_steps.
         plan_fields: Class and categorical fields whose combinations are generated; empty means all.
         seen_per_cell: Patches to generate per combination that training has seen.
@@ -77,6 +78,7 @@ class ExperimentSettings:
     held_out: list[dict[str, str]] = field(default_factory=list)
     medi: str = "demo/medi"
     cls: str = "demo/cls"
+    models: dict[str, str] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     plan_fields: list[str] = field(default_factory=list)
     seen_per_cell: int = 30
@@ -184,6 +186,8 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     from latent_medi.latents.settings import EncodeSettings
     from latent_medi.report.render import render_report
 
+    if unknown := sorted(set(settings.models) - set(ARMS)):
+        raise UserError(f"models names the arm {unknown[0]!r}; {nearest(unknown[0], ARMS)}.")
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_settings(settings, folder / "settings.yaml")
@@ -211,15 +215,17 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     stages.run("encode", settings.autoencoder, encode_all, [] if settings.latents else ["latents"])
 
     training = {arm: _train_settings(settings, arm, folder) for arm in ARMS}
+    trained = {arm: values for arm, values in training.items() if arm not in settings.models}
 
     def train_all() -> None:
         commands = {}
-        for arm, values in training.items():
+        for arm, values in trained.items():
             write_text(folder / f"train-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
             commands[arm] = ["train", "--config", str(folder / f"train-{arm}.yaml")]
         _run_arms(settings, commands)
 
-    stages.run("train", training, train_all, ARMS)
+    # An experiment without given models depends on what it always did.
+    stages.run("train", trained | {"models": settings.models} if settings.models else training, train_all, ARMS)
     counts = [settings.plan_fields, settings.seen_per_cell, settings.unseen_per_cell, settings.seed]
     stages.run("plan", counts, lambda: _plan(settings, folder), [f"plan-{arm}.csv" for arm in ARMS])
 
@@ -227,12 +233,14 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
         commands = {}
         for arm in ARMS:
             values = config.merge(plain["generate"], {
-                "model": str(folder / arm / "model"),
+                "model": settings.models.get(arm) or str(folder / arm / "model"),
                 "plan": str(folder / f"plan-{arm}.csv"),
                 "out": str(folder / "synthetic" / arm),
             })  # fmt: skip
             if arm == "cls":  # guided like the other arm, by the fields that it knows
-                known = training[arm].get("model", {}).get("fields") or []
+                known = _model_fields(settings.models[arm]) if arm in settings.models else (
+                    training[arm].get("model", {}).get("fields") or []
+                )  # fmt: skip
                 guidance = values["guidance"]
                 scales = {name: scale for name, scale in guidance["scales"].items() if name in known}
                 order = [name for name in guidance["order"] if name in known]
@@ -265,6 +273,13 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     total = duration(sum(stages.seconds.values()))
     print(f"\n{headline_text(record)}\n\n{total} in all. Report: {folder / 'report.html'}")
     return record
+
+
+def _model_fields(folder: str) -> list[str]:
+    """Names of the fields that a trained model knows."""
+    from latent_medi.diffusion.pipeline import MediPipeline
+
+    return list(MediPipeline.from_pretrained(folder).schema.names)
 
 
 def _audit(settings: ExperimentSettings, folder: Path) -> None:

@@ -154,6 +154,7 @@ class Adapter:
         weights: Its matrices, by name in the network.
         values: Values that it adds, by field.
         vectors: fp32 [values, width] by field.
+        seen: Which combinations it, and the model that it adapts, were shown, or ``None`` if it does not say.
     """
 
     folder: Path
@@ -163,6 +164,7 @@ class Adapter:
     weights: dict[str, torch.Tensor]
     values: dict[str, list[str]]
     vectors: dict[str, torch.Tensor]
+    seen: dict[str, Any] | None = None
 
 
 def open_adapter(folder: str | Path) -> Adapter:
@@ -196,7 +198,7 @@ def open_adapter(folder: str | Path) -> Adapter:
         raise UserError(f"The adapter {folder} does not have one vector per value.", "Copy the whole folder again.")
     names = [name for name in (ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, VALUES_FILE) if (path / name).is_file()]
     digest = hashlib.sha256("".join(name + sha256_file(path / name) for name in names).encode()).hexdigest()
-    return Adapter(Path(folder), digest, base, lora, weights, values, vectors)
+    return Adapter(Path(folder), digest, base, lora, weights, values, vectors, facts.get("provenance", {}).get("seen"))
 
 
 def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[float]) -> None:

@@ -28,6 +28,7 @@ from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, forget_path, save_autoencoder
 from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.seen import together
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -126,6 +127,7 @@ class MediPipeline(DiffusionPipeline):
         attach(adapter, self.denoiser, base, [*(s for _, s in self._adapters), float(scale)])
         self._base_hash = base
         self._adapters.append((adapter.hash, float(scale)))
+        self.provenance = {**self.provenance, "seen": together(self.provenance.get("seen"), adapter.seen)}
 
     @property
     def adapters(self) -> list[tuple[str, float]]:

@@ -54,6 +54,11 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
         raise UserError(f"{out} holds another benchmark.", "Choose another folder, or remove this one first.")
     pool = dataset.index[column == "train"]
     levels = sorted(set(map(float, settings.levels)))
+    if settings.models and levels != [1.0]:
+        raise UserError(
+            f"Models that are trained already cannot be of the levels {levels}.",
+            "levels='[1]' holds them against targets that they did not see; other levels train their own.",
+        )
     targets = settings.held_out or rotating_targets(
         pool, settings.class_field, settings.site_field, settings.rotation, settings.per_site
     )
@@ -73,7 +78,7 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
         run_level(
             {"out": str(folder), "data": settings.data, "latents": settings.latents or str(out / "latents"),
              "split": name, "held_out": targets, "seed": settings.seed, "site_field": settings.site_field,
-             "evaluate": {"unseen": False}}
+             **({"models": settings.models} if settings.models else {}), "evaluate": {"unseen": level == 1.0}}
         )  # fmt: skip
         training = pool[pool["patient"].isin(patients)]
         records.append(

@@ -23,6 +23,8 @@ class ShiftSettings:
         site_field: Site column.
         seed: Seed of the patients' turns, training, plan and evaluation.
         experiment: Packaged configuration or path of the experiment that each level runs.
+        models: Model folder by arm ("medi", "cls") of those that are trained already, without the targets; then the
+            only level is 1.
         mean: Folders of finished benchmarks to average, which differ in their seeds, instead of running one; only
             ``out`` is asked for beside it.
         changes: Settings put over that experiment's, such as ``{train: {max_steps: 400}}``.
@@ -40,5 +42,6 @@ class ShiftSettings:
     site_field: str = "site"
     seed: int = 0
     experiment: str = "demo/shift"
+    models: dict[str, str] = field(default_factory=dict)
     mean: list[str] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)

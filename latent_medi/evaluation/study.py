@@ -12,6 +12,7 @@ import pandas as pd
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.metadata.schema import NULL, UNKNOWN_WORD, Schema
+from latent_medi.metadata.seen import saw
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
@@ -241,6 +242,8 @@ def open_study(settings: EvaluateSettings) -> Study:
         rows = np.arange(len(dataset))
         if name in settings.selected:
             rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
+        if settings.unseen and held_out:
+            notes += _check_unseen(name, dataset, held_out)
         arms[name] = Arm(name, dataset, _known_fields(dataset), rows)
         log.info("Arm %s: %d patches, fields %s", name, len(rows), ", ".join(arms[name].fields))
     return Study(
@@ -257,6 +260,20 @@ def open_study(settings: EvaluateSettings) -> Study:
         reason,
         notes,
     )
+
+
+def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combination]) -> list[str]:
+    """Refuse samples of a model that was shown a held-out combination; a note where that cannot be told."""
+    record = dataset.info.get("provenance", {}).get("seen")
+    for combination in held_out:
+        if saw(record, combination):
+            raise UserError(
+                f"The model that made {dataset.folder} ({name}) was trained on patches of {describe(combination)}.",
+                "Train one without them, name combinations that it did not see, or set unseen=false.",
+            )
+    if any(saw(record, combination) is None for combination in held_out):
+        return [f"The samples of {name} do not say whether their model was trained on the held-out combinations."]
+    return []
 
 
 class Matched:

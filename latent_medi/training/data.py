@@ -18,6 +18,7 @@ from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
 from latent_medi.latents.store import LatentStore, Residence
 from latent_medi.latents.stream import StreamedLatents
 from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.seen import seen_in
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.remote import open_dataset
 from latent_medi.training.draws import batch_generator, draw_batch
@@ -79,7 +80,7 @@ class TrainingData:
         schema: Fields of the model, or ``None`` for an unconditional one.
         conditions: Conditions of these rows, or ``None``.
         weights: float64 [n] for weighted draws, or ``None`` for each row once per epoch.
-        info: Name of the dataset, its patch size in pixels and µm per pixel.
+        info: Name of the dataset, its patch size in pixels, µm per pixel, and the combinations that it shows.
         shift: fp32 [C]; subtracted from raw latents; set by :meth:`whiten`.
         scale: fp32 [C]; then divided by.
     """
@@ -208,6 +209,7 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
         conditions = Conditions.from_schema(schema, table[list(own.names)], absent="null")
     weights = cell_weights(dataset, rows, settings.balance, settings.balance_temperature)
     info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
+    info["seen"] = seen_in(table, dataset.schema)
     return TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
 
 

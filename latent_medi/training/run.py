@@ -19,6 +19,7 @@ from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_json, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
+from latent_medi.metadata.seen import together
 from latent_medi.progress import get_logger
 from latent_medi.training.averages import reconstruct
 from latent_medi.training.checkpoint import checkpoint_folders, remove_unfinished
@@ -193,6 +194,8 @@ def finish(
     """Write ``out/model`` (or ``out/adapter``) with the averaged weights; it is there whole or not at all."""
     out = Path(settings.out)
     provenance = {**data.info, "training_patches": len(data), "images_seen": images, **record}
+    if source is not None:
+        provenance["seen"] = together(data.info["seen"], source.seen)
     fold(averaged)
     if settings.lora is not None and source is not None:
         added = added_values(source, averaged)

@@ -19,7 +19,7 @@ from diffusers import UNet2DModel
 from latent_medi.diffusion.adapters import parts_hash
 from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.folder import local_folder
+from latent_medi.diffusion.folder import PROVENANCE_FILE, local_folder
 from latent_medi.diffusion.objective import settings_of
 from latent_medi.diffusion.pipeline import AUTOENCODER_FILE, OBJECTIVE_FILE
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
@@ -43,6 +43,7 @@ class Source:
         scheduler: Its scheduler's configuration, or ``None`` for a bare network.
         autoencoder: Content of its autoencoder.json, or ``None`` for a model of another program.
         objective: How it was trained, or ``None`` for a model of another program.
+        seen: Which combinations it was shown, see :mod:`latent_medi.metadata.seen`, or ``None`` if it does not say.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Source:
     scheduler: dict[str, Any] | None
     autoencoder: dict[str, Any] | None
     objective: ObjectiveSettings | None
+    seen: dict[str, Any] | None = None
 
     @property
     def model_hash(self) -> str:
@@ -99,6 +101,7 @@ def open_source(folder: str | Path) -> Source:
         read_json(scheduler) if scheduler.is_file() else None,
         read_json(autoencoder) if autoencoder.is_file() else None,
         ObjectiveSettings(**read_json(objective)) if objective.is_file() else None,
+        read_json(folder / PROVENANCE_FILE).get("seen") if (folder / PROVENANCE_FILE).is_file() else None,
     )
 
 

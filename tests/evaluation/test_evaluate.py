@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from evaluation_world import HELD_OUT, SCHEMA, SIZE, Size, World, filters, real_patches, synthetic_patches, write_real
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from latent_medi.evaluation.evaluate import evaluate, finite
 from latent_medi.evaluation.headline import headline, headline_text, useful, verdict
 from latent_medi.evaluation.study import open_study
 from latent_medi.features.cache import dataset_hash
+from latent_medi.metadata.seen import seen_in
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import write_dataset
 
@@ -192,3 +194,21 @@ def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
 def test_finite_makes_json() -> None:
     value = {"a": np.float64("nan"), 1: (np.int64(3), np.array([1.5, np.inf])), "b": np.bool_(True)}
     assert finite(value) == {"a": None, "1": [3, [1.5, None]], "b": True}
+
+
+def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, tmp_path: Path) -> None:
+    index = PatchDataset.open(world.real).index
+    train = index[index["split_main"] == "train"]
+    honest = seen_in(train, SCHEMA)
+    shown = seen_in(pd.concat([train, index[index["class"].eq("stripes") & index["site"].eq("south")]]), SCHEMA)
+    for name, record in (("honest", honest), ("shown", shown)):
+        write_dataset(tmp_path / name, list(synthetic_patches(2, None, False)), name, SCHEMA, SIZE, 0.5,
+                      provenance={"seen": record})  # fmt: skip
+    arms = {"medi": str(tmp_path / "honest")}
+    assert not [note for note in open_study(world.settings("seen", synthetic=arms)).notes if "do not say" in note]
+    unknown = open_study(world.settings("seen", synthetic={"cls": str(world.cls)}))
+    assert [note for note in unknown.notes if "cls do not say" in note]
+    bad = world.settings("seen", synthetic={"medi": str(tmp_path / "shown")})
+    with pytest.raises(UserError, match=r"shown \(medi\) was trained on patches of stripes × south"):
+        open_study(bad)
+    assert open_study(replace(bad, unseen=False)).arms

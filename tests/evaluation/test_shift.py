@@ -72,6 +72,12 @@ def test_the_curve_of_a_planted_cohort(world: World, tmp_path: Path) -> None:
     more = ShiftSettings(**{**vars(settings), "levels": [0.0], "out": str(tmp_path / "more")})
     benchmark_shift(more, lambda changes: judge(changes, ran))
     assert ran[-1]["split"] not in names
+    # Models that are there already are judged at level 1, where what they must not have been shown is certain.
+    given = {"medi": "runs/medi/model"}
+    taken = ShiftSettings(**{**vars(settings), "levels": [1.0], "out": str(tmp_path / "taken"), "models": given})
+    benchmark_shift(taken, lambda changes: judge(changes, ran))
+    assert ran[-1]["models"] == given
+    assert ran[-1]["evaluate"] == {"unseen": True}
 
 
 def test_bad_input(world: World, tmp_path: Path) -> None:
@@ -84,6 +90,8 @@ def test_bad_input(world: World, tmp_path: Path) -> None:
         run(site_field="hospital")
     with pytest.raises(UserError, match=r"between 0 .* and 1 .*, not 2"):
         run(levels=[2.0], held_out=[{"class": "rings", "site": "east"}])
+    with pytest.raises(UserError, match=r"trained already cannot be of the levels \[0\.0, 1\.0\]"):
+        run(levels=[0, 1], models={"medi": "m"})
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="deals is 5"):
         evaluate(world.settings("few", deals=5), [filters()])

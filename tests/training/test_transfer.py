@@ -18,6 +18,8 @@ from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ModelSettings, ObjectiveSettings
 from latent_medi.errors import UserError
+from latent_medi.metadata.seen import saw
+from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training import loop, run
 from latent_medi.training.data import open_data
 from latent_medi.training.loop import train
@@ -275,3 +277,23 @@ def test_settings_of_the_source_architecture_win(plain: MediPipeline, run_settin
     denoiser, _ = start_of(run_settings(init_from=str(tmp_path / "plain" / "model"), model=wider))
     assert denoiser.unet.config["block_out_channels"] == plain.unet.config["block_out_channels"]
     assert ModelSettings(**wider).block_out_channels == [32, 64]
+
+
+def test_a_model_remembers_what_it_was_shown(run_settings: Make, tiny: Path, tiny_more: Path, tmp_path: Path) -> None:
+    """Its own training patches, not those of other parts, and those of the model that it started from."""
+    first = train(run_settings(out=str(tmp_path / "first"), max_steps=1))
+    more = {"data": str(tiny_more / "data"), "latents": str(tiny_more / "latents"), "init_from": str(first)}
+    second = train(run_settings(out=str(tmp_path / "second"), max_steps=1, **more))
+    for model, folders in ((first, [tiny]), (second, [tiny, tiny_more])):
+        record = MediPipeline.from_pretrained(model).provenance["seen"]
+        assert record["complete"]
+        shown = set()
+        for folder in folders:
+            index = PatchDataset.open(folder / "data").index
+            shown |= set(index[index["split_main"] == "train"][["class", "site"]].astype(str).itertuples(index=False))
+        for tumour in {key[0] for key in shown}:
+            for site in ("aster", "NA", "birch", "cedar"):
+                assert saw(record, {"class": tumour, "site": site}) == ((tumour, site) in shown)
+    (first / "provenance.json").unlink()  # as of another program
+    third = train(run_settings(out=str(tmp_path / "third"), max_steps=1, **more))
+    assert saw(MediPipeline.from_pretrained(third).provenance["seen"], {"site": "birch"}) is None

@@ -1,0 +1,57 @@
+"""Which combinations a model has been shown, kept with it and with what it makes: "unseen" is then no matter of
+trust.
+
+A record is JSON: ``parts``, one per training set (a fine-tuned model keeps those of the model that it started from),
+each with ``fields`` and ``rows`` of their values and the number of patches; and ``complete``, False if the model
+started from one without a record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from latent_medi.metadata.schema import Schema
+
+Record = Mapping[str, Any]
+_MOST = 50_000  # combinations; beyond that a record would be larger than small models
+
+
+def seen_in(table: pd.DataFrame, schema: Schema) -> dict[str, Any]:
+    """The record of a training set.
+
+    Args:
+        table: A row per training patch with the schema's columns.
+        schema: Its class and categorical fields take part, whatever fields the model is given.
+    """
+    fields = [field.name for field in schema.fields if not field.continuous and field.name in table.columns]
+    counts = table[fields].astype(str).value_counts(sort=False).sort_index() if fields else pd.Series(dtype=int)
+    if not fields or len(counts) > _MOST:
+        return {"complete": False, "parts": []}
+    rows = [[*(key if isinstance(key, tuple) else (key,)), int(n)] for key, n in counts.items()]
+    return {"complete": True, "parts": [{"fields": fields, "rows": rows}]}
+
+
+def together(*records: Record | None) -> dict[str, Any]:
+    """The record of a model that was shown all of these; None stands for one that is not known."""
+    parts: list[Any] = []
+    for record in records:
+        parts += [part for part in (record or {}).get("parts", []) if part not in parts]
+    return {"complete": all(record is not None and record["complete"] for record in records), "parts": parts}
+
+
+def saw(record: Record | None, combination: Mapping[str, str]) -> bool | None:
+    """Whether a combination was among the training patches; None if that is not known."""
+    if not record:
+        return None
+    sure = bool(record["complete"])
+    for part in record["parts"]:
+        if not set(combination) <= set(part["fields"]):
+            sure = False
+            continue
+        where = {part["fields"].index(name): value for name, value in combination.items()}
+        if any(all(row[i] == value for i, value in where.items()) for row in part["rows"]):
+            return True
+    return False if sure else None
