@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +20,9 @@ from latent_medi.files import read_json, write_json, write_text
 from latent_medi.progress import duration, get_logger
 from latent_medi.stages import Stages, side_by_side
 from latent_medi.synthesis.settings import GenerateSettings
+
+if TYPE_CHECKING:
+    from latent_medi.training.transfer import Source
 
 log = get_logger(__name__)
 
@@ -186,9 +189,8 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     from latent_medi.latents.settings import EncodeSettings
     from latent_medi.report.render import render_report
 
-    if unknown := sorted(set(settings.models) - set(ARMS)):
-        raise UserError(f"models names the arm {unknown[0]!r}; {nearest(unknown[0], ARMS)}.")
     folder = Path(settings.out)
+    models = {arm: _given(settings, arm) for arm in settings.models}
     folder.mkdir(parents=True, exist_ok=True)
     config.save_settings(settings, folder / "settings.yaml")
     stages = Stages(folder, STAGES)
@@ -224,8 +226,8 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
             commands[arm] = ["train", "--config", str(folder / f"train-{arm}.yaml")]
         _run_arms(settings, commands)
 
-    # An experiment without given models depends on what it always did.
-    stages.run("train", trained | {"models": settings.models} if settings.models else training, train_all, ARMS)
+    given = {"models": {arm: model.model_hash for arm, model in models.items()}} if models else {}
+    stages.run("train", trained | given, train_all, list(trained))
     counts = [settings.plan_fields, settings.seen_per_cell, settings.unseen_per_cell, settings.seed]
     stages.run("plan", counts, lambda: _plan(settings, folder), [f"plan-{arm}.csv" for arm in ARMS])
 
@@ -238,9 +240,10 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
                 "out": str(folder / "synthetic" / arm),
             })  # fmt: skip
             if arm == "cls":  # guided like the other arm, by the fields that it knows
-                known = _model_fields(settings.models[arm]) if arm in settings.models else (
-                    training[arm].get("model", {}).get("fields") or []
-                )  # fmt: skip
+                known = training[arm].get("model", {}).get("fields") or []
+                if arm in models:
+                    knows = models[arm].conditioner
+                    known = [] if knows is None else list(knows.schema.names)
                 guidance = values["guidance"]
                 scales = {name: scale for name, scale in guidance["scales"].items() if name in known}
                 order = [name for name in guidance["order"] if name in known]
@@ -275,11 +278,30 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     return record
 
 
-def _model_fields(folder: str) -> list[str]:
-    """Names of the fields that a trained model knows."""
-    from latent_medi.diffusion.pipeline import MediPipeline
+def _given(settings: ExperimentSettings, arm: str) -> Source:
+    """A model that is trained already, looked at before anything is run."""
+    from latent_medi.metadata.seen import saw
+    from latent_medi.training.transfer import open_source
 
-    return list(MediPipeline.from_pretrained(folder).schema.names)
+    if arm not in ARMS:
+        raise UserError(f"models names the arm {arm!r}; {nearest(arm, ARMS)}.")
+    path = Path(settings.models[arm])
+    own = Path(settings.out) / arm
+    if path.resolve().is_relative_to(own.resolve()):
+        raise UserError(
+            f"The model {path} lies in {own}, where this experiment keeps the {arm} that it trains.",
+            "Copy it to a folder of its own, or leave models out: what is trained is kept.",
+        )
+    model = open_source(path)
+    if model.scheduler is None or model.autoencoder is None:
+        raise UserError(f"{path} is no whole model of this program.", "Name the folder `model` of a finished run.")
+    for combination in settings.held_out if settings.evaluate.get("unseen", True) else []:
+        if saw(model.seen, combination):
+            raise UserError(
+                f"The model {path} ({arm}) was trained on patches of {' × '.join(combination.values())}.",
+                "Train one without them, or name combinations that it did not see.",
+            )
+    return model
 
 
 def _audit(settings: ExperimentSettings, folder: Path) -> None:

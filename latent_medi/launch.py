@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
 from latent_medi.errors import RESUME, UserError
 from latent_medi.progress import get_logger
@@ -61,6 +61,8 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
         )
     launched = int(environment.get("WORLD_SIZE", 1))
     cpu = cpu or (launched > 1 and not torch.accelerator.is_available())
+    if launched == 1 and PartialState._shared_state:
+        cpu = False  # this process has its device; another one cannot be chosen now, and models are placed by name
     if patient:
         options["kwargs_handlers"] = [
             *options.get("kwargs_handlers", []),

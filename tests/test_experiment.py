@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from parts import make_cohort
+import pytest
+import torch
+from parts import make_autoencoder, make_cohort, small_model
 
-from latent_medi.experiment import ExperimentSettings, _plan
+from latent_medi.diffusion.conditioning import MetadataConditioner
+from latent_medi.diffusion.denoiser import Denoiser, build_unet
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
+from latent_medi.errors import UserError
+from latent_medi.experiment import ExperimentSettings, _plan, run
+from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
+from latent_medi.metadata.schema import Field, Schema
 
 
 def test_few_patients_are_not_unseen(tmp_path: Path) -> None:
@@ -17,3 +27,33 @@ def test_few_patients_are_not_unseen(tmp_path: Path) -> None:
     plan = pd.read_csv(tmp_path / "plan-medi.csv", keep_default_na=False)
     assert set(plan["verdict"]) == {"thin"}
     assert set(plan["count"]) == {3}
+
+
+def given_model(folder: Path, shown: list[list[str | int]]) -> Path:
+    """A model folder that says what it was shown."""
+    save_autoencoder(make_autoencoder(), folder / "autoencoder")
+    schema = Schema((Field("class", "class", ("benign", "tumour")), Field("site", "categorical", ("aster", "birch"))))
+    network = small_model()
+    conditioner = MetadataConditioner(schema.to_dict(), network.embed_dim, dropout_patterns=asdict(DropoutSettings()))
+    MediPipeline.from_parts(
+        Denoiser(build_unet(network, 4, 8, conditional=True), conditioner), ObjectiveSettings(),
+        load_autoencoder(str(folder / "autoencoder")), torch.zeros(4), torch.ones(4),
+        {"seen": {"complete": True, "parts": [{"fields": ["class", "site"], "rows": shown}]}},
+    ).save_pretrained(folder / "model")  # fmt: skip
+    return folder / "model"
+
+
+def test_given_models_are_looked_at_before_anything_runs(tmp_path: Path) -> None:
+    held_out = [{"class": "tumour", "site": "birch"}]
+    shown = given_model(tmp_path / "shown", [["tumour", "birch", 9]])
+    own = given_model(tmp_path / "out" / "medi", [["tumour", "aster", 9]])
+    for models, why in (
+        ({"mdei": str(shown)}, "'mdei'.*'medi'"),
+        ({"medi": str(tmp_path / "absent")}, "absent"),
+        ({"medi": str(shown)}, "was trained on patches of tumour × birch"),
+        ({"medi": str(own)}, "where this experiment keeps the medi that it trains"),
+    ):
+        with pytest.raises(UserError, match=why):
+            run(ExperimentSettings(out=str(tmp_path / "out"), held_out=held_out, models=models))
+    assert (own / "model_index.json").is_file()
+    assert not (tmp_path / "out" / "stages").exists()

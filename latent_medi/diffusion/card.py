@@ -30,7 +30,9 @@ def model_card(pipeline: MediPipeline, name: str) -> str:
     parameters = sum(p.numel() for p in pipeline.unet.parameters()) / 1e6
     known = f"conditioned on {', '.join(schema.names)}" if schema.names else "unconditional"
     schedule = objective.schedule + (", rescaled to zero terminal SNR" if objective.zero_terminal_snr else "")
-    facts = "\n".join(f"| {key} | {value} |" for key, value in pipeline.provenance.items())
+    facts = "\n".join(f"| {key} | {value} |" for key, value in pipeline.provenance.items() if key != "seen")
+    shown = sum(len(part["rows"]) for part in (pipeline.provenance.get("seen") or {}).get("parts", []))
+    facts += f"\n| training combinations | {shown}, listed in provenance.json |" if shown else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation

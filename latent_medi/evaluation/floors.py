@@ -19,22 +19,23 @@ from threadpoolctl import threadpool_limits
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.against_real import LEAST_DEALS, deals
 from latent_medi.evaluation.evaluate import finite, run_record
-from latent_medi.evaluation.measures import LEVEL, PatientTable
+from latent_medi.evaluation.measures import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE, PatientTable
 from latent_medi.evaluation.probes import fit_probe
 from latent_medi.evaluation.settings import FloorsSettings
-from latent_medi.evaluation.study import describe, strata
+from latent_medi.evaluation.study import categorical_fields, describe, strata
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
 from latent_medi.files import atomic_path, read_json, write_json
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.fields import is_missing
-from latent_medi.progress import get_logger
+from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
 
 log = get_logger(__name__)
 
 _MOST = 2000
+_MOST_TRAINING = 10_000
 Sides = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -51,25 +52,27 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
         The content of ``floors.json``: ``run``, ``settings``, and per encoder ``fingerprint``, ``cells`` and
         ``ceilings``. A cell has ``name``, ``combination``, ``n_patches``, ``n_patients``, and, with two patients or
         more, ``n`` (median patches per side), ``kid`` and ``fd_pca`` (each ``value``, the median of the deals, and
-        ``range``, their central 95 %), ``pca_dims``, and ``other_site``: the site whose patches of this class are
-        nearest, and their ``kid``. A ceiling, per field, has ``value`` and ``range`` of the balanced accuracy on the
-        side that the probe did not learn from (patients first, then values), ``chance``, and ``cells``: accuracy by
-        combination.
+        ``range``, their central 95 %, "not estimable" with fewer than ten patients), ``pca_dims``, and ``other_site``:
+        the site whose patches of this class are nearest, and their ``kid``. A ceiling, per field, has ``value`` and
+        ``range`` of the balanced accuracy on the side that the probe did not learn from (patients first, then the
+        values that it could learn), ``chance``, and ``cells``: accuracy by combination.
 
     Raises:
-        UserError: Fewer than 20 deals, an unknown field, or no combination with two patients.
+        UserError: Fewer than 20 deals, an unknown field, synthetic patches, or no combination with two patients.
     """
     if settings.deals < LEAST_DEALS:
         raise UserError(f"deals is {settings.deals}: too few to tell a range from.", f"Give {LEAST_DEALS} or more.")
     dataset = PatchDataset.open(settings.data)
-    names = dataset.schema.names
     if dataset.schema.class_field is None:
         raise UserError(f"{settings.data} has no class field.", "Name the class when the dataset folder is made.")
     class_field = dataset.schema.class_field.name
+    known = categorical_fields(dataset.schema)
     for name in (settings.site_field, *settings.fields):
-        if name not in names:
-            raise UserError(f"{settings.data} has no field {name!r}; {nearest(name, names)}.")
+        if name not in known:
+            raise UserError(f"{settings.data} has no categorical field {name!r}; {nearest(name, known)}.")
     index = dataset.index
+    if synthetic := int((index["origin"] != "real").sum()):
+        raise UserError(f"{settings.data} holds {synthetic} synthetic patches; floors are of real patients.")
     pair = [class_field, settings.site_field]
     rows = np.flatnonzero(~index[pair].astype(str).map(is_missing).any(axis=1).to_numpy(bool))
     patients = index["patient"].to_numpy(str)[rows]
@@ -103,7 +106,7 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
                 "cells": [_distances(cell, cells, x, basis, sides, pair) for cell in cells],
                 "ceilings": {
                     name: _ceiling(
-                        x, index[name].to_numpy(str)[rows], patients, cells, sides, settings.regularisation
+                        name, x, index[name].to_numpy(str)[rows], patients, cells, sides, settings.regularisation
                     )
                     for name in fields
                 },
@@ -129,9 +132,19 @@ def _cells(index: pd.DataFrame, pair: list[str], patients: np.ndarray) -> list[d
     return result
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def _some_patients(rows: np.ndarray, patients: np.ndarray, seed: int) -> np.ndarray:
+    """At most so many rows that a probe is quick, patients whole and at random."""
+    if len(rows) <= _MOST_TRAINING:
+        return rows
+    names, codes = np.unique(patients[rows], return_inverse=True)
+    order = np.random.default_rng([seed, 47]).permutation(len(names))[codes]
+    return np.sort(rows[np.argsort(order, kind="stable")[:_MOST_TRAINING]])
+
+
+def _spread(values: list[float], n_patients: int) -> dict[str, Any]:
     low, middle, high = np.quantile(values, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
-    return {"value": float(middle), "range": [float(low), float(high)]}
+    few = n_patients < MIN_PATIENTS  # two patients can be dealt in one way only
+    return {"value": float(middle), "range": NOT_ESTIMABLE if few else [float(low), float(high)]}
 
 
 def _distances(
@@ -167,13 +180,19 @@ def _distances(
     closest = min(medians, key=lambda name: medians[name], default=None)
     return record | {
         "n": int(np.median(usable)), "deals": len(usable), "pca_dims": dims,
-        **{name: _spread(values) for name, values in floor.items()},
+        **{name: _spread(values, cell["n_patients"]) for name, values in floor.items()},
         "other_site": None if closest is None else {"site": closest, "kid": medians[closest]},
     }  # fmt: skip
 
 
 def _ceiling(
-    x: np.ndarray, truth: np.ndarray, patients: np.ndarray, cells: list[dict[str, Any]], sides: Sides, c: float
+    name: str,
+    x: np.ndarray,
+    truth: np.ndarray,
+    patients: np.ndarray,
+    cells: list[dict[str, Any]],
+    sides: Sides,
+    c: float,
 ) -> dict[str, Any]:
     """Accuracy of probes that learn from one side on the other, both ways."""
     known = ~pd.Series(truth).map(is_missing).to_numpy(bool)
@@ -181,10 +200,15 @@ def _ceiling(
     people, who = np.unique(patients, return_inverse=True)
     scores: list[float] = []
     by_cell: dict[str, list[float]] = {cell["name"]: [] for cell in cells}
-    for learn, judge in [both[::turn] for both in sides for turn in (1, -1)]:
-        learn, judge = learn[known[learn]], judge[known[judge]]
+    judged_values: set[str] = set()
+    turns = [both[::turn] for both in sides for turn in (1, -1)]
+    for number, (learn, judge) in enumerate(progress(turns, desc=f"probes of {name}", unit="probe")):
+        learn = _some_patients(learn[known[learn]], patients, number)
+        # A value that is on one side alone cannot be learned, so it says nothing of what can be told.
+        judge = judge[known[judge] & np.isin(truth[judge], truth[learn])]
         if len(set(truth[learn])) < 2 or not len(judge):
             continue
+        judged_values |= set(truth[judge])
         right = np.zeros(len(truth))
         right[judge] = fit_probe(x[learn], truth[learn], c).predict(x[judge]) == truth[judge]
 
@@ -200,10 +224,19 @@ def _ceiling(
     if not scores:
         return {"value": None, "range": None, "reason": "fewer than two values on a side", "cells": {}}
     return {
-        **_spread(scores), "chance": 1 / len(set(truth[known])), "n_patches": int(known.sum()),
-        "n_patients": len(set(patients[known])),
+        **_spread(scores, len(set(patients[known]))), "chance": 1 / len(judged_values),
+        "n_patches": int(known.sum()), "n_patients": len(set(patients[known])),
         "cells": {name: float(np.median(found)) for name, found in by_cell.items() if found},
     }  # fmt: skip
+
+
+def _bounds(spread: Any) -> tuple[float | None, float | None]:
+    return (spread[0], spread[1]) if isinstance(spread, list) else (None, None)
+
+
+def _words(spread: Any, scale: float = 1.0) -> str:
+    low, high = _bounds(spread)
+    return "–" if low is None or high is None else f"{low / scale:.2f} to {high / scale:.2f}"
 
 
 def _table(result: Mapping[str, Any]) -> pd.DataFrame:
@@ -211,10 +244,10 @@ def _table(result: Mapping[str, Any]) -> pd.DataFrame:
     for encoder, found in result["encoders"].items():
         for cell in found["cells"]:
             ceilings = {f"ceiling_{name}": part["cells"].get(cell["name"]) for name, part in found["ceilings"].items()}
-            floor: dict[str, float] = {}
+            floor: dict[str, float | None] = {}
             for name in ("kid", "fd_pca"):
                 if name in cell:
-                    low, high = cell[name]["range"]
+                    low, high = _bounds(cell[name]["range"])
                     floor |= {name: cell[name]["value"], f"{name}_low": low, f"{name}_high": high}
             other = cell.get("other_site") or {}
             rows.append(
@@ -239,9 +272,8 @@ def floors_text(result: Mapping[str, Any]) -> str:
         for cell in found["cells"]:
             line = f"  {cell['name']:<{width}}{cell['n_patients']:>9}{cell['n_patches']:>9}"
             if "kid" in cell:
-                low, high = (f"{value / scale:.2f}" for value in cell["kid"]["range"])
                 far = f"{cell['other_site']['kid'] / scale:.2f}" if cell["other_site"] else "–"
-                line += f"{cell['kid']['value'] / scale:>9.2f}{f'{low} to {high}':>18}{far:>12}"
+                line += f"{cell['kid']['value'] / scale:>9.2f}{_words(cell['kid']['range'], scale):>18}{far:>12}"
             else:
                 line += f"{'–':>9}{'–':>18}{'–':>12}"
             shares = [found["ceilings"][name]["cells"].get(cell["name"]) for name in fields]
@@ -251,8 +283,7 @@ def floors_text(result: Mapping[str, Any]) -> str:
             if part["value"] is None:
                 lines.append(f"  {name}: no ceiling, {part['reason']}")
                 continue
-            low, high = part["range"]
-            lines.append(f"  {name}: balanced accuracy {part['value']:.2f} ({low:.2f} to {high:.2f}), "
+            lines.append(f"  {name}: balanced accuracy {part['value']:.2f} ({_words(part['range'])}), "
                          f"chance {part['chance']:.2f}")  # fmt: skip
         lines.append("")
     lines += ["floor: between two groups of patients of one combination; other site: to patients of the class",

@@ -32,12 +32,12 @@ def leakage(study: Study, verdicts: Mapping[str, Verdicts], resamples: int, seed
 
     Returns:
         ``training_tie``: Cramér's V, 0 to 1, of class and site over training patients. ``sources``: "real", the test
-        patches, and each arm, with ``n``; ``tie``, Cramér's V of the two verdicts; ``asked_tie``, of what was asked for
-        (real: is true), None if no site was (then the others are, too); ``site_found`` and ``site_missed``, a
-        measure each: how often the class is found where the site is, and where it is not; and ``moved``: the mean total
-        variation distance, 0 to 1, of the class verdicts at a site from those over all sites, both of one asked class,
-        with ``limit``, which 97.5 % of random assignments of sites stay below, and ``beyond``, whether it is above that
-        and above the real patches'. Or ``reason`` alone.
+        patches, and each arm, with ``n`` (patches of values that the probes can tell); ``tie``, Cramér's V of the two
+        verdicts; ``asked_tie``, of what was asked for (real: is true), None if no site was (then the others are, too);
+        ``site_found`` and ``site_missed``, a measure each: how often the class is found where the site is, and where it
+        is not; and ``moved``: the mean total variation distance, 0 to 1, of the class verdicts at a site from those
+        over all sites, both of one asked class, with ``limit``, which 97.5 % of random assignments of sites stay below,
+        and ``beyond``, whether it is above that and above the real patches'. Or ``reason`` alone.
     """
     names = (study.class_field, study.site_field)
     if missing := [name for name in names if name not in verdicts]:
@@ -45,14 +45,23 @@ def leakage(study: Study, verdicts: Mapping[str, Verdicts], resamples: int, seed
     tumour, site = (verdicts[name] for name in names)
     truth = [study.index[name].to_numpy(str) for name in names]
     rows = study.reference
-    people = PatientResamples(study.patients[rows], resamples, seed)
-    sources = {"real": _source((truth[0][rows], truth[1][rows]), (tumour.real, site.real), seed, people)}
+    # What a probe cannot tell, missing values among it, says nothing of whether class and site come apart.
+    keep = np.isin(truth[0][rows], tumour.values) & np.isin(truth[1][rows], site.values)
+    people = PatientResamples(study.patients[rows[keep]], resamples, seed)
+    real = (truth[0][rows[keep]], truth[1][rows[keep]]), (tumour.real[keep], site.real[keep])
+    sources = {"real": _source(*real, seed, people)}
     for arm in study.arms.values():
         if arm.name not in tumour.arms or study.class_field not in arm.fields:
             continue
-        asked = [arm.index[name].to_numpy(str) if name in arm.fields else None for name in names]
-        found = (tumour.arms[arm.name], site.arms[arm.name])
-        sources[arm.name] = _source((asked[0], asked[1]), found, seed)
+        asked = (
+            arm.index[names[0]].to_numpy(str),
+            arm.index[names[1]].to_numpy(str) if names[1] in arm.fields else None,
+        )
+        keep = np.isin(asked[0], tumour.values) & (True if asked[1] is None else np.isin(asked[1], site.values))
+        if not keep.any():
+            continue
+        wanted = (asked[0][keep], None if asked[1] is None else asked[1][keep])
+        sources[arm.name] = _source(wanted, (tumour.arms[arm.name][keep], site.arms[arm.name][keep]), seed)
     for record in sources.values():
         if record["moved"]:
             bound = max(record["moved"]["limit"], sources["real"]["moved"]["value"])
@@ -67,14 +76,13 @@ def _tie(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def _source(
-    asked: tuple[np.ndarray | None, np.ndarray | None],
+    asked: tuple[np.ndarray, np.ndarray | None],
     found: tuple[np.ndarray, np.ndarray],
     seed: int,
     people: PatientResamples | None = None,
 ) -> dict[str, Any]:
     """One source of patches: real ones with their patients, or samples, which are independent draws."""
     (tumour, site), (seen_tumour, seen_site) = asked, found
-    assert tumour is not None
     record: dict[str, Any] = {"n": len(tumour), "tie": _tie(seen_tumour, seen_site), "asked_tie": None,
                               "site_found": None, "site_missed": None, "moved": None}  # fmt: skip
     if site is None:

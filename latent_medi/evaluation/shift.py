@@ -49,7 +49,8 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
     column = _pool(dataset, settings)
     out = Path(settings.out)
     record_file = out / "settings.json"
-    asked = {key: value for key, value in asdict(settings).items() if key != "mean"}
+    left_out = {"mean"} | (set() if settings.models else {"models"})
+    asked = {key: value for key, value in asdict(settings).items() if key not in left_out}
     if record_file.is_file() and read_json(record_file) != asked:
         raise UserError(f"{out} holds another benchmark.", "Choose another folder, or remove this one first.")
     pool = dataset.index[column == "train"]

@@ -20,6 +20,8 @@ _LOOKS = {
     "cls": ("CLS", "#56B4E9", "D", "--"), "medi": ("MeDi", "#0072B2", "*", "-"),
     "oracle": ("oracle", "#009E73", "P", ":"),
 }  # fmt: skip
+_ALIKE = ("split", "per_site", "class_field", "site_field", "experiment", "changes")
+"""Settings that benchmarks with a mean share."""
 SCORES = ("accuracy_shift", "recall", "false_positive_rate")
 
 
@@ -50,7 +52,7 @@ def write_result(result: Mapping[str, Any], out: Path) -> None:
 
 
 def mean_of_seeds(folders: Sequence[str], out: str) -> dict[str, Any]:
-    """Average finished benchmarks that differ in their seeds, and write the result as one benchmark's.
+    """Average finished benchmarks of several seeds or rotating targets, and write the result as one benchmark's.
 
     Args:
         folders: Folders of finished benchmarks, two or more, with the same levels, or their ``shift.json``.
@@ -62,7 +64,8 @@ def mean_of_seeds(folders: Sequence[str], out: str) -> dict[str, Any]:
         ``over_stain_transfer_sem`` its standard error. ``seeds`` and ``targets`` are lists over the benchmarks.
 
     Raises:
-        UserError: Fewer than two, one that is not finished, other levels, or the same benchmark twice.
+        UserError: Fewer than two, one that is not finished, other levels or settings, the same benchmark twice, or a
+            folder ``out`` that is one of them.
     """
     if len(folders) < 2:
         raise UserError("A mean takes two benchmarks or more.", "latent-medi benchmark-shift --mean RUN RUN … out=…")
@@ -74,10 +77,18 @@ def mean_of_seeds(folders: Sequence[str], out: str) -> dict[str, Any]:
             raise UserError(f"{file} is a mean itself.", "Name the benchmarks that it was made of.")
         if own != levels[0]:
             raise UserError(f"{file} has the levels {own}, {files[0]} {levels[0]}.", "Only equal levels have a mean.")
+        if other := [key for key in _ALIKE if run["settings"].get(key) != runs[0]["settings"].get(key)]:
+            raise UserError(
+                f"{file} has {other[0]}={run['settings'].get(other[0])!r}, {files[0]} "
+                f"{runs[0]['settings'].get(other[0])!r}.",
+                "Benchmarks that differ in more than seed, patients and targets have no mean.",
+            )
+        if file.parent.resolve() == Path(out).resolve():
+            raise UserError(f"The mean would replace {file}.", "Give another folder with out=…")
     seeds = [run["settings"]["seed"] for run in runs]
     made_of = [(run["settings"]["seed"], str(run["targets"]), run["settings"]["data"]) for run in runs]
     if twice := [key for key in made_of if made_of.count(key) > 1]:
-        raise UserError(f"Seed {twice[0][0]} is given twice.", "Name each benchmark once.")
+        raise UserError(f"A benchmark of seed {twice[0][0]} is given twice.", "Name each benchmark once.")
     records = [_averaged([run["levels"][i] for run in runs]) for i in range(len(levels[0]))]
     result = {"seeds": seeds, "targets": [run["targets"] for run in runs], "levels": records,
               "loss": {name: mean(run["loss"].get(name) for run in runs) for name in runs[0]["loss"]}}  # fmt: skip
@@ -125,7 +136,7 @@ def shift_text(result: Mapping[str, Any]) -> str:
     names = [name for name in SHOWN if any(name in record["arms"] for record in records)]
     lines = ["Balanced accuracy at the targets' sites, all classes, as class and site are tied together"]
     if "seeds" in result:
-        lines[0] += f"; mean of {len(result['seeds'])} seeds ± standard error"
+        lines[0] += f"; mean of {len(result['seeds'])} benchmarks ± standard error"
     lines += ["", f"  {'level':>6}{'tie':>6}{'patients':>10}" + "".join(f"{_LOOKS[name][0]:>16}" for name in names)]
     for record in records:
         cells = "".join(f"{_cell(record['arms'].get(name, {})):>16}" for name in names)

@@ -244,7 +244,7 @@ def describe(plan: pd.DataFrame, maker: Maker, model_hash: str) -> dict[str, Any
         **({"adapters": stacked} if stacked else {}),
         "autoencoder": pipeline.autoencoder.hash,
         "trained_on": pipeline.provenance.get("name", ""),
-        "seen": pipeline.provenance.get("seen"),
+        **({"seen": maker.seen} if maker.seen["parts"] else {}),
         "plan": {"sha256": hashlib.sha256(table.encode()).hexdigest(), "rows": plan.to_dict("records")},
         **maker.description(),
         "device_batch": settings.device_batch,

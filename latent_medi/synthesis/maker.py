@@ -18,6 +18,7 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Field, Schema
+from latent_medi.metadata.seen import together
 from latent_medi.progress import get_logger
 from latent_medi.synthesis.plan import Sample
 from latent_medi.synthesis.settings import GenerateSettings
@@ -34,6 +35,7 @@ class Maker:
 
     Attributes:
         batch: Samples per forward pass: the settings', halved each time that the device's memory was full.
+        seen: Which combinations the model and what guides it were shown, see :mod:`latent_medi.metadata.seen`.
 
     Raises:
         UserError: A guide that does not go with the model.
@@ -44,6 +46,7 @@ class Maker:
         self.batch = settings.device_batch
         self.weak: Autoguidance | None = None
         self._weak_hash = ""
+        shown = [pipeline.provenance.get("seen")]
         if settings.autoguidance.model:
             other = MediPipeline.from_pretrained(settings.autoguidance.model, autoencoder=pipeline.autoencoder)
             check_weaker(pipeline, other, settings.autoguidance.model)
@@ -51,12 +54,16 @@ class Maker:
                 other.denoiser.to(pipeline.unet.device), settings.autoguidance.scale, settings.autoguidance.interval
             )
             self._weak_hash = other.model_hash
+            shown.append(other.provenance.get("seen"))
 
         self.classifier: LatentClassifier | None = None
         if settings.classifier.model:
             self.classifier = LatentClassifier.from_pretrained(settings.classifier.model, pipeline.unet.device)
             self.classifier.check_model(pipeline)
+            shown.append(self.classifier.provenance.get("seen"))
             self._guide(self.classifier.values[:1])  # a wrong interval is told now
+
+        self.seen = together(*shown)
 
     @property
     def schema(self) -> Schema:

@@ -228,7 +228,7 @@ def describe(asked: Request, pipeline: MediPipeline, settings: TranslateSettings
         **({"adapters": stacked} if stacked else {}),
         "autoencoder": pipeline.autoencoder.hash,
         "trained_on": pipeline.provenance.get("name", ""),
-        "seen": pipeline.provenance.get("seen"),
+        **({"seen": seen} if (seen := pipeline.provenance.get("seen")) else {}),
         "source": {
             "name": asked.data.name,
             "sha256": _digest({"shards": shards, "rows": keys, "fields": asked.source}),

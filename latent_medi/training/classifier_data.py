@@ -11,6 +11,7 @@ import torch
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field
+from latent_medi.metadata.seen import seen_in
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
@@ -75,7 +76,7 @@ def open_parts(
     balance = [field.name] if settings.balance is None else settings.balance
     weights = cell_weights(dataset, rows, balance, settings.balance_temperature)
     info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
-    info |= {"training_patients": int(table["patient"].nunique())}
+    info |= {"training_patients": int(table["patient"].nunique()), "seen": seen_in(table, dataset.schema)}
     conditions = Conditions.from_schema(schema, table[[field.name]])
     data = TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
 

@@ -147,6 +147,19 @@ def test_the_folder_has_the_layout_and_nothing_that_runs(folder, schema):
     assert "from_pretrained" in card
 
 
+def test_the_card_does_not_list_every_combination(pipe, tmp_path):
+    rows = [["a|b", f"hospital-{i}", 1] for i in range(5000)]
+    seen = {"complete": True, "parts": [{"fields": ["class", "site"], "rows": rows}]}
+    known = dict(pipe.provenance)
+    pipe.provenance["seen"] = seen
+    pipe.save_pretrained(tmp_path / "model")
+    pipe.provenance = known
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert len(card) < 20_000
+    assert "| training combinations | 5000, listed in provenance.json |" in card
+    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["seen"] == seen
+
+
 def test_round_trip_in_this_process(pipe, folder, tmp_path):
     loaded = MediPipeline.from_pretrained(folder)
     assert loaded.model_hash == pipe.model_hash

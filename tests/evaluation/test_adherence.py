@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,10 @@ from evaluation_world import CLASSES, SCHEMA, SITES, SIZE, World, filters, rende
 
 from latent_medi.evaluation import adherence, leakage, stain
 from latent_medi.evaluation.evaluate import study_features
+from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Study, open_study
 from latent_medi.features.colour import fit_stain, stain_angles, tissue_density
+from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.writer import Patch, write_dataset
 
 
@@ -119,3 +124,56 @@ def test_density_is_that_of_the_tissue() -> None:
     assert np.isnan(density[2]).all()
     stats = fit_stain(images)
     assert stain_angles(stats, stats) == pytest.approx((0, 0), abs=1e-4)
+
+
+def test_an_unequal_mix_of_classes_is_no_other_stain(tmp_path: Path) -> None:
+    """A dark class that one side has more of moves no density, and what one side lacks is not compared."""
+    rng = np.random.default_rng(0)
+    dark = {"a": 60, "b": 150}
+    amounts = {"train": {"a": 8, "b": 8}, "probe": {"a": 2, "b": 14}, "test": {"a": 14, "b": 2}}
+    patches, split = [], {}
+    for part, counts in amounts.items():
+        for tumour, count in counts.items():
+            for site, tint in (("x", (1, 1, 1)), ("y", (1, 1.2, 1))):
+                for number in range(count):
+                    patient = f"{part}{tumour}{site}{number}"
+                    split[patient] = part
+                    image = np.clip(np.array(tint) * dark[tumour] + rng.normal(0, 3, (16, 16, 3)), 0, 255)
+                    fields = {"class": tumour, "site": site}
+                    patches.append(
+                        Patch(f"{patient}/0", image.astype(np.uint8), patient, patient, 0, 0, 0.5, fields)
+                    )  # fmt: skip
+    schema = Schema((Field("class", "class", ("a", "b")), Field("site", "categorical", ("x", "y"))))
+    write_dataset(tmp_path / "real", patches, "mix", schema, 16, 0.5, splits={"main": (split, {})})
+    samples = [
+        replace(p, key=f"s/{p.key}", patient="s", origin="synthetic") for p in patches if p.fields["class"] == "b"
+    ]
+    write_dataset(tmp_path / "b", samples, "b", schema, 16, 0.5)
+    held_out = [{"class": "b", "site": "y"}]
+    arms = {"medi": str(tmp_path / "b")}
+    settings = EvaluateSettings(real=str(tmp_path / "real"), synthetic=arms, held_out=held_out, unseen=False)
+    for cell in stain.stain(open_study(settings), 20, 0)["cells"]:
+        for source in ("real", "medi"):
+            assert cell["sources"][source]["distance"] < 0.01, (cell["name"], source)
+            assert cell["sources"][source]["nearest"]["value"] > 0.95
+
+
+def test_what_no_probe_can_tell_is_left_out(study: Study) -> None:
+    """Perfect probes, and a fifth of the sites and of the classes unknown: what is left is right throughout."""
+    rows = study.reference
+    names = (study.class_field, study.site_field)
+    truth = [study.index[name].to_numpy(str).astype(object) for name in names]
+    verdicts = {
+        name: adherence.Verdicts(sorted(set(values)), values[rows].astype(str), {}, True, 9)
+        for name, values in zip(names, truth, strict=True)
+    }
+    index = study.index.copy()
+    for name, first in zip(names, (0, 1), strict=True):
+        column = index[name].astype(str).to_numpy(object)
+        column[rows[first::5]] = "unknown"
+        index[name] = column
+    partly = replace(study, real=SimpleNamespace(index=index))  # type: ignore[arg-type]
+    found = leakage.leakage(partly, verdicts, 20, 0)["sources"]["real"]
+    assert found["n"] == len(rows) - len(rows[0::5]) - len(rows[1::5])
+    assert found["site_found"]["value"] == 1
+    assert found["site_missed"]["n_patches"] == 0

@@ -81,11 +81,41 @@ def test_a_combination_of_one_patient_says_so(tmp_path: Path) -> None:
     assert alone["reason"] == "one patient"
     assert "kid" not in alone
     assert "b × x" in floors_text(result)
+    # Fewer than ten patients: a median, and no range to be mistaken for certainty.
+    assert {cell["kid"]["range"] for cell in found["cells"] if "kid" in cell} == {"not estimable"}
+    assert pd.read_csv(tmp_path / "out" / "floors.csv")["kid_low"].isna().all()
+
+
+def test_a_value_of_one_patient_lowers_no_ceiling(tmp_path: Path) -> None:
+    """It cannot be learned and judged; the others are told apart without fail."""
+    rng = np.random.default_rng(0)
+    patches, rows = [], []
+    for site, people, level in (("x", 12, 60), ("y", 12, 200), ("z", 1, 130), ("w", 1, 20)):
+        for number in range(people):
+            for i, tumour in enumerate(("a", "b")):
+                image = np.clip(level + 20 * i + rng.normal(0, 4, (16, 16, 3)), 0, 255).astype(np.uint8)
+                rows.append({"class": tumour, "site": site})
+                patches.append(
+                    Patch(f"{site}{number}/{i}", image, f"{site}{number}", f"{site}{number}", i, 0, 0.5, rows[-1])
+                )  # fmt: skip
+    write_dataset(
+        tmp_path / "data", patches, "lonely", Schema.from_table(pd.DataFrame(rows), "class", ["site"]), 16, 0.5
+    )
+    settings = FloorsSettings(data=str(tmp_path / "data"), out=str(tmp_path / "out"), colour_free=False, deals=20)
+    [found] = floors(settings, [filters()])["encoders"].values()
+    ceiling = found["ceilings"]["site"]
+    assert ceiling["value"] > 0.95
+    assert ceiling["chance"] == 0.5
+    assert not [name for name in ceiling["cells"] if name[-1] in "zw"]
 
 
 def test_bad_settings_are_explained(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="too few to tell a range"):
         floors(FloorsSettings(data=str(world.real), out=str(tmp_path), deals=3))
+    with pytest.raises(UserError, match=r"holds \d+ synthetic patches"):
+        floors(FloorsSettings(data=str(world.medi), out=str(tmp_path)))
+    with pytest.raises(UserError, match="no categorical field 'age'"):
+        floors(FloorsSettings(data=str(world.real), out=str(tmp_path), fields=["age"]))
     assert main(["floors", str(world.real), f"out={tmp_path}", "site_field=sitte"]) == 2
     error = capsys.readouterr().err
     assert "'sitte'" in error

@@ -131,11 +131,17 @@ def test_benchmarks_without_a_mean(tmp_path: Path) -> None:
     one, again = (finished(tmp_path / name, 0, [0.8, 0.7]) for name in ("one", "again"))
     with pytest.raises(UserError, match="two benchmarks or more"):
         mean_of_seeds([one], str(tmp_path / "out"))
-    with pytest.raises(UserError, match="Seed 0 is given twice"):
+    with pytest.raises(UserError, match="seed 0 is given twice"):
         mean_of_seeds([one, again], str(tmp_path / "out"))
     other = finished(tmp_path / "other", 1, [0.8, 0.7], levels=read_json(Path(one) / "shift.json")["levels"][:1])
     with pytest.raises(UserError, match=r"other.* has the levels \[0\.0\]"):
         mean_of_seeds([one, other], str(tmp_path / "out"))
+    coarse = finished(tmp_path / "coarse", 1, [0.8, 0.7], settings={"seed": 1, "data": "d", "changes": {"repeats": 1}})
+    with pytest.raises(UserError, match=r"coarse.* has changes="):
+        mean_of_seeds([one, coarse], str(tmp_path / "out"))
+    second = finished(tmp_path / "second", 1, [0.8, 0.7])
+    with pytest.raises(UserError, match=r"would replace .*one"):
+        mean_of_seeds([one, second], one)
     with pytest.raises(UserError, match=r"missing.* does not exist"):
         mean_of_seeds([one, str(tmp_path / "missing")], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

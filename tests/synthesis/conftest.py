@@ -20,6 +20,15 @@ from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
 from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
 from latent_medi.metadata.schema import Schema
 
+SEEN = {
+    "complete": True,
+    "parts": [
+        {"fields": ["class", "site"], "rows": [["benign", "NA", 2], ["benign", "aster", 6], ["benign", "birch", 4],
+                                               ["tumour", "NA", 3], ["tumour", "aster", 3]]}
+    ],
+}  # fmt: skip
+"""What the models say that they were shown: the table below."""
+
 
 @pytest.fixture(scope="session")
 def table() -> pd.DataFrame:
@@ -64,7 +73,7 @@ def make_model(folder: Path, schema: Schema) -> Path:
         conditioner = MetadataConditioner(schema.to_dict(), model.embed_dim, dropout_patterns=patterns)
     denoiser = Denoiser(build_unet(model, 4, 8, conditional=bool(schema.fields)), conditioner)
     autoencoder = load_autoencoder(str(folder / "autoencoder"))
-    facts = {"name": "tiny", "mpp": 0.5, "patch_size": 32}
+    facts = {"name": "tiny", "mpp": 0.5, "patch_size": 32, "seen": SEEN}
     pipeline = MediPipeline.from_parts(denoiser, ObjectiveSettings(), autoencoder, torch.zeros(4), torch.ones(4), facts)
     pipeline.save_pretrained(folder / "model")
     return folder / "model"

@@ -28,6 +28,7 @@ from latent_medi.diffusion.settings import (
 )
 from latent_medi.errors import Preempted, UserError
 from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.seen import saw
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.synthesis import generate as module
 from latent_medi.synthesis.generate import generate, generate_plan
@@ -322,11 +323,15 @@ def test_one_combination_without_a_plan(
         assert why in capsys.readouterr().err
 
 
+UNSEEN = ["tumour", "birch", 1]  # a combination that the model was not shown, and a number of patches
+
+
 def test_a_weaker_model_guides(plan: pd.DataFrame, model: Path, class_model: Path, tmp_path: Path) -> None:
     pipeline = MediPipeline.from_pretrained(model)
     with torch.no_grad():
         for parameter in pipeline.unet.parameters():
             parameter.mul_(0.9)
+    pipeline.provenance["seen"] = {"complete": True, "parts": [{"fields": ["class", "site"], "rows": [UNSEEN]}]}
     pipeline.save_pretrained(tmp_path / "weak")
     guided = replace(SETTINGS, autoguidance=AutoguidanceSettings(str(tmp_path / "weak"), 2.0))
     made = generate_plan(plan, model, tmp_path / "guided", guided)
@@ -335,6 +340,11 @@ def test_a_weaker_model_guides(plan: pd.DataFrame, model: Path, class_model: Pat
     told = made.info["provenance"]["autoguidance"]
     assert told == {"model": pipeline.model_hash, "scale": 2.0, "interval": [0.0, 1.0]}
     assert "autoguidance" not in plain.info["provenance"]
+    # What guides has been shown something too.
+    asked = dict(zip(("class", "site"), UNSEEN[:2], strict=True))
+    assert saw(made.info["provenance"]["seen"], asked) is True
+    assert saw(plain.info["provenance"]["seen"], asked) is False
+    assert saw(plain.info["provenance"]["seen"], {"class": "tumour", "site": "aster"}) is True
     with pytest.raises(UserError, match="another fields"):
         generate_plan(
             plan, model, tmp_path / "no", replace(guided, autoguidance=AutoguidanceSettings(str(class_model)))
@@ -370,6 +380,7 @@ def test_a_classifier_guides_a_model_that_knows_no_field(
     told = made.info["provenance"]["classifier"]
     assert (told["field"], told["scale"], told["interval"]) == ("class", 8.0, [0.005, 1.0])
     assert told["model"] == LatentClassifier.from_pretrained(folder).hash
+    assert saw(made.info["provenance"]["seen"], {"class": "tumour", "site": "birch"}) is None  # it does not say
     # Each image is guided to its own class: the other one gives another image, and no guidance a third.
     other = generate_plan(plan.assign(**{"class": ["benign", "tumour"]}), unconditional, tmp_path / "other", guided)
     still = replace(guided, classifier=ClassifierGuidanceSettings(str(folder), 0.0))

@@ -75,6 +75,7 @@ def test_dataset_says_what_it_is(settings: TranslateSettings, cohort: PatchDatas
     assert (made.patch_size, made.info["mpp"]) == (32, 0.5)
     provenance = made.info["provenance"]
     assert (provenance["kind"], provenance["model"], provenance["strength"]) == ("synthetic", made_by, 0.5)
+    assert provenance["seen"] == MediPipeline.from_pretrained(model).provenance["seen"]
     assert provenance["source"]["selection"] == {"where": {"site": "aster"}, "split_main": "train"}
     images = made.read(np.arange(len(made)))
     assert not np.array_equal(images, cohort.read(rows))
