@@ -47,6 +47,8 @@ def leakage(study: Study, verdicts: Mapping[str, Verdicts], resamples: int, seed
     rows = study.reference
     # What a probe cannot tell, missing values among it, says nothing of whether class and site come apart.
     keep = np.isin(truth[0][rows], tumour.values) & np.isin(truth[1][rows], site.values)
+    if not keep.any():
+        return {"reason": "no real test patch has a class and a site that the probes can tell"}
     people = PatientResamples(study.patients[rows[keep]], resamples, seed)
     real = (truth[0][rows[keep]], truth[1][rows[keep]]), (tumour.real[keep], site.real[keep])
     sources = {"real": _source(*real, seed, people)}

@@ -177,3 +177,14 @@ def test_what_no_probe_can_tell_is_left_out(study: Study) -> None:
     assert found["n"] == len(rows) - len(rows[0::5]) - len(rows[1::5])
     assert found["site_found"]["value"] == 1
     assert found["site_missed"]["n_patches"] == 0
+
+
+def test_test_patients_of_a_site_that_no_probe_knows(study: Study) -> None:
+    """An external hospital: there is nothing to hold the samples against, and that is said."""
+    rows = study.reference
+    classes = study.index[study.class_field].to_numpy(str)
+    verdicts = {
+        study.class_field: adherence.Verdicts(sorted(set(classes)), classes[rows], {}, True, 9),
+        study.site_field: adherence.Verdicts(["elsewhere", "far away"], np.full(len(rows), "elsewhere"), {}, True, 9),
+    }
+    assert "no real test patch" in leakage.leakage(study, verdicts, 20, 0)["reason"]

@@ -241,6 +241,20 @@ def test_missing_parts_are_left_out(evaluated: dict[str, Any], tmp_path: Path) -
         _Page(render_report(evaluated, tmp_path / "r.html", sections=[section]).read_text())
 
 
+def test_leakage_and_stain_are_shown_and_a_reason_alone_is_not(
+    evaluated: dict[str, Any], page_text: str, tmp_path: Path
+) -> None:
+    assert "Does the site change the class?" in page_text
+    assert "Stain asked for and obtained" in page_text
+    metrics = copy.deepcopy(evaluated)
+    metrics["stain"] = {"cells": [], "reason": "fewer than two sites in training"}
+    for found in metrics["adherence"].values():
+        found["leakage"] = {"reason": "no probe of site"}
+    text = render_report(metrics, tmp_path / "reasons.html").read_text()
+    assert "Does the site change the class?" not in text
+    assert "Stain asked for and obtained" not in text
+
+
 def test_folders_can_be_given(evaluated: dict[str, Any], small_world: World, tmp_path: Path) -> None:
     metrics = copy.deepcopy(evaluated)
     metrics["dataset"]["folder"] = "gone"
