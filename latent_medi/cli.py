@@ -31,6 +31,18 @@ def _run(words: list[str]) -> Printed:
     return experiment.run(config.parse(experiment.ExperimentSettings, words, "run"))
 
 
+_SHARDS = """latent-medi shards WHAT …
+
+  images    a table of images and metadata into a dataset folder
+  slides    patches of whole slides into a dataset folder
+  demo      the demo's procedural tissue as a dataset folder
+  info      counts by every pair of fields, with heat maps
+  verify    whether a dataset folder is whole
+  RECIPE    a public dataset's own layout into a dataset folder
+
+`latent-medi shards WHAT --help` lists its settings. Recipes: """
+
+
 def _shards(words: list[str]) -> Printed:
     what = words[0] if words and not words[0].startswith("-") else ""
     if what == "verify":
@@ -65,12 +77,15 @@ def _shards(words: list[str]) -> Printed:
         dataset = build_folder(config.parse(CohortFolderSettings, words[1:], "shards demo"))
         return {"folder": str(dataset.folder), "patches": len(dataset)}
     if not what:
-        print("latent-medi shards images|slides|demo|verify|info|RECIPE …\nrecipes: " + ", ".join(recipes()))
+        print(_SHARDS + ", ".join(recipes()))
         return {"recipes": list(recipes())}
     return load_recipe(what).main(words[1:]) or {}
 
 
 def _only_folder(words: Sequence[str], verb: str) -> Path:
+    if {"-h", "--help"} & set(words):
+        print(f"latent-medi {verb} FOLDER\n\nReads every shard and names what is damaged, missing or does not agree.")
+        sys.exit(0)
     if len(words) != 1:
         raise UserError(f"`latent-medi {verb}` takes one folder.", f"latent-medi {verb} runs/demo/data")
     return Path(words[0])
@@ -314,7 +329,7 @@ def _usage() -> str:
         "latent-medi VERB [--config NAME] [key=value …] [--json FILE]",
         "",
     ]
-    lines += [f"  {verb:<14}{text}" for verb, (_, text) in VERBS.items()]
+    lines += [f"  {verb:<17}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join([*lines, "", "`latent-medi VERB --help` lists the settings of a verb."])
 
 

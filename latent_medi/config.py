@@ -98,6 +98,14 @@ def _types(settings_class: type, dotted: str) -> tuple[Any, ...]:
     return _alternatives(annotation)
 
 
+def _spelled(settings_class: type, dotted: str) -> str:
+    """A key with ``_`` for ``-``, as settings are named; the free keys of a mapping, such as phikon-v2, stay."""
+    head, dot, rest = dotted.partition(".")
+    head = head.replace("-", "_")
+    inner = _dataclass_in(typing.get_type_hints(settings_class).get(head))
+    return f"{head}{dot}{_spelled(inner, rest) if inner is not None else rest}"
+
+
 def _is_mapping(settings_class: type, dotted: str) -> bool:
     """Whether the setting of that key is a mapping with free keys."""
     return any(typing.get_origin(candidate) is dict for candidate in _types(settings_class, dotted))
@@ -231,7 +239,7 @@ def parse(
             else:
                 text = words[index]
                 index += 1
-                if _takes_words(settings_class, key.replace("-", "_")) and not _is_yaml_list(text):
+                if _takes_words(settings_class, _spelled(settings_class, key)) and not _is_yaml_list(text):
                     items = [text]
                     while index < len(words) and not _is_setting(settings_class, words[index]):
                         items.append(words[index])
@@ -242,7 +250,7 @@ def parse(
             check_keys(settings_class, loaded, str(find_config(text)))
             values = merge(values, loaded)
             continue
-        key = key.replace("-", "_")
+        key = _spelled(settings_class, key)
         check_keys(settings_class, _nested(key, None), f"latent-medi {verb}".strip())
         inner, equals, rest = text.partition("=")
         # --to site=radboud is to.site=radboud

@@ -203,6 +203,14 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
         stages.run("shards", {"data": settings.data, "split": settings.split}, lambda: None)
     else:
         stages.run("shards", made_of, lambda: build(settings, data), ["data"])
+    training = {arm: _train_settings(settings, arm, folder) for arm in ARMS}
+    derived = {
+        "real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder),
+        "held_out": settings.held_out, "split": settings.split, "encoders": settings.encoders,
+        "weights": settings.weights, "site_field": settings.site_field, "seed": settings.seed,
+    }  # fmt: skip
+    judging = config.merge(derived, settings.evaluate)
+    _look_ahead(training, judging)
     stages.run("audit", plain["held_out"], lambda: _audit(settings, folder), ["audit.json", "audit.txt"])
 
     def encode_all() -> None:
@@ -216,7 +224,6 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
 
     stages.run("encode", settings.autoencoder, encode_all, [] if settings.latents else ["latents"])
 
-    training = {arm: _train_settings(settings, arm, folder) for arm in ARMS}
     trained = {arm: values for arm, values in training.items() if arm not in settings.models}
 
     def train_all() -> None:
@@ -254,12 +261,6 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
 
     stages.run("sample", plain["generate"], sample_all, ["synthetic"])
 
-    derived = {
-        "real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder),
-        "held_out": settings.held_out, "split": settings.split, "encoders": settings.encoders,
-        "weights": settings.weights, "site_field": settings.site_field, "seed": settings.seed,
-    }  # fmt: skip
-    judging = config.merge(derived, settings.evaluate)
     made = ["metrics.json", "predictions.csv", "reference", "features"]
     stages.run("evaluate", judging, lambda: evaluate(config.build(EvaluateSettings, judging)), made)
     metrics = read_json(folder / "metrics.json")
@@ -276,6 +277,25 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     total = duration(sum(stages.seconds.values()))
     print(f"\n{headline_text(record)}\n\n{total} in all. Report: {folder / 'report.html'}")
     return record
+
+
+def _look_ahead(training: dict[str, dict[str, Any]], judging: dict[str, Any]) -> None:
+    """Find out now what would otherwise end the evaluation, after hours of training.
+
+    Raises:
+        UserError: Training settings that do not build a network; a split, field or held-out combination that the
+            dataset does not have; an encoder that cannot be loaded.
+    """
+    from latent_medi.evaluation.settings import EvaluateSettings
+    from latent_medi.evaluation.study import open_study
+    from latent_medi.features.encoders import load_encoder
+    from latent_medi.training.settings import TrainSettings
+
+    for values in training.values():
+        config.build(TrainSettings, values).model.resolved()
+    open_study(config.build(EvaluateSettings, {**judging, "synthetic": {}, "selected": {}}))
+    for name in judging["encoders"]:
+        load_encoder(name, judging["weights"].get(name))
 
 
 def _given(settings: ExperimentSettings, arm: str) -> Source:
@@ -306,14 +326,11 @@ def _given(settings: ExperimentSettings, arm: str) -> Source:
 
 def _audit(settings: ExperimentSettings, folder: Path) -> None:
     from latent_medi.metadata.audit import audit, audit_text
-    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 
     dataset = PatchDataset.open(_data(settings, folder))
-    result = audit(
-        dataset.index[dataset.index[f"split_{settings.split}"] == "train"],
-        dataset.schema,
-        requested=settings.held_out or None,
-    )
+    rows = dataset.rows({SPLIT_PREFIX + settings.split: "train"})
+    result = audit(dataset.index.iloc[rows], dataset.schema, requested=settings.held_out or None)
     write_json(folder / "audit.json", result)
     write_text(folder / "audit.txt", audit_text(result))
     print(audit_text(result))
@@ -321,13 +338,13 @@ def _audit(settings: ExperimentSettings, folder: Path) -> None:
 
 def _plan(settings: ExperimentSettings, folder: Path) -> None:
     """MeDi: every combination, the unseen ones more often. CLS: as many patches of each class."""
-    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
     from latent_medi.synthesis.plan import stable_seed, write_plan
     from latent_medi.synthesis.planner import make_plan
     from latent_medi.synthesis.settings import PlanSettings
 
     dataset = PatchDataset.open(_data(settings, folder))
-    index = dataset.index[dataset.index[f"split_{settings.split}"] == "train"]
+    index = dataset.index.iloc[dataset.rows({SPLIT_PREFIX + settings.split: "train"})]
     fields = settings.plan_fields
     asked = PlanSettings(
         goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields, draw_from="all"

@@ -6,7 +6,7 @@ what an evaluation must find is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,9 +127,14 @@ class World:
         return EvaluateSettings(**(base | changes))  # type: ignore[arg-type]
 
 
-def write_real(folder: Path, size: Size, seed: int = 0, merge_probe: bool = False) -> PatchDataset:
+def write_real(
+    folder: Path, size: Size, seed: int = 0, merge_probe: bool = False, classes: Sequence[str] = CLASSES
+) -> PatchDataset:
     """The real dataset with its split "main"; ``merge_probe`` leaves the probe patients out."""
-    patches = [p for p in real_patches(size, seed) if not (merge_probe and p.patient.startswith("probe"))]
+    patches = [
+        p for p in real_patches(size, seed)
+        if p.fields["class"] in classes and not (merge_probe and p.patient.startswith("probe"))
+    ]  # fmt: skip
     split = {p.patient: p.patient.split("-")[0] for p in patches}
     return write_dataset(folder, patches, "planted", SCHEMA, SIZE, 0.5, splits={"main": (split, {"kind": "planted"})})
 

@@ -25,6 +25,22 @@ def test_help_of_every_verb_describes_its_settings(verb: str, capsys: pytest.Cap
     assert "--out" in text or "--data" in text
 
 
+@pytest.mark.parametrize("words", [["shards", "verify", "--help"], ["shards", "images", "--help"]])
+def test_help_of_a_kind_of_shards(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run_verb(words)
+    assert ended.value.code == 0
+    assert f"latent-medi {words[0]} {words[1]}" in capsys.readouterr().out
+
+
+def test_usage_has_a_line_per_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run_verb(["--help"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {line[0] for line in lines if line} >= set(cli.VERBS)
+    cli.run_verb(["shards", "--help"])
+    assert "prostate" in capsys.readouterr().out
+
+
 def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert "'train'" in capsys.readouterr().err

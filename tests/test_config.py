@@ -61,6 +61,9 @@ def test_later_words_win_over_files_and_files_over_defaults(tmp_path: Path) -> N
 
 def test_entries_of_a_mapping_can_be_set_one_by_one() -> None:
     assert config.parse(Settings, ["data=x", "weights.a=p", "weights.b=q"]).weights == {"a": "p", "b": "q"}
+    assert config.parse(Settings, ["data=x", "--weights.phikon-v2", "p"]).weights == {
+        "phikon-v2": "p"
+    }  # a name, as it is
 
 
 @pytest.mark.parametrize("words", [["--network.width", "16"], ["--network.width=16"], ["network.width=16"]])
@@ -120,6 +123,7 @@ def test_saved_settings_give_themselves_again(tmp_path: Path) -> None:
 
 
 def test_every_packaged_configuration_fits_its_settings() -> None:
+    from latent_medi.diffusion.settings import ModelSettings
     from latent_medi.experiment import ExperimentSettings
     from latent_medi.latents.settings import EncodeSettings
     from latent_medi.training.classifier_settings import ClassifierSettings
@@ -135,7 +139,11 @@ def test_every_packaged_configuration_fits_its_settings() -> None:
         if path.parent.name == "presets" or path.stem.endswith("_faithful"):  # what data they are for is added
             values = {"data": "data", "out": "out", **values}
         settings_class = kinds.get(path.stem) or (ExperimentSettings if "recipe" in values else TrainSettings)
-        config.build(settings_class, values)
+        settings = config.build(settings_class, values)
+        arms = [settings.medi, settings.cls] if isinstance(settings, ExperimentSettings) else []
+        for model in [config.load_yaml(arm)["model"] for arm in arms] or [values.get("model")] * ("model" in values):
+            if settings_class is not ClassifierSettings:
+                config.build(ModelSettings, model).resolved()  # channels and preset do not contradict each other
     assert found >= 5
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from parts import make_autoencoder, make_cohort, small_model
 
+from latent_medi.config import build
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -18,6 +19,7 @@ from latent_medi.errors import UserError
 from latent_medi.experiment import ExperimentSettings, _plan, run
 from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
 from latent_medi.metadata.schema import Field, Schema
+from latent_medi.shards.dataset import PatchDataset
 
 
 def test_few_patients_are_not_unseen(tmp_path: Path) -> None:
@@ -57,3 +59,24 @@ def test_given_models_are_looked_at_before_anything_runs(tmp_path: Path) -> None
             run(ExperimentSettings(out=str(tmp_path / "out"), held_out=held_out, models=models))
     assert (own / "model_index.json").is_file()
     assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: Path, tmp_path: Path) -> None:
+    dataset = PatchDataset.open(tiny / "data")
+    last = dataset.index.iloc[-1]
+    there = {"data": str(tiny / "data"), "held_out": [{"class": last["class"], "site": last["site"]}]}
+    judged = {"evaluate": {"unseen": False}}
+    contradictory = tmp_path / "own.yaml"
+    contradictory.write_text("base: prostate/medi\nmodel: {preset: L}\n")
+    for changes, why in (
+        ({"split": "wilds"}, "has no split 'wilds'"),
+        ({"held_out": []}, "No held-out combination is given"),
+        ({}, "is not held out: .* training patches have it"),
+        (judged | {"site_field": "hospital"}, "has no field 'hospital'"),
+        (judged | {"encoders": ["squeezenet"]}, "'squeezenet' needs its weights"),
+        (judged | {"medi": str(contradictory)}, "sets block_out_channels and attention, and others are given too"),
+    ):
+        settings = build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes)
+        with pytest.raises(UserError, match=why):
+            run(settings)
+        assert not (tmp_path / "out" / "audit.json").exists()

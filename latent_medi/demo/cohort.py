@@ -22,6 +22,7 @@ from joblib import Parallel, delayed
 
 from latent_medi.demo.settings import CohortFolderSettings, CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
+from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.files import remove, sha256_bytes
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
@@ -235,7 +236,7 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
     """
     cohort = patients(settings)
     parts = [cohort[i : i + _PATIENTS_PER_SHARD] for i in range(0, len(cohort), _PATIENTS_PER_SHARD)]
-    provenance = {"generator": "latent_medi.demo.cohort", "settings": asdict(settings)}
+    provenance = {"generator": DEMO_GENERATOR, "settings": asdict(settings)}
     split = {p.name: p.split for p in cohort}
     recipe = {"kind": "by patient", "held_out_of_train": [] if settings.train_patients else list(HELD_OUT)}
     told: dict[str, Any] = {"name": "procedural tissue", "patch_size": PATCH_SIZE, "mpp": MPP, "codec": "png"}

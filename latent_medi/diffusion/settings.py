@@ -246,7 +246,7 @@ class ClassifierGuidanceSettings:
     Args:
         model: Folder that `latent-medi classifier` wrote; empty: none. The plan's column of its field says what is
             wanted, whether or not the model itself knows that field.
-        scale: s; HistoDiffusion's is 10, and larger ones draw the class more surely at little cost in variety.
+        scale: s; HistoDiffusion's is 10, and larger ones draw the class more surely at a cost in variety.
         interval: Lowest and highest ᾱ between which it acts; above 0, where the latent is noise.
     """
 

@@ -34,39 +34,41 @@ class Patches:
         features: [N, d].
         classes: The class of each, [N]; of the real ones only.
         seen: The class that a probe sees in each, [N].
+        projected: The features in the few dimensions that the Fréchet distance is taken in where there are too few
+            patches for all, [N, k].
     """
 
     features: np.ndarray
     classes: np.ndarray | None = None
     seen: np.ndarray | None = None
+    projected: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> Patches:
         """Some of them."""
-        parts = (self.features, self.classes, self.seen)
+        parts = (self.features, self.classes, self.seen, self.projected)
         return Patches(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 
 
 Measures = Callable[[Patches, Patches], dict[str, float]]
 
 
-def measures_of(reference: Patches, sample: Patches, dims: int = 0, seed: int = 0) -> dict[str, float]:
+def measures_of(reference: Patches, sample: Patches, seed: int = 0) -> dict[str, float]:
     """All measures of one sample set.
 
     Args:
         reference: Real patches.
         sample: Patches to judge.
-        dims: Dimensions that the Fréchet distance is taken in, if above 0 (features are projected already); then it is
-            called ``fd_pca``.
         seed: Seed of subsamples above 2,000.
 
     Returns:
-        Distances, neighbourhood measures, and ``class_mix``: the total variation distance, 0 to 1, between the classes
-        that one probe sees in the two sets. A class that is hardly drawn, whatever was asked for, raises it.
+        Distances (``fd_pca`` instead of ``fd`` where features are projected), neighbourhood measures, and
+        ``class_mix``: the total variation distance, 0 to 1, between the classes that one probe sees in the two sets. A
+        class that is hardly drawn, whatever was asked for, raises it.
     """
     a, b = reference.features, sample.features
     result: dict[str, float] = {}
-    if dims:
-        result["fd_pca"] = frechet_distance(a[:, :dims], b[:, :dims])
+    if reference.projected is not None and sample.projected is not None:
+        result["fd_pca"] = frechet_distance(reference.projected, sample.projected)
     else:
         result["fd"] = frechet_distance(a, b)
     result["kid"] = kid(a, b, subsets=0)[0]
@@ -165,25 +167,26 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
     patients = [set(study.patients[rows]) for rows in (reference, other)]
     if min(map(len, patients)) < MIN_PATIENTS:
         return {"arms": {}, "reason": f"fewer than {MIN_PATIENTS} patients on one side"}
-    n = len(other)
     rng = np.random.default_rng([seed, 37])
-    if len(reference) > _MOST:
-        reference = np.sort(rng.choice(reference, _MOST, replace=False))
+
+    def few(rows: np.ndarray) -> np.ndarray:
+        return rows if len(rows) <= _MOST else np.sort(rng.choice(rows, _MOST, replace=False))
+
+    reference, other = few(reference), few(other)
+    n = len(other)
     rows = np.concatenate([reference, other])
     dim = features.real.shape[1]
     smallest = min(len(reference), n) // 2  # a deal may give one side fewer rows
     dims = 0 if full_rank(smallest, dim) else pca_dims(smallest, dim)
 
     classes = study.index[study.class_field].to_numpy(str)
-    learn = study.train
-    if len(learn) > _MOST:
-        learn = np.sort(rng.choice(learn, _MOST, replace=False))
+    learn = few(study.train)
     # From training patches alone: the patients that are dealt must be as new to it as the samples are.
-    probe = fit_probe(features.real[learn], classes[learn])
+    probe = fit_probe(features.real[learn], classes[learn]) if len(set(classes[learn])) > 1 else None
 
     def known(x: np.ndarray, truth: np.ndarray | None = None) -> Patches:
-        projected = features.basis.project(x, dim) if dims else np.asarray(x, np.float64)
-        return Patches(projected, truth, probe.predict(x))
+        seen = None if probe is None else probe.predict(x)
+        return Patches(np.asarray(x, np.float64), truth, seen, features.basis.project(x, dims) if dims else None)
 
     sides = deals(
         study.patients[rows], strata(study.index, rows, [study.class_field, study.site_field]),
@@ -192,10 +195,10 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
     pool, base = (known(features.real[part], classes[part]) for part in (rows, reference))
 
     def measures(a: Patches, b: Patches) -> dict[str, float]:
-        return measures_of(a, b, dims, seed)
+        return measures_of(a, b, seed)
 
     arms = {
-        name: judge(base, known(features.arms[name][mine]), pool, sides, measures)
+        name: judge(base, known(features.arms[name][few(mine)]), pool, sides, measures)
         for name, mine in cell.rows.items()
         if name != FLOOR
     }

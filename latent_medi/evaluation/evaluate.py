@@ -70,6 +70,11 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     out.mkdir(parents=True, exist_ok=True)
     study = open_study(settings)
     chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
+    if len({encoder.name for encoder in chosen}) < len(chosen):
+        raise UserError(
+            f"Two of the encoders are called alike: {', '.join(encoder.name for encoder in chosen)}.",
+            "Results stand under the name: name the folders apart.",
+        )
     if settings.colour_free:
         chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
     if accelerator.num_processes > 1:

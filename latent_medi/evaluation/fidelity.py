@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.evaluation.measures import PatientResamples, measure
-from latent_medi.evaluation.study import Arm, Combination, Matched, Study, among, describe, matches, strata
+from latent_medi.evaluation.measures import LEVEL, PatientResamples, measure, patients_in_turn
+from latent_medi.evaluation.study import UNTOLD, Arm, Combination, Matched, Study, among, describe, matches, strata
 from latent_medi.features.statistics import (
     RANK_DEFICIENT,
     Basis,
@@ -32,7 +32,12 @@ from latent_medi.features.statistics import (
 FLOOR = "floor"
 MIN_SAMPLES = 20
 """A cell with fewer patches than this on a side is listed, not judged."""
+MOST_MISMATCH = 0.2
+"""A side of which a larger share would be of another mix than the reference is listed, not judged."""
 _MAX_KERNEL = 3000
+"""Patches of a side that a kernel distance looks at; the kernel of all would grow with their square."""
+_MOST_EIGEN = 50
+"""Resamples of a large Fréchet distance, each of which costs a d³ eigenvalue problem."""
 
 
 @dataclass
@@ -114,8 +119,12 @@ def make_cell(study: Study, combination: Combination, seed: int) -> Cell:
         floor_rows, strata(study.index, floor_rows, open_fields), strata(study.index, cell.reference, open_fields)
     )
     for name, pool in list(pools.items()):
-        if pool.largest < MIN_SAMPLES:
+        if pool.missing > MOST_MISMATCH:
+            whose = "other real patients" if name == FLOOR else "its samples"
+            cell.skipped[name] = f"{whose} have nothing like {pool.missing:.0%} of the reference's mix"
+        elif pool.largest < MIN_SAMPLES:
             cell.skipped[name] = f"{pool.largest} samples match, fewer than {MIN_SAMPLES}"
+        if name in cell.skipped:
             del pools[name]
     if not pools:
         return cell
@@ -130,11 +139,7 @@ def _pool(study: Study, cell: Cell, arm: Arm) -> Matched:
     rows = np.flatnonzero(matches(arm.index, known))
     open_fields = [f for f in arm.fields if f not in cell.combination and f in study.categorical()]
     # A field that these samples were not given cannot be matched.
-    open_fields = [
-        f
-        for f in open_fields
-        if set(arm.index[f].astype(str).iloc[rows]) & set(study.index[f].astype(str).iloc[cell.reference])
-    ]
+    open_fields = [f for f in open_fields if set(arm.index[f].astype(str).iloc[rows]) - UNTOLD]
     return Matched(rows, strata(arm.index, rows, open_fields), strata(study.index, cell.reference, open_fields))
 
 
@@ -202,7 +207,8 @@ def summarise(
 
     Returns:
         ``metric``, ``rule``, ``dim``, ``pca_dims``, ``cells`` and ``summary`` (per arm and floor a measure, and
-        ``ratio``). A mean counts the cells that every arm and the floor have, so that it compares like with like.
+        ``ratio``), ``resamples``. A mean counts the cells that every arm and the floor have, so that it compares like
+        with like.
     """
     names = [*study.arms, FLOOR]
     dim = features.real.shape[1]
@@ -210,30 +216,32 @@ def summarise(
     smallest = min((min(len(c.reference), *(len(r) for r in c.rows.values())) for c in judged), default=0)
     valid, dims = full_rank(smallest, dim), pca_dims(smallest, dim)
     metric = "fd" if valid else "kid"
-    rows = np.concatenate([np.zeros(0, int), *(c.reference for c in judged)])
-    draws_by_patient = _Weights(study, seed, resamples, dim)
+    resamples = min(resamples, _MOST_EIGEN) if valid and dim > 128 else resamples
+    draws_by_patient = _Weights(study, seed, resamples)
     records: list[dict[str, Any]] = []
     draws: dict[str, list[np.ndarray]] = {n: [] for n in names}
     complete: list[int] = []
     for number, cell in enumerate(cells):
-        record, cell_draws = _judge(study, features, cell, metric, dims, draws_by_patient, protocol)
+        record, cell_draws = _judge(study, features, cell, metric, dims, draws_by_patient, protocol, seed)
         records.append(record)
         if all(n in cell.rows for n in names):
             complete.append(number)
             for n in names:
                 draws[n].append(cell_draws[n])
     summary: dict[str, Any] = {}
-    n_patients = len(set(study.patients[rows])) if len(rows) else 0
     means: dict[str, np.ndarray] = {}
+    people: dict[str, int] = {}
     for n in names:
         numbers = complete if complete else [i for i, c in enumerate(cells) if n in c.rows]
         values = [records[i]["arms"][n]["value"] for i in numbers]
         if complete:
-            means[n] = np.mean(draws[n], axis=0)
+            means[n] = _mean_of_known(draws[n])
+        sides = [[cells[i].reference for i in numbers], *([[cells[i].rows[n] for i in numbers]] if n == FLOOR else [])]
+        people[n] = min(len(set(study.patients[np.concatenate(rows)])) if rows else 0 for rows in sides)
         summary[n] = measure(
             float(np.mean(values)) if values else None,
             sum(len(cells[i].rows[n]) for i in numbers),
-            n_patients,
+            people[n],
             means.get(n),
             recentre=True,
             lowest=0.0 if metric == "fd" else -np.inf,
@@ -243,9 +251,10 @@ def summarise(
         for key in ("fd", "kid", "fd_pca"):
             parts = [records[i]["arms"][n][key] for i in numbers]
             summary[n][key] = float(np.mean(parts)) if parts and None not in parts else None
-    summary["ratio"] = ratio(summary, means, n_patients)
+    summary["ratio"] = ratio(summary, means, people[FLOOR])
     return {
         "metric": metric,
+        "resamples": resamples,
         "rule": f"Fréchet distance needs n ≥ 2d = {2 * dim} on each side; the smallest side has {smallest}"
         + (
             ""
@@ -260,40 +269,55 @@ def summarise(
     }
 
 
+def _mean_of_known(draws: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over cells of each resample, [B], without the cells that a resample has no patient of."""
+    table = np.stack(draws)
+    known = np.isfinite(table)
+    return np.divide(np.where(known, table, 0.0).sum(axis=0), known.sum(axis=0),
+                     out=np.full(table.shape[1], np.nan), where=known.any(axis=0))  # fmt: skip
+
+
 def ratio(summary: Mapping[str, Any], draws: Mapping[str, np.ndarray], n_patients: int) -> dict[str, Any]:
-    """(medi − floor) / (cls − floor): 0 is as good as real, 1 is no better than without metadata."""
+    """(medi − floor) / (cls − floor): 0 is as good as real, 1 is no better than without metadata.
+
+    Drawing patients with replacement raises a distance, once where the reference alone is drawn and twice where both
+    sides are, so the draws of each distance are moved to its value before they are divided. Where more than 2.5 % of
+    them leave the class-only arm no gap above the floor the ratio has no interval.
+    """
     values = {n: summary.get(n, {}).get("value") for n in ("medi", "cls", FLOOR)}
     if any(v is None for v in values.values()):
         return measure(None, 0, n_patients, reason="an arm or the floor is missing")
     gap = values["cls"] - values[FLOOR]
     if gap <= 0:
         return measure(None, 0, n_patients, reason="the class-only arm is not above the floor")
-    bootstrap = None
+    bootstrap, told = None, dict[str, Any]()
     if all(n in draws for n in ("medi", "cls", FLOOR)):
-        below = draws["cls"] - draws[FLOOR]
+        medi, cls, floor = (draws[n] - np.nanmedian(draws[n]) + values[n] for n in ("medi", "cls", FLOOR))
+        below = cls - floor
         with np.errstate(divide="ignore", invalid="ignore"):
-            bootstrap = np.where(below > 0, (draws["medi"] - draws[FLOOR]) / below, np.nan)
+            bootstrap = np.where(below > 0, (medi - floor) / below, np.nan)
+        if (below <= 0).mean() > (1 - LEVEL) / 2:
+            bootstrap[:] = np.nan
+            told = {"reason": "the class-only arm is not surely above the floor"}
     n = min(summary[k]["n_patches"] for k in ("medi", "cls", FLOOR))
-    return measure((values["medi"] - values[FLOOR]) / gap, n, n_patients, bootstrap, recentre=True)
+    return measure((values["medi"] - values[FLOOR]) / gap, n, n_patients, bootstrap, True, **told)
 
 
 class _Weights:
     """Row weights of reference and floor rows from one bootstrap of all patients, so that cells and arms are paired."""
 
-    def __init__(self, study: Study, seed: int, resamples: int, dim: int) -> None:
+    def __init__(self, study: Study, seed: int, resamples: int) -> None:
         rows = np.union1d(study.reference, study.probe)
-        # A large Fréchet distance costs a d³ eigenvalue problem per resample.
-        count = resamples if dim <= 128 else min(resamples, 50)
         self.position = np.full(len(study.index), -1)
         self.position[rows] = np.arange(len(rows))
-        self.resamples = PatientResamples(study.patients[rows], count, seed)
+        self.resamples = PatientResamples(study.patients[rows], resamples, seed)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         return self.resamples.row_weights(self.position[rows])
 
 
 def _judge(
-    study: Study, features: Features, cell: Cell, metric: str, dims: int, weights: _Weights, protocol: str
+    study: Study, features: Features, cell: Cell, metric: str, dims: int, weights: _Weights, protocol: str, seed: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     record: dict[str, Any] = {
         "combination": cell.combination,
@@ -308,25 +332,26 @@ def _judge(
         return record, draws
     reference = np.asarray(features.real[cell.reference], np.float64)
     reference_weights = weights.of(cell.reference)
-    small = _cap(reference)
+    rng = np.random.default_rng([seed, 53])
+    few = patients_in_turn(study.patients[cell.reference], _MAX_KERNEL, rng)
     for name, rows in cell.rows.items():
         sample = np.asarray((features.real if name == FLOOR else features.arms[name])[rows], np.float64)
         sample_weights = weights.of(rows) if name == FLOOR else None
+        # Generated patches have no patients: each is a draw of its own.
+        owners = study.patients[rows] if name == FLOOR else np.arange(len(rows))
+        mine = patients_in_turn(owners, _MAX_KERNEL, rng)
         numbers: dict[str, Any] = {
             "fd": frechet_distance(reference, sample) if metric == "fd" else None,
-            "kid": kid(small, _cap(sample), subsets=0)[0]
-            if max(len(reference), len(sample)) <= _MAX_KERNEL
-            else kid(reference, sample)[0],
+            "kid": kid(reference[few], sample[mine], subsets=0)[0],
             "fd_pca": frechet_distance(features.basis.project(reference, dims), features.basis.project(sample, dims)),
         }
         if protocol == "paper" and metric == "kid":
             numbers |= {"fd_raw": frechet_distance(reference, sample), "fd_raw_label": RANK_DEFICIENT}
         if metric == "fd":
             draws[name] = frechet_draws(reference, sample, reference_weights, sample_weights)
-        elif max(len(reference), len(sample)) <= _MAX_KERNEL:
-            draws[name] = kid_draws(reference, sample, reference_weights, sample_weights)
         else:
-            draws[name] = np.full(len(reference_weights), np.nan)
+            drawn = None if sample_weights is None else sample_weights[:, mine]
+            draws[name] = kid_draws(reference[few], sample[mine], reference_weights[:, few], drawn)
         n_patients = record["n_patients"]
         if name == FLOOR:
             n_patients = min(n_patients, len(set(study.patients[rows])))
@@ -335,10 +360,6 @@ def _judge(
             lowest=0.0 if metric == "fd" else -np.inf, mix_mismatch=cell.mismatch[name], **numbers,
         )  # fmt: skip
     return record, draws
-
-
-def _cap(x: np.ndarray) -> np.ndarray:
-    return x[:_MAX_KERNEL]
 
 
 def neighbourhoods(

@@ -158,7 +158,7 @@ def _distances(
     tumour, site = (cell["combination"][name] for name in pair)
     others = [c for c in cells if c["combination"][pair[0]] == tumour and c["combination"][pair[1]] != site]
     pairs = [tuple(np.intersect1d(side, cell["rows"]) for side in both) for both in sides]
-    usable = [min(map(len, both)) for both in pairs if min(map(len, both)) > 1]
+    usable = [min(*map(len, both), _MOST) for both in pairs if min(map(len, both)) > 1]
     if not usable:
         return record | {"reason": "the patients of this combination never came to lie on both sides"}
     dims = pca_dims(min(usable), x.shape[1])

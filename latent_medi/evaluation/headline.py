@@ -27,8 +27,8 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
         − floor) and the metric ("fd", or "kid" where there are too few samples); ``accuracy_shift`` by arm, and the
         same for ``accuracy_in_distribution``, ``accuracy_seen`` and ``accuracy_unseen``;
         ``accuracy_shift_difference`` (medi minus each rival, with interval); ``further_arms`` (of every other arm
-        ``accuracy_shift``, ``accuracy_unseen`` and ``medi_minus``); ``recovery_unseen``, ``recovery_ceiling``; ``n``
-        and ``seconds`` by stage. What is not available is None.
+        ``accuracy_shift``, ``accuracy_unseen``, ``medi_minus`` and its ``interval``); ``recovery_unseen``,
+        ``recovery_ceiling``; ``n`` and ``seconds`` by stage. What is not available is None.
     """
     names = list(metrics["encoders"])
     plain = next(n for n in names if not n.endswith(_SUFFIX))
@@ -44,10 +44,7 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
     record["accuracy_shift_difference"] = {
         rival: {
             "value": _value(comparison, "differences", f"medi - {rival}", "accuracy_shift"),
-            "interval": comparison.get("differences", {})
-            .get(f"medi - {rival}", {})
-            .get("accuracy_shift", {})
-            .get("interval"),
+            "interval": _interval_of(comparison, f"medi - {rival}"),
         }
         for rival in (*RIVALS, "cls")
     }
@@ -56,6 +53,7 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
             "accuracy_shift": _value(entry, "accuracy_shift"),
             "accuracy_unseen": _value(entry, "accuracy_unseen"),
             "medi_minus": _value(comparison, "differences", f"medi - {arm}", "accuracy_shift"),
+            "interval": _interval_of(comparison, f"medi - {arm}"),
         }
         for arm, entry in comparison.get("arms", {}).items()
         if arm not in ARMS
@@ -76,6 +74,10 @@ def _value(record: Any, *path: str) -> float | None:
     for key in path:
         record = record.get(key) if isinstance(record, Mapping) else None
     return record.get("value") if isinstance(record, Mapping) else None
+
+
+def _interval_of(comparison: Mapping[str, Any], pair: str) -> Any:
+    return comparison.get("differences", {}).get(pair, {}).get("accuracy_shift", {}).get("interval")
 
 
 def _distances(metrics: Mapping[str, Any], encoder: str, section: str) -> dict[str, Any]:
@@ -104,25 +106,37 @@ def _rivals(record: Mapping[str, Any]) -> dict[str, float]:
 
 def verdict(record: Mapping[str, Any]) -> str:
     """One sentence: whether MeDi is useful here, which takes beating stain transfer and the other rivals."""
-    scores = record["accuracy_shift"]
+    score = record["accuracy_shift"].get("medi")
     answer = useful(record)
     if answer is None:
         return "Whether MeDi is useful cannot be said: there is no downstream comparison with its samples."
-    lead = "stain_transfer" if scores.get("stain_transfer") is not None else "oversample"
-    lead = lead if scores.get(lead) is not None else "real"
-    difference = record["accuracy_shift_difference"][lead]
-    margin = f"{scores['medi'] - scores[lead]:+.3f} against {RIVALS[lead]}{_interval(difference['interval'])}"
-    start = f"accuracy under shift is {scores['medi']:.3f}, {margin}"
-    if answer:
-        interval = difference["interval"]
-        proven = isinstance(interval, list) and interval[0] > 0
-        word = "is useful here" if proven else "may be useful here, though the evidence does not exclude chance"
-        text = f"MeDi {word}: {start}"
-        if scores.get("stain_transfer") is None:
-            text += "; stain transfer could not be tried"
-        return text + "."
-    ahead = [text for text, value in _rivals(record).items() if value >= scores["medi"]]
-    return f"MeDi is not useful here: {start}; {_list(ahead)} {'does' if len(ahead) == 1 else 'do'} at least as well."
+    rivals = _rivals(record)
+    tried = RIVALS["stain_transfer"] in rivals
+    lead = RIVALS["stain_transfer"] if tried else max(rivals, key=lambda name: rivals[name])
+    intervals = _rival_intervals(record)
+    start = (
+        f"accuracy under shift is {score:.3f}, {score - rivals[lead]:+.3f} against {lead}"
+        f"{_interval(intervals.get(lead))}"
+    )
+    if not answer:
+        ahead = [text for text, value in rivals.items() if value >= score]
+        return (
+            f"MeDi is not useful here: {start}; {_list(ahead)} {'does' if len(ahead) == 1 else 'do'} at least as well."
+        )
+    chance = [text for text in rivals if not (isinstance(intervals.get(text), list) and intervals[text][0] > 0)]
+    word = "is useful here"
+    if chance:
+        word = "may be useful here, though the evidence does not exclude chance"
+        if chance != [lead]:
+            word += f" against {_list(chance)}"
+    return f"MeDi {word}: {start}" + ("." if tried else "; stain transfer could not be tried.")
+
+
+def _rival_intervals(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Interval of MeDi's difference from each rival, by its name for people."""
+    others = record.get("further_arms", {})
+    found = {text: record["accuracy_shift_difference"].get(r, {}).get("interval") for r, text in RIVALS.items()}
+    return found | {text: others.get(r, {}).get("interval") for r, text in FURTHER_RIVALS.items()}
 
 
 def _interval(bounds: Any) -> str:

@@ -11,6 +11,7 @@ MIN_PATIENTS = 10
 """Below this many patients an interval is "not estimable"."""
 NOT_ESTIMABLE = "not estimable"
 LEVEL = 0.95
+_LEAST_KNOWN = 0.8
 
 
 class PatientResamples:
@@ -38,16 +39,18 @@ class PatientResamples:
 
 
 def interval(draws: np.ndarray, centre: float | None = None, lowest: float = -math.inf) -> list[float] | None:
-    """95 % percentile interval of bootstrap draws; NaN draws (a class lost in the resample) are left out.
+    """95 % percentile interval of bootstrap draws; NaN draws (a class lost in the resample) are left out. None where
+    fewer than 20, or than four fifths of them, are left: those that are no longer speak for all.
 
     Args:
         draws: Bootstrap values, [B].
         centre: Shift the draws so that their median lies here: resampling with repeats biases a distance upwards.
         lowest: Smallest value that the quantity can have.
     """
-    draws = draws[np.isfinite(draws)]
-    if len(draws) < 20:
+    known = draws[np.isfinite(draws)]
+    if len(known) < 20 or len(known) < _LEAST_KNOWN * len(draws):
         return None
+    draws = known
     shift = 0.0 if centre is None else centre - float(np.median(draws))
     low, high = np.quantile(draws + shift, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [max(float(low), lowest), max(float(high), lowest)]
@@ -81,6 +84,37 @@ def measure(
         else:
             bounds = interval(draws, value if recentre else None, lowest) or NOT_ESTIMABLE
     return {"value": value, "n_patches": int(n_patches), "n_patients": int(n_patients), "interval": bounds, **extra}
+
+
+def balanced_measure(
+    value: float | None, n_patches: int, n_patients: int, smallest_class: int, draws: np.ndarray, **extra: Any
+) -> dict[str, Any]:
+    """The record of a number that gives every class the same weight, and so is only as sure as its smallest class.
+
+    With fewer than 10 patients of some class there is no interval: a class of one patient, who is in every resample
+    that counts, would add nothing to it. ``smallest_class`` in the record is that number of patients.
+    """
+    record = measure(value, n_patches, n_patients, draws, smallest_class=int(smallest_class), **extra)
+    if record["value"] is not None and smallest_class < MIN_PATIENTS:
+        record["interval"] = NOT_ESTIMABLE
+    return record
+
+
+def patients_in_turn(patients: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions of at most ``most`` rows, patients in turn, so that as many patients as possible take part.
+
+    Args:
+        patients: Patient of each row, [N].
+        most: How many; all rows, in their order, if there are no more.
+        rng: Chooses among a patient's rows.
+    """
+    if len(patients) <= most:
+        return np.arange(len(patients))
+    rows = rng.permutation(len(patients))
+    order = np.argsort(patients[rows], kind="stable")
+    starts = np.unique(patients[rows][order], return_index=True)[1]
+    turn = np.arange(len(rows)) - np.repeat(starts, np.diff([*starts, len(rows)]))
+    return rows[order][np.argsort(turn, kind="stable")][:most]
 
 
 def wilson(successes: int, n: int) -> list[float] | None:
@@ -123,6 +157,12 @@ class PatientTable:
         """Patients with a row that counts."""
         return int(self.present.any(axis=0).sum())
 
+    @property
+    def smallest_class(self) -> int:
+        """Patients of the class with the fewest, of those that have a row that counts."""
+        per_class = self.present.sum(axis=1)
+        return int(per_class[per_class > 0].min(initial=self.n_patients))
+
     def mean(self, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """Balanced mean of a value per row.
 
@@ -146,6 +186,10 @@ class PatientTable:
         return per_class.mean(axis=1)
 
     def measure(self, values: np.ndarray, weights: np.ndarray, **extra: Any) -> dict[str, Any]:
-        """The record of the balanced mean with its interval."""
+        """The record of the balanced mean with its interval.
+
+        Its entries are those of :func:`balanced_measure`.
+        """
         point = float(self.mean(values)[0])
-        return measure(point, self.n_patches, self.n_patients, self.mean(values, weights), **extra)
+        draws = self.mean(values, weights)
+        return balanced_measure(point, self.n_patches, self.n_patients, self.smallest_class, draws, **extra)

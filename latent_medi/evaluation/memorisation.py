@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 
 from latent_medi.errors import UserError
 from latent_medi.evaluation.fidelity import Features
-from latent_medi.evaluation.measures import PatientResamples, measure, wilson
+from latent_medi.evaluation.measures import PatientResamples, measure, patients_in_turn, wilson
 from latent_medi.evaluation.study import Arm, Study, among, describe, matches
 from latent_medi.features.likeness import SIDE, VIEWS, copy_scores, invariants, small_patches
 from latent_medi.features.neighbours import nearest
@@ -128,21 +128,21 @@ def memorisation(study: Study, features: Features, copies: Copies, resamples: in
         f"more than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}.",
         "threshold": copies.threshold,
         "held_out_flagged": _share(study, bootstrap, flagged),
-        "held_out_auth_pct": _share(study, bootstrap, 100.0 * authentic.of(features.real[study.reference])),
+        "held_out_auth_pct": measure(None, 0, 0)
+        if authentic.alone
+        else _share(study, bootstrap, 100.0 * authentic.of(features.real[study.reference])),
         "arms": {},
     }
     for arm in study.arms.values():
         if not len(arm.rows):
             continue
         copied = copies.scores[arm.name] > copies.threshold
-        own = authentic.of(features.arms[arm.name])
-        n, hits = len(arm.rows), int(own.sum())
+        n = len(arm.rows)
         record["arms"][arm.name] = {
             "copies": int(copied.sum()),
             "copy_rate": measure(float(copied.mean()), n, 0)
             | {"interval": wilson(int(copied.sum()), n), "interval_over": "samples"},
-            "auth_pct": measure(100.0 * hits / n, n, 0)
-            | {"interval": [100.0 * x for x in wilson(hits, n) or []], "interval_over": "samples"},
+            "auth_pct": _percent_authentic(authentic, features.arms[arm.name]),
             "ct": _ct(features.real[study.train], features.real[study.reference], features.arms[arm.name], seed),
             "cells": _cells(study, features, arm, copied, seed),
             "listed": _listed(study, copies, arm),
@@ -188,13 +188,23 @@ class _Authentic:
 
     def __init__(self, study: Study, features: Features) -> None:
         self.train = features.real[study.train]
-        codes = np.unique(study.patients[study.train], return_inverse=True)[1]
+        names, codes = np.unique(study.patients[study.train], return_inverse=True)
+        self.alone = len(names) < 2  # nobody else's patch could be nearer
         self.own = nearest(self.train, self.train, 1, (codes, codes))[0][:, 0]
 
     def of(self, samples: np.ndarray) -> np.ndarray:
         """bool [N]."""
         distance, position = nearest(samples, self.train, 1)
         return distance[:, 0] > self.own[position[:, 0]]
+
+
+def _percent_authentic(authentic: _Authentic, samples: np.ndarray) -> dict[str, Any]:
+    if authentic.alone:
+        return measure(None, 0, 0)
+    n, hits = len(samples), int(authentic.of(samples).sum())
+    return measure(100.0 * hits / n, n, 0) | {
+        "interval": [100.0 * x for x in wilson(hits, n) or []], "interval_over": "samples",
+    }  # fmt: skip
 
 
 def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int) -> dict[str, Any]:
@@ -246,7 +256,7 @@ def _cells(study: Study, features: Features, arm: Arm, copied: np.ndarray, seed:
         n = min(len(train), len(held_out))
         if n >= _MIN_CELL:
             rng = np.random.default_rng([seed, 23])
-            train, held_out = (_patients_in_turn(study.patients, part, n, rng) for part in (train, held_out))
+            train, held_out = (part[patients_in_turn(study.patients[part], n, rng)] for part in (train, held_out))
             mine = features.arms[arm.name][rows]
             near, far = (nearest(mine, features.real[part], 1)[0][:, 0] for part in (train, held_out))
             record |= {
@@ -255,15 +265,6 @@ def _cells(study: Study, features: Features, arm: Arm, copied: np.ndarray, seed:
             }  # fmt: skip
         cells.append(record)
     return cells
-
-
-def _patients_in_turn(patients: np.ndarray, rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` of ``rows``, patients in turn, so that as many patients as possible take part."""
-    rows = rng.permutation(rows)
-    order = np.argsort(patients[rows], kind="stable")
-    starts = np.unique(patients[rows][order], return_index=True)[1]
-    turn = np.arange(len(rows)) - np.repeat(starts, np.diff([*starts, len(rows)]))
-    return rows[order][np.argsort(turn, kind="stable")][:n]
 
 
 def _listed(study: Study, copies: Copies, arm: Arm) -> list[dict[str, Any]]:

@@ -15,10 +15,12 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_score
 
-from latent_medi.evaluation.measures import MIN_PATIENTS, PatientResamples, measure
+from latent_medi.evaluation.measures import MIN_PATIENTS, PatientResamples, balanced_measure, measure
 from latent_medi.evaluation.study import Study
 
 LEVELS = ("patch", "slide", "patient")
+_BALANCED = ("balanced_accuracy", "site_averaged_accuracy", "auroc")
+"""Scores that give every class the same weight."""
 BINS = 15
 """Bins of equal width for the calibration error."""
 
@@ -162,7 +164,14 @@ def unit_scores(
         "ece": calibration_errors(probabilities, truth, unit_weights),
         "brier": _ratio(unit_weights @ squares, unit_weights.sum(axis=1)),
     }
-    record = {name: measure(points[name], draws=draws[name], **support) for name in points}
+    fewest = min(len(np.unique(patients[truth == code])) for code in np.unique(truth))
+    record = {}
+    for name, value in points.items():
+        if name in _BALANCED:
+            record[name] = balanced_measure(value, draws=draws[name], smallest_class=fewest, **support)
+        else:  # |gap| is raised by resampling, since the gaps of a resample do not cancel
+            recentre, lowest = name == "ece", -1.0 if name == "mcc" else 0.0
+            record[name] = measure(value, draws=draws[name], recentre=recentre, lowest=lowest, **support)
     record["worst_group"] = worst_group(truth, predicted, sites, patients, counts, classes, weights)
     return record
 
@@ -179,7 +188,8 @@ def worst_group(
     """The class × site group with the lowest accuracy; arguments as in :func:`unit_scores`, ``predicted`` codes [U].
 
     A group's accuracy is averaged over patients first; a resample's value is the lowest among the same groups. Groups
-    of fewer than 10 patients are named, not judged.
+    of fewer than 10 patients are named, not judged. The lowest of several estimates lies below the lowest truth, and
+    the lowest of several resampled ones below that: the interval is moved back to the value, which keeps its own bias.
     """
     right = (predicted == truth).astype(float)
     groups: list[tuple[str, float, np.ndarray]] = []
@@ -203,7 +213,8 @@ def worst_group(
     label, value, _ = min(groups, key=lambda g: g[1])
     draws = np.stack([g[2] for g in groups])
     draws = np.where(np.isnan(draws).any(axis=0), np.nan, draws.min(axis=0))
-    return measure(value, n_patches, len(people), draws, group=label, n_groups=len(groups), not_estimable=small)
+    return measure(value, n_patches, len(people), draws, recentre=True, lowest=0.0,
+                   group=label, n_groups=len(groups), not_estimable=small)  # fmt: skip
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -38,9 +38,10 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
 
     Returns:
         The content of ``shift.json``: ``settings``, ``targets``, and ``levels``, each with ``level``, ``tie`` (Cramér's
-        V of class and site over training patients), ``n_patients``, ``n_patches``, ``arms`` (``accuracy_shift``,
-        ``recall`` and ``false_positive_rate`` of the targets), ``distance`` and ``recovery``; ``loss`` by arm: the mean
-        over levels above 0 of accuracy over the real patches' accuracy at level 0, less 1.
+        V of class and site over training patients), ``n_patients``, ``n_patches``, ``arms`` (``accuracy_shift``
+        with its ``interval``, ``recall`` and ``false_positive_rate`` of the targets), ``distance``, ``recovery`` and
+        the ``encoder`` that judged; ``loss`` by arm: the mean over levels above the lowest of accuracy over the real
+        patches' accuracy at the lowest, less 1.
 
     Raises:
         UserError: Settings that cannot be followed, or another benchmark in that folder.

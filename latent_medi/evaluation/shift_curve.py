@@ -33,12 +33,13 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def loss(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Mean over levels above the lowest of accuracy over the real patches' at the lowest, less 1 (after PathoROB)."""
-    base = records[0]["arms"]["real"]["accuracy_shift"]
+    base = records[0]["arms"].get("real", {}).get("accuracy_shift")
     names = [name for name in SHOWN if all(name in record["arms"] for record in records)]
     tied = records[1:]
+    if not tied or not base:  # the real patches alone were not asked for
+        return dict.fromkeys(names)
     return {
-        name: float(np.mean([record["arms"][name]["accuracy_shift"] / base - 1 for record in tied])) if tied else None
-        for name in names
+        name: float(np.mean([record["arms"][name]["accuracy_shift"] / base - 1 for record in tied])) for name in names
     }
 
 

@@ -21,6 +21,8 @@ from latent_medi.shards.selections import selected_mask
 log = get_logger(__name__)
 
 Combination = dict[str, str]
+UNTOLD = frozenset({UNKNOWN_WORD, "null", ""})
+"""What stands in a field that a generated patch's model was not given."""
 
 
 @dataclass
@@ -132,11 +134,7 @@ def describe(combination: Mapping[str, str]) -> str:
 
 def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
     index = dataset.index
-    return tuple(
-        name
-        for name in categorical_fields(dataset.schema)
-        if (~index[name].astype(str).isin([UNKNOWN_WORD, "null", ""])).any()
-    )
+    return tuple(name for name in categorical_fields(dataset.schema) if (~index[name].astype(str).isin(UNTOLD)).any())
 
 
 def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema) -> list[Combination]:
@@ -153,18 +151,23 @@ def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema) -> li
     return [dict(c) for c in held_out]
 
 
-def _halve_test(index: pd.DataFrame, test: np.ndarray, fields: Sequence[str], seed: int) -> np.ndarray:
-    """Which test rows stand in for a probe split: half of the patients of each combination, bool over ``test``."""
-    table = index.iloc[test]
-    cell = table[list(fields)].astype(str).agg("|".join, axis=1)
-    first = pd.DataFrame({"patient": table["patient"].to_numpy(dtype=str), "cell": cell.to_numpy()}).drop_duplicates(
-        "patient"
-    )
+def _halve_test(
+    index: pd.DataFrame, test: np.ndarray, fields: Sequence[str], others: Sequence[str], seed: int
+) -> np.ndarray:
+    """Which test rows stand in for a probe split, bool over ``test``: half of the patients of each combination of the
+    fields, with about the same mix of the other fields in both halves.
+    """
+    first = index.iloc[test].drop_duplicates("patient").sort_values("patient").astype(str)
     rng = np.random.default_rng(seed)
     chosen: set[str] = set()
-    for _, group in first.sort_values("patient").groupby("cell", sort=True):
-        # The reference keeps the odd patient.
-        chosen.update(rng.permutation(group["patient"].to_numpy())[: len(group) // 2])
+    for _, group in first.groupby(list(fields), sort=True):
+        odd = 0
+        mixed = group.iloc[rng.permutation(len(group))]
+        for _, alike in mixed.groupby(list(others), sort=True) if others else [("", mixed)]:
+            # The reference keeps the odd patient; of the next kind that has one, the other half gets it.
+            taken, odd = divmod(len(alike) + odd, 2)
+            chosen.update(alike["patient"].to_numpy()[:taken])
+    table = index.iloc[test]
     return table["patient"].astype(str).isin(chosen).to_numpy()
 
 
@@ -182,9 +185,9 @@ def open_study(settings: EvaluateSettings) -> Study:
     if real.schema.class_field is None:
         raise UserError(f"The dataset {settings.real} has no class field.", "An evaluation needs one.")
     if column not in index.columns:
-        known = [c.removeprefix("split_") for c in index.columns if c.startswith("split_")]
         raise UserError(
-            f"The dataset {settings.real} has no split {settings.split!r}; {nearest(settings.split, known)}."
+            f"The dataset {settings.real} has no split {settings.split!r}; {nearest(settings.split, real.splits)}.",
+            f"`latent-medi split {settings.real} name={settings.split} …` makes one.",
         )
     if settings.site_field not in real.schema.names:
         close = nearest(settings.site_field, real.schema.names)
@@ -195,7 +198,13 @@ def open_study(settings: EvaluateSettings) -> Study:
     assert_patient_disjoint(index, column)
     held_out = _check_held_out(settings.held_out, real.schema)
 
-    split = index[column].to_numpy(dtype=str)
+    class_field = real.schema.class_field.name
+    notes: list[str] = []
+    split = index[column].to_numpy(dtype=str).copy()
+    named = index[class_field].isin(real.schema.class_field.values).to_numpy(bool)
+    if dropped := int(((split != "") & ~named).sum()):
+        split[~named] = ""
+        notes.append(f"{dropped} real patches without a known {class_field} take no part.")
     parts = {v: np.flatnonzero(split == v) for v in (settings.train_value, settings.probe_value, settings.test_value)}
     train, probe, test = parts.values()
     for name, rows in ((settings.train_value, train), (settings.test_value, test)):
@@ -211,12 +220,18 @@ def open_study(settings: EvaluateSettings) -> Study:
         if not keep[test].any():
             raise UserError(f"{describe(combination)} has no test patch, so nothing can be said about it.")
 
-    class_field = real.schema.class_field.name
-    notes: list[str] = []
+    shown = sorted(set(index[class_field].to_numpy(str)[train]))
+    if settings.downstream and len(shown) < 2:
+        raise UserError(
+            f"All training patches show {class_field} = {shown[0]}: a classifier has nothing to tell apart.",
+            "Set downstream=false to judge the patches alone.",
+        )
     if len(probe):
         reference, probe_train, reason = test, probe, ""
     else:
-        half = _halve_test(index, test, (class_field, settings.site_field), settings.seed)
+        fields = (class_field, settings.site_field)
+        others = [name for name in categorical_fields(real.schema) if name not in fields]
+        half = _halve_test(index, test, fields, others, settings.seed)
         probe, reference = test[half], test[~half]
         probe_train = np.concatenate([train, probe])
         reason = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from latent_medi.errors import UserError
 from latent_medi.features.encoders import ImageEncoder
+from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.files import atomic_path, remove
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
@@ -32,6 +34,21 @@ def dataset_hash(dataset: PatchDataset) -> str:
         digest.update(str(shard["sha256"]).encode())
     digest.update("\n".join(dataset.index["key"]).encode())
     return digest.hexdigest()
+
+
+def tell_if_foreign(encoder: ImageEncoder, dataset: PatchDataset) -> None:
+    """Warn where the demo's encoder, which has seen procedural tissue alone, is to judge other real patches."""
+    made_by = dataset.info["provenance"].get("generator")
+    if encoder.name.split(":")[0] == "demo" and made_by != DEMO_GENERATOR and (dataset.index["origin"] == "real").any():
+        _warn(
+            f"The encoder 'demo' has seen the demo's procedural tissue alone and judges {dataset.folder}: take one of "
+            "pathology, such as phikon-v2, for any number that is to mean something."
+        )
+
+
+@lru_cache(maxsize=64)
+def _warn(text: str) -> None:
+    log.warning("%s", text)  # once, not for every batch of rows
 
 
 def cached_features(
@@ -62,6 +79,7 @@ def cached_features(
     Raises:
         UserError: The processes do not see the same cache.
     """
+    tell_if_foreign(encoder, dataset)
     rows = np.asarray(rows, np.int64)
     n = len(dataset.index)
     key = hashlib.sha256(f"{dataset_hash(dataset)} {encoder.fingerprint}".encode()).hexdigest()[:32]

@@ -55,7 +55,6 @@ class ImageEncoder:
                 digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             self._weights_hash = digest.hexdigest()
-        # Nothing is added for what the class says already, so that fingerprints stay as they were.
         parts = [self._weights_hash, self.preprocessing.text, *filter(None, [self.network.readout])]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 

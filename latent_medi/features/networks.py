@@ -6,6 +6,7 @@ trained with. Nothing is downloaded except through the Hugging Face hub's own cl
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def squeezenet(weights: str | Path | None) -> Network:
     if not weights:
         raise UserError(
             "The encoder 'squeezenet' needs its weights.",
-            "Give weights=PATH: a state dict of torchvision's squeezenet1_0 (.safetensors, .pth) or a folder with one.",
+            "Give weights.squeezenet=PATH (`select`: weights=PATH): a state dict of torchvision's squeezenet1_0 "
+            "(.safetensors, .pth) or a folder with one.",
         )
     model = squeezenet1_0(weights=None)
     load_strictly(model, find_weights(weights, ("squeezenet1_0*.safetensors", "squeezenet1_0*.pth", "*.safetensors")))
@@ -138,7 +140,7 @@ def inception(weights: str | Path | None) -> Network:
         raise UserError(
             "The encoder 'inception' needs its weights.",
             f"Download https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{entry.source} and give "
-            f"weights=PATH, or put it at {cached}.",
+            f"weights.inception=PATH (`select`: weights=PATH), or put it at {cached}.",
         )
     path = find_weights(weights or cached, ("*inception*.pth", "*.pth"))
     # torch-fidelity unpickles freely; a file that passes the restricted reader first holds only tensors.
@@ -166,7 +168,9 @@ def tiny(folder: str | Path, name: str) -> Network:
     model = TinyEncoder.load(folder)
     config = model.config
     preprocessing = Preprocessing(int(config["image_size"]), tuple(config["mean"]), tuple(config["std"]))
-    return Network(name, model, int(config["dim"]), preprocessing, config.get("license", "same as latent-medi"))
+    license = config.get("license", "same as latent-medi")
+    # The number of groups is in no tensor.
+    return Network(name, model, int(config["dim"]), preprocessing, license, json.dumps(config, sort_keys=True))
 
 
 def resized(network: Network, size: int) -> Network:

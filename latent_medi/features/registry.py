@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+DEMO_GENERATOR = "latent_medi.demo.cohort"
+"""What the provenance of the demo's procedural tissue says, the only data that the demo's encoder has seen."""
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = (0.5,) * 3
 
@@ -150,7 +153,7 @@ ENCODERS: Mapping[str, Entry] = {
 def access_hint(entry: Entry) -> str:
     """What to do for weights that cannot be had, in steps."""
     page = f"https://huggingface.co/{entry.source}"
-    by_hand = f"download the files of {page} by hand and give weights=PATH to their folder"
+    by_hand = f"download the files of {page} by hand and name their folder: weights.NAME=PATH (`select`: weights=PATH)"
     if entry.gated:
         return (
             f"1. Accept its licence ({entry.license}) at {page}. 2. Log in with `hf auth login` and run the command "

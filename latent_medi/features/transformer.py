@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from latent_medi.errors import UserError
 from latent_medi.features.networks import Network, find_weights, load_strictly
 from latent_medi.features.registry import ENCODERS, Entry, access_hint
 
+_NOT_FEATURES = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "transformers_version",
+)
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -68,9 +78,22 @@ def vision_transformer(name: str, weights: str | Path | None) -> Network:
         module = model if entry.library == "timm" else _ClassToken(model)
     else:
         module = (_ClassAndMean if entry.library == "timm" else _StatesClassAndMean)(model, entry.prefix)
-    readout = "" if entry.tokens == "cls" else f"cls + mean of tokens {entry.prefix}:"
+    readout = "cls" if entry.tokens == "cls" else f"cls + mean of tokens {entry.prefix}:"
+    readout += f" {built_from(model, entry)}"
     assert entry.preprocessing is not None
     return Network(name, module, entry.dim, entry.preprocessing, entry.license, readout)
+
+
+def built_from(model: nn.Module, entry: Entry) -> str:
+    """What else decides the features and is in no tensor, such as the activation: arguments or configuration, as
+    JSON.
+    """
+    if entry.library == "timm":
+        told: dict[str, Any] = {"architecture": entry.architecture, **entry.arguments}
+    else:
+        whole: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
+        told = {key: value for key, value in whole.items() if key not in _NOT_FEATURES}
+    return json.dumps(told, sort_keys=True, default=str)
 
 
 def build_timm(entry: Entry) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_medi.features.cache import tell_if_foreign
 from latent_medi.features.encoders import load_encoder
 from latent_medi.features.statistics import RANK_RULE, frechet_distance, full_rank, polynomial_kernel
 from latent_medi.latents.autoencoder import Autoencoder
@@ -64,6 +65,7 @@ def measure_floor(
         UserError: The encoder is unknown or not at hand.
     """
     encoder = load_encoder(settings.encoder, settings.weights or None, autoencoder.device)
+    tell_if_foreign(encoder, data)
     store = LatentStore(latents, "mmap")
     n = min(settings.patches, len(data))
     rows = np.sort(np.random.default_rng(settings.seed).choice(len(data), n, replace=False))

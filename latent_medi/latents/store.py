@@ -33,8 +33,8 @@ class LatentStore:
     Args:
         folder: Latent folder.
         resident: "mmap" reads from disk on demand, "ram" loads everything, "device" loads everything onto ``device``;
-            "auto" takes a device other than the CPU if the moments fill at most 40 % of its free memory, else RAM by
-            the same rule, else "mmap".
+            "auto" takes a device other than the CPU if the moments fill at most 10 % of its free memory, else RAM if
+            they fill at most 40 % of that, else "mmap".
         device: Where moments are wanted, such as "cuda".
 
     Attributes:

@@ -60,7 +60,9 @@ def make_split(index: pd.DataFrame, settings: SplitSettings) -> Split:
 def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Series, dict[str, Any]]:
     if not settings.fractions:
         raise UserError("No fractions are given for the patients that are not held out.", "fractions={train: 1.0}")
-    part = settings.hold_out_part
+    part, training = settings.hold_out_part, training_part(settings)
+    if training in (settings.hold_out_fractions or {part: 1.0}):
+        raise UserError(f"What is held out would go to {training!r}, which trains.", "Name another part.")
     combinations: list[dict[str, str]] = [dict(c) for c in settings.hold_out]
     sites = list(settings.sites)
     if settings.site_share:
@@ -82,13 +84,18 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
         raise UserError(f"All {len(patients)} patients are held out: none is left for {list(settings.fractions)}.")
     column = pd.Series(part, index=index.index, dtype=object)
     column[~held] = random_split(index[~held], settings.fractions, settings.seed, settings.stratify)
+    if patients and settings.hold_out_fractions:
+        fields = list(dict.fromkeys(name for combination in combinations for name in combination))
+        column[held] = random_split(index[held], settings.hold_out_fractions, settings.seed, fields)
     if combinations:
-        _check_training(index[column == training_part(settings)], index, settings, combinations, sites)
+        _check_training(index[column == training], index, settings, combinations, sites)
     recipe = {
         "kind": "patients at random, with what is held out apart" if combinations else "patients at random",
         "seed": settings.seed, "fractions": dict(settings.fractions), "stratify": list(settings.stratify),
         "held_out": combinations, "held_out_part": part if combinations else "",
     }  # fmt: skip
+    if patients and settings.hold_out_fractions:
+        recipe["held_out_part"] = dict(settings.hold_out_fractions)
     return column, recipe
 
 

@@ -60,6 +60,9 @@ class SplitSettings:
         sites: Sites to hold out whole (external test).
         site_share: Share of the patients whose sites, chosen at random, are held out whole, 0 to 1; 0 for none.
         hold_out_part: The part that what is held out goes to.
+        hold_out_fractions: Shares of what is held out by part, instead of all of it to hold_out_part: with
+            {probe: 0.4, test: 0.6} an evaluation has real patients of the held-out combinations to learn from (its
+            oracle and probes) that it is not judged on. Each combination is divided.
         thin_patients: Patients that each value of a combination held out at random must keep outside of what is held
             out; the fractions then divide them.
         class_field: Class column.
@@ -84,6 +87,7 @@ class SplitSettings:
     sites: list[str] = field(default_factory=list)
     site_share: float = 0.0
     hold_out_part: str = "test"
+    hold_out_fractions: dict[str, float] = field(default_factory=dict)
     thin_patients: int = 10
     class_field: str = "class"
     site_field: str = "site"

@@ -221,6 +221,12 @@ class PatchDataset:
 
     def _matches(self, column: str, values: list[Any]) -> np.ndarray:
         if column not in self.index.columns:
+            if column.startswith(SPLIT_PREFIX):
+                name = column.removeprefix(SPLIT_PREFIX)
+                raise UserError(
+                    f"{self.folder} has no split {name!r}; {nearest(name, self.splits)}.",
+                    f"`latent-medi split {self.folder} name={name} …` makes one.",
+                )
             raise UserError(f"{self.folder} has no column {column!r}; {nearest(column, self.index.columns)}.")
         content = self.index[column]
         if column in self.schema.names:

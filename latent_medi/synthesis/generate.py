@@ -37,6 +37,8 @@ from latent_medi.training.notice import Notice, listening
 
 logger = get_logger("synthesis")
 
+_WIDTH, _LINES = 16, 24
+
 
 def generate(settings: GenerateSettings, accelerator: Accelerator | None = None) -> PatchDataset | None:
     """Generate what the settings say; see :func:`generate_plan`. ``None`` if only a picture was asked for.
@@ -57,6 +59,10 @@ def generate(settings: GenerateSettings, accelerator: Accelerator | None = None)
         raise UserError(f"Generation needs {' and '.join(missing)}.")
     if not settings.out and not settings.n:
         raise UserError("A plan's images need a folder.", "Give out; grid alone goes with n.")
+    if not settings.out and settings.n > _WIDTH * _LINES:
+        raise UserError(
+            f"A picture alone holds {_WIDTH * _LINES} patches, not {settings.n}.", "Give out: they are kept there."
+        )
     accelerator = accelerator or make_accelerator(patient=True)
     if not settings.out and accelerator.num_processes > 1:  # each would make it in a folder of its own
         raise UserError("A picture alone is made by one process.", "Give out too, or start one process.")
@@ -71,14 +77,15 @@ def generate(settings: GenerateSettings, accelerator: Accelerator | None = None)
     return None
 
 
-def save_grid(dataset: PatchDataset, path: str | Path, most: int = 24) -> None:
-    """Write a picture with a row per row of the plan, the first ``most`` of them."""
+def save_grid(dataset: PatchDataset, path: str | Path) -> None:
+    """Write a picture: a line of 16 patches for each of the plan's first 24 rows, or 24 lines of its only one."""
     rows = dataset.index["plan_row"].to_numpy()
-    keep = np.flatnonzero(rows <= np.unique(rows)[:most][-1])
+    numbers = np.unique(rows)
+    each = _WIDTH if len(numbers) > 1 else _WIDTH * _LINES
     plan = dataset.info["provenance"]["plan"]["rows"]
     labels = {i: " × ".join(str(plan[i][f]) for f in dataset.schema.names if plan[i].get(f)) for i in range(len(plan))}
-    first = np.concatenate([keep[rows[keep] == number][:16] for number in np.unique(rows[keep])])
-    save_sheet(samples_sheet(dataset.read(first), rows[first], labels), path)
+    first = np.concatenate([np.flatnonzero(rows == number)[:each] for number in numbers[:_LINES]])
+    save_sheet(samples_sheet(dataset.read(first), rows[first], labels, _WIDTH), path)
 
 
 def generate_plan(

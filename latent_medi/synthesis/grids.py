@@ -178,15 +178,19 @@ def _trajectory(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
     return contact_sheet(rows, labels, [f"ᾱ={alpha:.3f}" for alpha, *_ in chosen])
 
 
-def samples_sheet(images: np.ndarray, rows: np.ndarray, labels: dict[int, str], most: int = 16) -> Image.Image:
-    """A row per row of a plan, its first ``most`` images.
+def samples_sheet(images: np.ndarray, rows: np.ndarray, labels: dict[int, str], width: int = 16) -> Image.Image:
+    """Lines of up to ``width`` images; each row of a plan begins a line.
 
     Args:
         images: uint8 [n, H, W, 3].
         rows: Row of the plan of each, [n].
         labels: What to call each row.
-        most: Images per row.
+        width: Images per line.
     """
-    numbers = list(dict.fromkeys(rows.tolist()))
-    parts = [list(images[np.flatnonzero(rows == number)[:most]]) for number in numbers]
-    return contact_sheet(parts, [labels[number] for number in numbers])
+    lines: list[list[np.ndarray]] = []
+    names: list[str] = []
+    for number in dict.fromkeys(rows.tolist()):
+        mine = list(images[np.flatnonzero(rows == number)])
+        lines += [mine[start : start + width] for start in range(0, len(mine), width)]
+        names += [labels[number], *[""] * (len(lines) - len(names) - 1)]
+    return contact_sheet(lines, names)

@@ -22,7 +22,7 @@ from latent_medi.metadata.audit import VERDICTS, audit
 from latent_medi.metadata.cohort import is_table, map_sites, read_cohort
 from latent_medi.metadata.schema import UNKNOWN, Schema
 from latent_medi.metadata.tables import read_table
-from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.synthesis.apportion import Cell, apportion
 from latent_medi.synthesis.plan import MOST, OWN_COLUMNS, REAL, stable_seed, whole_number, write_plan
 from latent_medi.synthesis.plan_checks import (
@@ -112,15 +112,15 @@ def _read(settings: PlanSettings) -> tuple[pd.DataFrame, Schema]:
             settings.continuous,
         )  # fmt: skip
         if settings.split:
-            table, column = read_table(settings.data), f"split_{settings.split}"
+            table, column = read_table(settings.data), SPLIT_PREFIX + settings.split
             if column in table.columns:
                 index = index[(table[column] == settings.split_value).to_numpy()]
             elif settings.split != "main":
-                names = [c.removeprefix("split_") for c in table.columns if c.startswith("split_")]
+                names = [c.removeprefix(SPLIT_PREFIX) for c in table.columns if c.startswith(SPLIT_PREFIX)]
                 raise UserError(f"{settings.data} has no column {column!r}; {nearest(settings.split, names)}.")
     else:
         dataset = PatchDataset.open(settings.data)
-        rows = dataset.rows({settings.split: settings.split_value}) if settings.split else dataset.rows()
+        rows = dataset.rows({SPLIT_PREFIX + settings.split: settings.split_value} if settings.split else None)
         index, schema = dataset.index.iloc[rows], dataset.schema
     if not len(index):
         raise UserError(f"{settings.data} has no row with {settings.split} = {settings.split_value}.")

@@ -121,7 +121,8 @@ class GenerateSettings:
         fields: Without a plan: what the model is told, value by field; on the command line also --class VALUE and so
             on.
         seed: Without a plan: seed of the images.
-        grid: PNG to write, a row of patches for each row of the plan. With n, out may then be left out.
+        grid: PNG to write, a line of up to 16 patches for each of the plan's first 24 rows. With n, up to 384 patches
+            in lines of 16; out may then be left out.
     """
 
     plan: str = ""

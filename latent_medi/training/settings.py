@@ -118,7 +118,8 @@ class TrainSettings:
         latents: Latent folder encoded from the data; empty encodes the patches while training, which needs
             autoencoder.
         resident: Where latents are held: "device" (all on each GPU), "ram", "mmap" (read from disk), or "auto": the
-            first of these whose free memory they fill to at most 40 %.
+            first of these whose free memory they fill to at most 10 % (a device's, where the model has to fit too) or
+            40 % (RAM).
         stream: Without latents: how patches are encoded while training.
         split: Named split of the dataset; empty trains on every row.
         split_value: The part of the split to train on.
@@ -167,8 +168,8 @@ class TrainSettings:
             was.
         channels_last: Memory layout of the network; faster on GPUs with bf16.
         compile: Compile the network; a slower start and faster steps.
-        checkpoint_activations: Recompute residual blocks in the backward pass: about half the memory, about a quarter
-            slower.
+        checkpoint_activations: Recompute residual blocks in the backward pass: about a third of the activations' memory
+            less, for about a fifth more work.
     """
 
     data: str

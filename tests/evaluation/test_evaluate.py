@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_world import HELD_OUT, SCHEMA, SIZE, Size, World, filters, real_patches, synthetic_patches, write_real
+from evaluation_world import (
+    CLASSES,
+    HELD_OUT,
+    SCHEMA,
+    SIZE,
+    Size,
+    World,
+    filters,
+    real_patches,
+    synthetic_patches,
+    write_real,
+)
 from safetensors import safe_open
 
 from latent_medi.errors import UserError
@@ -58,8 +70,10 @@ def test_every_number_has_its_support(metrics: dict[str, Any]) -> None:
     for number in found:
         if number["value"] is not None and number.get("interval_over") != "samples":
             assert number["n_patients"] > 0
-            if number["n_patients"] < 10:
+            if number.get("smallest_class", number["n_patients"]) < 10 or number["n_patients"] < 10:
                 assert number["interval"] in ("not estimable", None)
+            elif "reason" in number:
+                assert number["interval"] == "not estimable"
             else:
                 low, high = number["interval"]
                 assert low <= high
@@ -96,8 +110,11 @@ def test_medi_is_useful_only_where_it_beats_stain_transfer(metrics: dict[str, An
     record = copy.deepcopy(metrics["headline"])
     assert useful(record)
     assert verdict(record).startswith("MeDi is useful here")
+    one = copy.deepcopy(record)
+    one["accuracy_shift_difference"]["oversample"]["interval"] = [-0.01, 0.2]
+    assert "does not exclude chance against oversampling: accuracy" in verdict(one)  # though it beats stain transfer
     record["accuracy_shift_difference"]["stain_transfer"]["interval"] = [-0.01, 0.2]
-    assert "does not exclude chance" in verdict(record)
+    assert "does not exclude chance: accuracy" in verdict(record)
     record["accuracy_shift"]["stain_transfer"] = record["accuracy_shift"]["medi"] + 0.01
     assert useful(record) is False
     assert verdict(record).startswith("MeDi is not useful here")
@@ -189,6 +206,41 @@ def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
     split = {p.patient: p.patient.split("-")[0] for p in no_test}
     write_dataset(tmp_path / "no-test", no_test, "no-test", SCHEMA, SIZE, 0.5, splits={"main": (split, {})})
     refuse("no test patch", real=str(tmp_path / "no-test"), held_out=HELD_OUT[:1])
+
+
+def test_a_verdict_needs_no_particular_rival(world: World) -> None:
+    """Only what was asked for is trained, and what was trained is what MeDi is held against."""
+    arms = ["medi", "reweight"]
+    result = evaluate(world.settings("few-arms", repeats=1, downstream_arms=arms), [filters()])
+    assert "against reweighting" in result["verdict"]
+    assert "stain transfer could not be tried" in result["verdict"]
+
+
+def test_patches_without_a_class_take_no_part(world: World) -> None:
+    folder = world.root / "no-class"
+    copied = shutil.copytree(world.real, folder)
+    table = pd.read_parquet(copied / "index.parquet")
+    gone = table["patient"].isin([table["patient"].iloc[0], table["patient"].iloc[-1]])
+    table.loc[gone, "class"] = "unknown"
+    table.to_parquet(copied / "index.parquet")
+    result = evaluate(world.settings("no-class-out", real=str(folder), repeats=1), [filters()])
+    assert f"{gone.sum()} real patches without a known class take no part." in result["notes"]
+    assert result["downstream"]["filters"]["classes"] == list(CLASSES)
+
+
+def test_one_class_alone_can_be_judged_but_not_told_apart(world: World) -> None:
+    folder = world.root / "stripes"
+    write_real(folder, Size(), classes=["stripes"])
+    with pytest.raises(UserError, match=r"All training patches show class = stripes.*\n.*downstream=false"):
+        evaluate(world.settings("stripes-out", real=str(folder), held_out=HELD_OUT[:1]), [filters()])
+    settings = world.settings("stripes-out", real=str(folder), held_out=HELD_OUT[:1], downstream=False, deals=20)
+    result = evaluate(settings, [filters()])
+    assert "class_mix" not in result["fidelity"]["filters"]["against_real"]["arms"]["medi"]
+
+
+def test_two_encoders_of_one_name_are_refused(world: World) -> None:
+    with pytest.raises(UserError, match="Two of the encoders are called alike: filters, filters"):
+        evaluate(world.settings("twice"), [filters(), filters(60)])
 
 
 def test_finite_makes_json() -> None:

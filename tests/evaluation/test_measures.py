@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from latent_medi.evaluation.measures import NOT_ESTIMABLE, PatientResamples, PatientTable, interval, measure, wilson
+from latent_medi.evaluation.measures import (
+    NOT_ESTIMABLE,
+    PatientResamples,
+    PatientTable,
+    interval,
+    measure,
+    patients_in_turn,
+    wilson,
+)
 
 
 def test_balanced_mean_by_hand() -> None:
@@ -54,3 +62,30 @@ def test_wilson_interval() -> None:
     low, high = wilson(8, 10)  # type: ignore[misc]
     assert low == pytest.approx(0.4902, abs=1e-3)
     assert high == pytest.approx(0.9433, abs=1e-3)
+
+
+def test_a_mean_over_classes_is_as_sure_as_its_smallest_class() -> None:
+    """A class of one patient is in every resample that counts: it would make the interval narrower, not wider."""
+    for few, known in ((9, False), (10, True)):
+        classes = np.repeat([0, 1], [30, few])
+        patients = np.arange(30 + few)
+        table = PatientTable(classes, patients, np.full(30 + few, True), 2, 30 + few)
+        right = np.random.default_rng(0).integers(0, 2, 30 + few).astype(float)
+        record = table.measure(right, PatientResamples(patients.astype(str), 200, 0).weights)
+        assert record["smallest_class"] == few
+        assert record["n_patients"] == 30 + few
+        assert isinstance(record["interval"], list) is known
+
+
+def test_resamples_that_are_mostly_lost_give_no_interval() -> None:
+    draws = np.random.default_rng(0).normal(0.5, 0.1, 200)
+    assert interval(np.where(np.arange(200) < 150, draws, np.nan)) is None
+    assert interval(np.where(np.arange(200) < 170, draws, np.nan)) is not None
+
+
+def test_patients_take_turns() -> None:
+    patients = np.repeat([f"p{i}" for i in range(10)], [1, 1, 1, 1, 1, 1, 1, 1, 1, 991])
+    rows = patients_in_turn(patients, 30, np.random.default_rng(0))
+    assert len(set(rows)) == 30
+    assert set(patients[rows]) == set(patients)  # drawn at random, most of the nine would be lost
+    np.testing.assert_array_equal(patients_in_turn(patients, 1000, np.random.default_rng(0)), np.arange(1000))

@@ -12,7 +12,7 @@ from torch import nn
 
 from latent_medi.features import cache as cache_module
 from latent_medi.features.cache import cached_features
-from latent_medi.features.encoders import ImageEncoder
+from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.features.networks import Network, Preprocessing
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
@@ -116,3 +116,19 @@ def test_an_interrupted_run_keeps_what_it_wrote(
     found = cached_features(dataset, np.arange(11), encoder, cache, batch=2)
     assert encoder.seen == 3  # of 11; 8 were written in two parts before the sixth batch failed
     np.testing.assert_allclose(found, _encoder().features([dataset.read(np.arange(11))]), atol=1e-6)
+
+
+def test_the_demo_s_encoder_says_that_it_has_seen_no_tissue(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cache_module.log, "warning", lambda text, *values: said.append(text % values))
+    real = PatchDataset.open(tiny / "data")
+    for _ in range(2):
+        cached_features(real, np.arange(2), load_encoder("demo"), tmp_path)
+    assert len(said) == 1
+    assert "procedural tissue alone" in said[0]
+    procedural = PatchDataset.open(tiny / "data")
+    procedural.info["provenance"] = {"generator": "latent_medi.demo.cohort"}
+    cached_features(procedural, np.arange(4), load_encoder("demo"), tmp_path)
+    assert len(said) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,15 @@ def test_fingerprint_covers_weights_and_preprocessing(folder: Path) -> None:
     changed = load_encoder(folder)
     next(changed.module.parameters()).data[0] += 1
     assert changed.fingerprint != encoder.fingerprint
+
+
+def test_fingerprint_covers_what_is_in_no_tensor(folder: Path, images: np.ndarray) -> None:
+    """Two networks of the same weights may give other features: one cache entry for both would serve the wrong ones."""
+    first = load_encoder(folder)
+    (folder / "encoder.json").write_text(json.dumps(TINY | {"groups": 8}))
+    second = load_encoder(folder)
+    assert np.abs(first.features([images]) - second.features([images])).max() > 0.01
+    assert first.fingerprint != second.fingerprint
 
 
 def test_colour_free_twin_sees_no_eosin(folder: Path) -> None:

@@ -6,6 +6,8 @@ shape and holds one number, so that networks of a billion weights can be loaded 
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +178,17 @@ def test_a_transformers_folder_is_read_out_by_its_rule(
         tokens = model(pixel_values=x).last_hidden_state
     expected = [tokens[:, 0], tokens[:, 1:].mean(1)] if name == "midnight" else [tokens[:, 0]]
     np.testing.assert_allclose(encoder.features([PATCHES]), torch.cat(expected, 1).numpy(), atol=1e-4)
+
+
+def test_fingerprint_covers_the_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _tiny(monkeypatch, "phikon-v2", tmp_path)
+    first, again = (load_encoder("phikon-v2", weights=tmp_path).fingerprint for _ in range(2))
+    assert first == again
+    moved = shutil.copytree(tmp_path, tmp_path / "moved")
+    assert load_encoder("phikon-v2", weights=moved).fingerprint == first
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    assert load_encoder("phikon-v2", weights=moved).fingerprint != first
 
 
 def test_a_transformers_folder_is_loaded_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

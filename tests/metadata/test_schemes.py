@@ -42,6 +42,22 @@ def test_a_held_out_combination_leaves_no_patient_behind() -> None:
     assert split.recipe["held_out"] == [{"class": "a", "site": "w"}]
 
 
+def test_what_is_held_out_can_be_shared_out() -> None:
+    """An evaluation then has real patients of the held-out combination to learn from that it is not judged on."""
+    table = cohort()
+    asked = [{"class": "a", "site": "w"}, {"class": "b", "site": "x"}]
+    shares = {"probe": 0.4, "test": 0.6}
+    split = make_split(table, SplitSettings(hold_out=asked, fractions={"train": 1.0}, hold_out_fractions=shares))
+    for values in asked:
+        here = split.column[(table["class"] == values["class"]) & (table["site"] == values["site"])]
+        assert set(here) == {"probe", "test"}
+        assert (here == "probe").mean() == pytest.approx(0.4, abs=0.1)
+    assert split.recipe["held_out_part"] == shares
+    for wrong in ({"hold_out_fractions": {"train": 0.5, "test": 0.5}}, {"hold_out_part": "train"}):
+        with pytest.raises(UserError, match="would go to 'train', which trains"):
+            make_split(table, SplitSettings(hold_out=asked, fractions={"train": 1.0}, **wrong))
+
+
 def test_external_split_by_named_sites() -> None:
     table = cohort()
     split = make_split(table, SplitSettings(sites=["w"], fractions={"train": 1.0}))

@@ -318,6 +318,7 @@ def test_one_combination_without_a_plan(
         (["plan=x.csv"], "plan is given and n too"),
         (["--grid", ""], "out"),
         (["--grid", "a.jpg"], "must end in .png"),
+        (["--n", "385"], "holds 384 patches, not 385"),
     ):
         assert main([*words, *wrong]) == 2
         assert why in capsys.readouterr().err

@@ -15,7 +15,7 @@ from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
 from latent_medi.errors import UserError
-from latent_medi.synthesis.grids import blended, contact_sheet, grid
+from latent_medi.synthesis.grids import blended, contact_sheet, grid, samples_sheet
 from latent_medi.synthesis.settings import GridSettings
 
 
@@ -32,6 +32,13 @@ def tiles(path: Path | str, size: int = 32) -> np.ndarray:
 
 def shows(path: Path | str, image: np.ndarray) -> bool:
     return bool((tiles(path, len(image)) == image).all((2, 3, 4)).any())
+
+
+def test_a_sheet_shows_every_sample_and_begins_a_line_for_each_row_of_a_plan() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+    sheet = samples_sheet(images, np.array([0, 0, 0, 0, 0, 1, 1]), {0: "one", 1: "two"}, width=3)
+    wanted = contact_sheet([list(images[:3]), list(images[3:5]), list(images[5:])], ["one", "", "two"])
+    np.testing.assert_array_equal(np.asarray(sheet), np.asarray(wanted))
 
 
 def test_a_sheet_has_its_patches_where_they_belong() -> None:

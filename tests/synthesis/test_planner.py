@@ -25,6 +25,7 @@ import pytest
 from latent_medi.cli import main
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Schema
+from latent_medi.shards.dataset import PatchDataset
 from latent_medi.synthesis.plan import check_plan, read_plan, sample_at
 from latent_medi.synthesis.plan_text import plan_text
 from latent_medi.synthesis.planner import Planned, make_plan
@@ -370,6 +371,21 @@ def test_a_dataset_folder_and_its_split(tiny: Path, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["unit"] == "patches"
     assert told["images"] == 2 * len(read_plan(tmp_path / "plan.csv")) > 0
+
+
+def test_a_dataset_folder_is_planned_from_its_training_part(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", f"data={tiny / 'data'}", f"out={tmp_path / 'plan.csv'}", "goal=balance"]
+    assert main([*words, "--json", str(tmp_path / "plan.json")]) == 0
+    dataset = PatchDataset.open(tiny / "data")
+    train = dataset.index[dataset.index["split_main"] == "train"]
+    most = train.groupby(["class", "site"]).size().max()
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["images"] == 6 * most - len(train)
+    assert told["images"] != 6 * dataset.index.groupby(["class", "site"]).size().max() - len(dataset.index)
+    assert main([*words, "split=mian"]) == 2
+    assert "has no split 'mian'; closest: 'main'" in capsys.readouterr().err
 
 
 def test_patches_per_row(cohort: Path) -> None:
