@@ -4,9 +4,10 @@
 
 Speed: the peer is the usual DDIM loop with classifier-free guidance as diffusers' pipelines write it: two branches in
 one batch at every step, the same network, steps, batch and precision. Ours runs the same sampler at the same guidance
-scale, once with guidance at every step (``same_guidance``: the same work, image for image) and once within the interval
-of ᾱ up to 0.25 that the recommended settings use, where the other steps need one branch. Networks have random weights:
-UNet S on 4×32×32 latents in bf16 on a GPU, the demo's on 4×16×16 in fp32 without one. Decoding is not in it.
+scale, in the memory layout that it samples in, once with guidance at every step (``same_guidance``: the same work,
+image for image) and once within the interval of ᾱ up to 0.25 that the recommended settings use, where the other steps
+need one branch. Networks have random weights: UNet S on 4×32×32 latents in bf16 on a GPU, the demo's on 4×16×16 in fp32
+without one. Decoding is not in it.
 
 Quality (with --run, the demo's finished folder): the same plan and seeds, DPM-Solver++ with 20 steps and DDIM with 100,
 5,000 samples each, in the mix of combinations that the real side has: 5,100 patches of patients of the demo's cohort
@@ -17,6 +18,7 @@ patients of both sides, the same ones for both samplers. Samples are kept under 
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from dataclasses import asdict, replace
@@ -30,7 +32,7 @@ from output import options, tell
 
 from latent_medi import config
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
-from latent_medi.diffusion.denoiser import Denoiser, build_unet
+from latent_medi.diffusion.denoiser import Denoiser, build_unet, lay_out
 from latent_medi.diffusion.objective import make_scheduler
 from latent_medi.diffusion.samplers import draw_noise, make_sampler, sample_latents
 from latent_medi.diffusion.settings import (
@@ -83,11 +85,13 @@ def speed(quick: bool) -> dict[str, float]:
     rows = [{"class": f"c{i % 3}", "site": f"s{i % 4}"} for i in range(batch)]
     conditions = Conditions.from_schema(SCHEMA, rows).to(device)
     noise = draw_noise(range(batch), (4, size, size))[0].to(device)
+    laid_out = copy.deepcopy(denoiser)
+    lay_out(laid_out.unet, half=dtype is not None)  # as MediPipeline.generate_latents does
     sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, SamplerSettings("ddim", STEPS))
 
     def ours(interval: tuple[float, float]) -> None:
         sample_latents(
-            denoiser, conditions, noise, sampler, GuidanceSettings("chain", SCALE, interval=interval), dtype=dtype
+            laid_out, conditions, noise, sampler, GuidanceSettings("chain", SCALE, interval=interval), dtype=dtype
         )
 
     ways = {

@@ -18,7 +18,7 @@ from PIL import Image
 from latent_medi.diffusion.adapters import adapted_hash, attach, merge, open_adapter, parts_hash
 from latent_medi.diffusion.card import model_card
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
-from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.denoiser import Denoiser, lay_out
 from latent_medi.diffusion.folder import AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE, read_model
 from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, check_guidance, guidance_of
 from latent_medi.diffusion.objective import make_scheduler, settings_of
@@ -275,6 +275,8 @@ class MediPipeline(DiffusionPipeline):
         scheduler = make_sampler(self.scheduler.config, chosen)
         check_guidance(guidance, self.conditioning, conditions)
         self.denoiser.eval()
+        for network in (self.unet, *([] if weak is None else [weak.denoiser.unet])):
+            lay_out(network, half=precision != "fp32")
         count, device = len(noise), self.unet.device
         batch = batch or max(count, 1)
         parts = []

@@ -300,3 +300,24 @@ def test_bf16_inside_the_network(pipe):
 def test_parts_that_do_not_fit_are_refused(schema):
     with pytest.raises(UserError, match="4 channels"):
         MediPipeline.from_parts(make_denoiser(schema), ObjectiveSettings(), make_autoencoder(), SHIFT[:3], SCALE)
+
+
+def test_sampling_lays_the_network_out_for_speed_and_changes_nothing_else(schema, tmp_path):
+    pipe = make_pipeline(schema)
+    pipe.save_pretrained(tmp_path / "before", include_autoencoder=True)
+    weight, known = pipe.unet.conv_in.weight, pipe.model_hash
+    assert not weight.is_contiguous(memory_format=torch.channels_last)
+    conditions, noise = (
+        pipe.conditions([{"grade": "gleason4", "site": "radboud", "gender": "male", "age": 61.5}]),
+        draw_noise([3], (4, 8, 8))[0],
+    )
+    with torch.no_grad():
+        plain = pipe.denoiser(noise, torch.tensor([500]), conditions)
+        pipe.generate_latents(conditions, noise, SamplerSettings(steps=2))
+        laid_out = pipe.denoiser(noise, torch.tensor([500]), conditions)
+    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(laid_out, plain, rtol=1e-4, atol=1e-4)
+    assert pipe.model_hash == known
+    pipe.save_pretrained(tmp_path / "after", include_autoencoder=True)
+    for file in sorted((tmp_path / "before").rglob("*.safetensors")):
+        assert (tmp_path / "after" / file.relative_to(tmp_path / "before")).read_bytes() == file.read_bytes()

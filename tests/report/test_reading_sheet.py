@@ -109,7 +109,7 @@ def test_bad_input_for_a_sheet(small_world: World, tmp_path: Path) -> None:
         make_sheet(ReadingSheetSettings())
     with pytest.raises(UserError, match="n = 1"):
         make_sheet(_settings(small_world, tmp_path / "s.html", n=1))
-    with pytest.raises(UserError, match="split_mian"):
+    with pytest.raises(UserError, match="no split 'mian'"):
         make_sheet(_settings(small_world, tmp_path / "s.html", split="mian"))
     with pytest.raises(UserError, match="'sight'"):
         make_sheet(_settings(small_world, tmp_path / "s.html", fields=["sight"]))

@@ -214,7 +214,7 @@ def test_fields_that_only_the_dataset_has_are_carried_over(settings: TranslateSe
         ({"where": {"site": "birch"}}, "already are site birch"),
         ({"where": {"site": "astr"}}, "closest: 'aster'"),
         ({"where": {"patient": "nobody"}}, "no patch with split_main=train, patient=nobody"),
-        ({"split": "other"}, "no column 'split_other'"),
+        ({"split": "other"}, "no split 'other'"),
         ({"strength": 0.0}, "strength is 0"),
         ({"strength": 1.5}, "strength is 1.5"),
         ({"steps": 1}, "at least 2 steps"),
