@@ -11,6 +11,7 @@ from evaluation_world import World, filters
 
 from latent_medi.cli import main
 from latent_medi.errors import UserError
+from latent_medi.evaluation import floors as floors_module
 from latent_medi.evaluation.floors import floors, floors_text
 from latent_medi.evaluation.settings import FloorsSettings
 from latent_medi.files import read_json
@@ -121,3 +122,13 @@ def test_bad_settings_are_explained(world: World, tmp_path: Path, capsys: pytest
     assert "'sitte'" in error
     assert "site" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_thinned_says_how_many_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of directions that a distance is taken in goes by the patches that it really looks at."""
+    data = coloured_patients(tmp_path / "data", 12)
+    monkeypatch.setattr(floors_module, "_MOST", 8)
+    settings = FloorsSettings(data=str(data), out=str(tmp_path / "out"), colour_free=False, deals=20)
+    [found] = floors(settings, [filters()])["encoders"].values()
+    assert {cell["n"] for cell in found["cells"]} == {8}
+    assert {cell["pca_dims"] for cell in found["cells"]} == {2}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
 from latent_medi.cli import main
 from latent_medi.errors import UserError
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.memorisation import CopyFinder
+from latent_medi.evaluation.fidelity import Features
+from latent_medi.evaluation.memorisation import CopyFinder, _Authentic, _percent_authentic
+from latent_medi.evaluation.study import Study
 from latent_medi.features.likeness import small_patches
+from latent_medi.features.statistics import pca_basis
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import write_dataset
 
@@ -96,3 +100,15 @@ def test_a_threshold_comes_from_other_real_patients(world: World) -> None:
     small = small_patches(real.read(real.rows({"split_main": "train"})))
     assert CopyFinder(small, small[:0]).threshold == 0.6
     assert CopyFinder(small, small[::2]).threshold > 0.99
+
+
+def test_authenticity_needs_two_training_patients() -> None:
+    """With one, no other patient's patch can be nearer: every sample, however far away, would be called a copy's."""
+    rng = np.random.default_rng(0)
+    for people, known in ((1, False), (2, True)):
+        names = np.repeat([f"p{i}" for i in range(people)], 10)
+        study = SimpleNamespace(patients=names, train=np.arange(len(names)))
+        features = Features(rng.normal(size=(len(names), 4)), {}, pca_basis(rng.normal(size=(20, 4))))
+        found = _percent_authentic(_Authentic(cast(Study, study), features), rng.normal(size=(5, 4)) + 20)
+        assert (found["value"] is not None) is known
+        assert not known or found["value"] == 100.0

@@ -91,6 +91,36 @@ def test_scores_survive_a_missing_class_and_no_rows() -> None:
     assert all(m["value"] is None for m in nothing.values())
 
 
+def test_intervals_are_not_moved_by_what_resampling_does_to_an_extreme() -> None:
+    """The gaps of a resample do not cancel, and its lowest group is lower: both draws are biased, the intervals not."""
+    rng = np.random.default_rng(0)
+    outside = {"ece": 0, "worst_group": 0}
+    for _ in range(30):
+        truth = rng.integers(0, 3, 120)
+        confidence = rng.uniform(0.4, 0.95, 120)
+        guess = np.where(rng.random(120) < confidence, truth, (truth + 1) % 3)  # calibrated
+        probabilities = np.full((120, 3), 0.0) + ((1 - confidence) / 2)[:, None]
+        probabilities[np.arange(120), guess] = confidence
+        found = _scores(truth, probabilities, np.array(list("stuv"))[np.arange(120) % 4], np.arange(120))
+        for name in outside:
+            low, high = found[name]["interval"]
+            middle = (low + high) / 2
+            outside[name] += not low < found[name]["value"] < high
+            assert abs(middle - found[name]["value"]) < 0.3 * (high - low)
+    assert outside == {"ece": 0, "worst_group": 0}
+
+
+def test_scores_that_weigh_classes_alike_are_as_sure_as_the_smallest() -> None:
+    truth = np.repeat([0, 1, 2], [40, 40, 9])
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), 89)
+    found = _scores(truth, probabilities, np.full(89, "s"), np.arange(89))
+    for name in ("balanced_accuracy", "site_averaged_accuracy", "auroc"):
+        assert found[name]["interval"] == "not estimable"
+        assert found[name]["smallest_class"] == 9
+    for name in ("mcc", "brier", "ece"):
+        assert isinstance(found[name]["interval"], list)
+
+
 def test_worst_group_needs_ten_patients() -> None:
     # Group a × s: 10 patients, half right. a × t: 12 patients, 3 of 4 right. b × s: 9 patients, none right.
     rows = [(0, "s", f"p{i}", i % 2 == 0) for i in range(10)]

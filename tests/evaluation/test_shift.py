@@ -130,6 +130,12 @@ def test_the_mean_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(pd.read_csv(tmp_path / "mean" / "shift.csv")) == 6
 
 
+def test_a_loss_needs_the_real_patches_alone() -> None:
+    """They may be left out of the arms that were asked for."""
+    records = [{"arms": {"medi": {"accuracy_shift": value}}} for value in (0.8, 0.7)]
+    assert loss(records) == {"medi": None}
+
+
 def test_benchmarks_without_a_mean(tmp_path: Path) -> None:
     one, again = (finished(tmp_path / name, 0, [0.8, 0.7]) for name in ("one", "again"))
     with pytest.raises(UserError, match="two benchmarks or more"):

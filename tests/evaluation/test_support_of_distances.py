@@ -26,10 +26,10 @@ def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
     table = pd.read_parquet(folder / "index.parquet")
     test = table["split_main"] == "test"
     table.loc[~test & (table["site"] == "east"), "site"] = "north"
-    table.loc[test & (table["site"] == "north"), "site"] = "east"
+    table.loc[test & (table["site"] == "north"), "site"] = "east"  # samples are of the north alone: nothing is shared
     table.to_parquet(folder / "index.parquet")
     made = world.root / "external-medi"
-    patches = [p for p in synthetic_patches(40, None, False) if p.fields["site"] != "east"]
+    patches = [p for p in synthetic_patches(40, None, False) if p.fields["site"] == "north"]
     write_dataset(made, patches, "medi", SCHEMA, SIZE, 0.5)
     arms = {"medi": str(made), "cls": str(world.cls)}
     study = open_study(world.settings("external-out", real=str(folder), synthetic=arms))
