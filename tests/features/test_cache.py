@@ -128,6 +128,7 @@ def test_the_demo_s_encoder_says_that_it_has_seen_no_tissue(
         cached_features(real, np.arange(2), load_encoder("demo"), tmp_path)
     assert len(said) == 1
     assert "procedural tissue alone" in said[0]
+    cache_module._warn.cache_clear()
     procedural = PatchDataset.open(tiny / "data")
     procedural.info["provenance"] = {"generator": "latent_medi.demo.cohort"}
     cached_features(procedural, np.arange(4), load_encoder("demo"), tmp_path)
