@@ -8,13 +8,16 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
 from latent_medi.files import NO_SPACE, read_json, write_json
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
+
+if TYPE_CHECKING:
+    from latent_medi.shards.dataset import PatchDataset
 
 Printed = dict[str, Any]
 
@@ -49,9 +52,11 @@ def _shards(words: list[str]) -> Printed:
         from latent_medi.shards.dataset import PatchDataset
 
         folder = _only_folder(words[1:], "shards verify")
-        problems = PatchDataset.open(folder).verify()
+        dataset = PatchDataset.open(folder)
+        problems = dataset.verify()
         if problems:
             raise UserError(f"{folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+        print(f"no problem: {_holds(dataset)}")
         return {"folder": str(folder), "problems": []}
     if what == "info":
         from latent_medi.shards.info import info
@@ -64,6 +69,9 @@ def _shards(words: list[str]) -> Printed:
 
         settings = config.parse(ImportSettings, words[1:], "shards images")
         dataset = import_images(settings)
+        count = dataset.info["provenance"]["rejected"]["count"]
+        rejected = f"; {count} image{'s' * (count > 1)} rejected, named in its dataset.json" if count else ""
+        print(_holds(dataset) + rejected)
         return {"folder": str(dataset.folder), "patches": len(dataset)}
     if what == "slides":
         from latent_medi.shards.settings import SlideSettings
@@ -75,11 +83,17 @@ def _shards(words: list[str]) -> Printed:
         from latent_medi.demo.settings import CohortFolderSettings
 
         dataset = build_folder(config.parse(CohortFolderSettings, words[1:], "shards demo"))
+        print(_holds(dataset))
         return {"folder": str(dataset.folder), "patches": len(dataset)}
     if not what:
         print(_SHARDS + ", ".join(recipes()))
         return {"recipes": list(recipes())}
     return load_recipe(what).main(words[1:]) or {}
+
+
+def _holds(dataset: PatchDataset) -> str:
+    """What a dataset folder holds, in a line."""
+    return f"{len(dataset)} patches of {dataset.index['patient'].nunique()} patients in {dataset.folder}"
 
 
 def _only_folder(words: Sequence[str], verb: str) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,13 +20,12 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats.contingency import association
 
 from latent_medi.errors import UserError, nearest
+from latent_medi.metadata.advice import advice, some
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
+from latent_medi.metadata.splits import split_column
 
 VERDICTS = ("seen", "both margins seen", "thin", "unidentifiable")
 _MOST_COMBINATIONS = 200_000
-_STRONG = 0.8  # Cramér's V from which a site nearly tells the class
-_MUCH_MISSING = 0.2  # share of unknown values that is worth a word
-_SITE_CODE = re.compile("[A-Z0-9]{2}")
 _UNITS = {"patches": "key", "slides": "slide", "patients": "patient"}
 
 
@@ -55,21 +53,23 @@ def audit(
         class × value cells by field), ``cells`` (every combination there is), ``continuous``, ``missing`` (share of
         patches by field), ``cramers_v`` (of each categorical field with the class, over patients; null if either is
         constant), ``sites`` (how many), ``components`` of the class–site graph (how many), ``groups`` (the components'
-        classes, sites and patients), ``verdicts`` (combination, verdict, reason and counts), ``verdict_counts`` and
-        ``advice`` (sentences).
+        classes, sites and patients), ``verdicts`` (combination, verdict, reason and counts), ``verdict_counts``,
+        ``advice`` (sentences); and ``shared_patients``: how many patients occur at several sites (``count``), and some
+        of them with their sites (``examples``).
 
     Raises:
         UserError: An unknown field, value or split.
     """
     label = ""
     if split is not None:
-        column = split[0] if split[0] in index.columns else f"split_{split[0]}"
-        if column not in index.columns:
-            raise UserError(f"The index has no split {split[0]!r}; {nearest(column, [str(c) for c in index.columns])}.")
+        column = split_column(index, split[0])
+        parts = sorted({str(part) for part in index[column].unique()} - {""})
         index = index[index[column] == split[1]]
         label = f"{column} = {split[1]}"
+        if not len(index):
+            raise UserError(f"There is no patch to audit with {label}; its parts: {', '.join(parts) or 'none'}.")
     if not len(index):
-        raise UserError(f"There is no patch to audit{f' with {label}' if label else ''}.")
+        raise UserError("There is no patch to audit.")
     names = [f.name for f in schema.fields if not f.continuous]
     cells = _cells(index, names)
     known_class = schema.class_field
@@ -86,6 +86,7 @@ def audit(
         "class_by": {},
         "cramers_v": {},
         "sites": len(_known_values(index, site_field)) if site_field in names else 0,
+        "shared_patients": _shared_patients(index, site_field) if site_field in names else {"count": 0, "examples": []},
         "components": 0,
         "groups": [],
     }
@@ -101,47 +102,16 @@ def audit(
     verdicts = [judge(combination) for combination in _wanted(schema, names, site_field, requested)]
     result["verdicts"] = verdicts
     result["verdict_counts"] = {v: sum(entry["verdict"] == v for entry in verdicts) for v in VERDICTS}
-    result["advice"] = _advice(result, known_class.name if known_class is not None else "")
+    result["advice"] = advice(result, known_class.name if known_class is not None else "")
     return result
 
 
-def _advice(result: Mapping[str, Any], class_field: str) -> list[str]:
-    """What to do about it, most pressing first."""
-    site_field, groups = result["site_field"], result["groups"]
-    lines = []
-    if len(groups) > 1:
-        codes = [site for group in groups for site in group["sites"]]
-        if all(_SITE_CODE.fullmatch(site) for site in codes):
-            lines.append(
-                f"{site_field} looks like TCGA's codes, which stand for (hospital, study) pairs: map them to "
-                "institutions with tss_table=… (GDC's table of tissue source sites), and audit again."
-            )
-        else:
-            lines.append(
-                f"Add patients of a second {class_field} at some {site_field} of each group, merge {site_field}s that "
-                "are one hospital, or study the groups apart: no model can tell their effects apart."
-            )
-    strong = result["cramers_v"].get(site_field)
-    if strong is not None and strong >= _STRONG:
-        lines.append(
-            f"{site_field} nearly tells the {class_field} (Cramér's V {strong:.2f}): a classifier can learn the "
-            f"{site_field} instead. Test at held-out {site_field}s or combinations."
-        )
-    for name, share in result["missing"].items():
-        if share >= _MUCH_MISSING:
-            lines.append(f"{name} is unknown for {share:.0%} of the patches: ask for it, or leave the field out.")
-    counts = result["verdict_counts"]
-    if counts["thin"]:
-        lines.append(
-            f"{counts['thin']} combinations rest on fewer than {result['thin_patients']} patients: collect more, merge "
-            "rare values, or plan them with that in mind."
-        )
-    if counts["both margins seen"]:
-        lines.append(
-            f"{counts['both margins seen']} combinations have no patch and can be drawn: `latent-medi plan "
-            "goal=fill_unseen`."
-        )
-    return lines
+def _shared_patients(index: pd.DataFrame, site_field: str) -> dict[str, Any]:
+    """Patients that occur at several sites, the first few in order with their sites."""
+    pairs = index.loc[~_missing(index[site_field]), ["patient", site_field]].drop_duplicates()
+    shared = pairs[pairs["patient"].duplicated(keep=False)].groupby("patient", sort=True)[site_field]
+    examples = [{"patient": str(p), "sites": sorted(map(str, sites))} for p, sites in itertools.islice(shared, 5)]
+    return {"count": shared.ngroups, "examples": examples}
 
 
 def verdict(index: pd.DataFrame, combination: Mapping[str, str], thin_patients: int = 10) -> dict[str, Any]:
@@ -375,7 +345,7 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
     for name, margin in result["margins"].items():
         ranked = sorted(margin.items(), key=lambda item: -item[1]["patients"]) if len(margin) > most else margin.items()
         words = [f"{value} {c['patients']}" for value, c in ranked]
-        lines.append(f"{name} ({len(margin)} values; patients): {_some(words, most)}")
+        lines.append(f"{name} ({len(margin)} values; patients): {some(words, most)}")
     lines += [f"{name}: {share:.1%} of {unit} unknown" for name, share in result["missing"].items() if share]
     for name, value in result["cramers_v"].items():
         told = "not defined (one value only)" if value is None else f"{value:.2f}"
@@ -393,9 +363,7 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
             f"class and {result['site_field']} fall into {len(components)} separate groups: "
             "effects cannot be told apart across groups"
         )
-        lines += [
-            f"  {_some(c['classes'])} at {_some(c['sites'])} ({c['patients']} patients)" for c in components[:most]
-        ]
+        lines += [f"  {some(c['classes'])} at {some(c['sites'])} ({c['patients']} patients)" for c in components[:most]]
     elif components:
         lines.append(f"class and {result['site_field']} are linked by seen combinations throughout")
     lines.append("combinations: " + ", ".join(f"{n} {word}" for word, n in result["verdict_counts"].items()))
@@ -409,7 +377,3 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
         lines.append(f"  … and {len(listed) - most} more")
     lines += [f"→ {sentence}" for sentence in result["advice"]]
     return "\n".join(lines)
-
-
-def _some(words: Sequence[str], most: int = 12) -> str:
-    return ", ".join(words[:most]) + (f" … ({len(words)} in all)" if len(words) > most else "")

@@ -14,6 +14,7 @@ from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.schemes import Split, make_split, needed_columns
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
+from latent_medi.metadata.splits import split_column
 from latent_medi.metadata.tables import read_table, require_columns, write_table
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, read_site_codes, site_codes
 
@@ -62,7 +63,9 @@ def read_cohort(
     where = f"The table {path}"
     named = list(dict.fromkeys(n for n in (class_field, site_field, *fields) if n))
     numbers = list(dict.fromkeys(continuous))
-    require_columns(table, [*named, *numbers, *(n for n in (patient_field, slide_field) if n)], where)
+    settings = {class_field: "class_field", site_field: "site_field", patient_field: "patient_field"}
+    settings |= {slide_field: "slide_field"}
+    require_columns(table, [*named, *numbers, *(n for n in (patient_field, slide_field) if n)], where, settings)
     if both := [name for name in numbers if name in named]:
         raise UserError(f"{', '.join(both)} cannot be both continuous and a class or category.")
     if not len(table):
@@ -79,7 +82,8 @@ def read_cohort(
     else:
         raise UserError(
             f"{where} has no patient: none of {', '.join(PATIENT_COLUMNS)}.",
-            "Name the column with patient_field; without patients neither counts nor splits are honest.",
+            f"Name the column with patient_field=…, one of {', '.join(map(str, table.columns))}; without patients "
+            "neither counts nor splits are honest.",
         )
     if (gone := index["patient"].map(is_missing)).any():
         raise UserError(f"{where}: row {int(gone.to_numpy().argmax()) + 1} has no patient ({int(gone.sum())} in all).")
@@ -181,7 +185,7 @@ def audit_index(
     if not settings.tss_table:
         return audit(index, schema, settings.requested or None, thin, split, site)
     of_codes = audit(index, schema, [], thin, split, site)
-    rows = index if split is None else index[index[f"split_{split[0]}"] == split[1]]
+    rows = index if split is None else index[index[split_column(index, split[0])] == split[1]]
     known = schema.class_field
     rows, schema, mapped = map_sites(rows, schema, site, settings.tss_table)
     places = mapped[mapped["institution"] != UNKNOWN_WORD]

@@ -35,6 +35,22 @@ def assert_patient_disjoint(index: pd.DataFrame, column: str) -> None:
         )
 
 
+def split_column(index: pd.DataFrame, split: str) -> str:
+    """The column of a split that is given by its name or by that of its column.
+
+    Raises:
+        UserError: There is none; names the splits that there are.
+    """
+    for column in (split, f"split_{split}"):
+        if column in index.columns:
+            return column
+    known = [str(c).removeprefix("split_") for c in index.columns if str(c).startswith("split_")]
+    raise UserError(
+        f"There is no split {split!r}; " + (f"there is {', '.join(known)}." if known else "there is none at all."),
+        f"`latent-medi split DATA name={split} …` makes it.",
+    )
+
+
 def random_split(
     index: pd.DataFrame, fractions: Mapping[str, float], seed: int, stratify: Sequence[str] = ()
 ) -> pd.Series:

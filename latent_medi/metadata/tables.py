@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -12,6 +13,9 @@ import pyarrow.parquet as pq
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import atomic_path
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_MOST_COLUMNS = 30
 
 
 def read_table(path: str | Path, strip: bool = True) -> pd.DataFrame:
@@ -24,7 +28,8 @@ def read_table(path: str | Path, strip: bool = True) -> pd.DataFrame:
         strip: Whether blanks around cells go; those around column names always do.
 
     Raises:
-        UserError: The file is absent, of another type, not UTF-8, ragged, empty, or has a column twice.
+        UserError: The file is absent, of another type, separated by something else, not UTF-8, ragged, empty, or has a
+            column twice.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -61,6 +66,13 @@ def _read_text(path: Path, separator: str, strip: bool) -> pd.DataFrame:
         header = [name.strip() for name in next(reader, [])]
         if not any(header):
             raise UserError(f"The table {path} is empty.")
+        # Not read as it is: where cells are separated by semicolons, numbers have a decimal comma.
+        others = [words for sign, words in _SEPARATORS.items() if sign != separator and sign in header[0]]
+        if len(header) == 1 and others:
+            raise UserError(
+                f"The table {path} separates its columns by {others[0]}, not by {_SEPARATORS[separator]}.",
+                "Save it as .csv with commas and decimal points, or as .tsv with tabs.",
+            )
         if len(set(header)) < len(header):
             twice = sorted({name for name in header if header.count(name) > 1})
             raise UserError(f"The table {path} has columns of the same name: {twice}.")
@@ -74,17 +86,46 @@ def _read_text(path: Path, separator: str, strip: bool) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=header, dtype=str)
 
 
-def require_columns(table: pd.DataFrame, names: Sequence[str], where: str) -> None:
+def require_columns(
+    table: pd.DataFrame, names: Sequence[str], where: str, settings: Mapping[str, str] | None = None
+) -> None:
     """Refuse a table that lacks a column.
 
+    Args:
+        table: The table.
+        names: Columns that it must have.
+        where: The table in words.
+        settings: The setting that names a column, by column.
+
     Raises:
-        UserError: Names every absent column and the closest that ``where`` has.
+        UserError: Names every absent column, the closest that ``where`` has, all that it has, and the settings.
     """
     columns = [str(c) for c in table.columns]
-    if gone := [name for name in names if name not in columns]:
-        raise UserError(
-            f"{where} lacks " + "; ".join(f"column {name!r} ({nearest(name, columns)})" for name in gone) + "."
-        )
+    gone = [name for name in dict.fromkeys(names) if name not in columns]
+    if not gone:
+        return
+    hint = f"Its columns: {', '.join(columns[:_MOST_COLUMNS])}"
+    hint += f" … ({len(columns)} in all)." if len(columns) > _MOST_COLUMNS else "."
+    if told := list(dict.fromkeys(settings[name] for name in gone if name in settings) if settings else ()):
+        hint += f" Say which to take with {', '.join(f'{setting}=…' for setting in told)}."
+    raise UserError(
+        f"{where} lacks " + "; ".join(f"column {name!r} ({nearest(name, columns)})" for name in gone) + ".", hint
+    )
+
+
+def settings_of_columns(settings: Any, *names: str) -> dict[str, str]:
+    """The setting that names a column, by column; for :func:`require_columns`.
+
+    Args:
+        settings: A settings dataclass.
+        names: Its entries that hold a column or several.
+    """
+    named: dict[str, str] = {}
+    for name in names:
+        value = getattr(settings, name)
+        for column in [value] if isinstance(value, str) else value:
+            named.setdefault(column, name)
+    return named
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> None:

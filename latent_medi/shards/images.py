@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from latent_medi.errors import UserError
 from latent_medi.files import remove
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.tables import read_table, require_columns
+from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, decode_image
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
 from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.patch import Patch, check_column, check_key
 from latent_medi.shards.records import ShardRecord, finished_shards
+from latent_medi.shards.rejected import report_rejected, smaller_than
 from latent_medi.shards.settings import ImportSettings
 from latent_medi.shards.writer import finish_dataset, finished_dataset, write_shard
 
@@ -35,6 +38,10 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 """Endings of the files that a folder is searched for."""
 TOLERANCE = 0.02
 """Share by which a resolution or a field of view may be off and still be taken as equal."""
+_COLUMN_SETTINGS = (
+    "image_column", "patient_column", "slide_column", "key_column", "x_column", "y_column", "source_mpp_column",
+    "split_column", "class_field", "categorical", "continuous", "extra",
+)  # fmt: skip
 
 
 def import_images(
@@ -49,8 +56,8 @@ def import_images(
     With ``mpp`` given, the middle of each image is cut so that a patch covers ``patch_size × mpp`` µm, or with ``tile``
     as many patches side by side as fit; without, each image is stored whole. Either way it is scaled down with an
     antialiasing Lanczos filter, never up. Images that cannot be decoded, are not 8-bit RGB, too small or (stored whole)
-    not square or of another resolution are logged by name and listed in ``provenance["rejected"]``. A rerun keeps the
-    shards whose images and settings have not changed.
+    not square or of another resolution are logged, a line per reason, and listed by name in
+    ``provenance["rejected"]``. A rerun keeps the shards whose images and settings have not changed.
 
     Args:
         settings: See :class:`ImportSettings`.
@@ -60,7 +67,8 @@ def import_images(
         splits: Named splits by patient, as for :func:`~latent_medi.shards.writer.finish_dataset`.
 
     Raises:
-        UserError: The table does not have what the settings name, or more than ``max_bad`` of the images are bad.
+        UserError: The table does not have what the settings name, a patient is in two parts of its ``split_column``, or
+            more than ``max_bad`` of the images are bad.
     """
     check_codec(settings.codec)
     if table is None and settings.folder:
@@ -76,6 +84,8 @@ def import_images(
     if settings.patch_size < 1 or settings.patches_per_shard < 1 or not 0 <= settings.max_bad <= 1:
         raise UserError("patch_size and patches_per_shard are at least 1, and max_bad is between 0 and 1.")
     rows = _rows(table, settings)
+    if settings.split_column:
+        splits = {**(splits or {}), "main": _given_split(table, settings)}
     if schema is None:
         continuous, units = settings.continuous, settings.units
         schema = Schema.from_table(table, settings.class_field or None, settings.categorical, continuous, units)
@@ -109,8 +119,16 @@ def import_images(
         if record is not None:
             written.add(number)
     bad = [entry for number in sorted(rejected) for entry in rejected[number]]
-    _report(bad, len(rows), settings.max_bad)
+    report_rejected(bad, len(rows), settings, out)
     source = dict(provenance or {}) | {"rejected": {"count": len(bad), "images": bad}}
+    # A patient whose every image was rejected is in no split.
+    bad_rows, all_rows = Counter(entry["image"] for entry in bad), Counter(row["path"] for row in rows)
+    left = {row["patient"] for row in rows if bad_rows[row["path"]] < all_rows[row["path"]]}
+    gone = {row["patient"] for row in rows} - left
+    splits = {
+        split: ({p: part for p, part in parts.items() if p not in gone}, recipe)
+        for split, (parts, recipe) in (splits or {}).items()
+    }
     return finish_dataset(
         out, name, schema, settings.patch_size, geometry.mpp, settings.codec, source, splits, shards=written
     )
@@ -133,15 +151,17 @@ class _Geometry:
         """
         height, width = image.shape[:2]
         edge = min(height, width)
+        if _too_small(edge, self.patch_size):
+            raise UserError(f"{smaller_than(self.patch_size)}: {width} × {height} px")
         side = self.patch_size * self.mpp / source_mpp
         if self.patch_size > side * (1 + TOLERANCE):
             raise UserError(f"would have to be enlarged from {source_mpp:g} to {self.mpp:g} µm per pixel")
         if side > edge * (1 + TOLERANCE):
             covered, wanted = edge * source_mpp, self.patch_size * self.mpp
-            raise UserError(f"covers {covered:.4g} µm, and a patch {wanted:.4g} µm")
+            raise UserError(f"covers {covered:.4g} µm, and a patch {wanted:.4g} µm: {width} × {height} px")
         if not self.cut:
             if height != width:
-                raise UserError(f"is not square: {width}×{height}")
+                raise UserError(f"is not square: {width} × {height} px")
             if side < edge * (1 - TOLERANCE):
                 raise UserError(
                     f"has {edge * source_mpp / self.patch_size:.4g} µm per stored pixel, not {self.mpp:.4g}"
@@ -161,6 +181,10 @@ class _Geometry:
             (int(x), int(y), np.asarray(picture.resize(size, Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))))
             for x, y in corners
         ]
+
+
+def _too_small(edge: int, patch_size: int) -> bool:
+    return patch_size > edge * (1 + TOLERANCE)
 
 
 def _listed(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings]:
@@ -199,9 +223,10 @@ def _rows(table: pd.DataFrame, settings: ImportSettings) -> list[dict[str, Any]]
     """What each patch will be made from: path, key, patient, slide, position, source resolution, fields and extras."""
     fields = [*([settings.class_field] if settings.class_field else []), *settings.categorical, *settings.continuous]
     optional = [settings.slide_column, settings.key_column, settings.x_column, settings.y_column]
-    optional.append(settings.source_mpp_column)
+    optional += [settings.source_mpp_column, settings.split_column]
     named = [settings.image_column, settings.patient_column, *fields, *settings.extra, *(c for c in optional if c)]
-    require_columns(table, named, f"The table {settings.table}".strip())
+    told = settings_of_columns(settings, *_COLUMN_SETTINGS)
+    require_columns(table, named, f"The table {settings.table}".strip(), told)
     for column in (*fields, *settings.extra):
         check_column(column)
     if not settings.source_mpp_column and not (math.isfinite(settings.source_mpp) and settings.source_mpp > 0):
@@ -210,16 +235,21 @@ def _rows(table: pd.DataFrame, settings: ImportSettings) -> list[dict[str, Any]]
             "Set source_mpp (µm per pixel) or source_mpp_column; if only a nominal value is known, say so somewhere.",
         )
     rows: list[dict[str, Any]] = []
-    seen: dict[str, str] = {}
-    for row in table.astype(str).to_dict(orient="records"):
+    seen: dict[str, tuple[int, str]] = {}
+    for number, row in enumerate(table.astype(str).to_dict(orient="records"), start=1):
         path = row[settings.image_column]
         key = row[settings.key_column] if settings.key_column else _key(path)
         check_key(key)
         if key in seen:
+            first, other = seen[key]
             raise UserError(
-                f"{path!r} and {seen[key]!r} would both have the key {key!r}.", "Give a column of unique keys."
+                f"Rows {first} and {number} of the table, not counting its header, would both have the key {key!r}: "
+                f"{other!r} and {path!r}.",
+                f"Make the column {settings.key_column!r} unique, or remove one of the rows."
+                if settings.key_column
+                else "Name a column of unique keys with key_column=…, or remove one of the rows.",
             )
-        seen[key] = path
+        seen[key] = number, path
         patient = row[settings.patient_column]
         if is_missing(patient):
             raise UserError(
@@ -238,6 +268,30 @@ def _rows(table: pd.DataFrame, settings: ImportSettings) -> list[dict[str, Any]]
     if not rows:
         raise UserError("The table of images has no row.")
     return rows
+
+
+def _given_split(table: pd.DataFrame, settings: ImportSettings) -> tuple[dict[str, str], dict[str, Any]]:
+    """The part of each patient in the split that the table brings, and a recipe.
+
+    Raises:
+        UserError: A patient is in two parts, or in one with some of its images only.
+    """
+    column = settings.split_column
+    index = pd.DataFrame({"patient": table[settings.patient_column], column: table[column]}).astype(str)
+    assert_patient_disjoint(index, column)
+    pairs = index.drop_duplicates()
+    if (half := pairs["patient"].duplicated()).any():
+        raise UserError(
+            f"{column}: patient {pairs.loc[half, 'patient'].iloc[0]!r} has images in a part and images in none.",
+            "Fill the cells, or leave those images out of the table: a split is of whole patients.",
+        )
+    parts = {patient: part for patient, part in pairs.itertuples(index=False, name=None) if part}
+    names = sorted(set(parts.values()))
+    if not {"train", "test"} & set(names):
+        logger.warning("The parts of column %s are %s; verbs look for train and test", column, names or "empty")
+    # With the parts themselves, so that a rerun sees that they have changed.
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return parts, {"kind": "column of the table", "column": column, "parts_sha256": digest}
 
 
 def _key(path: str) -> str:
@@ -265,14 +319,33 @@ def _positive(value: str | float, path: str) -> float:
 
 
 def _whole_mpp(rows: list[dict[str, Any]], root: Path, settings: ImportSettings) -> float:
-    """µm per stored pixel when images are stored whole: that of the first one whose size can be read."""
+    """µm per stored pixel when images are stored whole: that of the first one that is large enough.
+
+    Raises:
+        UserError: There is none; before any image is read, since nothing would come of it.
+    """
+    small: list[tuple[int, int]] = []
     for row in rows:
         try:
             with Image.open(root / row["path"]) as image:
-                return min(image.size) * row["source_mpp"] / settings.patch_size
+                if not _too_small(min(image.size), settings.patch_size):
+                    return min(image.size) * row["source_mpp"] / settings.patch_size
+                small.append(image.size)
         except (OSError, Image.DecompressionBombError):
             continue
+    if small:
+        (width, height), least = small[0], min(min(size) for size in small)
+        raise UserError(
+            f"{len(small)} of {len(rows)} images are smaller than {settings.patch_size} px (the first is {width} × "
+            f"{height} px); none is large enough.",
+            f"Set patch_size={_fitting(least)}; images are never enlarged.",
+        )
     raise UserError(f"None of the {len(rows)} images can be read, such as {root / rows[0]['path']}.", "Check root.")
+
+
+def _fitting(edge: int) -> int:
+    """The patch size for images of that edge: autoencoders halve it three times."""
+    return edge // 8 * 8 or edge
 
 
 def _token(rows: list[dict[str, Any]], root: Path, geometry: _Geometry, codec: str) -> str:
@@ -310,14 +383,3 @@ def _write(
         return None, bad
     record = write_shard(out, number, patches, codec, token, notes={"rejected": bad})
     return dataclasses.replace(record, rows=pd.DataFrame()), bad
-
-
-def _report(bad: list[dict[str, str]], total: int, max_bad: float) -> None:
-    for entry in bad:
-        logger.warning("rejected %s: %s", entry["image"], entry["reason"])
-    if len(bad) > max_bad * total:
-        named = "".join(f"\n  {entry['image']}: {entry['reason']}" for entry in bad[:10])
-        raise UserError(
-            f"{len(bad)} of {total} images are bad, more than the share of {max_bad:g} that max_bad allows:{named}",
-            "Repair or remove them, or raise max_bad.",
-        )

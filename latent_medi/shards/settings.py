@@ -29,7 +29,9 @@ class ImportSettings:
         continuous: Continuous columns.
         units: Unit by continuous column, such as {age: years}.
         extra: Columns that are carried along as text without being fields.
-        patch_size: Edge of a stored patch, in pixels.
+        split_column: Column with the part (train, test and, if there are, val and probe) of each image in a split that
+            exists already; it becomes the split main. An empty cell is in no part.
+        patch_size: Edge of a stored patch, in pixels; no image is smaller.
         source_mpp: Resolution of the images, in µm per pixel; it is never assumed.
         source_mpp_column: Column of resolutions, where images differ; replaces source_mpp.
         mpp: Resolution of the stored patches, in µm per pixel; 0 to store each image whole.
@@ -58,6 +60,7 @@ class ImportSettings:
     continuous: list[str] = field(default_factory=list)
     units: dict[str, str] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
+    split_column: str = ""
     patch_size: int = 256
     source_mpp: float = 0.0
     source_mpp_column: str = ""

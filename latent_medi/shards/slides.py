@@ -24,7 +24,7 @@ from latent_medi.errors import Incomplete, UserError
 from latent_medi.files import read_json, remove
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.tables import read_table, require_columns, write_table
+from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns, write_table
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
 from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
@@ -218,6 +218,9 @@ def _jobs(settings: SlideSettings) -> tuple[list[SlideJob], Schema]:
         require_columns(
             table, [settings.slide_column, settings.patient_column, *fields, *settings.extra],
             f"The table of slides {settings.table}",
+            settings_of_columns(
+                settings, "slide_column", "patient_column", "class_field", "categorical", "continuous", "extra"
+            ),
         )  # fmt: skip
         schema = Schema.from_table(
             table, settings.class_field or None, settings.categorical, settings.continuous, settings.units

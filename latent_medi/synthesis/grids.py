@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
@@ -24,6 +25,8 @@ from latent_medi.metadata.schema import FIRST_VALUE, Field
 from latent_medi.synthesis.settings import GridSettings
 
 _GAP, _LETTERS = 4, 14  # pixels
+# Pillow's own font draws a box for ×, ᾱ and every letter with an accent, such as in the names of hospitals.
+_FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def contact_sheet(
@@ -37,7 +40,7 @@ def contact_sheet(
         columns: What stands above each column.
     """
     height, width = rows[0][0].shape[:2]
-    font = ImageFont.load_default(_LETTERS)
+    font = ImageFont.truetype(_FONT, _LETTERS)
     left = max((round(font.getlength(label)) for label in labels), default=-_GAP) + 2 * _GAP
     wide = max([width, *(round(font.getlength(name)) for name in columns)])
     top = _LETTERS + 3 * _GAP if columns else _GAP

@@ -92,8 +92,12 @@ def test_the_whole_audit_is_json_and_counts_patients_once() -> None:
     assert train["margins"]["class"]["b"]["patients"] == 0
     with pytest.raises(UserError, match="no split 'mian'"):
         audit(table, schema, split=("mian", "train"))
-    with pytest.raises(UserError, match="no patch"):
+    with pytest.raises(UserError, match=r"there is main\.\n.*latent-medi split"):
+        audit(table, schema, split=("mian", "train"))
+    with pytest.raises(UserError, match=r"no patch.*split_main = val; its parts: test, train"):
         audit(table, schema, split=("main", "val"))
+    with pytest.raises(UserError, match="no split 'main'; there is none at all"):
+        audit(table.drop(columns="split_main"), schema, split=("main", "train"))
 
 
 def test_requested_combinations_and_unknown_values() -> None:
@@ -115,3 +119,16 @@ def test_independent_fields_have_no_association() -> None:
     table["constant"] = "k"
     assert cramers_v(table, "class", "constant") is None
     assert len(audit(table, schema_of(table))["groups"]) == 1
+
+
+def test_a_patient_at_several_sites_is_told_once() -> None:
+    table = index({("a", "x"): 12, ("b", "y"): 12, ("a", "unknown"): 1})
+    apart = audit(table, schema_of(table))
+    assert apart["shared_patients"] == {"count": 0, "examples": []}
+    assert "at several" not in audit_text(apart)
+    numbers = table["patient"].str.partition("p")[2]  # each hospital begins at 0
+    result = audit(table.assign(patient=numbers), schema_of(table))
+    assert result["shared_patients"]["count"] == 12
+    assert result["shared_patients"]["examples"][0] == {"patient": "0", "sites": ["x", "y"]}
+    assert "at several sites: 12, such as '0' at x, y. If they are different people" in audit_text(result)
+    assert "(x-0)" in result["advice"][0]

@@ -42,6 +42,8 @@ def test_quoted_cells_and_windows_line_ends(tmp_path: Path) -> None:
         (b"", "empty"),
         (b"a\n\xe9\n", "UTF-8"),
         (b'a\n"x\n', "read"),
+        (b"image;patient;mpp\na.png;p;0,5\n", "separates its columns by semicolons, not by commas"),
+        (b"image\tpatient\na.png\tp\n", "by tabs, not by commas"),
     ],
 )
 def test_broken_tables_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -58,3 +60,14 @@ def test_absent_files_columns_and_other_types(tmp_path: Path) -> None:
         read_table(tmp_path / "table.xlsx")
     with pytest.raises(UserError, match=r"'patent'.*'patient'"):
         require_columns(pd.DataFrame({"patient": []}), ["patent"], "The table")
+
+
+def test_an_absent_column_is_told_with_its_setting_and_the_columns_there() -> None:
+    table = pd.DataFrame({"image": [], "case": []})
+    with pytest.raises(
+        UserError, match=r"Its columns: image, case\. Say which to take with patient_column=…\."
+    ) as caught:
+        require_columns(
+            table, ["image", "patient"], "The table", {"image": "image_column", "patient": "patient_column"}
+        )
+    assert "image_column" not in str(caught.value)

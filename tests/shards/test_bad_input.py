@@ -130,10 +130,12 @@ def test_tables_as_spreadsheets_leave_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'i00.png' has no patient"):
         import_images(settings)
     (source / "table.csv").write_text(text.replace("patient", "patinet"))
-    with pytest.raises(UserError, match=r"lacks column 'patient' \(closest: 'patinet'"):
+    with pytest.raises(
+        UserError, match=r"lacks column 'patient' \(closest: 'patinet'[\s\S]*image, .* patient_column=…"
+    ):
         import_images(settings)
     (source / "table.csv").write_text(text + text.splitlines()[1] + "\n")
-    with pytest.raises(UserError, match="would both have the key 'i00'"):
+    with pytest.raises(UserError, match=r"Rows 1 and 9 .* would both have the key 'i00'[\s\S]*key_column=…"):
         import_images(settings)
 
 

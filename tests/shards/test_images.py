@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from latent_medi.cli import main
 from latent_medi.errors import UserError
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
@@ -91,11 +92,12 @@ def test_each_bad_image_is_named_and_none_is_replaced(
     damage(source)
     with pytest.raises(UserError, match="4 of 12 images are bad") as caught:
         run(source, tmp_path / "out")
+    assert not (tmp_path / "out/dataset.json").exists()
+    assert caplog.text == ""  # the error says it all
+    dataset = run(source, tmp_path / "out", max_bad=0.5)
     for name in ("im.01.png", "im.06.png", "im.07.png", "im.11.png"):
         assert name in str(caught.value)
         assert f"rejected {name}" in caplog.text
-    assert not (tmp_path / "out/dataset.json").exists()
-    dataset = run(source, tmp_path / "out", max_bad=0.5)
     assert dataset.index["key"].tolist() == [f"im-{i:02d}" for i in (0, 2, 3, 4, 5, 8, 9, 10)]
     rejected = dataset.info["provenance"]["rejected"]
     assert rejected["count"] == 4
@@ -215,3 +217,81 @@ def test_an_image_bomb_is_named_and_not_unpacked(source: Path, tmp_path: Path) -
     (entry,) = dataset.info["provenance"]["rejected"]["images"]
     assert entry["image"] == "im.05.png"
     assert "exceeds limit" in entry["reason"]
+
+
+def test_images_that_are_all_too_small_are_one_message(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(
+        UserError, match=r"12 of 12 images are smaller than 256 px \(the first is 32 × 32 px\)"
+    ) as caught:
+        run(source, tmp_path / "out", patch_size=256)
+    assert "patch_size=32" in str(caught.value)
+    assert caplog.text == ""
+
+
+def test_some_small_images_are_one_line_with_a_full_list_beside_it(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(6):  # the first one too: it does not decide what the others have to be
+        Image.new("RGB", (12, 12 + i)).save(source / f"im.{i:02d}.png")
+    with pytest.raises(
+        UserError, match=r"6 of 12 images are bad[\s\S]*6 images, such as im\.00\.png \(12 × 12 px\)"
+    ) as caught:
+        run(source, tmp_path / "out")
+    assert "is smaller than 16 px" in str(caught.value)
+    assert "set patch_size" in str(caught.value)
+    assert "im.05.png" not in str(caught.value)
+    listed = (tmp_path / "out" / ".progress" / "rejected.txt").read_text().splitlines()
+    assert listed[0] == "im.00.png: is smaller than 16 px: 12 × 12 px"
+    assert len(listed) == 6
+    assert caplog.text == ""
+    dataset = run(source, tmp_path / "out", max_bad=0.5)
+    assert dataset.info["mpp"] == 1.0
+    assert len(dataset.info["provenance"]["rejected"]["images"]) == 6
+    assert not (tmp_path / "out" / ".progress").exists()
+    assert len(caplog.records) == 1
+
+
+def test_a_published_split_is_brought_in_as_a_column(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pd.read_csv(source / "table.csv", dtype=str, keep_default_na=False)
+    part = {"p0": "train", "p1": "train", "p2": "", "p3": "test", "p4": "test", "p5": "train"}
+    table["fold"] = table["patient"].map(part)
+    table.to_csv(source / "table.csv", index=False)
+    dataset = run(source, tmp_path / "out", split_column="fold")
+    assert dataset.splits == ["main"]
+    assert dataset.index["split_main"].tolist() == table["fold"].tolist()
+    assert dataset.verify() == []
+    for i in (0, 1):  # nothing of p0 is left
+        (source / f"im.{i:02d}.png").write_bytes(b"")
+    assert run(source, tmp_path / "less", split_column="fold", max_bad=0.2).index["split_main"].tolist()[0] == "train"
+    table["fold"] = table["patient"].map(part | {"p5": "test"})
+    table.to_csv(source / "table.csv", index=False)
+    changed = run(source, tmp_path / "less", split_column="fold", max_bad=0.2)
+    assert changed.index["split_main"].tolist()[-1] == "test"
+    assert "verbs look for" not in caplog.text
+    table.loc[0, "fold"] = "test"
+    table.to_csv(source / "table.csv", index=False)
+    with pytest.raises(UserError, match="fold: 1 patients are in more than one part: 'p0'"):
+        run(source, tmp_path / "torn", split_column="fold")
+    table.loc[0, "fold"] = ""
+    table.to_csv(source / "table.csv", index=False)
+    with pytest.raises(UserError, match="patient 'p0' has images in a part and images in none"):
+        run(source, tmp_path / "torn", split_column="fold")
+    table.assign(fold=table["patient"]).to_csv(source / "table.csv", index=False)
+    run(source, tmp_path / "folds", split_column="fold", max_bad=0.2)
+    assert "verbs look for train and test" in caplog.text
+
+
+def test_what_was_written_and_checked_is_said_in_a_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "im.03.png").write_bytes(b"")
+    words = [f"table={source / 'table.csv'}", f"out={tmp_path / 'out'}", "patch_size=16", "source_mpp=0.5"]
+    assert main(["shards", "images", *words, "max_bad=0.1"]) == 0
+    told = f"11 patches of 6 patients in {tmp_path / 'out'}"
+    assert capsys.readouterr().out == f"{told}; 1 image rejected, named in its dataset.json\n"
+    assert main(["shards", "verify", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"no problem: {told}\n"

@@ -41,6 +41,13 @@ def test_a_sheet_shows_every_sample_and_begins_a_line_for_each_row_of_a_plan() -
     np.testing.assert_array_equal(np.asarray(sheet), np.asarray(wanted))
 
 
+def test_labels_are_drawn_letter_by_letter() -> None:
+    patch = np.full((24, 24, 3), 255, dtype=np.uint8)
+    drawn = [np.asarray(contact_sheet([[patch]], [label])) for label in ("×", "é", "ü", "Ł", "ᾱ", "…", "\U0010ffff")]
+    # A font without a letter draws the same box for each.
+    assert len({picture.tobytes() for picture in drawn}) == len(drawn)
+
+
 def test_a_sheet_has_its_patches_where_they_belong() -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     sheet = np.asarray(contact_sheet([list(images[:2]), [images[2]]], ["one", "two"], ["a", "b"]))
