@@ -99,11 +99,18 @@ def _types(settings_class: type, dotted: str) -> tuple[Any, ...]:
 
 
 def _spelled(settings_class: type, dotted: str) -> str:
-    """A key with ``_`` for ``-``, as settings are named; the free keys of a mapping, such as phikon-v2, stay."""
+    """A key with ``_`` for ``-``, as settings are named. The free keys of a mapping to one type, such as phikon-v2 in
+    ``weights``, stay; those of a mapping to anything are settings again, such as ``train.max-steps``.
+    """
     head, dot, rest = dotted.partition(".")
     head = head.replace("-", "_")
-    inner = _dataclass_in(typing.get_type_hints(settings_class).get(head))
-    return f"{head}{dot}{_spelled(inner, rest) if inner is not None else rest}"
+    annotation = typing.get_type_hints(settings_class).get(head)
+    inner = _dataclass_in(annotation)
+    if inner is not None:
+        rest = _spelled(inner, rest)
+    elif typing.get_args(annotation)[1:] == (Any,):
+        rest = rest.replace("-", "_")
+    return f"{head}{dot}{rest}"
 
 
 def _is_mapping(settings_class: type, dotted: str) -> bool:

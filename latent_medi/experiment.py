@@ -7,8 +7,8 @@ truth is known.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ from latent_medi import config
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import read_json, write_json, write_text
 from latent_medi.progress import duration, get_logger
-from latent_medi.stages import Stages, side_by_side
+from latent_medi.stages import Stage, Stages, side_by_side
 from latent_medi.synthesis.settings import GenerateSettings
 
 if TYPE_CHECKING:
+    from latent_medi.evaluation.settings import EvaluateSettings
     from latent_medi.training.transfer import Source
 
 log = get_logger(__name__)
@@ -63,6 +64,8 @@ class ExperimentSettings:
             otherwise 1.
         processes: Processes for rendering and importing; 0 means one per core.
         report_cells: Example patches per combination in the report.
+        replace: Remove latents, models and samples in ``out`` that were made from other settings, data or split than
+            these, instead of stopping.
     """
 
     out: str = "runs/experiment"
@@ -91,6 +94,7 @@ class ExperimentSettings:
     parallel: int = 0
     processes: int = 0
     report_cells: int = 6
+    replace: bool = False
 
 
 @dataclass
@@ -101,16 +105,20 @@ class DemoSettings:
         out: Folder of the run.
         seed: Seed of data, training, plan and evaluation.
         settings: Packaged configuration or path of the experiment.
+        replace: Remove what ``out`` holds of another seed or other settings, instead of stopping.
     """
 
     out: str = "runs/demo"
     seed: int = 0
     settings: str = "demo/experiment"
+    replace: bool = False
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:
     """Run the demo; returns the headline."""
-    values = config.merge(config.load_yaml(settings.settings), {"out": settings.out, "seed": settings.seed})
+    values = config.merge(
+        config.load_yaml(settings.settings), {"out": settings.out, "seed": settings.seed, "replace": settings.replace}
+    )
     return run(config.build(ExperimentSettings, values))
 
 
@@ -186,32 +194,39 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     from latent_medi.evaluation.evaluate import evaluate
     from latent_medi.evaluation.headline import headline, headline_text
     from latent_medi.evaluation.settings import EvaluateSettings
+    from latent_medi.features.cache import dataset_hash
     from latent_medi.latents.settings import EncodeSettings
     from latent_medi.report.render import render_report
+    from latent_medi.shards.dataset import PatchDataset
 
     folder = Path(settings.out)
     models = {arm: _given(settings, arm) for arm in settings.models}
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_settings(settings, folder / "settings.yaml")
     stages = Stages(folder, STAGES)
     plain = config.as_dict(settings)
     data = _data(settings, folder)
 
     build: Callable[[ExperimentSettings, Path], None] = _build_demo if settings.recipe == "demo" else _build_recipe
-    made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
     if settings.data:  # nothing to make; what comes after depends on it all the same
-        stages.run("shards", {"data": settings.data, "split": settings.split}, lambda: None)
+        patches = {"data": settings.data, "sha256": dataset_hash(PatchDataset.open(data))}
+        stages.add("shards", Stage(lambda: None, patches))
     else:
-        stages.run("shards", made_of, lambda: build(settings, data), ["data"])
+        made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
+        stages.add("shards", Stage(lambda: build(settings, data), made_of, outputs=("data",), costly=True))
+    stages.check(settings.replace)
+    stages.run("shards")
+
+    # Whoever divides the patients anew, or corrects what is known of them, has another experiment.
+    split = {"split": _split_of(data, settings.split)}
     training = {arm: _train_settings(settings, arm, folder) for arm in ARMS}
+    trained = {arm: values for arm, values in training.items() if arm not in settings.models}
+    given = {"models": {arm: model.model_hash for arm, model in models.items()}} if models else {}
     derived = {
         "real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder),
         "held_out": settings.held_out, "split": settings.split, "encoders": settings.encoders,
         "weights": settings.weights, "site_field": settings.site_field, "seed": settings.seed,
     }  # fmt: skip
-    judging = config.merge(derived, settings.evaluate)
-    _look_ahead(training, judging)
-    stages.run("audit", plain["held_out"], lambda: _audit(settings, folder), ["audit.json", "audit.txt"])
+    judging = config.build(EvaluateSettings, config.merge(derived, settings.evaluate))
 
     def encode_all() -> None:
         from latent_medi.latents.encode import encode
@@ -222,21 +237,12 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
             )
         )
 
-    stages.run("encode", settings.autoencoder, encode_all, [] if settings.latents else ["latents"])
-
-    trained = {arm: values for arm, values in training.items() if arm not in settings.models}
-
     def train_all() -> None:
         commands = {}
         for arm, values in trained.items():
             write_text(folder / f"train-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
             commands[arm] = ["train", "--config", str(folder / f"train-{arm}.yaml")]
         _run_arms(settings, commands)
-
-    given = {"models": {arm: model.model_hash for arm, model in models.items()}} if models else {}
-    stages.run("train", trained | given, train_all, list(trained))
-    counts = [settings.plan_fields, settings.seen_per_cell, settings.unseen_per_cell, settings.seed]
-    stages.run("plan", counts, lambda: _plan(settings, folder), [f"plan-{arm}.csv" for arm in ARMS])
 
     def sample_all() -> None:
         commands = {}
@@ -259,43 +265,72 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
             commands[arm] = ["sample", "--config", str(folder / f"sample-{arm}.yaml")]
         _run_arms(settings, commands)
 
-    stages.run("sample", plain["generate"], sample_all, ["synthetic"])
-
-    made = ["metrics.json", "predictions.csv", "reference", "features"]
-    stages.run("evaluate", judging, lambda: evaluate(config.build(EvaluateSettings, judging)), made)
-    metrics = read_json(folder / "metrics.json")
-    record = headline(metrics, stages.seconds)
-    write_json(folder / "headline.json", record)
-
     def report() -> None:
         render_report(
-            metrics, folder / "report.html", title=settings.title, real=data,
+            read_json(folder / "metrics.json"), folder / "report.html", title=settings.title, real=data,
             synthetic={arm: folder / "synthetic" / arm for arm in ARMS}, per_cell=settings.report_cells,
         )  # fmt: skip
 
-    stages.run("report", [settings.title, settings.report_cells], report, ["report.html"])
+    latents = () if settings.latents else ("latents",)
+    counts = {key: plain[key] for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")}
+    plans = tuple(f"plan-{arm}.csv" for arm in ARMS)
+    metrics_files = ("metrics.json", "predictions.csv", "reference", "features")
+    audited = split | {"held_out": settings.held_out}
+    titled = {key: plain[key] for key in ("title", "report_cells")}
+    for name, stage in {
+        "audit": Stage(lambda: _audit(settings, folder), audited, ("shards",), ("audit.json", "audit.txt")),
+        "encode": Stage(encode_all, {"autoencoder": settings.autoencoder}, ("shards",), latents, costly=True),
+        "train": Stage(train_all, trained | given | split, ("encode",), tuple(trained), costly=True),
+        "plan": Stage(lambda: _plan(settings, folder), counts | split, ("shards",), plans),
+        "sample": Stage(sample_all, plain["generate"], ("train", "plan"), ("synthetic",), costly=True),
+        "evaluate": Stage(lambda: evaluate(judging), config.as_dict(judging) | split, ("sample",), metrics_files),
+        "report": Stage(report, titled, ("evaluate",), ("report.html",)),
+    }.items():
+        stages.add(name, stage)
+    stages.check(settings.replace)
+    config.save_settings(replace(settings, replace=False), folder / "settings.yaml")
+    if not stages.finished("evaluate"):
+        _look_ahead(trained, judging)
+    stages.run(*STAGES[1:])
+
+    record = headline(read_json(folder / "metrics.json"), stages.seconds)
+    write_json(folder / "headline.json", record)
     total = duration(sum(stages.seconds.values()))
     print(f"\n{headline_text(record)}\n\n{total} in all. Report: {folder / 'report.html'}")
     return record
 
 
-def _look_ahead(training: dict[str, dict[str, Any]], judging: dict[str, Any]) -> None:
+def _split_of(data: Path, name: str) -> dict[str, str]:
+    """Hash of a split's column and of the metadata; no more than its name if there is no such split."""
+    import pandas as pd
+
+    from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+    from latent_medi.shards.selections import column_hash
+
+    dataset = PatchDataset.open(data)
+    columns = ["patient", *dataset.schema.names, *([SPLIT_PREFIX + name] if name in dataset.splits else [])]
+    return {"name": name, "sha256": column_hash(pd.Series([column_hash(dataset.index[c]) for c in columns]))}
+
+
+def _look_ahead(training: Mapping[str, dict[str, Any]], judging: EvaluateSettings) -> None:
     """Find out now what would otherwise end the evaluation, after hours of training.
 
     Raises:
         UserError: Training settings that do not build a network; a split, field or held-out combination that the
-            dataset does not have; an encoder that cannot be loaded.
+            dataset does not have; an encoder that cannot be loaded; evaluation settings that cannot be followed.
     """
-    from latent_medi.evaluation.settings import EvaluateSettings
+    from latent_medi.evaluation.evaluate import check_settings, load_encoders
     from latent_medi.evaluation.study import open_study
-    from latent_medi.features.encoders import load_encoder
+    from latent_medi.evaluation.support import thin_support
     from latent_medi.training.settings import TrainSettings
 
     for values in training.values():
         config.build(TrainSettings, values).model.resolved()
-    open_study(config.build(EvaluateSettings, {**judging, "synthetic": {}, "selected": {}}))
-    for name in judging["encoders"]:
-        load_encoder(name, judging["weights"].get(name))
+    check_settings(judging)
+    study = open_study(replace(judging, synthetic={}, selected={}))
+    for told in (*study.notes, *thin_support(study)):
+        log.warning("%s", told)
+    load_encoders(judging)
 
 
 def _given(settings: ExperimentSettings, arm: str) -> Source:

@@ -7,14 +7,35 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latent_medi.errors import UserError
 from latent_medi.files import read_json, remove, write_json
 from latent_medi.progress import duration, get_logger
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an experiment.
+
+    Args:
+        action: The work; it may itself continue where it was broken off.
+        inputs: JSON-able: all that the outcome depends on besides the stages that it needs.
+        needs: Names of the stages that it builds on.
+        outputs: Files and folders that it writes, relative to the experiment's folder.
+        costly: Whether its outputs are too dear to be removed unasked.
+    """
+
+    action: Callable[[], Any]
+    inputs: Any = None
+    needs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    costly: bool = False
 
 
 class Stages:
@@ -29,38 +50,100 @@ class Stages:
         self.folder = folder
         self.names = list(names)
         self.seconds: dict[str, float] = {}
-        self._made_from: dict[str, Any] = {}
+        self._stages: dict[str, Stage] = {}
 
-    def run(self, name: str, inputs: Any, action: Callable[[], Any], outputs: Sequence[str] = ()) -> None:
-        """Run ``action`` unless this stage finished before with the same ``inputs`` after the same earlier stages.
+    def add(self, name: str, stage: Stage) -> None:
+        """Say what a stage is; those that it needs were added before it."""
+        self._stages[name] = stage
 
-        What an earlier run made from other inputs is removed first; what was broken off with the same inputs is kept.
+    def finished(self, name: str) -> bool:
+        """Whether an earlier run finished a stage from the same inputs."""
+        record = self._record(name)
+        return record["seconds"] is not None and record["made_from"] == self._made_from(name)
+
+    def check(self, replace: bool = False) -> None:
+        """Look, before anything runs, whether something costly was made from other inputs than it would be now.
 
         Args:
-            name: One of the names given at the start.
-            inputs: JSON-able: all that the outcome depends on besides earlier stages.
-            action: The work; it may itself continue where it was broken off.
-            outputs: Files and folders that it writes, relative to the experiment's folder.
+            replace: Remove what was made from other inputs.
+
+        Raises:
+            UserError: It may not be removed; names what would be, and which inputs differ.
         """
+        gone: list[str] = []
+        differ: dict[str, str] = {}
+        for name, stage in self._stages.items():
+            if not self._is_of_other_inputs(name):
+                continue
+            there = [str(self.folder / output) for output in stage.outputs if (self.folder / output).exists()]
+            if replace:
+                self._discard(name)
+            elif stage.costly and there:
+                gone += there
+                differ |= _differences(self._record(name)["made_from"], self._made_from(name))
+        if gone:
+            told = "; ".join(list(differ.values())[:5]) + (f"; and {len(differ) - 5} more" if len(differ) > 5 else "")
+            raise UserError(
+                f"{', '.join(gone)} {'was' if len(gone) == 1 else 'were'} made from other inputs: {told}.",
+                f"Another out= keeps {self.folder} as it is; replace=true removes what no longer fits and makes it "
+                "anew.",
+            )
+
+    def run(self, *names: str) -> None:
+        """Run stages that are not finished. What an earlier run made from other inputs is removed first; what was
+        broken off with the same inputs goes on.
+        """
+        for name in names:
+            self._run(name, self._stages[name])
+
+    def _run(self, name: str, stage: Stage) -> None:
         number = f"{self.names.index(name) + 1}/{len(self.names)}"
-        record_file = self.folder / "stages" / f"{name}.json"
-        self._made_from = {**self._made_from, name: inputs}
-        if record_file.is_file():
-            record = read_json(record_file)
-            if record["made_from"] != self._made_from:
-                for output in outputs:
-                    remove(self.folder / output)
-            elif record["seconds"] is not None:
-                self.seconds[name] = record["seconds"]
-                log.info("%s %s: finished before (took %s), kept", number, name, duration(record["seconds"]))
-                return
+        if self.finished(name):
+            self.seconds[name] = self._record(name)["seconds"]
+            log.info("%s %s: finished before (took %s), kept", number, name, duration(self.seconds[name]))
+            return
+        if self._is_of_other_inputs(name):
+            self._discard(name)
         log.info("%s %s …", number, name)
-        write_json(record_file, {"made_from": self._made_from, "seconds": None})
+        made_from, file = self._made_from(name), self._file(name)
+        write_json(file, {"made_from": made_from, "seconds": None})
         start = time.monotonic()
-        action()
+        stage.action()
         self.seconds[name] = round(time.monotonic() - start, 1)
-        write_json(record_file, {"made_from": self._made_from, "seconds": self.seconds[name]})
+        write_json(file, {"made_from": made_from, "seconds": self.seconds[name]})
         log.info("%s %s: done in %s", number, name, duration(self.seconds[name]))
+
+    def _discard(self, name: str) -> None:
+        for output in self._stages[name].outputs:
+            remove(self.folder / output)
+        remove(self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "stages" / f"{name}.json"
+
+    def _record(self, name: str) -> dict[str, Any]:
+        return read_json(self._file(name)) if self._file(name).is_file() else {"made_from": None, "seconds": None}
+
+    def _is_of_other_inputs(self, name: str) -> bool:
+        earlier = self._record(name)["made_from"]
+        return earlier is not None and earlier != self._made_from(name)
+
+    def _made_from(self, name: str) -> dict[str, Any]:
+        stage = self._stages[name]
+        made_from: dict[str, Any] = {}
+        for needed in stage.needs:
+            made_from |= self._made_from(needed)
+        return made_from | {name: stage.inputs}
+
+
+def _differences(before: Any, after: Any, where: str = "") -> dict[str, str]:
+    """What differs between two records, by its dotted place."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        found: dict[str, str] = {}
+        for key in dict.fromkeys([*before, *after]):
+            found |= _differences(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
+        return found
+    return {} if before == after else {where: f"{where} was {before}, is {after}"}
 
 
 def side_by_side(commands: dict[str, list[str]], threads: int) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from latent_medi import cli
+from latent_medi.errors import UserError
+from latent_medi.stages import Stage, Stages
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -77,19 +79,58 @@ def test_a_stage_that_fails_in_a_child_process_fails_the_command(tmp_path: Path)
 
 
 def test_a_finished_stage_is_kept_until_what_it_is_made_from_changes(tmp_path: Path) -> None:
-    from latent_medi.stages import Stages
-
     ran: list[str] = []
 
-    def both(first: int, second: int) -> None:
-        stages = Stages(tmp_path, ["a", "b"])
-        stages.run("a", first, lambda: ran.append("a"))
-        stages.run("b", second, lambda: ran.append("b"))
+    def three(a: int, b: int, c: int) -> list[str]:
+        ran.clear()
+        stages = Stages(tmp_path, ["a", "b", "c"])
+        stages.add("a", Stage(lambda: ran.append("a"), a))
+        stages.add("b", Stage(lambda: ran.append("b"), b, needs=("a",)))
+        stages.add("c", Stage(lambda: ran.append("c"), c, needs=("b",)))
+        stages.run("a", "b", "c")
+        return list(ran)
 
-    both(1, 1)
-    both(1, 1)
-    assert ran == ["a", "b"]
-    both(1, 2)
-    assert ran == ["a", "b", "b"]
-    both(2, 2)
-    assert ran == ["a", "b", "b", "a", "b"]
+    assert three(1, 1, 1) == ["a", "b", "c"]
+    assert three(1, 1, 1) == []
+    assert three(1, 1, 2) == ["c"]
+    assert three(1, 2, 2) == ["b", "c"]
+    assert three(2, 2, 2) == ["a", "b", "c"]
+
+
+def test_what_is_costly_is_not_removed_unasked(tmp_path: Path) -> None:
+    def stages(a: dict[str, int], b: int, fails: bool = False) -> Stages:
+        def work() -> None:
+            (tmp_path / "model").mkdir(exist_ok=True)
+            (tmp_path / "model" / f"{a['steps']}").touch()
+            if fails:
+                raise RuntimeError("broken off")
+
+        made = Stages(tmp_path, ["train", "other", "sample"])
+        made.add("train", Stage(work, a, outputs=("model",), costly=True))
+        made.add("other", Stage(lambda: None, b))
+        made.add("sample", Stage((tmp_path / "samples").touch, needs=("train",), outputs=("samples",), costly=True))
+        return made
+
+    first = stages({"steps": 1, "seed": 0}, 1)
+    first.check()
+    first.run("train", "other", "sample")
+    stages({"steps": 1, "seed": 0}, 2).check()  # what it does not need may change
+    changed = stages({"steps": 2, "seed": 0}, 1)
+    with pytest.raises(
+        UserError, match=r"model, .*samples were made from other inputs: train.steps was 1, is 2\."
+    ) as told:
+        changed.check()
+    assert "replace=true" in told.value.hint
+    assert (tmp_path / "model" / "1").is_file()
+    assert (tmp_path / "samples").is_file()
+    assert stages({"steps": 1, "seed": 0}, 1).finished("sample")
+
+    broken = stages({"steps": 2, "seed": 0}, 1, fails=True)
+    broken.check(replace=True)
+    assert not (tmp_path / "samples").exists()
+    with pytest.raises(RuntimeError, match="broken off"):
+        broken.run("train")
+    again = stages({"steps": 2, "seed": 0}, 1)
+    again.check()  # what was broken off goes on, without being asked to replace anything again
+    again.run("train", "other", "sample")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["2"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ from latent_medi.experiment import ExperimentSettings, _plan, run
 from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.stages import Stages
 
 
 def test_few_patients_are_not_unseen(tmp_path: Path) -> None:
@@ -61,6 +63,38 @@ def test_given_models_are_looked_at_before_anything_runs(tmp_path: Path) -> None
     assert not (tmp_path / "out" / "stages").exists()
 
 
+def test_what_follows_from_a_split_is_made_anew_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patients who move from training to test would otherwise be judged with a model that was trained on them."""
+    dataset = make_cohort(tmp_path / "data", ("aster", "birch"))
+    settings = ExperimentSettings(
+        out=str(tmp_path / "out"), data=str(tmp_path / "data"), held_out=[{"class": "tumour", "site": "birch"}]
+    )
+
+    def inputs() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def noted(stages: Stages, replace: bool = False) -> None:
+            if "report" in stages._stages:
+                found.update({name: stages._made_from(name) for name in stages._stages})
+                raise InterruptedError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Stages, "check", noted)
+            with pytest.raises(InterruptedError):
+                run(settings)
+        return found
+
+    before = inputs()
+    dataset.add_split("other", ["train"] * len(dataset), {})
+    assert inputs() == before
+    first = dataset.index["patient"].iloc[0]
+    dataset.add_split("main", ["test" if p == first else "train" for p in dataset.index["patient"]], {}, replace=True)
+    after = inputs()
+    assert {name for name in before if after[name] == before[name]} == {"shards", "encode"}
+    settings.held_out = [{"class": "benign", "site": "birch"}]
+    assert {name for name, made_from in inputs().items() if made_from != after[name]} == {"audit", "evaluate", "report"}
+
+
 def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: Path, tmp_path: Path) -> None:
     dataset = PatchDataset.open(tiny / "data")
     last = dataset.index.iloc[-1]
@@ -74,6 +108,9 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         ({}, "is not held out: .* training patches have it"),
         (judged | {"site_field": "hospital"}, "has no field 'hospital'"),
         (judged | {"encoders": ["squeezenet"]}, "'squeezenet' needs its weights"),
+        (judged | {"encoders": ["demo", "demo"]}, "Two of the encoders are called alike"),
+        ({"evaluate": {"unseen": False, "max_copy_rate": 2.0}}, "it is a share from 0 to 1"),
+        ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'deal'"),
         (judged | {"medi": str(contradictory)}, "sets block_out_channels and attention, and others are given too"),
     ):
         settings = build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes)

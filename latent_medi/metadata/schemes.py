@@ -45,6 +45,8 @@ def make_split(index: pd.DataFrame, settings: SplitSettings) -> Split:
             training, or a patient would be on two sides.
     """
     if settings.scheme == "medi":
+        if settings.hold_out_fractions:
+            raise UserError("MeDi's own scheme has no hold_out_fractions: it knows training and test alone.")
         column = medi_split(index, settings.class_field, settings.site_field, settings.medi_fields, settings.medi_share)
         recipe: dict[str, Any] = {
             "kind": "MeDi's complex split", "class_field": settings.class_field, "site_field": settings.site_field,
@@ -61,8 +63,14 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
     if not settings.fractions:
         raise UserError("No fractions are given for the patients that are not held out.", "fractions={train: 1.0}")
     part, training = settings.hold_out_part, training_part(settings)
-    if training in (settings.hold_out_fractions or {part: 1.0}):
+    holds_out = settings.hold_out or settings.hold_out_fields or settings.sites or settings.site_share
+    if holds_out and training in (settings.hold_out_fractions or {part: 1.0}):
         raise UserError(f"What is held out would go to {training!r}, which trains.", "Name another part.")
+    if settings.hold_out_fractions and not holds_out:
+        raise UserError(
+            "hold_out_fractions divides what is held out, and nothing is.",
+            "Name what is: hold_out, hold_out_fields, sites or site_share.",
+        )
     combinations: list[dict[str, str]] = [dict(c) for c in settings.hold_out]
     sites = list(settings.sites)
     if settings.site_share:
@@ -85,8 +93,7 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
     column = pd.Series(part, index=index.index, dtype=object)
     column[~held] = random_split(index[~held], settings.fractions, settings.seed, settings.stratify)
     if patients and settings.hold_out_fractions:
-        fields = list(dict.fromkeys(name for combination in combinations for name in combination))
-        column[held] = random_split(index[held], settings.hold_out_fractions, settings.seed, fields)
+        column[held] = _divide(index[held], combinations, settings)
     if combinations:
         _check_training(index[column == training], index, settings, combinations, sites)
     recipe = {
@@ -97,6 +104,17 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
     if patients and settings.hold_out_fractions:
         recipe["held_out_part"] = dict(settings.hold_out_fractions)
     return column, recipe
+
+
+def _divide(held: pd.DataFrame, combinations: Sequence[Mapping[str, str]], settings: SplitSettings) -> pd.Series:
+    """The patients of each combination over the parts of ``hold_out_fractions``; one who has patches of several counts
+    for the first.
+    """
+    first = pd.Series(len(combinations), index=held.index)
+    for number in reversed(range(len(combinations))):
+        first[hold_out(held, [combinations[number]])] = number
+    owners = held.assign(_held=first.groupby(held["patient"]).transform("min"))
+    return random_split(owners, settings.hold_out_fractions, settings.seed, ["_held"])
 
 
 def training_part(settings: SplitSettings) -> str:

@@ -2,12 +2,13 @@
 trust.
 
 A record is JSON: ``parts``, one per training set (a fine-tuned model keeps those of the model that it started from),
-each with ``fields`` and ``rows`` of their values and the number of patches; and ``complete``, False if the model
-started from one without a record.
+each with ``fields``, ``rows`` of their values and the number of patches, and ``patients``, a hash of who they are; and
+``complete``, False if the model started from one without a record.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def seen_in(table: pd.DataFrame, schema: Schema) -> dict[str, Any]:
     """The record of a training set.
 
     Args:
-        table: A row per training patch with the schema's columns.
+        table: A row per training patch with ``patient`` and the schema's columns.
         schema: Its class and categorical fields take part, whatever fields the model is given.
     """
     fields = [field.name for field in schema.fields if not field.continuous and field.name in table.columns]
@@ -31,7 +32,12 @@ def seen_in(table: pd.DataFrame, schema: Schema) -> dict[str, Any]:
     if not fields or len(counts) > _MOST:
         return {"complete": False, "parts": []}
     rows = [[*(key if isinstance(key, tuple) else (key,)), int(n)] for key, n in counts.items()]
-    return {"complete": True, "parts": [{"fields": fields, "rows": rows}]}
+    return {"complete": True, "parts": [{"fields": fields, "rows": rows, "patients": patients_hash(table["patient"])}]}
+
+
+def patients_hash(patients: pd.Series) -> str:
+    """Hex SHA-256 of a whole set of patients: hashes of single ones could be guessed from their numbers."""
+    return hashlib.sha256("\n".join(sorted(set(patients.astype(str)))).encode()).hexdigest()
 
 
 def together(*records: Record | None) -> dict[str, Any]:

@@ -58,6 +58,36 @@ def test_what_is_held_out_can_be_shared_out() -> None:
             make_split(table, SplitSettings(hold_out=asked, fractions={"train": 1.0}, **wrong))
 
 
+def test_a_combination_is_shared_out_whatever_else_its_patients_have() -> None:
+    """Patients of a held-out combination are divided evenly although most of their patches show something else."""
+    rows = []
+    for number in range(40):
+        site = "w" if number < 10 else "x"
+        rows += [{"patient": f"p{number}", "class": "a", "site": site}]
+        # Most patches of each show one of many other combinations, by which they must not be told apart.
+        rows += [{"patient": f"p{number}", "class": f"c{number}", "site": site}] * 5
+    table = pd.DataFrame([*rows, *({"patient": f"q{n}", "class": "b", "site": "w"} for n in range(10))])
+    asked = [{"class": "a", "site": "w"}]
+    shares = {"probe": 0.5, "test": 0.5}
+    chosen = SplitSettings(hold_out=asked, fractions={"train": 1.0}, hold_out_fractions=shares)
+    column = make_split(table, chosen).column
+    of_patient = column[(table["class"] == "a") & (table["site"] == "w")]
+    assert of_patient.value_counts().to_dict() == {"probe": 5, "test": 5}
+
+
+def test_fractions_of_nothing_are_refused() -> None:
+    shares = {"probe": 0.5, "test": 0.5}
+    with pytest.raises(UserError, match="nothing is"):
+        make_split(cohort(), SplitSettings(hold_out_fractions=shares))
+    with pytest.raises(UserError, match="MeDi's own scheme has no hold_out_fractions"):
+        make_split(cohort(), SplitSettings(scheme="medi", hold_out_fractions=shares, medi_fields=[]))
+
+
+def test_a_split_at_random_needs_no_part_of_its_own_for_what_is_held_out() -> None:
+    column = make_split(cohort(), SplitSettings(fractions={"test": 0.6, "val": 0.4})).column
+    assert set(column) == {"test", "val"}
+
+
 def test_external_split_by_named_sites() -> None:
     table = cohort()
     split = make_split(table, SplitSettings(sites=["w"], fractions={"train": 1.0}))

@@ -17,7 +17,7 @@ FIELDS = ("class", "site", "scanner")
 
 
 def record_of(rows: list[tuple[str, str, str]]) -> tuple[pd.DataFrame, dict]:
-    table = pd.DataFrame(rows, columns=list(FIELDS)).assign(age=50.0)
+    table = pd.DataFrame(rows, columns=list(FIELDS)).assign(age=50.0, patient="p1")
     return table, seen_in(table, Schema.from_table(table, "class", ["site", "scanner"], ["age"]))
 
 
