@@ -45,16 +45,17 @@ def build_unet(settings: ModelSettings, latent_channels: int, latent_size: int, 
 def lay_out(unet: nn.Module, half: bool) -> None:
     """Put a network's weights, in place, into the memory layout in which its convolutions are fastest for sampling.
 
-    Channels last: on CPUs (measured in benchmarks/sampling.py) and for the half precision of GPUs, whose matrix units
-    work in it. Nothing else changes: values and gradients agree to rounding, saved files and hashes exactly.
+    Channels last on CPUs (measured in benchmarks/sampling.py) and for the half precision of GPUs, whose matrix units
+    work in it, otherwise channels first; whatever they were before, so that results do not depend on it. Values agree
+    to rounding, saved files and hashes exactly.
 
     Args:
         unet: The network, on its device.
         half: Whether it will run in bf16 or fp16.
     """
     device = next(unet.parameters()).device
-    if device.type == "cpu" or half:
-        nn.Module.to(unet, memory_format=torch.channels_last)
+    last = device.type == "cpu" or half
+    nn.Module.to(unet, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class Denoiser(nn.Module):

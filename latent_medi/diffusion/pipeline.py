@@ -244,6 +244,7 @@ class MediPipeline(DiffusionPipeline):
         classifier: ClassifierGuidance | None = None,
         weak: Autoguidance | None = None,
         watch: Watcher | None = None,
+        keep_layout: bool = False,
     ) -> torch.Tensor:
         """Whitened latents of N samples.
 
@@ -261,6 +262,8 @@ class MediPipeline(DiffusionPipeline):
             classifier: Guidance by a latent classifier.
             weak: Guidance by a weaker model.
             watch: As for :func:`~latent_medi.diffusion.samplers.sample_latents`.
+            keep_layout: Leave the weights' memory layout as it is instead of taking the fastest, for weights that a
+                training run shares.
 
         Returns:
             fp32 [N, C, h, w] on the CPU.
@@ -275,7 +278,7 @@ class MediPipeline(DiffusionPipeline):
         scheduler = make_sampler(self.scheduler.config, chosen)
         check_guidance(guidance, self.conditioning, conditions)
         self.denoiser.eval()
-        for network in (self.unet, *([] if weak is None else [weak.denoiser.unet])):
+        for network in [] if keep_layout else [self.unet, *([] if weak is None else [weak.denoiser.unet])]:
             lay_out(network, half=precision != "fp32")
         count, device = len(noise), self.unet.device
         batch = batch or max(count, 1)

@@ -90,7 +90,7 @@ def _field(study: Study, name: str, seen: Verdicts, resamples: int, seed: int) -
         table = PatientTable(np.zeros(len(keep), int), bootstrap.codes, keep, 1, len(bootstrap.names))
         tables.append(table)
         cell: dict[str, Any] = {"name": describe(combination), "combination": combination, "arms": {}}
-        cell["ceiling"] = table.measure(right_real, bootstrap.weights)
+        cell["ceiling"] = table.measure(right_real, bootstrap.weights, rate=True)
         for arm in study.arms.values():
             share = _cell_share(arm, name, combination, values, found.get(arm.name))
             if share is not None:

@@ -158,21 +158,23 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
 
     Returns:
         ``arms``: a record of :func:`judge` each; ``n``, ``n_reference`` and ``n_patients``; or ``reason`` why there is
-        none.
+        none; and ``skipped``, why an arm is not there.
     """
     cell = make_cell(study, {}, seed)
     if FLOOR not in cell.rows:
-        return {"arms": {}, "reason": cell.skipped.get(FLOOR) or cell.skipped.get("", "no other real patients")}
+        return {"arms": {}, "reason": cell.skipped.get(FLOOR) or cell.skipped.get("", "no other real patients"),
+                "skipped": cell.skipped}  # fmt: skip
     reference, other = cell.reference, cell.rows[FLOOR]
-    patients = [set(study.patients[rows]) for rows in (reference, other)]
-    if min(map(len, patients)) < MIN_PATIENTS:
-        return {"arms": {}, "reason": f"fewer than {MIN_PATIENTS} patients on one side"}
-    rng = np.random.default_rng([seed, 37])
 
-    def few(rows: np.ndarray) -> np.ndarray:
+    def few(rows: np.ndarray, name: str) -> np.ndarray:
+        # By name: which arms are judged does not change what is looked at of each.
+        rng = np.random.default_rng([seed, 37, *name.encode()])
         return rows if len(rows) <= _MOST else np.sort(rng.choice(rows, _MOST, replace=False))
 
-    reference, other = few(reference), few(other)
+    reference, other = few(reference, ""), few(other, FLOOR)
+    patients = [set(study.patients[rows]) for rows in (reference, other)]
+    if min(map(len, patients)) < MIN_PATIENTS:
+        return {"arms": {}, "reason": f"fewer than {MIN_PATIENTS} patients on one side", "skipped": cell.skipped}
     n = len(other)
     rows = np.concatenate([reference, other])
     dim = features.real.shape[1]
@@ -180,7 +182,7 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
     dims = 0 if full_rank(smallest, dim) else pca_dims(smallest, dim)
 
     classes = study.index[study.class_field].to_numpy(str)
-    learn = few(study.train)
+    learn = few(study.train, "train")
     # From training patches alone: the patients that are dealt must be as new to it as the samples are.
     probe = fit_probe(features.real[learn], classes[learn]) if len(set(classes[learn])) > 1 else None
 
@@ -198,11 +200,11 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
         return measures_of(a, b, seed)
 
     arms = {
-        name: judge(base, known(features.arms[name][few(mine)]), pool, sides, measures)
+        name: judge(base, known(features.arms[name][few(mine, name)]), pool, sides, measures)
         for name, mine in cell.rows.items()
         if name != FLOOR
     }
     return {
         "arms": arms, "n": n, "n_reference": len(reference), "n_patients": [len(p) for p in patients],
-        "fd_dims": dims or dim,
+        "fd_dims": dims or dim, "skipped": cell.skipped,
     }  # fmt: skip

@@ -25,6 +25,7 @@ from latent_medi.evaluation.classifiers import DownstreamStage
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Arm, Study, open_study
+from latent_medi.evaluation.support import thin_support
 from latent_medi.features.cache import cached_features, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
@@ -50,31 +51,21 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     Returns:
         The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``stain``, ``encoders``, per
         encoder name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones), ``projection`` and
-        ``downstream``, ``protocols`` if one is asked for, then ``notes``, ``seconds``, ``headline`` and ``verdict``.
+        ``downstream``, ``protocols`` if one is asked for, then ``notes``, ``thin_support``, ``seconds``, ``headline``
+        and ``verdict``.
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
             :func:`latent_medi.features.encoders.load_encoder`; or more copies than ``max_copy_rate``, after
             ``metrics.json`` was written.
     """
-    if not 0.0 <= settings.max_copy_rate <= 1.0:
-        raise UserError(f"max_copy_rate is {settings.max_copy_rate}; it is a share from 0 to 1.")
-    if settings.deals and settings.deals < against_real.LEAST_DEALS:
-        raise UserError(
-            f"deals is {settings.deals}: too few to tell a range from.",
-            f"Give {against_real.LEAST_DEALS} or more, or 0.",
-        )
+    check_settings(settings)
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     study = open_study(settings)
-    chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
-    if len({encoder.name for encoder in chosen}) < len(chosen):
-        raise UserError(
-            f"Two of the encoders are called alike: {', '.join(encoder.name for encoder in chosen)}.",
-            "Results stand under the name: name the folders apart.",
-        )
+    chosen = _apart(encoders) if encoders else load_encoders(settings, device)
     if settings.colour_free:
         chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
     if accelerator.num_processes > 1:
@@ -86,6 +77,39 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
             _evaluate(settings, study, chosen, device)
     accelerator.wait_for_everyone()
     return read_json(out / "metrics.json")
+
+
+def check_settings(settings: EvaluateSettings) -> None:
+    """Refuse values that cannot be followed.
+
+    Raises:
+        UserError: Names the value and what it may be.
+    """
+    if not 0.0 <= settings.max_copy_rate <= 1.0:
+        raise UserError(f"max_copy_rate is {settings.max_copy_rate}; it is a share from 0 to 1.")
+    if settings.deals and settings.deals < against_real.LEAST_DEALS:
+        raise UserError(
+            f"deals is {settings.deals}: too few to tell a range from.",
+            f"Give {against_real.LEAST_DEALS} or more, or 0.",
+        )
+
+
+def load_encoders(settings: EvaluateSettings, device: str = "cpu") -> list[ImageEncoder]:
+    """The encoders that judge, in order.
+
+    Raises:
+        UserError: One cannot be loaded, or two are called alike.
+    """
+    return _apart([load_encoder(name, settings.weights.get(name), device) for name in settings.encoders])
+
+
+def _apart(chosen: Sequence[ImageEncoder]) -> list[ImageEncoder]:
+    if len({encoder.name for encoder in chosen}) < len(chosen):
+        raise UserError(
+            f"Two of the encoders are called alike: {', '.join(encoder.name for encoder in chosen)}.",
+            "Results stand under the name: name the folders apart.",
+        )
+    return list(chosen)
 
 
 def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncoder], device: str) -> None:
@@ -114,6 +138,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         "downstream": {},
         "projection": {},
         "notes": list(study.notes),
+        "thin_support": thin_support(study),
     }
     for encoder in chosen:
         log.info("Evaluating with %s", encoder.name)
@@ -137,7 +162,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
                 name: fidelity.summarise(study, features, cells, *arguments, settings.protocol)
                 for name, cells in more.items()
             },
-            "overall": fidelity.overall(study, features, settings.seed),
+            **fidelity.overall(study, features, settings.seed),
             **(
                 {"against_real": against_real.against_real(study, features, settings.deals, settings.seed)}
                 if settings.deals

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.evaluation.measures import LEVEL, PatientResamples, measure, patients_in_turn
+from latent_medi.evaluation.measures import PatientResamples, measure
 from latent_medi.evaluation.study import UNTOLD, Arm, Combination, Matched, Study, among, describe, matches, strata
 from latent_medi.features.statistics import (
     RANK_DEFICIENT,
@@ -32,10 +33,13 @@ from latent_medi.features.statistics import (
 FLOOR = "floor"
 MIN_SAMPLES = 20
 """A cell with fewer patches than this on a side is listed, not judged."""
-MOST_MISMATCH = 0.2
-"""A side of which a larger share would be of another mix than the reference is listed, not judged."""
+MOST_LACKING = 0.2
+"""Where a side has no sample at all of the sites (or of another field's values) of more of the reference than this, it
+is listed, not judged."""
 _MAX_KERNEL = 3000
 """Patches of a side that a kernel distance looks at; the kernel of all would grow with their square."""
+_NO_GAP = 0.005
+"""Largest share of draws that may leave a ratio without a denominator."""
 _MOST_EIGEN = 50
 """Resamples of a large Fréchet distance, each of which costs a d³ eigenvalue problem."""
 
@@ -110,22 +114,20 @@ def make_cell(study: Study, combination: Combination, seed: int) -> Cell:
     if len(cell.reference) < MIN_SAMPLES:
         cell.skipped[""] = f"{len(cell.reference)} reference patches, fewer than {MIN_SAMPLES}"
         return cell
-    pools: dict[str, Matched] = {}
-    for arm in study.arms.values():
-        pools[arm.name] = _pool(study, cell, arm)
-    floor_rows = among(study.probe, matches(study.index, combination))
     open_fields = [f for f in study.categorical() if f not in combination]
-    pools[FLOOR] = Matched(
-        floor_rows, strata(study.index, floor_rows, open_fields), strata(study.index, cell.reference, open_fields)
-    )
-    for name, pool in list(pools.items()):
-        if pool.missing > MOST_MISMATCH:
-            whose = "other real patients" if name == FLOOR else "its samples"
-            cell.skipped[name] = f"{whose} have nothing like {pool.missing:.0%} of the reference's mix"
-        elif pool.largest < MIN_SAMPLES:
+    sides = {arm.name: _matching(cell, arm, open_fields) for arm in study.arms.values()}
+    sides[FLOOR] = study.index, among(study.probe, matches(study.index, combination)), open_fields
+    pools: dict[str, Matched] = {}
+    for name, (index, rows, fields) in sides.items():
+        pool = Matched(rows, strata(index, rows, fields), strata(study.index, cell.reference, fields))
+        lacking = _lacking(index.iloc[rows], study.index.iloc[cell.reference], fields)
+        if pool.largest < MIN_SAMPLES:
             cell.skipped[name] = f"{pool.largest} samples match, fewer than {MIN_SAMPLES}"
-        if name in cell.skipped:
-            del pools[name]
+        elif lacking:
+            whose = "other real patients" if name == FLOOR else "its samples"
+            cell.skipped[name] = f"{lacking} of the reference that {whose} have not"
+        else:
+            pools[name] = pool
     if not pools:
         return cell
     n = min(pool.largest for pool in pools.values())
@@ -134,13 +136,26 @@ def make_cell(study: Study, combination: Combination, seed: int) -> Cell:
     return cell
 
 
-def _pool(study: Study, cell: Cell, arm: Arm) -> Matched:
+def _matching(cell: Cell, arm: Arm, open_fields: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """An arm's index, its rows that show the cell, and the open fields that these were given: others cannot match."""
     known = {k: v for k, v in cell.combination.items() if k in arm.fields}
     rows = np.flatnonzero(matches(arm.index, known))
-    open_fields = [f for f in arm.fields if f not in cell.combination and f in study.categorical()]
-    # A field that these samples were not given cannot be matched.
-    open_fields = [f for f in open_fields if set(arm.index[f].astype(str).iloc[rows]) - UNTOLD]
-    return Matched(rows, strata(arm.index, rows, open_fields), strata(study.index, cell.reference, open_fields))
+    fields = [f for f in open_fields if f in arm.fields and set(arm.index[f].astype(str).iloc[rows]) - UNTOLD]
+    return arm.index, rows, fields
+
+
+def _lacking(theirs: pd.DataFrame, reference: pd.DataFrame, fields: Sequence[str]) -> str:
+    """What a side has no sample of although more than a fifth of the reference shows it, field by field; empty if
+    nothing. Reference patches of which a field is not known say nothing of it.
+    """
+    for name in fields:
+        values = reference[name].astype(str)
+        values = values[~values.isin(UNTOLD)]
+        gone = values[~values.isin(set(theirs[name].astype(str)))]
+        if len(gone) > MOST_LACKING * len(values):
+            named = ", ".join(sorted(gone.unique())[:3])
+            return f"{name} is {named} in {len(gone) / len(values):.0%}"
+    return ""
 
 
 def _moments(x: np.ndarray, w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -207,8 +222,8 @@ def summarise(
 
     Returns:
         ``metric``, ``rule``, ``dim``, ``pca_dims``, ``cells`` and ``summary`` (per arm and floor a measure, and
-        ``ratio``), ``resamples``. A mean counts the cells that every arm and the floor have, so that it compares like
-        with like.
+        ``ratio``), ``resamples``, ``left_out`` (cells that a mean does not count, and why). A mean counts the cells
+        that every arm and the floor have (of those that have any), so that it compares like with like.
     """
     names = [*study.arms, FLOOR]
     dim = features.real.shape[1]
@@ -221,29 +236,32 @@ def summarise(
     records: list[dict[str, Any]] = []
     draws: dict[str, list[np.ndarray]] = {n: [] for n in names}
     complete: list[int] = []
+    anywhere = [n for n in names if any(n in c.rows for c in cells)]
     for number, cell in enumerate(cells):
         record, cell_draws = _judge(study, features, cell, metric, dims, draws_by_patient, protocol, seed)
         records.append(record)
-        if all(n in cell.rows for n in names):
+        if cell.rows and all(n in cell.rows for n in anywhere):
             complete.append(number)
-            for n in names:
+            for n in anywhere:
                 draws[n].append(cell_draws[n])
     summary: dict[str, Any] = {}
     means: dict[str, np.ndarray] = {}
-    people: dict[str, int] = {}
+    people: dict[str, list[list[int]]] = {}  # by side, then by cell
     for n in names:
         numbers = complete if complete else [i for i, c in enumerate(cells) if n in c.rows]
+        numbers = [i for i in numbers if n in cells[i].rows]
         values = [records[i]["arms"][n]["value"] for i in numbers]
-        if complete:
-            means[n] = _mean_of_known(draws[n])
+        if draws[n]:
+            means[n] = np.mean(draws[n], axis=0)
         sides = [[cells[i].reference for i in numbers], *([[cells[i].rows[n] for i in numbers]] if n == FLOOR else [])]
-        people[n] = min(len(set(study.patients[np.concatenate(rows)])) if rows else 0 for rows in sides)
+        people[n] = [[len(set(study.patients[rows])) for rows in side] for side in sides]
         summary[n] = measure(
             float(np.mean(values)) if values else None,
             sum(len(cells[i].rows[n]) for i in numbers),
-            people[n],
+            min(map(sum, people[n])),
             means.get(n),
             recentre=True,
+            smallest_group=min((count for side in people[n] for count in side), default=0),
             lowest=0.0 if metric == "fd" else -np.inf,
             n_cells=len(numbers),
             n_reference=sum(len(cells[i].reference) for i in numbers),
@@ -251,10 +269,15 @@ def summarise(
         for key in ("fd", "kid", "fd_pca"):
             parts = [records[i]["arms"][n][key] for i in numbers]
             summary[n][key] = float(np.mean(parts)) if parts and None not in parts else None
-    summary["ratio"] = ratio(summary, means, people[FLOOR])
+    summary["ratio"] = ratio(summary, means)
     return {
         "metric": metric,
         "resamples": resamples,
+        "left_out": {
+            describe(cell.combination): "; ".join(f"{n}: {why}" if n else why for n, why in cell.skipped.items())
+            for number, cell in enumerate(cells)
+            if number not in complete
+        },
         "rule": f"Fréchet distance needs n ≥ 2d = {2 * dim} on each side; the smallest side has {smallest}"
         + (
             ""
@@ -269,38 +292,34 @@ def summarise(
     }
 
 
-def _mean_of_known(draws: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over cells of each resample, [B], without the cells that a resample has no patient of."""
-    table = np.stack(draws)
-    known = np.isfinite(table)
-    return np.divide(np.where(known, table, 0.0).sum(axis=0), known.sum(axis=0),
-                     out=np.full(table.shape[1], np.nan), where=known.any(axis=0))  # fmt: skip
-
-
-def ratio(summary: Mapping[str, Any], draws: Mapping[str, np.ndarray], n_patients: int) -> dict[str, Any]:
+def ratio(summary: Mapping[str, Any], draws: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """(medi − floor) / (cls − floor): 0 is as good as real, 1 is no better than without metadata.
 
     Drawing patients with replacement raises a distance, once where the reference alone is drawn and twice where both
-    sides are, so the draws of each distance are moved to its value before they are divided. Where more than 2.5 % of
-    them leave the class-only arm no gap above the floor the ratio has no interval.
+    sides are, so the draws of each distance are moved to its value before they are divided. A ratio whose denominator
+    may be nothing has no end: where more than 0.5 % of the draws leave the class-only arm no gap above the floor, there
+    is no interval.
     """
-    values = {n: summary.get(n, {}).get("value") for n in ("medi", "cls", FLOOR)}
-    if any(v is None for v in values.values()):
-        return measure(None, 0, n_patients, reason="an arm or the floor is missing")
-    gap = values["cls"] - values[FLOOR]
-    if gap <= 0:
-        return measure(None, 0, n_patients, reason="the class-only arm is not above the floor")
+    sides = [summary.get(n, {}) for n in ("medi", "cls", FLOOR)]
+    people = [min(side.get(key, 0) for side in sides) for key in ("n_patches", "n_patients", "smallest_group")]
+    values = [side.get("value") for side in sides]
+    if None in values:
+        return measure(None, 0, people[1], reason="an arm or the floor is missing")
+    medi, cls, floor = values
+    if cls <= floor:
+        return measure(None, 0, people[1], reason="the class-only arm is not above the floor")
     bootstrap, told = None, dict[str, Any]()
     if all(n in draws for n in ("medi", "cls", FLOOR)):
-        medi, cls, floor = (draws[n] - np.nanmedian(draws[n]) + values[n] for n in ("medi", "cls", FLOOR))
-        below = cls - floor
+        moved = [draws[n] - np.nanmedian(draws[n]) + v for n, v in zip(("medi", "cls", FLOOR), values, strict=True)]
+        below = moved[1] - moved[2]
         with np.errstate(divide="ignore", invalid="ignore"):
-            bootstrap = np.where(below > 0, (medi - floor) / below, np.nan)
-        if (below <= 0).mean() > (1 - LEVEL) / 2:
+            bootstrap = (moved[0] - moved[2]) / below
+        if (below <= 0).sum() > _NO_GAP * np.isfinite(below).sum():
             bootstrap[:] = np.nan
             told = {"reason": "the class-only arm is not surely above the floor"}
-    n = min(summary[k]["n_patches"] for k in ("medi", "cls", FLOOR))
-    return measure((values["medi"] - values[FLOOR]) / gap, n, n_patients, bootstrap, True, **told)
+    return measure(
+        (medi - floor) / (cls - floor), people[0], people[1], bootstrap, True, smallest_group=people[2], **told
+    )
 
 
 class _Weights:
@@ -332,14 +351,11 @@ def _judge(
         return record, draws
     reference = np.asarray(features.real[cell.reference], np.float64)
     reference_weights = weights.of(cell.reference)
-    rng = np.random.default_rng([seed, 53])
-    few = patients_in_turn(study.patients[cell.reference], _MAX_KERNEL, rng)
+    few = _thinned(len(cell.reference), seed, "")
     for name, rows in cell.rows.items():
         sample = np.asarray((features.real if name == FLOOR else features.arms[name])[rows], np.float64)
         sample_weights = weights.of(rows) if name == FLOOR else None
-        # Generated patches have no patients: each is a draw of its own.
-        owners = study.patients[rows] if name == FLOOR else np.arange(len(rows))
-        mine = patients_in_turn(owners, _MAX_KERNEL, rng)
+        mine = _thinned(len(rows), seed, name)
         numbers: dict[str, Any] = {
             "fd": frechet_distance(reference, sample) if metric == "fd" else None,
             "kid": kid(reference[few], sample[mine], subsets=0)[0],
@@ -360,6 +376,15 @@ def _judge(
             lowest=0.0 if metric == "fd" else -np.inf, mix_mismatch=cell.mismatch[name], **numbers,
         )  # fmt: skip
     return record, draws
+
+
+def _thinned(n: int, seed: int, name: str) -> np.ndarray:
+    """Positions of at most 3,000 of n rows, each as likely as any other so that their mix stays; whatever else is
+    judged does not change them.
+    """
+    if n <= _MAX_KERNEL:
+        return np.arange(n)
+    return np.sort(np.random.default_rng([seed, 53, *name.encode()]).choice(n, _MAX_KERNEL, replace=False))
 
 
 def neighbourhoods(
@@ -415,6 +440,9 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def overall(study: Study, features: Features, seed: int) -> dict[str, Any]:
     """Precision, recall, density, coverage and the Fréchet distance for endless samples of each arm and of other real
     patients, in the test patches' mix.
+
+    Returns:
+        ``overall``: a record by arm and floor; ``overall_skipped``: why one is not there.
     """
     cell = make_cell(study, {}, seed)
     result: dict[str, Any] = {}
@@ -425,4 +453,4 @@ def overall(study: Study, features: Features, seed: int) -> dict[str, Any]:
         found = fd_infinity(reference, sample, seed=seed)
         result[name] |= {"fd_infinity": found and found[0], "fd_infinity_error": found and found[1]}
         result[name]["mix_mismatch"] = cell.mismatch[name]
-    return result
+    return {"overall": result, "overall_skipped": cell.skipped}

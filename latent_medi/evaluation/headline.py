@@ -28,7 +28,9 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
         same for ``accuracy_in_distribution``, ``accuracy_seen`` and ``accuracy_unseen``;
         ``accuracy_shift_difference`` (medi minus each rival, with interval); ``further_arms`` (of every other arm
         ``accuracy_shift``, ``accuracy_unseen``, ``medi_minus`` and its ``interval``); ``recovery_unseen``,
-        ``recovery_ceiling``; ``n`` and ``seconds`` by stage. What is not available is None.
+        ``recovery_ceiling``; ``n`` and ``seconds`` by stage; ``warnings``, sentences that the verdict must not be read
+        without. What is not available is None. The distances also have ``left_out``: the combinations that their mean
+        does not count, and why.
     """
     names = list(metrics["encoders"])
     plain = next(n for n in names if not n.endswith(_SUFFIX))
@@ -67,7 +69,23 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
     record["encoder"] = plain
     own = {} if "evaluate" in (seconds or {}) else {"evaluate": round(sum(metrics.get("seconds", {}).values()), 3)}
     record["seconds"] = dict(seconds or {}) | own
+    chances = {k: fields.get(f, {}).get("chance") for k, f in keys.items()}
+    record["warnings"] = [*metrics.get("thin_support", []), *_unlike(record, chances)]
     return record
+
+
+def _unlike(record: Mapping[str, Any], chances: Mapping[str, float | None]) -> list[str]:
+    """What MeDi's samples do not show although a probe finds it in real patches: less than halfway from chance."""
+    told = []
+    for key, chance in chances.items():
+        found, ceiling = record["recovery_unseen"][key], record["recovery_ceiling"][key]
+        if None in (found, ceiling, chance) or found >= (chance + ceiling) / 2:
+            continue
+        told.append(
+            f"MeDi's samples of unseen combinations show the {key} that was asked for in {found:.0%}, real patches in "
+            f"{ceiling:.0%}: whatever they do to a classifier, they are not what they are named."
+        )
+    return told
 
 
 def _value(record: Any, *path: str) -> float | None:
@@ -83,7 +101,8 @@ def _interval_of(comparison: Mapping[str, Any], pair: str) -> Any:
 def _distances(metrics: Mapping[str, Any], encoder: str, section: str) -> dict[str, Any]:
     part = metrics.get("fidelity", {}).get(encoder, {}).get(section, {})
     summary = part.get("summary", {})
-    return {k: _value(summary, k) for k in ("medi", "cls", "floor", "ratio")} | {"metric": part.get("metric")}
+    values = {k: _value(summary, k) for k in ("medi", "cls", "floor", "ratio")}
+    return values | {"metric": part.get("metric"), "left_out": part.get("left_out", {})}
 
 
 def useful(record: Mapping[str, Any]) -> bool | None:
@@ -176,6 +195,7 @@ def headline_text(record: Mapping[str, Any]) -> str:
         cells = "".join(f"{distance_text(row[k]):>10}" for k in ("medi", "cls", "floor"))
         cells += f"{_number(row['ratio'], 2):>10}"
         lines.append(f"  {title:<32}{(row['metric'] or '–').upper():>8}{cells}")
+        lines += [f"    without {name} ({why})" for name, why in row["left_out"].items()]
     lines += ["  ratio = (MeDi − floor) / (CLS − floor): 0 is real, 1 is no better than class alone", ""]
     lines.append("Balanced accuracy of a linear probe (higher is better)")
     lines.append(
@@ -197,4 +217,5 @@ def headline_text(record: Mapping[str, Any]) -> str:
         found, ceiling = record["recovery_unseen"][key], record["recovery_ceiling"][key]
         lines.append(f"  {key:<32}{_number(found):>10}  (ceiling {_number(ceiling)})")
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
-    return "\n".join([*lines, "", f"Time: {times}", "", verdict(record)])
+    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record["warnings"]), verdict(record)]
+    return "\n".join(lines)

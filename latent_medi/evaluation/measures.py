@@ -38,14 +38,16 @@ class PatientResamples:
         return self.weights[:, self.codes[rows]]
 
 
-def interval(draws: np.ndarray, centre: float | None = None, lowest: float = -math.inf) -> list[float] | None:
+def interval(
+    draws: np.ndarray, centre: float | None = None, lowest: float = -math.inf, highest: float = math.inf
+) -> list[float] | None:
     """95 % percentile interval of bootstrap draws; NaN draws (a class lost in the resample) are left out. None where
     fewer than 20, or than four fifths of them, are left: those that are no longer speak for all.
 
     Args:
         draws: Bootstrap values, [B].
         centre: Shift the draws so that their median lies here: resampling with repeats biases a distance upwards.
-        lowest: Smallest value that the quantity can have.
+        lowest, highest: Smallest and largest value that the quantity can have.
     """
     known = draws[np.isfinite(draws)]
     if len(known) < 20 or len(known) < _LEAST_KNOWN * len(draws):
@@ -53,7 +55,7 @@ def interval(draws: np.ndarray, centre: float | None = None, lowest: float = -ma
     draws = known
     shift = 0.0 if centre is None else centre - float(np.median(draws))
     low, high = np.quantile(draws + shift, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return [max(float(low), lowest), max(float(high), lowest)]
+    return [float(np.clip(bound, lowest, highest)) for bound in (low, high)]
 
 
 def measure(
@@ -63,6 +65,8 @@ def measure(
     draws: np.ndarray | None = None,
     recentre: bool = False,
     lowest: float = -math.inf,
+    highest: float = math.inf,
+    smallest_group: int | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
     """The record of one number: value, support and interval.
@@ -73,31 +77,22 @@ def measure(
         n_patients: Patients that it rests on.
         draws: Bootstrap values; without them there is no interval.
         recentre: See ``centre`` in :func:`interval`.
-        lowest: Smallest possible value.
+        lowest, highest: Smallest and largest possible value.
+        smallest_group: Patients of the smallest of the groups (classes, sites, cells) that the number gives the same
+            weight: it is only as sure as that one. A group of one patient, who is in every resample that counts, would
+            add nothing to the interval. Part of the record if given.
         **extra: Further entries.
     """
     value = None if value is None or not math.isfinite(value) else float(value)
     bounds: list[float] | str | None = None
     if value is not None and draws is not None:
-        if n_patients < MIN_PATIENTS:
+        if min(n_patients, n_patients if smallest_group is None else smallest_group) < MIN_PATIENTS:
             bounds = NOT_ESTIMABLE
         else:
-            bounds = interval(draws, value if recentre else None, lowest) or NOT_ESTIMABLE
+            bounds = interval(draws, value if recentre else None, lowest, highest) or NOT_ESTIMABLE
+    if smallest_group is not None:
+        extra["smallest_group"] = int(smallest_group)
     return {"value": value, "n_patches": int(n_patches), "n_patients": int(n_patients), "interval": bounds, **extra}
-
-
-def balanced_measure(
-    value: float | None, n_patches: int, n_patients: int, smallest_class: int, draws: np.ndarray, **extra: Any
-) -> dict[str, Any]:
-    """The record of a number that gives every class the same weight, and so is only as sure as its smallest class.
-
-    With fewer than 10 patients of some class there is no interval: a class of one patient, who is in every resample
-    that counts, would add nothing to it. ``smallest_class`` in the record is that number of patients.
-    """
-    record = measure(value, n_patches, n_patients, draws, smallest_class=int(smallest_class), **extra)
-    if record["value"] is not None and smallest_class < MIN_PATIENTS:
-        record["interval"] = NOT_ESTIMABLE
-    return record
 
 
 def patients_in_turn(patients: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
@@ -185,11 +180,20 @@ class PatientTable:
         # A resample that lost a class says nothing about the mean over classes.
         return per_class.mean(axis=1)
 
-    def measure(self, values: np.ndarray, weights: np.ndarray, **extra: Any) -> dict[str, Any]:
-        """The record of the balanced mean with its interval.
+    def measure(self, values: np.ndarray, weights: np.ndarray, rate: bool = False, **extra: Any) -> dict[str, Any]:
+        """The record of the balanced mean with its interval; ``smallest_group`` is that of the classes.
 
-        Its entries are those of :func:`balanced_measure`.
+        Args:
+            values: A value per row.
+            weights: Resamples, [B, patients].
+            rate: Whether the values are shares from 0 to 1. Where all patients have 0, or all 1, every resample has
+                too; such a share gets Wilson's interval for the patients of the smallest class.
+            **extra: Further entries.
         """
         point = float(self.mean(values)[0])
         draws = self.mean(values, weights)
-        return balanced_measure(point, self.n_patches, self.n_patients, self.smallest_class, draws, **extra)
+        smallest = self.smallest_class
+        record = measure(point, self.n_patches, self.n_patients, draws, smallest_group=smallest, **extra)
+        if rate and isinstance(record["interval"], list) and np.ptp(draws[np.isfinite(draws)]) == 0:
+            record["interval"] = wilson(round(point * smallest), smallest)
+        return record

@@ -15,12 +15,10 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_score
 
-from latent_medi.evaluation.measures import MIN_PATIENTS, PatientResamples, balanced_measure, measure
+from latent_medi.evaluation.measures import MIN_PATIENTS, PatientResamples, measure
 from latent_medi.evaluation.study import Study
 
 LEVELS = ("patch", "slide", "patient")
-_BALANCED = ("balanced_accuracy", "site_averaged_accuracy", "auroc")
-"""Scores that give every class the same weight."""
 BINS = 15
 """Bins of equal width for the calibration error."""
 
@@ -164,16 +162,24 @@ def unit_scores(
         "ece": calibration_errors(probabilities, truth, unit_weights),
         "brier": _ratio(unit_weights @ squares, unit_weights.sum(axis=1)),
     }
-    fewest = min(len(np.unique(patients[truth == code])) for code in np.unique(truth))
+    places = np.unique(np.column_stack([truth, np.unique(sites, return_inverse=True)[1], patients]), axis=0)
+    by_class, by_site = _fewest(places[:, [0, 2]]), _fewest(places)
+    smallest = {"balanced_accuracy": by_class, "auroc": by_class, "site_averaged_accuracy": by_site}
     record = {}
     for name, value in points.items():
-        if name in _BALANCED:
-            record[name] = balanced_measure(value, draws=draws[name], smallest_class=fewest, **support)
-        else:  # |gap| is raised by resampling, since the gaps of a resample do not cancel
-            recentre, lowest = name == "ece", -1.0 if name == "mcc" else 0.0
-            record[name] = measure(value, draws=draws[name], recentre=recentre, lowest=lowest, **support)
+        record[name] = measure(
+            value, draws=draws[name], smallest_group=smallest.get(name), lowest=-1.0 if name == "mcc" else 0.0,
+            # |gap| is raised by resampling, since the gaps of a resample do not cancel.
+            recentre=name == "ece", highest=2.0 if name == "brier" else 1.0, **support,
+        )  # fmt: skip
     record["worst_group"] = worst_group(truth, predicted, sites, patients, counts, classes, weights)
     return record
+
+
+def _fewest(rows: np.ndarray) -> int:
+    """Of rows [n, k] that end in a patient: the fewest different patients of any group that the other columns name."""
+    groups = np.unique(rows, axis=0)[:, :-1]
+    return int(np.unique(groups, axis=0, return_counts=True)[1].min())
 
 
 def worst_group(
@@ -213,7 +219,7 @@ def worst_group(
     label, value, _ = min(groups, key=lambda g: g[1])
     draws = np.stack([g[2] for g in groups])
     draws = np.where(np.isnan(draws).any(axis=0), np.nan, draws.min(axis=0))
-    return measure(value, n_patches, len(people), draws, recentre=True, lowest=0.0,
+    return measure(value, n_patches, len(people), draws, recentre=True, lowest=0.0, highest=1.0,
                    group=label, n_groups=len(groups), not_estimable=small)  # fmt: skip
 
 

@@ -56,7 +56,8 @@ class Scorer:
             probabilities: Mean over repeats of the class probabilities, [n_test, K]; gives the entry ``scores``.
         """
         right = (predicted == self.truth).mean(axis=0)
-        result: dict[str, Any] = {name: t.measure(right, self.bootstrap.weights) for name, t in self.tables.items()}
+        weights = self.bootstrap.weights
+        result: dict[str, Any] = {name: t.measure(right, weights, rate=True) for name, t in self.tables.items()}
         result[HEADLINE]["by_repeat"] = [
             float(self.tables[HEADLINE].mean((p == self.truth).astype(float))[0]) for p in predicted
         ]
@@ -67,8 +68,8 @@ class Scorer:
                 {
                     "name": describe(cell),
                     "combination": cell,
-                    "recall": recall.measure(right, self.bootstrap.weights),
-                    "false_positive_rate": alarm.measure(false, self.bootstrap.weights),
+                    "recall": recall.measure(right, weights, rate=True),
+                    "false_positive_rate": alarm.measure(false, weights, rate=True),
                 }
             )
         if probabilities is not None:

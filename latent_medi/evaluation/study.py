@@ -12,7 +12,7 @@ import pandas as pd
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.metadata.schema import NULL, UNKNOWN_WORD, Schema
-from latent_medi.metadata.seen import saw
+from latent_medi.metadata.seen import patients_hash, saw
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
@@ -163,10 +163,11 @@ def _halve_test(
     for _, group in first.groupby(list(fields), sort=True):
         odd = 0
         mixed = group.iloc[rng.permutation(len(group))]
-        for _, alike in mixed.groupby(list(others), sort=True) if others else [("", mixed)]:
-            # The reference keeps the odd patient; of the next kind that has one, the other half gets it.
-            taken, odd = divmod(len(alike) + odd, 2)
-            chosen.update(alike["patient"].to_numpy()[:taken])
+        kinds = [alike for _, alike in mixed.groupby(list(others), sort=True)] if others else [mixed]
+        # In an order by chance: the reference keeps the first kind's odd patient, the other half gets the second's.
+        for which in rng.permutation(len(kinds)) if len(kinds) > 1 else [0]:
+            taken, odd = divmod(len(kinds[which]) + odd, 2)
+            chosen.update(kinds[which]["patient"].to_numpy()[:taken])
     table = index.iloc[test]
     return table["patient"].astype(str).isin(chosen).to_numpy()
 
@@ -176,8 +177,7 @@ def open_study(settings: EvaluateSettings) -> Study:
 
     Raises:
         UserError: No class field, an unknown split, synthetic rows among the real ones, a combination that is not
-            held out
-            or that has no test patch.
+            held out or that has no test patch.
     """
     real = PatchDataset.open(settings.real)
     index = real.index
@@ -201,6 +201,7 @@ def open_study(settings: EvaluateSettings) -> Study:
     class_field = real.schema.class_field.name
     notes: list[str] = []
     split = index[column].to_numpy(dtype=str).copy()
+    trained = patients_hash(index["patient"][split == settings.train_value])
     named = index[class_field].isin(real.schema.class_field.values).to_numpy(bool)
     if dropped := int(((split != "") & ~named).sum()):
         split[~named] = ""
@@ -259,6 +260,12 @@ def open_study(settings: EvaluateSettings) -> Study:
             rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
         if settings.unseen and held_out:
             notes += _check_unseen(name, dataset, held_out)
+        parts_seen = (dataset.info.get("provenance", {}).get("seen") or {}).get("parts", [])
+        if any(part.get("patients") != trained for part in parts_seen):
+            notes.append(
+                f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
+                f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
+            )
         arms[name] = Arm(name, dataset, _known_fields(dataset), rows)
         log.info("Arm %s: %d patches, fields %s", name, len(rows), ", ".join(arms[name].fields))
     return Study(

@@ -38,7 +38,7 @@ def dataset_hash(dataset: PatchDataset) -> str:
 
 def tell_if_foreign(encoder: ImageEncoder, dataset: PatchDataset) -> None:
     """Warn where the demo's encoder, which has seen procedural tissue alone, is to judge other real patches."""
-    made_by = dataset.info["provenance"].get("generator")
+    made_by = dataset.info.get("provenance", {}).get("generator")
     if encoder.name.split(":")[0] == "demo" and made_by != DEMO_GENERATOR and (dataset.index["origin"] == "real").any():
         _warn(
             f"The encoder 'demo' has seen the demo's procedural tissue alone and judges {dataset.folder}: take one of "

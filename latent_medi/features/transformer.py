@@ -13,15 +13,22 @@ from latent_medi.errors import UserError
 from latent_medi.features.networks import Network, find_weights, load_strictly
 from latent_medi.features.registry import ENCODERS, Entry, access_hint
 
-_NOT_FEATURES = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "id2label",
-    "label2id",
-    "torch_dtype",
-    "transformers_version",
+_DECIDES_FEATURES = (
+    "hidden_act",
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "layerscale_value",
+    "mlp_ratio",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_register_tokens",
+    "patch_size",
+    "qkv_bias",
+    "use_swiglu_ffn",
 )
+"""Entries of a transformers configuration; the others (labels, versions, dropout) would only part equal encoders."""
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -92,7 +99,7 @@ def built_from(model: nn.Module, entry: Entry) -> str:
         told: dict[str, Any] = {"architecture": entry.architecture, **entry.arguments}
     else:
         whole: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
-        told = {key: value for key, value in whole.items() if key not in _NOT_FEATURES}
+        told = {key: whole[key] for key in _DECIDES_FEATURES if key in whole}
     return json.dumps(told, sort_keys=True, default=str)
 
 

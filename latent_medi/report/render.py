@@ -118,7 +118,8 @@ def _encoders(
         result.append(
             {
                 "name": name,
-                "fidelity": {"unseen": None, "per_class": None, "overall": None} | dict(found["fidelity"]),
+                "fidelity": {"unseen": None, "per_class": None, "overall": None, "overall_skipped": {}}
+                | dict(found["fidelity"]),
                 "parts": [_part(key, found["fidelity"][key]) for key in _PARTS if found["fidelity"].get(key)],
                 "downstream": found["downstream"] if downstream else None,
                 "forest": figures.forest(downstream, "accuracy_shift") if downstream else None,

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from latent_medi.diffusion.conditioning import Conditions
+from latent_medi.diffusion.denoiser import lay_out
 from latent_medi.diffusion.inversion import first_step_of, translate_latents
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import GuidanceSettings
@@ -140,6 +141,7 @@ def translate_images(
     """
     device, size, made = pipeline.unet.device, settings.device_batch, []
     pipeline.denoiser.eval()
+    lay_out(pipeline.unet, half=False)
     for start in range(0, len(images), size):
         index = torch.arange(start, start + size).clamp(max=len(images) - 1)
         latents = translate_latents(

@@ -103,7 +103,12 @@ class Previews:
         """
         pipeline = MediPipeline.from_parts(averaged, self._objective, self._autoencoder, self._shift, self._scale)
         mine = pipeline.generate_latents(
-            self._conditions, self._noise, self._sampler, batch=self._batch, precision=self._precision
+            self._conditions,
+            self._noise,
+            self._sampler,
+            batch=self._batch,
+            precision=self._precision,
+            keep_layout=True,
         )
         # [processes, share, …] back into the order of the whole.
         gathered = self._accelerator.gather(mine.to(self._accelerator.device)).cpu()

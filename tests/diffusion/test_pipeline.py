@@ -14,6 +14,7 @@ import torch
 from diffusion_parts import make_denoiser
 from parts import make_autoencoder
 
+from latent_medi.diffusion.denoiser import lay_out
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
@@ -321,3 +322,16 @@ def test_sampling_lays_the_network_out_for_speed_and_changes_nothing_else(schema
     pipe.save_pretrained(tmp_path / "after", include_autoencoder=True)
     for file in sorted((tmp_path / "before").rglob("*.safetensors")):
         assert (tmp_path / "after" / file.relative_to(tmp_path / "before")).read_bytes() == file.read_bytes()
+
+
+def test_how_the_weights_lay_before_does_not_change_the_samples(schema):
+    pipe = make_pipeline(schema)
+    conditions, noise = pipe.conditions([{"grade": "gleason4"}]), draw_noise([3], pipe.latent_shape)[0]
+    sampler = SamplerSettings(steps=2)
+    first = pipe.generate_latents(conditions, noise, sampler)
+    lay_out(pipe.unet, half=False)
+    torch.testing.assert_close(pipe.generate_latents(conditions, noise, sampler), first, rtol=0, atol=0)
+    torch.nn.Module.to(pipe.unet, memory_format=torch.contiguous_format)
+    # What a training run shares stays as that run has it.
+    pipe.generate_latents(conditions, noise, sampler, keep_layout=True)
+    assert not pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

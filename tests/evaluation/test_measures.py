@@ -72,9 +72,29 @@ def test_a_mean_over_classes_is_as_sure_as_its_smallest_class() -> None:
         table = PatientTable(classes, patients, np.full(30 + few, True), 2, 30 + few)
         right = np.random.default_rng(0).integers(0, 2, 30 + few).astype(float)
         record = table.measure(right, PatientResamples(patients.astype(str), 200, 0).weights)
-        assert record["smallest_class"] == few
+        assert record["smallest_group"] == few
         assert record["n_patients"] == 30 + few
         assert isinstance(record["interval"], list) is known
+
+
+def test_a_share_that_all_patients_agree_on_is_not_certain() -> None:
+    """Every resample of twelve patients who are all right is all right: that is no interval of no width."""
+    patients = np.arange(12)
+    table = PatientTable(np.zeros(12, int), patients, np.full(12, True), 1, 12)
+    weights = PatientResamples(patients.astype(str), 200, 0).weights
+    for value in (0.0, 1.0):
+        record = table.measure(np.full(12, value), weights, rate=True)
+        assert record["interval"] == pytest.approx(wilson(round(12 * value), 12))
+    # A difference of nothing is no share.
+    assert table.measure(np.zeros(12), weights)["interval"] == [0.0, 0.0]
+
+
+def test_no_bound_lies_where_the_quantity_cannot() -> None:
+    draws = np.random.default_rng(0).normal(0.9, 0.1, 400)
+    record = measure(0.98, 100, 30, draws, recentre=True, lowest=0.0, highest=1.0)
+    assert record["interval"][1] == 1.0
+    assert record["interval"][0] < 0.9
+    assert measure(0.01, 100, 30, draws - 0.8, lowest=0.0)["interval"][0] == 0.0
 
 
 def test_resamples_that_are_mostly_lost_give_no_interval() -> None:

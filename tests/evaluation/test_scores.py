@@ -116,7 +116,7 @@ def test_scores_that_weigh_classes_alike_are_as_sure_as_the_smallest() -> None:
     found = _scores(truth, probabilities, np.full(89, "s"), np.arange(89))
     for name in ("balanced_accuracy", "site_averaged_accuracy", "auroc"):
         assert found[name]["interval"] == "not estimable"
-        assert found[name]["smallest_class"] == 9
+        assert found[name]["smallest_group"] == 9
     for name in ("mcc", "brier", "ece"):
         assert isinstance(found[name]["interval"], list)
 

@@ -13,8 +13,9 @@ from evaluation_world import SCHEMA, SIZE, World, synthetic_patches
 
 from latent_medi.evaluation import against_real, fidelity
 from latent_medi.evaluation.against_real import Patches, measures_of
-from latent_medi.evaluation.fidelity import Cell, Features, _mean_of_known, class_cells, ratio, summarise
+from latent_medi.evaluation.fidelity import Cell, Features, _lacking, _thinned, class_cells, ratio, summarise
 from latent_medi.evaluation.study import Study, open_study
+from latent_medi.evaluation.support import thin_support
 from latent_medi.features.statistics import frechet_distance, kid, pca_basis
 from latent_medi.shards.writer import write_dataset
 
@@ -35,8 +36,44 @@ def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
     study = open_study(world.settings("external-out", real=str(folder), synthetic=arms))
     for cell in class_cells(study, 0):
         assert set(cell.rows) == {"cls"}  # what an arm was not told is not held against it
-        assert "other real patients have nothing like" in cell.skipped["floor"]
-        assert "its samples have nothing like" in cell.skipped["medi"]
+        assert cell.skipped["floor"] == "site is east in 67% of the reference that other real patients have not"
+        assert cell.skipped["medi"] == "site is east, south in 100% of the reference that its samples have not"
+
+
+@pytest.mark.parametrize(("east", "lacking"), [(20, ""), (21, "site is east in 21%")])
+def test_a_fifth_of_the_reference_may_be_of_a_site_that_a_side_has_not(east: int, lacking: str) -> None:
+    """Counted among what is known: patches of which the site is not told neither show nor lack one."""
+    reference = pd.DataFrame({"site": ["east"] * east + ["north"] * (100 - east) + ["unknown"] * 300})
+    theirs = pd.DataFrame({"site": ["north", "south", "unknown"]})
+    assert _lacking(theirs, reference, ["site"]) == lacking
+    assert _lacking(theirs, reference[reference["site"] == "unknown"], ["site"]) == ""
+
+
+def test_thinning_keeps_the_mix_and_depends_on_nothing_else() -> None:
+    sites = np.repeat([0, 1], [9000, 1000])
+    shares = [sites[_thinned(10_000, seed, "medi")].mean() for seed in range(20)]
+    assert np.mean(shares) == pytest.approx(0.1, abs=0.005)
+    rows = _thinned(10_000, 0, "medi")
+    assert len(set(rows)) == 3000
+    np.testing.assert_array_equal(rows, _thinned(10_000, 0, "medi"))
+    assert set(rows) != set(_thinned(10_000, 0, "cls"))
+    np.testing.assert_array_equal(_thinned(3000, 0, "medi"), np.arange(3000))
+
+
+def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) -> None:
+    assert thin_support(open_study(world.settings("plenty"))) == []
+    folder = world.root / "few"
+    shutil.copytree(world.real, folder)
+    table = pd.read_parquet(folder / "index.parquet")
+    stripes = (table["split_main"] == "test") & (table["class"] == "stripes") & (table["site"] == "south")
+    keep = sorted(set(table.loc[stripes, "patient"]))[:4]
+    table.loc[stripes & ~table["patient"].isin(keep), "split_main"] = ""
+    table.to_parquet(folder / "index.parquet")
+    told = thin_support(open_study(world.settings("few-out", real=str(folder))))
+    assert told == [
+        "Accuracy under shift will have no interval: of the test patients at south only 4 of stripes (10 are needed).",
+        "stripes × south will have no distance: 16 test patches, 20 are needed.",
+    ]
 
 
 def many_patches(patients: int) -> tuple[Study, Features, Cell]:
@@ -99,19 +136,29 @@ def test_the_ratio_is_as_unsure_as_its_distances() -> None:
     value = {"medi": 4.0, "cls": 6.0, "floor": 3.0}
     raised = {"medi": 1.2, "cls": 1.2, "floor": 2.4}
     draws = {name: value[name] + raised[name] + 0.2 * rng.normal(size=400) for name in value}
-    summary = {name: {"value": v, "n_patches": 100} for name, v in value.items()}
-    record = ratio(summary, draws, 40)
+    support = {"n_patches": 100, "n_patients": 40, "smallest_group": 20}
+    summary = {name: {"value": v} | support for name, v in value.items()}
+    record = ratio(summary, draws)
     # By the rule for a quotient's error: σ² = (σ_m² + r²·σ_c² + (1 − r)²·σ_f²) / gap² = 0.0831².
     spread = 0.2 / 3 * np.sqrt(1 + (1 / 3) ** 2 + (2 / 3) ** 2)
     assert record["value"] == pytest.approx(1 / 3)
     assert record["interval"] == pytest.approx([1 / 3 - 1.96 * spread, 1 / 3 + 1.96 * spread], abs=0.04)
     wild = draws | {"cls": 6.0 + 2.0 * rng.normal(size=400)}  # class alone may be no worse than real patients
-    assert ratio(summary, wild, 40)["interval"] == "not estimable"
+    assert ratio(summary, wild)["interval"] == "not estimable"
+    few = summary | {"floor": summary["floor"] | {"smallest_group": 9}}
+    assert ratio(few, draws)["interval"] == "not estimable"
 
 
-def test_a_resample_without_a_cell_s_patients_keeps_the_other_cells() -> None:
-    draws = [np.array([1.0, np.nan, np.nan]), np.array([3.0, 5.0, np.nan])]
-    np.testing.assert_array_equal(_mean_of_known(draws), [2.0, 5.0, np.nan])
+def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
+    """A cell of few patients has the weight of any other in the mean."""
+    study, features, large = many_patches(120)
+    arms = {n: r for n, r in large.rows.items() if n != "floor"}
+    small = Cell({"class": "b"}, large.reference[: 9 * 60], arms, dict.fromkeys(arms, 0.0))
+    large = Cell({"class": "a"}, large.reference, arms, dict.fromkeys(arms, 0.0))
+    for cells, known in (([large], True), ([large, small], False)):
+        record = summarise(study, features, cells, 100, 0)["summary"]["medi"]
+        assert record["smallest_group"] == (108 if known else 9)
+        assert isinstance(record["interval"], list) is known
 
 
 def test_a_kernel_distance_is_that_of_the_features_as_they_are() -> None:
