@@ -365,10 +365,16 @@ def _audit(settings: ExperimentSettings, folder: Path) -> None:
 
     dataset = PatchDataset.open(_data(settings, folder))
     rows = dataset.rows({SPLIT_PREFIX + settings.split: "train"})
-    result = audit(dataset.index.iloc[rows], dataset.schema, requested=settings.held_out or None)
+    index = dataset.index.iloc[rows]
+    result = audit(index, dataset.schema, requested=settings.held_out or None)
+    text = audit_text(result)
+    if settings.held_out:
+        result["all_combinations"] = audit(index, dataset.schema)["verdict_counts"]
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in result["all_combinations"].items() if count)
+        text += f"\nall combinations of the fields, held out or not: {counts}"
     write_json(folder / "audit.json", result)
-    write_text(folder / "audit.txt", audit_text(result))
-    print(audit_text(result))
+    write_text(folder / "audit.txt", text)
+    print(text)
 
 
 def _plan(settings: ExperimentSettings, folder: Path) -> None:

@@ -143,7 +143,12 @@ def _differences(before: Any, after: Any, where: str = "") -> dict[str, str]:
         for key in dict.fromkeys([*before, *after]):
             found |= _differences(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
         return found
-    return {} if before == after else {where: f"{where} was {before}, is {after}"}
+    return {} if before == after else {where: f"{where} was {_short(before)}, is {_short(after)}"}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"  # a hash
 
 
 def side_by_side(commands: dict[str, list[str]], threads: int) -> None:

@@ -51,8 +51,8 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     Returns:
         The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``stain``, ``encoders``, per
         encoder name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones), ``projection`` and
-        ``downstream``, ``protocols`` if one is asked for, then ``notes``, ``thin_support``, ``seconds``, ``headline``
-        and ``verdict``.
+        ``downstream``, ``protocols`` if one is asked for, then ``notes``, ``warnings``, ``seconds``, ``headline`` and
+        ``verdict``.
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
@@ -138,7 +138,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         "downstream": {},
         "projection": {},
         "notes": list(study.notes),
-        "thin_support": thin_support(study),
+        "warnings": [*study.warnings, *thin_support(study)],
     }
     for encoder in chosen:
         log.info("Evaluating with %s", encoder.name)

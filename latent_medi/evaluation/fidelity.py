@@ -222,7 +222,7 @@ def summarise(
 
     Returns:
         ``metric``, ``rule``, ``dim``, ``pca_dims``, ``cells`` and ``summary`` (per arm and floor a measure, and
-        ``ratio``), ``resamples``, ``left_out`` (cells that a mean does not count, and why). A mean counts the cells
+        ``ratio``), ``resamples``, ``left_out`` (why cells, or sides of them, are not judged). A mean counts the cells
         that every arm and the floor have (of those that have any), so that it compares like with like.
     """
     names = [*study.arms, FLOOR]
@@ -275,8 +275,8 @@ def summarise(
         "resamples": resamples,
         "left_out": {
             describe(cell.combination): "; ".join(f"{n}: {why}" if n else why for n, why in cell.skipped.items())
-            for number, cell in enumerate(cells)
-            if number not in complete
+            for cell in cells
+            if cell.skipped
         },
         "rule": f"Fréchet distance needs n ≥ 2d = {2 * dim} on each side; the smallest side has {smallest}"
         + (

@@ -29,8 +29,8 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
         ``accuracy_shift_difference`` (medi minus each rival, with interval); ``further_arms`` (of every other arm
         ``accuracy_shift``, ``accuracy_unseen``, ``medi_minus`` and its ``interval``); ``recovery_unseen``,
         ``recovery_ceiling``; ``n`` and ``seconds`` by stage; ``warnings``, sentences that the verdict must not be read
-        without. What is not available is None. The distances also have ``left_out``: the combinations that their mean
-        does not count, and why.
+        without. What is not available is None. The distances also have ``left_out``: the combinations of which a side
+        is not judged, and why.
     """
     names = list(metrics["encoders"])
     plain = next(n for n in names if not n.endswith(_SUFFIX))
@@ -70,7 +70,7 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
     own = {} if "evaluate" in (seconds or {}) else {"evaluate": round(sum(metrics.get("seconds", {}).values()), 3)}
     record["seconds"] = dict(seconds or {}) | own
     chances = {k: fields.get(f, {}).get("chance") for k, f in keys.items()}
-    record["warnings"] = [*metrics.get("thin_support", []), *_unlike(record, chances)]
+    record["warnings"] = [*metrics.get("warnings", []), *_unlike(record, chances)]
     return record
 
 
@@ -195,7 +195,7 @@ def headline_text(record: Mapping[str, Any]) -> str:
         cells = "".join(f"{distance_text(row[k]):>10}" for k in ("medi", "cls", "floor"))
         cells += f"{_number(row['ratio'], 2):>10}"
         lines.append(f"  {title:<32}{(row['metric'] or '–').upper():>8}{cells}")
-        lines += [f"    without {name} ({why})" for name, why in row["left_out"].items()]
+        lines += [f"    not judged: {name} ({why})" for name, why in row["left_out"].items()]
     lines += ["  ratio = (MeDi − floor) / (CLS − floor): 0 is real, 1 is no better than class alone", ""]
     lines.append("Balanced accuracy of a linear probe (higher is better)")
     lines.append(

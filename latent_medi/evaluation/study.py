@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -47,6 +47,9 @@ class Arm:
         return self.dataset.index.iloc[self.rows].reset_index(drop=True)
 
 
+_MAY_BE_SEEN = "set unseen=false (evaluate.unseen=false of `latent-medi run`)"
+
+
 @dataclass
 class Study:
     """Real rows by the part they play; all are row numbers of ``real.index``.
@@ -63,6 +66,7 @@ class Study:
         test: Test patches for the downstream comparison.
         oracle_reason: Why there is no oracle; empty if there is one.
         notes: What a reader must know about these choices.
+        warnings: What the verdict must not be read without.
     """
 
     real: PatchDataset
@@ -77,6 +81,7 @@ class Study:
     test: np.ndarray
     oracle_reason: str
     notes: list[str]
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def index(self) -> pd.DataFrame:
@@ -216,7 +221,7 @@ def open_study(settings: EvaluateSettings) -> Study:
         if settings.unseen and keep[train].any():
             raise UserError(
                 f"{describe(combination)} is not held out: {int(keep[train].sum())} training patches have it.",
-                "Name combinations that training lacks, or set unseen=false.",
+                f"Name combinations that training lacks, or {_MAY_BE_SEEN}.",
             )
         if not keep[test].any():
             raise UserError(f"{describe(combination)} has no test patch, so nothing can be said about it.")
@@ -247,6 +252,7 @@ def open_study(settings: EvaluateSettings) -> Study:
     if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
         raise UserError(f"selected names the arm {unknown[0]!r}; {nearest(unknown[0], settings.synthetic)}.")
     arms = {}
+    warnings: list[str] = []
     for name, folder in settings.synthetic.items():
         dataset = PatchDataset.open(folder)
         if dataset.schema.class_field is None or dataset.schema.class_field.name != class_field:
@@ -262,7 +268,7 @@ def open_study(settings: EvaluateSettings) -> Study:
             notes += _check_unseen(name, dataset, held_out)
         parts_seen = (dataset.info.get("provenance", {}).get("seen") or {}).get("parts", [])
         if any(part.get("patients") != trained for part in parts_seen):
-            notes.append(
+            warnings.append(
                 f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
                 f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
             )
@@ -281,6 +287,7 @@ def open_study(settings: EvaluateSettings) -> Study:
         test,
         reason,
         notes,
+        warnings,
     )
 
 
@@ -291,7 +298,7 @@ def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combinati
         if saw(record, combination):
             raise UserError(
                 f"The model that made {dataset.folder} ({name}) was trained on patches of {describe(combination)}.",
-                "Train one without them, name combinations that it did not see, or set unseen=false.",
+                f"Train one without them, name combinations that it did not see, or {_MAY_BE_SEEN}.",
             )
     if any(saw(record, combination) is None for combination in held_out):
         return [f"The samples of {name} do not say whether their model was trained on the held-out combinations."]

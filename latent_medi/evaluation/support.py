@@ -22,7 +22,7 @@ def thin_support(study: Study) -> list[str]:
     if few:
         listed = ", ".join(f"{count} of {value}" for value, count in few.items())
         told.append(
-            f"Accuracy under shift will have no interval: of the test patients at {', '.join(sites)} only {listed} "
+            f"Accuracy under shift has no interval: of the test patients at {', '.join(sites)} only {listed} "
             f"({MIN_PATIENTS} are needed)."
         )
     if absent := [value for value, count in counts.items() if not count]:
@@ -33,5 +33,5 @@ def thin_support(study: Study) -> list[str]:
             n = len(among(rows, here))
             if n < MIN_SAMPLES:
                 lacks = "distance" if rows is study.reference else "floor"
-                told.append(f"{describe(combination)} will have no {lacks}: {n} {whose}, {MIN_SAMPLES} are needed.")
+                told.append(f"{describe(combination)} has no {lacks}: {n} {whose}, {MIN_SAMPLES} are needed.")
     return told

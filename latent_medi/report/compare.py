@@ -290,14 +290,20 @@ def _warnings(
 def _figures(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, str]]:
     """Accuracy under shift of each run, a plot per encoder."""
     result = []
-    for encoder in dict.fromkeys(n for m in runs for n in m["encoders"]):
+    prints = dict.fromkeys((n, e.get("fingerprint")) for m in runs for n, e in m["encoders"].items())
+    for encoder, fingerprint in prints:
         rows = []
         for name, run in zip(names, runs, strict=True):
+            # Two sets of weights under one name are two encoders, whose accuracies have no axis in common.
+            if run["encoders"].get(encoder, {}).get("fingerprint") != fingerprint:
+                continue
             for arm in ("real", "stain_transfer", "cls", "medi"):
                 record = _at(run, "downstream", encoder, "arms", arm, "accuracy_shift")
                 if _value(record) is not None:
                     rows.append((name, arm, record))
         uri = figures.runs(rows, "balanced accuracy under shift")
         if uri:
-            result.append({"encoder": encoder_name(encoder), "uri": uri})
+            alone = sum(name == encoder for name, _ in prints) == 1
+            weights = "" if alone else f" (weights {str(fingerprint)[:8]})"
+            result.append({"encoder": encoder_name(encoder) + weights, "uri": uri})
     return result

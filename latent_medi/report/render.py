@@ -226,6 +226,7 @@ def _counts(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "sites": [info["sites"][i] for i in order],
         "rows": rows,
         "omitted": len(totals) - len(order),
+        "none_shown": not any(c["patches"] for row in rows for c in row["cells"] if c["held_out"]),
         "other": [" × ".join(c.values()) for c in info["held_out"] if c not in held],
     }
 

@@ -365,7 +365,7 @@ def selection_text(result: dict[str, Any], rows: int = 24) -> str:
     """One screen: what was asked, passed and chosen in the cells with the lowest acceptance, and in all."""
     cells = sorted(result["cells"], key=lambda c: (c["acceptance"], *c["cell"].values()))
     keys = [key for key in result["total"] if key != "acceptance"]
-    lines = [["", *(key.removeprefix("passed_") for key in keys), "acceptance"]]
+    lines = [["patches", *(key.replace("passed_", "passed ") for key in keys), "acceptance"]]
     for cell in cells[:rows]:
         name = " × ".join(cell["cell"].values()) + (" (unseen)" if cell["unseen"] else "")
         lines.append([name, *(str(cell[key]) for key in keys), f"{cell['acceptance']:.0%}"])
@@ -387,7 +387,6 @@ def selection_text(result: dict[str, Any], rows: int = 24) -> str:
     for name, values in result["diversity"].items():
         if values["pairwise"] is not None:
             text.append(f"diversity, {name}: pairwise {values['pairwise']:.3g}, nearest {values['nearest']:.3g}")
-    text += [f"warning: {warning}" for warning in result["warnings"]]
     state = "finished before, kept" if result["finished"] else "written"
     text.append(f"{state}: column {result['column']!r} of {result['folder']}")
     return "\n".join(text)

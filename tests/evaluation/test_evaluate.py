@@ -94,7 +94,7 @@ def test_headline_has_the_promised_shape(metrics: dict[str, Any]) -> None:
     text = headline_text(record)
     assert record["warnings"] == []
     assert "Warning" not in text
-    assert "    without" not in text
+    assert "not judged" not in text
     assert max(len(line) for line in text.splitlines()[:-1]) <= 110
     assert text.splitlines()[-1] == metrics["verdict"]
 
@@ -262,14 +262,14 @@ def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, 
     arms = {"medi": str(tmp_path / "honest")}
     assert not [note for note in open_study(world.settings("seen", synthetic=arms)).notes if "do not say" in note]
     of_others = "trained on other patients than the 'train' part of split 'main'"
-    assert not [note for note in open_study(world.settings("seen", synthetic=arms)).notes if of_others in note]
+    assert open_study(world.settings("seen", synthetic=arms)).warnings == []
     again = tmp_path / "again"  # divided anew after the model was trained
     shutil.copytree(world.real, again)
     table = pd.read_parquet(again / "index.parquet")
     table.loc[table["patient"] == train["patient"].iloc[0], "split_main"] = "test"
     table.to_parquet(again / "index.parquet")
-    notes = open_study(world.settings("seen", real=str(again), synthetic=arms)).notes
-    assert [note for note in notes if of_others in note]
+    warned = open_study(world.settings("seen", real=str(again), synthetic=arms)).warnings
+    assert [text for text in warned if of_others in text]
     unknown = open_study(world.settings("seen", synthetic={"cls": str(world.cls)}))
     assert [note for note in unknown.notes if "cls do not say" in note]
     bad = world.settings("seen", synthetic={"medi": str(tmp_path / "shown")})
@@ -281,19 +281,19 @@ def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, 
 def test_a_headline_is_not_read_without_what_limits_it(metrics: dict[str, Any]) -> None:
     changed = copy.deepcopy(metrics)
     encoder = next(iter(metrics["encoders"]))
-    changed["thin_support"] = ["Accuracy under shift will have no interval: …"]
+    changed["warnings"] = ["Accuracy under shift has no interval: …"]
     changed["fidelity"][encoder]["per_class"]["left_out"] = {"rings": "medi: 12 samples match, fewer than 20"}
     fields = changed["adherence"][encoder]["fields"]["class"]
     halfway = (fields["chance"] + fields["ceiling"]["value"]) / 2
     fields["arms"]["medi"]["value"] = halfway - 0.01
     record = headline(changed)
     assert [text.split(":")[0] for text in record["warnings"]] == [
-        "Accuracy under shift will have no interval",
+        "Accuracy under shift has no interval",
         f"MeDi's samples of unseen combinations show the class that was asked for in {halfway - 0.01:.0%}, real "
         f"patches in {fields['ceiling']['value']:.0%}",
     ]
     text = headline_text(record)
     assert all(warning in text for warning in record["warnings"])
-    assert "without rings (medi: 12 samples match, fewer than 20)" in text
+    assert "not judged: rings (medi: 12 samples match, fewer than 20)" in text
     fields["arms"]["medi"]["value"] = halfway + 0.01
     assert len(headline(changed)["warnings"]) == 1

@@ -71,8 +71,8 @@ def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) ->
     table.to_parquet(folder / "index.parquet")
     told = thin_support(open_study(world.settings("few-out", real=str(folder))))
     assert told == [
-        "Accuracy under shift will have no interval: of the test patients at south only 4 of stripes (10 are needed).",
-        "stripes × south will have no distance: 16 test patches, 20 are needed.",
+        "Accuracy under shift has no interval: of the test patients at south only 4 of stripes (10 are needed).",
+        "stripes × south has no distance: 16 test patches, 20 are needed.",
     ]
 
 

@@ -101,6 +101,23 @@ def test_held_out_and_unseen_combinations_are_marked(page_text: str) -> None:
     # stripes × south, and south × frozen for each class
     assert sum(a.get("class") == "tag" for a in page.all("span")) == 4
     assert "Also held out: south × frozen." in " ".join(page.text.split())
+    assert "judged on test patients, and training has none of them." in " ".join(page.text.split())
+
+
+def test_what_training_has_of_a_combination_is_not_hidden(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    """With unseen=false a combination that is judged may have training patches; and warnings stand with the verdict."""
+    changed = copy.deepcopy(evaluated)
+    info = changed["dataset"]
+    row, column = info["classes"].index("stripes"), info["sites"].index("south")
+    info["counts"]["patches"]["train"][row][column] = 1234
+    changed["headline"]["warnings"] = ["Look out: <b>."]
+    changed["headline"]["fd_per_class"]["left_out"] = {"rings": "medi: 12 samples match, fewer than 20"}
+    text = render_report(changed, tmp_path / "report.html").read_text()
+    page = " ".join(_Page(text).text.split())
+    assert "1234" in page
+    assert "training has none" not in page
+    assert page.index("Look out: <b>.") < page.index("Table 1.")
+    assert "Per class, not judged: rings (medi: 12 samples match, fewer than 20)." in page
 
 
 def test_it_fits_a_telephone_and_paper(page_text: str) -> None:
