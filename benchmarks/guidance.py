@@ -23,8 +23,9 @@ from output import options, tell
 
 from latent_medi import config
 from latent_medi.diffusion.settings import GuidanceSettings
+from latent_medi.evaluation.cells import FLOOR, unseen_cells
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.fidelity import FLOOR, neighbourhoods, unseen_cells
+from latent_medi.evaluation.fidelity import neighbourhoods
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import open_study
 from latent_medi.experiment import ExperimentSettings

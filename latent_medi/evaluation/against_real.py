@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.fidelity import FLOOR, Features, make_cell, neighbourhoods
+from latent_medi.evaluation.cells import FLOOR, make_cell
+from latent_medi.evaluation.fidelity import Features, neighbourhoods
 from latent_medi.evaluation.measures import LEVEL, MIN_PATIENTS
 from latent_medi.evaluation.probes import fit_probe
 from latent_medi.evaluation.study import Study, strata

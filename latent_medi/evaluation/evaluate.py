@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 import latent_medi
 from latent_medi.errors import UserError
-from latent_medi.evaluation import adherence, against_real, fidelity, leakage, memorisation, projection, stain
+from latent_medi.evaluation import adherence, against_real, cells, fidelity, leakage, memorisation, projection, stain
 from latent_medi.evaluation.classifiers import DownstreamStage
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -116,10 +116,10 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     clock = _Clock()
     out = Path(settings.out)
     stage = DownstreamStage(study, settings)
-    unseen = fidelity.unseen_cells(study, settings.seed)
-    classes = fidelity.class_cells(study, settings.seed)
-    sites = fidelity.cells_of(study, [settings.site_field], settings.seed)
-    more = {" × ".join(fields): fidelity.cells_of(study, fields, settings.seed) for fields in settings.cells}
+    unseen = cells.unseen_cells(study, settings.seed)
+    classes = cells.class_cells(study, settings.seed)
+    sites = cells.cells_of(study, [settings.site_field], settings.seed)
+    more = {" × ".join(fields): cells.cells_of(study, fields, settings.seed) for fields in settings.cells}
     clock.lap("prepare")
     copies = memorisation.find_copies(study, device) if settings.memorisation and study.arms else None
     clock.lap("memorisation")
@@ -159,8 +159,8 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
             "per_class": fidelity.summarise(study, features, classes, *arguments, settings.protocol),
             "per_site": fidelity.summarise(study, features, sites, *arguments, settings.protocol),
             "cells": {
-                name: fidelity.summarise(study, features, cells, *arguments, settings.protocol)
-                for name, cells in more.items()
+                name: fidelity.summarise(study, features, chosen_cells, *arguments, settings.protocol)
+                for name, chosen_cells in more.items()
             },
             **fidelity.overall(study, features, settings.seed),
             **(

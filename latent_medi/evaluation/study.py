@@ -181,8 +181,8 @@ def open_study(settings: EvaluateSettings) -> Study:
     """Open the datasets, check them, and give every real row its part.
 
     Raises:
-        UserError: No class field, an unknown split, synthetic rows among the real ones, a combination that is not
-            held out or that has no test patch.
+        UserError: No class field, an unknown split or field, synthetic rows among the real ones, a combination that is
+            not held out or that has no test patch.
     """
     real = PatchDataset.open(settings.real)
     index = real.index
@@ -202,6 +202,10 @@ def open_study(settings: EvaluateSettings) -> Study:
         raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
     assert_patient_disjoint(index, column)
     held_out = _check_held_out(settings.held_out, real.schema)
+    for name in dict.fromkeys(name for fields in settings.cells for name in fields):
+        if name not in categorical_fields(real.schema):
+            close = nearest(name, categorical_fields(real.schema))
+            raise UserError(f"cells names {name!r}, no class or categorical field; {close}.")
 
     class_field = real.schema.class_field.name
     notes: list[str] = []

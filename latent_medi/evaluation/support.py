@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from latent_medi.evaluation.fidelity import MIN_SAMPLES
+from latent_medi.evaluation.cells import MIN_SAMPLES
 from latent_medi.evaluation.measures import MIN_PATIENTS
 from latent_medi.evaluation.rivals import affected_sites
 from latent_medi.evaluation.study import Study, among, describe, matches

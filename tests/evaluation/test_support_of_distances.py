@@ -13,7 +13,8 @@ from evaluation_world import SCHEMA, SIZE, World, synthetic_patches
 
 from latent_medi.evaluation import against_real, fidelity
 from latent_medi.evaluation.against_real import Patches, measures_of
-from latent_medi.evaluation.fidelity import Cell, Features, _lacking, _thinned, class_cells, ratio, summarise
+from latent_medi.evaluation.cells import Cell, _lacking, class_cells
+from latent_medi.evaluation.fidelity import Features, _thinned, ratio, summarise
 from latent_medi.evaluation.study import Study, open_study
 from latent_medi.evaluation.support import thin_support
 from latent_medi.features.statistics import frechet_distance, kid, pca_basis
