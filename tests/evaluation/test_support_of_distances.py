@@ -35,7 +35,13 @@ def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
     write_dataset(made, patches, "medi", SCHEMA, SIZE, 0.5)
     arms = {"medi": str(made), "cls": str(world.cls)}
     study = open_study(world.settings("external-out", real=str(folder), synthetic=arms))
-    for cell in class_cells(study, 0):
+    cells = class_cells(study, 0)
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(len(study.index), 4))
+    made_of = {name: rng.normal(size=(len(arm.rows), 4)) for name, arm in study.arms.items()}
+    left_out = summarise(study, Features(real, made_of, pca_basis(real)), cells, 20, 0)["left_out"]
+    for cell in cells:
+        assert left_out[cell.combination["class"]] == (f"medi: {cell.skipped['medi']}; floor: {cell.skipped['floor']}")
         assert set(cell.rows) == {"cls"}  # what an arm was not told is not held against it
         assert cell.skipped["floor"] == "site is east in 67% of the reference that other real patients have not"
         assert cell.skipped["medi"] == "site is east, south in 100% of the reference that its samples have not"
