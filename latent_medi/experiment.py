@@ -7,7 +7,7 @@ truth is known.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,11 +140,6 @@ def _build_demo(settings: ExperimentSettings, out: Path) -> None:
 def _build_recipe(settings: ExperimentSettings, out: Path) -> None:
     from latent_medi.recipe import load_recipe
 
-    if not settings.source:
-        raise UserError(
-            f"The recipe {settings.recipe!r} needs the folder of its source.",
-            f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
-        )
     jobs = settings.processes or os.cpu_count() or 1
     load_recipe(settings.recipe).build(
         Path(settings.source), out, patch_size=settings.patch_size, seed=settings.seed, jobs=jobs
@@ -198,6 +193,7 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     from latent_medi.latents.settings import EncodeSettings
     from latent_medi.report.render import render_report
     from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.training.run import FREE
 
     folder = Path(settings.out)
     models = {arm: _given(settings, arm) for arm in settings.models}
@@ -206,27 +202,20 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     plain = config.as_dict(settings)
     data = _data(settings, folder)
 
-    build: Callable[[ExperimentSettings, Path], None] = _build_demo if settings.recipe == "demo" else _build_recipe
-    if settings.data:  # nothing to make; what comes after depends on it all the same
-        patches = {"data": settings.data, "sha256": dataset_hash(PatchDataset.open(data))}
-        stages.add("shards", Stage(lambda: None, patches))
-    else:
-        made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
-        stages.add("shards", Stage(lambda: build(settings, data), made_of, outputs=("data",), costly=True))
-    stages.check(settings.replace)
-    stages.run("shards")
-
-    # Whoever divides the patients anew, or corrects what is known of them, has another experiment.
-    split = {"split": _split_of(data, settings.split)}
+    if not settings.data and settings.recipe != "demo" and not settings.source:
+        raise UserError(
+            f"The recipe {settings.recipe!r} needs the folder of its source.",
+            f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
+        )
     training = {arm: _train_settings(settings, arm, folder) for arm in ARMS}
     trained = {arm: values for arm, values in training.items() if arm not in settings.models}
-    given = {"models": {arm: model.model_hash for arm, model in models.items()}} if models else {}
     derived = {
         "real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder),
         "held_out": settings.held_out, "split": settings.split, "encoders": settings.encoders,
         "weights": settings.weights, "site_field": settings.site_field, "seed": settings.seed,
     }  # fmt: skip
     judging = config.build(EvaluateSettings, config.merge(derived, settings.evaluate))
+    build: Callable[[ExperimentSettings, Path], None] = _build_demo if settings.recipe == "demo" else _build_recipe
 
     def encode_all() -> None:
         from latent_medi.latents.encode import encode
@@ -271,26 +260,55 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
             synthetic={arm: folder / "synthetic" / arm for arm in ARMS}, per_cell=settings.report_cells,
         )  # fmt: skip
 
-    latents = () if settings.latents else ("latents",)
-    counts = {key: plain[key] for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")}
-    plans = tuple(f"plan-{arm}.csv" for arm in ARMS)
-    metrics_files = ("metrics.json", "predictions.csv", "reference", "features")
-    audited = split | {"held_out": settings.held_out}
-    titled = {key: plain[key] for key in ("title", "report_cells")}
-    for name, stage in {
-        "audit": Stage(lambda: _audit(settings, folder), audited, ("shards",), ("audit.json", "audit.txt")),
-        "encode": Stage(encode_all, {"autoencoder": settings.autoencoder}, ("shards",), latents, costly=True),
-        "train": Stage(train_all, trained | given | split, ("encode",), tuple(trained), costly=True),
-        "plan": Stage(lambda: _plan(settings, folder), counts | split, ("shards",), plans),
-        "sample": Stage(sample_all, plain["generate"], ("train", "plan"), ("synthetic",), costly=True),
-        "evaluate": Stage(lambda: evaluate(judging), config.as_dict(judging) | split, ("sample",), metrics_files),
-        "report": Stage(report, titled, ("evaluate",), ("report.html",)),
-    }.items():
-        stages.add(name, stage)
-    stages.check(settings.replace)
+    def declare() -> None:
+        """Every stage with what it depends on: content, not paths, and nothing that changes speed or memory alone."""
+        if settings.data:  # nothing to make; what comes after depends on it all the same
+            stages.add("shards", Stage(lambda: None, {"sha256": dataset_hash(PatchDataset.open(data))}))
+        else:
+            made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
+            stages.add("shards", Stage(lambda: build(settings, data), made_of, outputs=("data",), costly=True))
+        # Whoever divides the patients anew, or corrects what is known of them, has another experiment.
+        known = settings.data or stages.finished("shards")
+        split = {"split": _split_of(data, settings.split) if known else {"name": settings.split}}
+        given = {"models": {arm: model.model_hash for arm, model in models.items()}} if models else {}
+        lessons = {arm: _without(values, FREE - {"init_from", "autoencoder", "stream"})
+                   for arm, values in trained.items()}  # fmt: skip
+        made_by = {"autoencoder": settings.autoencoder}
+        latents = Stage(encode_all, made_by, ("shards",), ("latents",), costly=True)
+        if settings.latents:
+            latents = Stage(encode_all, made_by, ("shards",), shared=(settings.latents,))
+        counts = {key: plain[key] for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")}
+        sampling = _without(plain["generate"], {"plan", "model", "out", "grid", "device_batch"})
+        judged = _without(config.as_dict(judging), {"real", "synthetic", "out", "cache", "batch", "device"})
+        audited = split | {"held_out": settings.held_out}
+        titled = {key: plain[key] for key in ("title", "report_cells")}
+        for name, stage in {
+            "audit": Stage(lambda: _audit(settings, folder), audited, ("shards",), ("audit.json", "audit.txt")),
+            "encode": latents,
+            "train": Stage(train_all, lessons | given | split, ("encode",), tuple(trained), costly=True),
+            "plan": Stage(
+                lambda: _plan(settings, folder), counts | split, ("shards",), tuple(f"plan-{arm}.csv" for arm in ARMS)
+            ),
+            "sample": Stage(sample_all, sampling, ("train", "plan"), ("synthetic",), costly=True),
+            # The features that it caches are found by content, and stay.
+            "evaluate": Stage(
+                lambda: evaluate(judging), judged | split, ("sample",), ("metrics.json", "predictions.csv", "reference")
+            ),
+            "report": Stage(report, titled, ("evaluate",), ("report.html",)),
+        }.items():
+            stages.add(name, stage)
+
+    declare()
+    if not settings.replace:
+        stages.check()
+    if stages.finished("shards") or settings.data:  # before anything is removed
+        _look_ahead(stages, trained, judging)
+        stages.run("shards")
+    else:
+        stages.run("shards")
+        declare()
+        _look_ahead(stages, trained, judging)
     config.save_settings(replace(settings, replace=False), folder / "settings.yaml")
-    if not stages.finished("evaluate"):
-        _look_ahead(trained, judging)
     stages.run(*STAGES[1:])
 
     record = headline(read_json(folder / "metrics.json"), stages.seconds)
@@ -312,8 +330,12 @@ def _split_of(data: Path, name: str) -> dict[str, str]:
     return {"name": name, "sha256": column_hash(pd.Series([column_hash(dataset.index[c]) for c in columns]))}
 
 
-def _look_ahead(training: Mapping[str, dict[str, Any]], judging: EvaluateSettings) -> None:
-    """Find out now what would otherwise end the evaluation, after hours of training.
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}
+
+
+def _look_ahead(stages: Stages, training: Mapping[str, dict[str, Any]], judging: EvaluateSettings) -> None:
+    """Find out now what would otherwise end the evaluation, after hours of training; unless it is finished.
 
     Raises:
         UserError: Training settings that do not build a network; a split, field or held-out combination that the
@@ -324,11 +346,13 @@ def _look_ahead(training: Mapping[str, dict[str, Any]], judging: EvaluateSetting
     from latent_medi.evaluation.support import thin_support
     from latent_medi.training.settings import TrainSettings
 
+    if stages.finished("evaluate"):
+        return
     for values in training.values():
         config.build(TrainSettings, values).model.resolved()
     check_settings(judging)
     study = open_study(replace(judging, synthetic={}, selected={}))
-    for told in (*study.notes, *thin_support(study)):
+    for told in (*study.notes, *thin_support(study, judging.downstream)):
         log.warning("%s", told)
     load_encoders(judging)
 
@@ -341,10 +365,12 @@ def _given(settings: ExperimentSettings, arm: str) -> Source:
     if arm not in ARMS:
         raise UserError(f"models names the arm {arm!r}; {nearest(arm, ARMS)}.")
     path = Path(settings.models[arm])
-    own = Path(settings.out) / arm
-    if path.resolve().is_relative_to(own.resolve()):
+    for kept in ARMS:
+        own = Path(settings.out) / kept
+        if not path.resolve().is_relative_to(own.resolve()):
+            continue
         raise UserError(
-            f"The model {path} lies in {own}, where this experiment keeps the {arm} that it trains.",
+            f"The model {path} lies in {own}, where this experiment keeps the {kept} that it trains.",
             "Copy it to a folder of its own, or leave models out: what is trained is kept.",
         )
     model = open_source(path)

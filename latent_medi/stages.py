@@ -28,6 +28,8 @@ class Stage:
         inputs: JSON-able: all that the outcome depends on besides the stages that it needs.
         needs: Names of the stages that it builds on.
         outputs: Files and folders that it writes, relative to the experiment's folder.
+        shared: Paths that it writes and other experiments may use too: never removed, and without them it is not
+            finished.
         costly: Whether its outputs are too dear to be removed unasked.
     """
 
@@ -35,6 +37,7 @@ class Stage:
     inputs: Any = None
     needs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     costly: bool = False
 
 
@@ -53,32 +56,26 @@ class Stages:
         self._stages: dict[str, Stage] = {}
 
     def add(self, name: str, stage: Stage) -> None:
-        """Say what a stage is; those that it needs were added before it."""
+        """Say what a stage is, or what it has become; those that it needs were added before it."""
         self._stages[name] = stage
 
     def finished(self, name: str) -> bool:
         """Whether an earlier run finished a stage from the same inputs."""
         record = self._record(name)
-        return record["seconds"] is not None and record["made_from"] == self._made_from(name)
+        there = all(Path(path).exists() for path in self._stages[name].shared)
+        return there and record["seconds"] is not None and record["made_from"] == self._made_from(name)
 
-    def check(self, replace: bool = False) -> None:
+    def check(self) -> None:
         """Look, before anything runs, whether something costly was made from other inputs than it would be now.
 
-        Args:
-            replace: Remove what was made from other inputs.
-
         Raises:
-            UserError: It may not be removed; names what would be, and which inputs differ.
+            UserError: Names all that would be removed, and which inputs differ.
         """
         gone: list[str] = []
         differ: dict[str, str] = {}
         for name, stage in self._stages.items():
-            if not self._is_of_other_inputs(name):
-                continue
             there = [str(self.folder / output) for output in stage.outputs if (self.folder / output).exists()]
-            if replace:
-                self._discard(name)
-            elif stage.costly and there:
+            if stage.costly and there and self._is_of_other_inputs(name):
                 gone += there
                 differ |= _differences(self._record(name)["made_from"], self._made_from(name))
         if gone:

@@ -126,11 +126,33 @@ def test_what_is_costly_is_not_removed_unasked(tmp_path: Path) -> None:
     assert stages({"steps": 1, "seed": 0}, 1).finished("sample")
 
     broken = stages({"steps": 2, "seed": 0}, 1, fails=True)
-    broken.check(replace=True)
-    assert not (tmp_path / "samples").exists()
     with pytest.raises(RuntimeError, match="broken off"):
         broken.run("train")
-    again = stages({"steps": 2, "seed": 0}, 1)
-    again.check()  # what was broken off goes on, without being asked to replace anything again
-    again.run("train", "other", "sample")
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["2"]
+    (tmp_path / "model" / "half").touch()
+    stages({"steps": 2, "seed": 0}, 1).run("train", "other", "sample")
+    assert (tmp_path / "model" / "half").exists()  # what was broken off with the same inputs goes on
+
+
+def test_what_others_use_too_is_never_removed_and_missed_if_it_is_gone(tmp_path: Path) -> None:
+    ran: list[int] = []
+    shared = tmp_path / "elsewhere"
+
+    def stages(number: int) -> Stages:
+        def work() -> None:
+            ran.append(number)
+            shared.touch()
+
+        made = Stages(tmp_path / "out", ["encode"])
+        made.add("encode", Stage(work, number, shared=(str(shared),)))
+        made.check()
+        return made
+
+    stages(1).run("encode")
+    stages(1).run("encode")
+    assert ran == [1]
+    shared.unlink()
+    stages(1).run("encode")
+    stages(2).run("encode")
+    assert ran == [1, 1, 2]
+    assert shared.exists()

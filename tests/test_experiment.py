@@ -18,6 +18,7 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.experiment import ExperimentSettings, _plan, run
+from latent_medi.files import write_json
 from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
@@ -50,12 +51,12 @@ def given_model(folder: Path, shown: list[list[str | int]]) -> Path:
 def test_given_models_are_looked_at_before_anything_runs(tmp_path: Path) -> None:
     held_out = [{"class": "tumour", "site": "birch"}]
     shown = given_model(tmp_path / "shown", [["tumour", "birch", 9]])
-    own = given_model(tmp_path / "out" / "medi", [["tumour", "aster", 9]])
+    own = given_model(tmp_path / "out" / "cls", [["tumour", "aster", 9]])
     for models, why in (
         ({"mdei": str(shown)}, "'mdei'.*'medi'"),
         ({"medi": str(tmp_path / "absent")}, "absent"),
         ({"medi": str(shown)}, "was trained on patches of tumour × birch"),
-        ({"medi": str(own)}, "where this experiment keeps the medi that it trains"),
+        ({"medi": str(own)}, "where this experiment keeps the cls that it trains"),
     ):
         with pytest.raises(UserError, match=why):
             run(ExperimentSettings(out=str(tmp_path / "out"), held_out=held_out, models=models))
@@ -73,7 +74,7 @@ def test_what_follows_from_a_split_is_made_anew_with_another(tmp_path: Path, mon
     def inputs() -> dict[str, Any]:
         found: dict[str, Any] = {}
 
-        def noted(stages: Stages, replace: bool = False) -> None:
+        def noted(stages: Stages) -> None:
             if "report" in stages._stages:
                 found.update({name: stages._made_from(name) for name in stages._stages})
                 raise InterruptedError
@@ -91,6 +92,9 @@ def test_what_follows_from_a_split_is_made_anew_with_another(tmp_path: Path, mon
     dataset.add_split("main", ["test" if p == first else "train" for p in dataset.index["patient"]], {}, replace=True)
     after = inputs()
     assert {name for name in before if after[name] == before[name]} == {"shards", "encode"}
+    settings.train, settings.generate.device_batch = {"device_batch": 3, "log_every_images": 9}, 7
+    settings.evaluate = {"batch": 5}
+    assert inputs() == after  # speed and memory alone
     settings.held_out = [{"class": "benign", "site": "birch"}]
     assert {name for name, made_from in inputs().items() if made_from != after[name]} == {"audit", "evaluate", "report"}
 
@@ -117,3 +121,25 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         with pytest.raises(UserError, match=why):
             run(settings)
         assert not (tmp_path / "out" / "audit.json").exists()
+
+
+def test_nothing_is_removed_for_settings_that_cannot_be_followed(tiny: Path, tmp_path: Path) -> None:
+    """Told to replace what it has, a run first looks whether it could."""
+    dataset = PatchDataset.open(tiny / "data")
+    last = dataset.index.iloc[-1]
+    out = tmp_path / "out"
+    for name in ("medi", "cls", "synthetic"):
+        (out / name).mkdir(parents=True)
+    for name in ("train", "sample"):
+        write_json(out / "stages" / f"{name}.json", {"made_from": {name: "other settings"}, "seconds": 1.0})
+    (out / "settings.yaml").write_text("title: as it was\n")
+    values = {
+        "out": str(out), "data": str(tiny / "data"), "replace": True, "evaluate": {"unseen": False},
+        "held_out": [{"class": last["class"], "site": last["site"]}],
+    }  # fmt: skip
+    with pytest.raises(UserError, match="has no split 'mian'"):
+        run(build(ExperimentSettings, values | {"split": "mian"}))
+    assert all((out / name).is_dir() for name in ("medi", "cls", "synthetic"))
+    assert (out / "settings.yaml").read_text() == "title: as it was\n"
+    with pytest.raises(UserError, match=r"medi, .*cls, .*synthetic were made from other inputs"):
+        run(build(ExperimentSettings, values | {"replace": False}))

@@ -13,9 +13,9 @@ from latent_medi.evaluation.study import UNTOLD, Arm, Combination, Matched, Stud
 FLOOR = "floor"
 MIN_SAMPLES = 20
 """A cell with fewer patches than this on a side is listed, not judged."""
-MOST_LACKING = 0.2
-"""Where a side has no sample at all of the sites (or of another field's values) of more of the reference than this, it
-is listed, not judged."""
+MOST_APART = 0.2
+"""A side whose mix of sites, or of another field's values, is further than this from the reference's (total variation,
+0 to 1) is listed, not judged."""
 
 
 @dataclass
@@ -70,12 +70,13 @@ def make_cell(study: Study, combination: Combination, seed: int) -> Cell:
     pools: dict[str, Matched] = {}
     for name, (index, rows, fields) in sides.items():
         pool = Matched(rows, strata(index, rows, fields), strata(study.index, cell.reference, fields))
-        lacking = _lacking(index.iloc[rows], study.index.iloc[cell.reference], fields)
         if pool.largest < MIN_SAMPLES:
             cell.skipped[name] = f"{pool.largest} samples match, fewer than {MIN_SAMPLES}"
-        elif lacking:
-            whose = "other real patients" if name == FLOOR else "its samples"
-            cell.skipped[name] = f"{lacking} of the reference that {whose} have not"
+            continue
+        drawn, _ = pool.draw(pool.largest, np.random.default_rng([seed, 2]))
+        if apart := _apart(index.iloc[drawn], study.index.iloc[cell.reference], fields):
+            whose = "of other real patients" if name == FLOOR else "of its samples"
+            cell.skipped[name] = f"{apart} {whose}"
         else:
             pools[name] = pool
     if not pools:
@@ -94,15 +95,20 @@ def _matching(cell: Cell, arm: Arm, open_fields: Sequence[str]) -> tuple[pd.Data
     return arm.index, rows, fields
 
 
-def _lacking(theirs: pd.DataFrame, reference: pd.DataFrame, fields: Sequence[str]) -> str:
-    """What a side has no sample of although more than a fifth of the reference shows it, field by field; empty if
-    nothing. Reference patches of which a field is not known say nothing of it.
+def _apart(theirs: pd.DataFrame, reference: pd.DataFrame, fields: Sequence[str]) -> str:
+    """Where a side's mix is too far from the reference's, field by field; empty if nowhere. Patches of which a field is
+    not known say nothing of it.
     """
     for name in fields:
-        values = reference[name].astype(str)
-        values = values[~values.isin(UNTOLD)]
-        gone = values[~values.isin(set(theirs[name].astype(str)))]
-        if len(gone) > MOST_LACKING * len(values):
-            named = ", ".join(sorted(gone.unique())[:3])
-            return f"{name} is {named} in {len(gone) / len(values):.0%}"
+        wanted, found = (_shares(table[name]) for table in (reference, theirs))
+        short = wanted.sub(found, fill_value=0.0)
+        if wanted.empty or short.abs().sum() / 2 <= MOST_APART + 1e-9:
+            continue
+        value = str(short.idxmax())
+        return f"{name} is {value} in {wanted[value]:.0%} of the reference, in {found.get(value, 0.0):.0%}"
     return ""
+
+
+def _shares(column: pd.Series) -> pd.Series:
+    values = column.astype(str)
+    return values[~values.isin(UNTOLD)].value_counts(normalize=True)

@@ -138,7 +138,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         "downstream": {},
         "projection": {},
         "notes": list(study.notes),
-        "warnings": [*study.warnings, *thin_support(study)],
+        "warnings": [*study.warnings, *thin_support(study, settings.downstream)],
     }
     for encoder in chosen:
         log.info("Evaluating with %s", encoder.name)

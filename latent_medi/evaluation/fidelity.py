@@ -117,7 +117,8 @@ def summarise(
     Returns:
         ``metric``, ``rule``, ``dim``, ``pca_dims``, ``cells`` and ``summary`` (per arm and floor a measure, and
         ``ratio``), ``resamples``, ``left_out`` (why cells, or sides of them, are not judged). A mean counts the cells
-        that every arm and the floor have (of those that have any), so that it compares like with like.
+        that every arm and the floor have (of those that have any), so that it compares like with like. If there is no
+        such cell each mean counts its own, and there is no ratio.
     """
     names = [*study.arms, FLOOR]
     dim = features.real.shape[1]
@@ -140,7 +141,6 @@ def summarise(
                 draws[n].append(cell_draws[n])
     summary: dict[str, Any] = {}
     means: dict[str, np.ndarray] = {}
-    people: dict[str, list[list[int]]] = {}  # by side, then by cell
     for n in names:
         numbers = complete if complete else [i for i, c in enumerate(cells) if n in c.rows]
         numbers = [i for i in numbers if n in cells[i].rows]
@@ -148,14 +148,13 @@ def summarise(
         if draws[n]:
             means[n] = np.mean(draws[n], axis=0)
         sides = [[cells[i].reference for i in numbers], *([[cells[i].rows[n] for i in numbers]] if n == FLOOR else [])]
-        people[n] = [[len(set(study.patients[rows])) for rows in side] for side in sides]
         summary[n] = measure(
             float(np.mean(values)) if values else None,
             sum(len(cells[i].rows[n]) for i in numbers),
-            min(map(sum, people[n])),
+            min(len(_people(study, side)) for side in sides),
             means.get(n),
             recentre=True,
-            smallest_group=min((count for side in people[n] for count in side), default=0),
+            smallest_group=min((len(_people(study, [rows])) for side in sides for rows in side), default=0),
             lowest=0.0 if metric == "fd" else -np.inf,
             n_cells=len(numbers),
             n_reference=sum(len(cells[i].reference) for i in numbers),
@@ -163,7 +162,8 @@ def summarise(
         for key in ("fd", "kid", "fd_pca"):
             parts = [records[i]["arms"][n][key] for i in numbers]
             summary[n][key] = float(np.mean(parts)) if parts and None not in parts else None
-    summary["ratio"] = ratio(summary, means)
+    apart = "no combination is judged for all sides"  # their means are of different combinations
+    summary["ratio"] = ratio(summary, means) if complete else measure(None, 0, 0, reason=apart)
     return {
         "metric": metric,
         "resamples": resamples,
@@ -184,6 +184,10 @@ def summarise(
         "cells": records,
         "summary": summary,
     }
+
+
+def _people(study: Study, sides: Sequence[np.ndarray]) -> set[str]:
+    return set(study.patients[np.concatenate(sides)]) if sides else set()
 
 
 def ratio(summary: Mapping[str, Any], draws: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def _unlike(record: Mapping[str, Any], chances: Mapping[str, float | None]) -> l
     told = []
     for key, chance in chances.items():
         found, ceiling = record["recovery_unseen"][key], record["recovery_ceiling"][key]
-        if None in (found, ceiling, chance) or found >= (chance + ceiling) / 2:
+        # A probe that hardly finds it in real patches cannot tell.
+        if None in (found, ceiling, chance) or ceiling - chance < 0.1 or found >= (chance + ceiling) / 2:
             continue
         told.append(
             f"MeDi's samples of unseen combinations show the {key} that was asked for in {found:.0%}, real patches in "

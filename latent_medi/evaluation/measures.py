@@ -67,6 +67,7 @@ def measure(
     lowest: float = -math.inf,
     highest: float = math.inf,
     smallest_group: int | None = None,
+    rate: bool = False,
     **extra: Any,
 ) -> dict[str, Any]:
     """The record of one number: value, support and interval.
@@ -81,13 +82,18 @@ def measure(
         smallest_group: Patients of the smallest of the groups (classes, sites, cells) that the number gives the same
             weight: it is only as sure as that one. A group of one patient, who is in every resample that counts, would
             add nothing to the interval. Part of the record if given.
+        rate: Whether the value is a mean of shares from 0 to 1. Where all patients have 0, or all 1, every resample
+            has too; such a share gets Wilson's interval for the patients of the smallest group.
         **extra: Further entries.
     """
     value = None if value is None or not math.isfinite(value) else float(value)
     bounds: list[float] | str | None = None
     if value is not None and draws is not None:
-        if min(n_patients, n_patients if smallest_group is None else smallest_group) < MIN_PATIENTS:
+        fewest = n_patients if smallest_group is None else min(n_patients, smallest_group)
+        if fewest < MIN_PATIENTS:
             bounds = NOT_ESTIMABLE
+        elif rate and value in (0.0, 1.0):
+            bounds = wilson(round(value * fewest), fewest)
         else:
             bounds = interval(draws, value if recentre else None, lowest, highest) or NOT_ESTIMABLE
     if smallest_group is not None:
@@ -181,19 +187,10 @@ class PatientTable:
         return per_class.mean(axis=1)
 
     def measure(self, values: np.ndarray, weights: np.ndarray, rate: bool = False, **extra: Any) -> dict[str, Any]:
-        """The record of the balanced mean with its interval; ``smallest_group`` is that of the classes.
-
-        Args:
-            values: A value per row.
-            weights: Resamples, [B, patients].
-            rate: Whether the values are shares from 0 to 1. Where all patients have 0, or all 1, every resample has
-                too; such a share gets Wilson's interval for the patients of the smallest class.
-            **extra: Further entries.
+        """The record of the balanced mean of a value per row with its interval, over resamples [B, patients];
+        ``smallest_group`` is that of the classes, the rest as in :func:`measure`.
         """
         point = float(self.mean(values)[0])
         draws = self.mean(values, weights)
         smallest = self.smallest_class
-        record = measure(point, self.n_patches, self.n_patients, draws, smallest_group=smallest, **extra)
-        if rate and isinstance(record["interval"], list) and np.ptp(draws[np.isfinite(draws)]) == 0:
-            record["interval"] = wilson(round(point * smallest), smallest)
-        return record
+        return measure(point, self.n_patches, self.n_patients, draws, smallest_group=smallest, rate=rate, **extra)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_score
 
-from latent_medi.evaluation.measures import MIN_PATIENTS, PatientResamples, measure
+from latent_medi.evaluation.measures import MIN_PATIENTS, NOT_ESTIMABLE, PatientResamples, measure
 from latent_medi.evaluation.study import Study
 
 LEVELS = ("patch", "slide", "patient")
@@ -170,8 +170,12 @@ def unit_scores(
         record[name] = measure(
             value, draws=draws[name], smallest_group=smallest.get(name), lowest=-1.0 if name == "mcc" else 0.0,
             # |gap| is raised by resampling, since the gaps of a resample do not cancel.
-            recentre=name == "ece", highest=2.0 if name == "brier" else 1.0, **support,
+            recentre=name == "ece", highest=2.0 if name == "brier" else 1.0,
+            rate=name in ("balanced_accuracy", "site_averaged_accuracy"), **support,
         )  # fmt: skip
+        bounds = record[name]["interval"]
+        if isinstance(bounds, list) and bounds[0] == bounds[1]:
+            record[name] |= {"interval": NOT_ESTIMABLE, "reason": "all patients agree"}
     record["worst_group"] = worst_group(truth, predicted, sites, patients, counts, classes, weights)
     return record
 
@@ -200,7 +204,7 @@ def worst_group(
     right = (predicted == truth).astype(float)
     groups: list[tuple[str, float, np.ndarray]] = []
     small: list[dict[str, Any]] = []
-    n_patches, people = 0, set()
+    n_patches, people, sizes = 0, set[int](), list[int]()
     for code, name in enumerate(classes):
         for site in np.unique(sites):
             rows = np.flatnonzero((truth == code) & (sites == site))
@@ -214,12 +218,14 @@ def worst_group(
                 groups.append((label, float(means.mean()), _ratio(w @ means, w.sum(axis=1))))
                 n_patches += int(counts[rows].sum())
                 people |= set(here.tolist())
+                sizes.append(len(here))
     if not groups:
         return measure(None, 0, 0, group=None, n_groups=0, not_estimable=small)
     label, value, _ = min(groups, key=lambda g: g[1])
     draws = np.stack([g[2] for g in groups])
     draws = np.where(np.isnan(draws).any(axis=0), np.nan, draws.min(axis=0))
     return measure(value, n_patches, len(people), draws, recentre=True, lowest=0.0, highest=1.0,
+                   rate=True, smallest_group=min(sizes),
                    group=label, n_groups=len(groups), not_estimable=small)  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
     column = _pool(dataset, settings)
     out = Path(settings.out)
     record_file = out / "settings.json"
-    left_out = {"mean"} | (set() if settings.models else {"models"})
+    left_out = {"mean", "replace"} | (set() if settings.models else {"models"})
     asked = {key: value for key, value in asdict(settings).items() if key not in left_out}
     if record_file.is_file() and read_json(record_file) != asked:
         raise UserError(f"{out} holds another benchmark.", "Choose another folder, or remove this one first.")
@@ -80,6 +80,7 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
         run_level(
             {"out": str(folder), "data": settings.data, "latents": settings.latents or str(out / "latents"),
              "split": name, "held_out": targets, "seed": settings.seed, "site_field": settings.site_field,
+             "replace": settings.replace,
              **({"models": settings.models} if settings.models else {}), "evaluate": {"unseen": level == 1.0}}
         )  # fmt: skip
         training = pool[pool["patient"].isin(patients)]

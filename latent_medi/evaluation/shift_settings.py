@@ -27,6 +27,8 @@ class ShiftSettings:
             only level is 1.
         mean: Folders of finished benchmarks to average, which differ in their seeds, instead of running one; only
             ``out`` is asked for beside it.
+        replace: Remove a level's latents, models and samples that were made from other data or settings than these,
+            instead of stopping.
         changes: Settings put over that experiment's, such as ``{train: {max_steps: 400}}``.
     """
 
@@ -44,4 +46,5 @@ class ShiftSettings:
     experiment: str = "demo/shift"
     models: dict[str, str] = field(default_factory=dict)
     mean: list[str] = field(default_factory=list)
+    replace: bool = False
     changes: dict[str, Any] = field(default_factory=dict)

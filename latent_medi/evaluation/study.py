@@ -270,8 +270,11 @@ def open_study(settings: EvaluateSettings) -> Study:
             rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
         if settings.unseen and held_out:
             notes += _check_unseen(name, dataset, held_out)
-        parts_seen = (dataset.info.get("provenance", {}).get("seen") or {}).get("parts", [])
-        if any(part.get("patients") != trained for part in parts_seen):
+        record = dataset.info.get("provenance", {}).get("seen") or {"complete": False, "parts": []}
+        hashes = [part.get("patients") for part in record["parts"]]
+        if not record["complete"] or None in hashes:
+            notes.append(f"The samples of {name} do not say which patients their model was trained on.")
+        if any(known not in (None, trained) for known in hashes):
             warnings.append(
                 f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
                 f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
@@ -323,7 +326,11 @@ class Matched:
         self.rows = np.asarray(rows)
         names, counts = np.unique(np.asarray(target, str), return_counts=True)
         self.share = counts / max(counts.sum(), 1)
-        self.members = [np.flatnonzero(np.asarray(strata, str) == name) for name in names]
+        labels = np.asarray(strata, str)
+        place = np.searchsorted(names, labels)
+        found = np.flatnonzero(names[np.minimum(place, len(names) - 1)] == labels) if len(names) else place[:0]
+        order = found[np.argsort(place[found], kind="stable")]
+        self.members = np.split(order, np.searchsorted(place[order], np.arange(1, len(names))))[: len(names)]
         self.available = np.array([len(m) for m in self.members])
         self.missing = float(self.share[self.available == 0].sum())
         low, high = 0, len(self.rows)

@@ -10,8 +10,35 @@ from latent_medi.evaluation.rivals import affected_sites
 from latent_medi.evaluation.study import Study, among, describe, matches
 
 
-def thin_support(study: Study) -> list[str]:
-    """Sentences, one per number that will have no interval or not be there; empty if there are enough of all."""
+def thin_support(study: Study, downstream: bool = True) -> list[str]:
+    """Sentences on the classes, sites and held-out combinations of which there are too few real patients for a number
+    or its interval; empty if there are enough of all.
+
+    Args:
+        study: Who plays which part.
+        downstream: Whether classifiers are to be compared.
+    """
+    told = _thin_shift(study) if downstream else []
+    for combination in study.held_out:
+        here = matches(study.index, combination)
+        for what, rows, whose in (
+            ("distance", study.reference, "test patients"), ("floor", study.probe, "other real patients")
+        ):  # fmt: skip
+            mine = among(rows, here)
+            people = len(set(study.patients[mine]))
+            if len(mine) < MIN_SAMPLES:
+                told.append(
+                    f"{describe(combination)} has no {what}: {len(mine)} patches of {whose}, {MIN_SAMPLES} are needed."
+                )
+            elif people < MIN_PATIENTS:
+                told.append(
+                    f"The {what} of {describe(combination)} has no interval: {people} {whose}, {MIN_PATIENTS} are "
+                    "needed."
+                )
+    return told
+
+
+def _thin_shift(study: Study) -> list[str]:
     told = []
     index, patients = study.index, study.patients
     sites = sorted(affected_sites(study))
@@ -27,11 +54,4 @@ def thin_support(study: Study) -> list[str]:
         )
     if absent := [value for value, count in counts.items() if not count]:
         told.append(f"Accuracy under shift leaves out {', '.join(absent)}: no test patient at {', '.join(sites)}.")
-    for combination in study.held_out:
-        here = matches(index, combination)
-        for rows, whose in ((study.reference, "test patches"), (study.probe, "patches of other real patients")):
-            n = len(among(rows, here))
-            if n < MIN_SAMPLES:
-                lacks = "distance" if rows is study.reference else "floor"
-                told.append(f"{describe(combination)} has no {lacks}: {n} {whose}, {MIN_SAMPLES} are needed.")
     return told

@@ -112,7 +112,8 @@ def _divide(held: pd.DataFrame, combinations: Sequence[Mapping[str, str]], setti
     """
     first = pd.Series(len(combinations), index=held.index)
     for number in reversed(range(len(combinations))):
-        first[hold_out(held, [combinations[number]])] = number
+        asked = combinations[number]
+        first[(held[list(asked)].astype(str) == pd.Series(asked)).all(axis=1)] = number
     owners = held.assign(_held=first.groupby(held["patient"]).transform("min"))
     return random_split(owners, settings.hold_out_fractions, settings.seed, ["_held"])
 

@@ -35,7 +35,7 @@ RUN_FILE = "run.json"
 
 # Where things are, and what changes speed, memory and rounding only. Data and source are told apart by their content
 # instead, the latents' views and the like among it.
-_FREE = {
+FREE = {
     "data", "latents", "resident", "stream", "out", "autoencoder", "init_from", "device_batch",
     "checkpoint_every_images", "keep_checkpoints", "log_every_images", "channels_last", "compile",
     "checkpoint_activations", "trackers", "preview_every_images", "preview_images", "preview_steps",
@@ -53,7 +53,7 @@ def plain(value: Any) -> Any:
 
 def describe(settings: TrainSettings, data: TrainingData, source: Source | None) -> dict[str, Any]:
     """What makes this run this run: its settings, but for paths and speed, and the content of data and source."""
-    kept = {key: value for key, value in plain(asdict(settings)).items() if key not in _FREE}
+    kept = {key: value for key, value in plain(asdict(settings)).items() if key not in FREE}
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
 
 

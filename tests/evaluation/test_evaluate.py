@@ -270,6 +270,12 @@ def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, 
     table.to_parquet(again / "index.parquet")
     warned = open_study(world.settings("seen", real=str(again), synthetic=arms)).warnings
     assert [text for text in warned if of_others in text]
+    before = {**honest, "parts": [{k: v for k, v in part.items() if k != "patients"} for part in honest["parts"]]}
+    write_dataset(tmp_path / "before", list(synthetic_patches(2, None, False)), "before", SCHEMA, SIZE, 0.5,
+                  provenance={"seen": before})  # fmt: skip
+    earlier = open_study(world.settings("seen", real=str(again), synthetic={"medi": str(tmp_path / "before")}))
+    assert earlier.warnings == []
+    assert "The samples of medi do not say which patients their model was trained on." in earlier.notes
     unknown = open_study(world.settings("seen", synthetic={"cls": str(world.cls)}))
     assert [note for note in unknown.notes if "cls do not say" in note]
     bad = world.settings("seen", synthetic={"medi": str(tmp_path / "shown")})
@@ -296,4 +302,6 @@ def test_a_headline_is_not_read_without_what_limits_it(metrics: dict[str, Any]) 
     assert all(warning in text for warning in record["warnings"])
     assert "not judged: rings (medi: 12 samples match, fewer than 20)" in text
     fields["arms"]["medi"]["value"] = halfway + 0.01
+    assert len(headline(changed)["warnings"]) == 1
+    fields["arms"]["medi"]["value"], fields["ceiling"]["value"] = 0.0, fields["chance"] + 0.05  # it cannot tell
     assert len(headline(changed)["warnings"]) == 1

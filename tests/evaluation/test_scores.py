@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, brier_score_loss, matthews_
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from latent_medi.evaluation import scores
-from latent_medi.evaluation.measures import PatientResamples
+from latent_medi.evaluation.measures import PatientResamples, wilson
 from latent_medi.evaluation.study import Study
 
 
@@ -108,6 +108,15 @@ def test_intervals_are_not_moved_by_what_resampling_does_to_an_extreme() -> None
             outside[name] += not low < found[name]["value"] < high
             assert abs(middle - found[name]["value"]) < 0.3 * (high - low)
     assert outside == {"ece": 0, "worst_group": 0}
+
+
+def test_patients_who_all_agree_leave_no_interval_of_no_width() -> None:
+    truth = np.repeat([0, 1], 20)
+    found = _scores(truth, np.eye(2)[truth], np.full(40, "s"), np.arange(40))
+    for name in ("balanced_accuracy", "site_averaged_accuracy", "worst_group"):
+        assert found[name]["interval"] == pytest.approx(wilson(20, 20))
+    for name in ("mcc", "auroc", "brier", "ece"):
+        assert found[name]["interval"] == "not estimable"
 
 
 def test_scores_that_weigh_classes_alike_are_as_sure_as_the_smallest() -> None:

@@ -13,9 +13,9 @@ from evaluation_world import SCHEMA, SIZE, World, synthetic_patches
 
 from latent_medi.evaluation import against_real, fidelity
 from latent_medi.evaluation.against_real import Patches, measures_of
-from latent_medi.evaluation.cells import Cell, _lacking, class_cells
+from latent_medi.evaluation.cells import Cell, _apart, class_cells
 from latent_medi.evaluation.fidelity import Features, _thinned, ratio, summarise
-from latent_medi.evaluation.study import Study, open_study
+from latent_medi.evaluation.study import Matched, Study, open_study
 from latent_medi.evaluation.support import thin_support
 from latent_medi.features.statistics import frechet_distance, kid, pca_basis
 from latent_medi.shards.writer import write_dataset
@@ -43,17 +43,46 @@ def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
     for cell in cells:
         assert left_out[cell.combination["class"]] == (f"medi: {cell.skipped['medi']}; floor: {cell.skipped['floor']}")
         assert set(cell.rows) == {"cls"}  # what an arm was not told is not held against it
-        assert cell.skipped["floor"] == "site is east in 67% of the reference that other real patients have not"
-        assert cell.skipped["medi"] == "site is east, south in 100% of the reference that its samples have not"
+        assert cell.skipped["floor"] == "site is east in 67% of the reference, in 0% of other real patients"
+        assert cell.skipped["medi"] == "site is east in 67% of the reference, in 0% of its samples"
 
 
-@pytest.mark.parametrize(("east", "lacking"), [(20, ""), (21, "site is east in 21%")])
-def test_a_fifth_of_the_reference_may_be_of_a_site_that_a_side_has_not(east: int, lacking: str) -> None:
+@pytest.mark.parametrize(("east", "apart"), [(20, ""), (21, "site is east in 21% of the reference, in 0%")])
+def test_a_fifth_of_the_mix_may_be_of_another_site(east: int, apart: str) -> None:
     """Counted among what is known: patches of which the site is not told neither show nor lack one."""
     reference = pd.DataFrame({"site": ["east"] * east + ["north"] * (100 - east) + ["unknown"] * 300})
-    theirs = pd.DataFrame({"site": ["north", "south", "unknown"]})
-    assert _lacking(theirs, reference, ["site"]) == lacking
-    assert _lacking(theirs, reference[reference["site"] == "unknown"], ["site"]) == ""
+    theirs = pd.DataFrame({"site": ["north", "unknown", "unknown"]})
+    assert _apart(theirs, reference, ["site"]) == apart
+    assert _apart(theirs, reference[reference["site"] == "unknown"], ["site"]) == ""
+
+
+def test_values_that_never_meet_do_not_make_up_a_mix(world: World) -> None:
+    """The reference is of two kinds; a side has both sites and both preparations, but hardly together as there."""
+    folder = world.root / "crossed"
+    shutil.copytree(world.real, folder)
+    table = pd.read_parquet(folder / "index.parquet")
+    test, probe = table["split_main"] == "test", table["split_main"] == "probe"
+    north = table["site"] == "north"
+    table.loc[test, "preparation"] = np.where(north[test], "formalin", "frozen")
+    table.loc[probe, "preparation"] = np.where(north[probe], "frozen", "formalin")
+    rare = probe & north & ~table["patient"].str.endswith("-0")  # few are left of the north
+    table.loc[rare | (test & (table["site"] == "south")), "split_main"] = ""
+    table.to_parquet(folder / "index.parquet")
+    study = open_study(world.settings("crossed-out", real=str(folder), held_out=[{"class": "stripes", "site": "east"}],
+                                      unseen=False))  # fmt: skip
+    for cell in class_cells(study, 0):
+        assert "of the reference, in" in cell.skipped["floor"]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_a_draw_follows_its_strata(n: int) -> None:
+    rng = np.random.default_rng(n)
+    labels = rng.choice(list("abcdx"), 200)
+    target = rng.choice(list("abcy"), 50 * bool(n))
+    pool = Matched(np.arange(1000, 1200), labels, target)
+    names = sorted(set(target))
+    assert [list(m) for m in pool.members] == [list(np.flatnonzero(labels == name)) for name in names]
+    assert pool.missing == pytest.approx(np.mean(target == "y") if n else 0.0)
 
 
 def test_thinning_keeps_the_mix_and_depends_on_nothing_else() -> None:
@@ -76,10 +105,20 @@ def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) ->
     keep = sorted(set(table.loc[stripes, "patient"]))[:4]
     table.loc[stripes & ~table["patient"].isin(keep), "split_main"] = ""
     table.to_parquet(folder / "index.parquet")
-    told = thin_support(open_study(world.settings("few-out", real=str(folder))))
-    assert told == [
+    study = open_study(world.settings("few-out", real=str(folder)))
+    assert thin_support(study) == [
         "Accuracy under shift has no interval: of the test patients at south only 4 of stripes (10 are needed).",
-        "stripes × south has no distance: 16 test patches, 20 are needed.",
+        "stripes × south has no distance: 16 patches of test patients, 20 are needed.",
+        "The distance of south × frozen has no interval: 9 test patients, 10 are needed.",
+    ]
+    assert len(thin_support(study, downstream=False)) == 2
+    table.loc[stripes & table["patient"].isin(keep), "split_main"] = "probe"
+    table.loc[table.index[stripes][-20:], "split_main"] = "test"  # of five patients
+    table.to_parquet(folder / "index.parquet")
+    told = thin_support(open_study(world.settings("few-out", real=str(folder))), downstream=False)
+    assert told == [
+        "The distance of stripes × south has no interval: 5 test patients, 10 are needed.",
+        "The distance of south × frozen has no interval: 9 test patients, 10 are needed.",
     ]
 
 
@@ -165,7 +204,18 @@ def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
     for cells, known in (([large], True), ([large, small], False)):
         record = summarise(study, features, cells, 100, 0)["summary"]["medi"]
         assert record["smallest_group"] == (108 if known else 9)
+        assert record["n_patients"] == 108  # the nine of the small cell are among them
         assert isinstance(record["interval"], list) is known
+
+
+def test_means_of_different_cells_are_not_divided() -> None:
+    study, features, cell = many_patches(120)
+    parts = [Cell({"class": name}, cell.reference, {arm: cell.rows[arm] for arm in arms}, dict.fromkeys(arms, 0.0))
+             for name, arms in (("a", ["medi", "floor"]), ("b", ["cls", "floor"]))]  # fmt: skip
+    summary = summarise(study, features, parts, 20, 0)["summary"]
+    assert summary["ratio"]["value"] is None
+    assert summary["ratio"]["reason"] == "no combination is judged for all sides"
+    assert summary["medi"]["value"] is not None
 
 
 def test_a_kernel_distance_is_that_of_the_features_as_they_are() -> None:
