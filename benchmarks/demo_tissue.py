@@ -15,7 +15,7 @@ from latent_medi import config
 from latent_medi.demo.cohort import Patient, patches, patients
 from latent_medi.demo.settings import CohortSettings
 from latent_medi.errors import UserError
-from latent_medi.experiment import ExperimentSettings
+from latent_medi.experiment_settings import ExperimentSettings
 from latent_medi.shards.writer import Patch
 
 

@@ -28,7 +28,7 @@ from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import neighbourhoods
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import open_study
-from latent_medi.experiment import ExperimentSettings
+from latent_medi.experiment_settings import ExperimentSettings
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import load_encoder
 from latent_medi.progress import set_up_logging

@@ -23,15 +23,17 @@ Printed = dict[str, Any]
 
 
 def _demo(words: list[str]) -> Printed:
-    from latent_medi import experiment
+    from latent_medi.experiment import demo
+    from latent_medi.experiment_settings import DemoSettings
 
-    return experiment.demo(config.parse(experiment.DemoSettings, words, "demo"))
+    return demo(config.parse(DemoSettings, words, "demo"))
 
 
 def _run(words: list[str]) -> Printed:
-    from latent_medi import experiment
+    from latent_medi.experiment import run
+    from latent_medi.experiment_settings import ExperimentSettings
 
-    return experiment.run(config.parse(experiment.ExperimentSettings, words, "run"))
+    return run(config.parse(ExperimentSettings, words, "run"))
 
 
 _SHARDS = """latent-medi shards WHAT …

@@ -7,8 +7,8 @@ truth is known.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,12 @@ import yaml
 
 from latent_medi import config
 from latent_medi.errors import UserError, nearest
+from latent_medi.experiment_settings import DemoSettings, ExperimentSettings
 from latent_medi.files import read_json, write_json, write_text
 from latent_medi.progress import duration, get_logger
 from latent_medi.stages import Stage, Stages, side_by_side
-from latent_medi.synthesis.settings import GenerateSettings
 
 if TYPE_CHECKING:
-    from latent_medi.evaluation.settings import EvaluateSettings
     from latent_medi.training.transfer import Source
 
 log = get_logger(__name__)
@@ -30,88 +29,6 @@ log = get_logger(__name__)
 STAGES = ("shards", "audit", "encode", "train", "plan", "sample", "evaluate", "report")
 ARMS = ("medi", "cls")
 """MeDi knows class and metadata, CLS the class alone; all else is equal."""
-
-
-@dataclass
-class ExperimentSettings:
-    """One whole experiment.
-
-    Args:
-        out: Folder of the experiment; everything it writes lies there.
-        title: Heading of the report.
-        recipe: Recipe that makes the dataset folder; "demo" is procedural tissue.
-        source: Folder that the recipe reads.
-        data: Dataset folder that is there already, instead of one that the recipe makes.
-        latents: Latent folder of that dataset, encoded if it is not there; empty means one inside ``out``.
-        split: Named split of the dataset.
-        patch_size: Width and height of a patch, pixels.
-        seed: Seed of data, training, plan and evaluation.
-        autoencoder: Name or folder of the frozen autoencoder.
-        encoders: Names or folders of the image encoders that judge; the first gives the headline.
-        weights: Weight file or folder by encoder name, for encoders that need one.
-        site_field: Field that names the hospital.
-        held_out: Combinations without a training patch.
-        medi: Training configuration (name or path) of the model that knows class and metadata.
-        cls: Training configuration (name or path) of the model that knows the class alone.
-        models: Model folder by arm ("medi", "cls") of those that are trained already; the others are trained.
-        train: Training settings put over both, such as max_steps.
-        plan_fields: Class and categorical fields whose combinations are generated; empty means all.
-        seen_per_cell: Patches to generate per combination that training has seen.
-        unseen_per_cell: Patches to generate per combination without a training patch.
-        generate: Sampler, guidance and batch.
-        evaluate: Evaluation settings put over the derived ones, such as repeats.
-        parallel: Commands that run side by side in training and sampling; 0 chooses 2 on a machine without a GPU,
-            otherwise 1.
-        processes: Processes for rendering and importing; 0 means one per core.
-        report_cells: Example patches per combination in the report.
-        replace: Remove latents, models and samples in ``out`` that were made from other settings, data or split than
-            these, instead of stopping.
-    """
-
-    out: str = "runs/experiment"
-    title: str = "latent-medi"
-    recipe: str = "demo"
-    source: str = ""
-    data: str = ""
-    latents: str = ""
-    split: str = "main"
-    patch_size: int = 64
-    seed: int = 0
-    autoencoder: str = "demo"
-    encoders: list[str] = field(default_factory=lambda: ["demo"])
-    weights: dict[str, str] = field(default_factory=dict)
-    site_field: str = "site"
-    held_out: list[dict[str, str]] = field(default_factory=list)
-    medi: str = "demo/medi"
-    cls: str = "demo/cls"
-    models: dict[str, str] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-    plan_fields: list[str] = field(default_factory=list)
-    seen_per_cell: int = 30
-    unseen_per_cell: int = 90
-    generate: GenerateSettings = field(default_factory=GenerateSettings)
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    parallel: int = 0
-    processes: int = 0
-    report_cells: int = 6
-    replace: bool = False
-
-
-@dataclass
-class DemoSettings:
-    """The demo: the whole pipeline on procedural tissue with known truth, about ten minutes on two cores.
-
-    Args:
-        out: Folder of the run.
-        seed: Seed of data, training, plan and evaluation.
-        settings: Packaged configuration or path of the experiment.
-        replace: Remove what ``out`` holds of another seed or other settings, instead of stopping.
-    """
-
-    out: str = "runs/demo"
-    seed: int = 0
-    settings: str = "demo/experiment"
-    replace: bool = False
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:
@@ -184,130 +101,23 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     """Run every stage that is not finished, print the headline, and return it.
 
     Raises:
-        UserError: Settings that cannot be followed.
+        UserError: Settings that cannot be followed; or, before anything is removed, latents, models or samples in the
+            folder that were made from others.
     """
-    from latent_medi.evaluation.evaluate import evaluate
     from latent_medi.evaluation.headline import headline, headline_text
-    from latent_medi.evaluation.settings import EvaluateSettings
-    from latent_medi.features.cache import dataset_hash
-    from latent_medi.latents.settings import EncodeSettings
-    from latent_medi.report.render import render_report
-    from latent_medi.shards.dataset import PatchDataset
-    from latent_medi.training.run import FREE
 
-    folder = Path(settings.out)
-    models = {arm: _given(settings, arm) for arm in settings.models}
-    folder.mkdir(parents=True, exist_ok=True)
-    stages = Stages(folder, STAGES)
-    plain = config.as_dict(settings)
-    data = _data(settings, folder)
-
-    if not settings.data and settings.recipe != "demo" and not settings.source:
-        raise UserError(
-            f"The recipe {settings.recipe!r} needs the folder of its source.",
-            f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
-        )
-    training = {arm: _train_settings(settings, arm, folder) for arm in ARMS}
-    trained = {arm: values for arm, values in training.items() if arm not in settings.models}
-    derived = {
-        "real": str(data), "synthetic": {arm: str(folder / "synthetic" / arm) for arm in ARMS}, "out": str(folder),
-        "held_out": settings.held_out, "split": settings.split, "encoders": settings.encoders,
-        "weights": settings.weights, "site_field": settings.site_field, "seed": settings.seed,
-    }  # fmt: skip
-    judging = config.build(EvaluateSettings, config.merge(derived, settings.evaluate))
-    build: Callable[[ExperimentSettings, Path], None] = _build_demo if settings.recipe == "demo" else _build_recipe
-
-    def encode_all() -> None:
-        from latent_medi.latents.encode import encode
-
-        encode(
-            EncodeSettings(
-                data=str(data), out=settings.latents or str(folder / "latents"), autoencoder=settings.autoencoder
-            )
-        )
-
-    def train_all() -> None:
-        commands = {}
-        for arm, values in trained.items():
-            write_text(folder / f"train-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
-            commands[arm] = ["train", "--config", str(folder / f"train-{arm}.yaml")]
-        _run_arms(settings, commands)
-
-    def sample_all() -> None:
-        commands = {}
-        for arm in ARMS:
-            values = config.merge(plain["generate"], {
-                "model": settings.models.get(arm) or str(folder / arm / "model"),
-                "plan": str(folder / f"plan-{arm}.csv"),
-                "out": str(folder / "synthetic" / arm),
-            })  # fmt: skip
-            if arm == "cls":  # guided like the other arm, by the fields that it knows
-                known = training[arm].get("model", {}).get("fields") or []
-                if arm in models:
-                    knows = models[arm].conditioner
-                    known = [] if knows is None else list(knows.schema.names)
-                guidance = values["guidance"]
-                scales = {name: scale for name, scale in guidance["scales"].items() if name in known}
-                order = [name for name in guidance["order"] if name in known]
-                values = {**values, "guidance": {**guidance, "scales": scales, "order": order}}
-            write_text(folder / f"sample-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
-            commands[arm] = ["sample", "--config", str(folder / f"sample-{arm}.yaml")]
-        _run_arms(settings, commands)
-
-    def report() -> None:
-        render_report(
-            read_json(folder / "metrics.json"), folder / "report.html", title=settings.title, real=data,
-            synthetic={arm: folder / "synthetic" / arm for arm in ARMS}, per_cell=settings.report_cells,
-        )  # fmt: skip
-
-    def declare() -> None:
-        """Every stage with what it depends on: content, not paths, and nothing that changes speed or memory alone."""
-        if settings.data:  # nothing to make; what comes after depends on it all the same
-            stages.add("shards", Stage(lambda: None, {"sha256": dataset_hash(PatchDataset.open(data))}))
-        else:
-            made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
-            stages.add("shards", Stage(lambda: build(settings, data), made_of, outputs=("data",), costly=True))
-        # Whoever divides the patients anew, or corrects what is known of them, has another experiment.
-        known = settings.data or stages.finished("shards")
-        split = {"split": _split_of(data, settings.split) if known else {"name": settings.split}}
-        given = {"models": {arm: model.model_hash for arm, model in models.items()}} if models else {}
-        lessons = {arm: _without(values, FREE - {"init_from", "autoencoder", "stream"})
-                   for arm, values in trained.items()}  # fmt: skip
-        made_by = {"autoencoder": settings.autoencoder}
-        latents = Stage(encode_all, made_by, ("shards",), ("latents",), costly=True)
-        if settings.latents:
-            latents = Stage(encode_all, made_by, ("shards",), shared=(settings.latents,))
-        counts = {key: plain[key] for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")}
-        sampling = _without(plain["generate"], {"plan", "model", "out", "grid", "device_batch"})
-        judged = _without(config.as_dict(judging), {"real", "synthetic", "out", "cache", "batch", "device"})
-        audited = split | {"held_out": settings.held_out}
-        titled = {key: plain[key] for key in ("title", "report_cells")}
-        for name, stage in {
-            "audit": Stage(lambda: _audit(settings, folder), audited, ("shards",), ("audit.json", "audit.txt")),
-            "encode": latents,
-            "train": Stage(train_all, lessons | given | split, ("encode",), tuple(trained), costly=True),
-            "plan": Stage(
-                lambda: _plan(settings, folder), counts | split, ("shards",), tuple(f"plan-{arm}.csv" for arm in ARMS)
-            ),
-            "sample": Stage(sample_all, sampling, ("train", "plan"), ("synthetic",), costly=True),
-            # The features that it caches are found by content, and stay.
-            "evaluate": Stage(
-                lambda: evaluate(judging), judged | split, ("sample",), ("metrics.json", "predictions.csv", "reference")
-            ),
-            "report": Stage(report, titled, ("evaluate",), ("report.html",)),
-        }.items():
-            stages.add(name, stage)
-
-    declare()
+    experiment = _Experiment(settings)
+    stages, folder = experiment.stages, experiment.folder
+    experiment.declare()
     if not settings.replace:
         stages.check()
-    if stages.finished("shards") or settings.data:  # before anything is removed
-        _look_ahead(stages, trained, judging)
+    if settings.data or stages.finished("shards"):  # before anything is removed
+        experiment.look_ahead()
         stages.run("shards")
     else:
         stages.run("shards")
-        declare()
-        _look_ahead(stages, trained, judging)
+        experiment.declare()
+        experiment.look_ahead()
     config.save_settings(replace(settings, replace=False), folder / "settings.yaml")
     stages.run(*STAGES[1:])
 
@@ -316,6 +126,165 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     total = duration(sum(stages.seconds.values()))
     print(f"\n{headline_text(record)}\n\n{total} in all. Report: {folder / 'report.html'}")
     return record
+
+
+class _Experiment:
+    """What an experiment's stages do, and what each depends on."""
+
+    def __init__(self, settings: ExperimentSettings) -> None:
+        from latent_medi.evaluation.settings import EvaluateSettings
+
+        self.settings = settings
+        self.folder = Path(settings.out)
+        self.data = _data(settings, self.folder)
+        self.latents = settings.latents or str(self.folder / "latents")
+        self.synthetic = {arm: self.folder / "synthetic" / arm for arm in ARMS}
+        self.models = {arm: _given(settings, arm) for arm in settings.models}
+        if not settings.data and settings.recipe != "demo" and not settings.source:
+            raise UserError(
+                f"The recipe {settings.recipe!r} needs the folder of its source.",
+                f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
+            )
+        self.training = {arm: _train_settings(settings, arm, self.folder) for arm in ARMS}
+        self.trained = {arm: values for arm, values in self.training.items() if arm not in settings.models}
+        derived = {
+            "real": str(self.data), "synthetic": {arm: str(path) for arm, path in self.synthetic.items()},
+            "out": str(self.folder), "held_out": settings.held_out, "split": settings.split,
+            "encoders": settings.encoders, "weights": settings.weights, "site_field": settings.site_field,
+            "seed": settings.seed,
+        }  # fmt: skip
+        self.judging = config.build(EvaluateSettings, config.merge(derived, settings.evaluate))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.stages = Stages(self.folder, STAGES)
+
+    def declare(self) -> None:
+        """Tell every stage what it depends on: content, not paths, and nothing that changes speed or memory alone."""
+        from latent_medi.features.cache import dataset_hash
+        from latent_medi.shards.dataset import PatchDataset
+        from latent_medi.training.run import FREE
+
+        settings, plain = self.settings, config.as_dict(self.settings)
+        if settings.data:  # nothing to make; what comes after depends on it all the same
+            shards = Stage(lambda: None, {"sha256": dataset_hash(PatchDataset.open(self.data))})
+        else:
+            made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
+            shards = Stage(self.build, made_of, outputs=("data",), costly=True)
+        self.stages.add("shards", shards)
+        # Whoever divides the patients anew, or corrects what is known of them, has another experiment.
+        there = settings.data or self.stages.finished("shards")
+        split = {"split": _split_of(self.data, settings.split) if there else {"name": settings.split}}
+        encoded = {"shared": (settings.latents,)} if settings.latents else {"outputs": ("latents",), "costly": True}
+        lessons: dict[str, Any] = {
+            arm: _without(values, FREE - {"init_from", "autoencoder", "stream"}) for arm, values in self.trained.items()
+        }
+        if self.models:
+            lessons["models"] = {arm: model.model_hash for arm, model in self.models.items()}
+        counts = {key: plain[key] for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")}
+        sampling = _without(plain["generate"], {"plan", "model", "out", "grid", "device_batch"})
+        judged = _without(config.as_dict(self.judging), {"real", "synthetic", "out", "cache", "batch", "device"})
+        for name, stage in {
+            "audit": Stage(
+                self.audit, split | {"held_out": settings.held_out}, ("shards",), ("audit.json", "audit.txt")
+            ),
+            "encode": Stage(self.encode, {"autoencoder": settings.autoencoder}, ("shards",), **encoded),
+            "train": Stage(self.train, lessons | split, ("encode",), tuple(self.trained), costly=True),
+            "plan": Stage(self.plan, counts | split, ("shards",), tuple(f"plan-{arm}.csv" for arm in ARMS)),
+            "sample": Stage(self.sample, sampling, ("train", "plan"), ("synthetic",), costly=True),
+            # The features that it caches are found by content, and stay.
+            "evaluate": Stage(
+                self.evaluate, judged | split, ("sample",), ("metrics.json", "predictions.csv", "reference")
+            ),
+            "report": Stage(
+                self.report, {key: plain[key] for key in ("title", "report_cells")}, ("evaluate",), ("report.html",)
+            ),
+        }.items():
+            self.stages.add(name, stage)
+
+    def look_ahead(self) -> None:
+        """Find out now what would otherwise end the evaluation, after hours of training; unless it is finished.
+
+        Raises:
+            UserError: Training settings that do not build a network; a split, field or held-out combination that the
+                dataset does not have; an encoder that cannot be loaded; evaluation settings that cannot be followed.
+        """
+        from latent_medi.evaluation.evaluate import check_settings, load_encoders
+        from latent_medi.evaluation.study import open_study
+        from latent_medi.evaluation.support import thin_support
+        from latent_medi.training.settings import TrainSettings
+
+        if self.stages.finished("evaluate"):
+            return
+        for values in self.trained.values():
+            config.build(TrainSettings, values).model.resolved()
+        check_settings(self.judging)
+        study = open_study(replace(self.judging, synthetic={}, selected={}))
+        for told in (*study.notes, *thin_support(study, self.judging.downstream)):
+            log.warning("%s", told)
+        load_encoders(self.judging)
+
+    def build(self) -> None:
+        """Make the dataset folder."""
+        (_build_demo if self.settings.recipe == "demo" else _build_recipe)(self.settings, self.data)
+
+    def audit(self) -> None:
+        """Say what the training patches can support."""
+        _audit(self.settings, self.folder)
+
+    def encode(self) -> None:
+        """Encode every patch."""
+        from latent_medi.latents.encode import encode
+        from latent_medi.latents.settings import EncodeSettings
+
+        encode(EncodeSettings(data=str(self.data), out=self.latents, autoencoder=self.settings.autoencoder))
+
+    def train(self) -> None:
+        """Train the arms that are not given."""
+        commands = {}
+        for arm, values in self.trained.items():
+            write_text(self.folder / f"train-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
+            commands[arm] = ["train", "--config", str(self.folder / f"train-{arm}.yaml")]
+        _run_arms(self.settings, commands)
+
+    def plan(self) -> None:
+        """Plan what each arm generates."""
+        _plan(self.settings, self.folder)
+
+    def sample(self) -> None:
+        """Generate both plans."""
+        commands = {}
+        for arm in ARMS:
+            values = config.merge(config.as_dict(self.settings.generate), {
+                "model": self.settings.models.get(arm) or str(self.folder / arm / "model"),
+                "plan": str(self.folder / f"plan-{arm}.csv"),
+                "out": str(self.synthetic[arm]),
+            })  # fmt: skip
+            if arm == "cls":  # guided like the other arm, by the fields that it knows
+                known = self.training[arm].get("model", {}).get("fields") or []
+                if arm in self.models:
+                    knows = self.models[arm].conditioner
+                    known = [] if knows is None else list(knows.schema.names)
+                guidance = values["guidance"]
+                scales = {name: scale for name, scale in guidance["scales"].items() if name in known}
+                order = [name for name in guidance["order"] if name in known]
+                values = {**values, "guidance": {**guidance, "scales": scales, "order": order}}
+            write_text(self.folder / f"sample-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
+            commands[arm] = ["sample", "--config", str(self.folder / f"sample-{arm}.yaml")]
+        _run_arms(self.settings, commands)
+
+    def evaluate(self) -> None:
+        """Judge the samples."""
+        from latent_medi.evaluation.evaluate import evaluate
+
+        evaluate(self.judging)
+
+    def report(self) -> None:
+        """Write the page."""
+        from latent_medi.report.render import render_report
+
+        render_report(
+            read_json(self.folder / "metrics.json"), self.folder / "report.html", title=self.settings.title,
+            real=self.data, synthetic=self.synthetic, per_cell=self.settings.report_cells,
+        )  # fmt: skip
 
 
 def _split_of(data: Path, name: str) -> dict[str, str]:
@@ -332,29 +301,6 @@ def _split_of(data: Path, name: str) -> dict[str, str]:
 
 def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in names}
-
-
-def _look_ahead(stages: Stages, training: Mapping[str, dict[str, Any]], judging: EvaluateSettings) -> None:
-    """Find out now what would otherwise end the evaluation, after hours of training; unless it is finished.
-
-    Raises:
-        UserError: Training settings that do not build a network; a split, field or held-out combination that the
-            dataset does not have; an encoder that cannot be loaded; evaluation settings that cannot be followed.
-    """
-    from latent_medi.evaluation.evaluate import check_settings, load_encoders
-    from latent_medi.evaluation.study import open_study
-    from latent_medi.evaluation.support import thin_support
-    from latent_medi.training.settings import TrainSettings
-
-    if stages.finished("evaluate"):
-        return
-    for values in training.values():
-        config.build(TrainSettings, values).model.resolved()
-    check_settings(judging)
-    study = open_study(replace(judging, synthetic={}, selected={}))
-    for told in (*study.notes, *thin_support(study, judging.downstream)):
-        log.warning("%s", told)
-    load_encoders(judging)
 
 
 def _given(settings: ExperimentSettings, arm: str) -> Source:

@@ -124,7 +124,7 @@ def test_saved_settings_give_themselves_again(tmp_path: Path) -> None:
 
 def test_every_packaged_configuration_fits_its_settings() -> None:
     from latent_medi.diffusion.settings import ModelSettings
-    from latent_medi.experiment import ExperimentSettings
+    from latent_medi.experiment_settings import ExperimentSettings
     from latent_medi.latents.settings import EncodeSettings
     from latent_medi.training.classifier_settings import ClassifierSettings
     from latent_medi.training.settings import TrainSettings

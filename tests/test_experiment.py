@@ -17,7 +17,8 @@ from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
 from latent_medi.errors import UserError
-from latent_medi.experiment import ExperimentSettings, _plan, run
+from latent_medi.experiment import _plan, run
+from latent_medi.experiment_settings import ExperimentSettings
 from latent_medi.files import write_json
 from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
 from latent_medi.metadata.schema import Field, Schema
