@@ -191,9 +191,7 @@ class _Experiment:
             "plan": Stage(self.plan, counts | split, ("shards",), tuple(f"plan-{arm}.csv" for arm in ARMS)),
             "sample": Stage(self.sample, sampling, ("train", "plan"), ("synthetic",), costly=True),
             # The features that it caches are found by content, and stay.
-            "evaluate": Stage(
-                self.evaluate, judged | split, ("sample",), ("metrics.json", "predictions.csv", "reference")
-            ),
+            "evaluate": Stage(self.evaluate, judged, ("sample",), ("metrics.json", "predictions.csv", "reference")),
             "report": Stage(
                 self.report, {key: plain[key] for key in ("title", "report_cells")}, ("evaluate",), ("report.html",)
             ),
