@@ -21,6 +21,7 @@ from torch import nn
 
 from latent_medi.diffusion.settings import DropoutSettings
 from latent_medi.errors import UserError
+from latent_medi.latents.autoencoder import in_own_memory
 from latent_medi.metadata.schema import FIRST_VALUE, NULL, UNKNOWN, Field, Schema
 
 _FREQUENCIES = 16
@@ -199,6 +200,11 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
                 raise UserError(f"Field {f.name!r} differs from another field by signs only.", "Rename one of them.")
             self.embeddings[key] = FieldEmbedding(f, chosen[f.name])
         self.mix = nn.Linear(len(known.fields) * time_embed_dim, time_embed_dim) if fusion == "linear" else None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> MetadataConditioner:
+        """As for any diffusers model, with the weights in memory of their own."""
+        return cast(MetadataConditioner, in_own_memory(super().from_pretrained(*args, **kwargs)))
 
     @property
     def schema(self) -> Schema:

@@ -13,7 +13,7 @@ from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_json
-from latent_medi.latents.autoencoder import Autoencoder, first_line, load_autoencoder
+from latent_medi.latents.autoencoder import Autoencoder, first_line, in_own_memory, load_autoencoder
 
 AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
 
@@ -56,7 +56,9 @@ def read_model(
         raise UserError(f"{folder} holds a {index.get('_class_name')}, not a latent-medi model.")
     known = read_json(path / AUTOENCODER_FILE)
     try:
-        unet = UNet2DModel.from_pretrained(str(path / "unet"), use_safetensors=True, torch_dtype=torch_dtype)
+        unet = in_own_memory(
+            UNet2DModel.from_pretrained(str(path / "unet"), use_safetensors=True, torch_dtype=torch_dtype)
+        )
         scheduler = DDPMScheduler.from_pretrained(str(path / "scheduler"))
         conditioning = None
         if (path / "conditioning").is_dir():

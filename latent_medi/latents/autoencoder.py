@@ -155,6 +155,17 @@ def _factor(model: Any) -> int:
     return int(2 ** (len(model.config["block_out_channels"]) - 1))
 
 
+def in_own_memory(model: Any) -> Any:
+    """The model, its weights moved out of the file that they are mapped from; in place.
+
+    A weight in a safetensors file begins wherever the names before it end. Some processors' matrix products round
+    otherwise where memory is not aligned, so a model read from disk would not give the bits of the one written.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def weight_hash(model: nn.Module) -> str:
     """SHA-256 over the names, shapes and fp32 values of all weights, in order of name."""
     digest = hashlib.sha256()
@@ -238,7 +249,7 @@ def _from_folder(folder: Path) -> nn.Module:
             f"{folder} has no {WEIGHTS_FILE}; pickled weights are not loaded.", "Convert the weights to safetensors."
         )
     try:
-        return _KINDS[kind].from_pretrained(str(folder), use_safetensors=True, torch_dtype=torch.float32)
+        return in_own_memory(_KINDS[kind].from_pretrained(str(folder), use_safetensors=True, torch_dtype=torch.float32))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"The autoencoder in {folder} cannot be loaded: {error}") from None
 

@@ -22,7 +22,8 @@ _SAMPLE = 3  # the stream of random numbers that the statistics draw from
 
 class StreamedLatents:
     """Moments of a dataset's patches by row number, encoded when they are asked for: in place of a
-    :class:`latent_medi.latents.store.LatentStore`, whose values it gives, rounding to fp16 included.
+    :class:`latent_medi.latents.store.LatentStore`, whose values it gives, rounding to fp16 included; up to one such
+    rounding where the processor encodes a patch otherwise in another batch.
 
     Args:
         data: The dataset, local or behind a URL.

@@ -195,8 +195,9 @@ def test_views_are_encoded_in_pixel_space(dataset, autoencoder, tmp_path):
         rows, views = np.array([9, 0, 4, 4, 7]), np.array([0, 7, 3, 4, 5])
         mean, std = store.moments(rows, views)
         expected = [autoencoder.encode(view_of(images[[r]], int(v))) for r, v in zip(rows, views, strict=True)]
-        assert torch.equal(mean, torch.cat([m for m, _ in expected]).half().float())
-        assert torch.equal(std, torch.cat([s for _, s in expected]).half().float())
+        # A patch by itself may be encoded with other roundings than among others.
+        for found, alone in ((mean, [m for m, _ in expected]), (std, [s for _, s in expected])):
+            torch.testing.assert_close(found, torch.cat(alone).half().float(), rtol=2**-9, atol=2**-10)
         assert torch.equal(store.moments(rows)[0], store.moments(rows, [0] * 5)[0])
         with pytest.raises(UserError, match=r"Views of .* from 0 to 7, not 0 to 8"):
             store.moments([0, 1], [0, 8])
@@ -209,6 +210,7 @@ def test_views_are_encoded_in_pixel_space(dataset, autoencoder, tmp_path):
     one = encode_dataset(dataset.folder, autoencoder, tmp_path / "one")
     with pytest.raises(UserError, match=r"8 view\(s\) per patch, not 1"):
         encode_dataset(dataset.folder, autoencoder, out)
-    assert torch.equal(LatentStore(one).moments(range(10))[0], store.moments(range(10))[0])
+    firsts = [of.moments(range(10))[0] for of in (LatentStore(one), store)]
+    torch.testing.assert_close(*firsts, rtol=2**-9, atol=2**-10)
     with pytest.raises(UserError, match="from 0 to 0"):
         LatentStore(one).moments([0], [1])

@@ -42,9 +42,16 @@ def opened(settings: TrainSettings) -> TrainingData:
     return data
 
 
+def same_latents(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Up to a rounding to fp16 here and there: matrix products of one patch may round unlike those of several."""
+    torch.testing.assert_close(a, b, rtol=2**-9, atol=2**-10)
+    assert (a != b).sum() <= 0.05 * a.numel()
+
+
 def same_batch(a: Batch, b: Batch) -> None:
-    """Bit for bit."""
-    for name in ("latents", "noise", "timesteps"):
+    """The latents up to a rounding, all else bit for bit."""
+    same_latents(a.latents, b.latents)
+    for name in ("noise", "timesteps"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert torch.equal(a.conditions.codes, b.conditions.codes)
     assert torch.equal(a.conditions.values, b.conditions.values)
@@ -64,8 +71,8 @@ def streaming(run_settings: Make, autoencoder: Autoencoder) -> Make:
 def test_batches_are_those_of_the_stored_latents(run_settings: Make, streaming: Make, processes: int) -> None:
     stored, streamed = opened(run_settings()), opened(streaming(stream=StreamSettings(device_batch=3)))
     assert isinstance(streamed.store, StreamedLatents)
-    assert torch.equal(stored.shift, streamed.shift)  # the sample is larger than the data
-    assert torch.equal(stored.scale, streamed.scale)
+    torch.testing.assert_close(stored.shift, streamed.shift)  # the sample is larger than the data
+    torch.testing.assert_close(stored.scale, streamed.scale)
     for number in (0, 1, 2, 9, 5):  # across an epoch, and out of order as after a resume
         for rank in range(processes):
             a, b = (d.batch(number, 8, 0, 1000, run_settings().dropout, rank, processes) for d in (stored, streamed))
@@ -80,8 +87,7 @@ def test_moments_are_the_stored_ones(tiny: Path, autoencoder: Autoencoder) -> No
     for rows in (np.arange(len(data)), [51, 0, 7, 7], []):
         for a, b in zip(stored.moments(rows), streamed.moments(rows), strict=True):
             assert a.dtype == b.dtype
-            # On the CPU a patch's latent does not depend on its batch; elsewhere it may by a rounding to fp16.
-            assert torch.equal(a, b)
+            same_latents(a, b)
     with pytest.raises(UserError, match="from 0 to 51"):
         streamed.moments([52])
 
@@ -156,11 +162,11 @@ def test_a_streamed_run_is_the_stored_run(run_settings: Make, streaming: Make, t
     train(streaming(out=str(tmp_path / "streamed"), max_steps=6, log_every_images=8))
     losses = [[row["loss"] for row in read_log(tmp_path / n / "log.csv")] for n in ("stored", "streamed")]
     assert len(losses[0]) == 6
-    assert losses[0] == losses[1]
+    np.testing.assert_allclose(*np.array(losses, dtype=float), rtol=1e-5)
     for file in ("unet/diffusion_pytorch_model.safetensors", "autoencoder/diffusion_pytorch_model.safetensors"):
         a, b = (load_file(tmp_path / n / "model" / file) for n in ("stored", "streamed"))
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        # Adam's step does not shrink with the gradient: a bias without one (of keys) walks on roundings alone.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     assert len(MediPipeline.from_pretrained(tmp_path / "streamed" / "model")(class_="tumour", num_images=1)) == 1
 
 
