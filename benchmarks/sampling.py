@@ -10,10 +10,10 @@ need one branch. Networks have random weights: UNet S on 4×32×32 latents in bf
 without one. Decoding is not in it.
 
 Quality (with --run, the demo's finished folder): the same plan and seeds, DPM-Solver++ with 20 steps and DDIM with 100,
-5,000 samples each, in the mix of combinations that the real side has: 5,100 patches of patients of the demo's cohort
-that no network has seen. The floor is the Fréchet distance between these and 5,100 of other patients. The ratio of the
-two distances, each less the floor, has a paired 95 % interval over 200 resamples of the plan's samples and of the
-patients of both sides, the same ones for both samplers. Samples are kept under the run; a rerun goes on with them.
+5,000 samples each, in the mix of combinations that the real side has: as many patches of patients of the demo's
+cohort that no network has seen. The floor is the Fréchet distance between these and as many of other patients. The
+ratio of the two distances, each less the floor, has a paired 95 % interval over 200 resamples of the plan's samples and
+of the patients of both sides, the same ones for both samplers. Samples are kept under the run; a rerun goes on.
 """
 
 from __future__ import annotations

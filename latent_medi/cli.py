@@ -266,9 +266,15 @@ def _translate(words: list[str]) -> Printed:
 
 def _evaluate(words: list[str]) -> Printed:
     from latent_medi.evaluation.evaluate import evaluate
+    from latent_medi.evaluation.headline import headline_text
     from latent_medi.evaluation.settings import EvaluateSettings
 
-    return evaluate(config.parse(EvaluateSettings, words, "evaluate"))
+    settings = config.parse(EvaluateSettings, words, "evaluate")
+    metrics = evaluate(settings)
+    if os.environ.get("RANK", "0") == "0":
+        print(headline_text(metrics["headline"]))
+        print(f"\nThe page: latent-medi report metrics={Path(settings.out) / 'metrics.json'}")
+    return metrics
 
 
 def _floors(words: list[str]) -> Printed:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from latent_medi import config
+from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.errors import UserError, nearest
 from latent_medi.experiment_settings import DemoSettings, ExperimentSettings
 from latent_medi.files import read_json, write_json, write_text
+from latent_medi.look_ahead import check_model, check_study, check_training
 from latent_medi.progress import duration, get_logger
 from latent_medi.stages import Stage, Stages, side_by_side
 
@@ -202,20 +204,24 @@ class _Experiment:
         """Find out now what would otherwise end the evaluation, after hours of training; unless it is finished.
 
         Raises:
-            UserError: Training settings that do not build a network; a split, field or held-out combination that the
-                dataset does not have; an encoder that cannot be loaded; evaluation settings that cannot be followed.
+            UserError: Training settings that do not build a network; a sampler or guidance that does not go with them;
+                a split, field or held-out combination that the dataset does not have, or one that training patches
+                cannot tell anything of; an encoder that cannot be loaded; evaluation settings that cannot be followed.
         """
-        from latent_medi.evaluation.evaluate import check_settings, load_encoders
-        from latent_medi.evaluation.study import open_study
+        from latent_medi.evaluation.evaluate import load_encoders
         from latent_medi.evaluation.support import thin_support
         from latent_medi.training.settings import TrainSettings
 
         if self.stages.finished("evaluate"):
             return
-        for values in self.trained.values():
-            config.build(TrainSettings, values).model.resolved()
-        check_settings(self.judging)
-        study = open_study(replace(self.judging, synthetic={}, selected={}))
+        study = check_study(self.judging)
+        sampler = self.settings.generate.sampler
+        for arm in ARMS:
+            guidance = config.build(GuidanceSettings, self._guidance(arm))
+            if arm in self.models:
+                check_model(self.models[arm], guidance, sampler)
+            else:
+                check_training(config.build(TrainSettings, self.training[arm]), guidance, sampler, study.real.schema)
         for told in (*study.notes, *thin_support(study, self.judging.downstream)):
             log.warning("%s", told)
         load_encoders(self.judging)
@@ -256,24 +262,33 @@ class _Experiment:
                 "plan": str(self.folder / f"plan-{arm}.csv"),
                 "out": str(self.synthetic[arm]),
             })  # fmt: skip
-            if arm == "cls":  # guided like the other arm, by the fields that it knows
-                known = self.training[arm].get("model", {}).get("fields") or []
-                if arm in self.models:
-                    knows = self.models[arm].conditioner
-                    known = [] if knows is None else list(knows.schema.names)
-                guidance = values["guidance"]
-                scales = {name: scale for name, scale in guidance["scales"].items() if name in known}
-                order = [name for name in guidance["order"] if name in known]
-                values = {**values, "guidance": {**guidance, "scales": scales, "order": order}}
+            values = {**values, "guidance": self._guidance(arm)}
             write_text(self.folder / f"sample-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
             commands[arm] = ["sample", "--config", str(self.folder / f"sample-{arm}.yaml")]
         _run_arms(self.settings, commands)
 
+    def _guidance(self, arm: str) -> dict[str, Any]:
+        """The settings' guidance; the class-only arm's by the fields that it knows."""
+        guidance = config.as_dict(self.settings.generate.guidance)
+        if arm != "cls":
+            return guidance
+        known = self.training[arm].get("model", {}).get("fields") or []
+        if arm in self.models:
+            knows = self.models[arm].conditioner
+            known = [] if knows is None else list(knows.schema.names)
+        scales = {name: scale for name, scale in guidance["scales"].items() if name in known}
+        return {**guidance, "scales": scales, "order": [name for name in guidance["order"] if name in known]}
+
     def evaluate(self) -> None:
         """Judge the samples."""
         from latent_medi.evaluation.evaluate import evaluate
+        from latent_medi.evaluation.memorisation import TooManyCopies
 
-        evaluate(self.judging)
+        try:
+            evaluate(self.judging)
+        except TooManyCopies:
+            self.report()  # which shows the copies
+            raise
 
     def report(self) -> None:
         """Write the page."""

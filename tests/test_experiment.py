@@ -17,7 +17,9 @@ from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
 from latent_medi.errors import UserError
-from latent_medi.experiment import _plan, run
+from latent_medi.evaluation.memorisation import TooManyCopies
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.experiment import _Experiment, _plan, run
 from latent_medi.experiment_settings import ExperimentSettings
 from latent_medi.files import write_json
 from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
@@ -116,12 +118,58 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         (judged | {"encoders": ["demo", "demo"]}, "Two of the encoders are called alike"),
         ({"evaluate": {"unseen": False, "max_copy_rate": 2.0}}, "it is a share from 0 to 1"),
         ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'deal'"),
+        ({"evaluate": {"unseen": False, "protocol": "papers"}}, "protocol is 'papers'; closest: 'paper'"),
+        ({"evaluate": {"unseen": False, "classifier": "cnnn"}}, "classifier is 'cnnn'; closest: 'cnn'"),
+        ({"evaluate": {"unseen": False, "downstream_arms": ["rael"]}}, "no downstream arm 'rael'; closest: 'real'"),
+        ({"evaluate": {"unseen": False, "classifier": "cnn", "cnn": {"network": "resnet81"}}}, "no network 'resnet81'"),
+        ({"evaluate": {"unseen": False, "downstream_protocol": "histodiffusion"}}, "an experiment makes none"),
+        (judged | {"generate": {"sampler": {"name": "ddim", "steps": 30}}}, "ddim steps must divide"),
+        (
+            judged
+            | {
+                "generate": {"guidance": {"form": "chain", "scales": {"class": 3.0}}},
+                "train": {"dropout": {"keep_all": 1.0, "all_null": 0.0, "metadata_null": 0.0, "independent": 0.0}},
+            },
+            "The model cannot be asked for what guidance of the form 'chain' needs",
+        ),
         (judged | {"medi": str(contradictory)}, "sets block_out_channels and attention, and others are given too"),
     ):
         settings = build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes)
         with pytest.raises(UserError, match=why):
             run(settings)
         assert not (tmp_path / "out" / "audit.json").exists()
+
+
+def test_copies_end_the_run_and_are_shown(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = _Experiment(ExperimentSettings(data=str(tiny / "data"), out=str(tmp_path / "out")))
+    done: list[str] = []
+
+    def judge(settings: EvaluateSettings) -> None:
+        done.append("evaluate")
+        raise TooManyCopies("9 of 10 patches of medi are copies")
+
+    monkeypatch.setattr("latent_medi.evaluation.evaluate.evaluate", judge)
+    monkeypatch.setattr(experiment, "report", lambda: done.append("report"))
+    with pytest.raises(TooManyCopies):
+        experiment.evaluate()
+    assert done == ["evaluate", "report"]
+
+
+def test_what_training_patches_cannot_tell_is_not_held_out(tmp_path: Path) -> None:
+    """Every tumour at one hospital and every benign patch at another: nothing says which of both one sees."""
+    make_cohort(tmp_path / "data", ("aster", "birch"))
+    index = pd.read_parquet(tmp_path / "data" / "index.parquet")
+    index["patient"] += index["class"] + index["site"]
+    index.to_parquet(tmp_path / "data" / "index.parquet")
+    dataset = PatchDataset.open(tmp_path / "data")
+    linked = (index["class"] == "tumour") == (index["site"] == "aster")
+    dataset.add_split("tied", ["train" if seen else "test" for seen in linked], {})
+    settings = ExperimentSettings(
+        out=str(tmp_path / "out"), data=str(tmp_path / "data"), split="tied",
+        held_out=[{"class": "tumour", "site": "birch"}],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"tumour × birch cannot be generated .* no chain of seen combinations links"):
+        run(settings)
 
 
 def test_nothing_is_removed_for_settings_that_cannot_be_followed(tiny: Path, tmp_path: Path) -> None:

@@ -90,6 +90,16 @@ def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
     return ""
 
 
+def check_sampler(objective: ObjectiveSettings, sampler: SamplerSettings) -> None:
+    """Refuse a sampler that does not go with an objective.
+
+    Raises:
+        UserError: Says why.
+    """
+    if reason := refusal(objective, sampler):
+        raise UserError(f"The sampler {sampler.name!r} cannot be used here: {reason}.")
+
+
 def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
     """A diffusers scheduler with its timesteps set: the first is the terminal one, and each step ends at the next.
 
@@ -101,8 +111,7 @@ def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
         UserError: The pair is not supported; says why.
     """
     objective = settings_of(scheduler_config)
-    if reason := refusal(objective, settings):
-        raise UserError(f"The sampler {settings.name!r} cannot be used here: {reason}.")
+    check_sampler(objective, settings)
     kind, options = _KINDS[settings.name]
     config = {
         "num_train_timesteps": objective.timesteps,

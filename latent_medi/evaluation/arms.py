@@ -10,7 +10,7 @@ of the held-out cells from other patients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,6 +148,22 @@ def arm_rows(arm: Arm, cell: Mapping[str, str]) -> np.ndarray:
     return np.flatnonzero(matches(arm.index, {k: v for k, v in cell.items() if k in arm.fields}))
 
 
+def arm_variants(generators: Iterable[str]) -> dict[str, list[str]]:
+    """Every downstream arm with its variants, given the names of the synthetic datasets."""
+    names = list(generators)
+    return {
+        "real": ["real"],
+        "oversample": ["duplicate", "balance"],
+        "reweight": ["balance"],
+        "stain_augmentation": [JITTER],
+        "stain_transfer": list(STAIN_METHODS),
+        "nearest_site": ["nearest_site"],
+        **{name: [name] for name in names},
+        **{prefix + name: [prefix + name] for prefix in (ONLY, FIRST) for name in names},
+        "oracle": ["oracle"],
+    }
+
+
 class Drawer:
     """Draws what each arm trains on.
 
@@ -183,18 +199,7 @@ class Drawer:
 
     def variants(self) -> dict[str, list[str]]:
         """Variants of each arm that can take part; of several, the best is headlined."""
-        arms: dict[str, list[str]] = {
-            "real": ["real"],
-            "oversample": ["duplicate", "balance"],
-            "reweight": ["balance"],
-            "stain_augmentation": [JITTER],
-            "stain_transfer": list(STAIN_METHODS),
-            "nearest_site": ["nearest_site"],
-        }
-        arms |= {name: [name] for name in self.study.arms}
-        arms |= {prefix + name: [prefix + name] for prefix in (ONLY, FIRST) for name in self.study.arms}
-        arms["oracle"] = ["oracle"]
-        return {a: v for a, v in arms.items() if a not in self.unavailable}
+        return {a: v for a, v in arm_variants(self.study.arms).items() if a not in self.unavailable}
 
     def lesson(self, arm: str, variant: str, seed: int) -> Lesson:
         """What an arm's classifier learns from, with one seed."""

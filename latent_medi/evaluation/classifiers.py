@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.evaluation.arms import Drawer, Plan, make_plan
-from latent_medi.evaluation.cnn import CnnLearner, PatchPools, lesson_count
+from latent_medi.evaluation.arms import Drawer, Plan, arm_variants, make_plan
+from latent_medi.evaluation.cnn import CnnLearner, PatchPools, check_network, lesson_count
 from latent_medi.evaluation.downstream import compare
 from latent_medi.evaluation.fidelity import Features
 from latent_medi.evaluation.learners import Learner, probe_learner
-from latent_medi.evaluation.protocols import PROTOCOLS, histodiffusion_protocol, medi_protocol
+from latent_medi.evaluation.protocols import PROTOCOLS, check_protocol, histodiffusion_protocol, medi_protocol
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Study
 from latent_medi.features.encoders import ImageEncoder
@@ -35,13 +35,9 @@ class DownstreamStage:
 
     Attributes:
         tables: Predictions of each encoder so far, a row per test patch.
-
-    Raises:
-        UserError: A setting that cannot be followed.
     """
 
     def __init__(self, study: Study, settings: EvaluateSettings) -> None:
-        _check(settings)
         self.study, self.settings = study, settings
         self.tables: list[pd.DataFrame] = []
         self.plan: Plan | None = None
@@ -101,7 +97,13 @@ class DownstreamStage:
         return histodiffusion_protocol(self.study, real, arms, self.settings.histodiffusion_protocol, learner)
 
 
-def _check(settings: EvaluateSettings) -> None:
+def check_downstream(settings: EvaluateSettings) -> None:
+    """Refuse settings of the comparison that cannot be followed.
+
+    Raises:
+        UserError: Names the value and what it may be.
+    """
+
     def one_of(name: str, known: Sequence[str]) -> None:
         value = getattr(settings, name)
         if value not in known:
@@ -115,6 +117,13 @@ def _check(settings: EvaluateSettings) -> None:
         raise UserError(f"repeats is {settings.repeats}.", "Give 1 or more.")
     if not 0 <= settings.stain_jitter < 1:
         raise UserError(f"stain_jitter is {settings.stain_jitter}.", "Give 0 to below 1.")
+    arms = arm_variants(settings.synthetic)
+    for name in settings.downstream_arms:
+        if name not in arms:
+            raise UserError(f"There is no downstream arm {name!r}; {nearest(name, arms)}.")
+    if settings.classifier == "cnn":
+        check_network(settings.cnn)
+    check_protocol(settings)
     if settings.downstream_protocol == "histodiffusion" and settings.selected:
         raise UserError(
             "downstream_protocol histodiffusion compares selected with random patches itself.", "Leave `selected` out."

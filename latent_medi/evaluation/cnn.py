@@ -89,7 +89,7 @@ class CnnLearner:
         lessons: Networks that will be trained, for the estimate of the time left; 0 if unknown.
 
     Raises:
-        UserError: An unknown network, weights that do not fit, or settings without a step.
+        UserError: Weights that do not fit.
     """
 
     random = True
@@ -97,8 +97,6 @@ class CnnLearner:
     def __init__(
         self, study: Study, pools: PatchPools, encoder: ImageEncoder, settings: CnnSettings, lessons: int = 0
     ) -> None:
-        if min(settings.steps, settings.batch, settings.seeds) < 1:
-            raise UserError("cnn.steps, cnn.batch and cnn.seeds must each be 1 or more.")
         self.pools, self.settings, self.device = pools, settings, encoder.device
         self.classes = study.classes
         self.test = pools.real[study.test]
@@ -212,13 +210,8 @@ def _network(
 
         return tuned, encoder.prepare
 
-    from torchvision import models
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model
 
-    # These two give further outputs in training.
-    known = [m for m in list_models(module=models) if m not in ("googlenet", "inception_v3")]
-    if settings.network not in known:
-        raise UserError(f"There is no network {settings.network!r}; {nearest(settings.network, ['encoder', *known])}.")
     state = read_weights(settings.weights) if settings.weights else None
 
     def fresh() -> nn.Module:
@@ -232,6 +225,23 @@ def _network(
     channel = encoder.preprocessing.channel
     how = Preprocessing(settings.size, IMAGENET_MEAN, IMAGENET_STD, "bilinear", channel)
     return fresh, ImageEncoder(Network(settings.network, nn.Identity(), 0, how, ""), encoder.device).prepare
+
+
+def check_network(settings: CnnSettings) -> None:
+    """Refuse a network that there is not, or one without a step.
+
+    Raises:
+        UserError: Names the value and what it may be.
+    """
+    if min(settings.steps, settings.batch, settings.seeds) < 1:
+        raise UserError("cnn.steps, cnn.batch and cnn.seeds must each be 1 or more.")
+    from torchvision import models
+    from torchvision.models import list_models
+
+    # These two give further outputs in training.
+    known = ["encoder", *(m for m in list_models(module=models) if m not in ("googlenet", "inception_v3"))]
+    if settings.network not in known:
+        raise UserError(f"There is no network {settings.network!r}; {nearest(settings.network, known)}.")
 
 
 def _load_body(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

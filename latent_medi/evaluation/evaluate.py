@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import latent_medi
-from latent_medi.errors import UserError
+from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation import adherence, against_real, cells, fidelity, leakage, memorisation, projection, stain
-from latent_medi.evaluation.classifiers import DownstreamStage
+from latent_medi.evaluation.classifiers import DownstreamStage, check_downstream
 from latent_medi.evaluation.headline import headline, verdict
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Arm, Study, open_study
@@ -37,6 +38,12 @@ from latent_medi.shards.dataset import PatchDataset
 log = get_logger(__name__)
 
 METRICS_VERSION = 1
+PROTOCOLS = ("default", "paper")
+_DECIDING = (
+    "torch", "torchvision", "diffusers", "transformers", "timm", "torchmetrics", "torch-fidelity", "scikit-learn",
+    "numpy", "scipy",
+)  # fmt: skip
+"""Packages whose versions can change a number."""
 
 
 def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> dict[str, Any]:
@@ -56,8 +63,8 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.study.open_study` and
-            :func:`latent_medi.features.encoders.load_encoder`; or more copies than ``max_copy_rate``, after
-            ``metrics.json`` was written.
+            :func:`latent_medi.features.encoders.load_encoder`.
+        TooManyCopies: More copies than ``max_copy_rate``, after ``metrics.json`` was written.
     """
     check_settings(settings)
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
@@ -85,8 +92,17 @@ def check_settings(settings: EvaluateSettings) -> None:
     Raises:
         UserError: Names the value and what it may be.
     """
+    check_downstream(settings)
+    if settings.protocol not in PROTOCOLS:
+        close = nearest(settings.protocol, PROTOCOLS)
+        raise UserError(f"protocol is {settings.protocol!r}; {close}.", f"Choose one of {', '.join(PROTOCOLS)}.")
     if not 0.0 <= settings.max_copy_rate <= 1.0:
         raise UserError(f"max_copy_rate is {settings.max_copy_rate}; it is a share from 0 to 1.")
+    if settings.max_copy_rate < 1 and not settings.memorisation:
+        raise UserError(
+            f"max_copy_rate={settings.max_copy_rate:g} cannot be held: memorisation=false looks for no copies.",
+            "Leave memorisation on, or max_copy_rate at 1.",
+        )
     if settings.deals and settings.deals < against_real.LEAST_DEALS:
         raise UserError(
             f"deals is {settings.deals}: too few to tell a range from.",
@@ -119,6 +135,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     unseen = cells.unseen_cells(study, settings.seed)
     classes = cells.class_cells(study, settings.seed)
     sites = cells.cells_of(study, [settings.site_field], settings.seed)
+    whole = cells.make_cell(study, {}, settings.seed)
     more = {" × ".join(fields): cells.cells_of(study, fields, settings.seed) for fields in settings.cells}
     clock.lap("prepare")
     copies = memorisation.find_copies(study, device) if settings.memorisation and study.arms else None
@@ -162,7 +179,8 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
                 name: fidelity.summarise(study, features, chosen_cells, *arguments, settings.protocol)
                 for name, chosen_cells in more.items()
             },
-            **fidelity.overall(study, features, settings.seed),
+            "whole": fidelity.summarise(study, features, [whole], *arguments, settings.protocol),
+            "overall": fidelity.overall(study, features, whole, settings.seed),
             **(
                 {"against_real": against_real.against_real(study, features, settings.deals, settings.seed)}
                 if settings.deals
@@ -252,9 +270,6 @@ def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features
 
 def run_record(seed: int) -> dict[str, Any]:
     """What is needed to make the numbers again: command, git revision, versions, seed, date."""
-    import sklearn
-    import torch
-
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_revision": git_revision(),
@@ -263,9 +278,7 @@ def run_record(seed: int) -> dict[str, Any]:
         "versions": {
             "latent-medi": latent_medi.__version__,
             "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "scikit-learn": sklearn.__version__,
+            **{name: version(name) for name in _DECIDING},
         },
     }
 

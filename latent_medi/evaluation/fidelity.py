@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cells import FLOOR, Cell, make_cell
+from latent_medi.evaluation.cells import FLOOR, Cell
 from latent_medi.evaluation.measures import PatientResamples, measure
 from latent_medi.evaluation.study import Study, describe
 from latent_medi.features.statistics import (
@@ -335,20 +335,27 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squared, 0.0))
 
 
-def overall(study: Study, features: Features, seed: int) -> dict[str, Any]:
+def overall(study: Study, features: Features, cell: Cell, seed: int) -> dict[str, Any]:
     """Precision, recall, density, coverage and the Fréchet distance for endless samples of each arm and of other real
     patients, in the test patches' mix.
 
+    Args:
+        study: The cohort.
+        features: Features of one encoder.
+        cell: Of every class and site, from :func:`latent_medi.evaluation.cells.make_cell`.
+        seed: Seed of the subsamples.
+
     Returns:
-        ``overall``: a record by arm and floor; ``overall_skipped``: why one is not there.
+        A record by arm and floor, of those that the cell has.
     """
-    cell = make_cell(study, {}, seed)
     result: dict[str, Any] = {}
+    people = len(_people(study, [cell.reference]))
     for name, rows in cell.rows.items():
         sample = (features.real if name == FLOOR else features.arms[name])[rows]
         reference = features.real[cell.reference]
         result[name] = neighbourhoods(reference, sample, seed=seed)
         found = fd_infinity(reference, sample, seed=seed)
         result[name] |= {"fd_infinity": found and found[0], "fd_infinity_error": found and found[1]}
+        result[name]["n_patients"] = min(people, len(_people(study, [rows]))) if name == FLOOR else people
         result[name]["mix_mismatch"] = cell.mismatch[name]
-    return {"overall": result, "overall_skipped": cell.skipped}
+    return result

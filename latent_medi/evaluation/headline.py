@@ -12,6 +12,7 @@ FURTHER_RIVALS = {
     "reweight": "reweighting",
 }
 RIVALS = {"stain_transfer": "stain transfer", "oversample": "oversampling", "real": "the real patches alone"}
+CLASSIFIERS = {"probe": "a linear probe", "cnn": "a small network"}
 _SUFFIX = ":haematoxylin"
 
 
@@ -28,7 +29,8 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
         same for ``accuracy_in_distribution``, ``accuracy_seen`` and ``accuracy_unseen``;
         ``accuracy_shift_difference`` (medi minus each rival, with interval); ``further_arms`` (of every other arm
         ``accuracy_shift``, ``accuracy_unseen``, ``medi_minus`` and its ``interval``); ``recovery_unseen``,
-        ``recovery_ceiling``; ``n`` and ``seconds`` by stage; ``warnings``, sentences that the verdict must not be read
+        ``recovery_ceiling``; ``encoder`` and ``classifier`` that judged; ``n`` and ``seconds`` by stage;
+        ``warnings``, sentences that the verdict must not be read
         without. What is not available is None. The distances also have ``left_out``: the combinations of which a side
         is not judged, and why.
     """
@@ -67,6 +69,7 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
     shift = comparison.get("arms", {}).get("real", {}).get("accuracy_shift", {})
     record["n"] = {"test_patches": shift.get("n_patches"), "test_patients": shift.get("n_patients")}
     record["encoder"] = plain
+    record["classifier"] = CLASSIFIERS[comparison.get("classifier", "probe")]
     own = {} if "evaluate" in (seconds or {}) else {"evaluate": round(sum(metrics.get("seconds", {}).values()), 3)}
     record["seconds"] = dict(seconds or {}) | own
     chances = {k: fields.get(f, {}).get("chance") for k, f in keys.items()}
@@ -108,12 +111,14 @@ def _distances(metrics: Mapping[str, Any], encoder: str, section: str) -> dict[s
 
 def useful(record: Mapping[str, Any]) -> bool | None:
     """Whether MeDi beats every rival under shift: stain transfer, oversampling, the real patches alone, and stain
-    augmentation, the nearest site's patches and reweighting where they were tried; None if unknown.
+    augmentation, the nearest site's patches and reweighting where they were tried; None if unknown, which it is
+    without stain transfer, the rival that costs nothing, unless another rival is as good already.
     """
     medi, rivals = record["accuracy_shift"].get("medi"), _rivals(record)
     if medi is None or not rivals:
         return None
-    return all(medi > r for r in rivals.values())
+    beaten = all(medi > r for r in rivals.values())
+    return None if beaten and RIVALS["stain_transfer"] not in rivals else beaten
 
 
 def _rivals(record: Mapping[str, Any]) -> dict[str, float]:
@@ -128,9 +133,9 @@ def verdict(record: Mapping[str, Any]) -> str:
     """One sentence: whether MeDi is useful here, which takes beating stain transfer and the other rivals."""
     score = record["accuracy_shift"].get("medi")
     answer = useful(record)
-    if answer is None:
-        return "Whether MeDi is useful cannot be said: there is no downstream comparison with its samples."
     rivals = _rivals(record)
+    if score is None or not rivals:
+        return "Whether MeDi is useful cannot be said: there is no downstream comparison with its samples."
     tried = RIVALS["stain_transfer"] in rivals
     lead = RIVALS["stain_transfer"] if tried else max(rivals, key=lambda name: rivals[name])
     intervals = _rival_intervals(record)
@@ -138,6 +143,8 @@ def verdict(record: Mapping[str, Any]) -> str:
         f"accuracy under shift is {score:.3f}, {score - rivals[lead]:+.3f} against {lead}"
         f"{_interval(intervals.get(lead))}"
     )
+    if answer is None:
+        return f"Whether MeDi is useful cannot be said, since stain transfer was not tried: {start}."
     if not answer:
         ahead = [text for text, value in rivals.items() if value >= score]
         return (
@@ -149,7 +156,7 @@ def verdict(record: Mapping[str, Any]) -> str:
         word = "may be useful here, though the evidence does not exclude chance"
         if chance != [lead]:
             word += f" against {_list(chance)}"
-    return f"MeDi {word}: {start}" + ("." if tried else "; stain transfer could not be tried.")
+    return f"MeDi {word}: {start}."
 
 
 def _rival_intervals(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,12 +200,24 @@ def headline_text(record: Mapping[str, Any]) -> str:
     }
     for key, title in titles.items():
         row = record[key]
+        if row["metric"] is None or not (row["left_out"] or any(row[k] for k in ("medi", "cls", "floor"))):
+            continue
         cells = "".join(f"{distance_text(row[k]):>10}" for k in ("medi", "cls", "floor"))
         cells += f"{_number(row['ratio'], 2):>10}"
         lines.append(f"  {title:<32}{(row['metric'] or '–').upper():>8}{cells}")
         lines += [f"    not judged: {name} ({why})" for name, why in row["left_out"].items()]
-    lines += ["  ratio = (MeDi − floor) / (CLS − floor): 0 is real, 1 is no better than class alone", ""]
-    lines.append("Balanced accuracy of a linear probe (higher is better)")
+    lines += ["  ratio = (MeDi − floor) / (CLS − floor): 0 is real, 1 is no better than class alone"]
+    lines += _accuracies(record) + _recoveries(record)
+    times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
+    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record["warnings"]), verdict(record)]
+    return "\n".join(lines)
+
+
+def _accuracies(record: Mapping[str, Any]) -> list[str]:
+    if not any(value is not None for value in record["accuracy_shift"].values()):
+        return []
+    lines = [""]
+    lines.append(f"Balanced accuracy of {record.get('classifier', CLASSIFIERS['probe'])} (higher is better)")
     lines.append(
         f"  {'':<32}" + "".join(f"{name:>10}" for name in ("real", "oversamp.", "stain", "CLS", "MeDi", "oracle"))
     )
@@ -213,10 +232,14 @@ def headline_text(record: Mapping[str, Any]) -> str:
     n = record["n"]
     if n["test_patches"] is not None:
         lines.append(f"  under shift: {n['test_patches']} test patches of {n['test_patients']} patients")
-    lines += ["", "Requested value found in MeDi's samples of unseen combinations (ceiling: in real patches of these)"]
+    return lines
+
+
+def _recoveries(record: Mapping[str, Any]) -> list[str]:
+    if not any(value is not None for value in record["recovery_ceiling"].values()):
+        return []
+    lines = ["", "Requested value found in MeDi's samples of unseen combinations (ceiling: in real patches of these)"]
     for key in ("site", "class"):
         found, ceiling = record["recovery_unseen"][key], record["recovery_ceiling"][key]
         lines.append(f"  {key:<32}{_number(found):>10}  (ceiling {_number(ceiling)})")
-    times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
-    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record["warnings"]), verdict(record)]
-    return "\n".join(lines)
+    return lines

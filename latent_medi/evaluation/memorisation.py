@@ -89,12 +89,12 @@ def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
     probe = study.probe
     if len(probe) > _CALIBRATION:
         probe = np.sort(np.random.default_rng(7).choice(probe, _CALIBRATION, replace=False))
-    finder = CopyFinder(_small(study.real, study.train, batch), _small(study.real, probe, batch), device)
+    finder = CopyFinder(_small(study.real, study.shown, batch), _small(study.real, probe, batch), device)
     copies = Copies(finder.threshold, {}, {}, {})
     sources = {arm.name: (arm.dataset, arm.rows) for arm in study.arms.values()}
     for name, (dataset, rows) in {**sources, "held_out": (study.real, study.reference)}.items():
         score, position, view = finder.likeness(_small(dataset, rows, batch))
-        copies.scores[name], copies.partner[name], copies.view[name] = score, study.train[position], view
+        copies.scores[name], copies.partner[name], copies.view[name] = score, study.shown[position], view
     return copies
 
 
@@ -150,6 +150,10 @@ def memorisation(study: Study, features: Features, copies: Copies, resamples: in
     return record
 
 
+class TooManyCopies(UserError):
+    """More copies of training patches than are allowed; the metrics are written."""
+
+
 def check_gate(record: Mapping[str, Any], most: float) -> None:
     """Refuse a generator that copies more than it may.
 
@@ -158,13 +162,13 @@ def check_gate(record: Mapping[str, Any], most: float) -> None:
         most: Largest share of copies allowed.
 
     Raises:
-        UserError: Names the arm, how many copies there are, and the first pair.
+        TooManyCopies: Names the arm, how many copies there are, and the first pair.
     """
     for one in record.values():
         for name, arm in one["arms"].items():
             if arm["copy_rate"]["value"] > most:
                 first = arm["listed"][0]
-                raise UserError(
+                raise TooManyCopies(
                     f"{arm['copies']} of {arm['copy_rate']['n_patches']} patches of {name} are copies of training "
                     f"patches ({arm['copy_rate']['value']:.2%}, allowed {most:.2%}); the most alike is "
                     f"{first['synthetic_key']} of {first['train_key']} ({first['patient']}).",

@@ -19,7 +19,7 @@ from latent_medi.evaluation.arms import Lesson
 from latent_medi.evaluation.learners import Learner
 from latent_medi.evaluation.probes import MAX_ITER, fit_quietly
 from latent_medi.evaluation.scores import quiet_balanced, site_averaged
-from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings, MediProtocolSettings
+from latent_medi.evaluation.settings import EvaluateSettings, HistoDiffusionProtocolSettings, MediProtocolSettings
 from latent_medi.evaluation.study import Arm, Study, among
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.selections import SELECTED_PREFIX
@@ -57,10 +57,9 @@ def medi_protocol(
         standard error and values by seed of ``balanced_accuracy``, ``site_averaged_balanced_accuracy`` and ``mcc``.
 
     Raises:
-        UserError: More sites than there are in training, a negative number, or no seed.
+        UserError: More sites than there are in training.
     """
     names = np.unique(study.index[study.site_field].to_numpy(str)[study.train])
-    _check(settings.seeds, [*settings.ratios, *settings.max_real, *settings.sites], "medi_protocol")
     if max(settings.sites, default=0) > len(names):
         raise UserError(f"medi_protocol.sites asks for {max(settings.sites)} sites; training has {len(names)}.")
     labels = study.index[study.class_field].to_numpy(str)
@@ -143,9 +142,8 @@ def histodiffusion_protocol(
         ``sensitivity`` and ``specificity`` (macro averages).
 
     Raises:
-        UserError: A dataset has no such selection, a negative number, or no seed.
+        UserError: A dataset has no such selection.
     """
-    _check(settings.seeds, settings.percent, "histodiffusion_protocol")
     labels = study.index[study.class_field].to_numpy(str)
     x, y = real[study.train], labels[study.train]
     counts = {value: int((y == value).sum()) for value in np.unique(y).tolist()}
@@ -231,6 +229,19 @@ def _test_record(study: Study) -> dict[str, Any]:
         "n_patients": int(table["patient"].nunique()),
         "sites": sorted(set(table[study.site_field].astype(str))),
     }
+
+
+def check_protocol(settings: EvaluateSettings) -> None:
+    """Refuse sizes of the protocol asked for that cannot be followed.
+
+    Raises:
+        UserError: A negative number, or no seed.
+    """
+    medi, histo = settings.medi_protocol, settings.histodiffusion_protocol
+    if settings.downstream_protocol == "medi":
+        _check(medi.seeds, [*medi.ratios, *medi.max_real, *medi.sites], "medi_protocol")
+    if settings.downstream_protocol == "histodiffusion":
+        _check(histo.seeds, histo.percent, "histodiffusion_protocol")
 
 
 def _check(seeds: int, numbers: Sequence[float], where: str) -> None:

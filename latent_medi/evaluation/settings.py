@@ -31,7 +31,7 @@ class CnnSettings:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     flips: bool = True
-    seeds: int = 1
+    seeds: int = 5
 
 
 @dataclass
@@ -77,7 +77,8 @@ class EvaluateSettings:
         selected: By name of an arm the column of a selection, such as selected_best: only the patches that it chose
             take part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
-        held_out: Combinations without a training patch, each a mapping of field to value.
+        held_out: Combinations without a training patch, each a mapping of field to value. May be empty with
+            downstream=false.
         unseen: Whether the combinations of held_out must be without a training patch; false to judge combinations that
             training has few of.
         cells: Further combinations of fields to judge each by itself, such as [[class, site]].
@@ -126,7 +127,7 @@ class EvaluateSettings:
     held_out: list[dict[str, str]] = field(default_factory=list)
     unseen: bool = True
     cells: list[list[str]] = field(default_factory=list)
-    encoders: list[str] = field(default_factory=lambda: ["demo"])
+    encoders: list[str] = field(default_factory=lambda: ["phikon-v2"])
     weights: dict[str, str] = field(default_factory=dict)
     colour_free: bool = True
     split: str = "main"

@@ -48,6 +48,11 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
     """
     dataset = PatchDataset.open(settings.data)
     column = _pool(dataset, settings)
+    if dict(settings.changes.get("evaluate") or {}).get("downstream") is False:
+        raise UserError(
+            "changes.evaluate.downstream=false leaves nothing to draw a curve of: it is of downstream accuracies.",
+            "Leave it out.",
+        )
     out = Path(settings.out)
     record_file = out / "settings.json"
     left_out = {"mean", "replace"} | (set() if settings.models else {"models"})

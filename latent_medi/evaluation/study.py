@@ -60,6 +60,7 @@ class Study:
         held_out: Combinations without a training patch.
         arms: Synthetic datasets by name.
         train: Training patches.
+        shown: Training patches and those without a known class: all that a model may have been shown.
         probe: Real patches of other patients for the floor.
         probe_train: What the probes of the adherence learn from.
         reference: Test patches for fidelity and for the probes' ceiling.
@@ -75,6 +76,7 @@ class Study:
     held_out: list[Combination]
     arms: dict[str, Arm]
     train: np.ndarray
+    shown: np.ndarray
     probe: np.ndarray
     probe_train: np.ndarray
     reference: np.ndarray
@@ -133,8 +135,8 @@ def among(rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def describe(combination: Mapping[str, str]) -> str:
-    """A combination in words, such as "spindle × birch"."""
-    return " × ".join(combination.values())
+    """A combination in words, such as "spindle × birch"; of no value, everything."""
+    return " × ".join(combination.values()) or "all patches"
 
 
 def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
@@ -142,9 +144,12 @@ def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
     return tuple(name for name in categorical_fields(dataset.schema) if (~index[name].astype(str).isin(UNTOLD)).any())
 
 
-def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema) -> list[Combination]:
-    if not held_out:
-        raise UserError("No held-out combination is given.", "Set held_out, e.g. [{class: spindle, site: birch}].")
+def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema, downstream: bool) -> list[Combination]:
+    if not held_out and downstream:
+        raise UserError(
+            "No held-out combination is given.",
+            "Set held_out, e.g. [{class: spindle, site: birch}], or downstream=false to judge the patches alone.",
+        )
     names = categorical_fields(schema)
     for combination in held_out:
         for name, value in combination.items():
@@ -201,7 +206,7 @@ def open_study(settings: EvaluateSettings) -> Study:
     if synthetic:
         raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
     assert_patient_disjoint(index, column)
-    held_out = _check_held_out(settings.held_out, real.schema)
+    held_out = _check_held_out(settings.held_out, real.schema, settings.downstream)
     for name in dict.fromkeys(name for fields in settings.cells for name in fields):
         if name not in categorical_fields(real.schema):
             close = nearest(name, categorical_fields(real.schema))
@@ -211,10 +216,13 @@ def open_study(settings: EvaluateSettings) -> Study:
     notes: list[str] = []
     split = index[column].to_numpy(dtype=str).copy()
     trained = patients_hash(index["patient"][split == settings.train_value])
+    shown = np.flatnonzero(split == settings.train_value)
     named = index[class_field].isin(real.schema.class_field.values).to_numpy(bool)
     if dropped := int(((split != "") & ~named).sum()):
         split[~named] = ""
-        notes.append(f"{dropped} real patches without a known {class_field} take no part.")
+        notes.append(
+            f"{dropped} real patches without a known {class_field} take no part, but copies of them are looked for."
+        )
     parts = {v: np.flatnonzero(split == v) for v in (settings.train_value, settings.probe_value, settings.test_value)}
     train, probe, test = parts.values()
     for name, rows in ((settings.train_value, train), (settings.test_value, test)):
@@ -230,10 +238,10 @@ def open_study(settings: EvaluateSettings) -> Study:
         if not keep[test].any():
             raise UserError(f"{describe(combination)} has no test patch, so nothing can be said about it.")
 
-    shown = sorted(set(index[class_field].to_numpy(str)[train]))
-    if settings.downstream and len(shown) < 2:
+    taught = sorted(set(index[class_field].to_numpy(str)[train]))
+    if settings.downstream and len(taught) < 2:
         raise UserError(
-            f"All training patches show {class_field} = {shown[0]}: a classifier has nothing to tell apart.",
+            f"All training patches show {class_field} = {taught[0]}: a classifier has nothing to tell apart.",
             "Set downstream=false to judge the patches alone.",
         )
     if len(probe):
@@ -288,6 +296,7 @@ def open_study(settings: EvaluateSettings) -> Study:
         held_out,
         arms,
         train,
+        shown,
         probe,
         probe_train,
         reference,

@@ -219,7 +219,7 @@ class _Facts:
     def _why(self, values: tuple[str, ...]) -> str:
         for a, b in itertools.combinations(range(len(self.names)), 2):
             if (a, b) not in self._linked:
-                self._linked[a, b] = _component_of({(cell[a], cell[b]) for cell in self.cells})
+                self._linked[a, b] = component_of({(cell[a], cell[b]) for cell in self.cells})
             of = self._linked[a, b]
             if of.get((0, values[a])) != of.get((1, values[b])):
                 first, second = f"{self.names[a]} = {values[a]!r}", f"{self.names[b]} = {values[b]!r}"
@@ -227,8 +227,9 @@ class _Facts:
         return "its effects cannot be told apart from those of other values: they only occur together"
 
 
-def _component_of(pairs: set[tuple[str, str]]) -> dict[tuple[int, str], int]:
-    """Component number of each value, (0, value) for the first field and (1, value) for the second."""
+def component_of(pairs: set[tuple[str, str]]) -> dict[tuple[int, str], int]:
+    """Component of the graph of seen pairs that each value lies in: (0, value) of the first field, (1, value) of the
+    second. Only within a component can the effects of both fields be told apart."""
     nodes = {node: i for i, node in enumerate(sorted({(0, a) for a, _ in pairs} | {(1, b) for _, b in pairs}))}
     if not nodes:
         return {}
@@ -241,7 +242,7 @@ def _component_of(pairs: set[tuple[str, str]]) -> dict[tuple[int, str], int]:
 def _components(index: pd.DataFrame, class_field: str, site_field: str) -> list[dict[str, Any]]:
     """Connected components of the class–site graph, the one with most patients first."""
     known = index[~_missing(index[class_field]) & ~_missing(index[site_field])]
-    of = _component_of(set(zip(known[class_field], known[site_field], strict=True)))
+    of = component_of(set(zip(known[class_field], known[site_field], strict=True)))
     member = known[class_field].map(lambda value: of[0, value])
     found = []
     for number in sorted(set(of.values())):

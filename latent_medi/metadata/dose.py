@@ -14,17 +14,20 @@ from collections.abc import Sequence
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.metadata.audit import cramers_v
+from latent_medi.metadata.audit import component_of, cramers_v
 from latent_medi.metadata.fields import is_missing
 
 
 def rotating_targets(
     table: pd.DataFrame, class_field: str, site_field: str, rotation: int = 0, per_site: int = 1
 ) -> list[dict[str, str]]:
-    """Combinations to withhold, ``per_site`` classes of each site, that leave every class and site seen elsewhere.
+    """Combinations to withhold, ``per_site`` classes of each site, whose class and site stay linked by those that are
+    left: without that nobody could tell what the class looks like from what the site does.
 
     Site j lacks the classes j + rotation, j + rotation + 1, … (in order of names, modulo their number), as far as it
-    has patients of them; with as many rotations as classes, every combination is a target once.
+    has patients of them and what is left allows. With three or more classes, one lacking per site and every combination
+    seen, every combination is a target once over as many rotations as there are classes; of two classes some site
+    always keeps both.
 
     Args:
         table: A row per patient or patch with both columns.
@@ -33,27 +36,31 @@ def rotating_targets(
         per_site: Classes that each site lacks; fewer than it has.
 
     Raises:
-        UserError: A class or a site would have nothing left.
+        UserError: A site would have nothing left, or no combination can be withheld.
     """
+    known = table[[class_field, site_field]].drop_duplicates().astype(str)
     pairs = {
-        tuple(map(str, pair)) for pair in table[[class_field, site_field]].drop_duplicates().itertuples(index=False)
+        (c, s) for c, s in zip(known[class_field], known[site_field], strict=True) if not is_missing(c) | is_missing(s)
     }
-    pairs = {pair for pair in pairs if not any(map(is_missing, pair))}
     classes, sites = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
-    targets = [
-        (classes[(number + rotation + turn) % len(classes)], site)
-        for number, site in enumerate(sites)
-        for turn in range(per_site)
-    ]
-    targets = [target for target in targets if target in pairs]
-    left = pairs - set(targets)
-    lost = [c for c in classes if c not in {pair[0] for pair in left}]
-    lost += [s for s in sites if s not in {pair[1] for pair in left}]
-    if lost or not targets:
+    if per_site >= len(classes):
         raise UserError(
-            f"With {per_site} of {len(classes)} classes withheld at each of {len(sites)} sites (rotation {rotation}), "
-            + (f"{lost[0]!r} would not be seen at all." if lost else "nothing would be withheld."),
-            "Withhold fewer classes per site, take another rotation, or name the combinations.",
+            f"With {per_site} of {len(classes)} classes withheld per site no site would be seen at all.",
+            "Withhold fewer classes per site, or name the combinations.",
+        )
+    targets: list[tuple[str, str]] = []
+    for turn in range(per_site):
+        for number, site in enumerate(sites):
+            target = (classes[(number + rotation + turn) % len(classes)], site)
+            of = component_of(pairs - {*targets, target})
+            # No component at all: the class or the site would not be seen.
+            if target in pairs and of.get((0, target[0]), -1) == of.get((1, site), -2):
+                targets.append(target)
+    if not targets:
+        raise UserError(
+            f"No combination of {class_field} and {site_field} can be withheld so that its effects can still be told "
+            f"apart from the other {len(pairs) - 1} seen (rotation {rotation}).",
+            "Take another rotation, or name the combinations.",
         )
     return [{class_field: c, site_field: s} for c, s in targets]
 

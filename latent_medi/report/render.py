@@ -23,6 +23,7 @@ _PARTS = {
     ),
     "per_class": ("each class", "Each class over all sites; MeDi's samples have the test patches' mix of sites."),
     "per_site": ("each site", "Each site over all classes."),
+    "whole": ("all patches", "Every class and site together; samples have the test patches' mix."),
 }
 _MOST_MATRIX = 6  # values of a field whose matrix still fits a telephone as a table
 
@@ -118,8 +119,7 @@ def _encoders(
         result.append(
             {
                 "name": name,
-                "fidelity": {"unseen": None, "per_class": None, "overall": None, "overall_skipped": {}}
-                | dict(found["fidelity"]),
+                "fidelity": {"unseen": None, "per_class": None, "overall": None} | dict(found["fidelity"]),
                 "parts": [_part(key, found["fidelity"][key]) for key in _PARTS if found["fidelity"].get(key)],
                 "downstream": found["downstream"] if downstream else None,
                 "forest": figures.forest(downstream, "accuracy_shift") if downstream else None,
@@ -146,9 +146,7 @@ def _part(key: str, part: Mapping[str, Any]) -> dict[str, Any]:
     title, caption = _PARTS[key]
     n = max((m["n_patches"] for m in part["summary"].values()), default=0)
     rows = [
-        {"name": c["name"], "arm": arm, "record": record, "fd_infinity": record.get("fd_infinity")}
-        for c in part["cells"]
-        for arm, record in c["arms"].items()
+        {"name": c["name"], "arm": arm, "record": record} for c in part["cells"] for arm, record in c["arms"].items()
     ]
     skipped = [
         f"{c['name']}: " + "; ".join(f"{figures.name_of(a)}: {why}" if a else why for a, why in c["skipped"].items())

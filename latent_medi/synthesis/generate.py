@@ -29,7 +29,7 @@ from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
-from latent_medi.synthesis.grids import samples_sheet, save_sheet
+from latent_medi.synthesis.grids import check_picture, samples_sheet, save_sheet
 from latent_medi.synthesis.maker import Maker
 from latent_medi.synthesis.plan import Sample, check_plan, read_plan, sample_at
 from latent_medi.synthesis.settings import GenerateSettings
@@ -63,6 +63,8 @@ def generate(settings: GenerateSettings, accelerator: Accelerator | None = None)
         raise UserError(
             f"A picture alone holds {_WIDTH * _LINES} patches, not {settings.n}.", "Give out: they are kept there."
         )
+    if settings.grid:
+        check_picture(settings.grid)
     accelerator = accelerator or make_accelerator(patient=True)
     if not settings.out and accelerator.num_processes > 1:  # each would make it in a folder of its own
         raise UserError("A picture alone is made by one process.", "Give out too, or start one process.")

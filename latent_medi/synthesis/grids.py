@@ -58,8 +58,8 @@ def contact_sheet(
     return sheet
 
 
-def save_sheet(sheet: Image.Image, path: str | Path) -> Path:
-    """Write a sheet as PNG, atomically.
+def check_picture(path: str | Path) -> Path:
+    """The path of a picture to write, looked at before hours go into what it shows.
 
     Raises:
         UserError: The name does not end in .png.
@@ -67,6 +67,16 @@ def save_sheet(sheet: Image.Image, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"The picture {path} must end in .png.")
+    return path
+
+
+def save_sheet(sheet: Image.Image, path: str | Path) -> Path:
+    """Write a sheet as PNG, atomically.
+
+    Raises:
+        UserError: The name does not end in .png.
+    """
+    path = check_picture(path)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
     return path
@@ -80,10 +90,12 @@ def grid(settings: GridSettings) -> Path:
     """
     pipeline = MediPipeline.from_pretrained(settings.model).to(make_accelerator().device)
     known, problems = pipeline.schema, settings.problems()
-    for name in {*settings.fields, *(n for n in (settings.rows, settings.columns, settings.field) if n)}:
+    asked = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
+    for name in dict.fromkeys([*settings.fields, *(name for name in asked if name)]):
         known.field(name)  # an unknown one is refused, with the closest
     if problems:
         raise UserError("The grid cannot be drawn: " + "; ".join(problems) + ".")
+    check_picture(settings.out)
     draw = {"cells": _cells, "blend": _blend, "trajectory": _trajectory}[settings.kind]
     return save_sheet(draw(pipeline, settings), settings.out)
 

@@ -8,6 +8,7 @@ site, whatever the class.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pandas as pd
 from latent_medi.errors import UserError
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
+from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
@@ -71,6 +73,7 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> dic
             few patients, no patch left, or another selection of that name.
     """
     check_settings(settings)
+    settings = replace(settings, device=settings.device or str(make_accelerator().device))
     task, real = open_task(settings)
     if encoder is None:
         encoder = load_encoder(settings.encoder, settings.weights or None, settings.device)

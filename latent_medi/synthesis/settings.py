@@ -237,7 +237,7 @@ class SelectSettings:
         per_cell: Patches to choose per cell at most; 0 for no such bound.
         share: Share of a cell's patches, above 0 to 1, to choose at most, rounded up.
         control: Also choose as many per cell at random, from all of its patches.
-        encoder: "demo", "squeezenet", "inception", "uni", "phikon-v2", or a folder with an encoder.
+        encoder: Name of an encoder (docs/evaluation.md lists them), a folder with one, or ``module:callable``.
         weights: Weight file or folder for encoders that need one; empty means the hub's cache.
         colour_free: Judge by the haematoxylin channel alone.
         regularisation: C of the probes (inverse strength, standardised features); 0 chooses it by cross-validation over
@@ -245,7 +245,7 @@ class SelectSettings:
         most: Real patches that a probe learns from, and whose distances give the quantiles, at most; evenly by patient.
         seed: Seed of the control and of every subsample.
         batch: Patches per forward pass.
-        device: Torch device, such as "cpu" or "cuda".
+        device: Torch device, such as "cpu" or "cuda"; empty takes a GPU if there is one.
         workers: Threads that decode patches for the comparison of pixels; 0 decodes in the main thread.
         cache: Folder of the feature cache; empty means "features" beside the synthetic dataset.
         replace: Whether another selection of that name may be overwritten.
@@ -269,14 +269,14 @@ class SelectSettings:
     per_cell: int = 0
     share: float = 0.5
     control: bool = True
-    encoder: str = "demo"
+    encoder: str = "phikon-v2"
     weights: str = ""
     colour_free: bool = False
     regularisation: float = 0.0
     most: int = 10_000
     seed: int = 0
     batch: int = 128
-    device: str = "cpu"
+    device: str = ""
     workers: int = 2
     cache: str = ""
     replace: bool = False

@@ -112,8 +112,6 @@ def test_weights_and_names_are_checked(study: Study, pools: PatchPools, tmp_path
     save_file(broken, tmp_path / "bad.safetensors")
     for match, changes in (
         ("1 tensors, such as 'conv1.0.weight'", {"network": SMALL, "weights": str(tmp_path / "bad.safetensors")}),
-        ("no network 'resnet81'; closest: 'resnet18'", {"network": "resnet81"}),
-        ("1 or more", {"steps": 0}),
     ):
         with pytest.raises(UserError, match=match):
             CnnLearner(study, pools, filters(), CnnSettings(**changes))  # type: ignore[arg-type]
@@ -122,8 +120,9 @@ def test_weights_and_names_are_checked(study: Study, pools: PatchPools, tmp_path
 @pytest.mark.slow
 def test_a_network_takes_the_probe_s_place(world: World) -> None:
     """The planted classes are found from the pixels; the headline has the network's numbers."""
+    cnn = CnnSettings(network="encoder", steps=150, batch=32, learning_rate=0.05, seeds=1)
     settings = world.settings(
-        "network", classifier="cnn", cnn=CnnSettings(network="encoder", steps=150, batch=32, learning_rate=0.05),
+        "network", classifier="cnn", cnn=cnn,
         downstream_arms=["real", "medi", "pretrain_finetune_medi"], resamples=20, colour_free=True,
     )  # fmt: skip
     result = evaluate(settings, [filters()])

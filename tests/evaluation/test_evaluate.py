@@ -164,6 +164,20 @@ def test_rivals_can_be_judged_without_samples(world: World) -> None:
     assert result["headline"]["fd_unseen"]["ratio"] is None
 
 
+def test_patches_can_be_judged_where_nothing_is_held_out(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = world.settings("whole", held_out=[], downstream=False, memorisation=True)
+    result = evaluate(settings, [filters()])
+    whole = result["fidelity"]["filters"]["whole"]["summary"]
+    assert whole["medi"]["value"] < whole["cls"]["value"]
+    assert whole["floor"]["n_patients"] > 10
+    assert whole["floor"]["interval"][0] < whole["floor"]["value"] < whole["floor"]["interval"][1]
+    assert result["memorisation"]["filters"]["arms"]["medi"]["copies"] is not None
+    text = headline_text(result["headline"])
+    assert "per class, all sites" in text
+    assert "unseen" not in text
+    assert "–" not in text.replace("KID", "").replace("(MeDi − floor)", "").split("ratio = ")[0]
+
+
 def test_only_what_a_selection_chose_takes_part(world: World, tmp_path: Path) -> None:
     """A column of an arm gives what a dataset of those patches alone gives."""
     patches = list(synthetic_patches(24, {"south": "east"}, False)) + list(synthetic_patches(24, None, False, seed=2))
@@ -211,12 +225,15 @@ def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
     refuse("no test patch", real=str(tmp_path / "no-test"), held_out=HELD_OUT[:1])
 
 
-def test_a_verdict_needs_no_particular_rival(world: World) -> None:
+def test_without_stain_transfer_nobody_is_called_useful(world: World) -> None:
     """Only what was asked for is trained, and what was trained is what MeDi is held against."""
     arms = ["medi", "reweight"]
     result = evaluate(world.settings("few-arms", repeats=1, downstream_arms=arms), [filters()])
     assert "against reweighting" in result["verdict"]
-    assert "stain transfer could not be tried" in result["verdict"]
+    assert result["verdict"].startswith("Whether MeDi is useful cannot be said, since stain transfer was not tried")
+    assert useful(result["headline"]) is None
+    result["headline"]["further_arms"]["reweight"]["accuracy_shift"] = 0.99
+    assert verdict(result["headline"]).startswith("MeDi is not useful here")
 
 
 def test_patches_without_a_class_take_no_part(world: World) -> None:
@@ -227,7 +244,10 @@ def test_patches_without_a_class_take_no_part(world: World) -> None:
     table.loc[gone, "class"] = "unknown"
     table.to_parquet(copied / "index.parquet")
     result = evaluate(world.settings("no-class-out", real=str(folder), repeats=1), [filters()])
-    assert f"{gone.sum()} real patches without a known class take no part." in result["notes"]
+    assert (
+        f"{gone.sum()} real patches without a known class take no part, but copies of them are looked for."
+        in result["notes"]
+    )
     assert result["downstream"]["filters"]["classes"] == list(CLASSES)
 
 

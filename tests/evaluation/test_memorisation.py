@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
 
@@ -16,8 +18,8 @@ from latent_medi.cli import main
 from latent_medi.errors import UserError
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import Features
-from latent_medi.evaluation.memorisation import CopyFinder, _Authentic, _percent_authentic
-from latent_medi.evaluation.study import Study
+from latent_medi.evaluation.memorisation import CopyFinder, _Authentic, _percent_authentic, find_copies
+from latent_medi.evaluation.study import Study, open_study
 from latent_medi.features.likeness import small_patches
 from latent_medi.features.statistics import pca_basis
 from latent_medi.shards.dataset import PatchDataset
@@ -77,6 +79,22 @@ def test_copies_are_counted_and_listed_with_their_originals(world: World, thief:
         assert pair["patient"] == real.index["patient"][original[pair["train_key"]]]
 
 
+def test_a_copy_of_a_patch_without_a_known_class_is_found(world: World, thief: Path, tmp_path: Path) -> None:
+    """A model is trained on these too."""
+    copied = shutil.copytree(world.real, tmp_path / "real")
+    table = pd.read_parquet(copied / "index.parquet")
+    table.loc[table["patient"].isin(sorted(set(table["patient"]))[::2]), "class"] = "unknown"
+    table.to_parquet(copied / "index.parquet")
+    settings = world.settings("untold", real=str(copied), synthetic={"medi": str(thief)}, **QUIET)
+    study = open_study(settings)
+    assert len(study.train) < 0.7 * len(study.shown)
+    found = find_copies(study)
+    stolen = np.array([int(key.partition("/")[2]) % 10 == 0 for key in study.arms["medi"].index["key"]])
+    assert (found.scores["medi"][stolen] > found.threshold).all()
+    untold = set(study.shown) - set(study.train)
+    assert untold & set(found.partner["medi"][stolen].tolist())
+
+
 def test_the_gate_fails_the_command_and_keeps_the_metrics(
     world: World, thief: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +102,8 @@ def test_the_gate_fails_the_command_and_keeps_the_metrics(
     evaluate(settings, [filters()])  # not more than allowed
     with pytest.raises(UserError, match=r"7\d of 720 patches of medi are copies .*1\d\.\d\d%, allowed 9\.00%"):
         evaluate(replace(settings, max_copy_rate=0.09), [filters()])
+    with pytest.raises(UserError, match="memorisation=false looks for no copies"):
+        evaluate(replace(settings, max_copy_rate=0.09, memorisation=False), [filters()])
     with pytest.raises(UserError, match=r"max_copy_rate is 1\.5"):
         evaluate(replace(settings, max_copy_rate=1.5), [filters()])
     out = tmp_path / "out"

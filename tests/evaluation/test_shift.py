@@ -95,6 +95,8 @@ def test_bad_input(world: World, tmp_path: Path) -> None:
         run(levels=[2.0], held_out=[{"class": "rings", "site": "east"}])
     with pytest.raises(UserError, match=r"trained already cannot be of the levels \[0\.0, 1\.0\]"):
         run(levels=[0, 1], models={"medi": "m"})
+    with pytest.raises(UserError, match=r"changes\.evaluate\.downstream=false leaves nothing to draw"):
+        run(changes={"evaluate": {"downstream": False}})
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="deals is 5"):
         evaluate(world.settings("few", deals=5), [filters()])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_medi.errors import UserError
+from latent_medi.metadata.audit import verdict
 from latent_medi.metadata.dose import rotating_targets, tie, training_patients
 
 
@@ -40,6 +41,29 @@ def test_by_hand() -> None:
     assert tie(people({("a", "x"): 5, ("b", "y"): 5}), "class", "site") == pytest.approx(1.0)
 
 
+def verdicts(table: pd.DataFrame, targets: list[dict[str, str]]) -> set[str]:
+    left = table.assign(key=table["patient"], slide=table["patient"])
+    for target in targets:
+        left = left[(left["class"] != target["class"]) | (left["site"] != target["site"])]
+    return {verdict(left, target, thin_patients=1)["verdict"] for target in targets}
+
+
+@pytest.mark.parametrize("sites", ["xy", "xyz", "vwxyz"])
+@pytest.mark.parametrize("rotation", [0, 1])
+def test_of_two_classes_a_site_keeps_both(sites: str, rotation: int) -> None:
+    table = people({(c, s): 3 for c in "ab" for s in sites})
+    targets = rotating_targets(table, "class", "site", rotation)
+    assert len(targets) == len(sites) - 1
+    assert verdicts(table, targets) == {"both margins seen"}
+
+
+def test_what_is_withheld_twice_per_site_stays_linked() -> None:
+    table = people({(c, s): 3 for c in "abc" for s in "xyz"})
+    targets = rotating_targets(table, "class", "site", per_site=2)
+    assert len(targets) == 4  # of nine; five link three classes and three sites
+    assert verdicts(table, targets) == {"both margins seen"}
+
+
 def test_every_combination_is_a_target_once() -> None:
     found = [tuple(t.values()) for r in range(3) for t in rotating_targets(EVEN, "class", "site", r)]
     assert sorted(found) == sorted((c, s) for c in "abc" for s in ("NA", "x", "y", "z"))
@@ -60,6 +84,7 @@ def test_whatever_the_cohort(counts: dict[tuple[str, str], int], rotation: int, 
         targets = rotating_targets(table, "class", "site", rotation)
     except UserError:
         return
+    assert verdicts(table, targets) == {"both margins seen"}
     levels = sorted([*levels, 1.0])
     found = training_patients(table, "class", "site", targets, levels, seed)
     withheld = {(t["class"], t["site"]) for t in targets}
@@ -82,8 +107,10 @@ def test_bad_input() -> None:
         training_patients(EVEN, "class", "site", targets, [1.2])
     with pytest.raises(UserError, match="No patient has the target a × nowhere"):
         training_patients(EVEN, "class", "site", [{"class": "a", "site": "nowhere"}], [1.0])
-    with pytest.raises(UserError, match="would not be seen at all"):
+    with pytest.raises(UserError, match="no site would be seen at all"):
         rotating_targets(EVEN, "class", "site", per_site=3)
+    with pytest.raises(UserError, match="No combination of class and site can be withheld"):
+        rotating_targets(people({("a", "x"): 4, ("b", "x"): 4, ("b", "y"): 4}), "class", "site")
     both = pd.concat([EVEN, pd.DataFrame([{"patient": "a-x-0", "class": "b", "site": "x"}])])
     with pytest.raises(UserError, match="'a-x-0' has two classes or sites"):
         training_patients(both, "class", "site", targets, [1.0])

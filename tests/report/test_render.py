@@ -19,7 +19,7 @@ from PIL import Image
 from latent_medi.errors import UserError
 from latent_medi.report.colour import sentence, side_by_side
 from latent_medi.report.figures import image_uri, short
-from latent_medi.report.page import bounds, flat, number, percent, share
+from latent_medi.report.page import bounds, distance, flat, number, percent, share
 from latent_medi.report.patches import montage
 from latent_medi.report.render import render, render_report
 from latent_medi.report.settings import SECTIONS, ReportSettings
@@ -200,8 +200,13 @@ def test_requested_and_found_stand_beside_the_ceiling(evaluated: dict[str, Any],
 def test_numbers_of_each_site_and_without_bias(full: dict[str, Any], tmp_path: Path) -> None:
     text = " ".join(_Page(render_report(full, tmp_path / "r.html").read_text()).text.split())
     assert "Each site over all classes." in text
+    assert "Every class and site together" in text
+    medi = full["fidelity"]["filters"]["overall"]["medi"]
     assert "FD∞" in text
-    assert "0.1 to 0.2" in text
+    assert f"{distance(medi['fd_infinity'])} ± {distance(medi['fd_infinity_error'])}" in text
+    assert "Per patient, sites with an unseen combination" in text
+    group = full["downstream"]["filters"]["arms"]["real"]["scores"]["patient"]["shift"]["worst_group"]["group"]
+    assert group is None or short(group, 28) in text
 
 
 def test_a_moved_run_finds_its_datasets(evaluated: dict[str, Any], small_world: World, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import signal
+import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,28 @@ def test_plan_file_is_read(plan: pd.DataFrame, model: Path, whole: PatchDataset,
     assert files(again.folder) == files(whole.folder)
     with pytest.raises(UserError, match="model"):
         generate(replace(SETTINGS, plan="plan.csv", out="out"))
+
+
+def test_a_picture_of_another_kind_is_refused_first(plan: pd.DataFrame, model: Path, tmp_path: Path) -> None:
+    write_plan(plan, tmp_path / "plan.csv")
+    paths = {"plan": str(tmp_path / "plan.csv"), "model": str(model), "out": str(tmp_path / "made")}
+    with pytest.raises(UserError, match=r"x\.jpg must end in \.png"):
+        generate(replace(SETTINGS, **paths, grid=str(tmp_path / "x.jpg")))
+    assert not (tmp_path / "made").exists()
+
+
+def test_jpeg_on_request(plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path) -> None:
+    made = generate_plan(plan, model, tmp_path / "jpeg", replace(SETTINGS, codec="jpg"))
+    assert made.info["codec"] == made.info["provenance"]["codec"] == "jpg"
+    rows = np.arange(len(made))
+    apart = np.abs(made.read(rows).astype(int) - whole.read(rows).astype(int))
+    assert 0 < apart.mean() < 6
+    shard = next((tmp_path / "jpeg").rglob("*.tar"))
+    with tarfile.open(shard) as tar:
+        member = next(m for m in tar if m.name.endswith(".jpg"))
+        data = tar.extractfile(member).read()  # type: ignore[union-attr]
+    assert data.startswith(b"\xff\xd8")
+    assert b"origin=synthetic" in data
 
 
 def test_class_model_leaves_the_site_out_knowingly(plan: pd.DataFrame, class_model: Path, tmp_path: Path) -> None:

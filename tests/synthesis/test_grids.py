@@ -99,6 +99,14 @@ def test_a_blend_begins_and_ends_at_its_values(settings: GridSettings, model: Pa
     assert grid(years).is_file()
 
 
+def test_a_model_of_other_fields_is_asked_for_its_own(settings: GridSettings, class_model: Path) -> None:
+    """rows, columns and field are there for other kinds of picture."""
+    told = replace(settings, model=str(class_model), kind="trajectory", fields={"class": "tumour"}, n=1, steps=2)
+    assert grid(replace(told, sampler=SamplerSettings(steps=2))).is_file()
+    with pytest.raises(UserError, match="no field 'site'"):
+        grid(replace(settings, model=str(class_model), fields={}))
+
+
 def test_a_trajectory_ends_with_the_image(settings: GridSettings, model: Path) -> None:
     wanted = {"class": "tumour", "site": "NA", "age": "60"}
     path = grid(
