@@ -57,9 +57,10 @@ def medi_protocol(
         standard error and values by seed of ``balanced_accuracy``, ``site_averaged_balanced_accuracy`` and ``mcc``.
 
     Raises:
-        UserError: More sites than there are in training.
+        UserError: More sites than there are in training, a negative number, or no seed.
     """
     names = np.unique(study.index[study.site_field].to_numpy(str)[study.train])
+    _check(settings.seeds, [*settings.ratios, *settings.max_real, *settings.sites], "medi_protocol")
     if max(settings.sites, default=0) > len(names):
         raise UserError(f"medi_protocol.sites asks for {max(settings.sites)} sites; training has {len(names)}.")
     labels = study.index[study.class_field].to_numpy(str)
@@ -142,8 +143,9 @@ def histodiffusion_protocol(
         ``sensitivity`` and ``specificity`` (macro averages).
 
     Raises:
-        UserError: A dataset has no such selection.
+        UserError: A dataset has no such selection, a negative number, or no seed.
     """
+    _check(settings.seeds, settings.percent, "histodiffusion_protocol")
     labels = study.index[study.class_field].to_numpy(str)
     x, y = real[study.train], labels[study.train]
     counts = {value: int((y == value).sum()) for value in np.unique(y).tolist()}

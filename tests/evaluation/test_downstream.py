@@ -29,7 +29,9 @@ def _hand_study() -> Study:
     index = pd.DataFrame(rows, columns=["class", "site", "patient"]).assign(origin="real", key="k", slide="one")
     real = cast(PatchDataset, SimpleNamespace(index=index, schema=schema))
     empty, test = np.zeros(0, int), np.arange(9)
-    return Study(real, "class", "site", [{"class": "b", "site": "t"}], {}, empty, empty, empty, test, test, "none", [])
+    return Study(
+        real, "class", "site", [{"class": "b", "site": "t"}], {}, empty, empty, empty, empty, test, test, "none", []
+    )
 
 
 def test_accuracy_shift_by_hand() -> None:

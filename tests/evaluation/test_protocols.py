@@ -14,7 +14,7 @@ from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 from latent_medi.errors import UserError
 from latent_medi.evaluation import protocols
 from latent_medi.evaluation.arms import Lesson
-from latent_medi.evaluation.classifiers import _check
+from latent_medi.evaluation.classifiers import check_downstream
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.learners import Learned
 from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings, MediProtocolSettings
@@ -175,4 +175,4 @@ def test_a_protocol_is_one_setting(world: World) -> None:
         ("Leave `selected` out", {"downstream_protocol": "histodiffusion", "selected": {"medi": "x"}}),
     ):
         with pytest.raises(UserError, match=match):
-            _check(world.settings("wrong", **changes))
+            check_downstream(world.settings("wrong", **changes))
