@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from latent_medi.errors import UserError
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a full disk or an exhausted quota."""
+
+SEAL = "seal"
+"""Key of a JSON object under which the checksum of the rest stands."""
 
 
 def _sync_folder(folder: Path) -> None:
@@ -87,17 +90,72 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: The file is absent or not JSON.
+        UserError: The file is absent, no file that can be read, or not JSON.
     """
     path = Path(path)
     try:
+        # Opening a pipe or a device would wait for somebody to write, for ever.
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file.", "Remove it, and run the step that writes it.")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.", "Check the path, or run the step that writes it.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(
-            f"{path} is not valid JSON: {error}.", "Restore it from its source, or run the step that writes it again."
+            f"{path} is not valid JSON: {reason}.", "Restore it from its source, or run the step that writes it again."
         ) from None
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: As :func:`read_json`, or it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path} holds a JSON {type(value).__name__}, not an object.",
+            "Restore it from its source, or run the step that writes it again.",
+        )
+    return value
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    """The checksum of an object's content, whatever its key order and whitespace."""
+    content = {key: entry for key, entry in value.items() if key != SEAL}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return f"sha256:{sha256_bytes(text.encode())}"
+
+
+def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with the checksum of its content under :data:`SEAL`, atomically."""
+    content = json.loads(json.dumps(value, allow_nan=False))  # as it will be read: keys are strings, tuples lists
+    content.pop(SEAL, None)
+    write_json(path, {**content, SEAL: _seal(content)})
+
+
+def read_sealed(path: str | Path, remedy: str) -> tuple[dict[str, Any], bool]:
+    """Read what :func:`write_sealed` wrote, and compare its checksum.
+
+    Args:
+        path: The file.
+        remedy: What to do if it is damaged, in a sentence.
+
+    Returns:
+        The object without its checksum, and whether it had one: earlier versions wrote none.
+
+    Raises:
+        UserError: As :func:`read_object`, or the content is not what was written.
+    """
+    value = read_object(path)
+    told = value.pop(SEAL, None)
+    if told is not None and told != _seal(value):
+        raise UserError(f"{path} is damaged: its content does not have the checksum it was written with.", remedy)
+    return value, told is not None
 
 
 def sha256_bytes(data: bytes) -> str:
