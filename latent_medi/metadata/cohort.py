@@ -157,7 +157,7 @@ def audit_table(settings: AuditSettings) -> dict[str, Any]:
     """
     index, schema = read_cohort(
         settings.data, settings.class_field, settings.site_field, settings.fields, settings.patient_field,
-        settings.slide_field,
+        settings.slide_field, settings.continuous,
     )  # fmt: skip
     return audit_index(index, schema, settings) | {"table": settings.data}
 

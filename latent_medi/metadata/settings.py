@@ -17,6 +17,7 @@ class AuditSettings:
         class_field: Class column of a table; a dataset folder says itself.
         site_field: The field whose graph with the class is examined.
         fields: Further categorical columns of a table, such as [gender, race].
+        continuous: Columns of numbers of a table, such as [age].
         patient_field: Patient column of a table; empty for patient or case_submitter_id, or the TCGA barcode's.
         slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
         tss_table: GDC's table of TCGA tissue source sites; the site column's codes become institutions.
@@ -32,6 +33,7 @@ class AuditSettings:
     class_field: str = "class"
     site_field: str = "site"
     fields: list[str] = field(default_factory=list)
+    continuous: list[str] = field(default_factory=list)
     patient_field: str = ""
     slide_field: str = ""
     tss_table: str = ""

@@ -18,8 +18,9 @@ from typing import Any
 import pandas as pd
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.metadata.audit import VERDICTS, audit
+from latent_medi.metadata.audit import audit
 from latent_medi.metadata.cohort import is_table, map_sites, read_cohort
+from latent_medi.metadata.estimability import VERDICTS
 from latent_medi.metadata.schema import UNKNOWN, Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
