@@ -32,6 +32,7 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
 from latent_medi.files import atomic_path, read_json, write_json
 from latent_medi.launch import make_accelerator
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
 
@@ -206,8 +207,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         stage.judge(encoder, features, made, metrics)
         clock.lap("downstream")
     if stage.tables:
-        with atomic_path(out / "predictions.csv") as temporary:
-            pd.concat(stage.tables).to_csv(temporary, index=False)
+        write_for_people(pd.concat(stage.tables), out / "predictions.csv")
     metrics["seconds"] = clock.seconds
     metrics = finite(metrics)
     metrics["headline"] = headline(metrics)

@@ -26,9 +26,10 @@ from latent_medi.evaluation.study import categorical_fields, describe, strata
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import read_json, write_json
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.fields import is_missing
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
 
@@ -115,8 +116,7 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
         result = {"run": run_record(settings.seed), "settings": dataclasses.asdict(settings), "encoders": found}
         result = finite(result)
         write_json(out / "floors.json", result)
-        with atomic_path(out / "floors.csv") as temporary:
-            _table(result).to_csv(temporary, index=False)
+        write_for_people(_table(result), out / "floors.csv")
     accelerator.wait_for_everyone()
     return read_json(out / "floors.json")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from latent_medi.files import atomic_path
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _MOST_COLUMNS = 30
+# Apostrophes before it too, so that what begins with one is told apart when it is read back.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
 
 def read_table(path: str | Path, strip: bool = True) -> pd.DataFrame:
@@ -126,6 +129,43 @@ def settings_of_columns(settings: Any, *names: str) -> dict[str, str]:
         for column in [value] if isinstance(value, str) else value:
             named.setdefault(column, name)
     return named
+
+
+def escape_cell(text: str) -> str:
+    """``text`` with an apostrophe before it if a spreadsheet would run it as a formula; numbers stay."""
+    if not _FORMULA.match(text):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+def unescape_cell(text: str) -> str:
+    """What :func:`escape_cell` was given."""
+    return text[1:] if text.startswith("'") and escape_cell(text[1:]) == text else text
+
+
+def write_for_people(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table as CSV for people, whole or not at all: text that a spreadsheet would run is escaped.
+
+    Args:
+        table: The table; names of columns are strings.
+        path: The file.
+    """
+    cells = table.rename(columns=lambda name: escape_cell(str(name)))
+    for position, kind in enumerate(cells.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):
+            column = cells.iloc[:, position].astype(object)
+            cells.isetitem(position, column.map(lambda cell: escape_cell(cell) if isinstance(cell, str) else cell))
+    with atomic_path(path) as temporary:
+        cells.to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
+
+
+def written_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of strings that :func:`write_for_people` wrote, and a spreadsheet may have saved again, as it was."""
+    return table.rename(columns=unescape_cell).map(unescape_cell)
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> None:

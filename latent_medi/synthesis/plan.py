@@ -24,7 +24,7 @@ import pandas as pd
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import atomic_path
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field, Schema
-from latent_medi.metadata.tables import read_table
+from latent_medi.metadata.tables import read_table, write_for_people, written_for_people
 
 REAL = "real"
 """Cell of a continuous field: draw a realistic value for each sample."""
@@ -48,16 +48,19 @@ def write_plan(plan: pd.DataFrame, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise UserError(f"The plan {path} must end in .csv or .parquet.")
+    if path.suffix.lower() == ".csv":
+        write_for_people(plan, path)
+        return
     with atomic_path(path) as temporary:
-        if path.suffix.lower() == ".csv":
-            plan.to_csv(temporary, index=False, encoding="utf-8")
-        else:
-            plan.to_parquet(temporary, index=False)
+        plan.to_parquet(temporary, index=False)
 
 
 def read_plan(path: str | Path, schema: Schema | None = None) -> pd.DataFrame:
     """Read a plan and check it; see :func:`check_plan`."""
-    return check_plan(read_table(path), schema, where=str(path))
+    table = read_table(path)
+    if Path(path).suffix.lower() == ".csv":
+        table = written_for_people(table)
+    return check_plan(table, schema, where=str(path))
 
 
 def check_plan(

@@ -20,6 +20,7 @@ from latent_medi.errors import UserError
 from latent_medi.files import read_json, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.metadata.seen import together
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
 from latent_medi.training.averages import reconstruct
 from latent_medi.training.checkpoint import checkpoint_folders, remove_unfinished
@@ -159,7 +160,7 @@ def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFra
     write_text(out / "settings.yaml", yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True))
     write_json(out / RUN_FILE, {"run": record})
     if table is not None:
-        write_text(out / "transfer.csv", table.to_csv(index=False))
+        write_for_people(table, out / "transfer.csv")
 
 
 def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source | None) -> Autoencoder:
