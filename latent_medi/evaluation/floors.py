@@ -18,9 +18,9 @@ from threadpoolctl import threadpool_limits
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.against_real import LEAST_DEALS, deals
-from latent_medi.evaluation.evaluate import finite, run_record
 from latent_medi.evaluation.measures import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE, PatientTable
 from latent_medi.evaluation.probes import fit_probe
+from latent_medi.evaluation.provenance import finite, portable, recorded_settings, run_record
 from latent_medi.evaluation.settings import FloorsSettings
 from latent_medi.evaluation.study import categorical_fields, describe, strata
 from latent_medi.features.cache import cached_features
@@ -113,8 +113,9 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
                 },
             }  # fmt: skip
     if accelerator.is_main_process:
-        result = {"run": run_record(settings.seed), "settings": dataclasses.asdict(settings), "encoders": found}
-        result = finite(result)
+        used = recorded_settings(dataclasses.asdict(settings), ("data", "weights", "cache", "out"), out)
+        result = finite({"run": run_record(settings.seed, out), "settings": used, "encoders": found})
+        result = portable(result, out, [settings.data, Path.home(), Path.cwd()])
         write_json(out / "floors.json", result)
         write_for_people(_table(result), out / "floors.csv")
     accelerator.wait_for_everyone()

@@ -115,6 +115,8 @@ class EvaluateSettings:
             metrics["protocols"].
         medi_protocol: Sizes for "medi".
         histodiffusion_protocol: Sizes for "histodiffusion".
+        patient_names: Name real patients and patches in metrics.json and the report as the dataset does; otherwise they
+            are numbers, by which only who has the dataset can find them. predictions.csv has the names either way.
         device: Torch device of the encoders; empty takes a GPU if there is one.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
@@ -152,6 +154,7 @@ class EvaluateSettings:
     downstream_protocol: str = "default"
     medi_protocol: MediProtocolSettings = field(default_factory=MediProtocolSettings)
     histodiffusion_protocol: HistoDiffusionProtocolSettings = field(default_factory=HistoDiffusionProtocolSettings)
+    patient_names: bool = False
     device: str = ""
     batch: int = 128
     cache: str = ""
