@@ -53,7 +53,7 @@ def portable(value: Any, folder: str | Path, known: Iterable[str | Path] = ()) -
         if os.path.isabs(text) and "\n" not in text and os.path.exists(text):
             return relative_path(text, folder)
         for root in roots:
-            text = re.sub(rf"(?<![\w/.]){re.escape(root)}(?![\w.-])", lambda _, r=root: relative_path(r, folder), text)
+            text = re.sub(rf"(?<![\w/.]){re.escape(root)}(?![\w.-])", relative_path(root, folder), text)
         return _PATH.sub(lambda found: _of_this_machine(found[0], folder), text)
 
     if isinstance(value, Mapping):
