@@ -111,10 +111,11 @@ class Slide:
         try:
             handle = openslide.OpenSlide(str(self.path))
         except openslide.OpenSlideUnsupportedFormatError:
-            tags = tiff_tags(self.path)
-            if tags is not None and not tags.tiled:
+            if (tags := tiff_tags(self.path)) is not None:
+                _check_samples(tags)
+                what = "in a form that OpenSlide does not read" if tags.tiled else "in strips, not in tiles"
                 raise SlideSkipped(
-                    "a TIFF in strips, not in tiles: convert it, vips tiffsave IN OUT.tif --tile --pyramid --bigtiff"
+                    f"a TIFF {what}: convert it, vips tiffsave IN OUT.tif --tile --pyramid --bigtiff"
                 ) from None
             raise SlideError("not a slide: OpenSlide does not know the format") from None
         except (openslide.OpenSlideError, OSError) as error:

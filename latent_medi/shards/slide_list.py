@@ -289,7 +289,7 @@ def _give_patient(slide: Listed, settings: SlideSettings) -> None:
 def _tell_of_patients(slides: list[Listed]) -> None:
     """Say which slides are taken for a patient of their own, and which of these look like one person's."""
     own = [slide for slide in slides if slide.patient == slide.key]
-    if not own:
+    if len(own) < 2:
         return
     logger.warning(
         "%d of %d slides are taken for a patient each, as their names hold no TCGA barcode: if a patient has several, "
@@ -297,6 +297,7 @@ def _tell_of_patients(slides: list[Listed]) -> None:
     )  # fmt: skip
     people: dict[str, list[str]] = defaultdict(list)
     for slide in own:
+        people[f"{slide.path.parent}/{_key(slide)}"].append(slide.key)  # one scan in two formats, perhaps
         # C3L-00001-21, 12345_2, case 7 B: a number, and one short part more.
         if match := re.fullmatch(r"(.*\d.*?)[-_ ]+(?:\d{1,3}|[A-Za-z]{1,2}\d{0,2})", slide.key):
             people[match[1]].append(slide.key)

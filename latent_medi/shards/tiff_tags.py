@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,10 @@ def tiff_tags(path: str | Path) -> TiffTags | None:
         return _read(Path(path))
     except (struct.error, ValueError, OverflowError):
         return None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # an offset that no file has
+            return None
+        raise
 
 
 def _read(path: Path) -> TiffTags | None:

@@ -106,8 +106,8 @@ def why_no_tissue(image: np.ndarray, mpp: float = THUMBNAIL_MPP) -> str:
     if (covered := pen_and_black(image)).sum() >= least:
         return f"no tissue: {covered.mean():.0%} of it is taken for marker ink or black, the rest for glass"
     if value.size < 2 * least:
-        size = " × ".join(f"{pixels * mpp / 1000:.3g}" for pixels in (image.shape[1], image.shape[0]))
-        return f"too small to find tissue on: the whole slide is {size} mm, if its resolution is right"
+        size = " × ".join(f"{pixels * mpp / 1000:.1g}" for pixels in (image.shape[1], image.shape[0]))
+        return f"too small to find tissue on: the whole slide is about {size} mm, if its resolution is right"
     return "no tissue: nothing but glass, or too pale to tell from it"
 
 
