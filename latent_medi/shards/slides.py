@@ -23,7 +23,7 @@ import pandas as pd
 
 from latent_medi.errors import Incomplete, UserError
 from latent_medi.files import read_json, read_object, remove
-from latent_medi.metadata.tables import read_table, write_table
+from latent_medi.metadata.tables import read_table, require_columns, write_for_people, written_for_people
 from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -82,7 +82,7 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
     name = settings.name or out.name
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": settings.patch_size, "codec": settings.codec}
     table = out / QC_TABLE
-    before = {row["slide"]: row for row in read_table(table).to_dict(orient="records")} if table.is_file() else {}
+    before = _before(table)
     dataset: PatchDataset | None = None
     if (out / INFO_FILE).is_file():
         _check_out(out, {job.patient for job in jobs})
@@ -116,6 +116,15 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
     for leftover in (out / QC_FOLDER).glob(".tmp-*"):  # of a run that was killed
         remove(leftover)
     return _told(dataset, rows + faults)
+
+
+def _before(path: Path) -> dict[str, dict[str, Any]]:
+    """What the quality table said of each slide, if there is one."""
+    if not path.is_file():
+        return {}
+    table = written_for_people(read_table(path))
+    require_columns(table, ["slide", "status"], f"The quality table {path}")
+    return {row["slide"]: row for row in table.to_dict(orient="records")}
 
 
 def _check_out(out: Path, patients: set[str]) -> None:
@@ -269,7 +278,7 @@ def _reasons(rows: list[dict[str, Any]], most: int = 20) -> str:
 
 
 def _write_qc(rows: list[dict[str, Any]], path: Path) -> None:
-    write_table(pd.DataFrame([{column: row.get(column, "") for column in QC_COLUMNS} for row in rows]), path)
+    write_for_people(pd.DataFrame([{column: row.get(column, "") for column in QC_COLUMNS} for row in rows]), path)
 
 
 def _estimate(jobs: list[SlideJob], faults: list[dict[str, Any]], settings: SlideSettings) -> dict[str, Any]:

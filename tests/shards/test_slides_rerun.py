@@ -42,7 +42,7 @@ def cut(source: Path, out: Path, **more: object) -> dict:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    for seed, name in enumerate(("a", "b")):
+    for seed, name in enumerate(("a", "=b")):  # a spreadsheet would run the second
         write_slide(folder / f"{name}.tif", tissue(1300, 1000, seed))
     return folder
 
@@ -90,9 +90,11 @@ def copied(whole: Path, out: Path) -> Path:
 def test_a_lost_sheet_is_drawn_again_and_nothing_is_cut(source: Path, whole: Path, tmp_path: Path) -> None:
     out = copied(whole, tmp_path / "out")
     (out / "qc" / "a.png").unlink()
-    (out / "qc" / ".tmp-77-b.png").write_bytes(b"half")
+    (out / "qc" / ".tmp-77-=b.png").write_bytes(b"half")
     table = pd.read_csv(out / "qc" / "slides.csv", dtype=str)
-    table.loc[0, ["bytes", "seconds"]] = ""  # as a run left it that was killed between shard and sheet
+    table.loc[table["slide"] == "a", ["bytes", "seconds"]] = (
+        ""  # as a run left it that was killed between shard and sheet
+    )
     table.to_csv(out / "qc" / "slides.csv", index=False)
     before = {p: p.stat().st_mtime_ns for p in (out / "data").iterdir()}
     assert cut(source, out)["slides"] == {"kept": 2}
@@ -108,7 +110,7 @@ def test_what_was_left_out_is_told_again_until_it_is_mended(source: Path, whole:
     out = copied(whole, tmp_path / "out")
     slides = tmp_path / "slides"
     slides.mkdir()
-    for name in ("a", "b"):
+    for name in ("a", "=b"):
         (slides / f"{name}.tif").symlink_to(source / f"{name}.tif")
     (slides / "gone.tif").symlink_to(tmp_path / "gone.tif")
     for _ in range(2):
@@ -127,10 +129,10 @@ def test_a_split_is_never_dropped(source: Path, whole: Path, tmp_path: Path) -> 
     # Other patches of the same patients are in the same parts.
     cut(source, out, seed=1)
     index = PatchDataset.open(out).index
-    assert index.groupby("slide")["split_main"].unique().map(list).to_dict() == {"a": ["train"], "b": ["test"]}
+    assert index.groupby("slide")["split_main"].unique().map(list).to_dict() == {"a": ["train"], "=b": ["test"]}
     # Other patients would leave nothing of it.
     table = tmp_path / "t.csv"
-    table.write_text("slide,patient\na,p1\nb,p2\n")
+    table.write_text("slide,patient\na,p1\n=b,p2\n")
     kept = contents(out)
     with pytest.raises(UserError, match="has the split 'main', and no patient of it is among the slides"):
         cut(source, out, table=str(table))
