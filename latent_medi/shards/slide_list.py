@@ -174,7 +174,7 @@ class _Finder:
             return Listed(fits[0], cell, fits[0].stem, row)
         if fits:
             names = ", ".join(str(path.relative_to(self.root)) for path in fits[:_MOST_NAMED])
-            fault = f"ambiguous: {len(fits)} files are meant ({names}); write the path below {self.root}"
+            fault = f"ambiguous: {len(fits)} files are meant ({names}); write the path below source"
             return Listed(path, cell, row=row, fault=fault)
         # Perhaps it is out of reach for a moment; then its key is what it would be.
         ending = path.suffix.lower() in (*EXTENSIONS, ".dcm")

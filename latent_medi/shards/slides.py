@@ -327,7 +327,7 @@ def _jobs(slides: list[Listed], settings: SlideSettings) -> list[SlideJob]:
     jobs: list[SlideJob] = []
     for number, slide in enumerate(slides):
         job = SlideJob(
-            str(slide.path.resolve()), slide.key, slide.patient, fields={name: slide.row[name] for name in fields},
+            os.path.realpath(slide.path), slide.key, slide.patient, fields={name: slide.row[name] for name in fields},
             extra={name: slide.row[name] for name in settings.extra}, mpp_override=slide.mpp,
             folder=str(Path(settings.out).resolve()), number=number, memory=settings.memory, dry_run=settings.dry_run,
             sheet=str(Path(settings.out, QC_FOLDER, f"{slide.key}.png").resolve()) if settings.contact_sheets else "",
