@@ -53,10 +53,10 @@ def build(
         raise UserError(f"{source} holds the normalised and the raw set of the same patches.", "Keep one of them.")
     rows = []
     for name in there:
-        for folder in sorted(p for p in (Path(source) / name).iterdir() if p.is_dir()):
+        for folder in sorted(p for p in (Path(source) / name).glob("[!.]*") if p.is_dir()):
             if folder.name not in CLASSES:
                 raise UserError(f"{folder} is no class; {nearest(folder.name, CLASSES)}.")
-            for path in sorted(folder.glob("*.tif")):
+            for path in sorted(folder.glob("[!.]*.tif")):  # not the ._ files of macOS
                 rows.append(
                     {
                         "image": path.relative_to(source).as_posix(), "key": f"{name}/{path.stem.replace('.', '-')}",

@@ -34,6 +34,7 @@ from latent_medi.progress import progress
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.convert import convert, scaled
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.find import find_files
 from latent_medi.shards.patch import Patch
 
 PATCH_UM = 128.0
@@ -69,7 +70,11 @@ def _samples(tar: Path) -> Iterator[dict[str, Any]]:
 
 
 def _list_tars(source: Path, scheme: str) -> tuple[list[Path], pd.DataFrame]:
-    tars = sorted(p for p in source.rglob("*.tar") if (m := _TAR.fullmatch(p.name)) and m["scheme"] == scheme)
+    found = find_files(source, (".tar",))
+    if found.left_out:
+        path, why = found.left_out[0]
+        raise UserError(f"{path} cannot be used: {why}.", "Mend or remove it; nothing is left out silently.")
+    tars = [p for p in found.files if (m := _TAR.fullmatch(p.name)) and m["scheme"] == scheme]
     rows = []
     for tar in progress(tars, desc="listing", unit="tar"):
         part = _PARTS[_TAR.fullmatch(tar.name)["part"]]  # type: ignore[index]
@@ -81,7 +86,7 @@ def _list_tars(source: Path, scheme: str) -> tuple[list[Path], pd.DataFrame]:
 
 def _list_folders(source: Path, scale: int) -> pd.DataFrame:
     rows = []
-    for path in sorted(source.glob(f"*/{scale}/TCGA-*/*.jpg")):
+    for path in sorted(source.glob(f"*/{scale}/TCGA-*/[!.]*.jpg")):  # not the ._ files of macOS
         row = _described(f"{path.parent.name}/{path.stem}", path.parts[-4], str(path))
         rows.append({**row, "file": path.relative_to(source).as_posix(), "part": ""})
     return pd.DataFrame(rows)

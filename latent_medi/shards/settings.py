@@ -78,11 +78,14 @@ class SlideSettings:
     """Whole slides, and how patches are cut from them.
 
     Args:
-        source: Folder that is searched for slides; or the folder that the table's slide paths are relative to.
+        source: Folder that is searched for slides, through links too; or the folder that the table's slide paths are
+            relative to.
         table: CSV, TSV or Parquet file with a row per slide; empty to take every slide in source, without fields.
         out: Dataset folder to write.
         name: The dataset's name; empty for the name of the output folder.
-        slide_column: Column of the table with the slides' files.
+        slide_column: Column of the table with the slides' files, with or without folder and ending.
+        key_column: Column of unique names that the patches' keys begin with; empty for the name of the slide's file,
+            with its folder where two are named alike.
         patient_column: Column of patients, the unit that never crosses splits. Without a table the patient is that of
             the TCGA barcode in the file's name, or the slide itself.
         class_field: Class column; empty if there is none.
@@ -117,6 +120,7 @@ class SlideSettings:
     out: str = ""
     name: str = ""
     slide_column: str = "slide"
+    key_column: str = ""
     patient_column: str = "patient"
     class_field: str = ""
     categorical: list[str] = field(default_factory=list)

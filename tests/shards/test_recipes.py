@@ -79,6 +79,7 @@ def test_nct_crc(tmp_path: Path) -> None:
             (source / name / kind).mkdir(parents=True)
             for i in range(count):
                 (source / name / kind / f"{kind}-AAA{i}.tif").write_bytes(image_bytes(224, "TIFF"))
+                (source / name / kind / f"._{kind}-AAA{i}.tif").write_bytes(b"\0\5\x16\7")  # as macOS leaves it
     assert main(["shards", "nct-crc", str(source), str(tmp_path / "out"), "--patch-size", "112"]) == 0
     dataset = open_clean(tmp_path / "out")
     assert dataset.info["mpp"] == 1.0
@@ -171,6 +172,9 @@ def test_tcga_ut_from_the_hubs_tars(tmp_path: Path) -> None:
     for part in ("train", "valid", "test"):
         samples = [(f"{s}/{n}", label) for s, label, p in SLIDES if p == part for n in ("0_8_521", "1_3_254")]
         write_tar(source / "data" / f"dataset_internal_{part}_part000.tar", samples)
+    (source / "data").rename(tmp_path / "store")  # as on a cluster: the folder of data is a link
+    (source / "data").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "._dataset_internal_train_part000.tar").write_bytes(b"\0\5\x16\7")
     clinical, codes = metadata(tmp_path)
     words = ["--patch-size", "128", "--metadata", str(clinical), "--codes", str(codes)]
     assert main(["shards", "tcga-ut", str(source), str(tmp_path / "out"), *words]) == 0
@@ -179,6 +183,11 @@ def test_tcga_ut_from_the_hubs_tars(tmp_path: Path) -> None:
     assert dataset.index.groupby("patient")["split_internal"].first().to_dict() == {
         "TCGA-NA-A4QV": "train", "TCGA-E2-A14V": "train", "TCGA-73-4658": "val", "TCGA-60-2706": "test",
     }  # fmt: skip
+    gone = source / "data" / "dataset_internal_test_part009.tar"
+    gone.symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(UserError, match=r"part009.tar cannot be used: a link to"):
+        load_recipe("tcga-ut").build(source, tmp_path / "x")
+    gone.unlink()
     write_tar(source / "data" / "dataset_internal_test_part001.tar", [("TCGA-E2-A14V-01Z-00-DX2/0_8_521", "Breast")])
     with pytest.raises(UserError, match=r"1 patients are in several parts.*'TCGA-E2-A14V'"):
         load_recipe("tcga-ut").build(source, tmp_path / "x")
@@ -193,6 +202,7 @@ def test_tcga_ut_from_zenodos_folders(tmp_path: Path) -> None:
             target.write_bytes(image_bytes(256, "JPEG"))
         (source / label / "3" / slide).mkdir(parents=True)
         (source / label / "3" / slide / "0_8_900.jpg").write_bytes(image_bytes(256, "JPEG"))
+        (source / label / "0" / slide / "._0_8_521.jpg").write_bytes(b"\0\5\x16\7")  # as macOS leaves it
     clinical, codes = metadata(tmp_path)
     recipe = load_recipe("tcga-ut")
     dataset = recipe.build(source, tmp_path / "out", 128, metadata=clinical, codes=codes, jobs=2)
