@@ -15,7 +15,7 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.schemes import Split, make_split, needed_columns
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
 from latent_medi.metadata.splits import split_column
-from latent_medi.metadata.tables import read_table, require_columns, write_table
+from latent_medi.metadata.tables import ENDINGS, read_table, require_columns, write_table
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, read_site_codes, site_codes
 
 PATIENT_COLUMNS = ("patient", "case_submitter_id", "patient_id", "case")
@@ -24,8 +24,9 @@ SITE_CODE_COLUMNS = ("tissue_source_site", "tss", "tss_code")
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether a path names a table, not a dataset folder."""
-    return not Path(path).is_dir() and Path(path).suffix.lower() in (".csv", ".tsv", ".parquet", ".pq")
+    """Whether a path names a table, not a dataset folder; a file of another ending is refused as one."""
+    path = Path(path)
+    return not path.is_dir() and (path.suffix.lower() in ENDINGS or path.exists())
 
 
 def read_cohort(
