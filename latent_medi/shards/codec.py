@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import Any, Literal, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -86,17 +88,28 @@ def decode_image(data: bytes) -> np.ndarray:
         UserError: The bytes are no whole image of :data:`FORMATS`, hold several, or the image is not 8-bit RGB; then
             the hint says how to convert it.
     """
+    with opened(io.BytesIO(data)) as image:
+        check_header(image)
+        image.load()
+        return np.asarray(image)
+
+
+@contextmanager
+def opened(file: BinaryIO) -> Iterator[Image.Image]:
+    """An image file of one of :data:`FORMATS`, opened; what goes wrong inside is told as a fault of the image.
+
+    Raises:
+        UserError: It is no whole image.
+    """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            check_header(image)
-            image.load()
-            return np.asarray(image)
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
+    except (UserError, MemoryError):
+        raise
     except UnidentifiedImageError:
         raise UserError(f"Not a readable image: none of {', '.join(FORMATS)}, or cut off.") from None
-    except UserError:
-        raise
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"Not a readable image: {str(error)[:200]}.") from None
+    except Exception as error:  # Pillow lets through whatever a damaged header leads to: KeyError, TypeError, …
+        raise UserError(f"Not a readable image: {str(error)[:200] or type(error).__name__}.") from None
 
 
 def check_header(image: Image.Image) -> None:
@@ -148,12 +161,9 @@ def _pictures(image: Image.Image) -> int:
 
 def image_origin(data: bytes) -> str:
     """The origin written in an image file's bytes; ``""`` if there is none."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            comment = image.info.get("comment", b"")
-            text = image.info.get("origin") or (
-                comment.decode("utf-8", "replace") if isinstance(comment, bytes) else comment
-            )
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"Not a readable image: {error}.") from None
+    with opened(io.BytesIO(data)) as image:
+        comment = image.info.get("comment", b"")
+        text = image.info.get("origin") or (
+            comment.decode("utf-8", "replace") if isinstance(comment, bytes) else comment
+        )
     return str(text).removeprefix("origin=")

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.progress import get_logger, progress
-from latent_medi.shards.codec import FORMATS, check_codec, check_header, decode_image
+from latent_medi.shards.codec import check_codec, check_header, decode_image, opened
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.image_file import check_file, image_path, read_image, unread
@@ -211,7 +211,7 @@ def _whole_mpp(rows: list[dict[str, Any]], root: Path, settings: ImportSettings)
         )
     what = "used" if readable else "read"
     raise UserError(
-        f"None of the {len(rows)} images can be {what}, such as {root / bad[0].image}: {bad[0].reason.rstrip('.')}.",
+        f"None of the {len(rows)} images can be {what}, such as {bad[0].image}: {bad[0].reason.rstrip('.')}.",
         bad[0].remedy or "Check root.",
     )
 
@@ -225,14 +225,9 @@ def _size(root: Path, name: str) -> tuple[int, int]:
     """
     path = image_path(root, name)
     check_file(path)
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            check_header(image)
-            return image.size
-    except UserError:
-        raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
-        raise UserError("Not a readable image") from None
+    with open(path, "rb") as file, opened(file) as image:
+        check_header(image)
+        return image.size
 
 
 def _fitting(edge: int) -> int:
