@@ -59,14 +59,18 @@ def _shards(words: list[str]) -> Printed:
         return info(config.parse(InfoSettings, words[1:], "shards info", positional="data"))
     if what == "images":
         from latent_medi.shards.images import import_images
+        from latent_medi.shards.rejected import incomplete
         from latent_medi.shards.settings import ImportSettings
 
         settings = config.parse(ImportSettings, words[1:], "shards images")
         dataset = import_images(settings)
-        count = dataset.info["provenance"]["rejected"]["count"]
+        told = dataset.info["provenance"]["rejected"]
+        count, result = told["count"], {"folder": str(dataset.folder), "patches": len(dataset)}
         rejected = f"; {count} image{'s' * (count > 1)} rejected, named in its dataset.json" if count else ""
         print(_holds(dataset) + rejected)
-        return {"folder": str(dataset.folder), "patches": len(dataset)}
+        if lacking := incomplete(told, settings.max_bad):
+            raise Incomplete(lacking, result)
+        return result
     if what == "slides":
         from latent_medi.shards.settings import SlideSettings
         from latent_medi.shards.slides import cut_slides

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi.metadata.tables import read_table, require_columns
-from latent_medi.metadata.tcga import clinical_fields, institution, slide_key
+from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, institution, slide_key
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -46,6 +46,7 @@ def build(
     table = read_table(manifest)
     require_columns(table, ["image", "case", "source_site", "project_id"], str(manifest))
     known = clinical_fields(table)
+    fields_by_patient(known)  # refuses a patient whose tiles contradict each other
     table = table[["image", "source_site"]].join(known)
     table["key"] = [slide_key(name) for name in table["image"]]
     table["site"] = [institution(name)[0] for name in table["source_site"]]

@@ -29,7 +29,7 @@ from latent_medi.errors import UserError
 from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
-from latent_medi.metadata.tcga import clinical_fields, parse_barcode, read_site_codes, slide_key
+from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
 from latent_medi.progress import progress
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.convert import convert, scaled
@@ -94,7 +94,7 @@ def _list_folders(source: Path, scale: int) -> pd.DataFrame:
 
 def _with_metadata(table: pd.DataFrame, metadata: Path | None, codes: Path | None) -> pd.DataFrame:
     if metadata is not None:
-        known = clinical_fields(read_table(metadata)).drop_duplicates("patient").set_index("patient")
+        known = fields_by_patient(clinical_fields(read_table(metadata)))
         for name in ("gender", "race", "age"):
             if name in known:
                 table[name] = table["patient"].map(known[name]).fillna(UNKNOWN_WORD)

@@ -155,7 +155,16 @@ def missing(column: pd.Series) -> pd.Series:
 
 
 def count_cells(index: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """Counts of every combination that occurs, rows with an unknown value left out."""
+    """Counts of every combination that occurs, rows with an unknown value left out.
+
+    Raises:
+        UserError: A field is called as a count is.
+    """
+    if taken := [name for name in names if name in UNITS]:
+        raise UserError(
+            f"A field called {taken[0]!r} cannot be audited: the counts are called so.",
+            "Leave it out with fields=…, or rename the column and import the data again.",
+        )
     known = index[[*names, *UNITS.values()]]
     for name in names:
         known = known[~missing(known[name])]

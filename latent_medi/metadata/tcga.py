@@ -255,6 +255,34 @@ def clinical_fields(table: pd.DataFrame) -> pd.DataFrame:
     return result
 
 
+def fields_by_patient(known: pd.DataFrame) -> pd.DataFrame:
+    """One row per patient of what :func:`clinical_fields` gives; a patient may have several, such as one per treatment.
+
+    Args:
+        known: Rows with ``patient`` and categorical fields; a value that is unknown in some rows is that of the others.
+
+    Returns:
+        Index ``patient``; the same columns but for ``project``, which may differ.
+
+    Raises:
+        UserError: The rows of a patient contradict each other.
+    """
+    names = [name for name in known.columns if name not in ("patient", "project")]
+    result = pd.DataFrame(index=pd.Index(sorted(known["patient"].unique()), name="patient"))
+    for name in names:
+        told = known.loc[known[name] != UNKNOWN_WORD, ["patient", name]].drop_duplicates()
+        if (twice := told["patient"].duplicated(keep=False)).any():
+            patients = told.loc[twice, "patient"].unique()
+            values = sorted(told.loc[told["patient"] == patients[0], name])
+            raise UserError(
+                f"The clinical table contradicts itself: patient {patients[0]!r} has {name} {' and '.join(values)} "
+                f"({len(patients)} such patients).",
+                "Correct the table.",
+            )
+        result[name] = told.set_index("patient")[name].reindex(result.index).fillna(UNKNOWN_WORD)
+    return result
+
+
 def _age(cell: str) -> str:
     if is_missing(cell) or cell.lower() in _NO_ANSWER:
         return UNKNOWN_WORD

@@ -148,6 +148,11 @@ def make_plan(index: pd.DataFrame, schema: Schema, settings: PlanSettings) -> Pl
     """
     if problems := problems_of(settings) + problems_with(settings, schema):
         raise refusal(problems)
+    if taken := [name for name in schema.names if name in OWN_COLUMNS]:
+        raise UserError(
+            f"A field called {taken[0]!r} cannot be planned: a plan has such a column itself.",
+            "Rename the column in the table, and import it again.",
+        )
     goal = goal_of(settings)
     target = _read_target(settings.target, schema) if settings.target else None
     names = list(target[0]) if target else _combined(settings, schema)

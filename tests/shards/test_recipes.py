@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -228,3 +229,40 @@ def test_tcga_tiles_of_true_files(shared: Path, tmp_path: Path) -> None:
     assert dataset.index["patient"].nunique() == dataset.index["slide"].nunique() == 15
     assert "Johns Hopkins" in set(dataset.index["site"])
     assert dataset.index["key"].str.endswith("/512_512").sum() == 15
+
+
+def test_a_clinical_table_with_a_row_per_treatment_is_read_and_one_that_contradicts_itself_named(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "zenodo"
+    for i, slide in enumerate(("TCGA-NA-A4QV-01Z-00-DX1", "TCGA-E2-A14V-01Z-00-DX1")):
+        path = source / "Lung" / "0" / slide / f"0_{i}_256.jpg"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (256, 256), (200, 100, 150)).save(path)
+    names = "cases.submitter_id\tdemographic.race\tdemographic.gender\ttreatments.treatment_type"
+    rows = ["TCGA-NA-A4QV\twhite\tfemale\tRadiation", "TCGA-NA-A4QV\t'--\tfemale\tPharmaceutical"]
+    clinical = tmp_path / "clinical.tsv"
+    clinical.write_text("\n".join([names, *rows]))
+    index = load_recipe("tcga-ut").build(source, tmp_path / "out", 128, metadata=clinical).index
+    assert index.set_index("patient")["race"].to_dict() == {"TCGA-NA-A4QV": "white", "TCGA-E2-A14V": "unknown"}
+    clinical.write_text("\n".join([names, *rows, "TCGA-NA-A4QV\tasian\tfemale\tSurgery"]))
+    with pytest.raises(UserError, match=r"patient 'TCGA-NA-A4QV' has race asian and white \(1 such patients\)"):
+        load_recipe("tcga-ut").build(source, tmp_path / "other", 128, metadata=clinical)
+
+
+def test_a_recipe_run_again_keeps_splits_and_waits_for_no_pipe(tmp_path: Path) -> None:
+    path = tmp_path / "zenodo" / "Lung" / "0" / "TCGA-NA-A4QV-01Z-00-DX1" / "0_1_256.jpg"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (256, 256), (200, 100, 150)).save(path)
+    recipe = load_recipe("tcga-ut")
+    dataset = recipe.build(tmp_path / "zenodo", tmp_path / "out", 128)
+    dataset.add_split("mine", ["test"], {})
+    again = recipe.build(tmp_path / "zenodo", tmp_path / "out", 64)
+    assert (again.patch_size, again.index["split_mine"].tolist()) == (64, ["test"])
+    again.add_selection("best", {"": np.array([True])}, {}, {})
+    with pytest.raises(UserError, match="has the selections best"):
+        recipe.build(tmp_path / "zenodo", tmp_path / "out", 128)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a pipe or device"):
+        recipe.build(tmp_path / "zenodo", tmp_path / "out", 128)
