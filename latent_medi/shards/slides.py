@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns, write_table
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
+from latent_medi.processes import environment, python_words
 from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -329,8 +329,8 @@ def run_slide(job: SlideJob, timeout: float) -> dict[str, Any]:
         path = Path(folder) / "job.json"
         write_job(job, path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "latent_medi.shards.slide_job", str(path), str(os.getpid())],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            python_words("latent_medi.shards.slide_job", str(path), str(os.getpid())),
+            env=environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
         try:
