@@ -117,7 +117,7 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         (judged | {"encoders": ["squeezenet"]}, "'squeezenet' needs its weights"),
         (judged | {"encoders": ["demo", "demo"]}, "Two of the encoders are called alike"),
         ({"evaluate": {"unseen": False, "max_copy_rate": 2.0}}, "it is a share from 0 to 1"),
-        ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'deal'"),
+        ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'evaluate.deal'"),
         ({"evaluate": {"unseen": False, "protocol": "papers"}}, "protocol is 'papers'; closest: 'paper'"),
         ({"evaluate": {"unseen": False, "classifier": "cnnn"}}, "classifier is 'cnnn'; closest: 'cnn'"),
         ({"evaluate": {"unseen": False, "downstream_arms": ["rael"]}}, "no downstream arm 'rael'; closest: 'real'"),
@@ -134,9 +134,8 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         ),
         (judged | {"medi": str(contradictory)}, "sets block_out_channels and attention, and others are given too"),
     ):
-        settings = build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes)
         with pytest.raises(UserError, match=why):
-            run(settings)
+            run(build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes))
         assert not (tmp_path / "out" / "audit.json").exists()
 
 
