@@ -180,6 +180,8 @@ class _Experiment:
         if self.models:
             lessons["models"] = {arm: model.model_hash for arm, model in self.models.items()}
         counts = {key: plain[key] for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")}
+        if settings.draw_from != "all" and there and _has_numbers(self.data):  # else the plan is as it always was
+            counts["draw_from"] = settings.draw_from
         sampling = _without(plain["generate"], {"plan", "model", "out", "grid", "device_batch"})
         judged = _without(config.as_dict(self.judging), {"real", "synthetic", "out", "cache", "batch", "device"})
         for name, stage in {
@@ -310,6 +312,13 @@ def _split_of(data: Path, name: str) -> dict[str, str]:
     return {"name": name, "sha256": column_hash(pd.Series([column_hash(dataset.index[c]) for c in columns]))}
 
 
+def _has_numbers(data: Path) -> bool:
+    """Whether a dataset has a continuous field."""
+    from latent_medi.shards.dataset import PatchDataset
+
+    return any(field.continuous for field in PatchDataset.open(data).schema.fields)
+
+
 def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in names}
 
@@ -371,7 +380,7 @@ def _plan(settings: ExperimentSettings, folder: Path) -> None:
     index = dataset.index.iloc[dataset.rows({SPLIT_PREFIX + settings.split: "train"})]
     fields = settings.plan_fields
     asked = PlanSettings(
-        goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields, draw_from="all"
+        goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields, draw_from=settings.draw_from
     )  # fmt: skip
     plan = make_plan(index, dataset.schema, asked).table
     names = [f.name for f in dataset.schema.fields if f.name in plan.columns and not f.continuous]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.kinds import PartOf
@@ -38,6 +38,8 @@ class ExperimentSettings:
         plan_fields: Class and categorical fields whose combinations are generated; empty means all.
         seen_per_cell: Patches to generate per combination that training has seen.
         unseen_per_cell: Patches to generate per combination without a training patch.
+        draw_from: Whose values of a continuous field, such as age, are drawn for a combination: "cell", its own
+            training patients', else its class's; or "all", where they depend on neither.
         generate: Sampler, guidance and batch.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
         parallel: Commands that run side by side in training and sampling; 0 chooses 2 on a machine without a GPU,
@@ -69,6 +71,7 @@ class ExperimentSettings:
     plan_fields: list[str] = field(default_factory=list)
     seen_per_cell: int = 30
     unseen_per_cell: int = 90
+    draw_from: Literal["cell", "all"] = "cell"
     generate: GenerateSettings = field(default_factory=GenerateSettings)
     evaluate: Annotated[dict[str, Any], PartOf(EvaluateSettings)] = field(default_factory=dict)
     parallel: int = 0

@@ -47,9 +47,9 @@ class PlanSettings:
         cap: Most images of a combination; 0 for none.
         force_unidentifiable: Also plan combinations whose effects the data cannot tell apart; otherwise they are listed
             with count 0.
-        draw_from: Where a continuous field's values come from. "cell": the row's combination, if thin_patients patients
-            there have a value, else its class, else all; written into the plan. "all": the quantiles of the model's
-            schema.
+        draw_from: Whose values of a continuous field are drawn. "cell": those of the row's combination, if
+            thin_patients patients there have one, else of its class, else of all; written into the plan, which says
+            whose they are. "all": those of all that the model was trained on.
         split: Named split that defines what the model has seen; empty means every row. A table without the column
             split_main is taken whole.
         split_value: The part of the split.
