@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
 from latent_medi.files import NO_SPACE, read_json, write_json
+from latent_medi.paths import expand
 from latent_medi.processes import Output, follow_parent, read_by_somebody, safe_helpers
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
@@ -372,25 +373,54 @@ def run_verb(words: Sequence[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise UserError(f"There is no verb {verb!r}; {nearest(verb, VERBS)}.", "`latent-medi --help` lists them.")
-    json_file = ""
-    for i, word in enumerate(rest):
-        if word == "--json" and i + 1 < len(rest):
-            json_file = rest[i + 1]
-            del rest[i : i + 2]
-            break
-        if word.startswith("--json="):
-            json_file = word.partition("=")[2]
-            del rest[i]
-            break
+    json_file = _take_json_file(rest)
     try:
         result = VERBS[verb][0](rest)
     except Incomplete as error:
-        if json_file:
-            write_json(json_file, error.result)
+        _write_result(json_file, error.result)
         raise
-    if json_file:
-        write_json(json_file, result)
+    _write_result(json_file, result)
     return 0
+
+
+def _take_json_file(words: list[str]) -> Path | None:
+    """The file of ``--json FILE``, which is taken out of the words.
+
+    Raises:
+        UserError: No file is named, or none can be written there: better said before the work than after it.
+    """
+    at = next((i for i, word in enumerate(words) if word == "--json" or word.startswith("--json=")), None)
+    if at is None:
+        return None
+    word = words.pop(at)
+    name = word.partition("=")[2] if word != "--json" else words.pop(at) if at < len(words) else ""
+    if not name or name.startswith("--"):
+        raise UserError("--json names no file.", "Write --json FILE.")
+    path = Path(expand(name, "--json"))
+    if path.is_dir():
+        raise UserError(f"--json {path} is a folder.", "Name a file in it.")
+    try:
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}.", "Name another file.") from None
+    if not there.is_dir():
+        raise UserError(f"--json {path} cannot be written: {there} is no folder.", "Name another file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--json {path} cannot be written: no permission in {there}.", "Name another file.")
+    return path
+
+
+def _write_result(path: Path | None, result: Printed) -> None:
+    if path is None:
+        return
+    try:
+        write_json(path, result)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise UserError(
+            f"The command is done, but --json {path} cannot be written: {error.strerror}.", "Name another file."
+        ) from None
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
+from latent_medi.paths import path_argument
 from latent_medi.progress import progress
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.convert import convert, scaled
@@ -190,11 +191,11 @@ def build(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
     parser = argparse.ArgumentParser(prog="latent-medi shards tcga-ut", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", type=Path, help="the Hub's or Zenodo's folder")
-    parser.add_argument("out", type=Path, help="dataset folder to write")
+    parser.add_argument("source", type=path_argument, help="the Hub's or Zenodo's folder")
+    parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=256, help="edge of a stored patch in pixels (default 256)")
-    parser.add_argument("--metadata", type=Path, help="clinical table of the GDC: gender, race, age")
-    parser.add_argument("--codes", type=Path, help="the GDC's table of tissue source sites: institutions")
+    parser.add_argument("--metadata", type=path_argument, help="clinical table of the GDC: gender, race, age")
+    parser.add_argument("--codes", type=path_argument, help="the GDC's table of tissue source sites: institutions")
     parser.add_argument("--scheme", choices=("internal", "external"), default="internal", help="the Hub's arrangement")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="threads (default 1)")

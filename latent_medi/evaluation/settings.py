@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from latent_medi.paths import PathText
+
 
 @dataclass
 class CnnSettings:
@@ -24,7 +26,7 @@ class CnnSettings:
     """
 
     network: str = "resnet18"
-    weights: str = ""
+    weights: PathText = ""
     size: int = 0
     steps: int = 600
     batch: int = 64
@@ -122,15 +124,15 @@ class EvaluateSettings:
         cache: Folder of the feature cache; empty means inside ``out``.
     """
 
-    real: str = ""
-    synthetic: dict[str, str] = field(default_factory=dict)
+    real: PathText = ""
+    synthetic: dict[str, PathText] = field(default_factory=dict)
     selected: dict[str, str] = field(default_factory=dict)
-    out: str = "runs/evaluation"
+    out: PathText = "runs/evaluation"
     held_out: list[dict[str, str]] = field(default_factory=list)
     unseen: bool = True
     cells: list[list[str]] = field(default_factory=list)
-    encoders: list[str] = field(default_factory=lambda: ["phikon-v2"])
-    weights: dict[str, str] = field(default_factory=dict)
+    encoders: list[PathText] = field(default_factory=lambda: ["phikon-v2"])
+    weights: dict[str, PathText] = field(default_factory=dict)
     colour_free: bool = True
     split: str = "main"
     train_value: str = "train"
@@ -157,7 +159,7 @@ class EvaluateSettings:
     patient_names: bool = False
     device: str = ""
     batch: int = 128
-    cache: str = ""
+    cache: PathText = ""
 
 
 @dataclass
@@ -180,10 +182,10 @@ class FloorsSettings:
         cache: Folder of the feature cache; empty means inside ``out``.
     """
 
-    data: str = ""
-    out: str = "runs/floors"
-    encoders: list[str] = field(default_factory=lambda: ["phikon-v2"])
-    weights: dict[str, str] = field(default_factory=dict)
+    data: PathText = ""
+    out: PathText = "runs/floors"
+    encoders: list[PathText] = field(default_factory=lambda: ["phikon-v2"])
+    weights: dict[str, PathText] = field(default_factory=dict)
     colour_free: bool = True
     site_field: str = "site"
     fields: list[str] = field(default_factory=list)
@@ -192,4 +194,4 @@ class FloorsSettings:
     regularisation: float = 1.0
     device: str = ""
     batch: int = 128
-    cache: str = ""
+    cache: PathText = ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from latent_medi.paths import PathText
+
 
 @dataclass
 class AuditSettings:
@@ -27,7 +29,7 @@ class AuditSettings:
         figure: PNG to write: patients by class and site.
     """
 
-    data: str = ""
+    data: PathText = ""
     split: str = ""
     split_value: str = "train"
     class_field: str = "class"
@@ -36,10 +38,10 @@ class AuditSettings:
     continuous: list[str] = field(default_factory=list)
     patient_field: str = ""
     slide_field: str = ""
-    tss_table: str = ""
+    tss_table: PathText = ""
     thin_patients: int = 10
     requested: list[dict[str, str]] = field(default_factory=list)
-    figure: str = ""
+    figure: PathText = ""
 
 
 @dataclass
@@ -75,8 +77,8 @@ class SplitSettings:
         slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
     """
 
-    data: str = ""
-    out: str = ""
+    data: PathText = ""
+    out: PathText = ""
     name: str = "main"
     replace: bool = False
     scheme: Literal["hold_out", "medi"] = "hold_out"

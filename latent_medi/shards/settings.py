@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from latent_medi.paths import PathText
+
 
 @dataclass
 class ImportSettings:
@@ -43,11 +45,11 @@ class ImportSettings:
         max_bad: Largest share of images that may be rejected, 0 to 1; beyond it nothing is finished.
     """
 
-    table: str = ""
-    folder: str = ""
+    table: PathText = ""
+    folder: PathText = ""
     pattern: str = ""
-    out: str = ""
-    root: str = ""
+    out: PathText = ""
+    root: PathText = ""
     name: str = ""
     image_column: str = "image"
     patient_column: str = "patient"
@@ -115,9 +117,9 @@ class SlideSettings:
         contact_sheets: Whether to write a thumbnail with the patch grid for each slide.
     """
 
-    source: str = ""
-    table: str = ""
-    out: str = ""
+    source: PathText = ""
+    table: PathText = ""
+    out: PathText = ""
     name: str = ""
     slide_column: str = "slide"
     key_column: str = ""
@@ -127,7 +129,7 @@ class SlideSettings:
     continuous: list[str] = field(default_factory=list)
     units: dict[str, str] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
-    mpp_table: str = ""
+    mpp_table: PathText = ""
     patch_size: int = 256
     mpp: float = 0.5
     overlap: float = 0.0
@@ -162,8 +164,8 @@ class ExportSettings:
         patches_per_shard: Patches per tar.
     """
 
-    data: str = ""
-    out: str = ""
+    data: PathText = ""
+    out: PathText = ""
     split: str = ""
     parts: list[str] = field(default_factory=list)
     selected: str = ""
@@ -181,9 +183,9 @@ class InfoSettings:
         figures: Folder for a heat map of every pair of fields; empty for none.
     """
 
-    data: str = ""
+    data: PathText = ""
     unit: Literal["patches", "slides", "patients"] = "patches"
-    figures: str = ""
+    figures: PathText = ""
 
 
 @dataclass
@@ -195,5 +197,5 @@ class VerifySettings:
         seal: Also write the checksums that a folder of an earlier version lacks, if nothing is wrong with it.
     """
 
-    data: str = ""
+    data: PathText = ""
     seal: bool = False

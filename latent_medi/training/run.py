@@ -30,6 +30,7 @@ from latent_medi.training.draws import batch_seed
 from latent_medi.training.parts import added_values, choose_parts, fold
 from latent_medi.training.settings import LORA_TARGETS, AverageSettings, TrainSettings
 from latent_medi.training.transfer import Source, describe_table, transfer, with_adapter
+from latent_medi.typed import written
 
 logger = get_logger("training")
 
@@ -172,7 +173,8 @@ def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFra
     behind."""
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
-    write_text(out / "settings.yaml", yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True))
+    kept = written(type(settings), plain(asdict(settings)))
+    write_text(out / "settings.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     write_json(out / RUN_FILE, {"run": record})
     if table is not None:
         write_for_people(table, out / "transfer.csv")
