@@ -55,9 +55,17 @@ def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
     """Fail instead of waiting for ever."""
+
+    def fail(*_: Any) -> None:
+        raise TimeoutError(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(seconds)
-    yield
-    signal.alarm(0)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("codec", ["png", "jpg"])
