@@ -17,9 +17,11 @@ from latent_medi.metadata.schemes import Split, make_split, needed_columns
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
 from latent_medi.metadata.splits import split_column
 from latent_medi.metadata.tables import ENDINGS, read_table, require_columns, write_table
-from latent_medi.metadata.tcga import is_tcga, parse_barcode, read_site_codes, site_codes
+from latent_medi.metadata.tcga import is_tcga, parse_barcode, read_site_codes, site_codes, warn_of_contradictions
 
-PATIENT_COLUMNS = ("patient", "case_submitter_id", "patient_id", "case")
+PATIENT_COLUMNS = (
+    "patient", "case_submitter_id", "patient_id", "case", "cases.submitter_id", "bcr_patient_barcode",
+)  # fmt: skip
 SLIDE_COLUMNS = ("slide", "slide_submitter_id", "slide_id")
 _OWN_COLUMNS = ("key", "slide", "patient")
 SITE_CODE_COLUMNS = ("tissue_source_site", "tss", "tss_code")
@@ -93,6 +95,7 @@ def read_cohort(
             f"Name the column with patient_field=…, one of {', '.join(map(str, table.columns))}; without patients "
             "neither counts nor splits are honest.",
         )
+    warn_of_contradictions(index["patient"], table, named, where)
     if (gone := index["patient"].map(is_missing)).any():
         raise UserError(f"{where}: row {int(gone.to_numpy().argmax()) + 1} has no patient ({int(gone.sum())} in all).")
     for name in named:

@@ -35,7 +35,7 @@ RESERVED: dict[str, str] = {
 }
 """Who uses a name, by name."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_PREFIXES = {"split_": "the index names its splits so", "selected_": "the index names its selections so"}
+_PREFIXES = {"split_": "is how the index names splits", "selected_": "is how the index names selections"}
 
 
 def check_new_names(fields: Sequence[str], extra: Sequence[str] = (), continuous: Sequence[str] = ()) -> None:

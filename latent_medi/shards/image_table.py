@@ -17,6 +17,7 @@ from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.names import check_new_names
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.metadata.tables import require_columns, settings_of_columns
+from latent_medi.metadata.tcga import warn_of_contradictions
 from latent_medi.progress import get_logger
 from latent_medi.shards.find import find_files
 from latent_medi.shards.patch import check_key
@@ -94,6 +95,7 @@ def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict
     check_resolutions(settings)
     if not len(table):
         raise UserError(f"{where} has no row.", "It needs a row per image below its line of column names.")
+    warn_of_contradictions(table[settings.patient_column], table, fields, where)
     rows: list[dict[str, Any]] = []
     kept: list[int] = []
     left_out: list[Rejected] = []

@@ -73,6 +73,21 @@ def test_a_biotabs_headings_are_no_patients(tmp_path: Path, caplog: pytest.LogCa
     assert len(read_table(put(tmp_path / "b.tsv", [head[0], codes, *rows]))) == 2
 
 
+def test_a_row_per_treatment_is_no_problem_and_a_contradiction_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = "cases.submitter_id\tproject.project_id\tdemographic.race\ttreatments.treatment_type"
+    rows = [f"TCGA-AB-100{i}\tTCGA-LUAD\twhite\t{kind}" for i in range(3) for kind in ("Radiation", "'--")]
+    words = ["project.project_id", "", ["demographic.race"]]
+    index, schema = read_cohort(put(tmp_path / "c.tsv", [names, *rows]), *words)
+    assert index["patient"].nunique() == 3
+    assert schema.field("demographic.race").values == ("white",)
+    assert caplog.text == ""
+    rows += ["TCGA-AB-1001\tTCGA-LUSC\tasian\tSurgery", "TCGA-AB-1002\tTCGA-LUAD\tnot reported\tSurgery"]
+    read_cohort(put(tmp_path / "c.tsv", [names, *rows]), *words)
+    assert "1 patients have several values of demographic.race, such as TCGA-AB-1001: asian, white" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -156,3 +156,12 @@ def test_what_a_spreadsheet_would_run_is_escaped_and_read_back(tmp_path: Path) -
         ["=1+1", "@x", 3],
         ["+", "-y", 4],
     ]
+
+
+def test_a_plan_that_a_spreadsheet_saved_is_the_same(plan: pd.DataFrame, schema: Schema, tmp_path: Path) -> None:
+    path = tmp_path / "plan.csv"
+    write_plan(plan, path)
+    expected = read_plan(path, schema)
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{line},,\r\n" for line in ["The plan", *lines, ",,,"]), "utf-8-sig")
+    pd.testing.assert_frame_equal(read_plan(path, schema), expected)
