@@ -148,8 +148,9 @@ def test_names_with_dots_and_blanks_are_words_of_the_command_line() -> None:
     assert config.parse(PlanSettings, ["--only.demographic.race", "white", "01"]).only == {
         "demographic.race": ["white", "01"]
     }
-    read = config.parse(TranslateSettings, ["--to", "demographic.race=white", "--where", "days to.death=3"])
-    assert (read.to, read.where) == ({"demographic.race": "white"}, {"days to.death": 3})
+    words = ["--to", "demographic.race=white", "--where", "days to.death=3", "where.patient=017"]
+    read = config.parse(TranslateSettings, words)
+    assert (read.to, read.where) == ({"demographic.race": "white"}, {"days to.death": "3", "patient": "017"})
 
 
 def test_a_field_that_is_written_like_a_setting_is_told_how(tmp_path: Path) -> None:
