@@ -35,7 +35,8 @@ def _run(words: list[str]) -> Printed:
     from latent_medi.experiment import run
     from latent_medi.experiment_settings import ExperimentSettings
 
-    return run(config.parse(ExperimentSettings, words, "run"))
+    # Without any word it would be the demo without what the demo shows.
+    return run(config.parse(ExperimentSettings, words or ["--help"], "run"))
 
 
 _SHARDS = """latent-medi shards WHAT …

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -190,10 +192,14 @@ def _is_setting(settings_class: type, word: str) -> bool:
 
 
 def _show_help(settings_class: type, verb: str, description: str) -> None:
+    """Print what a verb's settings are, without the spellings that jsonargparse has and this command line has not."""
     from jsonargparse import ArgumentParser
 
+    words = f"latent-medi {verb}".strip()
     parser = ArgumentParser(
-        prog=f"latent-medi {verb}".strip(), description=description or settings_class.__doc__, exit_on_error=False
+        prog=words,
+        usage=f"{words} [--config NAME] [key=value …] [--json FILE]",
+        description=description or (settings_class.__doc__ or "").partition("Args:")[0].strip(),
     )
     parser.add_argument(
         "--config",
@@ -201,7 +207,9 @@ def _show_help(settings_class: type, verb: str, description: str) -> None:
         help="packaged configuration (demo/medi) or path to a YAML file; may be repeated, later ones win",
     )
     parser.add_class_arguments(settings_class, None)
-    parser.print_help()
+    text = re.sub(r"(\[ITEM,\.\.\.\]), --\S+\+ \[ITEM,\.\.\.\]", r"\1", parser.format_help())
+    text = re.sub(r"^  --\S+\.help .*\n( {4,}.*\n)*", "", text, flags=re.MULTILINE)
+    print(re.sub(r"^  --\S+ CONFIG\s+Path to a configuration file\.\n", "", text, flags=re.MULTILINE), end="")
 
 
 def parse(
@@ -237,7 +245,9 @@ def parse(
             key, text, equals = positional, word, "="
         found = (["config"], str) if key == "config" else find(settings_class, key)
         if found is None:
-            raise unknown(settings_class, key, where)
+            own = is_mapping(hints(settings_class).get("fields"))
+            hint = f"A field of the data is given as --{shlex.quote(key)} VALUE." if own else ""
+            raise unknown(settings_class, key, where, hint=hint)
         keys, annotation = found
         if not equals:
             listed = _following(settings_class, key, annotation, words, where)

@@ -24,9 +24,13 @@ class PartOf:
     settings: type
 
 
-@cache
 def hints(settings_class: type) -> dict[str, Any]:
     """Annotation by setting, marks included."""
+    return _hints(settings_class)
+
+
+@cache
+def _hints(settings_class: Any) -> dict[str, Any]:
     return typing.get_type_hints(settings_class, include_extras=True)
 
 
@@ -149,7 +153,8 @@ def _in_words(annotation: Any) -> str:
     kind = plain(annotation)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if (settings := settings_in(annotation)) is not None:
-        return f"a mapping of settings: {', '.join(list(hints(settings))[:6])}, …"
+        names = list(hints(settings))
+        return f"a mapping of settings: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}"
     if origin is Literal:
         return "one of " + ", ".join(f"{word!r}" for word in inner)
     if origin is list:

@@ -62,11 +62,10 @@ class _Place:
         return UserError(f"{self.where}: {self.name} is {shown(value)}; it takes {wanted(annotation)}.", hint)
 
 
-def unknown(settings_class: type, dotted: str, where: str, prefix: str = "") -> UserError:
+def unknown(settings_class: type, dotted: str, where: str, prefix: str = "", hint: str = "") -> UserError:
     """The refusal of a key that the settings do not have."""
-    return UserError(
-        f"{where}: unknown setting {prefix + dotted!r}; {nearest(prefix + dotted, known_keys(settings_class, prefix))}."
-    )
+    name, known = prefix + dotted, known_keys(settings_class, prefix)
+    return UserError(f"{where}: unknown setting {name!r}; {nearest(name, known)}.", hint)
 
 
 def partial(settings_class: type, values: Mapping[Any, Any], where: str, prefix: str = "") -> dict[str, Any]:
@@ -243,7 +242,7 @@ def make(settings_class: type[S], values: Mapping[str, Any], where: str) -> S:
             f"{where}: {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not given.",
             "Write " + " ".join(f"{name}=…" for name in absent) + "; --help says what each is.",
         )
-    known = hints(settings_class)  # type: ignore[arg-type]
+    known = hints(settings_class)
     return settings_class(**{name: _made(known[name], value, where) for name, value in values.items()})
 
 

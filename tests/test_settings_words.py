@@ -148,8 +148,14 @@ def test_names_with_dots_and_blanks_are_words_of_the_command_line() -> None:
     assert config.parse(PlanSettings, ["--only.demographic.race", "white", "01"]).only == {
         "demographic.race": ["white", "01"]
     }
-    read = config.parse(TranslateSettings, ["--to", "demographic.race=white", "--where", "days to.death=3"])
-    assert (read.to, read.where) == ({"demographic.race": "white"}, {"days to.death": 3})
+    words = ["--to", "demographic.race=white", "--where", "days to.death=3", "where.patient=017"]
+    read = config.parse(TranslateSettings, words)
+    assert (read.to, read.where) == ({"demographic.race": "white"}, {"days to.death": "3", "patient": "017"})
+
+
+def test_a_field_that_is_written_like_a_setting_is_told_how(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown setting 'tumor grade'.*\n.*--'tumor grade' VALUE"):
+        config.parse(GenerateSettings, config.under("fields", GenerateSettings, ["tumor grade=G3+4"]))
 
 
 # ---- paths
@@ -287,6 +293,17 @@ def test_what_is_missing_is_named_all_at_once() -> None:
 
     with pytest.raises(UserError, match=r"^latent-medi train: data and out are not given\."):
         config.parse(TrainSettings, [], "train")
+
+
+@pytest.mark.parametrize("settings_class", CLASSES)
+def test_help_shows_only_what_the_command_line_takes(settings_class: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config.parse(settings_class, ["--help"], "verb")
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: latent-medi verb [--config NAME] [key=value …] [--json FILE]")
+    assert not re.search(r"\+ \[|configuration file\.|Args:|CONFIG\n", shown)
+    for name in re.findall(r"^  --([\w.]+)", shown, re.MULTILINE):
+        assert name == "config" or name in config.known_keys(settings_class)
 
 
 # ---- files

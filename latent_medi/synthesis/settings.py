@@ -321,7 +321,7 @@ class TranslateSettings:
     model: PathText = ""
     out: PathText = ""
     to: dict[str, str | float] = field(default_factory=dict)
-    where: dict[str, str | float | list[str]] = field(default_factory=dict)
+    where: dict[str, str | list[str]] = field(default_factory=dict)
     split: str = "main"
     split_value: str = "train"
     stain_value: str = "train"
