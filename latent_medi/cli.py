@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
 from latent_medi.files import NO_SPACE, read_json, write_json
+from latent_medi.processes import Output, follow_parent, read_by_somebody, safe_helpers
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 
@@ -392,28 +393,39 @@ def run_verb(words: Sequence[str]) -> int:
     return 0
 
 
-def _end(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of ``latent-medi``, ``train.py`` and ``sample.py``.
 
     Exit codes: 0 done; 2 bad input, explained in one message; 3 done, but for some of the input, which is named;
-    75 told to stop and saved, so that the same command continues; 130 interrupted; 143 terminated; anything else is a
-    defect and keeps its traceback.
+    75 told to stop and saved, so that the same command continues; 130 interrupted; 141 nobody reads what it prints any
+    more; 143 terminated; anything else is a defect and keeps its traceback.
     """
     set_up_logging()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)  # by an exception, so that a command that started others ends them too
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    with safe_helpers(), read_by_somebody() as output:
+        if threading.current_thread() is threading.main_thread():
+
+            def end(*_: object) -> None:  # by an exception, so that a command that started others ends them too
+                raise SystemExit(128 + (signal.SIGPIPE if output.closed else signal.SIGTERM))
+
+            signal.signal(signal.SIGTERM, end)
+            follow_parent()
+        try:
+            return _explained(words, output)
+        finally:
+            if output.closed:
+                output.give_up()
+
+
+def _explained(words: Sequence[str] | None, output: Output) -> int:
+    """Run a verb; returns the exit code, and prints what went wrong."""
     try:
         return run_verb(sys.argv[1:] if words is None else words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.give_up()
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in NO_SPACE:

@@ -25,6 +25,7 @@ from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain,
 from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.files import remove, sha256_bytes
 from latent_medi.metadata.schema import Schema
+from latent_medi.processes import safe_helpers
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
@@ -252,10 +253,10 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
         for number, part in enumerate(parts)
         if number not in done
     ]
-    for _ in progress(
-        Parallel(n_jobs=jobs, return_as="generator")(work), total=len(work), desc="rendering", unit="shards"
-    ):
-        pass
+    with safe_helpers():
+        shards = Parallel(n_jobs=jobs, return_as="generator")(work)
+        for _ in progress(shards, total=len(work), desc="rendering", unit="shards"):
+            pass
     return finish_dataset(
         folder, schema=schema(cohort), provenance=provenance, splits={"main": (split, recipe)},
         shards=range(len(parts)), **told,

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from joblib import Parallel, delayed, parallel_config
 
 from latent_medi.errors import UserError
+from latent_medi.processes import safe_helpers
 
 T = TypeVar("T")
 
@@ -35,7 +36,8 @@ def dispatch(
         return
     calls = (delayed(function)(*task) for task in tasks)
     if not dask:
-        yield from Parallel(n_jobs=jobs, backend=backend, return_as="generator")(calls)
+        with safe_helpers():
+            yield from Parallel(n_jobs=jobs, backend=backend, return_as="generator")(calls)
         return
     try:
         from dask.distributed import Client

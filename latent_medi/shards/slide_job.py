@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from latent_medi.files import NO_SPACE, atomic_path, write_json
+from latent_medi.processes import end_with
 from latent_medi.shards.patch import Patch
 from latent_medi.shards.slide import LEVEL_TOLERANCE, PatchError, Slide, SlideError, SlideSkipped
 from latent_medi.shards.tissue import THUMBNAIL_MPP, tissue_mask, tissue_share, why_no_tissue
@@ -346,28 +346,12 @@ def limit_memory(gib: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), int(gib * 2**30)))
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that ends (Linux only): an orphan could overwrite
-    what a rerun writes.
-
-    Args:
-        parent: Its process number: if it has ended already, the kernel has nothing to tell.
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
-        if os.getppid() != parent:
-            raise SystemExit("the command that wanted this slide has ended")
-
-
 def main() -> None:
     """Read a job, do it, write its row."""
     path = Path(sys.argv[1])
     job = SlideJob(**json.loads(path.read_text(encoding="utf-8")))
     limit_memory(job.memory)
-    die_with_parent(int(sys.argv[2]))
+    end_with(int(sys.argv[2]))
     row = run(job)
     write_json(path.with_suffix(".row.json"), row)
 

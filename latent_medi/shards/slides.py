@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,7 @@ import pandas as pd
 from latent_medi.errors import Incomplete, UserError
 from latent_medi.files import read_json, read_object, remove
 from latent_medi.metadata.tables import read_table, require_columns, write_for_people, written_for_people
+from latent_medi.processes import environment, python_words
 from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -371,8 +371,8 @@ def run_slide(job: SlideJob, timeout: float) -> dict[str, Any]:
         path = Path(folder) / "job.json"
         write_job(job, path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "latent_medi.shards.slide_job", str(path), str(os.getpid())],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            python_words("latent_medi.shards.slide_job", str(path), str(os.getpid())),
+            env=environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
         try:
