@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import latent_medi
+from latent_medi.agreement import agreed
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation import adherence, against_real, cells, fidelity, leakage, memorisation, projection, stain
 from latent_medi.evaluation.classifiers import DownstreamStage, check_downstream
@@ -31,7 +33,7 @@ from latent_medi.evaluation.provenance import (
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.study import Study, open_study
 from latent_medi.evaluation.support import thin_support
-from latent_medi.features.cache import cached_features, dataset_hash
+from latent_medi.features.cache import cached_features, content_hash, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
 from latent_medi.files import atomic_path, read_json, write_json
@@ -68,15 +70,22 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
             :func:`latent_medi.features.encoders.load_encoder`.
         TooManyCopies: More copies than ``max_copy_rate``, after ``metrics.json`` was written.
     """
-    check_settings(settings)
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    study = open_study(settings)
-    chosen = _apart(encoders) if encoders else load_encoders(settings, device)
-    if settings.colour_free:
-        chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
+    with agreed(accelerator) as told:
+        check_settings(settings)
+        out.mkdir(parents=True, exist_ok=True)
+        study = open_study(settings)
+        chosen = _apart(encoders) if encoders else load_encoders(settings, device)
+        if settings.colour_free:
+            chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
+        told.reads("real", settings.real, lambda: content_hash(study.real))
+        for arm in study.arms.values():
+            dataset = arm.dataset
+            told.reads(f"synthetic.{arm.name}", dataset.folder, partial(content_hash, dataset))
+        told.does(settings, but=("real", "synthetic", "weights", "device", "cache"))
+        told.does({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
     if accelerator.num_processes > 1:
         for encoder in chosen:
             _embed(study, encoder, settings, device, accelerator)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 import yaml
 
+from latent_medi.agreement import Told
 from latent_medi.diffusion.adapters import add_lora, save_adapter
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
@@ -56,6 +57,20 @@ def describe(settings: TrainSettings, data: TrainingData, source: Source | None)
     """What makes this run this run: its settings, but for paths and speed, and the content of data and source."""
     kept = {key: value for key, value in plain(asdict(settings)).items() if key not in FREE}
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
+
+
+def tell(told: Told, settings: Any, data: TrainingData) -> None:
+    """Tell the other processes what this one is about to train on, and how; what only its memory decides may differ.
+
+    Args:
+        told: Takes it.
+        settings: Of a model's or a classifier's training.
+        data: Its rows.
+    """
+    told.reads("data", settings.data, data.table_hash)
+    told.reads("latents", settings.latents, data.latents_hash)
+    own = {"data", "latents", "autoencoder", "init_from", "model", "device_batch", "resident", "stream"}
+    told.does(plain(asdict(settings)), but=own)
 
 
 def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
