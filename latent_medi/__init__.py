@@ -1,8 +1,6 @@
 """latent-medi: metadata-guided latent diffusion for histopathology."""
 
-import logging
 import os
-import re
 import sys
 
 __version__ = "0.1.0"
@@ -15,7 +13,8 @@ def _leave_out_working_folder() -> None:
     It stays where the package itself lies in it, or PYTHONPATH names it.
     """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    module = program == "-m" and any(re.fullmatch(r"(-\w*m)?latent_medi(\.\w+)*", word) for word in sys.orig_argv[1:])
+    # "-m" while Python looks for the module.
+    module = program == "-m" and any(word.split(".")[0].endswith("latent_medi") for word in sys.orig_argv[1:])
     if not module and not os.path.basename(program).startswith("latent-medi"):
         return  # somebody else's program, which has its own path
     try:
@@ -31,10 +30,14 @@ def _leave_out_working_folder() -> None:
         sys.path[:] = [entry for entry in sys.path if entry != here]
 
 
-def _without_kernels(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+def _quieten_kernels() -> None:
+    """diffusers imports bitsandbytes where it is installed, which then warns of kernels that nothing here uses."""
+    import logging
+
+    unused = "Failed to load CPU gemm_4bit_forward"
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(lambda record: not str(record.msg).startswith(unused))
 
 
-_leave_out_working_folder()
-# diffusers imports bitsandbytes where it is installed, which then warns of kernels that nothing here uses.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_without_kernels)
+_leave_out_working_folder()  # before anything else is imported
+_quieten_kernels()

@@ -66,6 +66,7 @@ def test_what_is_read_is_compared(tiny: Path, other: Path, tmp_path: Path, autoe
     sample = ["sample", f"model={model}", *asked]
     wanted = ["translate", f"data={source}", f"model={model}", f"out={tmp_path / 'moved'}", "to.site=birch", "steps=2"]
     classes = [f"data={source}", f"latents={tiny / 'latents'}", f"model={model}", f"out={tmp_path / 'cls'}"]
+    classes += ["validation_value=test"]
     cases: list[Case] = [
         (train_words(tiny, here), away),
         (train_words(tiny, here, "seed=1"), {"seed=1": "seed=2"}),
