@@ -10,15 +10,19 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 PARENT = "LATENT_MEDI_PARENT"
 """Environment variable with the number of the process that started this one, and that it ends with."""
 
 _SAFE = "PYTHONSAFEPATH"
 _LOOK_EVERY = 0.5  # seconds
+_watched: set[int] = set()
 
 
 def python_words(module: str, *words: str) -> list[str]:
@@ -82,6 +86,21 @@ def end_with(parent: int) -> None:
         _watch(parent, signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit("the command that started this process has ended")
+
+
+def call_tied(parent: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a worker process, which from then on is killed when the process that dispatches the work ends.
+
+    Args:
+        parent: Number of the latter, which may be this one: work is not always sent to another.
+        function: What to call.
+        arguments: Its arguments.
+    """
+    # The kernel's own notice would come when the thread that started the worker ends, which may be long before.
+    if os.getpid() != parent and parent not in _watched:
+        _watched.add(parent)
+        _watch(parent, signal.SIGKILL)
+    return function(*arguments)
 
 
 def follow_parent() -> None:

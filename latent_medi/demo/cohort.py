@@ -18,16 +18,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 
 from latent_medi.demo.settings import CohortFolderSettings, CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
 from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.files import remove, sha256_bytes
 from latent_medi.metadata.schema import Schema
-from latent_medi.processes import safe_helpers
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
@@ -248,15 +247,9 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
     remove(folder / INFO_FILE)
     remove(folder / INDEX_FILE)
     done = {number for number, record in finished_shards(folder).items() if record.token == token}
-    work = [
-        delayed(_write_part)(folder, number, part, settings, token)
-        for number, part in enumerate(parts)
-        if number not in done
-    ]
-    with safe_helpers():
-        shards = Parallel(n_jobs=jobs, return_as="generator")(work)
-        for _ in progress(shards, total=len(work), desc="rendering", unit="shards"):
-            pass
+    work = [(folder, number, part, settings, token) for number, part in enumerate(parts) if number not in done]
+    for _ in progress(dispatch(_write_part, work, jobs), total=len(work), desc="rendering", unit="shards"):
+        pass
     return finish_dataset(
         folder, schema=schema(cohort), provenance=provenance, splits={"main": (split, recipe)},
         shards=range(len(parts)), **told,
