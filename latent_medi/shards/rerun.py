@@ -44,7 +44,7 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
                 hint,
             )
         kept = [name for name in dataset.splits if name not in given]
-        if kept and patches is not None and (changed := _changed(dataset, patches)):
+        if kept and patches is not None and (changed := changed_patients(dataset, patches)):
             raise UserError(
                 f"{out} would be written again, and has the splits {', '.join(kept)}, which may rest on fields that "
                 f"have changed since: those of {len(changed)} patients, such as {changed[0]}.",
@@ -57,8 +57,13 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
     remove(out / INDEX_FILE)
 
 
-def _changed(dataset: PatchDataset, patches: Iterable[tuple[str, Mapping[str, str]]]) -> list[str]:
-    """Patients who were there before and now have a combination of classes and categories that they did not have."""
+def changed_patients(dataset: PatchDataset, patches: Iterable[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """Patients who were there before and now have a combination of classes and categories that they did not have.
+
+    Args:
+        dataset: What was there before.
+        patches: Patient and fields of every new patch, or of every new slide.
+    """
     patches = list(patches)
     there = set(patches[0][1]) if patches else set()
     names = [f.name for f in dataset.schema.fields if not f.continuous and f.name in there]

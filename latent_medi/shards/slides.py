@@ -29,6 +29,7 @@ from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
+from latent_medi.shards.rerun import changed_patients
 from latent_medi.shards.resolution import check_mpp
 from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slide_job import SlideJob, write_job
@@ -85,7 +86,7 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
     before = _before(table)
     dataset: PatchDataset | None = None
     if (out / INFO_FILE).is_file():
-        _check_out(out, {job.patient for job in jobs})
+        _check_out(out, jobs)
         dataset = finished_dataset(out, expected | {"mpp": settings.mpp}, [job.token for job in jobs])
         if dataset and not (_left_out(faults) == dataset.info["provenance"].get("left_out") and _known(jobs, before)):
             dataset = None
@@ -127,7 +128,7 @@ def _before(path: Path) -> dict[str, dict[str, Any]]:
     return {row["slide"]: row for row in table.to_dict(orient="records")}
 
 
-def _check_out(out: Path, patients: set[str]) -> None:
+def _check_out(out: Path, jobs: list[SlideJob]) -> None:
     """Refuse to replace a dataset that did not come from slides, or to drop a split.
 
     Raises:
@@ -149,7 +150,8 @@ def _check_out(out: Path, patients: set[str]) -> None:
                 f"Restore the file, or remove {out / INFO_FILE} to do without them.",
             ) from None
         return
-    for split in dataset.info["splits"]:
+    patients = {job.patient for job in jobs}
+    for split in dataset.splits:
         had = set(dataset.index.loc[dataset.index[SPLIT_PREFIX + split] != "", "patient"])
         if had and not had & patients:
             raise UserError(
@@ -157,6 +159,12 @@ def _check_out(out: Path, patients: set[str]) -> None:
             )
         if gone := sorted(had - patients):
             logger.warning("%d patients of the split %r have no slide now, such as %s", len(gone), split, gone[0])
+    if dataset.splits and (changed := changed_patients(dataset, [(job.patient, job.fields) for job in jobs])):
+        raise UserError(
+            f"{out} has the splits {', '.join(dataset.splits)}, which may rest on fields that have changed since: "
+            f"those of {len(changed)} patients, such as {changed[0]}.",
+            "Write to another folder, and make the splits again.",
+        )
 
 
 def _known(jobs: list[SlideJob], before: Mapping[str, Mapping[str, Any]]) -> bool:
