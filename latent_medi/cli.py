@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
 from latent_medi.files import NO_SPACE, read_json, write_json
+from latent_medi.locks import output_lock
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 
@@ -146,9 +147,10 @@ def _split(words: list[str]) -> Printed:
     if is_table(settings.data):
         split, index = split_table(settings)
     else:
-        dataset = PatchDataset.open(settings.data)
-        split, index = make_split(dataset.index, settings), dataset.index
-        dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
+        with output_lock(settings.data):  # from reading the index to writing it
+            dataset = PatchDataset.open(settings.data)
+            split, index = make_split(dataset.index, settings), dataset.index
+            dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
     summary = split_summary(index, split)
     for part, counts in summary.items():
         print(f"{part}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))

@@ -19,6 +19,7 @@ from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.errors import UserError, nearest
 from latent_medi.experiment_settings import DemoSettings, ExperimentSettings
 from latent_medi.files import read_json, write_json, write_text
+from latent_medi.locks import output_lock
 from latent_medi.look_ahead import check_model, check_study, check_training
 from latent_medi.progress import duration, get_logger
 from latent_medi.stages import Stage, Stages, side_by_side
@@ -103,9 +104,14 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     """Run every stage that is not finished, print the headline, and return it.
 
     Raises:
-        UserError: Settings that cannot be followed; or, before anything is removed, latents, models or samples in the
-            folder that were made from others.
+        UserError: Settings that cannot be followed; a folder that another job writes; or, before anything is removed,
+            latents, models or samples in the folder that were made from others.
     """
+    with output_lock(settings.out):
+        return _run(settings)
+
+
+def _run(settings: ExperimentSettings) -> dict[str, Any]:
     from latent_medi.evaluation.headline import headline, headline_text
 
     experiment = _Experiment(settings)
@@ -156,7 +162,6 @@ class _Experiment:
             "seed": settings.seed,
         }  # fmt: skip
         self.judging = config.build(EvaluateSettings, config.merge(derived, settings.evaluate))
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.stages = Stages(self.folder, STAGES)
 
     def declare(self) -> None:

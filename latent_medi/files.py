@@ -8,8 +8,9 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,37 @@ def _sync_folder(folder: Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it there, on error remove it.
 
-    Works for a file or, if the body creates one, a folder. An existing folder at ``path`` is replaced.
+    Works for a file or, if the body creates one, a folder. What is replaced is of the same kind, and nothing is lost: a
+    folder that holds more than the new one is refused. A link is followed. Permissions are those of the umask, whatever
+    the writer gave.
 
     Raises:
+        UserError: The path cannot be written, or something of another kind is there.
         OSError: The system refused, safetensors' wrapping of such an error undone.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = check_output(path)
+    if path.is_symlink():
+        path = path.resolve()  # or the link would be replaced
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
     # The suffix stays last, since writers such as numpy and matplotlib choose the format by it.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     remove(temporary)
     try:
         yield temporary
+        _open_to_others(temporary)
         if temporary.is_dir():
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            if path.exists():
-                remove(path)
+            _make_room(path, temporary)
         else:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; a file is written there.", "Give another path.")
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except SafetensorError as error:
@@ -65,6 +76,84 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         remove(temporary)
+
+
+def _make_room(path: Path, new: Path) -> None:
+    """Remove an older folder that a new one replaces, if all that it holds has a successor.
+
+    Raises:
+        UserError: A file is there, or a folder with something that the new one lacks: who put it there wants it.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; a folder is written there.", "Give another path.")
+    lost = [file.relative_to(path) for file in sorted(path.rglob("*")) if not (new / file.relative_to(path)).exists()]
+    if lost:
+        raise UserError(
+            f"{path} holds {lost[0]}, which would be lost: what is written there replaces the folder.",
+            "Move it away, or give another path.",
+        )
+    remove(path)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a new file, or a folder and all in it, the permissions that the umask allows: some writers give them to the
+    owner alone.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        if entry.is_symlink():
+            continue
+        mode = stat.S_IMODE(entry.stat().st_mode)
+        # Only added to, since a folder's access list may give more.
+        wanted = mode | ((0o777 if entry.is_dir() else 0o666) & ~mask)
+        if wanted != mode:
+            with suppress(OSError):  # a file system without permissions
+                entry.chmod(wanted)
+
+
+def cannot_write(path: Path, error: OSError) -> Exception:
+    """What to raise where ``path`` could not be written: one clear message; a full disk stays the error that it is."""
+    if error.errno in NO_SPACE:
+        return error
+    return UserError(
+        f"{path} cannot be written: {error.strerror or error}.", "Check the path and its permissions, or give another."
+    )
+
+
+def check_output(path: str | Path, folder: bool | None = None) -> Path:
+    """Look, before hours of work, whether something can be written at a path; returns it.
+
+    Args:
+        path: Of a file or folder that may be there or not.
+        folder: Whether it is to be a folder; ``None`` leaves it open.
+
+    Raises:
+        UserError: It is empty, a dangling link, of the other kind, no plain file, or not to be written.
+    """
+    if not str(path):
+        raise UserError("No path to write is given.", "out=/path/to/it")
+    path, another = Path(path), "Give another path."
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise UserError(f"{part} is a link to {os.readlink(part)}, which is not there.", "Mend the link.")
+    if folder and path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; a folder is written there.", another)
+    if folder is False and path.is_dir():
+        raise UserError(f"{path} is a folder; a file is written there.", another)
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is no plain file.", another)
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if there != path and not there.is_dir():
+        raise UserError(f"{path} cannot be written: {there} is a file.", another)
+    # A file, or a folder as a whole, is replaced in the folder around it.
+    around = [path.absolute().parent] if there == path and not folder else []
+    for part in (there, *around):
+        if not os.access(part, os.W_OK):
+            raise UserError(f"{path} cannot be written: {part} is read-only.", "Change that, or give another path.")
+    return path
 
 
 def remove(path: Path) -> None:

@@ -24,6 +24,7 @@ from latent_medi.demo.settings import CohortFolderSettings, CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
 from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.files import remove, sha256_bytes
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
@@ -234,6 +235,11 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
         settings: The cohort.
         jobs: Processes that render.
     """
+    with output_lock(folder):
+        return _build(folder, settings, jobs)
+
+
+def _build(folder: Path, settings: CohortSettings, jobs: int) -> PatchDataset:
     cohort = patients(settings)
     parts = [cohort[i : i + _PATIENTS_PER_SHARD] for i in range(0, len(cohort), _PATIENTS_PER_SHARD)]
     provenance = {"generator": DEMO_GENERATOR, "settings": asdict(settings)}

@@ -32,6 +32,7 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
 from latent_medi.files import atomic_path, read_json, write_json
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
 
@@ -69,8 +70,14 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     check_settings(settings)
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
+    with output_lock(settings.out, accelerator):
+        return _judge(settings, encoders, accelerator, device)
+
+
+def _judge(
+    settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None, accelerator: Accelerator, device: str
+) -> dict[str, Any]:
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
     study = open_study(settings)
     chosen = _apart(encoders) if encoders else load_encoders(settings, device)
     if settings.colour_free:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from accelerate import Accelerator
 from threadpoolctl import threadpool_limits
 
 from latent_medi.errors import UserError, nearest
@@ -28,6 +29,7 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
 from latent_medi.files import atomic_path, read_json, write_json
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.fields import is_missing
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
@@ -58,10 +60,17 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
         values that it could learn), ``chance``, and ``cells``: accuracy by combination.
 
     Raises:
-        UserError: Fewer than 20 deals, an unknown field, synthetic patches, or no combination with two patients.
+        UserError: Fewer than 20 deals, an unknown field, synthetic patches, or no combination with two patients;
+            or another job writes the folder.
     """
     if settings.deals < LEAST_DEALS:
         raise UserError(f"deals is {settings.deals}: too few to tell a range from.", f"Give {LEAST_DEALS} or more.")
+    accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
+    with output_lock(settings.out, accelerator):
+        return _floors(settings, encoders, accelerator)
+
+
+def _floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None, accelerator: Accelerator) -> dict[str, Any]:
     dataset = PatchDataset.open(settings.data)
     if dataset.schema.class_field is None:
         raise UserError(f"{settings.data} has no class field.", "Name the class when the dataset folder is made.")
@@ -84,13 +93,11 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
             f"No combination of {class_field} and {settings.site_field} in {settings.data} has two patients.",
             "Patients cannot be set against one another; without them there is no floor.",
         )
-    accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
     chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
     if settings.colour_free:
         chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
     cache = Path(settings.cache) if settings.cache else out / "features"
     found: dict[str, Any] = {}
     with threadpool_limits(1, user_api="blas"):

@@ -11,6 +11,7 @@ import pandas as pd
 
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.locks import output_lock
 
 SHOWN = ("real", "oversample", "nearest_site", "stain_transfer", "cls", "medi", "oracle")
 """Arms of the curve, if they took part."""
@@ -93,8 +94,8 @@ def mean_of_seeds(folders: Sequence[str], out: str) -> dict[str, Any]:
     records = [_averaged([run["levels"][i] for run in runs]) for i in range(len(levels[0]))]
     result = {"seeds": seeds, "targets": [run["targets"] for run in runs], "levels": records,
               "loss": {name: mean(run["loss"].get(name) for run in runs) for name in runs[0]["loss"]}}  # fmt: skip
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_result(result, Path(out))
+    with output_lock(out):
+        write_result(result, Path(out))
     return result
 
 

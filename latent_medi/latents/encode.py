@@ -21,7 +21,9 @@ from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.store import INFO_FILE, SCHEMA_VERSION
 from latent_medi.latents.views import view_of
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.progress import get_logger, progress
+from latent_medi.shards.dataset import INFO_FILE as DATASET_FILE
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.remote import open_dataset
 
@@ -72,12 +74,23 @@ def encode_dataset(
         The latent folder.
 
     Raises:
-        UserError: The folder holds latents of something else, the patches do not fit the autoencoder, or a latent is
-            beyond fp16.
+        UserError: The folder holds something else or is written by another job, the patches do not fit the
+            autoencoder, or a latent is beyond fp16.
     """
     data, out = open_dataset(dataset), Path(out)
+    if (out / DATASET_FILE).is_file():
+        raise UserError(f"{out} is a dataset folder.", "Latents go into a folder of their own.")
     if device is not None:
         autoencoder.to(device)
+    with output_lock(out, accelerator):
+        _encode(data, autoencoder, out, device_batch, accelerator, workers, views, floor)
+    return out
+
+
+def _encode(
+    data: PatchDataset, autoencoder: Autoencoder, out: Path, device_batch: int, accelerator: Accelerator | None,
+    workers: int | None, views: int, floor: FloorSettings | None,
+) -> None:  # fmt: skip
     workers = threads_beside(autoencoder.device, data) if workers is None else workers
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     header = {
@@ -109,7 +122,6 @@ def encode_dataset(
             accelerator.wait_for_everyone()
     if rank == 0:
         _tell_floor(out, data, autoencoder, floor, device_batch, workers)
-    return out
 
 
 def _tell_floor(

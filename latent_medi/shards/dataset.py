@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.selections import SELECTED_PREFIX, column_hash, recorded_selections, selection_columns
@@ -277,7 +278,8 @@ class PatchDataset:
             )
         index = self.index.assign(**{label: values})
         info = {**self.info, "splits": {**self.info["splits"], name: {"recipe": dict(recipe)}}}
-        self.info, self.index = write_folder(self.folder, info, index), index
+        with output_lock(self.folder):
+            self.info, self.index = write_folder(self.folder, info, index), index
 
     def add_selection(
         self,
@@ -304,6 +306,12 @@ class PatchDataset:
         values = selection_columns(name, columns, len(self))
         entry = {"recipe": dict(recipe), "result": dict(result), "columns": dict.fromkeys(values)}
         others = {key: kept for key, kept in self.selections.items() if key != name}
+        with output_lock(self.folder):
+            self._write_selection(name, values, entry, others, replace)
+
+    def _write_selection(
+        self, name: str, values: Mapping[str, Any], entry: dict[str, Any], others: dict[str, Any], replace: bool
+    ) -> None:
         index = self.index
         if name in self.selections:
             if not replace:

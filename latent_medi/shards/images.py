@@ -18,6 +18,7 @@ from PIL import Image
 
 from latent_medi.errors import UserError
 from latent_medi.files import remove
+from latent_medi.locks import output_lock
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
@@ -83,6 +84,17 @@ def import_images(
         raise UserError("No dataset folder to write is given.", "out=/path/to/dataset")
     if settings.patch_size < 1 or settings.patches_per_shard < 1 or not 0 <= settings.max_bad <= 1:
         raise UserError("patch_size and patches_per_shard are at least 1, and max_bad is between 0 and 1.")
+    with output_lock(settings.out):
+        return _import(settings, table, schema, provenance, splits)
+
+
+def _import(
+    settings: ImportSettings,
+    table: pd.DataFrame,
+    schema: Schema | None,
+    provenance: Mapping[str, Any] | None,
+    splits: Mapping[str, tuple[Mapping[str, str], Mapping[str, Any]]] | None,
+) -> PatchDataset:
     rows = _rows(table, settings)
     if settings.split_column:
         splits = {**(splits or {}), "main": _given_split(table, settings)}

@@ -22,6 +22,7 @@ import pandas as pd
 
 from latent_medi.errors import Incomplete, UserError
 from latent_medi.files import read_json, remove
+from latent_medi.locks import output_lock
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns, write_table
@@ -62,14 +63,19 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
         ``folder``, ``patches``, ``slides`` by status, and ``left_out``: the reason by slide.
 
     Raises:
-        UserError: Settings or table cannot be followed, or no slide gave a patch.
+        UserError: Settings or table cannot be followed, no slide gave a patch, or another job writes the folder.
         Incomplete: The dataset is finished, without some slides; they are named.
     """
     _check(settings)
+    if settings.dry_run:
+        return _estimate(_jobs(settings)[0], settings)
+    with output_lock(settings.out):
+        return _cut(settings)
+
+
+def _cut(settings: SlideSettings) -> dict[str, Any]:
     jobs, schema = _jobs(settings)
     out = Path(settings.out)
-    if settings.dry_run:
-        return _estimate(jobs, settings)
     name = settings.name or out.name
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": settings.patch_size, "codec": settings.codec}
     table = out / QC_TABLE

@@ -17,6 +17,7 @@ import pandas as pd
 
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_json, remove, write_json
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_image, encode_image
@@ -351,6 +352,16 @@ def write_dataset(
     if patches_per_shard < 1:
         raise UserError(f"patches_per_shard is {patches_per_shard}; it is at least 1.")
     folder = Path(folder)
+    with output_lock(folder):
+        return _write_dataset(
+            folder, patches, name, schema, patch_size, mpp, codec, provenance, splits, patches_per_shard
+        )
+
+
+def _write_dataset(
+    folder: Path, patches: Iterable[Patch], name: str, schema: Schema, patch_size: int, mpp: float, codec: str,
+    provenance: Mapping[str, Any] | None, splits: Mapping[str, Any] | None, patches_per_shard: int,
+) -> PatchDataset:  # fmt: skip
     provenance = json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
     sequence = patches if isinstance(patches, Sequence) else None
     tokens: dict[int, str] = {}

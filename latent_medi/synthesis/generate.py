@@ -25,6 +25,7 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import make_sampler
 from latent_medi.errors import Preempted, UserError
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -133,8 +134,15 @@ def generate_plan(
     if not mpp > 0:
         raise UserError("The model does not say how many µm a pixel is.", "Set mpp.")
     check_requests(checked, pipeline, settings)
+    with output_lock(out, accelerator):
+        return _generate(checked, maker, ends, mpp, Path(out), accelerator)
 
-    folder, name = Path(out), settings.name or Path(out).name
+
+def _generate(
+    checked: pd.DataFrame, maker: Maker, ends: np.ndarray, mpp: float, folder: Path, accelerator: Accelerator
+) -> PatchDataset:
+    pipeline, settings = maker.pipeline, maker.settings
+    name = settings.name or folder.name
     model_hash = pipeline.model_hash
     provenance = describe(checked, maker, model_hash)
     if (folder / INFO_FILE).exists():

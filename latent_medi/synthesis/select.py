@@ -19,6 +19,7 @@ from latent_medi.errors import UserError
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
@@ -74,6 +75,11 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> dic
     """
     check_settings(settings)
     settings = replace(settings, device=settings.device or str(make_accelerator().device))
+    with output_lock(settings.data):
+        return _select(settings, encoder)
+
+
+def _select(settings: SelectSettings, encoder: ImageEncoder | None) -> dict[str, Any]:
     task, real = open_task(settings)
     if encoder is None:
         encoder = load_encoder(settings.encoder, settings.weights or None, settings.device)

@@ -24,6 +24,7 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.errors import UserError
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -92,8 +93,14 @@ def translate(
     pipeline.to(accelerator.device)
     asked = choose(settings, pipeline)
     schema = Schema.merge(pipeline.schema, asked.data.schema)
-    model_hash, mpp = pipeline.model_hash, float(asked.data.info["mpp"])
+    with output_lock(settings.out, accelerator):
+        return _translate(settings, asked, schema, pipeline, accelerator)
 
+
+def _translate(
+    settings: TranslateSettings, asked: Request, schema: Schema, pipeline: MediPipeline, accelerator: Accelerator
+) -> Translation:
+    model_hash, mpp = pipeline.model_hash, float(asked.data.info["mpp"])
     folder, name = Path(settings.out), settings.name or Path(settings.out).name
     provenance = describe(asked, pipeline, settings, model_hash)
     if (folder / INFO_FILE).exists():

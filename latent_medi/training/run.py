@@ -19,6 +19,7 @@ from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_json, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
+from latent_medi.locks import output_lock
 from latent_medi.metadata.seen import together
 from latent_medi.progress import get_logger
 from latent_medi.training.averages import reconstruct
@@ -218,6 +219,11 @@ def write_average(settings: AverageSettings) -> Path:
     run, out = Path(settings.run), Path(settings.out)
     if not (run / "model").is_dir():
         raise UserError(f"{run} holds no finished model.", "Finish the run first.")
+    with output_lock(out, beside=True):
+        return _write_average(run, out, settings)
+
+
+def _write_average(run: Path, out: Path, settings: AverageSettings) -> Path:
     if out.exists():
         raise UserError(f"{out} is there already.", "Choose another out.")
     tensors, made = reconstruct(run, settings.width, settings.images)
