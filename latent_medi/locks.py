@@ -7,13 +7,13 @@ by its process on the same machine, and by the lock's time, which the owner rene
 
 from __future__ import annotations
 
-import _thread
 import errno
 import getpass
 import json
 import os
 import secrets
 import shlex
+import signal
 import socket
 import stat
 import sys
@@ -279,11 +279,13 @@ def _read(path: Path) -> tuple[Owner | None, os.stat_result] | None:
         if error.errno != errno.ELOOP:
             raise
         raise UserError(f"{path} is a link, no lock of this program.", "Remove it.") from None
-    with os.fdopen(handle, "rb") as file:
+    try:
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode):
             raise UserError(f"{path} is no lock of this program.", "Move it away.")
-        text = file.read(_MOST_BYTES)
+        text = os.read(handle, _MOST_BYTES)
+    finally:
+        os.close(handle)
     try:
         values = json.loads(text)
         return Owner(**{f.name: _TYPES[str(f.type)](values[f.name]) for f in fields(Owner)}), state
@@ -381,8 +383,9 @@ def _renew(held: _Held, folder: Path) -> None:
         if held.ended.is_set() or not token:  # removed by hand; nobody else writes
             continue
         logger.error("%s was taken over by another job, as this one gave no sign of life; it ends here.", folder)
-        _thread.interrupt_main()
-        return
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it, too
+        if not held.ended.wait(HEARTBEAT):  # a job of the background may ignore it
+            os._exit(130)
 
 
 def _command() -> str:
