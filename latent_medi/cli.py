@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
-from latent_medi.files import NO_SPACE, read_json, write_json
+from latent_medi.files import NO_SPACE, check_file, read_json, write_json
 from latent_medi.locks import output_lock
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
@@ -346,6 +346,13 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
 }
 
 
+_HELPED = frozenset({
+    "run", "train", "encode", "classifier", "average", "grid", "evaluate", "floors", "split", "audit", "export",
+    "benchmark-shift",
+})  # fmt: skip
+"""Verbs that have nothing to do without words, and show their settings then."""
+
+
 def _usage() -> str:
     lines = [
         f"latent-medi {__version__}: metadata-guided latent diffusion for histopathology",
@@ -367,6 +374,8 @@ def run_verb(words: Sequence[str]) -> int:
         print(__version__)
         return 0
     verb, rest = words[0], words[1:]
+    if verb in _HELPED and not rest:
+        rest = ["--help"]
     if verb not in VERBS:
         raise UserError(f"There is no verb {verb!r}; {nearest(verb, VERBS)}.", "`latent-medi --help` lists them.")
     json_file = ""
@@ -379,6 +388,8 @@ def run_verb(words: Sequence[str]) -> int:
             json_file = word.partition("=")[2]
             del rest[i]
             break
+    if json_file:
+        check_file(json_file, "JSON file", rb"\s*[\[{]")
     try:
         result = VERBS[verb][0](rest)
     except Incomplete as error:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 SEAL = "seal"
 """Key of a JSON object under which the checksum of the rest stands."""
+
+
+_TEMPORARY = re.compile(r"\.tmp-([0-9]+|move)-.")  # as atomic_path names it; or a shard that changes its number
+
+HTML = rb"(?i)\s*<(!doctype )?html"
+"""Pattern of a page's start."""
 
 
 def _sync_folder(folder: Path) -> None:
@@ -154,6 +160,58 @@ def check_output(path: str | Path, folder: bool | None = None) -> Path:
         if not os.access(part, os.W_OK):
             raise UserError(f"{path} cannot be written: {part} is read-only.", "Change that, or give another path.")
     return path
+
+
+def check_file(path: str | Path, what: str, pattern: bytes) -> Path:
+    """Look whether a file that the user names can be written; an older one is replaced only by its like.
+
+    Args:
+        path: The file.
+        what: Its kind, in words.
+        pattern: Regular expression that such a file matches from its start.
+
+    Raises:
+        UserError: As :func:`check_output`, or a file of another kind is there.
+    """
+    path = check_output(path, folder=False)
+    if path.is_file():
+        with open(path, "rb") as handle:
+            start = handle.read(65536)
+        if start and not re.match(pattern, start):
+            raise UserError(f"{path} is there and is no {what}; it would be lost.", "Give another path.")
+    return path
+
+
+def refuse_foreign(folder: str | Path, signs: Mapping[str, str], written: Iterable[str]) -> None:
+    """Refuse an output folder with files of the user's that would be replaced.
+
+    Args:
+        folder: The folder; it may be absent.
+        signs: What tells that an earlier job wrote the folder: names of files or folders in it, and the key that such
+            a JSON file has ("" for none).
+        written: Names and patterns of what is written there.
+
+    Raises:
+        UserError: There is something by a name that is written, and no sign.
+    """
+    folder = Path(folder)
+    for name, key in signs.items():
+        if (folder / name).exists():
+            try:
+                if not key or key in read_object(folder / name):
+                    return
+            except UserError:  # a damaged one of ours: somebody else's would be whole
+                return
+    if there := sorted(path for pattern in written for path in folder.glob(pattern)):
+        raise UserError(
+            f"{there[0]} is there, and it was not written by such a job; it would be lost.",
+            "Move it away, or give another folder.",
+        )
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """What a killed process left half-written in a folder."""
+    return sorted(path for path in folder.glob(".tmp-*") if _TEMPORARY.match(path.name))
 
 
 def remove(path: Path) -> None:

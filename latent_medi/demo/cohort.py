@@ -23,11 +23,12 @@ from joblib import Parallel, delayed
 from latent_medi.demo.settings import CohortFolderSettings, CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
 from latent_medi.features.registry import DEMO_GENERATOR
-from latent_medi.files import remove, sha256_bytes
+from latent_medi.files import sha256_bytes
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.records import begin
 from latent_medi.shards.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
@@ -250,8 +251,7 @@ def _build(folder: Path, settings: CohortSettings, jobs: int) -> PatchDataset:
     token = sha256_bytes(json.dumps(provenance, sort_keys=True).encode())
     if whole := finished_dataset(folder, told | {"provenance": provenance}, [token] * len(parts)):
         return whole
-    remove(folder / INFO_FILE)
-    remove(folder / INDEX_FILE)
+    begin(folder)
     done = {number for number, record in finished_shards(folder).items() if record.token == token}
     work = [
         delayed(_write_part)(folder, number, part, settings, token)

@@ -30,7 +30,7 @@ from latent_medi.evaluation.support import thin_support
 from latent_medi.features.cache import cached_features, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import atomic_path, read_json, refuse_foreign, write_json
 from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.progress import get_logger
@@ -70,6 +70,8 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     check_settings(settings)
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
+    signs = {"metrics.json": "metrics_version", "reference": "", "features": ""}
+    refuse_foreign(settings.out, signs, ["metrics.json", "predictions.csv"])
     with output_lock(settings.out, accelerator):
         return _judge(settings, encoders, accelerator, device)
 

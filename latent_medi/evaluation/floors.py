@@ -27,7 +27,7 @@ from latent_medi.evaluation.study import categorical_fields, describe, strata
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import atomic_path, read_json, refuse_foreign, write_json
 from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.metadata.fields import is_missing
@@ -66,6 +66,7 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
     if settings.deals < LEAST_DEALS:
         raise UserError(f"deals is {settings.deals}: too few to tell a range from.", f"Give {LEAST_DEALS} or more.")
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
+    refuse_foreign(settings.out, {"floors.json": "encoders"}, ["floors.json", "floors.csv"])
     with output_lock(settings.out, accelerator):
         return _floors(settings, encoders, accelerator)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import atomic_path, read_json, refuse_foreign, write_json
 from latent_medi.locks import output_lock
 
 SHOWN = ("real", "oversample", "nearest_site", "stain_transfer", "cls", "medi", "oracle")
@@ -46,6 +46,7 @@ def loss(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def write_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``shift.json``, ``shift.csv`` and ``shift.png``, and print the table."""
+    refuse_foreign(out, {"shift.json": "levels"}, ["shift.*"])
     write_json(out / "shift.json", result)
     with atomic_path(out / "shift.csv") as temporary:
         _table(result["levels"]).to_csv(temporary, index=False)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from latent_medi.errors import UserError
 from latent_medi.features.encoders import load_encoder
-from latent_medi.files import atomic_path, read_json, remove, sha256_file, write_json
+from latent_medi.files import atomic_path, read_json, refuse_foreign, remove, sha256_file, write_json
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
 from latent_medi.latents.floor import floor_text, measure_floor
 from latent_medi.latents.reader import ReadAhead, threads_beside
@@ -28,6 +28,8 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.remote import open_dataset
 
 logger = get_logger("latents")
+
+_PROGRESS = ".progress"
 
 
 def encode(settings: EncodeSettings) -> Path:
@@ -80,9 +82,12 @@ def encode_dataset(
     data, out = open_dataset(dataset), Path(out)
     if (out / DATASET_FILE).is_file():
         raise UserError(f"{out} is a dataset folder.", "Latents go into a folder of their own.")
+    refuse_foreign(out, {INFO_FILE: "autoencoder", _PROGRESS: ""}, [INFO_FILE, "data/part-*.safetensors"])
     if device is not None:
         autoencoder.to(device)
     with output_lock(out, accelerator):
+        if (accelerator is None or accelerator.is_main_process) and not (out / INFO_FILE).exists():
+            (out / _PROGRESS).mkdir(exist_ok=True)  # a kill before the first shard's note leaves a folder of ours
         _encode(data, autoencoder, out, device_batch, accelerator, workers, views, floor)
     return out
 
@@ -145,7 +150,7 @@ def shard_rows(data: PatchDataset) -> dict[str, np.ndarray]:
 
 
 def _paths(out: Path, number: int) -> tuple[Path, Path]:
-    return out / "data" / f"part-{number:06d}.safetensors", out / ".progress" / f"part-{number:06d}.json"
+    return out / "data" / f"part-{number:06d}.safetensors", out / _PROGRESS / f"part-{number:06d}.json"
 
 
 def _record_of(out: Path, number: int, shard: dict[str, Any], header: dict[str, Any]) -> dict[str, Any] | None:
@@ -205,7 +210,7 @@ def _finish(out: Path, data: PatchDataset, header: dict[str, Any]) -> None:
     # Σ and Σ² per channel run over every latent pixel of the means, of all views; Σσ² is what sampling the posterior
     # adds. Counts are patches.
     write_json(out / INFO_FILE, {**header, "count": count, "shards": records})
-    remove(out / ".progress")
+    remove(out / _PROGRESS)
 
 
 def _check_same(out: Path, header: dict[str, Any], data: PatchDataset) -> None:

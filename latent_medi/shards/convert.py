@@ -13,13 +13,13 @@ from joblib import Parallel, delayed
 from PIL import Image
 
 from latent_medi.errors import UserError
-from latent_medi.files import remove, sha256_file
+from latent_medi.files import sha256_file
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.patch import Patch
-from latent_medi.shards.records import finished_shards
+from latent_medi.shards.records import begin, finished_shards
 from latent_medi.shards.writer import finish_dataset, finished_dataset, write_shard
 
 C = TypeVar("C")
@@ -76,8 +76,7 @@ def _convert(
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": patch_size, "mpp": float(mpp), "codec": codec}
     if whole := finished_dataset(out, expected, tokens, splits):
         return whole
-    remove(out / INFO_FILE)
-    remove(out / INDEX_FILE)
+    begin(out)
     done = finished_shards(out)
     todo = [n for n, token in enumerate(tokens) if n not in done or done[n].token != token]
     work = pool(delayed(_write)(out, number, read, chunks[number], codec, tokens[number]) for number in todo)

@@ -17,7 +17,6 @@ import pandas as pd
 from PIL import Image
 
 from latent_medi.errors import UserError
-from latent_medi.files import remove
 from latent_medi.locks import output_lock
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import Schema
@@ -25,10 +24,10 @@ from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, decode_image
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.patch import Patch, check_column, check_key
-from latent_medi.shards.records import ShardRecord, finished_shards
+from latent_medi.shards.records import ShardRecord, begin, finished_shards
 from latent_medi.shards.rejected import report_rejected, smaller_than
 from latent_medi.shards.settings import ImportSettings
 from latent_medi.shards.writer import finish_dataset, finished_dataset, write_shard
@@ -118,8 +117,7 @@ def _import(
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": settings.patch_size, "codec": settings.codec}
     if whole := finished_dataset(out, expected | {"mpp": geometry.mpp}, tokens, splits):
         return whole
-    remove(out / INFO_FILE)
-    remove(out / INDEX_FILE)
+    begin(out)
     done = {number: r for number, r in finished_shards(out).items() if number < len(tokens)}
     done = {number: record for number, record in done.items() if record.token == tokens[number]}
     todo = [number for number in range(len(chunks)) if number not in done]

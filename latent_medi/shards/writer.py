@@ -16,14 +16,22 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, remove, write_json
+from latent_medi.files import atomic_path, read_json, remove, temporaries, write_json
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_image, encode_image
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, SPLIT_PREFIX, PatchDataset, write_folder
+from latent_medi.shards.dataset import INFO_FILE, SPLIT_PREFIX, PatchDataset, write_folder
 from latent_medi.shards.patch import Patch, column_types, describe
-from latent_medi.shards.records import PROGRESS_FOLDER, ShardRecord, finished_shards, shard_file, write_record
+from latent_medi.shards.records import (
+    PROGRESS_FOLDER,
+    ShardRecord,
+    begin,
+    claim,
+    finished_shards,
+    shard_file,
+    write_record,
+)
 from latent_medi.shards.selections import SELECTED_PREFIX
 
 __all__ = ["Patch", "ShardRecord", "finish_dataset", "finished_shards", "shard_file", "write_dataset", "write_shard"]
@@ -83,6 +91,7 @@ def write_shard(
     check_codec(codec)
     if (folder / INFO_FILE).exists():
         raise UserError(f"{folder} is a finished dataset.", "Write to another folder, or remove this one first.")
+    claim(folder)
     rows: list[dict[str, Any]] = []
     digest, written, patch_size = hashlib.sha256(), 0, 0
     seen: set[str] = set()
@@ -225,10 +234,9 @@ def _remembered(folder: Path) -> dict[str, Any]:
 
 def _clear(folder: Path, keep: set[str]) -> None:
     """Remove what an interrupted or earlier writing left: temporary files, other shards and the records."""
-    for pattern in ("data/.tmp-*", "data/part-*.tar", ".tmp-*"):
-        for leftover in folder.glob(pattern):
-            if leftover.relative_to(folder).as_posix() not in keep:
-                remove(leftover)
+    shards = [path for path in folder.glob("data/part-*.tar") if path.relative_to(folder).as_posix() not in keep]
+    for leftover in (*temporaries(folder / "data"), *temporaries(folder), *shards):
+        remove(leftover)
     remove(folder / PROGRESS_FOLDER)
 
 
@@ -305,8 +313,7 @@ def reopen_dataset(folder: str | Path) -> None:
                 shard["made_from"], {}, rows,
             )  # fmt: skip
             write_record(folder, record)
-    remove(folder / INFO_FILE)
-    remove(folder / INDEX_FILE)
+    begin(folder)
 
 
 def patches_token(patches: Sequence[Patch], codec: str) -> str:
@@ -377,8 +384,7 @@ def _write_dataset(
         }
         if whole := finished_dataset(folder, expected | {"provenance": provenance}, list(tokens.values()), splits):
             return whole
-    remove(folder / INFO_FILE)
-    remove(folder / INDEX_FILE)
+    begin(folder)
     done = finished_shards(folder) if sequence is not None else {}
     count = 0
     for number, chunk in enumerate(

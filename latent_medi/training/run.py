@@ -17,7 +17,7 @@ from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
-from latent_medi.files import read_json, write_json, write_text
+from latent_medi.files import read_json, refuse_foreign, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.locks import output_lock
 from latent_medi.metadata.seen import together
@@ -153,12 +153,17 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
 
 
 def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFrame | None = None) -> None:
-    """Write settings.yaml, run.json and, when starting from a model, transfer.csv; clear what a killed process left
-    behind."""
+    """Write run.json, settings.yaml and, when starting from a model, transfer.csv; clear what a killed process left
+    behind.
+
+    Raises:
+        UserError: The folder holds files of the user's by these names.
+    """
+    refuse_foreign(out, {RUN_FILE: "run"}, [RUN_FILE, "settings.yaml", "*.csv"])
+    write_json(out / RUN_FILE, {"run": record})
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
     write_text(out / "settings.yaml", yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True))
-    write_json(out / RUN_FILE, {"run": record})
     if table is not None:
         write_text(out / "transfer.csv", table.to_csv(index=False))
 
