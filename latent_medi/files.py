@@ -141,7 +141,15 @@ def check_output(path: str | Path, folder: bool | None = None) -> Path:
     """
     if not str(path):
         raise UserError("No path to write is given.", "out=/path/to/it")
-    path, another = Path(path), "Give another path."
+    path = Path(path)
+    try:
+        _check_output(path, folder, "Give another path.")
+    except OSError as error:  # a folder on the way that may not be looked into
+        raise cannot_write(path, error) from None
+    return path
+
+
+def _check_output(path: Path, folder: bool | None, another: str) -> None:
     for part in (path, *path.parents):
         if part.is_symlink() and not part.exists():
             raise UserError(f"{part} is a link to {os.readlink(part)}, which is not there.", "Mend the link.")
@@ -159,7 +167,6 @@ def check_output(path: str | Path, folder: bool | None = None) -> Path:
     for part in (there, *around):
         if not os.access(part, os.W_OK):
             raise UserError(f"{path} cannot be written: {part} is read-only.", "Change that, or give another path.")
-    return path
 
 
 def check_file(path: str | Path, what: str, pattern: bytes) -> Path:

@@ -16,7 +16,8 @@ from latent_medi.stages import Stage, Stages
 from latent_medi.wholeness import damaged_dataset, damaged_json, damaged_latents, damaged_model, reopen
 
 SMALL = """
-model: {block_out_channels: [16, 16], attention: [false, false], layers_per_block: 1, norm_num_groups: 8%s}
+model: {block_out_channels: [32, 32], attention: [false, true], attention_head_dim: 16, layers_per_block: 1,
+  norm_num_groups: 16%s}
 global_batch: 8
 max_steps: 4
 """
