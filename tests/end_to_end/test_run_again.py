@@ -62,7 +62,7 @@ def test_a_run_makes_again_what_was_lost(tmp_path: Path, capsys: pytest.CaptureF
     assert main(words) == 0
     again = contents(out)
     assert set(again) == set(whole)
-    same = ("medi/model/", "cls/model/", "synthetic/", "latents/data/", "reference/", "plan-")
+    same = ("medi/model/", "cls/model/", "synthetic/", "latents/data/", "plan-")
     assert [name for name in whole if name.startswith(same) and again[name] != whole[name]] == []
 
 
