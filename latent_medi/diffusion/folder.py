@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from latent_medi.latents.autoencoder import Autoencoder, first_line, in_own_memo
 AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
 
 
-def local_folder(name: str | Path) -> Path:
+def local_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
     """A model folder, downloaded first if the name is a hub id ``owner/name``; only JSON and safetensors are fetched.
+
+    Args:
+        name: The folder or hub id.
+        download: Arguments of a download, such as ``revision``.
 
     Raises:
         UserError: It is no folder, and cannot be downloaded.
@@ -32,7 +37,7 @@ def local_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **(download or {})))
     except Exception as error:  # offline, absent, refused: the message says which
         raise UserError(
             f"{name} is no folder here, and cannot be downloaded: {first_line(error)}",
@@ -44,13 +49,13 @@ def local_folder(name: str | Path) -> Path:
 
 def read_model(
     folder: str | Path, autoencoder: Autoencoder | str | Path | None, torch_dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device | str, download: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The parts of a pipeline, by the names of its arguments, and ``carried``: whether the autoencoder was inside.
 
     Args and raises as for :meth:`~latent_medi.diffusion.pipeline.MediPipeline.from_pretrained`.
     """
-    path = local_folder(folder)
+    path = local_folder(folder, download)
     index = read_json(path / "model_index.json")
     if index.get("_class_name") != "MediPipeline":
         raise UserError(f"{folder} holds a {index.get('_class_name')}, not a latent-medi model.")

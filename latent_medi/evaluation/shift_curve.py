@@ -12,6 +12,7 @@ import pandas as pd
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_json, refuse_foreign, write_json
 from latent_medi.locks import output_lock
+from latent_medi.metadata.tables import write_for_people
 
 SHOWN = ("real", "oversample", "nearest_site", "stain_transfer", "cls", "medi", "oracle")
 """Arms of the curve, if they took part."""
@@ -48,8 +49,7 @@ def write_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``shift.json``, ``shift.csv`` and ``shift.png``, and print the table."""
     refuse_foreign(out, {"shift.json": "levels"}, ["shift.*"])
     write_json(out / "shift.json", result)
-    with atomic_path(out / "shift.csv") as temporary:
-        _table(result["levels"]).to_csv(temporary, index=False)
+    write_for_people(_table(result["levels"]), out / "shift.csv")
     _curve(result["levels"], out / "shift.png")
     print(shift_text(result))
 

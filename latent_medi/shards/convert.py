@@ -18,8 +18,10 @@ from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.image_file import check_file
 from latent_medi.shards.patch import Patch
-from latent_medi.shards.records import begin, finished_shards
+from latent_medi.shards.records import finished_shards
+from latent_medi.shards.rerun import make_way
 from latent_medi.shards.writer import finish_dataset, finished_dataset, write_shard
 
 C = TypeVar("C")
@@ -66,6 +68,11 @@ def _convert(
     splits: Mapping[str, tuple[Mapping[str, str], Mapping[str, Any]]] | None, jobs: int,
 ) -> PatchDataset:  # fmt: skip
     every = sorted({path for chunk in chunks for path in files(chunk)})
+    for path in every:
+        try:
+            check_file(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.", "Repair or remove it.") from None
     # Threads: decoding, scaling and encoding leave the interpreter's lock, and recipes are not importable elsewhere.
     pool = Parallel(jobs, prefer="threads", return_as="generator")
     hashes = dict(zip(every, pool(delayed(sha256_file)(path) for path in every), strict=True))
@@ -76,7 +83,7 @@ def _convert(
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": patch_size, "mpp": float(mpp), "codec": codec}
     if whole := finished_dataset(out, expected, tokens, splits):
         return whole
-    begin(out)
+    make_way(out, splits or {})
     done = finished_shards(out)
     todo = [n for n, token in enumerate(tokens) if n not in done or done[n].token != token]
     work = pool(delayed(_write)(out, number, read, chunks[number], codec, tokens[number]) for number in todo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, is_missing
 from latent_medi.shards.codec import ORIGINS
-from latent_medi.shards.dataset import FIXED_COLUMNS, SPLIT_PREFIX
+from latent_medi.shards.layout import BAD_KEY, FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.selections import SELECTED_PREFIX
 
 
@@ -46,15 +47,18 @@ class Patch:
     extra: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
-# A dot would end the key early; the others break paths, globs or terminals.
-_BAD_KEY = re.compile(r"[.\\\x00-\x1f\x7f]|^/|/$|//|^$|^\s|\s$")
+_BAD_KEY = re.compile(BAD_KEY)
+
+
+_SHORT = 20  # characters: so many fit a tar's header, whatever their bytes
 
 
 def check_key(key: str) -> None:
     """Refuse a key that WebDataset would read differently.
 
     Raises:
-        UserError: It has a dot, a backslash, a control character, blanks around it or an empty path part.
+        UserError: It has a dot, a backslash, a control character, blanks around it or an empty path part, or is too
+            long.
     """
     if not isinstance(key, str) or _BAD_KEY.search(key):
         raise UserError(
@@ -62,6 +66,19 @@ def check_key(key: str) -> None:
             "WebDataset takes what follows a dot for the file type: use '-'. "
             "No backslash, control character, blank at an end or empty part between slashes either.",
         )
+    if len(key) > _SHORT and not _fits(key):
+        raise UserError(
+            f"The key {key!r} does not fit a tar: it is too long, {len(key.encode('utf-8', 'replace'))} bytes.",
+            "What follows the last slash has at most 95 bytes in UTF-8, and what is before it 155.",
+        )
+
+
+def _fits(key: str) -> bool:
+    try:
+        tarfile.TarInfo(f"{key}.json").tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    except ValueError:
+        return False
+    return True
 
 
 def _text(name: str, value: Any, key: str) -> str:
@@ -127,8 +144,8 @@ def check_column(name: str) -> None:
     Raises:
         UserError: It does.
     """
-    if name in FIXED_COLUMNS or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
-        reserved = ", ".join(FIXED_COLUMNS)
+    if name in (*FIXED_COLUMNS, *SUM_COLUMNS) or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
+        reserved = ", ".join((*FIXED_COLUMNS, *SUM_COLUMNS))
         raise UserError(
             f"A field cannot be called {name!r}.",
             f"The index uses {reserved}, {SPLIT_PREFIX}… and {SELECTED_PREFIX}… itself; rename the column.",

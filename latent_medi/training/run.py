@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 import yaml
 
+from latent_medi.agreement import Told
 from latent_medi.diffusion.adapters import add_lora, save_adapter
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
@@ -21,6 +22,7 @@ from latent_medi.files import read_json, refuse_foreign, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.locks import output_lock
 from latent_medi.metadata.seen import together
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
 from latent_medi.training.averages import reconstruct
 from latent_medi.training.checkpoint import checkpoint_folders, remove_unfinished
@@ -29,6 +31,7 @@ from latent_medi.training.draws import batch_seed
 from latent_medi.training.parts import added_values, choose_parts, fold
 from latent_medi.training.settings import LORA_TARGETS, AverageSettings, TrainSettings
 from latent_medi.training.transfer import Source, describe_table, transfer, with_adapter
+from latent_medi.typed import written
 
 logger = get_logger("training")
 
@@ -56,6 +59,20 @@ def describe(settings: TrainSettings, data: TrainingData, source: Source | None)
     """What makes this run this run: its settings, but for paths and speed, and the content of data and source."""
     kept = {key: value for key, value in plain(asdict(settings)).items() if key not in FREE}
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
+
+
+def tell(told: Told, settings: Any, data: TrainingData) -> None:
+    """Tell the other processes what this one is about to train on, and how; what only its memory decides may differ.
+
+    Args:
+        told: Takes it.
+        settings: Of a model's or a classifier's training.
+        data: Its rows.
+    """
+    told.reads("data", settings.data, data.table_hash)
+    told.reads("latents", settings.latents, data.latents_hash)
+    own = {"data", "latents", "autoencoder", "init_from", "model", "device_batch", "resident", "stream"}
+    told.does(plain(asdict(settings)), but=own)
 
 
 def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -104,10 +121,12 @@ def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("m
         products: Names of what such runs make.
 
     Raises:
-        UserError: It holds another run's product or checkpoints, or a product of unknown origin.
+        UserError: It holds another run's product or checkpoints, a product of unknown origin, or files of the user's
+            that would be replaced.
     """
     made = next((name for name in products if (out / name).exists()), "")
     if not made and not checkpoint_folders(out / "checkpoints"):
+        refuse_foreign(out, {RUN_FILE: "run"}, [RUN_FILE, "settings.yaml", "*.csv"])
         return False
     if not (out / RUN_FILE).exists():
         held = f"a finished {made}" if made else "checkpoints"
@@ -154,18 +173,14 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
 
 def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFrame | None = None) -> None:
     """Write run.json, settings.yaml and, when starting from a model, transfer.csv; clear what a killed process left
-    behind.
-
-    Raises:
-        UserError: The folder holds files of the user's by these names.
-    """
-    refuse_foreign(out, {RUN_FILE: "run"}, [RUN_FILE, "settings.yaml", "*.csv"])
+    behind."""
     write_json(out / RUN_FILE, {"run": record})
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
-    write_text(out / "settings.yaml", yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True))
+    kept = written(type(settings), plain(asdict(settings)))
+    write_text(out / "settings.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     if table is not None:
-        write_text(out / "transfer.csv", table.to_csv(index=False))
+        write_for_people(table, out / "transfer.csv")
 
 
 def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source | None) -> Autoencoder:
