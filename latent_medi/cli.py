@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
-from latent_medi.files import NO_SPACE, read_json, write_json
+from latent_medi.files import NO_SPACE, check_file, read_json, write_json
+from latent_medi.locks import output_lock
 from latent_medi.paths import expand
 from latent_medi.processes import Output, follow_parent, read_by_somebody, safe_helpers
 from latent_medi.progress import set_up_logging
@@ -153,9 +154,10 @@ def _split(words: list[str]) -> Printed:
     if is_table(settings.data):
         split, index = split_table(settings)
     else:
-        dataset = PatchDataset.open(settings.data)
-        split, index = make_split(dataset.index, settings), dataset.index
-        dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
+        with output_lock(settings.data):  # from reading the index to writing it
+            dataset = PatchDataset.open(settings.data)
+            split, index = make_split(dataset.index, settings), dataset.index
+            dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
     summary = split_summary(index, split)
     for part, counts in summary.items():
         print(f"{part}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))
@@ -351,6 +353,13 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
 }
 
 
+_HELPED = frozenset({
+    "train", "encode", "classifier", "average", "grid", "evaluate", "floors", "split", "audit", "export",
+    "benchmark-shift",
+})  # fmt: skip
+"""Verbs that have nothing to do without words, and show their settings then."""
+
+
 def _usage() -> str:
     lines = [
         f"latent-medi {__version__}: metadata-guided latent diffusion for histopathology",
@@ -372,9 +381,13 @@ def run_verb(words: Sequence[str]) -> int:
         print(__version__)
         return 0
     verb, rest = words[0], words[1:]
+    if verb in _HELPED and not rest:
+        rest = ["--help"]
     if verb not in VERBS:
         raise UserError(f"There is no verb {verb!r}; {nearest(verb, VERBS)}.", "`latent-medi --help` lists them.")
     json_file = _take_json_file(rest)
+    if json_file:
+        check_file(json_file, "JSON file", rb"\s*[\[{]")
     try:
         result = VERBS[verb][0](rest)
     except Incomplete as error:

@@ -173,5 +173,3 @@ def _in_words(annotation: Any) -> str:
     if PATH in marks(annotation):
         return "a path or name"
     return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a value")
-
-

@@ -58,7 +58,7 @@ class _Place:
 
     def refusal(self, value: Any, annotation: Any, hint: str = "") -> UserError:
         if not hint and value is None and may_be_text(annotation):
-            hint = f"If the word null is meant, quote it: {self.name.rpartition('.')[2]}: \"null\"."
+            hint = f'If the word null is meant, quote it: {self.name.rpartition(".")[2]}: "null".'
         return UserError(f"{self.where}: {self.name} is {shown(value)}; it takes {wanted(annotation)}.", hint)
 
 

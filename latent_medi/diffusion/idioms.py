@@ -210,9 +210,7 @@ def rows_of(
     counts = {len(v) for v in listed.values()} | ({len(seeds)} if seeds is not None else set())
     counts |= {num_images} if num_images is not None else set()
     if len(counts) > 1:
-        raise UserError(
-            f"num_images, seeds and lists of values disagree about the number of images: {sorted(counts)}."
-        )
+        raise UserError(f"num_images, seeds and lists of values disagree about the number of images: {sorted(counts)}.")
     count = counts.pop() if counts else 1
     if count < 1:
         raise UserError(f"The number of images must be at least 1, not {count}.")

@@ -122,9 +122,7 @@ class MediPipeline(PipelineParts):
         if self._adapters:
             return adapted_hash(self._base_hash, self._adapters)
         unet = getattr(self.unet, "_orig_mod", self.unet)  # compiled or not
-        return parts_hash(
-            unet, self.conditioning, self.scheduler.config, self.autoencoder.hash, self.shift, self.scale
-        )
+        return parts_hash(unet, self.conditioning, self.scheduler.config, self.autoencoder.hash, self.shift, self.scale)
 
     # ---- adapters
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import open_file
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, UNITS, read_folder, write_folder
@@ -290,7 +291,8 @@ class PatchDataset:
             )
         index = self.index.assign(**{label: values})
         info = {**self.info, "splits": {**self.info["splits"], name: {"recipe": dict(recipe)}}}
-        self.info, self.index = write_folder(self.folder, info, index), index
+        with output_lock(self.folder):
+            self.info, self.index = write_folder(self.folder, info, index), index
 
     def add_selection(
         self,
@@ -317,6 +319,12 @@ class PatchDataset:
         values = selection_columns(name, columns, len(self))
         entry = {"recipe": dict(recipe), "result": dict(result), "columns": dict.fromkeys(values)}
         others = {key: kept for key, kept in self.selections.items() if key != name}
+        with output_lock(self.folder):
+            self._write_selection(name, values, entry, others, replace)
+
+    def _write_selection(
+        self, name: str, values: Mapping[str, Any], entry: dict[str, Any], others: dict[str, Any], replace: bool
+    ) -> None:
         index = self.index
         if name in self.selections:
             if not replace:

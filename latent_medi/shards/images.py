@@ -15,6 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from latent_medi.errors import UserError
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.progress import get_logger, progress
@@ -76,6 +77,18 @@ def import_images(
         raise UserError("No dataset folder to write is given.", "out=/path/to/dataset")
     if settings.patch_size < 1 or settings.patches_per_shard < 1 or not 0 <= settings.max_bad <= 1:
         raise UserError("patch_size and patches_per_shard are at least 1, and max_bad is between 0 and 1.")
+    with output_lock(settings.out):
+        return _import(settings, table, schema, provenance, splits, left_out)
+
+
+def _import(
+    settings: ImportSettings,
+    table: pd.DataFrame,
+    schema: Schema | None,
+    provenance: Mapping[str, Any] | None,
+    splits: Mapping[str, tuple[Mapping[str, str], Mapping[str, Any]]] | None,
+    left_out: list[Rejected],
+) -> PatchDataset:
     patients = set(table[settings.patient_column].astype(str)) if settings.patient_column in table else set()
     rows, kept, unusable = image_rows(table, settings)
     table, left_out = table.iloc[kept], left_out + unusable

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from latent_medi.errors import UserError
-from latent_medi.files import remove
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.progress import get_logger
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import INFO_FILE, PatchDataset
+from latent_medi.shards.records import begin, claim, refuse_others
 from latent_medi.shards.writer import remember_splits
 
 logger = get_logger(__name__)
@@ -27,9 +27,11 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
 
     Raises:
         UserError: It has selections, which belong to the patches as they are; or a split of patients whose fields have
-            changed since. Nothing is removed then.
+            changed since; or it holds files of somebody else's. Nothing is removed then.
     """
+    refuse_others(out)
     if not (out / INFO_FILE).is_file():
+        claim(out)
         return
     hint = f"Write to another folder, or remove {out} first."
     try:
@@ -53,8 +55,7 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
         if kept:
             logger.info("%s is written again, and keeps the splits %s", out, ", ".join(kept))
         remember_splits(dataset)
-    remove(out / INFO_FILE)
-    remove(out / INDEX_FILE)
+    begin(out)
 
 
 def changed_patients(dataset: PatchDataset, patches: Iterable[tuple[str, Mapping[str, str]]]) -> list[str]:

@@ -21,6 +21,8 @@ import pandas as pd
 
 from latent_medi.errors import Incomplete, UserError
 from latent_medi.files import read_json, read_object, remove
+from latent_medi.locks import output_lock
+from latent_medi.metadata.schema import Schema
 from latent_medi.processes import environment, python_words
 from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
@@ -80,6 +82,13 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
     ]
     if settings.dry_run:
         return _estimate(jobs, faults, settings)
+    with output_lock(settings.out):
+        return _write(jobs, faults, schema, settings)
+
+
+def _write(
+    jobs: list[SlideJob], faults: list[dict[str, Any]], schema: Schema, settings: SlideSettings
+) -> dict[str, Any]:
     out = Path(settings.out)
     name = settings.name or out.name
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": settings.patch_size, "codec": settings.codec}
@@ -103,7 +112,8 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
         kept_numbers = [job.number for job, row in zip(jobs, rows, strict=True) if row["status"] == "kept"]
         if not kept_numbers:
             raise UserError(
-                f"None of the {len(slides)} slides gave a patch:\n  " + told_reasons(rows + faults), f"See {table}."
+                f"None of the {len(jobs) + len(faults)} slides gave a patch:\n  " + told_reasons(rows + faults),
+                f"See {table}.",
             )
         provenance = {
             "source": _SOURCE,

@@ -17,15 +17,24 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_sealed, remove, write_sealed
+from latent_medi.files import atomic_path, read_sealed, remove, temporaries, write_sealed
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_image, encode_image
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, NEXT_INDEX, write_folder
+from latent_medi.shards.folder import INFO_FILE, NEXT_INDEX, write_folder
 from latent_medi.shards.layout import SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.patch import Patch, column_types, describe
-from latent_medi.shards.records import PROGRESS_FOLDER, ShardRecord, finished_shards, shard_file, write_record
+from latent_medi.shards.records import (
+    PROGRESS_FOLDER,
+    ShardRecord,
+    begin,
+    claim,
+    finished_shards,
+    shard_file,
+    write_record,
+)
 from latent_medi.shards.selections import SELECTED_PREFIX
 
 __all__ = ["Patch", "ShardRecord", "finish_dataset", "finished_shards", "shard_file", "write_dataset", "write_shard"]
@@ -85,6 +94,7 @@ def write_shard(
     check_codec(codec)
     if (folder / INFO_FILE).exists():
         raise UserError(f"{folder} is a finished dataset.", "Write to another folder, or remove this one first.")
+    claim(folder)
     rows: list[dict[str, Any]] = []
     digest, written, patch_size = hashlib.sha256(), 0, 0
     seen: set[str] = set()
@@ -237,10 +247,9 @@ def _remembered(folder: Path) -> dict[str, Any]:
 
 def _clear(folder: Path, keep: set[str]) -> None:
     """Remove what an interrupted or earlier writing left: temporary files, other shards and the records."""
-    for pattern in ("data/.tmp-*", "data/part-*.tar", ".tmp-*", NEXT_INDEX):
-        for leftover in folder.glob(pattern):
-            if leftover.relative_to(folder).as_posix() not in keep:
-                remove(leftover)
+    shards = [path for path in folder.glob("data/part-*.tar") if path.relative_to(folder).as_posix() not in keep]
+    for leftover in (*temporaries(folder / "data"), *temporaries(folder), *shards, folder / NEXT_INDEX):
+        remove(leftover)
     remove(folder / PROGRESS_FOLDER)
 
 
@@ -311,8 +320,7 @@ def reopen_dataset(folder: str | Path) -> None:
                 shard["made_from"], {}, rows,
             )  # fmt: skip
             write_record(folder, record)
-    remove(folder / INFO_FILE)
-    remove(folder / INDEX_FILE)
+    begin(folder)
 
 
 def patches_token(patches: Sequence[Patch], codec: str) -> str:
@@ -358,6 +366,16 @@ def write_dataset(
     if patches_per_shard < 1:
         raise UserError(f"patches_per_shard is {patches_per_shard}; it is at least 1.")
     folder = Path(folder)
+    with output_lock(folder):
+        return _write_dataset(
+            folder, patches, name, schema, patch_size, mpp, codec, provenance, splits, patches_per_shard
+        )
+
+
+def _write_dataset(
+    folder: Path, patches: Iterable[Patch], name: str, schema: Schema, patch_size: int, mpp: float, codec: str,
+    provenance: Mapping[str, Any] | None, splits: Mapping[str, Any] | None, patches_per_shard: int,
+) -> PatchDataset:  # fmt: skip
     provenance = json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
     sequence = patches if isinstance(patches, Sequence) else None
     tokens: dict[int, str] = {}
@@ -373,8 +391,7 @@ def write_dataset(
         }
         if whole := finished_dataset(folder, expected | {"provenance": provenance}, list(tokens.values()), splits):
             return whole
-    remove(folder / INFO_FILE)
-    remove(folder / INDEX_FILE)
+    begin(folder)
     done = finished_shards(folder) if sequence is not None else {}
     count = 0
     for number, chunk in enumerate(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, remove, sha256_file, write_json
+from latent_medi.files import atomic_path, read_json, remove, sha256_file, temporaries, write_json
 from latent_medi.progress import get_logger
 
 logger = get_logger("training")
@@ -79,7 +79,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left half-written in ``folder``."""
-    for path in folder.glob(".tmp-*"):
+    for path in temporaries(folder):
         remove(path)
 
 
