@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
-from latent_medi.files import NO_SPACE, read_json, write_json
+from latent_medi.files import NO_SPACE, write_json
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 
@@ -159,10 +159,11 @@ def _split(words: list[str]) -> Printed:
 
 def _encode(words: list[str]) -> Printed:
     from latent_medi.latents.encode import encode
+    from latent_medi.latents.info import read_info
     from latent_medi.latents.settings import EncodeSettings
 
     out = encode(config.parse(EncodeSettings, words, "encode"))
-    return {"latents": str(out), "floor": read_json(out / "latents.json").get("floor")}
+    return {"latents": str(out), "floor": read_info(out).get("floor")}
 
 
 def _train(words: list[str]) -> Printed:

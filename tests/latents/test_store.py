@@ -87,12 +87,6 @@ def test_a_constant_channel_is_refused(tmp_path):
         LatentStore(out).statistics([0, 1, 2])
 
 
-def test_mapped_latents_are_not_loaded(folder):
-    store = LatentStore(folder, "mmap")
-    assert not store._loaded
-    assert all(isinstance(m, np.memmap) for m in store._mapped["mean"])
-
-
 @pytest.mark.parametrize("damage", ["cut", "absent", "other shape", "no info", "newer"])
 def test_damaged_folders_are_refused(tmp_path, damage):
     data = make_dataset(tmp_path / "data", count=3)
