@@ -51,15 +51,7 @@ _SHARDS = """latent-medi shards WHAT …
 def _shards(words: list[str]) -> Printed:
     what = words[0] if words and not words[0].startswith("-") else ""
     if what == "verify":
-        from latent_medi.shards.dataset import PatchDataset
-
-        folder = _only_folder(words[1:], "shards verify")
-        dataset = PatchDataset.open(folder)
-        problems = dataset.verify()
-        if problems:
-            raise UserError(f"{folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
-        print(f"no problem: {_holds(dataset)}")
-        return {"folder": str(folder), "problems": []}
+        return _verify(words[1:])
     if what == "info":
         from latent_medi.shards.info import info
         from latent_medi.shards.settings import InfoSettings
@@ -98,13 +90,21 @@ def _holds(dataset: PatchDataset) -> str:
     return f"{len(dataset)} patches of {dataset.index['patient'].nunique()} patients in {dataset.folder}"
 
 
-def _only_folder(words: Sequence[str], verb: str) -> Path:
-    if {"-h", "--help"} & set(words):
-        print(f"latent-medi {verb} FOLDER\n\nReads every shard and names what is damaged, missing or does not agree.")
-        sys.exit(0)
-    if len(words) != 1:
-        raise UserError(f"`latent-medi {verb}` takes one folder.", f"latent-medi {verb} runs/demo/data")
-    return Path(words[0])
+def _verify(words: list[str]) -> Printed:
+    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.settings import VerifySettings
+    from latent_medi.shards.verify import seal
+
+    settings = config.parse(VerifySettings, words, "shards verify", positional="data")
+    if not settings.data:
+        raise UserError("No folder is given.", "latent-medi shards verify runs/demo/data")
+    dataset = PatchDataset.open(settings.data)
+    if problems := dataset.verify():
+        raise UserError(f"{dataset.folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+    if settings.seal:
+        seal(dataset)
+    print(f"no problem: {_holds(dataset)}{', checksums added' if settings.seal else ''}")
+    return {"folder": str(dataset.folder), "problems": []}
 
 
 def _export(words: list[str]) -> Printed:

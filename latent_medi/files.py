@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,8 @@ SEAL = "seal"
 """Key of a JSON object under which the checksum of the rest stands."""
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed into a folder last beyond a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -58,13 +60,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except SafetensorError as error:
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
     finally:
         remove(temporary)
+
+
+def open_file(path: str | Path, remedy: str) -> int:
+    """A descriptor to read a regular file; a pipe, a device or a folder is refused instead of waited for.
+
+    Raises:
+        UserError: It cannot be opened, or is no file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}.", remedy) from None
+    raise UserError(f"{path} is not a file.", remedy)
 
 
 def remove(path: Path) -> None:
@@ -98,11 +116,13 @@ def read_json(path: str | Path) -> Any:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file.", "Remove it, and run the step that writes it.")
         return json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.", "Check the path, or run the step that writes it.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number of thousands of digits
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(
             f"{path} is not valid JSON: {reason}.", "Restore it from its source, or run the step that writes it again."
@@ -153,7 +173,11 @@ def read_sealed(path: str | Path, remedy: str) -> tuple[dict[str, Any], bool]:
     """
     value = read_object(path)
     told = value.pop(SEAL, None)
-    if told is not None and told != _seal(value):
+    try:
+        fits = told is None or told == _seal(value)
+    except (ValueError, RecursionError):  # what no writer of ours would write: NaN, half a character
+        fits = False
+    if not fits:
         raise UserError(f"{path} is damaged: its content does not have the checksum it was written with.", remedy)
     return value, told is not None
 

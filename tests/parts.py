@@ -10,11 +10,19 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from latent_medi.diffusion.settings import ModelSettings
+from latent_medi.files import read_sealed, sha256_file, write_sealed
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.taef2 import AutoencoderTAEF2
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset
+
+
+def put_index(folder: Path, index: pd.DataFrame) -> None:
+    """Another index for a dataset folder, its hash recorded, as if the dataset had been written with it."""
+    index.to_parquet(folder / INDEX_FILE, index=False)
+    info, _ = read_sealed(folder / INFO_FILE, "")
+    write_sealed(folder / INFO_FILE, {**info, "index_sha256": sha256_file(folder / INDEX_FILE)})
 
 
 def small_model() -> ModelSettings:

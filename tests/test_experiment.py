@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from parts import make_autoencoder, make_cohort, small_model
+from parts import make_autoencoder, make_cohort, put_index, small_model
 
 from latent_medi.config import build
 from latent_medi.diffusion.conditioning import MetadataConditioner
@@ -160,7 +160,7 @@ def test_what_training_patches_cannot_tell_is_not_held_out(tmp_path: Path) -> No
     make_cohort(tmp_path / "data", ("aster", "birch"))
     index = pd.read_parquet(tmp_path / "data" / "index.parquet")
     index["patient"] += index["class"] + index["site"]
-    index.to_parquet(tmp_path / "data" / "index.parquet")
+    put_index(tmp_path / "data", index)
     dataset = PatchDataset.open(tmp_path / "data")
     linked = (index["class"] == "tumour") == (index["site"] == "aster")
     dataset.add_split("tied", ["train" if seen else "test" for seen in linked], {})

@@ -176,9 +176,18 @@ class Field:
         """The field of :meth:`to_dict`'s form; the order of JSON keys does not matter.
 
         Raises:
-            UserError: Codes that are not 2, 3, 4, … without a gap.
+            UserError: An entry is absent or of another type, or codes are not 2, 3, 4, … without a gap.
         """
+        number = (int, float)
+        needed = {"mean": number, "std": number} if data.get("kind") == "continuous" else {"codes": dict}
+        further = {"unit": str, "quantiles": list, "missing": number}
+        kinds: dict[str, Any] = {"name": str, "kind": str} | needed | {k: v for k, v in further.items() if k in data}
+        for key, kind in kinds.items():
+            if not isinstance(data.get(key), kind) or isinstance(data[key], bool):
+                raise UserError(f"Field {data.get('name')!r}: its {key!r} is {data.get(key)!r}.")
         codes = dict(data.get("codes", {}))
+        if not all(type(code) is int for code in codes.values()):
+            raise UserError(f"The codes of field {data['name']!r} are not whole numbers: {codes}.")
         values = tuple(sorted(codes, key=lambda v: codes[v]))
         if [codes[v] for v in values] != list(range(FIRST_VALUE, FIRST_VALUE + len(values))):
             raise UserError(

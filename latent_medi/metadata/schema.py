@@ -114,17 +114,18 @@ class Schema:
         """Codes and standardised values of all fields, in order.
 
         Args:
-            table: N rows; a value that is missing in the data is one of :data:`MISSING` or NaN.
-            absent: What a field (or a value) that is not given at all means: an error, or :data:`NULL`, as for a
-                sampler's request.
+            table: N rows; a value that is missing in the data is one of :data:`MISSING`, a number that is missing also
+                NaN.
+            absent: What a field that is not given at all (or is ``None`` in a request, a sequence of mappings) means:
+                an error, or :data:`NULL`, as for a sampler.
 
         Returns:
             int64 [N, F] codes (of a continuous field its state: null, unknown, value) and float32 [N, F] values, 0
             where there is none.
 
         Raises:
-            UserError: A value outside the vocabulary, a field that is not given, or (``absent="null"``) a name that is
-                no field.
+            UserError: A value outside the vocabulary, a field that is not given, a cell of a table (or a word of a
+                vocabulary) that is empty or NaN, or (``absent="null"``) a name that is no field.
         """
         if absent not in ("error", "null"):
             raise ValueError(f"absent is 'error' or 'null', not {absent!r}")
@@ -142,7 +143,9 @@ class Schema:
                         f"The column of field {known.name!r} is absent; {nearest(known.name, _columns(table))}."
                     )
                 continue
-            codes[:, position], values[:, position] = _encode_column(known, column, absent)
+            # An empty cell of a table is damage, not a condition that somebody leaves out.
+            skip = absent == "null" and not isinstance(table, pd.DataFrame)
+            codes[:, position], values[:, position] = _encode_column(known, column, skip)
         return codes, values
 
     def decode(self, codes: np.ndarray, values: np.ndarray) -> list[dict[str, str | float]]:
@@ -189,7 +192,7 @@ class Schema:
         """The schema of :meth:`to_dict`'s form.
 
         Raises:
-            UserError: It was written by a newer version.
+            UserError: It was written by a newer version, or is none of ours.
         """
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -197,7 +200,15 @@ class Schema:
                 f"The metadata schema has version {version!r}; this program reads version {SCHEMA_VERSION}.",
                 "Update latent-medi.",
             )
-        return Schema(tuple(Field.from_dict(f) for f in data["fields"]))
+        try:
+            return Schema(tuple(Field.from_dict(f) for f in data["fields"]))
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"The metadata schema is not as it should be: {type(error).__name__} {error}.",
+                "Restore it from its source, or run the step that writes it again.",
+            ) from None
 
     @staticmethod
     def merge(a: Schema, b: Schema) -> Schema:
@@ -292,14 +303,19 @@ def _distinct(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
     return positions, [content for _, content in seen]
 
 
-def _encode_column(known: Field, column: pd.Series, absent: str) -> tuple[np.ndarray, np.ndarray]:
+def _encode_column(known: Field, column: pd.Series, skip_none: bool) -> tuple[np.ndarray, np.ndarray]:
     positions, contents = _distinct(column)
     codes = np.full(len(contents), NULL, dtype=np.int64)
     values = np.zeros(len(contents), dtype=np.float32)
     for i, content in enumerate(contents):
-        if content is None and absent == "null":
+        if content is None and skip_none:
             continue
         try:
+            if content is None or (not known.continuous and not isinstance(content, str) and is_missing(content)):
+                raise UserError(
+                    f"Field {known.name!r} has no value here ({content}).",
+                    f"Write {UNKNOWN_WORD!r} for missing data; leave the field out to ask for no condition.",
+                )
             codes[i] = known.code(content)
         except UserError as error:
             rows = np.flatnonzero(positions == i)

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import open_file
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.codec import decode_image
-from latent_medi.shards.selections import SELECTED_PREFIX, column_hash, recorded_selections, selection_columns
-from latent_medi.shards.verify import INFO_FILE, SPLIT_PREFIX, check_split, problems_of
+from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, UNITS, read_folder, write_folder
+from latent_medi.shards.layout import FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.selections import selection_columns
+from latent_medi.shards.verify import problems_of
 
-INDEX_FILE = "index.parquet"
-SCHEMA_VERSION = 1
-FIXED_COLUMNS = ("key", "shard", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
-UNITS = {"patches": "key", "patients": "patient", "slides": "slide"}
+__all__ = ["FIXED_COLUMNS", "INDEX_FILE", "INFO_FILE", "RESTORE", "SPLIT_PREFIX", "UNITS", "PatchDataset"]
 
 # Names that a selection may ask for although no row has them.
 _USUAL_SPLITS = ("train", "val", "test", "")
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
-_SHARD_FILE = re.compile(r"data/[^/\\]+\.tar")
+RESTORE = "Restore the shard; `latent-medi shards verify` lists every damaged one."
 
 
 class PatchDataset:
@@ -40,15 +39,16 @@ class PatchDataset:
         info: The content of ``dataset.json``.
         schema: The fields of its patches.
         index: A row per patch in the order of the shards: key, shard, offset and size in bytes of the image inside the
-            shard, origin, patient, slide, x, y, source_mpp, every field (a categorical one as string, a continuous one
-            as float64 with NaN for unknown), further columns of the writer, ``split_<name>`` for each named split, and
-            the columns of each selection. Treat it as read-only.
+            shard, image_crc32 and json_crc32 (of the bytes of the image and of the JSON member), origin, patient,
+            slide, x, y, source_mpp, every field (a categorical one as string, a continuous one as float64 with NaN for
+            unknown), further columns of the writer, ``split_<name>`` for each named split, and the columns of each
+            selection. Treat it as read-only.
     """
 
-    def __init__(self, folder: Path, info: dict[str, Any], index: pd.DataFrame) -> None:
+    def __init__(self, folder: Path, info: dict[str, Any], schema: Schema, index: pd.DataFrame) -> None:
         self.folder = folder
         self.info = info
-        self.schema = Schema.from_dict(info["schema"])
+        self.schema = schema
         self.index = index
 
     @staticmethod
@@ -56,36 +56,14 @@ class PatchDataset:
         """Open a finished dataset folder.
 
         Raises:
-            UserError: It is absent, unfinished, written by a newer version, or its index does not fit its
+            UserError: It is absent, unfinished, damaged, written by a newer version, or its index does not fit its
                 ``dataset.json``.
         """
         folder = Path(folder)
         if not (folder / INFO_FILE).is_file():
             state = "is not finished" if (folder / ".progress").is_dir() else "is no dataset folder"
             raise UserError(f"{folder} {state}: it has no {INFO_FILE}.", "Run the step that writes it (again).")
-        info = read_json(folder / INFO_FILE)
-        if not isinstance(info, dict) or info.get("schema_version") != SCHEMA_VERSION:
-            version = info.get("schema_version") if isinstance(info, dict) else None
-            raise UserError(f"{folder} has dataset version {version!r}; this program reads version {SCHEMA_VERSION}.")
-        try:
-            index = pq.read_table(folder / INDEX_FILE).to_pandas()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{folder / INDEX_FILE} cannot be read: {error}.", "Write the dataset again.") from None
-        splits = {SPLIT_PREFIX + name for name in info["splits"]}
-        selected = {column for entry in info.get("selections", {}).values() for column in entry["columns"]}
-        # A split or selection whose writing was cut off between the two files was never recorded: it does not exist.
-        cut_off = [c for c in index.columns if c.startswith(SPLIT_PREFIX) and c not in splits]
-        cut_off += [c for c in index.columns if c.startswith(SELECTED_PREFIX) and c not in selected]
-        index = index.drop(columns=cut_off)
-        known = {*FIXED_COLUMNS, *splits, *selected, *(f["name"] for f in info["schema"]["fields"])}
-        if gone := sorted(known - set(index.columns)):
-            raise UserError(f"{folder / INDEX_FILE} lacks the columns {gone}.", "Write the dataset again.")
-        listed = {shard["file"] for shard in info["shards"]}
-        if bad := sorted(name for name in {*index["shard"], *listed} if not _SHARD_FILE.fullmatch(str(name))):
-            raise UserError(f"{folder} names the shard {bad[0]!r}; shards lie in data/ and nowhere else.")
-        if len(index) != info["counts"]["patches"]:
-            raise UserError(f"{folder}: the index has {len(index)} patches, {INFO_FILE} {info['counts']['patches']}.")
-        return PatchDataset(folder, info, index)
+        return PatchDataset(folder, *read_folder(folder))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -142,21 +120,46 @@ class PatchDataset:
         return out
 
     def _read_into(self, out: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> None:
-        asked = self.index[["shard", "offset", "size"]].iloc[rows[positions]]
-        open_shard, handle = None, -1
+        chosen = rows[positions]
+        names, *columns = self._places
+        open_shard, handle = -1, -1
         try:
-            for position, shard, offset, size in zip(
-                positions, *(asked[c].tolist() for c in asked.columns), strict=True
+            for position, row, shard, offset, size in zip(
+                positions.tolist(), chosen.tolist(), *(c[chosen].tolist() for c in columns), strict=True
             ):
                 if shard != open_shard:
                     if handle >= 0:
                         os.close(handle)
                         handle = -1
-                    open_shard, handle = shard, self._open_shard(shard)
-                out[position] = self._decode(os.pread(handle, size, offset), int(rows[position]))
+                    open_shard, handle = shard, self._open_shard(names[shard])
+                try:
+                    data = os.pread(handle, size, offset)
+                except OSError as error:
+                    raise UserError(f"{self._patch(row)} cannot be read: {error.strerror}.", RESTORE) from None
+                out[position] = self._decode(data, row)
         finally:
             if handle >= 0:
                 os.close(handle)
+
+    @cached_property
+    def _places(self) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+        """Names of the shards; by row the shard's position among them, the image's offset and its size, int64 [n]."""
+        codes, names = pd.factorize(self.index["shard"])
+        return [str(name) for name in names], codes, *(self.index[c].to_numpy(np.int64) for c in ("offset", "size"))
+
+    @cached_property
+    def _sums(self) -> np.ndarray | None:
+        """By row, the CRC-32 of the image and of the JSON member, uint32 [n, 2]; ``None`` in an earlier version's
+        folder.
+        """
+        there = set(SUM_COLUMNS) <= set(self.index.columns)
+        return self.index[list(SUM_COLUMNS)].to_numpy(np.uint32) if there else None
+
+    @cached_property
+    def rows_of_shard(self) -> dict[str, np.ndarray]:
+        """Row numbers by shard, ascending, int64."""
+        found = self.index.groupby("shard", sort=False).indices
+        return {str(shard): np.sort(rows).astype(np.int64) for shard, rows in found.items()}
 
     def open_shard(self, file: str) -> BinaryIO:
         """A shard as a stream of bytes.
@@ -167,24 +170,34 @@ class PatchDataset:
         return os.fdopen(self._open_shard(file), "rb")
 
     def _open_shard(self, shard: str) -> int:
-        try:
-            return os.open(self.folder / shard, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder / shard} cannot be opened: {error.strerror}.", "Restore it, or write the dataset again."
-            ) from None
+        return open_file(self.folder / shard, "Restore it, or write the dataset again.")
+
+    def place_of(self, file: str) -> str:
+        """What messages call a file of the folder."""
+        return str(self.folder / file)
+
+    def check_member(self, row: int, data: bytes, image: bool) -> None:
+        """Compare the bytes of an image file (or of a JSON member) with the checksum that the index has of them.
+
+        Raises:
+            UserError: They are not what was written; names the patch and its shard.
+        """
+        if self._sums is not None and zlib.crc32(data) != self._sums[row, 0 if image else 1]:
+            what = "its image" if image else "its JSON member"
+            raise UserError(f"{self._patch(row)}: {what} is damaged, the checksum is another.", RESTORE)
+
+    def _patch(self, row: int) -> str:
+        return f"patch {self.index['key'].iloc[row]!r} in {self.place_of(self.index['shard'].iloc[row])}"
 
     def _decode(self, data: bytes, row: int) -> np.ndarray:
         size = self.patch_size
+        self.check_member(row, data, image=True)
         try:
             image = decode_image(data)
             if image.shape != (size, size, 3):
                 raise UserError(f"It is {image.shape[1]}×{image.shape[0]}, not {size}×{size}.")
         except UserError as error:
-            where = f"patch {self.index['key'].iloc[row]!r} in {self.folder / self.index['shard'].iloc[row]}"
-            raise UserError(
-                f"{where}: {error.message}", "Restore the shard; `verify` lists every damaged one."
-            ) from None
+            raise UserError(f"{self._patch(row)}: {error.message}", RESTORE) from None
         return image
 
     def iterate(
@@ -259,7 +272,7 @@ class PatchDataset:
             name: Letters, digits and underscores.
             column: The split of each row, in the index's order; ``""`` for none.
             recipe: JSON-able: how it was made.
-            replace: Whether a different split of that name may be overwritten.
+            replace: Whether a different split of that name may be overwritten; cut off, that leaves either.
 
         Raises:
             UserError: A patient is in two splits, a synthetic patch is in a split other than ``train…``, or the name
@@ -296,7 +309,7 @@ class PatchDataset:
                 choice and its control, float64 for the score.
             recipe: JSON-able: all that the choice depends on.
             result: JSON-able: what came of it.
-            replace: Whether another selection of that name may be overwritten. If that is cut off, neither is there.
+            replace: Whether another selection of that name may be overwritten; cut off, that leaves either.
 
         Raises:
             UserError: A name that cannot be used, columns that do not fit, or the name is taken.
@@ -312,8 +325,6 @@ class PatchDataset:
                     "Choose another name, or replace it knowingly with replace=true.",
                 )
             index = index.drop(columns=list(self.selections[name]["columns"]))
-            # Forgotten before its columns change: an entry never stands beside columns that it did not make.
-            write_json(self.folder / INFO_FILE, {**self.info, "selections": others})
         index = index.assign(**values)
         self.info = write_folder(self.folder, {**self.info, "selections": {**others, name: entry}}, index)
         self.index = index
@@ -349,36 +360,3 @@ class PatchDataset:
             images: Also decode every patch.
         """
         return problems_of(self, images)
-
-
-def write_folder(folder: Path, info: dict[str, Any], index: pd.DataFrame) -> dict[str, Any]:
-    """Check the splits of an index, then write ``index.parquet`` and, last, ``dataset.json``, each atomically.
-
-    Returns:
-        ``info`` with the counts and each split's and selection's counts and column hashes filled in.
-
-    Raises:
-        UserError: A split shares a patient, or holds synthetic patches outside its training part.
-    """
-    splits: dict[str, Any] = {}
-    for name, entry in info["splits"].items():
-        column = index[SPLIT_PREFIX + name]
-        check_split(index, column, name)
-        counts = {
-            str(value): {unit: int(rows[unit_column].nunique()) for unit, unit_column in UNITS.items()}
-            for value, rows in sorted(index.groupby(column), key=lambda item: str(item[0]))
-        }
-        splits[name] = {"recipe": entry["recipe"], "counts": counts, "sha256": column_hash(column)}
-    totals = {unit: int(index[column].nunique()) for unit, column in UNITS.items()}
-    totals |= {"shards": len(info["shards"])} | {o: int((index["origin"] == o).sum()) for o in ("real", "synthetic")}
-    order = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "selections", "provenance")
-    complete = {**info, "counts": totals, "splits": splits, "selections": recorded_selections(info, index)}
-    complete = {"schema_version": SCHEMA_VERSION} | {k: complete[k] for k in order if k != "selections" or complete[k]}
-    if bad := [s["file"] for s in info["shards"] if not _SHARD_FILE.fullmatch(s["file"])]:
-        raise UserError(f"Shards lie in data/, not at {bad}.")
-    with atomic_path(folder / INDEX_FILE) as temporary:
-        # Plain columns, no pandas metadata: the bytes depend on the content alone.
-        table = pa.Table.from_pandas(index, preserve_index=False).replace_schema_metadata(None)
-        pq.write_table(table, temporary, compression="zstd")
-    write_json(folder / INFO_FILE, complete)
-    return complete

@@ -100,21 +100,24 @@ def samples(dataset: PatchDataset, rows: np.ndarray) -> Iterator[tuple[str, byte
     """
     for shard, mine in dataset.index.iloc[rows].groupby("shard", sort=False):
         path = dataset.folder / str(shard)
+        # The index keeps its row numbers in a part of it.
+        wanted = dict(zip(mine["key"].tolist(), mine.index.tolist(), strict=True))
         try:
-            with tarfile.open(path, "r:") as tar:
-                wanted = set(mine["key"])
+            with dataset.open_shard(str(shard)) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 image: tuple[str, bytes] | None = None
                 for member in tar:
                     key, _, ending = member.name.partition(".")
-                    if key not in wanted:
+                    if key not in wanted or ending not in (dataset.info["codec"], "json"):
                         continue
                     file = tar.extractfile(member)
                     assert file is not None
+                    data = file.read()
+                    dataset.check_member(wanted[key], data, image=ending != "json")
                     if ending == dataset.info["codec"]:
-                        image = (key, file.read())
+                        image = (key, data)
                     elif ending == "json" and image is not None and image[0] == key:
-                        wanted.discard(key)
-                        yield key, image[1], file.read()
+                        del wanted[key]
+                        yield key, image[1], data
             if wanted:  # a tar that ends between two members is no error to tarfile
                 raise tarfile.ReadError(f"it lacks {len(wanted)} patches, such as {min(wanted)!r}")
         except (OSError, tarfile.TarError) as error:

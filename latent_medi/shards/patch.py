@@ -13,7 +13,7 @@ import numpy as np
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, is_missing
 from latent_medi.shards.codec import ORIGINS
-from latent_medi.shards.dataset import FIXED_COLUMNS, SPLIT_PREFIX
+from latent_medi.shards.layout import BAD_KEY, FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.selections import SELECTED_PREFIX
 
 
@@ -46,8 +46,7 @@ class Patch:
     extra: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
-# A dot would end the key early; the others break paths, globs or terminals.
-_BAD_KEY = re.compile(r"[.\\\x00-\x1f\x7f]|^/|/$|//|^$|^\s|\s$")
+_BAD_KEY = re.compile(BAD_KEY)
 
 
 def check_key(key: str) -> None:
@@ -127,8 +126,8 @@ def check_column(name: str) -> None:
     Raises:
         UserError: It does.
     """
-    if name in FIXED_COLUMNS or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
-        reserved = ", ".join(FIXED_COLUMNS)
+    if name in (*FIXED_COLUMNS, *SUM_COLUMNS) or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
+        reserved = ", ".join((*FIXED_COLUMNS, *SUM_COLUMNS))
         raise UserError(
             f"A field cannot be called {name!r}.",
             f"The index uses {reserved}, {SPLIT_PREFIX}… and {SELECTED_PREFIX}… itself; rename the column.",

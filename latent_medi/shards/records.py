@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import mmap
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_medi.files import atomic_path, sha256_file
+from latent_medi.files import atomic_path, sha256_bytes, sha256_file
 from latent_medi.progress import get_logger
+from latent_medi.shards.layout import SUM_COLUMNS
 
 logger = get_logger(__name__)
 
 PROGRESS_FOLDER = ".progress"
+
+_SUM = "content_sha256"
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,8 @@ class ShardRecord:
         patch_size: Edge in pixels.
         token: What the shard was made from, as its writer put it; a rerun compares it.
         notes: JSON-able remarks of its writer.
-        rows: A row per patch: key, offset and size of the image member, origin, patient, slide, x, y, source_mpp, and
-            ``fields`` and ``extra`` as JSON objects.
+        rows: A row per patch: key, offset and size of the image member, the CRC-32 of both members, origin, patient,
+            slide, x, y, source_mpp, and ``fields`` and ``extra`` as JSON objects.
     """
 
     number: int
@@ -57,11 +64,17 @@ def _record_path(folder: Path, number: int) -> Path:
     return folder / PROGRESS_FOLDER / f"part-{number:06d}.parquet"
 
 
+def _sum(summary: Mapping[str, Any], rows: pd.DataFrame) -> str:
+    content = [summary, {column: rows[column].tolist() for column in rows.columns}]
+    return sha256_bytes(json.dumps(content, sort_keys=True).encode())
+
+
 def write_record(folder: Path, record: ShardRecord) -> None:
     summary = {
         "sha256": record.sha256, "size": record.size, "codec": record.codec, "patch_size": record.patch_size,
         "token": record.token, "notes": dict(record.notes),
     }  # fmt: skip
+    summary[_SUM] = _sum(summary, record.rows)
     table = pa.Table.from_pandas(record.rows, preserve_index=False)
     table = table.replace_schema_metadata({"shard": json.dumps(summary)})
     with atomic_path(_record_path(folder, record.number)) as temporary:
@@ -74,10 +87,15 @@ def remove_record(folder: Path, number: int) -> None:
 
 
 def _read_record(path: Path) -> ShardRecord:
+    if not path.is_file():
+        raise OSError("it is not a file")
     table = pq.read_table(path)
     summary = json.loads(table.schema.metadata[b"shard"])
     number = int(path.stem.removeprefix("part-"))
     rows = table.replace_schema_metadata(None).to_pandas()
+    told = summary.pop(_SUM, None)  # earlier versions wrote none
+    if told is not None and told != _sum(summary, rows):
+        raise ValueError("its content is not what was written")
     return ShardRecord(number, count=len(rows), rows=rows, **summary)
 
 
@@ -97,5 +115,53 @@ def finished_shards(folder: str | Path) -> dict[int, ShardRecord]:
         if not tar.is_file() or tar.stat().st_size != record.size or sha256_file(tar) != record.sha256:
             logger.warning("%s is missing or damaged: it will be written again", tar)
             continue
+        if not set(SUM_COLUMNS) <= set(record.rows.columns):  # cut by an earlier version
+            record = replace(record, rows=with_sums(tar, record.rows))
         found[record.number] = record
     return found
+
+
+def with_sums(tar: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one shard with the checksums of their image and JSON members, read from the shard as it is.
+
+    Args:
+        tar: A shard that is known to be whole.
+        rows: In any order, with ``offset`` and ``size``; checksums that they have are replaced.
+    """
+    sums = np.zeros((len(rows), 2), np.uint32)
+    with open(tar, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for i, (offset, size) in enumerate(zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True)):
+            _, start, length = json_member(data, offset, size)
+            sums[i] = zlib.crc32(data[offset : offset + size]), zlib.crc32(data[start : start + length])
+    rows = rows.drop(columns=[c for c in SUM_COLUMNS if c in rows])
+    place = list(rows.columns).index("size") + 1
+    for column in (1, 0):
+        rows.insert(place, SUM_COLUMNS[column], sums[:, column])
+    return rows
+
+
+def json_member(data: mmap.mmap, offset: int, size: int) -> tuple[str, int, int]:
+    """Name, offset and size in bytes of the JSON member that follows an image member in our tars.
+
+    Args:
+        data: The tar.
+        offset: Where the image's bytes lie.
+        size: Of the image, in bytes.
+
+    Raises:
+        ValueError: What follows is no tar header.
+    """
+    return member_at(data, offset + size + -size % _BLOCK)
+
+
+def member_at(data: mmap.mmap, header: int) -> tuple[str, int, int]:
+    """Name of the USTAR member whose header lies at an offset, and offset and size in bytes of its content.
+
+    Raises:
+        ValueError: No header lies there.
+    """
+    block = data[header : header + _BLOCK]
+    if len(block) < _BLOCK or block[257:262] != b"ustar":
+        raise ValueError(f"no tar header at {header}")
+    name, prefix = (part.partition(b"\0")[0] for part in (block[:100], block[345:500]))
+    return ((prefix + b"/" if prefix else b"") + name).decode(), header + _BLOCK, int(block[124:135], 8)

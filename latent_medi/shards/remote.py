@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -16,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, NEXT_INDEX, index_fits, read_folder
 
 _AT_ONCE = 256  # byte ranges per request to the file system
 
@@ -61,16 +63,26 @@ class RemotePatchDataset(PatchDataset):
             UserError: As for :func:`open_dataset`.
         """
         filesystem, root = _filesystem(url, storage)
+
+        def bring(name: str) -> None:
+            try:
+                Path(folder, name).write_bytes(filesystem.cat_file(f"{root}/{name}"))
+            except FileNotFoundError:
+                raise UserError(f"{url} is no dataset folder: it has no {name}.", "Check the URL.") from None
+            except Exception as error:  # every file system has its own kinds of error
+                raise UserError(f"{url}/{name} cannot be read: {type(error).__name__}: {error}.") from None
+
         with tempfile.TemporaryDirectory(prefix="latent-medi-") as folder:
-            for name in (INFO_FILE, INDEX_FILE):
-                try:
-                    Path(folder, name).write_bytes(filesystem.cat_file(f"{root}/{name}"))
-                except FileNotFoundError:
-                    raise UserError(f"{url} is no dataset folder: it has no {name}.", "Check the URL.") from None
-                except Exception as error:  # every file system has its own kinds of error
-                    raise UserError(f"{url}/{name} cannot be read: {type(error).__name__}: {error}.") from None
-            local = PatchDataset.open(folder)
-        dataset = RemotePatchDataset(Path(PurePosixPath(root)), local.info, local.index)
+            bring(INFO_FILE)
+            bring(INDEX_FILE)
+            try:
+                if not index_fits(Path(folder)):
+                    with suppress(UserError):  # there if the folder was copied between a writer's two steps
+                        bring(NEXT_INDEX)
+                info, schema, index = read_folder(Path(folder), url)
+            except UserError as error:
+                raise UserError(error.message.replace(folder, url), error.hint) from None
+        dataset = RemotePatchDataset(Path(PurePosixPath(root)), info, schema, index)
         dataset.url, dataset._storage = url, storage
         dataset._filesystem, dataset._process = filesystem, os.getpid()
         return dataset
@@ -88,6 +100,10 @@ class RemotePatchDataset(PatchDataset):
             return self._connection().open(f"{_split(self.url)[1]}/{file}", "rb")
         except Exception as error:  # every file system has its own kinds of error
             raise UserError(f"{self.url}/{file} cannot be read: {type(error).__name__}: {error}.") from None
+
+    def place_of(self, file: str) -> str:
+        """What messages call a file of the folder."""
+        return f"{self.url}/{file}"
 
     def _connection(self) -> Any:
         if self._filesystem is None or self._process != os.getpid():  # connections do not survive a fork

@@ -180,3 +180,16 @@ class InfoSettings:
     data: str = ""
     unit: Literal["patches", "slides", "patients"] = "patches"
     figures: str = ""
+
+
+@dataclass
+class VerifySettings:
+    """A dataset folder whose every file is read: what is damaged, missing or does not agree is named.
+
+    Args:
+        data: Dataset folder.
+        seal: Also write the checksums that a folder of an earlier version lacks, if nothing is wrong with it.
+    """
+
+    data: str = ""
+    seal: bool = False

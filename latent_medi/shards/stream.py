@@ -6,7 +6,8 @@ who reads: which images an update sees is a function of (order, images seen) alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import tariterators
 
 from latent_medi.errors import UserError
-from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.dataset import RESTORE, PatchDataset
 
 Order = Callable[[int, int], np.ndarray]
 """(first image, count) to the rows at these positions of the run, int64 [count]."""
@@ -27,24 +28,45 @@ def webdataset_of(dataset: PatchDataset) -> webdataset.DataPipeline:
     """A ``webdataset`` pipeline over the tars, local or behind any URL that fsspec opens, in their order.
 
     Shards are divided over processes and loader workers, as ``webdataset`` does. A sample holds ``__key__``, ``png`` or
-    ``jpg`` (bytes) and ``json`` (bytes); add ``webdataset.shuffle``, ``webdataset.decode`` and others with
-    ``pipeline.append(…)``. Where every patch has to be seen equally often, use :class:`PatchStream`.
+    ``jpg`` (bytes) and ``json`` (bytes), compared with their checksums; add ``webdataset.shuffle``,
+    ``webdataset.decode`` and others with ``pipeline.append(…)``. Where every patch has to be seen equally often, use
+    :class:`PatchStream`.
     """
 
     return webdataset.DataPipeline(
         webdataset.SimpleShardList([shard["file"] for shard in dataset.info["shards"]]),
         webdataset.split_by_node,
         webdataset.split_by_worker,
-        partial(_opened, dataset),
-        tariterators.tar_file_expander,
-        tariterators.group_by_keys,
+        partial(_samples, dataset),
     )
 
 
-def _opened(dataset: PatchDataset, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _samples(dataset: PatchDataset, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What webdataset reads from the shards, each sample compared with its checksums, none left out.
+
+    To webdataset, a tar whose next header is damaged has simply ended.
+    """
+    codec = dataset.info["codec"]
     for shard in shards:
-        with dataset.open_shard(shard["url"]) as stream:
-            yield {**shard, "stream": stream}
+        file = shard["url"]
+        rows = dataset.rows_of_shard.get(file, np.zeros(0, np.int64))
+        missing = dict(zip(dataset.index["key"].iloc[rows].tolist(), rows.tolist(), strict=True))
+        with dataset.open_shard(file) as stream:
+            opened = tariterators.tar_file_expander(iter([{**shard, "stream": stream}]))
+            try:
+                for sample in tariterators.group_by_keys(opened):
+                    row = missing.pop(sample["__key__"], None)
+                    if row is None or not {codec, "json"} <= set(sample):
+                        raise tarfile.ReadError(f"the sample {sample['__key__']!r} is not what the index says")
+                    dataset.check_member(row, sample[codec], image=True)
+                    dataset.check_member(row, sample["json"], image=False)
+                    yield sample
+                if missing:
+                    raise tarfile.ReadError(f"it lacks {len(missing)} patches, such as {min(missing)!r}")
+            except UserError:
+                raise
+            except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+                raise UserError(f"{dataset.place_of(file)} cannot be read: {error}.", RESTORE) from None
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,30 @@
-"""Whether a dataset folder still is what its files say."""
+"""Whether a dataset folder still is what its files say, and checksums for one that has none yet."""
 
 from __future__ import annotations
 
-import tarfile
+import hashlib
+import json
+import mmap
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import sha256_file
-from latent_medi.metadata.splits import assert_patient_disjoint
-from latent_medi.shards.selections import column_hash
+from latent_medi.metadata.fields import is_missing
+from latent_medi.shards.folder import INFO_FILE, check_split, write_folder
+from latent_medi.shards.layout import SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.records import json_member, member_at, with_sums
+from latent_medi.shards.selections import SELECTED_PREFIX, column_hash
 
 if TYPE_CHECKING:
     from latent_medi.shards.dataset import PatchDataset
 
-INFO_FILE = "dataset.json"
-SPLIT_PREFIX = "split_"
-
-
-def check_split(index: pd.DataFrame, column: pd.Series, name: str) -> None:
-    """Refuse a split that shares a patient, or that holds synthetic patches outside its training part.
-
-    Raises:
-        UserError: Names the split and the first such row.
-    """
-    assert_patient_disjoint(index, SPLIT_PREFIX + name)
-    wrong = index[(index["origin"] == "synthetic") & (column != "") & ~column.str.startswith("train")]
-    if len(wrong):
-        raise UserError(
-            f"Split {name!r}: {len(wrong)} synthetic patches are outside its training part, "
-            f"first {wrong['key'].iloc[0]!r} in {column[wrong.index[0]]!r}.",
-            "Only real patients validate, test and serve as reference.",
-        )
+_BLOCK = 512
+# Like splits and selections, what only the index has.
+_NOT_IN_MEMBERS = ("shard", "offset", "size", *SUM_COLUMNS)
 
 
 def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
@@ -49,26 +40,23 @@ def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
         problems.append(
             f"the index names shards that {INFO_FILE} lacks: {sorted(set(dataset.index['shard']) - listed)}"
         )
-    of_shard = dict(list(dataset.index.groupby("shard", sort=False)))
     for shard in dataset.info["shards"]:
         path, file = dataset.folder / shard["file"], shard["file"]
-        mine = of_shard.get(file, dataset.index.iloc[:0])
+        mine = dataset.index.iloc[dataset.rows_of_shard.get(file, [])]
         if len(mine) != shard["count"]:
             problems.append(f"{file}: the index has {len(mine)} patches, {INFO_FILE} {shard['count']}")
         if not path.is_file():
-            problems.append(f"{file} is missing")
-        elif sha256_file(path) != shard["sha256"]:
-            problems.append(f"{file} is damaged: its SHA-256 is not the recorded one")
+            problems.append(f"{file} is {'not a file' if path.exists() else 'missing'}")
         else:
-            problems += _misplaced(path, file, mine, dataset.info["codec"])
+            problems += _of_shard(dataset, path, shard, mine)
     extra = {f"data/{p.name}" for p in (dataset.folder / "data").glob("*") if not p.name.startswith(".")} - listed
     problems += [f"{file} is not part of the dataset" for file in sorted(extra)]
     if dataset.index["key"].duplicated().any():
         problems.append(f"the key {dataset.index['key'][dataset.index['key'].duplicated()].iloc[0]!r} occurs twice")
-    problems += _attempt(lambda: dataset.schema.encode(dataset.index))
+    problems += _attempt(dataset.schema.encode, dataset.index)
     for name, recorded in dataset.info["splits"].items():
         column = dataset.index[SPLIT_PREFIX + name]
-        problems += _attempt(lambda column=column, name=name: check_split(dataset.index, column, name))
+        problems += _attempt(check_split, dataset.index, column, name)
         if recorded["sha256"] != column_hash(column):
             problems.append(f"the column of split {name!r} is not the recorded one")
     for name, recorded in dataset.selections.items():
@@ -77,24 +65,84 @@ def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
                 problems.append(f"the column {label!r} of selection {name!r} is not the recorded one")
     if images:
         for row in range(len(dataset)):
-            problems += _attempt(lambda row=row: dataset.read([row]))
+            problems += _attempt(dataset.read, [row])
     return problems
 
 
-def _attempt(check: Any) -> list[str]:
+def _attempt(check: Callable[..., Any], *arguments: Any) -> list[str]:
     try:
-        check()
+        check(*arguments)
     except UserError as error:
         return [error.message]
     return []
 
 
-def _misplaced(path: Path, file: str, index: pd.DataFrame, codec: str) -> list[str]:
-    """Rows whose image is not where the index says."""
-    with tarfile.open(path) as tar:
-        members = {member.name: (member.offset_data, member.size) for member in tar}
+def _of_shard(dataset: PatchDataset, path: Path, shard: dict[str, Any], index: pd.DataFrame) -> list[str]:
+    """What is wrong with one shard: other bytes than were written, images that are not where the index says, JSON
+    members that say something else than the index.
+    """
+    file = shard["file"]
+    try:
+        with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if hashlib.sha256(data).hexdigest() != shard["sha256"]:
+                return [f"{file} is damaged: its SHA-256 is not the recorded one"]
+            return _misplaced(data, file, index, dataset.info["codec"]) or _other_words(dataset, data, file, index)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        return [f"{file} cannot be read: {error}"]
+
+
+def _misplaced(data: mmap.mmap, file: str, index: pd.DataFrame, codec: str) -> list[str]:
+    """Rows whose image is not where the index says, or has no JSON member behind it."""
+    problems = []
+    for key, offset, size in zip(*(index[c].tolist() for c in ("key", "offset", "size")), strict=True):
+        try:
+            right = member_at(data, offset - _BLOCK) == (f"{key}.{codec}", offset, size)
+            right = right and json_member(data, offset, size)[0] == f"{key}.json"
+        except ValueError:
+            right = False
+        if not right:
+            problems.append(f"{file}: {key!r} is not where the index says")
+    return problems
+
+
+def _other_words(dataset: PatchDataset, data: mmap.mmap, file: str, index: pd.DataFrame) -> list[str]:
+    """Columns of the index that differ from what the JSON members say, with the number of patches and the first."""
+    continuous = [known.name for known in dataset.schema.fields if known.continuous]
+    ours = [c for c in index.columns if not c.startswith((SPLIT_PREFIX, SELECTED_PREFIX)) and c not in _NOT_IN_MEMBERS]
+    rows = [dict(zip(ours, row, strict=True)) for row in zip(*(index[c].tolist() for c in ours), strict=True)]
+    sums = index[SUM_COLUMNS[1]].tolist() if SUM_COLUMNS[1] in index else [None] * len(rows)
+    differ: dict[str, list[str]] = {}
+    for row, told, offset, size in zip(rows, sums, index["offset"].tolist(), index["size"].tolist(), strict=True):
+        _, start, length = json_member(data, offset, size)
+        text = data[start : start + length]
+        if told is not None and zlib.crc32(text) != told:
+            differ.setdefault(SUM_COLUMNS[1], []).append(f"{row['key']!r}")
+        member = json.loads(text)
+        if not isinstance(member, dict):
+            raise ValueError(f"the JSON member of {row['key']!r} is no object")
+        for name in continuous:
+            row[name], member[name] = _number(row[name]), _number(member.get(name))
+        if member != row:
+            for name in sorted({*member, *row}):
+                if (there := member.get(name)) != (here := row.get(name)):
+                    differ.setdefault(name, []).append(f"{row['key']!r}: {here!r} in the index, {there!r} in the shard")
     return [
-        f"{file}: {key!r} is not where the index says"
-        for key, offset, size in zip(index["key"], index["offset"], index["size"], strict=True)
-        if members.get(f"{key}.{codec}") != (offset, size) or f"{key}.json" not in members
+        f"{file}: {name!r} of {len(found)} patches is not what their JSON members say, first {found[0]}"
+        for name, found in differ.items()
     ]
+
+
+def _number(value: Any) -> float | None:
+    """A continuous value; ``None`` where it is unknown."""
+    return None if value is None or is_missing(value) else float(value)
+
+
+def seal(dataset: PatchDataset) -> None:
+    """Write the checksums that a folder of an earlier version lacks, taken from what lies there.
+
+    Args:
+        dataset: A dataset in which :func:`problems_of` finds none.
+    """
+    parts = [with_sums(dataset.folder / file, dataset.index.iloc[rows]) for file, rows in dataset.rows_of_shard.items()]
+    dataset.index = pd.concat(parts).sort_index()
+    dataset.info = write_folder(dataset.folder, dataset.info, dataset.index)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import tarfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, remove, write_json
+from latent_medi.files import atomic_path, read_sealed, remove, write_sealed
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_image, encode_image
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, SPLIT_PREFIX, PatchDataset, write_folder
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, NEXT_INDEX, write_folder
+from latent_medi.shards.layout import SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.patch import Patch, column_types, describe
 from latent_medi.shards.records import PROGRESS_FOLDER, ShardRecord, finished_shards, shard_file, write_record
 from latent_medi.shards.selections import SELECTED_PREFIX
@@ -32,7 +35,7 @@ logger = get_logger(__name__)
 SPLITS_FILE = "splits.json"
 _BLOCK = 512
 _RECORD_SIZE = 10240  # tar's customary blocking: the archive is padded to a multiple of it
-_ROW_COLUMNS = ("key", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
+_ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, "origin", "patient", "slide", "x", "y", "source_mpp")
 
 
 def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
@@ -105,10 +108,10 @@ def write_shard(
             member = {k: v for k, v in row.items() if k not in ("fields", "extra")} | row["fields"] | row["extra"]
             image = encode_image(patch.image, codec, patch.origin)
             parts = [*tar_member(f"{patch.key}.{codec}", image)]
-            parts += tar_member(
-                f"{patch.key}.json", json.dumps(member, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-            )
-            rows.append({**row, "offset": written + _BLOCK, "size": len(image)})
+            text = json.dumps(member, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+            parts += tar_member(f"{patch.key}.json", text)
+            sums = {"image_crc32": zlib.crc32(image), "json_crc32": zlib.crc32(text)}
+            rows.append({**row, "offset": written + _BLOCK, "size": len(image), **sums})
             for part in parts:
                 file.write(part)
                 digest.update(part)
@@ -135,6 +138,7 @@ def write_shard(
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame({name: [row[name] for row in rows] for name in _ROW_COLUMNS})
+    frame = frame.astype(dict.fromkeys(SUM_COLUMNS, np.uint32))
     for name in ("fields", "extra"):
         frame[name] = [json.dumps(row[name], ensure_ascii=False) for row in rows]
     return frame
@@ -219,12 +223,12 @@ def finish_dataset(
 def _remembered(folder: Path) -> dict[str, Any]:
     """The splits of the dataset that this folder was before it was reopened."""
     path = folder / PROGRESS_FOLDER / SPLITS_FILE
-    return read_json(path) if path.is_file() else {}
+    return read_sealed(path, f"Remove {path}: the splits in it are lost, make them again.")[0] if path.is_file() else {}
 
 
 def _clear(folder: Path, keep: set[str]) -> None:
     """Remove what an interrupted or earlier writing left: temporary files, other shards and the records."""
-    for pattern in ("data/.tmp-*", "data/part-*.tar", ".tmp-*"):
+    for pattern in ("data/.tmp-*", "data/part-*.tar", ".tmp-*", NEXT_INDEX):
         for leftover in folder.glob(pattern):
             if leftover.relative_to(folder).as_posix() not in keep:
                 remove(leftover)
@@ -268,13 +272,11 @@ def reopen_dataset(folder: str | Path) -> None:
     """Turn a finished dataset folder back into an unfinished one with all its shards, to add to it or redo some. Its
     splits are remembered, and :func:`finish_dataset` records them again.
 
-    A folder that cannot be opened loses its index only: its shards then have no record and are written again.
+    A folder that cannot be opened loses its index only: its shards then have no record and are written again, and a
+    warning says why.
     """
     folder = Path(folder)
-    try:
-        dataset = PatchDataset.open(folder)
-    except UserError:
-        dataset = None
+    dataset = _opened(folder)
     if dataset is not None:
         names = set(dataset.schema.names)
         splits = [c for c in dataset.index.columns if c.startswith((SPLIT_PREFIX, SELECTED_PREFIX))]
@@ -287,11 +289,11 @@ def reopen_dataset(folder: str | Path) -> None:
             name: {"parts": dataset.index.groupby("patient")[SPLIT_PREFIX + name].first().to_dict(), **entry}
             for name, entry in dataset.info["splits"].items()
         }
-        write_json(folder / PROGRESS_FOLDER / SPLITS_FILE, splits_of)
+        write_sealed(folder / PROGRESS_FOLDER / SPLITS_FILE, splits_of)
         of_shard = dict(list(dataset.index.groupby("shard", sort=False)))
         for shard in dataset.info["shards"]:
-            mine = of_shard[shard["file"]]
-            rows = mine[list(_ROW_COLUMNS)].reset_index(drop=True)
+            mine = of_shard.get(shard["file"], dataset.index.iloc[:0])
+            rows = mine[[c for c in _ROW_COLUMNS if c in mine]].reset_index(drop=True)
             fields = mine[list(dataset.schema.names)].to_dict(orient="records")
             unknown = {f.name: UNKNOWN_WORD for f in dataset.schema.fields}
             rows["fields"] = [
@@ -380,6 +382,17 @@ def write_dataset(
     return finish_dataset(folder, name, schema, patch_size, mpp, codec, provenance, splits, shards=range(count))
 
 
+def _opened(folder: Path) -> PatchDataset | None:
+    """The dataset in a folder that is to be written; ``None`` if there is none yet, or with a warning a damaged one."""
+    if not (folder / INFO_FILE).is_file():
+        return None
+    try:
+        return PatchDataset.open(folder)
+    except UserError as error:
+        logger.warning("%s Its splits and selections cannot be kept: it is written again without them.", error.message)
+        return None
+
+
 def finished_dataset(
     folder: Path, expected: Mapping[str, Any], tokens: Sequence[str], splits: Mapping[str, Any] | None = None
 ) -> PatchDataset | None:
@@ -391,11 +404,8 @@ def finished_dataset(
         tokens: What each shard is made from, in order.
         splits: Splits that have to be there with the same recipe; others are no difference.
     """
-    if not (folder / INFO_FILE).is_file():
-        return None
-    try:
-        dataset = PatchDataset.open(folder)
-    except UserError:
+    dataset = _opened(folder)
+    if dataset is None:
         return None
     same = all(dataset.info.get(key) == value for key, value in expected.items())
     same = same and [shard["made_from"] for shard in dataset.info["shards"]] == list(tokens)

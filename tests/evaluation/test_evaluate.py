@@ -24,6 +24,7 @@ from evaluation_world import (
     synthetic_patches,
     write_real,
 )
+from parts import put_index
 from safetensors import safe_open
 
 from latent_medi.errors import UserError
@@ -242,7 +243,7 @@ def test_patches_without_a_class_take_no_part(world: World) -> None:
     table = pd.read_parquet(copied / "index.parquet")
     gone = table["patient"].isin([table["patient"].iloc[0], table["patient"].iloc[-1]])
     table.loc[gone, "class"] = "unknown"
-    table.to_parquet(copied / "index.parquet")
+    put_index(copied, table)
     result = evaluate(world.settings("no-class-out", real=str(folder), repeats=1), [filters()])
     assert (
         f"{gone.sum()} real patches without a known class take no part, but copies of them are looked for."
@@ -287,7 +288,7 @@ def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, 
     shutil.copytree(world.real, again)
     table = pd.read_parquet(again / "index.parquet")
     table.loc[table["patient"] == train["patient"].iloc[0], "split_main"] = "test"
-    table.to_parquet(again / "index.parquet")
+    put_index(again, table)
     warned = open_study(world.settings("seen", real=str(again), synthetic=arms)).warnings
     assert [text for text in warned if of_others in text]
     before = {**honest, "parts": [{k: v for k, v in part.items() if k != "patients"} for part in honest["parts"]]}

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
+from parts import put_index
 
 from latent_medi.cli import main
 from latent_medi.errors import UserError
@@ -84,7 +85,7 @@ def test_a_copy_of_a_patch_without_a_known_class_is_found(world: World, thief: P
     copied = shutil.copytree(world.real, tmp_path / "real")
     table = pd.read_parquet(copied / "index.parquet")
     table.loc[table["patient"].isin(sorted(set(table["patient"]))[::2]), "class"] = "unknown"
-    table.to_parquet(copied / "index.parquet")
+    put_index(copied, table)
     settings = world.settings("untold", real=str(copied), synthetic={"medi": str(thief)}, **QUIET)
     study = open_study(settings)
     assert len(study.train) < 0.7 * len(study.shown)

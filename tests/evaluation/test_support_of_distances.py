@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from evaluation_world import SCHEMA, SIZE, World, synthetic_patches
+from parts import put_index
 
 from latent_medi.evaluation import against_real, fidelity
 from latent_medi.evaluation.against_real import Patches, measures_of
@@ -29,7 +30,7 @@ def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
     test = table["split_main"] == "test"
     table.loc[~test & (table["site"] == "east"), "site"] = "north"
     table.loc[test & (table["site"] == "north"), "site"] = "east"  # samples are of the north alone: nothing is shared
-    table.to_parquet(folder / "index.parquet")
+    put_index(folder, table)
     made = world.root / "external-medi"
     patches = [p for p in synthetic_patches(40, None, False) if p.fields["site"] == "north"]
     write_dataset(made, patches, "medi", SCHEMA, SIZE, 0.5)
@@ -67,7 +68,7 @@ def test_values_that_never_meet_do_not_make_up_a_mix(world: World) -> None:
     table.loc[probe, "preparation"] = np.where(north[probe], "frozen", "formalin")
     rare = probe & north & ~table["patient"].str.endswith("-0")  # few are left of the north
     table.loc[rare | (test & (table["site"] == "south")), "split_main"] = ""
-    table.to_parquet(folder / "index.parquet")
+    put_index(folder, table)
     study = open_study(world.settings("crossed-out", real=str(folder), held_out=[{"class": "stripes", "site": "east"}],
                                       unseen=False))  # fmt: skip
     for cell in class_cells(study, 0):
@@ -104,7 +105,7 @@ def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) ->
     stripes = (table["split_main"] == "test") & (table["class"] == "stripes") & (table["site"] == "south")
     keep = sorted(set(table.loc[stripes, "patient"]))[:4]
     table.loc[stripes & ~table["patient"].isin(keep), "split_main"] = ""
-    table.to_parquet(folder / "index.parquet")
+    put_index(folder, table)
     study = open_study(world.settings("few-out", real=str(folder)))
     assert thin_support(study) == [
         "Accuracy under shift has no interval: of the test patients at south only 4 of stripes (10 are needed).",
@@ -114,7 +115,7 @@ def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) ->
     assert len(thin_support(study, downstream=False)) == 2
     table.loc[stripes & table["patient"].isin(keep), "split_main"] = "probe"
     table.loc[table.index[stripes][-20:], "split_main"] = "test"  # of five patients
-    table.to_parquet(folder / "index.parquet")
+    put_index(folder, table)
     told = thin_support(open_study(world.settings("few-out", real=str(folder))), downstream=False)
     assert told == [
         "The distance of stripes × south has no interval: 5 test patients, 10 are needed.",

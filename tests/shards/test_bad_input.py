@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import struct
@@ -22,7 +21,7 @@ from slide_parts import tissue, write_slide
 
 from latent_medi.cli import main
 from latent_medi.errors import UserError
-from latent_medi.files import write_json
+from latent_medi.files import read_sealed, write_sealed
 from latent_medi.metadata.schema import Schema
 from latent_medi.recipe import load_recipe
 from latent_medi.shards.dataset import PatchDataset
@@ -155,9 +154,9 @@ def test_a_tar_cut_in_the_middle_is_found(dataset: PatchDataset, capsys: pytest.
 
 
 def test_no_path_leads_out_of_the_folder(dataset: PatchDataset, tmp_path: Path) -> None:
-    info = json.loads((dataset.folder / "dataset.json").read_text())
+    info, _ = read_sealed(dataset.folder / "dataset.json", "")
     info["shards"][0]["file"] = "data/../../../etc/passwd.tar"
-    write_json(dataset.folder / "dataset.json", info)
+    write_sealed(dataset.folder / "dataset.json", info)
     with pytest.raises(UserError, match="shards lie in data/ and nowhere else"):
         PatchDataset.open(dataset.folder)
 

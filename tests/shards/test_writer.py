@@ -75,7 +75,7 @@ def test_dataset_json_describes_the_folder(tmp_path: Path, make_patches: Make, s
 CHILD = """
 import os, pickle, signal, sys
 from pathlib import Path
-from latent_medi.shards import dataset, writer
+from latent_medi.shards import folder as dataset_folder, writer
 where, count, folder, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3], pickle.load(open(sys.argv[4], "rb"))
 def die_after(module, name, before):
     original, calls = getattr(module, name), [0]
@@ -90,7 +90,7 @@ def die_after(module, name, before):
     setattr(module, name, wrapped)
 module, name, before = {
     "between shards": (writer, "write_shard", False), "within a shard": (writer, "encode_image", True),
-    "before the record": (writer, "write_record", True), "before dataset.json": (dataset, "write_json", True),
+    "before the record": (writer, "write_record", True), "before dataset.json": (dataset_folder, "write_sealed", True),
     "before clearing": (writer, "_clear", True)}[where]
 die_after(module, name, before)
 writer.write_dataset(folder, **arguments)

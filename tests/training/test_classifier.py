@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from parts import make_autoencoder, make_cohort, small_model
+from parts import make_autoencoder, make_cohort, put_index, small_model
 from safetensors.torch import load_file
 
 from latent_medi.cli import main
@@ -385,7 +385,7 @@ def test_patients_in_both_parts_are_refused(make: Make, tmp_path: Path, autoenco
     encode_dataset(tmp_path / "data", autoencoder, tmp_path / "latents")
     index = pd.read_parquet(dataset.folder / "index.parquet")
     index["split_main"] = [("train", "test")[i // 2 % 2] for i in range(len(index))]  # as another program might
-    index.to_parquet(dataset.folder / "index.parquet")
+    put_index(dataset.folder, index)
     with pytest.raises(UserError, match="more than one part"):
         train_classifier(make(data=str(tmp_path / "data"), latents=str(tmp_path / "latents")))
 
