@@ -91,13 +91,20 @@ def _holds(dataset: PatchDataset) -> str:
 
 
 def _verify(words: list[str]) -> Printed:
-    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.dataset import INFO_FILE, PatchDataset
     from latent_medi.shards.settings import VerifySettings
     from latent_medi.shards.verify import seal
 
     settings = config.parse(VerifySettings, words, "shards verify", positional="data")
     if not settings.data:
         raise UserError("No folder is given.", "latent-medi shards verify runs/demo/data")
+    folder = Path(settings.data)
+    if folder.is_dir() and not (folder / INFO_FILE).is_file():
+        from latent_medi.training.artefacts import verify_artefact
+
+        if kind := verify_artefact(folder, settings.seal):
+            print(f"no problem: {kind} in {folder}{', checksums added' if settings.seal else ''}")
+            return {"folder": str(folder), "problems": []}
     dataset = PatchDataset.open(settings.data)
     if problems := dataset.verify():
         raise UserError(f"{dataset.folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))

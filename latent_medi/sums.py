@@ -46,14 +46,27 @@ def inside(folder: Path, name: Any, told_in: Path) -> Path:
     return folder.joinpath(*parts)
 
 
+def read_result(path: Path, remedy: str) -> dict[str, Any]:
+    """Read JSON of :func:`~latent_medi.files.write_sealed`; what has no checksum is told about once.
+
+    Raises:
+        UserError: It is absent, no JSON object, or damaged.
+    """
+    value, sealed = read_sealed(path, remedy)
+    if not sealed:
+        tell_unsealed(path, remedy)
+    return value
+
+
 @lru_cache(maxsize=1024)
-def tell_unsealed(path: Path, mended: str) -> None:
+def tell_unsealed(path: Path, mended: str = "") -> None:
     """Warn, once per path and process, that damage to something would not be noticed.
 
     Args:
         path: A folder or file without checksums.
-        mended: How it gets some, in a sentence.
+        mended: How it gets some, in a sentence; by default the command that adds them.
     """
+    mended = mended or f"`latent-medi shards verify {path} seal=true` adds them."
     log.warning("%s has no checksums, so damage to it would not be noticed. %s", path, mended)
 
 

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from latent_medi.demo.tissue import Shape, Stain, parameters, random_shape, random_stain, render
 from latent_medi.features.tiny import TinyEncoder
 from latent_medi.progress import get_logger, set_up_logging
+from latent_medi.sums import write_sums
 
 log = get_logger(__name__)
 
@@ -288,6 +289,7 @@ def main() -> None:
         for seed, stage in enumerate(POLISH):
             train_autoencoder(autoencoder, images, encoder=encoder, seed=seed, **stage)
         autoencoder.half().save_pretrained(arguments.out)
+        write_sums(arguments.out)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def open_adapter(folder: str | Path) -> Adapter:
             f"{folder} is no adapter of this program: it has no {ADAPTER_FILE}.", "Give out/adapter of a run with lora."
         )
     if not check_sums(path, REMEDY):
-        tell_unsealed(path, "`latent-medi shards verify FOLDER seal=true` adds them to a folder on this machine.")
+        tell_unsealed(path)
     facts = read_object(path / ADAPTER_FILE)
     if facts.get("format") != FORMAT:
         raise UserError(

@@ -289,7 +289,7 @@ class LatentClassifier:
         check_types(facts, _FACTS, path / CONFIG_FILE, REMEDY)
         compare(path, {WEIGHTS_FILE: facts["weights_sha256"]}, path / CONFIG_FILE, REMEDY)
         if not sealed:
-            tell_unsealed(path, "`latent-medi shards verify FOLDER seal=true` adds them to a folder on this machine.")
+            tell_unsealed(path)
         try:
             settings, shape = EncoderSettings(**facts["network"]), tuple(facts["latent_shape"])
             network = LatentEncoder(settings, shape[0], shape[1], len(facts["values"]))

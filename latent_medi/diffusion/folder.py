@@ -73,12 +73,12 @@ def check_model(path: Path) -> None:
         UserError: A file is damaged, absent, or names one outside the folder.
     """
     if not check_sums(path, REMEDY):
-        tell_unsealed(path, "`latent-medi shards verify FOLDER seal=true` adds them to a folder on this machine.")
+        tell_unsealed(path)
     # Weights in several files, whose names diffusers would follow.
     for index in (*path.glob("*.index.json"), *path.glob("*/*.index.json")):
         told = read_object(index)
         check_types(told, {"weight_map": dict}, index, REMEDY)
-        for name in set(map(str, told["weight_map"].values())):
+        for name in told["weight_map"].values():
             inside(index.parent, name, index)
 
 

@@ -30,7 +30,7 @@ from latent_medi.evaluation.support import thin_support
 from latent_medi.features.cache import cached_features, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import atomic_path, read_sealed, write_sealed
 from latent_medi.launch import make_accelerator
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
@@ -83,7 +83,7 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
         with threadpool_limits(1, user_api="blas"):
             _evaluate(settings, study, chosen, device)
     accelerator.wait_for_everyone()
-    return read_json(out / "metrics.json")
+    return read_sealed(out / "metrics.json", "Run `latent-medi evaluate` again.")[0]
 
 
 def check_settings(settings: EvaluateSettings) -> None:
@@ -212,7 +212,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     metrics = finite(metrics)
     metrics["headline"] = headline(metrics)
     metrics["verdict"] = verdict(metrics["headline"])
-    write_json(out / "metrics.json", metrics)
+    write_sealed(out / "metrics.json", metrics)
     memorisation.check_gate(metrics["memorisation"], settings.max_copy_rate)
 
 

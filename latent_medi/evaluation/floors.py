@@ -26,7 +26,7 @@ from latent_medi.evaluation.study import categorical_fields, describe, strata
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import atomic_path, read_sealed, write_sealed
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.fields import is_missing
 from latent_medi.progress import get_logger, progress
@@ -114,11 +114,11 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
     if accelerator.is_main_process:
         result = {"run": run_record(settings.seed), "settings": dataclasses.asdict(settings), "encoders": found}
         result = finite(result)
-        write_json(out / "floors.json", result)
+        write_sealed(out / "floors.json", result)
         with atomic_path(out / "floors.csv") as temporary:
             _table(result).to_csv(temporary, index=False)
     accelerator.wait_for_everyone()
-    return read_json(out / "floors.json")
+    return read_sealed(out / "floors.json", "Run `latent-medi floors` again.")[0]
 
 
 def _cells(index: pd.DataFrame, pair: list[str], patients: np.ndarray) -> list[dict[str, Any]]:

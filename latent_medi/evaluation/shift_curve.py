@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import atomic_path, write_sealed
+from latent_medi.sums import read_result
 
 SHOWN = ("real", "oversample", "nearest_site", "stain_transfer", "cls", "medi", "oracle")
 """Arms of the curve, if they took part."""
@@ -45,7 +46,7 @@ def loss(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def write_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``shift.json``, ``shift.csv`` and ``shift.png``, and print the table."""
-    write_json(out / "shift.json", result)
+    write_sealed(out / "shift.json", result)
     with atomic_path(out / "shift.csv") as temporary:
         _table(result["levels"]).to_csv(temporary, index=False)
     _curve(result["levels"], out / "shift.png")
@@ -71,7 +72,7 @@ def mean_of_seeds(folders: Sequence[str], out: str) -> dict[str, Any]:
     if len(folders) < 2:
         raise UserError("A mean takes two benchmarks or more.", "latent-medi benchmark-shift --mean RUN RUN … out=…")
     files = [path if (path := Path(folder)).suffix == ".json" else path / "shift.json" for folder in folders]
-    runs = [read_json(file) for file in files]
+    runs = [read_result(file, "Make it again with `latent-medi shift`.") for file in files]
     levels = [[record["level"] for record in run["levels"]] for run in runs]
     for file, run, own in zip(files, runs, levels, strict=True):
         if "seeds" in run:

@@ -53,7 +53,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     for shard in info["shards"]:
         inside(folder, shard["file"], path)
     if not sealed:
-        tell_unsealed(folder, "`latent-medi shards verify FOLDER seal=true` adds them.")
+        tell_unsealed(folder)
     return info
 
 

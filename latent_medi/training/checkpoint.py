@@ -132,7 +132,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
 
 
 def seal_checkpoints(folder: Path) -> None:
-    """Add checksums to the checkpoints that an earlier version wrote, those that are whole.
+    """Add checksums to the checkpoints that an earlier version wrote.
+
+    Raises:
+        UserError: One is damaged.
+    """
+    for path in checked_checkpoints(folder):
+        write_sealed(path / _STATE, load_state(path))
+
+
+def checked_checkpoints(folder: Path) -> list[Path]:
+    """Every checkpoint in ``folder``, oldest first.
 
     Raises:
         UserError: One is damaged.
@@ -140,7 +150,7 @@ def seal_checkpoints(folder: Path) -> None:
     for _, path in checkpoint_folders(folder):
         if problem := verify_checkpoint(path):
             raise UserError(f"The checkpoint {path} is damaged: {problem}", _REMEDY)
-        write_sealed(path / _STATE, load_state(path))
+    return [path for _, path in checkpoint_folders(folder)]
 
 
 def trained_tensors(module: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:

@@ -140,12 +140,22 @@ def check_product(folder: Path) -> None:
         ) from None
 
 
+def read_record(out: Path) -> dict[str, Any]:
+    """What makes the run in ``out`` this run, of its run.json.
+
+    Raises:
+        UserError: It is absent or damaged.
+    """
+    remedy = "Restore it from a copy, or choose another out."
+    told, _ = read_sealed(out / RUN_FILE, remedy)
+    check_types(told, {"run": dict}, out / RUN_FILE, remedy)
+    return told["run"]
+
+
 def _record_in(out: Path) -> dict[str, Any]:
     """What makes the run in ``out`` this run: of run.json or, where that is damaged, of the newest checkpoint."""
     try:
-        told, _ = read_sealed(out / RUN_FILE, "Restore it from a copy, or choose another out.")
-        check_types(told, {"run": dict}, out / RUN_FILE, "Restore it from a copy, or choose another out.")
-        return told["run"]
+        return read_record(out)
     except UserError as error:
         if (newest := newest_checkpoint(out / "checkpoints")) is None:
             raise
