@@ -100,6 +100,7 @@ def test_damaged_folders_are_refused(tmp_path, damage):
         (out / "latents.json").unlink()
     else:
         changed = {"shape": [4, 4, 4]} if damage == "other shape" else {"schema_version": 99}
+        del info["seal"]
         (out / "latents.json").write_text(json.dumps({**info, **changed}))
     with pytest.raises(UserError):
         LatentStore(out)
@@ -140,7 +141,7 @@ def test_another_place_is_refused(folder):
 
 def test_a_folder_of_version_1_reads_as_one_view(folder, everything, tmp_path):
     info = json.loads((folder / "latents.json").read_text())
-    del info["views"]
+    del info["views"], info["seal"]  # neither was written then
     (tmp_path / "data").symlink_to(folder / "data")
     (tmp_path / "latents.json").write_text(json.dumps({**info, "schema_version": 1}))
     store = LatentStore(tmp_path)
