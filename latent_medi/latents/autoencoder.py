@@ -241,7 +241,7 @@ def _from_folder(folder: Path) -> nn.Module:
             f"It needs config.json and {WEIGHTS_FILE}, or {ENCODER_FILE} and {DECODER_FILE}.",
         )
     kind = read_object(folder / "config.json").get("_class_name")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(
             f"{folder} holds a {kind}, which is not a supported autoencoder; there are {', '.join(_KINDS)}."
         )
@@ -252,7 +252,7 @@ def _from_folder(folder: Path) -> nn.Module:
         )
     try:
         return in_own_memory(_KINDS[kind].from_pretrained(str(folder), use_safetensors=True, torch_dtype=torch.float32))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a wrong entry of its configuration ends in whatever first uses it
         raise UserError(f"The autoencoder in {folder} cannot be loaded: {error}") from None
 
 

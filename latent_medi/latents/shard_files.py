@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ class ShardFile:
             buffer, at = buffer[count:], at + count
 
 
+def _close(files: OrderedDict[Path, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
+
+
 class OpenFiles:
     """Descriptors of shard files, the :data:`_OPEN` last used kept open; each file is compared with its hash first.
 
@@ -126,6 +132,7 @@ class OpenFiles:
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._lock = threading.Lock()
+        weakref.finalize(self, _close, self._open)
 
     def read(self, file: ShardFile, parts: Iterable[tuple[str, int, np.ndarray]]) -> None:
         """Read (tensor, first latent, where to) of a file.
@@ -159,9 +166,4 @@ class OpenFiles:
     def close(self) -> None:
         """Close all of them; they open again when asked for."""
         with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+            _close(self._open)
