@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
 from latent_medi.files import NO_SPACE, write_json
+from latent_medi.paths import expand
+from latent_medi.processes import Output, follow_parent, read_by_somebody, safe_helpers
 from latent_medi.progress import set_up_logging
 from latent_medi.recipe import load_recipe, recipes
 
@@ -33,7 +35,8 @@ def _run(words: list[str]) -> Printed:
     from latent_medi.experiment import run
     from latent_medi.experiment_settings import ExperimentSettings
 
-    return run(config.parse(ExperimentSettings, words, "run"))
+    # Without any word it would be the demo without what the demo shows.
+    return run(config.parse(ExperimentSettings, words or ["--help"], "run"))
 
 
 _SHARDS = """latent-medi shards WHAT …
@@ -59,14 +62,18 @@ def _shards(words: list[str]) -> Printed:
         return info(config.parse(InfoSettings, words[1:], "shards info", positional="data"))
     if what == "images":
         from latent_medi.shards.images import import_images
+        from latent_medi.shards.rejected import incomplete
         from latent_medi.shards.settings import ImportSettings
 
         settings = config.parse(ImportSettings, words[1:], "shards images")
         dataset = import_images(settings)
-        count = dataset.info["provenance"]["rejected"]["count"]
+        told = dataset.info["provenance"]["rejected"]
+        count, result = told["count"], {"folder": str(dataset.folder), "patches": len(dataset)}
         rejected = f"; {count} image{'s' * (count > 1)} rejected, named in its dataset.json" if count else ""
         print(_holds(dataset) + rejected)
-        return {"folder": str(dataset.folder), "patches": len(dataset)}
+        if lacking := incomplete(told, settings.max_bad):
+            raise Incomplete(lacking, result)
+        return result
     if what == "slides":
         from latent_medi.shards.settings import SlideSettings
         from latent_medi.shards.slides import cut_slides
@@ -375,49 +382,89 @@ def run_verb(words: Sequence[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise UserError(f"There is no verb {verb!r}; {nearest(verb, VERBS)}.", "`latent-medi --help` lists them.")
-    json_file = ""
-    for i, word in enumerate(rest):
-        if word == "--json" and i + 1 < len(rest):
-            json_file = rest[i + 1]
-            del rest[i : i + 2]
-            break
-        if word.startswith("--json="):
-            json_file = word.partition("=")[2]
-            del rest[i]
-            break
+    json_file = _take_json_file(rest)
     try:
         result = VERBS[verb][0](rest)
     except Incomplete as error:
-        if json_file:
-            write_json(json_file, error.result)
+        _write_result(json_file, error.result)
         raise
-    if json_file:
-        write_json(json_file, result)
+    _write_result(json_file, result)
     return 0
 
 
-def _end(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
+def _take_json_file(words: list[str]) -> Path | None:
+    """The file of ``--json FILE``, which is taken out of the words.
+
+    Raises:
+        UserError: No file is named, or none can be written there: better said before the work than after it.
+    """
+    at = next((i for i, word in enumerate(words) if word == "--json" or word.startswith("--json=")), None)
+    if at is None:
+        return None
+    word = words.pop(at)
+    name = word.partition("=")[2] if word != "--json" else words.pop(at) if at < len(words) else ""
+    if not name or name.startswith("--"):
+        raise UserError("--json names no file.", "Write --json FILE.")
+    path = Path(expand(name, "--json"))
+    if path.is_dir():
+        raise UserError(f"--json {path} is a folder.", "Name a file in it.")
+    try:
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}.", "Name another file.") from None
+    if not there.is_dir():
+        raise UserError(f"--json {path} cannot be written: {there} is no folder.", "Name another file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--json {path} cannot be written: no permission in {there}.", "Name another file.")
+    return path
+
+
+def _write_result(path: Path | None, result: Printed) -> None:
+    if path is None:
+        return
+    try:
+        write_json(path, result)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise UserError(
+            f"The command is done, but --json {path} cannot be written: {error.strerror}.", "Name another file."
+        ) from None
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of ``latent-medi``, ``train.py`` and ``sample.py``.
 
     Exit codes: 0 done; 2 bad input, explained in one message; 3 done, but for some of the input, which is named;
-    75 told to stop and saved, so that the same command continues; 130 interrupted; 143 terminated; anything else is a
-    defect and keeps its traceback.
+    75 told to stop and saved, so that the same command continues; 130 interrupted; 141 nobody reads what it prints any
+    more; 143 terminated; anything else is a defect and keeps its traceback.
     """
     set_up_logging()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)  # by an exception, so that a command that started others ends them too
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    with safe_helpers(), read_by_somebody() as output:
+        if threading.current_thread() is threading.main_thread():
+
+            def end(*_: object) -> None:  # by an exception, so that a command that started others ends them too
+                raise SystemExit(128 + (signal.SIGPIPE if output.closed else signal.SIGTERM))
+
+            signal.signal(signal.SIGTERM, end)
+            follow_parent()
+        try:
+            return _explained(words, output)
+        finally:
+            if output.closed:
+                output.give_up()
+
+
+def _explained(words: Sequence[str] | None, output: Output) -> int:
+    """Run a verb; returns the exit code, and prints what went wrong."""
     try:
         return run_verb(sys.argv[1:] if words is None else words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.give_up()
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in NO_SPACE:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import sys
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +22,10 @@ import yaml
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import write_text
+from latent_medi.kinds import find, hints, is_mapping, known_keys, settings_in, takes_nothing, takes_words
+from latent_medi.paths import expand
+from latent_medi.typed import convert, convert_word, make, partial, unknown, written
+from latent_medi.yaml_text import read_yaml
 
 S = TypeVar("S")
 
@@ -39,31 +43,90 @@ def find_config(name: str | Path) -> Path:
         UserError: There is no such file.
     """
     folder = packaged("configs")
-    for candidate in (folder / f"{name}.yaml", folder / str(name), Path(name)):
-        if candidate.is_file():
-            return candidate
+    given = str(name) if isinstance(name, Path) else expand(name, "The configuration")
+    for candidate in (folder / f"{given}.yaml", folder / given, Path(given)):
+        try:
+            if candidate.is_file():
+                return candidate
+            if candidate == Path(given) and candidate.exists():
+                what = "a folder" if candidate.is_dir() else "no regular file"
+                raise UserError(f"The configuration {given} is {what}.", "Give the path to a YAML file.")
+        except OSError as error:  # a name that is too long, a folder that must not be looked into
+            raise UserError(f"The configuration {given} cannot be read: {error.strerror}.") from None
     known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
     raise UserError(
-        f"There is no configuration {str(name)!r}.",
-        f"Give a path to a YAML file or a packaged name; {nearest(str(name), known)}.",
+        f"There is no configuration {given!r}.",
+        f"Give a path to a YAML file or a packaged name; {nearest(given, known)}.",
     )
 
 
-def load_yaml(name: str | Path) -> dict[str, Any]:
-    """The mapping in a configuration file, its ``base`` merged in.
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a configuration file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is no UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#04x}).",
+            "Save it as UTF-8.",
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from None
+    values = read_yaml(text, str(path))
+    if values is not None and not isinstance(values, dict):
+        kind = "list" if isinstance(values, list) else "single word"
+        raise UserError(f"{path} holds a {kind}; it must hold a mapping of settings.", "Write NAME: VALUE.")
+    return values or {}
+
+
+def _chain(name: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A configuration and all that it is based on, the last base first.
 
     Raises:
-        UserError: The file is absent, is not YAML or holds no mapping.
+        UserError: A file that is absent or no mapping, or a file that is based on itself.
     """
-    path = find_config(name)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping of settings, not a {type(values).__name__}.")
-    base = values.pop("base", None)
-    return merge(load_yaml(base), values) if base else values
+    found: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        try:
+            path = find_config(name)
+        except UserError as error:
+            if not found:
+                raise
+            raise UserError(f"{found[0][0]} is based on {str(name)!r}: {error.message}", error.hint) from None
+        if any(path.samefile(earlier) for earlier, _ in found):
+            names = [str(earlier) for earlier, _ in reversed(found)]
+            raise UserError(f"{' → '.join([*names, str(path)])}: a configuration is based on itself.", "Remove a base.")
+        values = _read(path)
+        found.insert(0, (path, values))
+        base = values.pop("base", None)
+        if base is None:
+            return found
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base is {base!r}; it takes the name or path of one configuration.")
+        name = base
+
+
+def load_yaml(name: str | Path) -> dict[str, Any]:
+    """The mapping in a configuration file, its ``base`` merged in; values as :mod:`latent_medi.yaml_text` reads them.
+
+    Raises:
+        UserError: The file is absent, is not YAML or holds no mapping; or its bases go round in a circle.
+    """
+    values: dict[str, Any] = {}
+    for _, layer in _chain(name):
+        values = merge(values, layer)
+    return values
+
+
+def load(settings_class: type, name: str | Path) -> dict[str, Any]:
+    """The settings that a configuration file gives, its ``base`` merged in: a partial (:mod:`latent_medi.typed`).
+
+    Raises:
+        UserError: As :func:`load_yaml`; or an unknown key or a value of the wrong type, by file.
+    """
+    values: dict[str, Any] = {}
+    for path, layer in _chain(name):
+        values = merge(values, partial(settings_class, layer, str(path)))
+    return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,114 +138,46 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if union else (annotation,)
-
-
-def _dataclass_in(annotation: Any) -> type | None:
-    """The dataclass that an annotation names, alone or as ``X | None``."""
-    for candidate in _alternatives(annotation):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
-
-
-def _types(settings_class: type, dotted: str) -> tuple[Any, ...]:
-    """What the setting of that key may be; nothing for an unknown key."""
-    head, _, rest = dotted.partition(".")
-    annotation = typing.get_type_hints(settings_class).get(head)
-    if rest:
-        inner = _dataclass_in(annotation)
-        return _types(inner, rest) if inner is not None else ()
-    return _alternatives(annotation)
-
-
-def _spelled(settings_class: type, dotted: str) -> str:
-    """A key with ``_`` for ``-``, as settings are named. The free keys of a mapping to one type, such as phikon-v2 in
-    ``weights``, stay; those of a mapping to anything are settings again, such as ``train.max-steps``.
-    """
-    head, dot, rest = dotted.partition(".")
-    head = head.replace("-", "_")
-    annotation = typing.get_type_hints(settings_class).get(head)
-    inner = _dataclass_in(annotation)
-    if inner is not None:
-        rest = _spelled(inner, rest)
-    elif typing.get_args(annotation)[1:] == (Any,):
-        rest = rest.replace("-", "_")
-    return f"{head}{dot}{rest}"
-
-
-def _is_mapping(settings_class: type, dotted: str) -> bool:
-    """Whether the setting of that key is a mapping with free keys."""
-    return any(typing.get_origin(candidate) is dict for candidate in _types(settings_class, dotted))
-
-
-def _takes_words(settings_class: type, dotted: str) -> bool:
-    """Whether the setting of that key is a list of words."""
-    return list[str] in _types(settings_class, dotted)
-
-
-def known_keys(settings_class: type, prefix: str = "") -> list[str]:
-    """All dotted keys of a settings dataclass, nested ones included."""
-    hints = typing.get_type_hints(settings_class)
-    keys = []
-    for field in dataclasses.fields(settings_class):
-        keys.append(prefix + field.name)
-        inner = _dataclass_in(hints[field.name])
-        if inner is not None:
-            keys += known_keys(inner, f"{prefix}{field.name}.")
-    return keys
-
-
-def check_keys(settings_class: type, values: Mapping[str, Any], where: str) -> None:
-    """Refuse a key that the settings do not have, naming the nearest that they have.
-
-    Raises:
-        UserError: An unknown key.
-    """
-    keys = set(known_keys(settings_class))
-
-    def check(mapping: Mapping[str, Any], prefix: str) -> None:
-        for key, value in mapping.items():
-            dotted = f"{prefix}{key}"
-            if dotted not in keys:
-                raise UserError(f"{where}: unknown setting {dotted!r}; {nearest(dotted, keys)}.")
-            if isinstance(value, Mapping) and any(k.startswith(f"{dotted}.") for k in keys):
-                check(value, f"{dotted}.")
-
-    check(values, "")
-
-
-def _nested(dotted: str, value: Any) -> dict[str, Any]:
-    for part in reversed(dotted.split(".")):
-        value = {part: value}
+def nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """A mapping that holds a value under keys within keys."""
+    for key in reversed(keys):
+        value = {key: value}
     return value
 
 
 def under(setting: str, settings_class: type, arguments: Sequence[str]) -> list[str]:
     """Command-line words in which ``--NAME VALUE``, where ``NAME`` is no setting, gives ``setting.NAME`` as text: a
-    dataset's own fields, such as ``--class gleason4`` or ``--grade 3``.
+    dataset's own fields, such as ``--class gleason4`` or ``--demographic.race white``.
     """
-    known = {key.partition(".")[0] for key in known_keys(settings_class)} | {"config", "help"}
     words, result = list(arguments), []
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name.replace("-", "_").partition(".")[0] in known:
+        if not word.startswith("--") or _names_setting(settings_class, name):
             result.append(word)
             if word.startswith("--") and not equals and words and not words[0].startswith("--"):
                 result.append(words.pop(0))
             continue
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
-        result.append(f"{setting}.{name}={json.dumps(value)}")  # quoted, or 3 would be a number and no a boolean
+        # Quoted, or 3 would be a number and no a boolean.
+        result.append(f"{setting}.{name}={json.dumps(value, ensure_ascii=False)}")
     return result
 
 
-def _is_yaml_list(text: str) -> bool:
+def _names_setting(settings_class: type, name: str) -> bool:
+    """Whether a word names a setting, or something within one that holds others."""
+    head, dot, _ = name.replace("-", "_").partition(".")
+    annotation = hints(settings_class).get(head)
+    if head in ("config", "help"):
+        return True
+    holds = annotation is not None and (is_mapping(annotation) or settings_in(annotation) is not None)
+    return annotation is not None and (not dot or holds)
+
+
+def _is_yaml_list(text: str, annotation: Any) -> bool:
     """Whether a word is a whole list (or none) by itself, such as ``[a, b]``."""
-    return text.lstrip().startswith("[") or text in ("null", "~", "")
+    return text.lstrip().startswith("[") or (takes_nothing(annotation) and text in ("null", "~", ""))
 
 
 def _is_setting(settings_class: type, word: str) -> bool:
@@ -194,6 +189,27 @@ def _is_setting(settings_class: type, word: str) -> bool:
     known = {key.partition(".")[0] for key in known_keys(settings_class)}
     meant = get_close_matches(name.replace("-", "_").partition(".")[0], known, 1, 0.75)
     return word.startswith("--") or (bool(equals) and bool(meant))
+
+
+def _show_help(settings_class: type, verb: str, description: str) -> None:
+    """Print what a verb's settings are, without the spellings that jsonargparse has and this command line has not."""
+    from jsonargparse import ArgumentParser
+
+    words = f"latent-medi {verb}".strip()
+    parser = ArgumentParser(
+        prog=words,
+        usage=f"{words} [--config NAME] [key=value …] [--json FILE]",
+        description=description or (settings_class.__doc__ or "").partition("Args:")[0].strip(),
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        help="packaged configuration (demo/medi) or path to a YAML file; may be repeated, later ones win",
+    )
+    parser.add_class_arguments(settings_class, None)
+    text = re.sub(r"(\[ITEM,\.\.\.\]), --\S+\+ \[ITEM,\.\.\.\]", r"\1", parser.format_help())
+    text = re.sub(r"^  --\S+\.help .*\n( {4,}.*\n)*", "", text, flags=re.MULTILINE)
+    print(re.sub(r"^  --\S+ CONFIG\s+Path to a configuration file\.\n", "", text, flags=re.MULTILINE), end="")
 
 
 def parse(
@@ -213,84 +229,74 @@ def parse(
     Raises:
         UserError: An unknown key, a value of the wrong type or a missing required setting.
     """
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog=f"latent-medi {verb}".strip(), description=description or settings_class.__doc__, exit_on_error=False
-    )
-    parser.add_argument(
-        "--config",
-        action="append",
-        help="packaged configuration (demo/medi) or path to a YAML file; may be repeated, later ones win",
-    )
-    parser.add_class_arguments(settings_class, None)
     words = list(arguments)
     if "-h" in words or "--help" in words:
-        parser.print_help()
+        _show_help(settings_class, verb, description)
         sys.exit(0)
+    where = f"latent-medi {verb}".strip()
     values: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
-    index = 0
-    while index < len(words):
-        word = words[index]
-        index += 1
+    while words:
+        word = words.pop(0)
         key, equals, text = word.lstrip("-").partition("=")
-        if not equals:
-            if not word.startswith("--"):
-                if positional and positional not in overrides:
-                    overrides[positional] = word
-                    continue
+        if not equals and not word.startswith("--"):
+            if not positional or positional in overrides:
                 raise UserError(f"Cannot read the word {word!r}.", "Settings are given as key=value or --key value.")
-            if index == len(words) or (words[index].startswith("--") and words[index] != "--"):
-                text = "true"
-            else:
-                text = words[index]
-                index += 1
-                if _takes_words(settings_class, _spelled(settings_class, key)) and not _is_yaml_list(text):
-                    items = [text]
-                    while index < len(words) and not _is_setting(settings_class, words[index]):
-                        items.append(words[index])
-                        index += 1
-                    text = json.dumps(items, ensure_ascii=False)
+            key, text, equals = positional, word, "="
+        found = (["config"], str) if key == "config" else find(settings_class, key)
+        if found is None:
+            own = is_mapping(hints(settings_class).get("fields"))
+            hint = f"A field of the data is given as --{shlex.quote(key)} VALUE." if own else ""
+            raise unknown(settings_class, key, where, hint=hint)
+        keys, annotation = found
+        if not equals:
+            listed = _following(settings_class, key, annotation, words, where)
+            if listed is not None and (takes_words(annotation) and not _is_yaml_list(listed[0], annotation)):
+                overrides = merge(overrides, nested(keys, convert(annotation, listed, where, ".".join(keys))))
+                continue
+            text = "true" if listed is None else listed[0]
         if key == "config":
-            loaded = load_yaml(text)
-            check_keys(settings_class, loaded, str(find_config(text)))
-            values = merge(values, loaded)
+            values = merge(values, load(settings_class, text))
             continue
-        key = _spelled(settings_class, key)
-        check_keys(settings_class, _nested(key, None), f"latent-medi {verb}".strip())
-        inner, equals, rest = text.partition("=")
+        entry, equals, rest = text.partition("=")
         # --to site=radboud is to.site=radboud
-        if equals and inner and not inner.lstrip().startswith("{") and _is_mapping(settings_class, key):
-            key, text = f"{key}.{inner.strip()}", rest
-        try:
-            value = yaml.safe_load(text) if text != "" else ""
-        except yaml.YAMLError:
-            value = text
-        overrides = merge(overrides, _nested(key, value))
-    return build(settings_class, merge(values, overrides), parser=parser)
+        if equals and entry and is_mapping(annotation) and not entry.lstrip().startswith("{"):
+            (keys, annotation), text = find(settings_class, ".".join([*keys, entry.strip()])) or found, rest
+        overrides = merge(overrides, nested(keys, convert_word(annotation, text, where, ".".join(keys))))
+    return make(settings_class, merge(values, overrides), where)
 
 
-def build(settings_class: type[S], values: Mapping[str, Any], parser: Any = None) -> S:
-    """Typed settings from a nested mapping.
+def _following(settings_class: type, key: str, annotation: Any, words: list[str], where: str) -> list[str] | None:
+    """The words after ``--key`` that are its value, which are taken out of ``words``: several for a list of words, none
+    for a switch.
+
+    Raises:
+        UserError: There is none, and the setting is no switch.
+    """
+    if not words or words[0].startswith("--"):
+        if annotation is not bool:
+            raise UserError(f"{where}: --{key} has no value.", "Write it after a blank, or after =.")
+        return None
+    found = [words.pop(0)]
+    if takes_words(annotation) and not _is_yaml_list(found[0], annotation):
+        while words and not _is_setting(settings_class, words[0]):
+            found.append(words.pop(0))
+    return found
+
+
+def build(settings_class: type[S], values: Mapping[str, Any], where: str = "") -> S:
+    """Typed settings from a nested mapping, as a person wrote it: paths are expanded.
+
+    Args:
+        settings_class: The settings dataclass.
+        values: Values by setting.
+        where: How messages call what gave them.
 
     Raises:
         UserError: An unknown key, a value of the wrong type or a missing required setting.
     """
-    from jsonargparse import ArgumentParser
-
-    check_keys(settings_class, values, settings_class.__name__)
-    if parser is None:
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(settings_class, None)
-    try:
-        parsed = parser.parse_object(dict(values))
-        init = parser.instantiate_classes(parsed)
-    except Exception as error:  # jsonargparse wraps every failed check in its own kinds of error
-        if isinstance(error, (KeyboardInterrupt, UserError)):
-            raise
-        raise UserError(f"{settings_class.__name__}: {' '.join(str(error).split())}") from None
-    return settings_class(**{f.name: init[f.name] for f in dataclasses.fields(settings_class)})  # type: ignore[arg-type]
+    where = where or settings_class.__name__
+    return make(settings_class, partial(settings_class, values, where), where)
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
@@ -308,4 +314,9 @@ def as_dict(settings: Any) -> dict[str, Any]:
 
 def save_settings(settings: Any, path: str | Path) -> None:
     """Write resolved settings as YAML, such that ``--config PATH`` gives them again."""
-    write_text(path, yaml.safe_dump(as_dict(settings), sort_keys=False, allow_unicode=True))
+    save_partial(type(settings), as_dict(settings), path)
+
+
+def save_partial(settings_class: type, values: Mapping[str, Any], path: str | Path) -> None:
+    """The same of some settings."""
+    write_text(path, yaml.safe_dump(written(settings_class, values), sort_keys=False, allow_unicode=True))

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from latent_medi import config
 from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.errors import UserError, nearest
@@ -23,6 +21,8 @@ from latent_medi.look_ahead import check_model, check_study, check_training
 from latent_medi.progress import duration, get_logger
 from latent_medi.stages import Stage, Stages, side_by_side
 from latent_medi.sums import read_result
+from latent_medi.synthesis.settings import GenerateSettings
+from latent_medi.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from latent_medi.training.transfer import Source
@@ -38,18 +38,16 @@ ARMS = ("medi", "cls")
 
 def demo(settings: DemoSettings) -> dict[str, Any]:
     """Run the demo; returns the headline."""
-    values = config.merge(
-        config.load_yaml(settings.settings), {"out": settings.out, "seed": settings.seed, "replace": settings.replace}
-    )
-    return run(config.build(ExperimentSettings, values))
+    own = {"out": settings.out, "seed": settings.seed, "replace": settings.replace}
+    values = config.merge(config.load(ExperimentSettings, Path(settings.settings)), own)
+    return run(config.make(ExperimentSettings, values, settings.settings))
 
 
-def run_changed(name: str, *changes: dict[str, Any]) -> dict[str, Any]:
-    """Run a packaged configuration, or a path, with changes put over it one after the other."""
-    values = config.load_yaml(name)
-    for change in changes:
-        values = config.merge(values, change)
-    return run(config.build(ExperimentSettings, values))
+def run_changed(name: str, changes: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a packaged configuration, or a path, with a program's changes put over it, and then a person's."""
+    values = config.merge(config.load(ExperimentSettings, Path(name)), changes)
+    values = config.merge(values, config.partial(ExperimentSettings, asked, "changes", "changes."))
+    return run(config.make(ExperimentSettings, values, name))
 
 
 def _build_demo(settings: ExperimentSettings, out: Path) -> None:
@@ -69,7 +67,7 @@ def _build_recipe(settings: ExperimentSettings, out: Path) -> None:
 
 
 def _train_settings(settings: ExperimentSettings, arm: str, folder: Path) -> dict[str, Any]:
-    values = config.load_yaml(settings.medi if arm == "medi" else settings.cls)
+    values = config.load(TrainSettings, Path(settings.medi if arm == "medi" else settings.cls))
     return config.merge(
         config.merge(values, settings.train),
         {
@@ -158,7 +156,7 @@ class _Experiment:
             "encoders": settings.encoders, "weights": settings.weights, "site_field": settings.site_field,
             "seed": settings.seed,
         }  # fmt: skip
-        self.judging = config.build(EvaluateSettings, config.merge(derived, settings.evaluate))
+        self.judging = config.make(EvaluateSettings, config.merge(derived, settings.evaluate), "evaluate")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stages = Stages(self.folder, STAGES)
 
@@ -185,6 +183,8 @@ class _Experiment:
         if self.models:
             lessons["models"] = {arm: model.model_hash for arm, model in self.models.items()}
         counts = {key: plain[key] for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")}
+        if settings.draw_from != "all" and there and _has_numbers(self.data):  # else the plan is as it always was
+            counts["draw_from"] = settings.draw_from
         sampling = _without(plain["generate"], {"plan", "model", "out", "grid", "device_batch"})
         judged = _without(config.as_dict(self.judging), {"real", "synthetic", "out", "cache", "batch", "device"})
         for name, stage in {
@@ -213,18 +213,18 @@ class _Experiment:
         """
         from latent_medi.evaluation.evaluate import load_encoders
         from latent_medi.evaluation.support import thin_support
-        from latent_medi.training.settings import TrainSettings
 
         if self.stages.finished("evaluate"):
             return
         study = check_study(self.judging)
         sampler = self.settings.generate.sampler
         for arm in ARMS:
-            guidance = config.build(GuidanceSettings, self._guidance(arm))
+            guidance = config.make(GuidanceSettings, self._guidance(arm), "generate.guidance")
             if arm in self.models:
                 check_model(self.models[arm], guidance, sampler)
             else:
-                check_training(config.build(TrainSettings, self.training[arm]), guidance, sampler, study.real.schema)
+                asked = config.make(TrainSettings, self.training[arm], arm)
+                check_training(asked, guidance, sampler, study.real.schema)
         for told in (*study.notes, *thin_support(study, self.judging.downstream)):
             log.warning("%s", told)
         load_encoders(self.judging)
@@ -248,7 +248,7 @@ class _Experiment:
         """Train the arms that are not given."""
         commands = {}
         for arm, values in self.trained.items():
-            write_text(self.folder / f"train-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
+            config.save_partial(TrainSettings, values, self.folder / f"train-{arm}.yaml")
             commands[arm] = ["train", "--config", str(self.folder / f"train-{arm}.yaml")]
         _run_arms(self.settings, commands)
 
@@ -266,7 +266,7 @@ class _Experiment:
                 "out": str(self.synthetic[arm]),
             })  # fmt: skip
             values = {**values, "guidance": self._guidance(arm)}
-            write_text(self.folder / f"sample-{arm}.yaml", yaml.safe_dump(values, sort_keys=False))
+            config.save_partial(GenerateSettings, values, self.folder / f"sample-{arm}.yaml")
             commands[arm] = ["sample", "--config", str(self.folder / f"sample-{arm}.yaml")]
         _run_arms(self.settings, commands)
 
@@ -313,6 +313,13 @@ def _split_of(data: Path, name: str) -> dict[str, str]:
     dataset = PatchDataset.open(data)
     columns = ["patient", *dataset.schema.names, *([SPLIT_PREFIX + name] if name in dataset.splits else [])]
     return {"name": name, "sha256": column_hash(pd.Series([column_hash(dataset.index[c]) for c in columns]))}
+
+
+def _has_numbers(data: Path) -> bool:
+    """Whether a dataset has a continuous field."""
+    from latent_medi.shards.dataset import PatchDataset
+
+    return any(field.continuous for field in PatchDataset.open(data).schema.fields)
 
 
 def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -376,7 +383,7 @@ def _plan(settings: ExperimentSettings, folder: Path) -> None:
     index = dataset.index.iloc[dataset.rows({SPLIT_PREFIX + settings.split: "train"})]
     fields = settings.plan_fields
     asked = PlanSettings(
-        goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields, draw_from="all"
+        goal="each", per_cell=settings.seen_per_cell, seed=settings.seed, fields=fields, draw_from=settings.draw_from
     )  # fmt: skip
     plan = make_plan(index, dataset.schema, asked).table
     names = [f.name for f in dataset.schema.fields if f.name in plan.columns and not f.continuous]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.kinds import PartOf
+from latent_medi.paths import PathText
 from latent_medi.synthesis.settings import GenerateSettings
+from latent_medi.training.settings import TrainSettings
 
 
 @dataclass
@@ -34,6 +38,8 @@ class ExperimentSettings:
         plan_fields: Class and categorical fields whose combinations are generated; empty means all.
         seen_per_cell: Patches to generate per combination that training has seen.
         unseen_per_cell: Patches to generate per combination without a training patch.
+        draw_from: Whose values of a continuous field, such as age, are drawn for a combination: "cell", its own
+            training patients', else its class's; or "all", where they depend on neither.
         generate: Sampler, guidance and batch.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
         parallel: Commands that run side by side in training and sampling; 0 chooses 2 on a machine without a GPU,
@@ -44,29 +50,30 @@ class ExperimentSettings:
             these, instead of stopping.
     """
 
-    out: str = "runs/experiment"
+    out: PathText = "runs/experiment"
     title: str = "latent-medi"
     recipe: str = "demo"
-    source: str = ""
-    data: str = ""
-    latents: str = ""
+    source: PathText = ""
+    data: PathText = ""
+    latents: PathText = ""
     split: str = "main"
     patch_size: int = 64
     seed: int = 0
-    autoencoder: str = "demo"
-    encoders: list[str] = field(default_factory=lambda: ["demo"])
-    weights: dict[str, str] = field(default_factory=dict)
+    autoencoder: PathText = "demo"
+    encoders: list[PathText] = field(default_factory=lambda: ["demo"])
+    weights: dict[str, PathText] = field(default_factory=dict)
     site_field: str = "site"
     held_out: list[dict[str, str]] = field(default_factory=list)
-    medi: str = "demo/medi"
-    cls: str = "demo/cls"
-    models: dict[str, str] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
+    medi: PathText = "demo/medi"
+    cls: PathText = "demo/cls"
+    models: dict[str, PathText] = field(default_factory=dict)
+    train: Annotated[dict[str, Any], PartOf(TrainSettings)] = field(default_factory=dict)
     plan_fields: list[str] = field(default_factory=list)
     seen_per_cell: int = 30
     unseen_per_cell: int = 90
+    draw_from: Literal["cell", "all"] = "cell"
     generate: GenerateSettings = field(default_factory=GenerateSettings)
-    evaluate: dict[str, Any] = field(default_factory=dict)
+    evaluate: Annotated[dict[str, Any], PartOf(EvaluateSettings)] = field(default_factory=dict)
     parallel: int = 0
     processes: int = 0
     report_cells: int = 6
@@ -84,7 +91,7 @@ class DemoSettings:
         replace: Remove what ``out`` holds of another seed or other settings, instead of stopping.
     """
 
-    out: str = "runs/demo"
+    out: PathText = "runs/demo"
     seed: int = 0
-    settings: str = "demo/experiment"
+    settings: PathText = "demo/experiment"
     replace: bool = False

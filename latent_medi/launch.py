@@ -2,17 +2,19 @@
 
     python -m latent_medi.launch --config_file configs/accelerate/two_nodes.yaml --machine_rank 0 … train.py --config …
 
-is ``accelerate launch`` with the same options, and two things more, which a scheduler needs and Accelerate's launcher
+is ``accelerate launch`` with the same options, and three things more, which a scheduler needs and Accelerate's launcher
 does not do: SIGUSR1 and SIGTERM reach the processes that train, which then save; and it ends with their exit code, so
-that "resume me" (:data:`RESUME`) can be told from a crash.
+that "resume me" (:data:`RESUME`) can be told from a crash. If it is killed, so are they.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
@@ -23,6 +25,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
 from latent_medi.errors import RESUME, UserError
+from latent_medi.processes import PARENT, environment
 from latent_medi.progress import get_logger
 
 logger = get_logger("launch")
@@ -32,6 +35,8 @@ NOTICES = (signal.SIGUSR1, signal.SIGTERM)
 
 # Set for each process by every launcher that starts several (torch's, mpirun, srun with PMI).
 _OF_SEVERAL = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+_LEAVE_WITHIN = 20  # seconds
 
 
 def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -> Accelerator:
@@ -68,6 +73,8 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
             *options.get("kwargs_handlers", []),
             InitProcessGroupKwargs(timeout=timedelta(days=7)),
         ]
+    atexit.unregister(leave)
+    atexit.register(leave)  # whatever ends this process, and whoever called: a command, or a program of a user's
     accelerator = Accelerator(cpu=cpu, **options)
     if accelerator.num_processes != launched and "WORLD_SIZE" in environment:
         raise UserError(
@@ -77,6 +84,22 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
     if accelerator.num_processes > 1 and accelerator.is_main_process:
         logger.info("%d processes; the first has %s.", accelerator.num_processes, accelerator.device)
     return accelerator
+
+
+def leave() -> None:
+    """Leave the group of processes that were launched together; nothing where there is none.
+
+    A process that ended as a member would be aborted while its threads still serve the group. Nobody waits for a
+    process that failed: what it has not done within 20 s is given up with the process, by SIGALRM.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not Python's handlers, which wait for what hangs
+        signal.alarm(_LEAVE_WITHIN)
+    torch.distributed.destroy_process_group()
+    if hasattr(signal, "alarm"):
+        signal.alarm(0)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -108,6 +131,9 @@ def main(words: Sequence[str] | None = None) -> int:
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torch's launcher would give SIGTERM's receivers 30 s
     for number in NOTICES:
         signal.signal(number, pass_on)
+    os.environ[PARENT] = str(os.getpid())
+    if args.module:  # a script has its own folder on its path, and may need it
+        os.environ.update(environment())
     try:
         launch_command(args)
         return 0

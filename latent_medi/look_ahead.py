@@ -25,7 +25,7 @@ def check_study(judging: EvaluateSettings) -> Study:
     """
     from latent_medi.evaluation.evaluate import check_settings
     from latent_medi.evaluation.study import describe, open_study
-    from latent_medi.metadata.audit import verdict
+    from latent_medi.metadata.estimability import verdict
 
     check_settings(judging)
     if judging.downstream_protocol == "histodiffusion":

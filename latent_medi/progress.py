@@ -23,8 +23,6 @@ def get_logger(name: str) -> logging.Logger:
 
 def set_up_logging(level: int = logging.INFO) -> None:
     """Send the package's messages to stderr with the time of day; safe to call more than once."""
-    # diffusers imports it where it is installed, and it warns of kernels that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logger = logging.getLogger(_ROOT)
     logger.setLevel(level)
     if not logger.handlers:

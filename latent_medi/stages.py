@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latent_medi.errors import UserError
 from latent_medi.files import read_json, remove, write_json
+from latent_medi.processes import PARENT, environment, python_words
 from latent_medi.progress import duration, get_logger
 
 log = get_logger(__name__)
@@ -159,20 +161,22 @@ def side_by_side(commands: dict[str, list[str]], threads: int) -> None:
     Raises:
         RuntimeError: One failed; the others are stopped.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    few = str(threads)
+    its_environment = environment(OMP_NUM_THREADS=few, MKL_NUM_THREADS=few, **{PARENT: str(os.getpid())})
     running: dict[str, subprocess.Popen[str]] = {}
     readers = []
 
     def pass_on(name: str, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(f"[{name}] {line}", end="", file=sys.stderr, flush=True)
+        for line in process.stdout:  # read to the end, whatever becomes of it: a full pipe would hold the process up
+            with suppress(OSError):
+                print(f"[{name}] {line}", end="", file=sys.stderr, flush=True)
 
     try:
         for name, words in commands.items():
             process = subprocess.Popen(
-                [sys.executable, "-m", "latent_medi.cli", *words],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                python_words("latent_medi.cli", *words),
+                env=its_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             )  # fmt: skip
             running[name] = process
             reader = threading.Thread(target=pass_on, args=(name, process), daemon=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.tables import read_table, require_columns
+from latent_medi.paths import path_argument
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -79,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="latent-medi shards camelyon17-wilds", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("source", type=Path, help="the unpacked camelyon17_v1.0")
-    parser.add_argument("out", type=Path, help="dataset folder to write")
+    parser.add_argument("source", type=path_argument, help="the unpacked camelyon17_v1.0")
+    parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=96, help="edge of a stored patch in pixels (default 96)")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")

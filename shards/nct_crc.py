@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from latent_medi.errors import UserError, nearest
+from latent_medi.paths import path_argument
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -53,10 +54,10 @@ def build(
         raise UserError(f"{source} holds the normalised and the raw set of the same patches.", "Keep one of them.")
     rows = []
     for name in there:
-        for folder in sorted(p for p in (Path(source) / name).iterdir() if p.is_dir()):
+        for folder in sorted(p for p in (Path(source) / name).glob("[!.]*") if p.is_dir()):
             if folder.name not in CLASSES:
                 raise UserError(f"{folder} is no class; {nearest(folder.name, CLASSES)}.")
-            for path in sorted(folder.glob("*.tif")):
+            for path in sorted(folder.glob("[!.]*.tif")):  # not the ._ files of macOS
                 rows.append(
                     {
                         "image": path.relative_to(source).as_posix(), "key": f"{name}/{path.stem.replace('.', '-')}",
@@ -81,8 +82,8 @@ def build(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
     parser = argparse.ArgumentParser(prog="latent-medi shards nct-crc", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", type=Path, help="folder that holds NCT-CRC-HE-100K and CRC-VAL-HE-7K")
-    parser.add_argument("out", type=Path, help="dataset folder to write")
+    parser.add_argument("source", type=path_argument, help="folder that holds NCT-CRC-HE-100K and CRC-VAL-HE-7K")
+    parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=224, help="edge of a stored patch in pixels (default 224)")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")

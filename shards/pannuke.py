@@ -20,6 +20,7 @@ import pandas as pd
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Schema
+from latent_medi.paths import path_argument
 from latent_medi.shards.convert import convert, scaled
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.patch import Patch
@@ -111,8 +112,8 @@ def build(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
     parser = argparse.ArgumentParser(prog="latent-medi shards pannuke", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", type=Path, help="folder that holds 'Fold 1' to 'Fold 3'")
-    parser.add_argument("out", type=Path, help="dataset folder to write")
+    parser.add_argument("source", type=path_argument, help="folder that holds 'Fold 1' to 'Fold 3'")
+    parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=256, help="edge of a stored patch in pixels (default 256)")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")

@@ -21,6 +21,7 @@ import pandas as pd
 from latent_medi.errors import UserError
 from latent_medi.metadata.splits import hold_out
 from latent_medi.metadata.tables import read_table, require_columns
+from latent_medi.paths import path_argument
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -121,8 +122,8 @@ def build(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
     parser = argparse.ArgumentParser(prog="latent-medi shards prostate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", type=Path, help="folder with manifest.csv and the images")
-    parser.add_argument("out", type=Path, help="dataset folder to write")
+    parser.add_argument("source", type=path_argument, help="folder with manifest.csv and the images")
+    parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=64, help="edge of a stored patch in pixels (default 64)")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")

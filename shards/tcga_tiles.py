@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi.metadata.tables import read_table, require_columns
-from latent_medi.metadata.tcga import clinical_fields, institution, slide_key
+from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, institution, slide_key
+from latent_medi.paths import path_argument
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -46,6 +47,7 @@ def build(
     table = read_table(manifest)
     require_columns(table, ["image", "case", "source_site", "project_id"], str(manifest))
     known = clinical_fields(table)
+    fields_by_patient(known)  # refuses a patient whose tiles contradict each other
     table = table[["image", "source_site"]].join(known)
     table["key"] = [slide_key(name) for name in table["image"]]
     table["site"] = [institution(name)[0] for name in table["source_site"]]
@@ -67,8 +69,8 @@ def build(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
     parser = argparse.ArgumentParser(prog="latent-medi shards tcga-tiles", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", type=Path, help="folder with manifest.csv and the tiles")
-    parser.add_argument("out", type=Path, help="dataset folder to write")
+    parser.add_argument("source", type=path_argument, help="folder with manifest.csv and the tiles")
+    parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=256, help="edge of a stored patch in pixels (default 256)")
     parser.add_argument("--mpp", type=float, default=0.5, help="µm per pixel of the stored patches (default 0.5)")
     parser.add_argument("--source-mpp", type=float, default=SOURCE_MPP, help="µm per pixel of the tiles (default 0.25)")

@@ -29,11 +29,13 @@ from latent_medi.errors import UserError
 from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
-from latent_medi.metadata.tcga import clinical_fields, parse_barcode, read_site_codes, slide_key
+from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
+from latent_medi.paths import path_argument
 from latent_medi.progress import progress
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.convert import convert, scaled
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.find import find_files
 from latent_medi.shards.patch import Patch
 
 PATCH_UM = 128.0
@@ -69,7 +71,11 @@ def _samples(tar: Path) -> Iterator[dict[str, Any]]:
 
 
 def _list_tars(source: Path, scheme: str) -> tuple[list[Path], pd.DataFrame]:
-    tars = sorted(p for p in source.rglob("*.tar") if (m := _TAR.fullmatch(p.name)) and m["scheme"] == scheme)
+    found = find_files(source, (".tar",))
+    if found.left_out:
+        path, why = found.left_out[0]
+        raise UserError(f"{path} cannot be used: {why}.", "Mend or remove it; nothing is left out silently.")
+    tars = [p for p in found.files if (m := _TAR.fullmatch(p.name)) and m["scheme"] == scheme]
     rows = []
     for tar in progress(tars, desc="listing", unit="tar"):
         part = _PARTS[_TAR.fullmatch(tar.name)["part"]]  # type: ignore[index]
@@ -81,7 +87,7 @@ def _list_tars(source: Path, scheme: str) -> tuple[list[Path], pd.DataFrame]:
 
 def _list_folders(source: Path, scale: int) -> pd.DataFrame:
     rows = []
-    for path in sorted(source.glob(f"*/{scale}/TCGA-*/*.jpg")):
+    for path in sorted(source.glob(f"*/{scale}/TCGA-*/[!.]*.jpg")):  # not the ._ files of macOS
         row = _described(f"{path.parent.name}/{path.stem}", path.parts[-4], str(path))
         rows.append({**row, "file": path.relative_to(source).as_posix(), "part": ""})
     return pd.DataFrame(rows)
@@ -89,7 +95,7 @@ def _list_folders(source: Path, scale: int) -> pd.DataFrame:
 
 def _with_metadata(table: pd.DataFrame, metadata: Path | None, codes: Path | None) -> pd.DataFrame:
     if metadata is not None:
-        known = clinical_fields(read_table(metadata)).drop_duplicates("patient").set_index("patient")
+        known = fields_by_patient(clinical_fields(read_table(metadata)))
         for name in ("gender", "race", "age"):
             if name in known:
                 table[name] = table["patient"].map(known[name]).fillna(UNKNOWN_WORD)
@@ -185,11 +191,11 @@ def build(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
     parser = argparse.ArgumentParser(prog="latent-medi shards tcga-ut", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", type=Path, help="the Hub's or Zenodo's folder")
-    parser.add_argument("out", type=Path, help="dataset folder to write")
+    parser.add_argument("source", type=path_argument, help="the Hub's or Zenodo's folder")
+    parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=256, help="edge of a stored patch in pixels (default 256)")
-    parser.add_argument("--metadata", type=Path, help="clinical table of the GDC: gender, race, age")
-    parser.add_argument("--codes", type=Path, help="the GDC's table of tissue source sites: institutions")
+    parser.add_argument("--metadata", type=path_argument, help="clinical table of the GDC: gender, race, age")
+    parser.add_argument("--codes", type=path_argument, help="the GDC's table of tissue source sites: institutions")
     parser.add_argument("--scheme", choices=("internal", "external"), default="internal", help="the Hub's arrangement")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="threads (default 1)")

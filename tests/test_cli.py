@@ -43,6 +43,13 @@ def test_usage_has_a_line_per_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert "prostate" in capsys.readouterr().out
 
 
+def test_run_without_words_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run"])
+    assert ended.value.code == 0
+    assert "held_out" in capsys.readouterr().out
+
+
 def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert "'train'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 from parts import make_autoencoder, make_cohort, put_index, small_model
 
-from latent_medi.config import build
+from latent_medi.config import build, load
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -26,6 +26,9 @@ from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.stages import Stages
+from latent_medi.synthesis.plan import write_plan
+from latent_medi.synthesis.planner import make_plan
+from latent_medi.synthesis.settings import PlanSettings
 
 
 def test_few_patients_are_not_unseen(tmp_path: Path) -> None:
@@ -35,6 +38,45 @@ def test_few_patients_are_not_unseen(tmp_path: Path) -> None:
     plan = pd.read_csv(tmp_path / "plan-medi.csv", keep_default_na=False)
     assert set(plan["verdict"]) == {"thin"}
     assert set(plan["count"]) == {3}
+
+
+def test_ages_are_those_of_the_combination_or_else_of_its_class(tmp_path: Path) -> None:
+    """A class of children is never asked for at 79, also at a hospital that has none of them, or few."""
+    from latent_medi.synthesis.plan import check_plan, read_plan, sample_at
+
+    dataset = make_cohort(tmp_path / "data", ("aster", "birch", "cedar"))
+    index = dataset.index
+    index["age"] = [
+        5 + i % 10 if row["class"] == "benign" else 40 + i % 40 for i, row in enumerate(index.to_dict("records"))
+    ]
+    index = index[~((index["class"] == "benign") & (index["site"] == "cedar"))]  # held out
+    for thin, few in ((1, "cell"), (100, "class")):
+        asked = PlanSettings(goal="each", per_cell=200, draw_from="cell", fields=["class", "site"], thin_patients=thin)
+        planned = make_plan(index, dataset.schema, asked).table
+        write_plan(planned, tmp_path / "plan.csv")
+        at = {(row["class"], row["site"]): row["age_from"] for row in planned.to_dict("records")}
+        assert at["benign", "cedar"] == "class"
+        assert at["benign", "aster"] == few
+        plan = read_plan(tmp_path / "plan.csv", dataset.schema)
+        assert "age_from" not in plan
+        ends = plan["count"].cumsum().to_numpy()
+        for position in range(0, int(ends[-1]), 7):
+            sample = sample_at(plan, dataset.schema, position, ends).fields
+            if sample["age"] != "unknown":
+                assert (5 <= sample["age"] <= 14) == (sample["class"] == "benign"), sample
+        check_plan(planned, dataset.schema)
+
+
+def test_a_run_draws_from_the_combination_and_the_demo_from_all(tmp_path: Path) -> None:
+    make_cohort(tmp_path / "data", ("aster", "birch"))
+    plans = {}
+    for draw_from in ("cell", "all"):
+        _plan(ExperimentSettings(seen_per_cell=3, draw_from=draw_from), tmp_path)
+        plans[draw_from] = pd.read_csv(tmp_path / "plan-medi.csv", keep_default_na=False)
+    assert ExperimentSettings().draw_from == "cell"
+    assert load(ExperimentSettings, "demo/experiment")["draw_from"] == "all"
+    assert set(plans["cell"].columns) - set(plans["all"].columns) == {"age_quantiles", "age_unknown", "age_from"}
+    assert plans["all"].equals(plans["cell"][plans["all"].columns])
 
 
 def given_model(folder: Path, shown: list[list[str | int]]) -> Path:
@@ -117,7 +159,7 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         (judged | {"encoders": ["squeezenet"]}, "'squeezenet' needs its weights"),
         (judged | {"encoders": ["demo", "demo"]}, "Two of the encoders are called alike"),
         ({"evaluate": {"unseen": False, "max_copy_rate": 2.0}}, "it is a share from 0 to 1"),
-        ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'deal'"),
+        ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'evaluate.deal'"),
         ({"evaluate": {"unseen": False, "protocol": "papers"}}, "protocol is 'papers'; closest: 'paper'"),
         ({"evaluate": {"unseen": False, "classifier": "cnnn"}}, "classifier is 'cnnn'; closest: 'cnn'"),
         ({"evaluate": {"unseen": False, "downstream_arms": ["rael"]}}, "no downstream arm 'rael'; closest: 'real'"),
@@ -134,9 +176,8 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         ),
         (judged | {"medi": str(contradictory)}, "sets block_out_channels and attention, and others are given too"),
     ):
-        settings = build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes)
         with pytest.raises(UserError, match=why):
-            run(settings)
+            run(build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes))
         assert not (tmp_path / "out" / "audit.json").exists()
 
 

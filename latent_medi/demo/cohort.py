@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 
 from latent_medi.demo.settings import CohortFolderSettings, CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
@@ -27,6 +26,7 @@ from latent_medi.files import remove, sha256_bytes
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
@@ -247,14 +247,8 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
     remove(folder / INFO_FILE)
     remove(folder / INDEX_FILE)
     done = {number for number, record in finished_shards(folder).items() if record.token == token}
-    work = [
-        delayed(_write_part)(folder, number, part, settings, token)
-        for number, part in enumerate(parts)
-        if number not in done
-    ]
-    for _ in progress(
-        Parallel(n_jobs=jobs, return_as="generator")(work), total=len(work), desc="rendering", unit="shards"
-    ):
+    work = [(folder, number, part, settings, token) for number, part in enumerate(parts) if number not in done]
+    for _ in progress(dispatch(_write_part, work, jobs), total=len(work), desc="rendering", unit="shards"):
         pass
     return finish_dataset(
         folder, schema=schema(cohort), provenance=provenance, splits={"main": (split, recipe)},

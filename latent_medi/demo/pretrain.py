@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from latent_medi.demo.tissue import Shape, Stain, parameters, random_shape, random_stain, render
 from latent_medi.features.tiny import TinyEncoder
+from latent_medi.processes import safe_helpers
 from latent_medi.progress import get_logger, set_up_logging
 from latent_medi.sums import write_sums
 
@@ -73,7 +74,8 @@ def _random_patch(seed: int) -> tuple[np.ndarray, dict[str, float]]:
 
 def tissue_bank(n: int, seed: int = 0, jobs: int = 2) -> tuple[np.ndarray, pd.DataFrame]:
     """Render tissue of no class and no hospital: images [n, 64, 64, 3] uint8 and the parameters of each."""
-    drawn = Parallel(n_jobs=jobs, batch_size=64)(delayed(_random_patch)(seed * 10_000_019 + i) for i in range(n))
+    with safe_helpers():
+        drawn = Parallel(n_jobs=jobs, batch_size=64)(delayed(_random_patch)(seed * 10_000_019 + i) for i in range(n))
     return np.stack([image for image, _ in drawn]), pd.DataFrame([numbers for _, numbers in drawn])
 
 

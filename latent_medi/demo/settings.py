@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from latent_medi.paths import PathText
+
 
 @dataclass(frozen=True)
 class CohortSettings:
@@ -36,5 +38,5 @@ class CohortFolderSettings(CohortSettings):
         processes: Processes that draw patches; 0 means one per core.
     """
 
-    out: str = "runs/demo-data"
+    out: PathText = "runs/demo-data"
     processes: int = 0

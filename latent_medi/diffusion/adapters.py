@@ -28,9 +28,9 @@ from latent_medi.diffusion.folder import REMEDY, SEEN, local_folder
 from latent_medi.diffusion.objective import settings_of
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_object, sha256_file, write_json
+from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import weight_hash
 from latent_medi.sums import check_sums, tell_unsealed, write_sums
-from latent_medi.typed import check_types
 
 ADAPTER_FILE, VALUES_FILE = "adapter.json", "values.safetensors"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's names

@@ -27,9 +27,9 @@ from latent_medi.diffusion.objective import noise_schedule, settings_of
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import atomic_path, read_sealed, sha256_file, write_sealed
+from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import weight_hash
 from latent_medi.sums import compare, tell_unsealed
-from latent_medi.typed import check_types
 
 if TYPE_CHECKING:
     from latent_medi.diffusion.pipeline import MediPipeline

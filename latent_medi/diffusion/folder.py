@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -13,9 +14,9 @@ from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_object
+from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import Autoencoder, first_line, in_own_memory, load_autoencoder
 from latent_medi.sums import check_sums, inside, tell_unsealed, write_sums
-from latent_medi.typed import check_types
 
 AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
 REMEDY = "Copy the whole folder again, or remove it and repeat the command that made it."
@@ -29,8 +30,12 @@ SEEN = {"complete": bool, "parts": [{"fields": [str], "rows": [list]}]}
 """Types of the record of what a model was shown."""
 
 
-def local_folder(name: str | Path) -> Path:
+def local_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
     """A model folder, downloaded first if the name is a hub id ``owner/name``; only JSON and safetensors are fetched.
+
+    Args:
+        name: The folder or hub id.
+        download: Arguments of a download, such as ``revision``.
 
     Raises:
         UserError: It is no folder, and cannot be downloaded.
@@ -43,7 +48,7 @@ def local_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **(download or {})))
     except Exception as error:  # offline, absent, refused: the message says which
         raise UserError(
             f"{name} is no folder here, and cannot be downloaded: {first_line(error)}",
@@ -118,13 +123,13 @@ def _objective(told: dict[str, Any], path: Path) -> ObjectiveSettings:
 
 def read_model(
     folder: str | Path, autoencoder: Autoencoder | str | Path | None, torch_dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device | str, download: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The parts of a pipeline, by the names of its arguments, and ``carried``: whether the autoencoder was inside.
 
     Args and raises as for :meth:`~latent_medi.diffusion.pipeline.MediPipeline.from_pretrained`.
     """
-    path = local_folder(folder)
+    path = local_folder(folder, download)
     check_model(path)
     index = read_object(path / "model_index.json")
     if index.get("_class_name") != "MediPipeline":

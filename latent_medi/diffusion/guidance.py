@@ -95,6 +95,8 @@ def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch
             )
         return [whole]
     weights = [float(settings.scales.get(name, settings.scale)) for name in order]
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"The guidance scales are {', '.join(f'{w:g}' for w in weights)}; they are finite numbers.")
     if settings.form == "chain":
         steps = [1.0, *weights, 0.0]
         branches = [Branch(frozenset(order[:j]), steps[j] - steps[j + 1]) for j in range(len(order) + 1)]
@@ -200,14 +202,15 @@ def evaluations(settings: GuidanceSettings, schema: Schema) -> int:
 
 def rescaled(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
     """A guided prediction with its standard deviation brought back, Lin et al. 2024 (arXiv 2305.08891), equations 15
-    and 16: φ·σ_cond/σ_guided·x + (1 − φ)·x.
+    and 16: φ·σ_cond/σ_guided·x + (1 − φ)·x. A guided prediction without any spread stays as it is.
 
     Args:
         guided: fp32 [N, C, h, w].
         conditional: Of the same shape.
         share: φ.
     """
-    ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
+    spread = guided.flatten(1).std(1)
+    ratio = torch.where(spread > 0, conditional.flatten(1).std(1) / spread, 1.0)
     return guided * (share * ratio + (1 - share)).view(-1, 1, 1, 1)
 
 
@@ -276,6 +279,8 @@ class ClassifierGuidance:
     def __post_init__(self) -> None:
         if not 0 < self.interval[0] < self.interval[1] <= 1:
             raise UserError(f"The classifier's interval is a range of ᾱ above 0 and up to 1, not {self.interval}.")
+        if not math.isfinite(self.scale):
+            raise UserError(f"The scale of the classifier's guidance is {self.scale}; it is a finite number.")
 
     def guide(
         self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, alpha_bar: float, prediction_type: str

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
@@ -21,7 +22,19 @@ from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, lay_out
 from latent_medi.diffusion.folder import AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE, read_model
 from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, check_guidance, guidance_of
+from latent_medi.diffusion.idioms import (
+    check_fields,
+    check_guidance_argument,
+    device_of,
+    dtype_of,
+    loading_options,
+    rows_of,
+    sampler_of,
+    seeds_of,
+    whole,
+)
 from latent_medi.diffusion.objective import make_scheduler, settings_of
+from latent_medi.diffusion.pipeline_parts import PipelineParts
 from latent_medi.diffusion.samplers import Watcher, draw_noise, make_sampler, sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.errors import UserError
@@ -34,7 +47,7 @@ from latent_medi.sums import write_sums
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class MediPipeline(DiffusionPipeline):
+class MediPipeline(PipelineParts):
     """A trained model: network, conditioner, noise schedule, autoencoder and the whitening of its latents.
 
     Args:
@@ -67,7 +80,10 @@ class MediPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         if autoencoder is None or shift is None or scale is None:
-            raise ValueError("A pipeline needs its autoencoder, and the shift and scale of its latents.")
+            raise UserError(
+                "A pipeline needs its autoencoder, and the shift and scale of its latents.",
+                "MediPipeline.from_pretrained(folder) reads them; DiffusionPipeline does not.",
+            )
         channels = unet.config["in_channels"]
         if channels != autoencoder.latent_channels or len(shift) != channels or len(scale) != channels:
             raise UserError(
@@ -106,9 +122,8 @@ class MediPipeline(DiffusionPipeline):
         """SHA-256 over all that its images depend on: weights, fields, schedule, autoencoder, whitening, adapters."""
         if self._adapters:
             return adapted_hash(self._base_hash, self._adapters)
-        return parts_hash(
-            self.unet, self.conditioning, self.scheduler.config, self.autoencoder.hash, self.shift, self.scale
-        )
+        unet = getattr(self.unet, "_orig_mod", self.unet)  # compiled or not
+        return parts_hash(unet, self.conditioning, self.scheduler.config, self.autoencoder.hash, self.shift, self.scale)
 
     # ---- adapters
 
@@ -185,38 +200,18 @@ class MediPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np"):
             raise UserError(f"output_type is 'pil' or 'np', not {output_type!r}.")
-        rows = self._rows(fields, num_images, seeds)
-        seeds = list(range(seed, seed + len(rows))) if seeds is None else [int(s) for s in seeds]
-        chosen = sampler or SamplerSettings()
-        if isinstance(chosen, str):
-            chosen = SamplerSettings(name=chosen)  # type: ignore[arg-type]
-        chosen = replace(chosen, steps=steps) if steps is not None else chosen
+        check_fields(list(fields), self.schema.names)
+        check_guidance_argument(guidance)
+        chosen, batch, first = sampler_of(sampler, steps), whole(batch, "batch"), whole(seed, "seed", least=0)
+        given = None if seeds is None else seeds_of(seeds)
+        count = None if num_images is None else whole(num_images, "num_images")
+        rows = rows_of(self.schema, fields, count, given)
+        seeds = list(range(first, first + len(rows))) if given is None else given
         conditions = self.conditions(rows)
         noise, generators = draw_noise(seeds, self.latent_shape)
         latents = self.generate_latents(conditions, noise, chosen, guidance_of(guidance), generators, batch)
         images = np.concatenate([self.decode(latents[i : i + batch]) for i in range(0, len(latents), batch)])
         return ImagePipelineOutput(images=[Image.fromarray(i) for i in images] if output_type == "pil" else images)
-
-    def _rows(
-        self, fields: dict[str, Any], num_images: int | None, seeds: Sequence[int] | None
-    ) -> list[dict[str, Any]]:
-        if "class_" in fields:
-            if (known := self.schema.class_field) is None:
-                raise UserError("class_ is given, but the model has no class field.")
-            if known.name in fields:
-                raise UserError(f"The class is given twice, as class_ and as {known.name}.")
-            fields = {known.name: fields.pop("class_"), **fields}
-        listed = {n: list(v) for n, v in fields.items() if isinstance(v, (list, tuple, np.ndarray))}
-        counts = {len(v) for v in listed.values()} | ({len(seeds)} if seeds is not None else set())
-        counts |= {num_images} if num_images is not None else set()
-        if len(counts) > 1:
-            raise UserError(
-                f"num_images, seeds and lists of values disagree about the number of images: {sorted(counts)}."
-            )
-        count = counts.pop() if counts else 1
-        if count < 1:
-            raise UserError(f"The number of images must be at least 1, not {count}.")
-        return [{n: listed[n][i] if n in listed else v for n, v in fields.items()} for i in range(count)]
 
     def conditions(self, rows: Any) -> Conditions | None:
         """Conditions of rows of values by name; a field not given is null. ``None`` for an unconditional model.
@@ -374,8 +369,9 @@ class MediPipeline(DiffusionPipeline):
         cls,
         folder: str | Path,
         autoencoder: Autoencoder | str | Path | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | str | None = torch.float32,
         device: torch.device | str = "cpu",
+        **kwargs: Any,
     ) -> MediPipeline:
         """Load a model. Classes are fixed here: nothing that a folder says is imported, and no pickle is opened.
 
@@ -383,17 +379,22 @@ class MediPipeline(DiffusionPipeline):
             folder: Model folder, or a hub id ``owner/name``.
             autoencoder: One already loaded, or where it is; unset: inside the folder, else where it was when the model
                 was trained.
-            torch_dtype: Precision of the denoiser's weights.
+            torch_dtype: Precision of the denoiser's weights: fp32, fp16 or bf16, as a dtype or its name.
             device: Where to put everything.
+            kwargs: As for other pipelines: ``dtype`` and ``device_map`` (one device) for the two above; ``cache_dir``,
+                ``revision``, ``token``, ``local_files_only`` and ``force_download`` of a hub id.
 
         Raises:
-            UserError: Something is absent or damaged, or the autoencoder is not the one the model was trained with.
+            UserError: Something is absent or damaged, the autoencoder is not the one the model was trained with, or an
+                argument means nothing here.
         """
-        parts = read_model(folder, autoencoder, torch_dtype, device)
+        dtype = dtype_of(kwargs.pop("dtype", None) or torch_dtype)
+        place = device_of(device, kwargs.pop("device_map", None))
+        parts = read_model(folder, autoencoder, dtype, place, loading_options(folder, kwargs))
         carried = parts.pop("carried")
         pipeline = cls(**parts)
         pipeline._carries_autoencoder = carried
-        return pipeline.to(torch.device(device))
+        return pipeline.to(place)
 
     @staticmethod
     def from_parts(
@@ -415,3 +416,8 @@ class MediPipeline(DiffusionPipeline):
             objective,
             provenance,
         )
+
+
+# DiffusionPipeline.from_pretrained looks a folder's class up in this module, where it would only miss the name. So it
+# finds the class, which says how to read the whole folder.
+setattr(diffusers, MediPipeline.__name__, MediPipeline)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import (
-    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
@@ -29,13 +29,27 @@ _FAINT = 1e-6
 """ᾱ below which an ε prediction says next to nothing about x₀."""
 
 
+class _DDIM(DDIMScheduler):
+    """DDIM whose fresh noise is never more than the noise at the end of a step.
+
+    From ᾱ_t = 0 with η = 1 it is all of it: σ² = 1 − ᾱ_s. Rounded up, it would make √(1 − ᾱ_s − σ²) NaN.
+    """
+
+    def _get_variance(self, timestep: int, prev_timestep: int) -> torch.Tensor:
+        variance = super()._get_variance(timestep, prev_timestep)
+        room = 1 - (self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod)
+        while room - (variance**0.5) ** 2 < 0:
+            variance = torch.nextafter(variance, torch.zeros_like(variance))
+        return variance
+
+
 _KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
     "euler": (EulerDiscreteScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
-    "ddim": (DDIMScheduler, {"clip_sample": False}),  # latents are not confined to [-1, 1]
+    "ddim": (_DDIM, {"clip_sample": False}),  # latents are not confined to [-1, 1]
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
 }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from latent_medi.errors import UserError
+from latent_medi.paths import PathText
 
 PRESETS: dict[str, tuple[int, ...]] = {
     "S": (128, 256, 384, 512),  # about  93 M parameters
@@ -234,7 +235,7 @@ class AutoguidanceSettings:
         interval: Lowest and highest ᾱ between which it acts.
     """
 
-    model: str = ""
+    model: PathText = ""
     scale: float = 2.0
     interval: tuple[float, float] = (0.0, 1.0)
 
@@ -250,7 +251,7 @@ class ClassifierGuidanceSettings:
         interval: Lowest and highest ᾱ between which it acts; above 0, where the latent is noise.
     """
 
-    model: str = ""
+    model: PathText = ""
     scale: float = 20.0
     interval: tuple[float, float] = (0.005, 1.0)
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +16,38 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import latent_medi
+from latent_medi.agreement import agreed
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation import adherence, against_real, cells, fidelity, leakage, memorisation, projection, stain
 from latent_medi.evaluation.classifiers import DownstreamStage, check_downstream
 from latent_medi.evaluation.headline import headline, verdict
+from latent_medi.evaluation.provenance import (
+    arm_record,
+    dataset_record,
+    finite,
+    git_revision,
+    portable,
+    recorded_settings,
+    run_record,
+)
 from latent_medi.evaluation.settings import EvaluateSettings
-from latent_medi.evaluation.study import Arm, Study, open_study
+from latent_medi.evaluation.study import Study, open_study
 from latent_medi.evaluation.support import thin_support
-from latent_medi.features.cache import cached_features, dataset_hash
+from latent_medi.features.cache import cached_features, content_hash, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
 from latent_medi.files import atomic_path, read_sealed, write_sealed
 from latent_medi.launch import make_accelerator
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
 
 log = get_logger(__name__)
 
 METRICS_VERSION = 1
+PATHS = ("real", "synthetic", "weights", "cache", "out")
+"""Settings that are paths."""
 PROTOCOLS = ("default", "paper")
-_DECIDING = (
-    "torch", "torchvision", "diffusers", "transformers", "timm", "torchmetrics", "torch-fidelity", "scikit-learn",
-    "numpy", "scipy",
-)  # fmt: skip
-"""Packages whose versions can change a number."""
 
 
 def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> dict[str, Any]:
@@ -66,15 +70,22 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
             :func:`latent_medi.features.encoders.load_encoder`.
         TooManyCopies: More copies than ``max_copy_rate``, after ``metrics.json`` was written.
     """
-    check_settings(settings)
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    study = open_study(settings)
-    chosen = _apart(encoders) if encoders else load_encoders(settings, device)
-    if settings.colour_free:
-        chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
+    with agreed(accelerator) as told:
+        check_settings(settings)
+        out.mkdir(parents=True, exist_ok=True)
+        study = open_study(settings)
+        chosen = _apart(encoders) if encoders else load_encoders(settings, device)
+        if settings.colour_free:
+            chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
+        told.reads("real", settings.real, lambda: content_hash(study.real))
+        for arm in study.arms.values():
+            dataset = arm.dataset
+            told.reads(f"synthetic.{arm.name}", dataset.folder, partial(content_hash, dataset))
+        told.does(settings, but=("real", "synthetic", "weights", "device", "cache"))
+        told.does({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
     if accelerator.num_processes > 1:
         for encoder in chosen:
             _embed(study, encoder, settings, device, accelerator)
@@ -143,10 +154,10 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
 
     metrics: dict[str, Any] = {
         "metrics_version": METRICS_VERSION,
-        "run": run_record(settings.seed),
-        "settings": dataclasses.asdict(settings),
-        "dataset": dataset_record(study, settings.split),
-        "synthetic": {a.name: _arm_record(a, settings.selected.get(a.name, "")) for a in study.arms.values()},
+        "run": run_record(settings.seed, out),
+        "settings": recorded_settings(dataclasses.asdict(settings), PATHS, out),
+        "dataset": dataset_record(study, settings.split, out),
+        "synthetic": {a.name: arm_record(a, settings.selected.get(a.name, ""), out) for a in study.arms.values()},
         "encoders": {},
         "fidelity": {},
         "adherence": {},
@@ -200,19 +211,19 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         if copies is not None and encoder.preprocessing.channel == "rgb":
             metrics["memorisation"][encoder.name] = {
                 "fingerprint": encoder.fingerprint,
-                **memorisation.memorisation(study, features, copies, *arguments),
+                **memorisation.memorisation(study, features, copies, *arguments, settings.patient_names),
             }
             clock.lap("memorisation")
         stage.judge(encoder, features, made, metrics)
         clock.lap("downstream")
     if stage.tables:
-        with atomic_path(out / "predictions.csv") as temporary:
-            pd.concat(stage.tables).to_csv(temporary, index=False)
+        write_for_people(pd.concat(stage.tables), out / "predictions.csv")
     metrics["seconds"] = clock.seconds
     metrics = finite(metrics)
     metrics["headline"] = headline(metrics)
     metrics["verdict"] = verdict(metrics["headline"])
-    write_sealed(out / "metrics.json", metrics)
+    folders = [study.real.folder, *(arm.dataset.folder for arm in study.arms.values()), Path.home(), Path.cwd()]
+    write_sealed(out / "metrics.json", portable(metrics, out, folders))
     memorisation.check_gate(metrics["memorisation"], settings.max_copy_rate)
 
 
@@ -266,92 +277,3 @@ def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features
     }  # fmt: skip
     with atomic_path(folder / f"{encoder.name.replace(':', '-').replace('@', '-')}.safetensors") as temporary:
         save_file(tensors, temporary, metadata=made_from)
-
-
-def run_record(seed: int) -> dict[str, Any]:
-    """What is needed to make the numbers again: command, git revision, versions, seed, date."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "git_revision": git_revision(),
-        "seed": seed,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {
-            "latent-medi": latent_medi.__version__,
-            "python": sys.version.split()[0],
-            **{name: version(name) for name in _DECIDING},
-        },
-    }
-
-
-def git_revision() -> str | None:
-    """Revision of the source tree, "-dirty" if it has changes; None for an installed package."""
-    root = Path(latent_medi.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() or None
-
-
-def dataset_record(study: Study, split: str) -> dict[str, Any]:
-    """Counts of the real dataset by class, site and split, and which cells are held out."""
-    index = study.index
-    column = index[f"split_{split}"].to_numpy(str)
-    classes = list(study.real.schema.field(study.class_field).values)
-    sites = list(study.real.schema.field(study.site_field).values)
-    counts: dict[str, Any] = {"patches": {}, "patients": {}}
-    for value in sorted(set(column) - {""}):
-        part = index[column == value]
-        for unit in counts:
-            distinct = (
-                part if unit == "patches" else part.drop_duplicates([study.class_field, study.site_field, "patient"])
-            )
-            table = pd.crosstab(distinct[study.class_field].astype(str), distinct[study.site_field].astype(str))
-            counts[unit][value] = table.reindex(index=classes, columns=sites, fill_value=0).to_numpy().tolist()
-    return {
-        "name": study.real.info.get("name", ""),
-        "folder": str(study.real.folder),
-        "class_field": study.class_field,
-        "site_field": study.site_field,
-        "split": split,
-        "classes": classes,
-        "sites": sites,
-        "n_patches": len(index),
-        "n_patients": int(index["patient"].nunique()),
-        "counts": counts,
-        "held_out": study.held_out,
-    }
-
-
-def _arm_record(arm: Arm, selected: str) -> dict[str, Any]:
-    info = arm.dataset.info
-    return {
-        "folder": str(arm.dataset.folder),
-        "name": info.get("name", ""),
-        "n_patches": len(arm.rows),
-        "fields": list(arm.dataset.schema.names),
-        **({"selected": selected, "n_asked": len(arm.dataset)} if selected else {}),
-        "provenance": info.get("provenance", {}),
-    }
-
-
-def finite(value: Any) -> Any:
-    """The same structure in plain Python types; NaN and infinity become None, since JSON has neither."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    if isinstance(value, np.ndarray):
-        return finite(value.tolist())
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value

@@ -16,19 +16,21 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
+from latent_medi.agreement import agreed
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.against_real import LEAST_DEALS, deals
-from latent_medi.evaluation.evaluate import finite, run_record
 from latent_medi.evaluation.measures import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE, PatientTable
 from latent_medi.evaluation.probes import fit_probe
+from latent_medi.evaluation.provenance import finite, portable, recorded_settings, run_record
 from latent_medi.evaluation.settings import FloorsSettings
 from latent_medi.evaluation.study import categorical_fields, describe, strata
-from latent_medi.features.cache import cached_features
+from latent_medi.features.cache import cached_features, content_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
-from latent_medi.files import atomic_path, read_sealed, write_sealed
+from latent_medi.files import read_sealed, write_sealed
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.fields import is_missing
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
 
@@ -60,35 +62,19 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
     Raises:
         UserError: Fewer than 20 deals, an unknown field, synthetic patches, or no combination with two patients.
     """
-    if settings.deals < LEAST_DEALS:
-        raise UserError(f"deals is {settings.deals}: too few to tell a range from.", f"Give {LEAST_DEALS} or more.")
-    dataset = PatchDataset.open(settings.data)
-    if dataset.schema.class_field is None:
-        raise UserError(f"{settings.data} has no class field.", "Name the class when the dataset folder is made.")
-    class_field = dataset.schema.class_field.name
-    known = categorical_fields(dataset.schema)
-    for name in (settings.site_field, *settings.fields):
-        if name not in known:
-            raise UserError(f"{settings.data} has no categorical field {name!r}; {nearest(name, known)}.")
-    index = dataset.index
-    if synthetic := int((index["origin"] != "real").sum()):
-        raise UserError(f"{settings.data} holds {synthetic} synthetic patches; floors are of real patients.")
-    pair = [class_field, settings.site_field]
-    rows = np.flatnonzero(~index[pair].astype(str).map(is_missing).any(axis=1).to_numpy(bool))
-    patients = index["patient"].to_numpy(str)[rows]
-    labels = strata(index, rows, pair)
-    sides = deals(patients, labels, 0.5, settings.deals, settings.seed)
-    cells = _cells(index.iloc[rows], pair, patients)
-    if not any(cell["n_patients"] >= 2 for cell in cells):
-        raise UserError(
-            f"No combination of {class_field} and {settings.site_field} in {settings.data} has two patients.",
-            "Patients cannot be set against one another; without them there is no floor.",
-        )
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
-    chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
-    if settings.colour_free:
-        chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
+    with agreed(accelerator) as told:
+        dataset, pair, rows, cells = _open(settings)
+        chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
+        if settings.colour_free:
+            chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
+        told.reads("data", settings.data, lambda: content_hash(dataset))
+        told.does(settings, but=("data", "weights", "device", "cache"))
+        told.does({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
+    index = dataset.index
+    patients = index["patient"].to_numpy(str)[rows]
+    sides = deals(patients, strata(index, rows, pair), 0.5, settings.deals, settings.seed)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     cache = Path(settings.cache) if settings.cache else out / "features"
@@ -112,13 +98,43 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
                 },
             }  # fmt: skip
     if accelerator.is_main_process:
-        result = {"run": run_record(settings.seed), "settings": dataclasses.asdict(settings), "encoders": found}
-        result = finite(result)
+        used = recorded_settings(dataclasses.asdict(settings), ("data", "weights", "cache", "out"), out)
+        result = finite({"run": run_record(settings.seed, out), "settings": used, "encoders": found})
+        result = portable(result, out, [settings.data, Path.home(), Path.cwd()])
         write_sealed(out / "floors.json", result)
-        with atomic_path(out / "floors.csv") as temporary:
-            _table(result).to_csv(temporary, index=False)
+        write_for_people(_table(result), out / "floors.csv")
     accelerator.wait_for_everyone()
     return read_sealed(out / "floors.json", "Run `latent-medi floors` again.")[0]
+
+
+def _open(settings: FloorsSettings) -> tuple[PatchDataset, list[str], np.ndarray, list[dict[str, Any]]]:
+    """The dataset, its class and site field, the rows whose class and site are known, and the combinations of these.
+
+    Raises:
+        UserError: As :func:`floors`.
+    """
+    if settings.deals < LEAST_DEALS:
+        raise UserError(f"deals is {settings.deals}: too few to tell a range from.", f"Give {LEAST_DEALS} or more.")
+    dataset = PatchDataset.open(settings.data)
+    if dataset.schema.class_field is None:
+        raise UserError(f"{settings.data} has no class field.", "Name the class when the dataset folder is made.")
+    class_field = dataset.schema.class_field.name
+    known = categorical_fields(dataset.schema)
+    for name in (settings.site_field, *settings.fields):
+        if name not in known:
+            raise UserError(f"{settings.data} has no categorical field {name!r}; {nearest(name, known)}.")
+    index = dataset.index
+    if synthetic := int((index["origin"] != "real").sum()):
+        raise UserError(f"{settings.data} holds {synthetic} synthetic patches; floors are of real patients.")
+    pair = [class_field, settings.site_field]
+    rows = np.flatnonzero(~index[pair].astype(str).map(is_missing).any(axis=1).to_numpy(bool))
+    cells = _cells(index.iloc[rows], pair, index["patient"].to_numpy(str)[rows])
+    if not any(cell["n_patients"] >= 2 for cell in cells):
+        raise UserError(
+            f"No combination of {' and '.join(pair)} in {settings.data} has two patients.",
+            "Patients cannot be set against one another; without them there is no floor.",
+        )
+    return dataset, pair, rows, cells
 
 
 def _cells(index: pd.DataFrame, pair: list[str], patients: np.ndarray) -> list[dict[str, Any]]:

@@ -106,7 +106,9 @@ def _small(dataset: PatchDataset, rows: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros((0, SIDE, SIDE), np.float32)
 
 
-def memorisation(study: Study, features: Features, copies: Copies, resamples: int, seed: int) -> dict[str, Any]:
+def memorisation(
+    study: Study, features: Features, copies: Copies, resamples: int, seed: int, names: bool = False
+) -> dict[str, Any]:
     """The record of one encoder.
 
     Args:
@@ -115,6 +117,7 @@ def memorisation(study: Study, features: Features, copies: Copies, resamples: in
         copies: From :func:`find_copies`; they do not depend on the encoder.
         resamples: Patient resamples for the intervals.
         seed: Seed of these, of the subsamples and of the cells of C_T.
+        names: Whether listed pairs have the names of patients and training patches, instead of numbers.
 
     Returns:
         ``rule``, ``threshold``, ``held_out_flagged`` (share of the reference's patches that count as copies),
@@ -146,7 +149,7 @@ def memorisation(study: Study, features: Features, copies: Copies, resamples: in
             "auth_pct": _percent_authentic(authentic, features.arms[arm.name]),
             "ct": _ct(features.real[study.train], features.real[study.reference], features.arms[arm.name], seed),
             "cells": _cells(study, features, arm, copied, seed),
-            "listed": _listed(study, copies, arm),
+            "listed": _listed(study, copies, arm, names),
         }
     return record
 
@@ -172,7 +175,7 @@ def check_gate(record: Mapping[str, Any], most: float) -> None:
                 raise TooManyCopies(
                     f"{arm['copies']} of {arm['copy_rate']['n_patches']} patches of {name} are copies of training "
                     f"patches ({arm['copy_rate']['value']:.2%}, allowed {most:.2%}); the most alike is "
-                    f"{first['synthetic_key']} of {first['train_key']} ({first['patient']}).",
+                    f"{first['synthetic_key']} of row {first['train_row']} of the real dataset ({first['patient']}).",
                     "Do not share these patches or this model. metrics.json lists the pairs; train with more patients "
                     "or for fewer images, or drop copies with `latent-medi select`.",
                 )
@@ -271,17 +274,24 @@ def _cells(study: Study, features: Features, arm: Arm, copied: np.ndarray, seed:
     return cells
 
 
-def _listed(study: Study, copies: Copies, arm: Arm) -> list[dict[str, Any]]:
-    """The pairs most alike, copies or not, so that a person can see what the threshold means; every copy is listed."""
+def _listed(study: Study, copies: Copies, arm: Arm, names: bool) -> list[dict[str, Any]]:
+    """The pairs most alike, copies or not, so that a person can see what the threshold means; every copy is listed.
+
+    The training patch is a row of the real dataset's index, and its patient the place among its patients in order: who
+    has the dataset can find them, nobody else.
+    """
     score = copies.scores[arm.name]
     order = np.argsort(-score, kind="stable")
     most = max(_LISTED, int((score > copies.threshold).sum()))
-    keys, real = arm.index["key"].to_numpy(str), study.index
+    keys, partner = arm.index["key"].to_numpy(str), copies.partner[arm.name]
+    real_keys, patients = study.index["key"].to_numpy(str), study.patients
+    number = np.unique(patients, return_inverse=True)[1] + 1
     return [
         {
             "synthetic_key": keys[row],
-            "train_key": str(real["key"].iloc[copies.partner[arm.name][row]]),
-            "patient": str(real["patient"].iloc[copies.partner[arm.name][row]]),
+            "train_row": int(partner[row]),
+            "patient": str(patients[partner[row]]) if names else f"patient {number[partner[row]]}",
+            **({"train_key": str(real_keys[partner[row]])} if names else {}),
             "likeness": float(score[row]),
             "view": VIEWS[copies.view[arm.name][row]],
             "copy": bool(score[row] > copies.threshold),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from latent_medi.paths import PathText
+
 
 @dataclass
 class CnnSettings:
@@ -24,7 +26,7 @@ class CnnSettings:
     """
 
     network: str = "resnet18"
-    weights: str = ""
+    weights: PathText = ""
     size: int = 0
     steps: int = 600
     batch: int = 64
@@ -115,20 +117,22 @@ class EvaluateSettings:
             metrics["protocols"].
         medi_protocol: Sizes for "medi".
         histodiffusion_protocol: Sizes for "histodiffusion".
+        patient_names: Name real patients and patches in metrics.json and the report as the dataset does; otherwise they
+            are numbers, by which only who has the dataset can find them. predictions.csv has the names either way.
         device: Torch device of the encoders; empty takes a GPU if there is one.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
     """
 
-    real: str = ""
-    synthetic: dict[str, str] = field(default_factory=dict)
+    real: PathText = ""
+    synthetic: dict[str, PathText] = field(default_factory=dict)
     selected: dict[str, str] = field(default_factory=dict)
-    out: str = "runs/evaluation"
+    out: PathText = "runs/evaluation"
     held_out: list[dict[str, str]] = field(default_factory=list)
     unseen: bool = True
     cells: list[list[str]] = field(default_factory=list)
-    encoders: list[str] = field(default_factory=lambda: ["phikon-v2"])
-    weights: dict[str, str] = field(default_factory=dict)
+    encoders: list[PathText] = field(default_factory=lambda: ["phikon-v2"])
+    weights: dict[str, PathText] = field(default_factory=dict)
     colour_free: bool = True
     split: str = "main"
     train_value: str = "train"
@@ -152,9 +156,10 @@ class EvaluateSettings:
     downstream_protocol: str = "default"
     medi_protocol: MediProtocolSettings = field(default_factory=MediProtocolSettings)
     histodiffusion_protocol: HistoDiffusionProtocolSettings = field(default_factory=HistoDiffusionProtocolSettings)
+    patient_names: bool = False
     device: str = ""
     batch: int = 128
-    cache: str = ""
+    cache: PathText = ""
 
 
 @dataclass
@@ -177,10 +182,10 @@ class FloorsSettings:
         cache: Folder of the feature cache; empty means inside ``out``.
     """
 
-    data: str = ""
-    out: str = "runs/floors"
-    encoders: list[str] = field(default_factory=lambda: ["phikon-v2"])
-    weights: dict[str, str] = field(default_factory=dict)
+    data: PathText = ""
+    out: PathText = "runs/floors"
+    encoders: list[PathText] = field(default_factory=lambda: ["phikon-v2"])
+    weights: dict[str, PathText] = field(default_factory=dict)
     colour_free: bool = True
     site_field: str = "site"
     fields: list[str] = field(default_factory=list)
@@ -189,4 +194,4 @@ class FloorsSettings:
     regularisation: float = 1.0
     device: str = ""
     batch: int = 128
-    cache: str = ""
+    cache: PathText = ""

@@ -11,6 +11,7 @@ import pandas as pd
 
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, write_sealed
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.sums import read_result
 
 SHOWN = ("real", "oversample", "nearest_site", "stain_transfer", "cls", "medi", "oracle")
@@ -47,8 +48,7 @@ def loss(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 def write_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``shift.json``, ``shift.csv`` and ``shift.png``, and print the table."""
     write_sealed(out / "shift.json", result)
-    with atomic_path(out / "shift.csv") as temporary:
-        _table(result["levels"]).to_csv(temporary, index=False)
+    write_for_people(_table(result["levels"]), out / "shift.csv")
     _curve(result["levels"], out / "shift.png")
     print(shift_text(result))
 

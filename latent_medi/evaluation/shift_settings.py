@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from latent_medi.paths import PathText
+
 
 @dataclass
 class ShiftSettings:
@@ -32,9 +34,9 @@ class ShiftSettings:
         changes: Settings put over that experiment's, such as ``{train: {max_steps: 400}}``.
     """
 
-    data: str = ""
-    out: str = "runs/shift"
-    latents: str = ""
+    data: PathText = ""
+    out: PathText = "runs/shift"
+    latents: PathText = ""
     split: str = "main"
     levels: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.8, 1.0])
     held_out: list[dict[str, str]] = field(default_factory=list)
@@ -43,8 +45,8 @@ class ShiftSettings:
     class_field: str = "class"
     site_field: str = "site"
     seed: int = 0
-    experiment: str = "demo/shift"
-    models: dict[str, str] = field(default_factory=dict)
-    mean: list[str] = field(default_factory=list)
+    experiment: PathText = "demo/shift"
+    models: dict[str, PathText] = field(default_factory=dict)
+    mean: list[PathText] = field(default_factory=list)
     replace: bool = False
     changes: dict[str, Any] = field(default_factory=dict)

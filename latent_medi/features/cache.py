@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
@@ -17,6 +18,7 @@ from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.files import remove
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.selections import column_hash
 from latent_medi.sums import load_tensors, save_tensors, tell_unsealed
 
 if TYPE_CHECKING:
@@ -33,6 +35,15 @@ def dataset_hash(dataset: PatchDataset) -> str:
     for shard in dataset.info["shards"]:
         digest.update(str(shard["sha256"]).encode())
     digest.update("\n".join(dataset.index["key"]).encode())
+    return digest.hexdigest()
+
+
+def content_hash(dataset: PatchDataset) -> str:
+    """Hash of the pixels and of all that is known of them: fields, splits and every other column of the index."""
+    digest = hashlib.sha256(dataset_hash(dataset).encode())
+    digest.update(json.dumps(dataset.schema.to_dict(), sort_keys=True).encode())
+    for name in sorted(dataset.index.columns):
+        digest.update(f"{name} {column_hash(dataset.index[name])}".encode())
     return digest.hexdigest()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def own_network(name: str, weights: str | Path | None) -> Network:
     """The network that a user's function returns.
 
     Args:
-        name: ``module:callable``; the module is looked for in the current folder too.
+        name: ``module:callable``; the module is installed, or in a folder that PYTHONPATH names.
         weights: Handed to the callable as ``weights=PATH`` if given; otherwise it is called without arguments.
 
     Returns:
@@ -59,20 +58,23 @@ def _find(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UserError(f"The encoder {name!r} is not module:callable.", CONTRACT)
-    here = str(Path.cwd())
-    sys.path.insert(0, here)  # a command's own path holds its folder, not the one it is run in
+    importlib.invalidate_caches()  # the file may be younger than what was listed before
     try:
-        importlib.invalidate_caches()  # the file may be younger than what was listed before
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module is there, and lacks something itself: its traceback says what
+        top = Path(module_name.partition(".")[0])
+        if top.is_dir() or top.with_suffix(".py").is_file():
+            raise UserError(
+                f"The encoder {name!r}: the module {module_name!r} lies in the working folder, from which no code is "
+                "run unasked.",
+                "If it is yours, start the command with PYTHONPATH=. before it.",
+            ) from None
         raise UserError(
-            f"The encoder {name!r}: there is no module {module_name!r} in {here} or among the installed ones.",
-            "Run the command in the folder of the module, or add that folder to PYTHONPATH.",
+            f"The encoder {name!r}: there is no module {module_name!r} among the installed ones or in PYTHONPATH.",
+            "Install it, or add its folder to PYTHONPATH.",
         ) from None
-    finally:
-        sys.path.remove(here)
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from latent_medi.paths import PathText
+
 
 @dataclass
 class FeatureSettings:
@@ -20,9 +22,9 @@ class FeatureSettings:
         cache: Folder of the feature cache; empty means inside the output folder.
     """
 
-    encoder: str = "demo"
-    weights: str = ""
+    encoder: PathText = "demo"
+    weights: PathText = ""
     batch: int = 128
     device: str = "cpu"
     colour_free: bool = True
-    cache: str = ""
+    cache: PathText = ""

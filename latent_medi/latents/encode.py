@@ -11,7 +11,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from latent_medi.agreement import agreed
 from latent_medi.errors import UserError
+from latent_medi.features.cache import content_hash
 from latent_medi.features.encoders import load_encoder
 from latent_medi.files import atomic_path, read_sealed, remove, sha256_file, write_sealed
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
@@ -30,10 +32,12 @@ logger = get_logger("latents")
 
 def encode(settings: EncodeSettings) -> Path:
     """Encode a dataset folder as the settings say; returns the latent folder."""
-    settings.check()
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = torch.device(settings.device) if settings.device else accelerator.device
-    autoencoder = load_autoencoder(settings.autoencoder, device, PRECISIONS[settings.precision])
+    with agreed(accelerator) as told:
+        settings.check()
+        autoencoder = load_autoencoder(settings.autoencoder, device, PRECISIONS[settings.precision])
+        told.does(settings, but=("data", "autoencoder", "device", "workers", "slicing"))
     if settings.slicing:
         autoencoder.enable_slicing()
     return encode_dataset(
@@ -75,24 +79,31 @@ def encode_dataset(
         UserError: The folder holds latents of something else, the patches do not fit the autoencoder, or a latent is
             beyond fp16.
     """
-    data, out = open_dataset(dataset), Path(out)
+    out = Path(out)
     if device is not None:
         autoencoder.to(device)
-    workers = threads_beside(autoencoder.device, data) if workers is None else workers
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    header = {
-        "schema_version": SCHEMA_VERSION,
-        "dataset": data.name,
-        "autoencoder": {**autoencoder.description, "precision": str(autoencoder.dtype).removeprefix("torch.")},
-        "shape": list(latent_shape(autoencoder, data.patch_size)),
-        "views": views,
-        "dtype": "float16",
-    }
-    shards = shard_rows(data)
-    if floor is not None and floor.patches and rank == 0:
-        load_encoder(floor.encoder, floor.weights or None)  # a wrong name is told now, not after hours
-    if (out / INFO_FILE).is_file():
-        _check_same(out, header, data)
+    with agreed(accelerator) as told:
+        data = open_dataset(dataset)
+        workers = threads_beside(autoencoder.device, data) if workers is None else workers
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "dataset": data.name,
+            "autoencoder": {**autoencoder.description, "precision": str(autoencoder.dtype).removeprefix("torch.")},
+            "shape": list(latent_shape(autoencoder, data.patch_size)),
+            "views": views,
+            "dtype": "float16",
+        }
+        shards = shard_rows(data)
+        if floor is not None and floor.patches and rank == 0:
+            load_encoder(floor.encoder, floor.weights or None)  # a wrong name is told now, not after hours
+        finished = (out / INFO_FILE).is_file()
+        if finished:
+            _check_same(out, header, data)
+        told.reads("data", dataset, lambda: content_hash(data))
+        told.reads("autoencoder", autoencoder.description["source"], lambda: autoencoder.hash)
+        told.does({"out": str(out), "device_batch": device_batch, "views": views, "finished": finished})
+    if finished:
         logger.info("%s is finished.", out)
     else:
         mine = list(enumerate(data.info["shards"]))[rank::processes]

@@ -8,8 +8,8 @@ from typing import Any
 
 from latent_medi.errors import UserError
 from latent_medi.files import read_sealed, write_sealed
+from latent_medi.json_types import check_types
 from latent_medi.sums import compare, inside, tell_unsealed
-from latent_medi.typed import check_types
 
 INFO_FILE = "latents.json"
 SCHEMA_VERSION = 2

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from latent_medi.errors import UserError
+from latent_medi.paths import PathText
 
 
 @dataclass
@@ -22,8 +23,8 @@ class FloorSettings:
     """
 
     patches: int = 256
-    encoder: str = "demo"
-    weights: str = ""
+    encoder: PathText = "demo"
+    weights: PathText = ""
     seed: int = 0
 
 
@@ -46,9 +47,9 @@ class EncodeSettings:
         floor: The reconstruction floor to measure and print.
     """
 
-    data: str
-    out: str
-    autoencoder: str = "sd-vae-ft-mse"
+    data: PathText
+    out: PathText
+    autoencoder: PathText = "sd-vae-ft-mse"
     device_batch: int = 64
     device: str = ""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -22,7 +22,7 @@ def advice(result: Mapping[str, Any], class_field: str) -> list[str]:
         Sentences.
     """
     site_field, groups = result["site_field"], result["groups"]
-    lines = []
+    lines = _questions(result)
     if (shared := result["shared_patients"])["count"]:
         first = shared["examples"][0]
         lines.append(
@@ -63,6 +63,22 @@ def advice(result: Mapping[str, Any], class_field: str) -> list[str]:
             f"{counts['both margins seen']} combinations have no patch and can be drawn: `latent-medi plan "
             "goal=fill_unseen`."
         )
+    return lines
+
+
+def _questions(result: Mapping[str, Any]) -> list[str]:
+    """What looks like one value spelled twice, and like a word for missing."""
+    lines = []
+    for name, groups in result["spelled_alike"].items():
+        told = [" / ".join(f"{value!r} ({count})" for value, count in group.items()) for group in groups]
+        lines.append(
+            f"Is that one {name}, spelled in several ways? {some(told, 6)}. If so, write it in one way in the table: "
+            "now each spelling counts by itself."
+        )
+    for name, words in result["looks_missing"].items():
+        told = [f"{value!r} ({count})" for value, count in words.items()]
+        remedy = "give each row its patient" if name == "patient" else "write unknown, or leave the cell empty"
+        lines.append(f"Does that mean missing in {name}? {some(told, 8)}. If so, {remedy}: now each is a {name}.")
     return lines
 
 

@@ -11,21 +11,26 @@ import pandas as pd
 from latent_medi.errors import UserError
 from latent_medi.metadata.audit import audit
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
+from latent_medi.metadata.names import COUNTS
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.schemes import Split, make_split, needed_columns
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
 from latent_medi.metadata.splits import split_column
-from latent_medi.metadata.tables import read_table, require_columns, write_table
-from latent_medi.metadata.tcga import is_tcga, parse_barcode, read_site_codes, site_codes
+from latent_medi.metadata.tables import ENDINGS, read_table, require_columns, write_table
+from latent_medi.metadata.tcga import is_tcga, parse_barcode, read_site_codes, site_codes, warn_of_contradictions
 
-PATIENT_COLUMNS = ("patient", "case_submitter_id", "patient_id", "case")
+PATIENT_COLUMNS = (
+    "patient", "case_submitter_id", "patient_id", "case", "cases.submitter_id", "bcr_patient_barcode",
+)  # fmt: skip
 SLIDE_COLUMNS = ("slide", "slide_submitter_id", "slide_id")
+_OWN_COLUMNS = ("key", "slide", "patient")
 SITE_CODE_COLUMNS = ("tissue_source_site", "tss", "tss_code")
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether a path names a table, not a dataset folder."""
-    return not Path(path).is_dir() and Path(path).suffix.lower() in (".csv", ".tsv", ".parquet", ".pq")
+    """Whether a path names a table, not a dataset folder; a file of another ending is refused as one."""
+    path = Path(path)
+    return not path.is_dir() and (path.suffix.lower() in ENDINGS or path.exists())
 
 
 def read_cohort(
@@ -68,6 +73,11 @@ def read_cohort(
     require_columns(table, [*named, *numbers, *(n for n in (patient_field, slide_field) if n)], where, settings)
     if both := [name for name in numbers if name in named]:
         raise UserError(f"{', '.join(both)} cannot be both continuous and a class or category.")
+    if taken := [name for name in (*named, *numbers) if name in (*_OWN_COLUMNS, *COUNTS)]:
+        raise UserError(
+            f"{where}: a field cannot be called {taken[0]!r}, which names patients, slides or their counts here.",
+            "Rename the column.",
+        )
     if not len(table):
         raise UserError(f"{where} has no row.")
     slide = slide_field or next((n for n in SLIDE_COLUMNS if n in table.columns), "")
@@ -85,6 +95,7 @@ def read_cohort(
             f"Name the column with patient_field=…, one of {', '.join(map(str, table.columns))}; without patients "
             "neither counts nor splits are honest.",
         )
+    warn_of_contradictions(index["patient"], table, named, where)
     if (gone := index["patient"].map(is_missing)).any():
         raise UserError(f"{where}: row {int(gone.to_numpy().argmax()) + 1} has no patient ({int(gone.sum())} in all).")
     for name in named:
@@ -157,7 +168,7 @@ def audit_table(settings: AuditSettings) -> dict[str, Any]:
     """
     index, schema = read_cohort(
         settings.data, settings.class_field, settings.site_field, settings.fields, settings.patient_field,
-        settings.slide_field,
+        settings.slide_field, settings.continuous,
     )  # fmt: skip
     return audit_index(index, schema, settings) | {"table": settings.data}
 

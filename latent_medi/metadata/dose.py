@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.metadata.audit import component_of, cramers_v
+from latent_medi.metadata.audit import cramers_v
+from latent_medi.metadata.estimability import component_of
 from latent_medi.metadata.fields import is_missing
 
 

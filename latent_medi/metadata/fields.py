@@ -157,7 +157,12 @@ class Field:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise UserError(f"Field {self.name!r} is continuous, and {value!r} is not a number.") from None
+            number = math.nan
+        if math.isnan(number) and not isinstance(value, (float, np.floating)):
+            raise UserError(
+                f"Field {self.name!r} is continuous, and {value!r} is not a number.",
+                f"If it means missing, write {UNKNOWN_WORD} or leave the cell empty.",
+            )
         if math.isinf(number):
             raise UserError(f"Field {self.name!r} is continuous, and {value!r} is not finite.")
         return None if math.isnan(number) else number

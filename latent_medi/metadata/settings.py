@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from latent_medi.paths import PathText
+
 
 @dataclass
 class AuditSettings:
@@ -17,6 +19,7 @@ class AuditSettings:
         class_field: Class column of a table; a dataset folder says itself.
         site_field: The field whose graph with the class is examined.
         fields: Further categorical columns of a table, such as [gender, race].
+        continuous: Columns of numbers of a table, such as [age].
         patient_field: Patient column of a table; empty for patient or case_submitter_id, or the TCGA barcode's.
         slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
         tss_table: GDC's table of TCGA tissue source sites; the site column's codes become institutions.
@@ -26,18 +29,19 @@ class AuditSettings:
         figure: PNG to write: patients by class and site.
     """
 
-    data: str = ""
+    data: PathText = ""
     split: str = ""
     split_value: str = "train"
     class_field: str = "class"
     site_field: str = "site"
     fields: list[str] = field(default_factory=list)
+    continuous: list[str] = field(default_factory=list)
     patient_field: str = ""
     slide_field: str = ""
-    tss_table: str = ""
+    tss_table: PathText = ""
     thin_patients: int = 10
     requested: list[dict[str, str]] = field(default_factory=list)
-    figure: str = ""
+    figure: PathText = ""
 
 
 @dataclass
@@ -73,8 +77,8 @@ class SplitSettings:
         slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
     """
 
-    data: str = ""
-    out: str = ""
+    data: PathText = ""
+    out: PathText = ""
     name: str = "main"
     replace: bool = False
     scheme: Literal["hold_out", "medi"] = "hold_out"

@@ -94,11 +94,13 @@ def _usual_stratum(index: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     if not columns:
         return index[["patient"]].drop_duplicates().sort_values("patient")
     cells = index[["patient", *columns]].astype(str)
-    counts = cells.groupby(["patient", *columns], sort=True, observed=True).size().rename("n").reset_index()
+    counts = (
+        cells.groupby(["patient", *columns], sort=True, observed=True).size().rename("").reset_index()
+    )  # no field's name
     return (
-        counts.sort_values(["patient", "n"], ascending=[True, False], kind="stable")
+        counts.sort_values(["patient", ""], ascending=[True, False], kind="stable")
         .drop_duplicates("patient")
-        .drop(columns="n")
+        .drop(columns="")
     )
 
 

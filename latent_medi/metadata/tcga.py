@@ -19,6 +19,9 @@ import pandas as pd
 from latent_medi.errors import UserError, nearest
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.metadata.tables import read_table, require_columns
+from latent_medi.progress import get_logger
+
+logger = get_logger(__name__)
 
 CODE_TABLE_SOURCE = "https://gdc.cancer.gov/resources-tcga-users/tcga-code-tables/tissue-source-site-codes"
 INSTITUTIONS = Path(__file__).with_name("tcga_institutions.csv")
@@ -253,6 +256,57 @@ def clinical_fields(table: pd.DataFrame) -> pd.DataFrame:
             f"{nearest('case_submitter_id', [str(c) for c in table.columns])}."
         )
     return result
+
+
+def fields_by_patient(known: pd.DataFrame) -> pd.DataFrame:
+    """One row per patient of what :func:`clinical_fields` gives; a patient may have several, such as one per treatment.
+
+    Args:
+        known: Rows with ``patient`` and categorical fields; a value that is unknown in some rows is that of the others.
+
+    Returns:
+        Index ``patient``; the same columns but for ``project``, which may differ.
+
+    Raises:
+        UserError: The rows of a patient contradict each other.
+    """
+    names = [name for name in known.columns if name not in ("patient", "project")]
+    result = pd.DataFrame(index=pd.Index(sorted(known["patient"].unique()), name="patient"))
+    for name in names:
+        told = known.loc[known[name] != UNKNOWN_WORD, ["patient", name]].drop_duplicates()
+        if (twice := told["patient"].duplicated(keep=False)).any():
+            patients = told.loc[twice, "patient"].unique()
+            values = sorted(told.loc[told["patient"] == patients[0], name])
+            raise UserError(
+                f"The clinical table contradicts itself: patient {patients[0]!r} has {name} {' and '.join(values)} "
+                f"({len(patients)} such patients).",
+                "Correct the table.",
+            )
+        result[name] = told.set_index("patient")[name].reindex(result.index).fillna(UNKNOWN_WORD)
+    return result
+
+
+def warn_of_contradictions(patients: pd.Series, table: pd.DataFrame, fields: Iterable[str], where: str) -> None:
+    """Log which patients have several values of a field that a person has one of: gender, race or ethnicity.
+
+    Args:
+        patients: The patient of each row.
+        table: The rows.
+        fields: Columns of the table; others than those of a person are not looked at.
+        where: The table in words.
+    """
+    of_a_person = {alias for name in ("gender", "race", "ethnicity") for alias in CLINICAL[name]}
+    for name in of_a_person.intersection(fields):
+        rows = pd.DataFrame({"patient": patients.to_numpy(), "value": table[name].to_numpy()})
+        rows = rows[~rows["value"].map(is_missing)].drop_duplicates()
+        several = rows[rows["patient"].duplicated(keep=False)]
+        if len(several):
+            first = several["patient"].iloc[0]
+            values = ", ".join(sorted(several.loc[several["patient"] == first, "value"]))
+            count = several["patient"].nunique()
+            logger.warning(
+                "%s: %d patients have several values of %s, such as %s: %s", where, count, name, first, values
+            )
 
 
 def _age(cell: str) -> str:

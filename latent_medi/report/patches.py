@@ -84,15 +84,18 @@ def open_or_none(folder: str | Path) -> PatchDataset | None:
         return None
 
 
-def locate(folder: str, made_in: str, metrics_file: Path | None) -> str:
-    """Where a folder that the metrics name lies now: as it is called, or as it lay to the metrics that moved with it.
+def locate(folder: str, made_in: str, metrics_file: Path) -> str:
+    """Where a folder that the metrics name lies now: as it is reached from them, as it is called, or as it lay to the
+    metrics that moved with it (earlier versions named folders as the command did).
 
     Args:
         folder: As ``metrics.json`` has it.
         made_in: The folder of ``metrics.json`` as that file itself has it; empty if unknown.
         metrics_file: Where that file lies now.
     """
-    if metrics_file is None or not made_in or Path(folder).exists():
+    if not os.path.isabs(folder) and (metrics_file.parent / folder).exists():
+        return str(metrics_file.parent / folder)
+    if not made_in or Path(folder).exists():
         return folder
     moved = metrics_file.parent / os.path.relpath(folder, made_in)
     return str(moved) if moved.exists() else folder
@@ -141,7 +144,7 @@ def pairs(
         listed = sorted(found.get("listed", []), key=lambda item: -item["likeness"])
         shown = 0
         for item in listed:
-            images = [_by_key(arms.get(arm), item["synthetic_key"]), _by_key(real, item["train_key"])]
+            images = [_by_key(arms.get(arm), item["synthetic_key"]), _trained_on(real, item)]
             if shown == most or images[0] is None or images[1] is None:
                 hidden += 1
                 continue
@@ -155,6 +158,19 @@ def pairs(
                 )
             )  # fmt: skip
     return result, hidden
+
+
+def _trained_on(real: PatchDataset | None, item: Mapping[str, Any]) -> tuple[np.ndarray, pd.Series] | None:
+    """The training patch of a listed pair; ``None`` if the dataset is not the one that was evaluated."""
+    if "train_row" not in item:  # as earlier versions wrote it
+        return _by_key(real, item["train_key"])
+    row = int(item["train_row"])
+    if real is None or not 0 <= row < len(real):
+        return None
+    patients, number = np.unique(real.index["patient"].to_numpy(dtype=str), return_inverse=True)
+    if item["patient"] not in (f"patient {number[row] + 1}", patients[number[row]]):
+        return None
+    return real.read([row]), real.index.iloc[row]
 
 
 def _by_key(dataset: PatchDataset | None, key: str) -> tuple[np.ndarray, pd.Series] | None:

@@ -11,7 +11,7 @@ from scipy.stats import binom, binomtest
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.measures import wilson
-from latent_medi.files import atomic_path
+from latent_medi.metadata.tables import read_table, write_for_people, written_for_people
 from latent_medi.report.page import percent, share
 from latent_medi.report.reading_sheet import FIELD, KEY_COLUMNS, key_file
 from latent_medi.report.settings import ReadingSheetSettings
@@ -65,21 +65,15 @@ def score_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
         "verdict": _verdict(judged, better, len(readers)),
     }
     if settings.out and Path(settings.out).suffix == ".csv":
-        with atomic_path(settings.out) as temporary:
-            _flat(readers + ([{"reader": "majority"} | majority] if majority else [])).to_csv(temporary, index=False)
+        write_for_people(_flat(readers + ([{"reader": "majority"} | majority] if majority else [])), settings.out)
     return result
 
 
 def _read(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.", "Check the path.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as CSV: {error}.") from None
+    table = read_table(path)
     if lacking := [c for c in columns if c not in table.columns]:
         raise UserError(f"{path} lacks the column {lacking[0]!r}; it has {', '.join(map(str, table.columns))}.")
-    return table
+    return written_for_people(table)
 
 
 def _answers(files: Sequence[str], key: pd.DataFrame) -> pd.DataFrame:

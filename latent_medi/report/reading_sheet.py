@@ -13,8 +13,9 @@ import pandas as pd
 from markupsafe import Markup
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, sha256_bytes, write_text
+from latent_medi.files import sha256_bytes, write_text
 from latent_medi.metadata.schema import UNKNOWN_WORD
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
 from latent_medi.report.figures import image_uri
 from latent_medi.report.page import environment
@@ -74,8 +75,7 @@ def make_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
     out = Path(settings.out)
     key = key_file(settings)
     write_text(out, _page(sheet, list(table["image"]), uris, settings.confidence))
-    with atomic_path(key) as temporary:
-        table.to_csv(temporary, index=False)
+    write_for_people(table, key)
     patients = real.index["patient"].iloc[chosen["real"]].nunique()
     log.info("%d pictures in %s; the key, not to be sent: %s", len(table), out, key)
     return {"sheet": str(out), "key": str(key), "n": len(table), "patients": int(patients), "cells": cells}

@@ -62,7 +62,9 @@ def render_report(
     if unknown := sorted(set(sections) - set(SECTIONS)):
         raise UserError(f"There is no report section {unknown[0]!r}.", f"Sections: {', '.join(SECTIONS)}.")
     pictured = {"patches", "memorisation"} & set(sections)
-    opened = _datasets(content, file, real, synthetic or {}) if pictured else (None, {})
+    # A record without a file has its folders as they are reached from the page, which lies where the file would.
+    where = file or Path(out).with_name("metrics.json")
+    opened = _datasets(content, where, real, synthetic or {}) if pictured else (None, {})
     page = environment().get_template("page.html").render(
         title=title or content["dataset"].get("name") or "Evaluation",
         metrics=content,
@@ -233,7 +235,7 @@ def _counts(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _datasets(
-    metrics: Mapping[str, Any], file: Path | None, real: str | Path | None, synthetic: Mapping[str, str | Path]
+    metrics: Mapping[str, Any], file: Path, real: str | Path | None, synthetic: Mapping[str, str | Path]
 ) -> tuple[patches.PatchDataset | None, dict[str, patches.PatchDataset]]:
     """The real dataset and each arm's, as far as they are on this machine."""
     made_in = metrics.get("settings", {}).get("out", "")

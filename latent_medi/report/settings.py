@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from latent_medi.paths import PathText
+
 SECTIONS = (
     "headline",
     "colour",
@@ -38,12 +40,12 @@ class ReportSettings:
         seed: Seed of the choice of patches.
     """
 
-    metrics: str = ""
-    compare: list[str] = field(default_factory=list)
-    out: str = ""
+    metrics: PathText = ""
+    compare: list[PathText] = field(default_factory=list)
+    out: PathText = ""
     title: str = ""
-    real: str = ""
-    synthetic: dict[str, str] = field(default_factory=dict)
+    real: PathText = ""
+    synthetic: dict[str, PathText] = field(default_factory=dict)
     sections: list[str] = field(default_factory=lambda: list(SECTIONS))
     patches_per_cell: int = 4
     rows_per_class: int = 8
@@ -72,10 +74,10 @@ class ReadingSheetSettings:
             the ending ``.csv``: the score of each reader.
     """
 
-    data: str = ""
-    synthetic: str = ""
-    out: str = ""
-    key: str = ""
+    data: PathText = ""
+    synthetic: PathText = ""
+    out: PathText = ""
+    key: PathText = ""
     n: int = 60
     fields: list[str] = field(default_factory=list)
     site_field: str = "site"
@@ -84,4 +86,4 @@ class ReadingSheetSettings:
     selected: str = ""
     seed: int = 0
     confidence: bool = True
-    score: list[str] = field(default_factory=list)
+    score: list[PathText] = field(default_factory=list)

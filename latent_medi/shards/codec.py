@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -15,10 +17,21 @@ ORIGINS = ("real", "synthetic")
 
 Origin = Literal["real", "synthetic"]
 
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+"""Pillow's formats that are read. It opens dozens more, some with the help of other programs."""
+
 # zlib's run-length strategy: stained tissue hardly ever repeats itself, so that searching for repeats is lost work.
 # The files are as small as at level 6, and are written and read about a third faster than at level 1.
 _PNG = {"compress_level": 1, "compress_type": 3}
 _JPEG_QUALITY = 95
+_PNG_DEPTH = 24  # place of the bit depth: signature, length and name of the header, width and height come first
+_BITS_PER_SAMPLE = 258  # TIFF tag
+_PLAIN = 'Convert it deliberately: from PIL import Image; Image.open("old.png").convert("RGB").save("new.png")'
+_CONVERSIONS = {
+    "RGBA": 'Say what shows through, here white: from PIL import Image; i = Image.open("old.png"); '
+    'Image.alpha_composite(Image.new("RGBA", i.size, "white"), i).convert("RGB").save("new.png")',
+}
+"""Python that converts, by Pillow's mode; else :data:`_PLAIN`."""
 
 
 def check_codec(codec: str) -> None:
@@ -72,30 +85,85 @@ def decode_image(data: bytes) -> np.ndarray:
     """The patch in an image file's bytes, uint8 [H, W, 3] RGB.
 
     Raises:
-        UserError: The bytes are no whole image, or the image is not 8-bit RGB.
+        UserError: The bytes are no whole image of :data:`FORMATS`, hold several, or the image is not 8-bit RGB; then
+            the hint says how to convert it.
+    """
+    with opened(io.BytesIO(data)) as image:
+        check_header(image)
+        image.load()
+        return np.asarray(image)
+
+
+@contextmanager
+def opened(file: BinaryIO) -> Iterator[Image.Image]:
+    """An image file of one of :data:`FORMATS`, opened; what goes wrong inside is told as a fault of the image.
+
+    Raises:
+        UserError: It is no whole image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            mode = image.mode
-            image.load()
-            array = np.asarray(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"Not a readable image: {str(error).replace(repr(data), 'data')[:200]}.") from None
-    if mode != "RGB":
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
+    except (UserError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise UserError(f"Not a readable image: none of {', '.join(FORMATS)}, or cut off.") from None
+    except Exception as error:  # Pillow lets through whatever a damaged header leads to: KeyError, TypeError, …
+        raise UserError(f"Not a readable image: {str(error)[:200] or type(error).__name__}.") from None
+
+
+def check_header(image: Image.Image) -> None:
+    """Refuse an opened image that is not one picture of 8-bit RGB; nothing is decoded.
+
+    Raises:
+        UserError: The reason, the same words for the same kind of image, and the conversion as hint.
+    """
+    bits = _bits(image)
+    if bits > 8 or image.mode.startswith("I;16"):
         raise UserError(
-            f"The image is {mode}, not RGB.", "Convert it deliberately: transparency and palettes have no one reading."
+            f"The image has {max(bits, 16)} bits per channel, not RGB of 8 bits.",
+            "Convert it deliberately: `magick old.png -depth 8 new.png`, or where a camera wrote 12 bits "
+            "`magick old.png -evaluate Multiply 16.0037 -depth 8 new.png`.",
         )
-    return array
+    if image.mode != "RGB":
+        raise UserError(f"The image is {image.mode}, not RGB.", _CONVERSIONS.get(image.mode, _PLAIN))
+    if image.format in ("TIFF", "PNG", "WEBP") and _pictures(image) > 1:
+        raise UserError("The image holds several pictures.", "Save the one that is meant as a file of its own.")
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits per channel in the file, which Pillow cuts to 8 without a word."""
+    if image.format == "TIFF":
+        depth = cast(Any, image).tag_v2.get(_BITS_PER_SAMPLE, 8)
+        return max(depth) if isinstance(depth, tuple) else int(depth)
+    if image.format == "PNG":
+        file = cast(Any, image).fp
+        place = file.tell()
+        file.seek(_PNG_DEPTH)
+        depth = file.read(1)[0]
+        file.seek(place)
+        return depth
+    return 8  # JPEG of more is refused by Pillow, WebP has no more, and BMP has at most 8 per channel
+
+
+def _pictures(image: Image.Image) -> int:
+    """Pictures of the first one's size; a smaller one is a thumbnail or a level of a pyramid."""
+    count, size = getattr(image, "n_frames", 1), image.size
+    if count > 1 and image.format == "TIFF":
+        sizes = []
+        for number in range(count):
+            image.seek(number)
+            sizes.append(image.size)
+        image.seek(0)
+        return sizes.count(size)
+    return count
 
 
 def image_origin(data: bytes) -> str:
     """The origin written in an image file's bytes; ``""`` if there is none."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            comment = image.info.get("comment", b"")
-            text = image.info.get("origin") or (
-                comment.decode("utf-8", "replace") if isinstance(comment, bytes) else comment
-            )
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"Not a readable image: {error}.") from None
+    with opened(io.BytesIO(data)) as image:
+        comment = image.info.get("comment", b"")
+        text = image.info.get("origin") or (
+            comment.decode("utf-8", "replace") if isinstance(comment, bytes) else comment
+        )
     return str(text).removeprefix("origin=")

@@ -13,12 +13,14 @@ from joblib import Parallel, delayed
 from PIL import Image
 
 from latent_medi.errors import UserError
-from latent_medi.files import remove, sha256_file
+from latent_medi.files import sha256_file
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.image_file import check_file
 from latent_medi.shards.patch import Patch
 from latent_medi.shards.records import finished_shards
+from latent_medi.shards.rerun import make_way
 from latent_medi.shards.writer import finish_dataset, finished_dataset, write_shard
 
 C = TypeVar("C")
@@ -56,6 +58,11 @@ def convert(
     if not chunks:
         raise UserError(f"There is nothing to convert into {out}.")
     every = sorted({path for chunk in chunks for path in files(chunk)})
+    for path in every:
+        try:
+            check_file(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.", "Repair or remove it.") from None
     # Threads: decoding, scaling and encoding leave the interpreter's lock, and recipes are not importable elsewhere.
     pool = Parallel(jobs, prefer="threads", return_as="generator")
     hashes = dict(zip(every, pool(delayed(sha256_file)(path) for path in every), strict=True))
@@ -66,8 +73,7 @@ def convert(
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": patch_size, "mpp": float(mpp), "codec": codec}
     if whole := finished_dataset(out, expected, tokens, splits):
         return whole
-    remove(out / INFO_FILE)
-    remove(out / INDEX_FILE)
+    make_way(out, splits or {})
     done = finished_shards(out)
     todo = [n for n, token in enumerate(tokens) if n not in done or done[n].token != token]
     work = pool(delayed(_write)(out, number, read, chunks[number], codec, tokens[number]) for number in todo)

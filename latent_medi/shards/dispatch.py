@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from joblib import Parallel, delayed, parallel_config
 
 from latent_medi.errors import UserError
+from latent_medi.processes import call_tied, safe_helpers
 
 T = TypeVar("T")
 
@@ -33,10 +35,12 @@ def dispatch(
     """
     if not tasks:
         return
-    calls = (delayed(function)(*task) for task in tasks)
     if not dask:
-        yield from Parallel(n_jobs=jobs, backend=backend, return_as="generator")(calls)
+        calls = (delayed(call_tied)(os.getpid(), function, *task) for task in tasks)
+        with safe_helpers():
+            yield from Parallel(n_jobs=jobs, backend=backend, return_as="generator")(calls)
         return
+    calls = (delayed(function)(*task) for task in tasks)
     try:
         from dask.distributed import Client
     except ImportError:

@@ -21,6 +21,7 @@ from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import write_table
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.names import file_names
 from latent_medi.shards.selections import selected_mask
 from latent_medi.shards.settings import ExportSettings
 from latent_medi.shards.writer import tar_end, tar_member
@@ -35,7 +36,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     ``webdataset``: ``data/<part>/<part>-000000.tar`` and a ``README.md`` whose header tells the Hub and
     ``datasets.load_dataset`` which files are which part. ``folder``: ``<part>/<class>/<key>.png`` and
     ``<part>/metadata.csv``, as ``datasets``' imagefolder and torchvision's ImageFolder read them. Patches in no part
-    are left out.
+    are left out. Files and folders are called after parts, classes and keys as far as every system takes such a name
+    (:func:`~latent_medi.shards.names.file_names`); ``metadata.csv`` and ``export.json`` have the true ones.
 
     Returns:
         ``folder``, ``format`` and the number of patches by part.
@@ -47,6 +49,10 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     if not settings.out:
         raise UserError("No folder to write is given.", "out=/path/to/folder")
     out = Path(settings.out)
+    if out.is_symlink() and out.is_dir():
+        out = out.resolve()
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is there already, and is no folder.", "Export into a new folder.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty.", "Export into a new folder.")
     column = _parts(dataset, settings)
@@ -59,20 +65,23 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         raise UserError(f"The split has no part {gone[0]!r}; {nearest(gone[0], [p for p in column.unique() if p])}.")
     if out.is_dir():
         out.rmdir()
+    # A part's name is somebody else's text: it must not lead out of the folder, nor be another part's.
+    folders = file_names(names, forbidden=r"\W")
     counts = {}
     with atomic_path(out) as folder:  # whole or absent: what was broken off is no export
         folder.mkdir()
         for part in names:
             rows = np.flatnonzero((column == part).to_numpy())
             if settings.format == "webdataset":
-                _write_tars(dataset, rows, folder / "data" / part, part, settings.patches_per_shard)
+                tars = folder / "data" / folders[part]
+                counts[part] = _write_tars(dataset, rows, tars, settings.patches_per_shard)
             else:
-                _write_images(dataset, rows, folder / part)
-            counts[part] = len(rows)
+                counts[part] = _write_images(dataset, rows, folder / folders[part])
         if settings.format == "webdataset":
-            write_text(folder / "README.md", _card(dataset, counts))
+            write_text(folder / "README.md", _card(dataset, counts, folders))
         kept = ("name", "schema", "patch_size", "mpp", "codec", "provenance")
-        manifest = {"split": settings.split, "parts": counts} | {key: dataset.info[key] for key in kept}
+        manifest = {"split": settings.split, "parts": counts, "folders": folders}
+        manifest |= {key: dataset.info[key] for key in kept}
         if settings.selected:
             manifest["selected"] = settings.selected
         write_json(folder / "export.json", manifest)
@@ -126,36 +135,43 @@ def samples(dataset: PatchDataset, rows: np.ndarray) -> Iterator[tuple[str, byte
             ) from None
 
 
-def _write_tars(dataset: PatchDataset, rows: np.ndarray, folder: Path, part: str, per_shard: int) -> None:
+def _write_tars(dataset: PatchDataset, rows: np.ndarray, folder: Path, per_shard: int) -> int:
     found = samples(dataset, rows)
-    codec = dataset.info["codec"]
-    for number in progress(range(-(-len(rows) // per_shard)), desc=f"exporting {part}", unit="shard"):
-        with atomic_path(folder / f"{part}-{number:06d}.tar") as temporary, open(temporary, "wb") as file:
+    codec, written = dataset.info["codec"], 0
+    for number in progress(range(-(-len(rows) // per_shard)), desc=f"exporting {folder.name}", unit="shard"):
+        with atomic_path(folder / f"{folder.name}-{number:06d}.tar") as temporary, open(temporary, "wb") as file:
             size = 0
             for _ in range(min(per_shard, len(rows) - number * per_shard)):
                 key, image, text = next(found)
+                written += 1
                 for name, data in ((f"{key}.{codec}", image), (f"{key}.json", text)):
                     size += sum(file.write(piece) for piece in tar_member(name, data))
             file.write(tar_end(size))
+    return written
 
 
-def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> None:
+def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> int:
     codec, known = dataset.info["codec"], dataset.schema.class_field
+    mine = dataset.index.iloc[rows]
+    files = file_names(mine["key"], slash="__")
+    classes = file_names(mine[known.name]) if known is not None else {}
+    for name in {*classes.values(), ""}:
+        (folder / name).mkdir(parents=True, exist_ok=True)
     table = []
     for key, image, text in progress(samples(dataset, rows), len(rows), f"exporting {folder.name}", "patch"):
         member = json.loads(text)
-        kind = str(member[known.name]) if known is not None else ""
-        path = Path(kind.replace("/", "_"), f"{key.replace('/', '__')}.{codec}")
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(image)
+        path = Path(classes[str(member[known.name])] if known is not None else "", f"{files[key]}.{codec}")
+        with open(folder / path, "xb") as file:  # never over another patch
+            file.write(image)
         table.append({"file_name": path.as_posix(), **{k: UNKNOWN_WORD if v == "" else v for k, v in member.items()}})
     write_table(pd.DataFrame(table), folder / "metadata.csv")
+    return len(table)
 
 
-def _card(dataset: PatchDataset, counts: dict[str, int]) -> str:
+def _card(dataset: PatchDataset, counts: dict[str, int], folders: dict[str, str]) -> str:
     """The Hub's README with the header that names the files of each part."""
     hub = {"train": "train", "val": "validation", "test": "test"}
-    files = [{"split": hub.get(part, part), "path": f"data/{part}/*.tar"} for part in counts]
+    files = [{"split": hub.get(part, folder), "path": f"data/{folder}/*.tar"} for part, folder in folders.items()]
     header = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]}, sort_keys=False)
     info = dataset.info
     fields = "\n".join(f"- `{f.name}` ({f.kind})" for f in dataset.schema.fields)

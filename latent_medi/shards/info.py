@@ -9,6 +9,7 @@ from typing import Any
 from latent_medi.errors import UserError
 from latent_medi.metadata.heatmap import write_heat_map
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.names import file_names
 from latent_medi.shards.settings import InfoSettings
 
 
@@ -27,12 +28,13 @@ def info(settings: InfoSettings) -> dict[str, Any]:
     names = [f.name for f in dataset.schema.fields if not f.continuous]
     counts: dict[str, Any] = {}
     pictures = []
+    files = file_names(names)
     for row, column in itertools.combinations(names, 2):
         table = dataset.counts(row, column, settings.unit)
         counts[f"{row} x {column}"] = table.to_dict()
         print(f"{row} × {column} ({settings.unit})\n{table.to_string()}\n")
         if settings.figures:
-            path = Path(settings.figures) / f"{row}_{column}.png"
+            path = Path(settings.figures) / f"{files[row]}_{files[column]}.png"
             write_heat_map(table, path, settings.unit)
             pictures.append(str(path))
     result = {"folder": str(dataset.folder), "patches": len(dataset), "schema": dataset.schema.to_dict()}

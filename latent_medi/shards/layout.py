@@ -25,6 +25,7 @@ SPLIT_PREFIX = "split_"
 BAD_KEY = r"[.\\\x00-\x1f\x7f]|^/|/$|//|^$|^\s|\s$"
 
 _SHARD_FILE = re.compile(r"data/[^/\\\x00-\x1f]+\.tar")
+_MOST = 2**63
 _MOST_PIXELS = 65_535  # of an edge: JPEG's own limit
 
 # A dictionary is an object with at least these entries ("name?" may be absent); under ... stands what all other entries
@@ -54,6 +55,8 @@ def _misfit(value: Any, shape: Any, path: str) -> str:
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         return f"{path} is {_WORDS[type(value)]}, not {_WORDS[kind]}"
+    if kind in (int, float) and not abs(value) < _MOST:
+        return f"{path} is out of range"
     inside: list[tuple[str, Any, Any]] = []
     if isinstance(shape, list):
         inside = [(f"{path}[{i}]", entry, shape[0]) for i, entry in enumerate(value)]
@@ -86,7 +89,7 @@ def check_info(info: Mapping[str, Any], where: str, remedy: str) -> Schema:
     problem = _misfit(info, _INFO, "")
     if not problem and not 1 <= info["patch_size"] <= _MOST_PIXELS:
         problem = f"patch_size is {info['patch_size']}"
-    if not problem and not 0 < info["mpp"] < float("inf"):
+    if not problem and not info["mpp"] > 0:
         problem = f"mpp is {info['mpp']}"
     if not problem and info["codec"] not in CODECS:
         problem = f"codec is {info['codec']!r}, not {' or '.join(CODECS)}"

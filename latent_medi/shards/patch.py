@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,11 +50,15 @@ class Patch:
 _BAD_KEY = re.compile(BAD_KEY)
 
 
+_SHORT = 20  # characters: so many fit a tar's header, whatever their bytes
+
+
 def check_key(key: str) -> None:
     """Refuse a key that WebDataset would read differently.
 
     Raises:
-        UserError: It has a dot, a backslash, a control character, blanks around it or an empty path part.
+        UserError: It has a dot, a backslash, a control character, blanks around it or an empty path part, or is too
+            long.
     """
     if not isinstance(key, str) or _BAD_KEY.search(key):
         raise UserError(
@@ -61,6 +66,19 @@ def check_key(key: str) -> None:
             "WebDataset takes what follows a dot for the file type: use '-'. "
             "No backslash, control character, blank at an end or empty part between slashes either.",
         )
+    if len(key) > _SHORT and not _fits(key):
+        raise UserError(
+            f"The key {key!r} does not fit a tar: it is too long, {len(key.encode('utf-8', 'replace'))} bytes.",
+            "What follows the last slash has at most 95 bytes in UTF-8, and what is before it 155.",
+        )
+
+
+def _fits(key: str) -> bool:
+    try:
+        tarfile.TarInfo(f"{key}.json").tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    except ValueError:
+        return False
+    return True
 
 
 def _text(name: str, value: Any, key: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from latent_medi.errors import UserError
 from latent_medi.files import write_text
@@ -17,51 +18,99 @@ LIST_FILE = "rejected.txt"
 _MOST_REASONS, _MOST_NAMES = 10, 3  # in a message
 
 
+class Rejected(NamedTuple):
+    """An image that is left out.
+
+    Args:
+        image: Its path as it was given, or the row of the table.
+        reason: Why; what is particular to the image comes after the first colon.
+        remedy: What to do about it, a sentence; the same for the same reason.
+    """
+
+    image: str
+    reason: str
+    remedy: str = ""
+
+
 def smaller_than(patch_size: int) -> str:
     """The reason why an image of fewer pixels than a patch is rejected."""
     return f"is smaller than {patch_size} px"
 
 
-def report_rejected(bad: Sequence[Mapping[str, str]], total: int, settings: ImportSettings, out: Path) -> None:
+def report_rejected(
+    bad: Sequence[Rejected], left_out: Sequence[Rejected], total: int, settings: ImportSettings, out: Path
+) -> None:
     """Log why images were rejected, a line per reason; all are named in the finished dataset.
 
     Args:
-        bad: ``image`` and ``reason`` of each, what is particular to the image after the first colon of the reason.
-        total: Number of images, these included.
+        bad: Images that are no patches.
+        left_out: Images that could not be looked for or named; they never stop the others.
+        total: Number of images that were looked at.
         settings: Of the import.
         out: The dataset folder.
 
     Raises:
-        UserError: They are too many. All are then named in a file, which goes when the dataset is finished.
+        UserError: The bad ones are too many. All are then named in a file, which goes when the dataset is finished.
     """
-    by_reason: dict[str, list[Mapping[str, str]]] = {}
-    for entry in bad:
-        by_reason.setdefault(entry["reason"].partition(": ")[0], []).append(entry)
-    ranked = sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    lines = [_line(reason, entries) for reason, entries in ranked[:_MOST_REASONS]]
-    if rest := sum(len(entries) for _, entries in ranked[_MOST_REASONS:]):
-        lines.append(f"{rest} images for other reasons")
+    every = [*left_out, *bad]
     if len(bad) <= settings.max_bad * total:
-        for line in lines:
+        for line in _lines(every):
             logger.warning("rejected %s", line)
         return
     path = out / PROGRESS_FOLDER / LIST_FILE
-    write_text(path, "".join(f"{entry['image']}: {entry['reason']}\n" for entry in bad))
+    write_text(path, "".join(f"{entry.image}: {entry.reason}\n" for entry in every))
     hint = f"Repair or remove them, or raise max_bad. All of them: {path}"
-    if smaller_than(settings.patch_size) in by_reason:
+    if any(entry.reason.startswith(smaller_than(settings.patch_size)) for entry in bad):
         hint = f"No image is enlarged: set patch_size to the edge of the smallest. {hint}"
     raise UserError(
         f"{len(bad)} of {total} images are bad, more than the share of {settings.max_bad:g} that max_bad allows:"
-        + "".join(f"\n  {line}" for line in lines),
+        + "".join(f"\n  {line}" for line in _lines(every)),
         hint,
     )
 
 
-def _line(reason: str, entries: Sequence[Mapping[str, str]]) -> str:
+def recorded(bad: Sequence[Rejected], left_out: Sequence[Rejected], total: int) -> dict[str, Any]:
+    """What ``dataset.json`` says of them: ``count``, ``images`` with their reasons and, if some could not even be
+    looked for, how many these are and of how many images.
+    """
+    every = [*left_out, *bad]
+    images = [{"image": entry.image, "reason": entry.reason} for entry in every]
+    told: dict[str, Any] = {"count": len(every), "images": images}
+    return told | ({"left_out": len(left_out), "of": total + len(left_out)} if left_out else {})
+
+
+def incomplete(told: dict[str, Any], max_bad: float) -> str:
+    """What to say of a finished dataset that lacks more images than ``max_bad`` allows; else ``""``.
+
+    Args:
+        told: From :func:`recorded`.
+        max_bad: Largest share, 0 to 1.
+    """
+    if "of" not in told or told["count"] <= max_bad * told["of"]:
+        return ""
+    lines = _lines([Rejected(entry["image"], entry["reason"]) for entry in told["images"]])
+    return f"{told['count']} of {told['of']} images were left out:" + "".join(f"\n  {line}" for line in lines)
+
+
+def _lines(entries: Sequence[Rejected]) -> list[str]:
+    by_reason: dict[str, list[Rejected]] = {}
+    for entry in entries:
+        by_reason.setdefault(entry.reason.partition(": ")[0], []).append(entry)
+    ranked = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    lines = [_line(reason, entries) for reason, entries in ranked[:_MOST_REASONS]]
+    if rest := sum(len(entries) for _, entries in ranked[_MOST_REASONS:]):
+        lines.append(f"{rest} images for other reasons")
+    return lines
+
+
+def _line(reason: str, entries: Sequence[Rejected]) -> str:
+    remedy = f" {entries[0].remedy}" if entries[0].remedy else ""
     if len(entries) == 1:
-        return f"{entries[0]['image']}: {entries[0]['reason']}"
-    names = []
-    for entry in entries[:_MOST_NAMES]:
-        detail = entry["reason"].removeprefix(reason).removeprefix(": ")
-        names.append(f"{entry['image']} ({detail})" if detail else entry["image"])
-    return f"{len(entries)} images, such as {', '.join(names)}: {reason}"
+        told = f"{entries[0].image}: {entries[0].reason}"
+    else:
+        names = []
+        for entry in entries[:_MOST_NAMES]:
+            detail = entry.reason.removeprefix(reason).removeprefix(": ")
+            names.append(f"{entry.image} ({detail})" if detail else entry.image)
+        told = f"{len(entries)} images, such as {', '.join(names)}: {reason}"
+    return told + (("" if told.endswith(".") else ".") + remedy if remedy else "")

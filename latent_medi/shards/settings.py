@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from latent_medi.paths import PathText
+
 
 @dataclass
 class ImportSettings:
@@ -43,11 +45,11 @@ class ImportSettings:
         max_bad: Largest share of images that may be rejected, 0 to 1; beyond it nothing is finished.
     """
 
-    table: str = ""
-    folder: str = ""
+    table: PathText = ""
+    folder: PathText = ""
     pattern: str = ""
-    out: str = ""
-    root: str = ""
+    out: PathText = ""
+    root: PathText = ""
     name: str = ""
     image_column: str = "image"
     patient_column: str = "patient"
@@ -78,11 +80,14 @@ class SlideSettings:
     """Whole slides, and how patches are cut from them.
 
     Args:
-        source: Folder that is searched for slides; or the folder that the table's slide paths are relative to.
+        source: Folder that is searched for slides, through links too; or the folder that the table's slide paths are
+            relative to.
         table: CSV, TSV or Parquet file with a row per slide; empty to take every slide in source, without fields.
         out: Dataset folder to write.
         name: The dataset's name; empty for the name of the output folder.
-        slide_column: Column of the table with the slides' files.
+        slide_column: Column of the table with the slides' files, with or without folder and ending.
+        key_column: Column of unique names that the patches' keys begin with; empty for the name of the slide's file,
+            with its folder where two are named alike.
         patient_column: Column of patients, the unit that never crosses splits. Without a table the patient is that of
             the TCGA barcode in the file's name, or the slide itself.
         class_field: Class column; empty if there is none.
@@ -112,18 +117,19 @@ class SlideSettings:
         contact_sheets: Whether to write a thumbnail with the patch grid for each slide.
     """
 
-    source: str = ""
-    table: str = ""
-    out: str = ""
+    source: PathText = ""
+    table: PathText = ""
+    out: PathText = ""
     name: str = ""
     slide_column: str = "slide"
+    key_column: str = ""
     patient_column: str = "patient"
     class_field: str = ""
     categorical: list[str] = field(default_factory=list)
     continuous: list[str] = field(default_factory=list)
     units: dict[str, str] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
-    mpp_table: str = ""
+    mpp_table: PathText = ""
     patch_size: int = 256
     mpp: float = 0.5
     overlap: float = 0.0
@@ -158,8 +164,8 @@ class ExportSettings:
         patches_per_shard: Patches per tar.
     """
 
-    data: str = ""
-    out: str = ""
+    data: PathText = ""
+    out: PathText = ""
     split: str = ""
     parts: list[str] = field(default_factory=list)
     selected: str = ""
@@ -177,9 +183,9 @@ class InfoSettings:
         figures: Folder for a heat map of every pair of fields; empty for none.
     """
 
-    data: str = ""
+    data: PathText = ""
     unit: Literal["patches", "slides", "patients"] = "patches"
-    figures: str = ""
+    figures: PathText = ""
 
 
 @dataclass
@@ -191,5 +197,5 @@ class VerifySettings:
         seal: Also write the checksums that a folder of an earlier version lacks, if nothing is wrong with it.
     """
 
-    data: str = ""
+    data: PathText = ""
     seal: bool = False

@@ -7,8 +7,7 @@ again and is tried once more; a patch that fails twice is dropped and counted, n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,10 @@ import numpy as np
 import openslide
 from PIL import Image, ImageCms
 
-from latent_medi.errors import UserError
+from latent_medi.shards.resolution import Resolution, resolution
+from latent_medi.shards.tiff_tags import TiffTags, tiff_tags
 
-EXTENSIONS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi")
-"""File endings taken for slides in a folder; OpenSlide decides what they are. Not ``.dcm``: a DICOM slide is many
-files, each of which opens the whole; name one of them in a table.
-"""
 CACHE_BYTES = 64 * 2**20
-MPP_RANGE = (0.05, 20.0)
-"""µm per pixel beyond which a value is taken for a placeholder, such as the 72 dpi that image programs write."""
 _SLACK = 1e-3  # pixels of a region that rounding may account for
 _BLOCK_EDGE = 2048  # pixels of a level that a thumbnail reads at once
 LEVEL_TOLERANCE = 0.02
@@ -36,64 +30,25 @@ class SlideError(Exception):
 
 
 class SlideSkipped(SlideError):
-    """A slide that is whole, but not what was asked for: no resolution, or too coarse."""
+    """A slide that is whole, but not what was asked for: no resolution, too coarse, or stored in another way."""
 
 
 class PatchError(Exception):
     """A region that could not be read twice in a row."""
 
 
-@dataclass(frozen=True)
-class Resolution:
-    """µm per pixel at level 0 along both axes, and which property said so."""
+def _check_samples(tags: TiffTags) -> None:
+    """Refuse samples that OpenSlide would cut to 8 bits, or cannot read.
 
-    x: float
-    y: float
-    source: str
-
-
-def _number(properties: Mapping[str, str], name: str) -> float:
-    try:
-        return float(str(properties.get(name, "")).strip().strip('"').replace(",", "."))
-    except ValueError:
-        return math.nan
-
-
-def _pair(properties: Mapping[str, str], x: str, y: str, factor: float = 1.0) -> tuple[float, float]:
-    across, down = _number(properties, x), _number(properties, y)
-    return across * factor, (across if math.isnan(down) else down) * factor
-
-
-def _tiff(properties: Mapping[str, str]) -> tuple[float, float]:
-    unit = {"centimeter": 10_000.0, "inch": 25_400.0}.get(properties.get("tiff.ResolutionUnit", "").lower())
-    across, down = _pair(properties, "tiff.XResolution", "tiff.YResolution")
-    if unit is None or not (across > 0 and down > 0):
-        return math.nan, math.nan
-    return unit / across, unit / down
-
-
-def resolution(properties: Mapping[str, str]) -> Resolution | None:
-    """µm per pixel of level 0 from a slide's properties, or ``None``: it is never guessed from a magnification.
-
-    The first that is usable of ``openslide.mpp-x/y``, ``aperio.MPP``, ``hamamatsu.XResolution`` (nm per pixel would be
-    out of range), ``philips.DICOM_PIXEL_SPACING`` (mm) and ``tiff.XResolution`` with its unit.
-
-    Args:
-        properties: OpenSlide's, strings by name.
+    Raises:
+        SlideSkipped: They are such.
     """
-    spacing = [part.strip('"') for part in properties.get("philips.DICOM_PIXEL_SPACING", "").split()]
-    philips = {"x": spacing[1], "y": spacing[0]} if len(spacing) == 2 else {}
-    chain = {
-        "openslide.mpp": _pair(properties, "openslide.mpp-x", "openslide.mpp-y"),
-        "aperio.MPP": _pair(properties, "aperio.MPP", "aperio.MPP"),
-        "hamamatsu.XResolution": _pair(properties, "hamamatsu.XResolution", "hamamatsu.YResolution"),
-        "philips.DICOM_PIXEL_SPACING": _pair(philips, "x", "y", 1000.0),
-        "tiff.XResolution": _tiff(properties),
-    }
-    for source, (across, down) in chain.items():
-        if all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (across, down)):
-            return Resolution(across, down, source)
-    return None
+    convert = "convert to 8 bits, vips linear IN OUT.tif[tile,pyramid,bigtiff]"
+    if tags.floating:
+        raise SlideSkipped(f"floating-point samples: {convert} 255 0 --uchar (if white is 1)")
+    if tags.bits > 8:
+        # Which of them are used is not written anywhere: 12 bits in 16 would come out near-black.
+        raise SlideSkipped(f"{tags.bits} bits per sample: {convert} A 0 --uchar, A = 255 / white (12 bits: 255 / 4095)")
 
 
 class Slide:
@@ -107,19 +62,24 @@ class Slide:
 
     Raises:
         SlideError: OpenSlide cannot read it.
-        SlideSkipped: It does not say its resolution.
+        SlideSkipped: It does not say its resolution, or is stored in a way that OpenSlide cannot read or would alter.
     """
 
     def __init__(self, path: str | Path, mpp: float | None = None, srgb: bool = False) -> None:
         self.path = Path(path)
+        self.tags: TiffTags | None = None
         self._handle: Any = self._open()
         try:
             self.properties: dict[str, str] = dict(self._handle.properties)
+            if self.properties.get(openslide.PROPERTY_NAME_VENDOR) != "hamamatsu":
+                self.tags = tiff_tags(self.path)
+            if self.tags is not None:
+                _check_samples(self.tags)
             found = Resolution(mpp, mpp, "override") if mpp is not None else resolution(self.properties)
             if found is None:
                 power = self.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER, "")
                 told = f" (its objective power, {power}, does not tell)" if power else ""
-                raise SlideSkipped(f"no resolution in µm per pixel{told}: give it in mpp_table")
+                raise SlideSkipped(f"no resolution in µm per pixel: give it in mpp_table{told}")
             self.mpp = found
             background = self.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
             self.background = tuple(int(background[i : i + 2], 16) for i in (0, 2, 4))
@@ -130,7 +90,7 @@ class Slide:
             self._transform: Any = None
             if srgb and self.profile is not None:
                 self._transform = ImageCms.buildTransform(self.profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
-        except openslide.OpenSlideError as error:
+        except (openslide.OpenSlideError, OSError) as error:
             self.close()
             raise SlideError(f"OpenSlide cannot read it: {error}") from None
         except BaseException:
@@ -139,6 +99,9 @@ class Slide:
 
     def _open(self) -> Any:
         try:
+            status = self.path.stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write, for ever
+                raise SlideError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
             with open(self.path, "rb") as file:
                 start = file.read(4)
         except OSError as error:
@@ -148,6 +111,12 @@ class Slide:
         try:
             handle = openslide.OpenSlide(str(self.path))
         except openslide.OpenSlideUnsupportedFormatError:
+            if (tags := tiff_tags(self.path)) is not None:
+                _check_samples(tags)
+                what = "in a form that OpenSlide does not read" if tags.tiled else "in strips, not in tiles"
+                raise SlideSkipped(
+                    f"a TIFF {what}: convert it, vips tiffsave IN OUT.tif --tile --pyramid --bigtiff"
+                ) from None
             raise SlideError("not a slide: OpenSlide does not know the format") from None
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideError(f"OpenSlide cannot open it: {error}") from None
@@ -239,18 +208,3 @@ class Slide:
                 small = block.resize((columns, rows), Image.Resampling.BOX, box=box)
                 out[top : top + rows, left : left + columns] = np.asarray(small)
         return out
-
-
-def find_slides(folder: str | Path) -> list[Path]:
-    """Every file below ``folder`` whose ending is a slide's, sorted by path.
-
-    Raises:
-        UserError: There is no such folder, or no slide in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}.", "Give a folder of slides, or a table that names them.")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.is_dir())
-    if not found:
-        raise UserError(f"{folder} holds no slide ({', '.join(EXTENSIONS)}).")
-    return found

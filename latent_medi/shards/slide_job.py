@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,14 +24,19 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from latent_medi.files import NO_SPACE, atomic_path, write_json
+from latent_medi.processes import end_with
 from latent_medi.shards.patch import Patch
 from latent_medi.shards.slide import LEVEL_TOLERANCE, PatchError, Slide, SlideError, SlideSkipped
-from latent_medi.shards.tissue import THUMBNAIL_MPP, tissue_mask, tissue_share
+from latent_medi.shards.tissue import THUMBNAIL_MPP, tissue_mask, tissue_share, why_no_tissue
 from latent_medi.shards.writer import write_shard
 
 WHITE, BLACK = 235, 25
 """Brightness (0 to 255) from which a pixel is near-white, and up to which it is near-black."""
 REJECTIONS = ("tissue", "white", "black", "blur", "unreadable")
+_WORDS = {
+    "white": "near-white (max_white)", "black": "near-black (max_black)", "blur": "blurred (min_sharpness)",
+    "unreadable": "unreadable",
+}  # fmt: skip
 _HOPELESS = 20  # unreadable patches after which their share is looked at while the slide is being read
 _TRIAL = 8  # patches that a dry run reads to estimate bytes and time
 _SHEET_EDGE = 1200  # pixels of a contact sheet's longer side
@@ -54,6 +58,8 @@ class SlideJob:
         token: What the shard is made from.
         sheet: PNG of the contact sheet to write; ``""`` for none.
         memory: GiB that the process may use.
+        corners: Left top corners of the patches that were cut before, level-0 pixels [n, 2]: only the contact sheet is
+            to be drawn; ``None`` to cut.
         patch_size, mpp, overlap, min_tissue, max_patches, max_white, max_black, min_sharpness, icc, codec, seed,
             max_unreadable, dry_run: As in :class:`~latent_medi.shards.settings.SlideSettings`.
     """
@@ -71,6 +77,7 @@ class SlideJob:
     token: str = ""
     sheet: str = ""
     memory: float = 0.0
+    corners: list[list[int]] | None = None
     overlap: float = 0.0
     min_tissue: float = 0.5
     max_patches: int = 0
@@ -124,21 +131,28 @@ class _Cutter:
 
     def __init__(self, slide: Slide, job: SlideJob) -> None:
         self.slide, self.job = slide, job
+        self.start = time.monotonic()
         scale = (job.mpp / slide.mpp.x, job.mpp / slide.mpp.y)
         if min(scale) < 1 / (1 + LEVEL_TOLERANCE):
             raise SlideSkipped(
                 f"coarser than the patches' {job.mpp:g} µm per pixel: {slide.mpp.x:.4g} × {slide.mpp.y:.4g}"
             )
         self.footprint = (job.patch_size * scale[0], job.patch_size * scale[1])
+        corners = grid(slide.size, self.footprint, job.overlap)
+        if not len(corners):
+            raise SlideSkipped(
+                f"smaller than a patch: {slide.size[0]} × {slide.size[1]} pixels of {slide.mpp.x:.4g} µm, "
+                f"a patch takes {self.footprint[0]:.0f} × {self.footprint[1]:.0f}"
+            )
         try:
             self.thumbnail = slide.thumbnail(THUMBNAIL_MPP)
         except PatchError as error:
             raise SlideError(f"no level can be read whole: {error}") from None
         self.mask = tissue_mask(self.thumbnail)
-        corners = grid(slide.size, self.footprint, job.overlap)
         to_mask = np.array([slide.mpp.x, slide.mpp.y]) / THUMBNAIL_MPP
         boxes = np.concatenate([corners * to_mask, (corners + np.array(self.footprint)) * to_mask], axis=1)
-        inside = tissue_share(self.mask, boxes) >= job.min_tissue if len(corners) else np.zeros(0, bool)
+        shares = tissue_share(self.mask, boxes)
+        inside, self.most_tissue = shares >= job.min_tissue, float(shares.max())
         self.candidates = corners[inside]
         self.counts = dict.fromkeys(REJECTIONS, 0) | {"tissue": int((~inside).sum())}
         self.errors: list[str] = []
@@ -194,7 +208,28 @@ class _Cutter:
         """
         bad = self.counts["unreadable"]
         if bad > self.job.max_unreadable * self.read:
-            raise SlideError(f"{bad} of {self.read} patches were unreadable, the last: {self.errors[-1]}")
+            raise SlideError(f"too many unreadable patches: {bad} of {self.read}, the last: {self.errors[-1]}")
+
+    def why_none(self) -> str:
+        """Why no patch was kept, in words that tell the reasons apart: what stands before the colon is one of a few."""
+        if self.read:
+            counts = ", ".join(f"{self.counts[why]} {_WORDS[why]}" for why in _WORDS if self.counts[why])
+            return f"no patch passed: of {self.read} with tissue, {counts}"
+        if self.mask.any():
+            have, want = (f"{100 * share:.3g} %" for share in (self.most_tissue, self.job.min_tissue))
+            return f"no patch with enough tissue: at most {have} of one is tissue, min_tissue asks for {want}"
+        why = why_no_tissue(self.thumbnail)
+        inverted = self.slide.tags is not None and self.slide.tags.white_is_zero
+        return why.replace("grey:", "grey, stored inverted (MINISWHITE):") if inverted else why
+
+    def try_sheet(self) -> str:
+        """Draw the contact sheet, if one is wanted; why not, if that failed: a picture is no reason to lose a slide."""
+        if self.job.sheet:
+            try:
+                self.sheet(Path(self.job.sheet))
+            except (ValueError, MemoryError) as error:
+                return f"no contact sheet: {error or type(error).__name__}"
+        return ""
 
     def sheet(self, path: Path) -> None:
         """The thumbnail with the mask's outline and the kept patches."""
@@ -222,8 +257,8 @@ def run(job: SlideJob) -> dict[str, Any]:
     """Cut one slide.
 
     Returns:
-        A row of the quality table: status ("kept", "empty", "skipped", "quarantined"; of a dry run "estimated"),
-        reason, resolution, level, counts, seconds.
+        A row of the quality table: status ("kept", "empty", "skipped", "quarantined"; of a dry run "estimated", of a
+        contact sheet alone "drawn"), reason, resolution, level, counts, seconds.
     """
     start = time.monotonic()
     row: dict[str, Any] = {"slide": job.key, "path": job.path, "status": "quarantined", "reason": ""}
@@ -237,21 +272,14 @@ def run(job: SlideJob) -> dict[str, Any]:
             }  # fmt: skip
             cutter = _Cutter(slide, job)
             row["candidates"] = len(cutter.candidates)
-            if job.dry_run:
+            if job.corners is not None:
+                cutter.kept = [(x, y) for x, y in job.corners]
+                row |= {"status": "drawn", "reason": cutter.try_sheet()}
+            elif job.dry_run:
                 row |= _estimate(cutter, job)
-            elif len(cutter.candidates):
-                _write(cutter, job, row)
+            else:
+                _cut(cutter, job, row)
             row |= {f"rejected_{why}": count for why, count in cutter.counts.items()}
-            if not job.dry_run:
-                cutter.check_readable()
-                row["kept"] = len(cutter.kept)
-                row["status"] = "kept" if cutter.kept else "empty"
-                row["reason"] = "" if cutter.kept else "no patch with enough tissue passed"
-                if job.sheet:
-                    try:
-                        cutter.sheet(Path(job.sheet))
-                    except (ValueError, MemoryError) as error:  # a picture is no reason to lose the slide
-                        row["reason"] = f"no contact sheet: {error}"
     except SlideError as error:
         row |= {"reason": str(error), "status": "skipped" if isinstance(error, SlideSkipped) else "quarantined"}
     except MemoryError:
@@ -264,22 +292,29 @@ def run(job: SlideJob) -> dict[str, Any]:
     return row
 
 
-def _write(cutter: _Cutter, job: SlideJob, row: dict[str, Any]) -> None:
+def _cut(cutter: _Cutter, job: SlideJob, row: dict[str, Any]) -> None:
+    """Write the shard, if there is a patch, and the contact sheet; the outcome becomes part of the row."""
     patches = cutter.patches()
     first = next(patches, None)
     if first is None:
+        row |= {"kept": 0, "status": "empty", "reason": cutter.why_none()}
+        cutter.try_sheet()
         return
     notes: dict[str, Any] = {}
     all_of_them = _noting(chain([first], patches), notes, cutter, row)
     record = write_shard(job.folder, job.number, all_of_them, job.codec, job.token, notes)
-    row["bytes"] = record.size
+    row |= {**notes["row"], "bytes": record.size}
 
 
 def _noting(patches: Iterable[Patch], notes: dict[str, Any], cutter: _Cutter, row: dict[str, Any]) -> Iterator[Patch]:
-    """The patches; once all were taken, what was counted becomes part of the shard's record."""
+    """The patches; once all were taken, what was counted becomes part of the shard's record.
+
+    The contact sheet is drawn before the shard is there: where there is a shard, a rerun looks at the slide no more.
+    """
     yield from patches
+    told = {"kept": len(cutter.kept), "status": "kept", "reason": cutter.try_sheet()}
     counts = {f"rejected_{why}": count for why, count in cutter.counts.items()}
-    notes["row"] = {**row, **counts, "kept": len(cutter.kept), "status": "kept"}
+    notes["row"] = {**row, **counts, **told, "seconds": round(time.monotonic() - cutter.start, 2)}
 
 
 def _estimate(cutter: _Cutter, job: SlideJob) -> dict[str, Any]:
@@ -295,8 +330,10 @@ def _estimate(cutter: _Cutter, job: SlideJob) -> dict[str, Any]:
     each = (time.monotonic() - start) / max(len(trial), 1)
     share = len(sizes) / max(len(trial), 1)
     patches = round(min(len(cutter.candidates) * share, job.max_patches or math.inf))
+    reason = "" if patches else cutter.why_none()
     return {
-        "status": "estimated", "kept": patches, "bytes": round(patches * (np.mean(sizes) if sizes else 0)),
+        "status": "estimated" if len(trial) else "empty", "reason": reason, "kept": patches,
+        "bytes": round(patches * (np.mean(sizes) if sizes else 0)),
         "estimated_seconds": round(patches / share * each, 1) if share else 0.0,
     }  # fmt: skip
 
@@ -309,28 +346,12 @@ def limit_memory(gib: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), int(gib * 2**30)))
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that ends (Linux only): an orphan could overwrite
-    what a rerun writes.
-
-    Args:
-        parent: Its process number: if it has ended already, the kernel has nothing to tell.
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
-        if os.getppid() != parent:
-            raise SystemExit("the command that wanted this slide has ended")
-
-
 def main() -> None:
     """Read a job, do it, write its row."""
     path = Path(sys.argv[1])
     job = SlideJob(**json.loads(path.read_text(encoding="utf-8")))
     limit_memory(job.memory)
-    die_with_parent(int(sys.argv[2]))
+    end_with(int(sys.argv[2]))
     row = run(job)
     write_json(path.with_suffix(".row.json"), row)
 

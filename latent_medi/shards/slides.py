@@ -12,8 +12,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,25 @@ from typing import Any
 import pandas as pd
 
 from latent_medi.errors import Incomplete, UserError
-from latent_medi.files import read_json, remove
-from latent_medi.metadata.fields import is_missing
-from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns, write_table
-from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
+from latent_medi.files import read_json, read_object, remove
+from latent_medi.metadata.tables import read_table, require_columns, write_for_people, written_for_people
+from latent_medi.processes import environment, python_words
 from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.dispatch import dispatch
-from latent_medi.shards.patch import check_column, check_key
 from latent_medi.shards.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
+from latent_medi.shards.resolution import check_mpp
 from latent_medi.shards.settings import SlideSettings
-from latent_medi.shards.slide import find_slides
 from latent_medi.shards.slide_job import SlideJob, write_job
+from latent_medi.shards.slide_list import Listed, list_slides
+from latent_medi.shards.verify import SPLIT_PREFIX
 from latent_medi.shards.writer import finish_dataset, finished_dataset, reopen_dataset
 
 logger = get_logger(__name__)
 
+_SOURCE = "whole slides"
+_AS_SCANNED = "as the scanner delivered them"
 QC_FOLDER = "qc"
 QC_TABLE = "qc/slides.csv"
 QC_COLUMNS = (
@@ -59,33 +60,125 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
     ``qc/<slide>.png`` (thumbnail, mask and patches).
 
     Returns:
-        ``folder``, ``patches``, ``slides`` by status, and ``left_out``: the reason by slide.
+        ``folder``, ``patches``, ``slides`` by status, ``left_out``: the reason by slide, and ``reasons``: how many
+        slides each kind of reason left out.
 
     Raises:
-        UserError: Settings or table cannot be followed, or no slide gave a patch.
+        UserError: Settings or table cannot be followed, no slide gave a patch, or the folder holds what a rerun would
+            drop.
         Incomplete: The dataset is finished, without some slides; they are named.
     """
     _check(settings)
-    jobs, schema = _jobs(settings)
-    out = Path(settings.out)
+    slides, schema = list_slides(settings)
+    jobs = _jobs([slide for slide in slides if not slide.fault], settings)
+    faults: list[dict[str, Any]] = [
+        {"slide": slide.name, "path": str(slide.path), "status": "quarantined", "reason": slide.fault}
+        for slide in slides
+        if slide.fault
+    ]
     if settings.dry_run:
-        return _estimate(jobs, settings)
+        return _estimate(jobs, faults, settings)
+    out = Path(settings.out)
     name = settings.name or out.name
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": settings.patch_size, "codec": settings.codec}
     table = out / QC_TABLE
-    before = {row["slide"]: row for row in read_table(table).to_dict(orient="records")} if table.is_file() else {}
+    before = _before(table)
+    dataset: PatchDataset | None = None
     if (out / INFO_FILE).is_file():
-        whole = finished_dataset(out, expected | {"mpp": settings.mpp}, [job.token for job in jobs])
-        if whole and all(job.key in before for job in jobs):
-            return _told(whole, [before[job.key] for job in jobs])
-        reopen_dataset(out)  # to add slides, or to try those again that were left out
-    done = _kept(out, jobs)
-    rows = {number: dict(record.notes.get("row") or before[jobs[number].key]) for number, record in done.items()
-            if "row" in record.notes or jobs[number].key in before}  # fmt: skip
-    done = {number: record for number, record in done.items() if number in rows}
-    todo = [job for job in jobs if job.number not in done]
-    if done:
-        logger.info("%d of %d slides were cut before", len(done), len(jobs))
+        _check_out(out, {job.patient for job in jobs})
+        dataset = finished_dataset(out, expected | {"mpp": settings.mpp}, [job.token for job in jobs])
+        if dataset and not (_left_out(faults) == dataset.info["provenance"].get("left_out") and _known(jobs, before)):
+            dataset = None
+        if dataset is None:
+            reopen_dataset(out)  # to add slides, or to try those again that were left out
+    if dataset is not None:
+        rows = [dict(before[job.key]) for job in jobs]
+    else:
+        rows = _cut(jobs, before, settings, out)
+        _write_qc(rows + faults, table)
+        kept_numbers = [job.number for job, row in zip(jobs, rows, strict=True) if row["status"] == "kept"]
+        if not kept_numbers:
+            raise UserError(
+                f"None of the {len(slides)} slides gave a patch:\n  " + _reasons(rows + faults), f"See {table}."
+            )
+        provenance = {
+            "source": _SOURCE,
+            "cut": {key: getattr(settings, key) for key in _JOB_SETTINGS},
+            "colours": _AS_SCANNED if settings.icc == "ignore" else "converted to sRGB by the profile",
+            "left_out": _left_out(rows + faults),
+        }
+        dataset = finish_dataset(
+            out, name, schema, settings.patch_size, settings.mpp, settings.codec, provenance, shards=kept_numbers
+        )
+    _complete(dataset, jobs, rows, settings)
+    if rows != [before.get(job.key) for job in jobs]:
+        _write_qc(rows + faults, table)
+    for leftover in (out / QC_FOLDER).glob(".tmp-*"):  # of a run that was killed
+        remove(leftover)
+    return _told(dataset, rows + faults)
+
+
+def _before(path: Path) -> dict[str, dict[str, Any]]:
+    """What the quality table said of each slide, if there is one."""
+    if not path.is_file():
+        return {}
+    table = written_for_people(read_table(path))
+    require_columns(table, ["slide", "status"], f"The quality table {path}")
+    return {row["slide"]: row for row in table.to_dict(orient="records")}
+
+
+def _check_out(out: Path, patients: set[str]) -> None:
+    """Refuse to replace a dataset that did not come from slides, or to drop a split.
+
+    Raises:
+        UserError: That would happen.
+    """
+    info = read_object(out / INFO_FILE)
+    provenance = info.get("provenance")
+    if not isinstance(provenance, dict) or provenance.get("source") != _SOURCE:
+        raise UserError(
+            f"{out} holds another dataset, {info.get('name')!r}, which was not cut from slides.",
+            "Write to another folder, or remove this one first.",
+        )
+    try:
+        dataset = PatchDataset.open(out)
+    except UserError as error:
+        if info.get("splits"):
+            raise UserError(
+                f"{error.message} To cut again would drop its splits ({', '.join(info['splits'])}).",
+                f"Restore the file, or remove {out / INFO_FILE} to do without them.",
+            ) from None
+        return
+    for split in dataset.info["splits"]:
+        had = set(dataset.index.loc[dataset.index[SPLIT_PREFIX + split] != "", "patient"])
+        if had and not had & patients:
+            raise UserError(
+                f"{out} has the split {split!r}, and no patient of it is among the slides.", "Write to another folder."
+            )
+        if gone := sorted(had - patients):
+            logger.warning("%d patients of the split %r have no slide now, such as %s", len(gone), split, gone[0])
+
+
+def _known(jobs: list[SlideJob], before: Mapping[str, Mapping[str, Any]]) -> bool:
+    return all(before.get(job.key, {}).get("status") == "kept" for job in jobs)
+
+
+def _cut(
+    jobs: list[SlideJob], before: Mapping[str, Mapping[str, Any]], settings: SlideSettings, out: Path
+) -> list[dict[str, Any]]:
+    """Cut the slides that are not cut yet; a row of the quality table per job.
+
+    Raises:
+        UserError: It cannot go on, such as on a full disk.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for number, record in _kept(out, jobs).items():
+        known = record.notes.get("row") or before.get(jobs[number].key, {})
+        if known.get("status") == "kept":
+            rows[number] = {**known, "path": jobs[number].path}
+    todo = [job for job in jobs if job.number not in rows]
+    if rows:
+        logger.info("%d of %d slides were cut before", len(rows), len(jobs))
     for job, row in zip(todo, progress(_dispatch(todo, settings), len(todo), "cutting slides", "slide"), strict=True):
         if row["status"] == "failed":
             raise UserError(
@@ -94,21 +187,29 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
         rows[job.number] = row
         if row["status"] != "kept":
             logger.warning("%s: %s: %s", job.path, row["status"], row["reason"])
-    ordered = [rows[job.number] for job in jobs]
-    _write_qc(ordered, table)
-    kept_numbers = [job.number for job in jobs if rows[job.number]["status"] == "kept"]
-    if not kept_numbers:
-        raise UserError(f"None of the {len(jobs)} slides gave a patch:\n  " + _reasons(ordered), f"See {table}.")
-    provenance = {
-        "source": "whole slides",
-        "cut": {key: getattr(settings, key) for key in _JOB_SETTINGS},
-        "colours": "as the scanner delivered them" if settings.icc == "ignore" else "converted to sRGB by the profile",
-        "left_out": {row["slide"]: row["reason"] for row in ordered if row["status"] != "kept"},
-    }
-    dataset = finish_dataset(
-        out, name, schema, settings.patch_size, settings.mpp, settings.codec, provenance, shards=kept_numbers
-    )
-    return _told(dataset, ordered)
+    return [rows[job.number] for job in jobs]
+
+
+def _complete(dataset: PatchDataset, jobs: list[SlideJob], rows: list[dict[str, Any]], settings: SlideSettings) -> None:
+    """Give the rows what a run that was cut off left open: bytes, and contact sheets that are not there."""
+    sizes = {shard["file"]: shard["bytes"] for shard in dataset.info["shards"]}
+    kept = {job.number: row for job, row in zip(jobs, rows, strict=True) if row["status"] == "kept"}
+    for number, row in kept.items():
+        if str(row.get("bytes")) != str(size := sizes[shard_file(number)]):
+            row["bytes"] = size
+    bare = [job for job in jobs if job.number in kept and job.sheet and not Path(job.sheet).is_file()]
+    if not bare:
+        return
+    logger.info("drawing %d contact sheets that are not there", len(bare))
+    corners = {slide: part.to_numpy().tolist() for slide, part in dataset.index.groupby("slide")[["x", "y"]]}
+    for job, drawn in zip(
+        bare, _dispatch([dataclasses.replace(job, corners=corners[job.key]) for job in bare], settings), strict=True
+    ):
+        row = kept[job.number]
+        row["reason"] = drawn["reason"] if drawn["status"] == "drawn" else f"no contact sheet: {drawn['reason']}"
+        if row["reason"]:
+            logger.warning("%s: %s", job.path, row["reason"])
+        row["seconds"] = row.get("seconds") or drawn["seconds"]
 
 
 def _kept(out: Path, jobs: list[SlideJob]) -> dict[int, ShardRecord]:
@@ -142,34 +243,46 @@ def _kept(out: Path, jobs: list[SlideJob]) -> dict[int, ShardRecord]:
 
 def _told(dataset: PatchDataset, rows: list[dict[str, Any]]) -> dict[str, Any]:
     by_status = pd.Series([row["status"] for row in rows]).value_counts()
-    left_out = {row["slide"]: f"{row['status']}: {row['reason']}" for row in rows if row["status"] != "kept"}
     result = {
         "folder": str(dataset.folder),
         "patches": len(dataset),
         "slides": {str(status): int(count) for status, count in by_status.items()},
-        "left_out": left_out,
+        "left_out": {row["slide"]: f"{row['status']}: {row['reason']}" for row in _bad(rows)},
+        "reasons": _by_reason(rows),
     }
     print(f"{len(dataset)} patches of {by_status.get('kept', 0)} slides in {dataset.folder}; {QC_TABLE} tells of each")
-    if left_out:
-        raise Incomplete(
-            f"{len(left_out)} of {len(rows)} slides were left out:\n  " + _reasons(rows), result
-        )  # fmt: skip
+    if bad := _bad(rows):
+        raise Incomplete(f"{len(bad)} of {len(rows)} slides were left out:\n  " + _reasons(rows), result)
     return result
 
 
-def _reasons(rows: Iterable[Mapping[str, Any]], most: int = 20) -> str:
-    bad = [
-        f"{row['path']}: {row['status']}: {row['reason']}" for row in rows if row["status"] not in ("kept", "estimated")
-    ]
-    return "\n  ".join(bad[:most] + ([f"… and {len(bad) - most} more"] if len(bad) > most else []))
+def _bad(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["status"] not in ("kept", "estimated")]
+
+
+def _left_out(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    return {row["slide"]: row["reason"] for row in _bad(rows)}
+
+
+def _by_reason(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many slides each kind of reason left out: what stands before the colon, most frequent first."""
+    kinds = Counter(f"{row['status']}: {row['reason'].partition(':')[0]}" for row in _bad(rows))
+    return dict(kinds.most_common())
+
+
+def _reasons(rows: list[dict[str, Any]], most: int = 20) -> str:
+    bad, kinds = _bad(rows), _by_reason(rows)
+    told = [f"{count} × {kind}" for kind, count in kinds.items()] if len(kinds) < len(bad) else []
+    told += [f"{row['path']}: {row['status']}: {row['reason']}" for row in bad[:most]]
+    return "\n  ".join(told + ([f"… and {len(bad) - most} more"] if len(bad) > most else []))
 
 
 def _write_qc(rows: list[dict[str, Any]], path: Path) -> None:
-    write_table(pd.DataFrame([{column: row.get(column, "") for column in QC_COLUMNS} for row in rows]), path)
+    write_for_people(pd.DataFrame([{column: row.get(column, "") for column in QC_COLUMNS} for row in rows]), path)
 
 
-def _estimate(jobs: list[SlideJob], settings: SlideSettings) -> dict[str, Any]:
-    rows = list(progress(_dispatch(jobs, settings), len(jobs), "estimating", "slide"))
+def _estimate(jobs: list[SlideJob], faults: list[dict[str, Any]], settings: SlideSettings) -> dict[str, Any]:
+    rows = [*progress(_dispatch(jobs, settings), len(jobs), "estimating", "slide"), *faults]
     good = [row for row in rows if row["status"] == "estimated"]
     patches, size = (sum(int(row[key]) for row in good) for key in ("kept", "bytes"))
     seconds = sum(float(row["estimated_seconds"]) for row in good) / max(settings.jobs, 1)
@@ -196,8 +309,8 @@ def _check(settings: SlideSettings) -> None:
         problems.append("neither a folder nor a table of slides is given (source=… or table=…)")
     if settings.patch_size < 1 or settings.jobs < 1 or settings.max_patches < 0:
         problems.append("patch_size and jobs are at least 1, max_patches at least 0")
-    if not (settings.mpp > 0 and settings.timeout > 0 and 0 <= settings.overlap < 1):
-        problems.append("mpp and timeout are above 0, overlap is from 0 to below 1")
+    if not (settings.timeout > 0 and 0 <= settings.overlap < 1):
+        problems.append("timeout is above 0, overlap is from 0 to below 1")
     for name in ("min_tissue", "max_white", "max_black", "max_unreadable"):
         if not 0 <= getattr(settings, name) <= 1:
             problems.append(f"{name} is a share from 0 to 1, not {getattr(settings, name)}")
@@ -205,95 +318,24 @@ def _check(settings: SlideSettings) -> None:
         problems.append("min_sharpness and memory are not negative")
     if problems:
         raise UserError("The slides cannot be cut: " + "; ".join(problems) + ".")
+    check_mpp(settings.mpp, "The resolution of the patches, mpp,")
 
 
-def _jobs(settings: SlideSettings) -> tuple[list[SlideJob], Schema]:
-    """A job per slide in the order of the table (or of the paths), and the schema of their fields."""
-    root = Path(settings.source) if settings.source else Path(settings.table).parent
-    fields = [*([settings.class_field] if settings.class_field else []), *settings.categorical, *settings.continuous]
-    for column in (*fields, *settings.extra):
-        check_column(column)
-    if settings.table:
-        table = read_table(settings.table)
-        require_columns(
-            table, [settings.slide_column, settings.patient_column, *fields, *settings.extra],
-            f"The table of slides {settings.table}",
-            settings_of_columns(
-                settings, "slide_column", "patient_column", "class_field", "categorical", "continuous", "extra"
-            ),
-        )  # fmt: skip
-        schema = Schema.from_table(
-            table, settings.class_field or None, settings.categorical, settings.continuous, settings.units
-        )
-        rows = table.to_dict(orient="records")
-        if not rows:
-            raise UserError(f"The table of slides {settings.table} has no row.")
-        named = [(root / row[settings.slide_column], row[settings.patient_column], row) for row in rows]
-    else:
-        if fields or settings.extra:
-            raise UserError(f"Fields {[*fields, *settings.extra]} are asked for, but no table is given.", "table=…")
-        schema = Schema()
-        named = [(path, "", {}) for path in find_slides(root)]
-    overrides = _overrides(settings.mpp_table)
-    used: set[str] = set()
-    jobs: list[SlideJob] = []
-    keys: dict[str, Path] = {}
+def _jobs(slides: list[Listed], settings: SlideSettings) -> list[SlideJob]:
     common = {key: getattr(settings, key) for key in _JOB_SETTINGS}
-    for number, (path, patient, row) in enumerate(named):
-        key = _key(path)
-        if key in keys:
-            raise UserError(f"{path} and {keys[key]} would both have the key {key!r}.", "Rename one of the files.")
-        keys[key] = path
-        if not settings.table:
-            patient = parse_barcode(path.name).patient if is_tcga([path.name]) else key
-        if is_missing(patient):  # with a table never the slide's name: two slides of one person would become two people
-            raise UserError(f"{path} has no patient.", "Without patients no honest split is possible; fill the column.")
-        override = next(
-            (
-                name
-                for name in (path.name, path.stem, key, str(row.get(settings.slide_column, "")))
-                if name in overrides
-            ),
-            "",
-        )
-        used.add(override)
+    fields = [*([settings.class_field] if settings.class_field else []), *settings.categorical, *settings.continuous]
+    jobs: list[SlideJob] = []
+    for number, slide in enumerate(slides):
         job = SlideJob(
-            str(path.resolve()), key, str(patient), fields={name: row[name] for name in fields},
-            extra={name: row[name] for name in settings.extra}, mpp_override=overrides.get(override),
+            os.path.realpath(slide.path), slide.key, slide.patient, fields={name: slide.row[name] for name in fields},
+            extra={name: slide.row[name] for name in settings.extra}, mpp_override=slide.mpp,
             folder=str(Path(settings.out).resolve()), number=number, memory=settings.memory, dry_run=settings.dry_run,
-            sheet=str(Path(settings.out, QC_FOLDER, f"{key}.png").resolve()) if settings.contact_sheets else "",
+            sheet=str(Path(settings.out, QC_FOLDER, f"{slide.key}.png").resolve()) if settings.contact_sheets else "",
             **common,
         )  # fmt: skip
-        job.token = _token(job, path)
+        job.token = _token(job, slide.path)
         jobs.append(job)
-    if unused := sorted(set(overrides) - used):
-        raise UserError(f"{settings.mpp_table} names slides that are not there: {unused[:5]}.", "Correct the names.")
-    return jobs, schema
-
-
-def _key(path: Path) -> str:
-    key = slide_key(path.name) if is_tcga([path.name]) else path.stem.replace(".", "-")
-    check_key(key)
-    return key
-
-
-def _overrides(path: str) -> dict[str, float]:
-    if not path:
-        return {}
-    table = read_table(path)
-    require_columns(table, ["slide", "mpp"], f"The table of resolutions {path}")
-    found: dict[str, float] = {}
-    for name, text in zip(table["slide"], table["mpp"], strict=True):
-        try:
-            found[name] = float(text)
-        except ValueError:
-            found[name] = -1.0
-        if not 0 < found[name] < 1000:
-            raise UserError(
-                f"{path}: the resolution of {name!r} is {text!r}; it is a number of µm per pixel > 0.",
-                "Write a point for a decimal comma.",
-            )
-    return found
+    return jobs
 
 
 def _token(job: SlideJob, path: Path) -> str:
@@ -302,9 +344,9 @@ def _token(job: SlideJob, path: Path) -> str:
     """
     parts = [job.key, job.patient, job.fields, job.extra, job.mpp_override]
     parts += [getattr(job, key) for key in _JOB_SETTINGS]
-    # A MIRAX slide is an index file and a folder of the same name.
-    companions = sorted(path.with_suffix("").glob("*")) if path.suffix.lower() == ".mrxs" else []
     try:
+        # A MIRAX slide is an index file and a folder of the same name.
+        companions = sorted(path.with_suffix("").glob("*")) if path.suffix.lower() == ".mrxs" else []
         files = [[p.name, (status := p.stat()).st_size, status.st_mtime_ns] for p in (path, *companions)]
     except OSError:
         files = []
@@ -329,8 +371,8 @@ def run_slide(job: SlideJob, timeout: float) -> dict[str, Any]:
         path = Path(folder) / "job.json"
         write_job(job, path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "latent_medi.shards.slide_job", str(path), str(os.getpid())],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            python_words("latent_medi.shards.slide_job", str(path), str(os.getpid())),
+            env=environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
         try:

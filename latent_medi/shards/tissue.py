@@ -89,6 +89,28 @@ def tissue_mask(image: np.ndarray, mpp: float = THUMBNAIL_MPP) -> np.ndarray:
     return _fill_small_holes(_without_small(second, mpp), mpp) & usable
 
 
+def why_no_tissue(image: np.ndarray, mpp: float = THUMBNAIL_MPP) -> str:
+    """What a thumbnail looks like in which no tissue was found, in words.
+
+    Args:
+        image: Thumbnail, uint8 [h, w, 3].
+        mpp: Its µm per pixel.
+    """
+    _, saturation, value = hsv(image)
+    least = _SMALLEST_UM2 / mpp**2  # pixels
+    if (near_black := float((value < 60).mean())) > 0.5:
+        return f"dark: {near_black:.0%} of it is near-black (fluorescence, or inverted?)"
+    stained = (value >= 60) & (value < 200)
+    if stained.sum() >= least and np.median(saturation[stained]) < _LEAST_SATURATION:
+        return "grey: tissue is found by its colour (min_tissue=0 takes all)"
+    if (covered := pen_and_black(image)).sum() >= least:
+        return f"no tissue: {covered.mean():.0%} of it is taken for marker ink or black, the rest for glass"
+    if value.size < 2 * least:
+        size = " × ".join(f"{pixels * mpp / 1000:.1g}" for pixels in (image.shape[1], image.shape[0]))
+        return f"too small to find tissue on: the whole slide is about {size} mm, if its resolution is right"
+    return "no tissue: nothing but glass, or too pale to tell from it"
+
+
 def _threshold(saturation: np.ndarray) -> float:
     """Otsu's threshold, or one above everything if there are no two groups apart.
 

@@ -220,6 +220,15 @@ def finish_dataset(
     return PatchDataset.open(folder)
 
 
+def remember_splits(dataset: PatchDataset) -> None:
+    """Note the splits of a dataset that is to be written again: :func:`finish_dataset` records them again."""
+    splits = {
+        name: {"parts": dataset.index.groupby("patient")[SPLIT_PREFIX + name].first().to_dict(), **entry}
+        for name, entry in dataset.info["splits"].items()
+    }
+    write_sealed(dataset.folder / PROGRESS_FOLDER / SPLITS_FILE, splits)
+
+
 def _remembered(folder: Path) -> dict[str, Any]:
     """The splits of the dataset that this folder was before it was reopened."""
     path = folder / PROGRESS_FOLDER / SPLITS_FILE
@@ -285,11 +294,7 @@ def reopen_dataset(folder: str | Path) -> None:
                 "The selections %s belong to the patches as they were: make them again", [*dataset.selections]
             )
         extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", *names, *splits}]
-        splits_of = {
-            name: {"parts": dataset.index.groupby("patient")[SPLIT_PREFIX + name].first().to_dict(), **entry}
-            for name, entry in dataset.info["splits"].items()
-        }
-        write_sealed(folder / PROGRESS_FOLDER / SPLITS_FILE, splits_of)
+        remember_splits(dataset)
         of_shard = dict(list(dataset.index.groupby("shard", sort=False)))
         for shard in dataset.info["shards"]:
             mine = of_shard.get(shard["file"], dataset.index.iloc[:0])

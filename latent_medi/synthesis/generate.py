@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from accelerate import Accelerator
 
+from latent_medi.agreement import agreed
 from latent_medi.diffusion.guidance import check_guidance
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import make_sampler
@@ -119,29 +120,31 @@ def generate_plan(
         if getattr(settings, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}.")
     accelerator = accelerator or make_accelerator(patient=True)
-    pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
-    load_adapters(pipeline, settings, loaded=isinstance(model, MediPipeline))
-    pipeline.to(accelerator.device)
-    maker = Maker(pipeline, settings)
-    checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
-    checked = check_plan(checked, maker.schema, ignore=settings.ignore)
-    maker.check_wanted(checked)
-    ends = np.cumsum(checked["count"].to_numpy(np.int64))
-    if not len(ends) or not ends[-1]:
-        raise UserError("The plan asks for no image: every count is 0.")
-    mpp = settings.mpp or float(pipeline.provenance.get("mpp", 0))
-    if not mpp > 0:
-        raise UserError("The model does not say how many µm a pixel is.", "Set mpp.")
-    check_requests(checked, pipeline, settings)
-
-    folder, name = Path(out), settings.name or Path(out).name
-    model_hash = pipeline.model_hash
-    provenance = describe(checked, maker, model_hash)
-    if (folder / INFO_FILE).exists():
-        done = PatchDataset.open(folder)
-        if done.info["provenance"] != provenance or done.name != name:
-            raise UserError(f"{folder} holds another dataset.", "Choose another folder, or remove this one first.")
-        logger.info("%s is finished.", folder)
+    with agreed(accelerator) as told:
+        pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
+        load_adapters(pipeline, settings, loaded=isinstance(model, MediPipeline))
+        pipeline.to(accelerator.device)
+        maker = Maker(pipeline, settings)
+        checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
+        checked = check_plan(checked, maker.schema, ignore=settings.ignore)
+        maker.check_wanted(checked)
+        ends = np.cumsum(checked["count"].to_numpy(np.int64))
+        if not len(ends) or not ends[-1]:
+            raise UserError("The plan asks for no image: every count is 0.")
+        mpp = settings.mpp or float(pipeline.provenance.get("mpp", 0))
+        if not mpp > 0:
+            raise UserError("The model does not say how many µm a pixel is.", "Set mpp.")
+        check_requests(checked, pipeline, settings)
+        folder, name = Path(out), settings.name or Path(out).name
+        model_hash = pipeline.model_hash
+        provenance = describe(checked, maker, model_hash)
+        done = finished_as(folder, name, provenance)
+        told.reads("model", "" if isinstance(model, MediPipeline) else model, lambda: model_hash)
+        told.reads("plan", plan if isinstance(plan, (str, Path)) else "", lambda: provenance["plan"]["sha256"])
+        told.does(settings, but=("plan", "model", "adapters", "autoguidance", "classifier"))
+        told.does(provenance, but=("model", "plan"))
+        told.does({"out": str(out), "mpp": mpp, "finished": done is not None})
+    if done is not None:
         return done
     token = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
     size = settings.patches_per_shard
@@ -166,6 +169,21 @@ def generate_plan(
         finish_dataset(folder, name, maker.schema, pipeline.patch_size, mpp, settings.codec, provenance, shards=shards)
     accelerator.wait_for_everyone()
     return PatchDataset.open(folder)
+
+
+def finished_as(folder: Path, name: str, provenance: dict[str, Any]) -> PatchDataset | None:
+    """The dataset in a folder if it is finished and the one that is to be made there; ``None`` if there is none.
+
+    Raises:
+        UserError: The folder holds another dataset.
+    """
+    if not (folder / INFO_FILE).exists():
+        return None
+    done = PatchDataset.open(folder)
+    if done.info["provenance"] != provenance or done.name != name:
+        raise UserError(f"{folder} holds another dataset.", "Choose another folder, or remove this one first.")
+    logger.info("%s is finished.", folder)
+    return done
 
 
 def load_adapters(pipeline: MediPipeline, settings: GenerateSettings, loaded: bool = False) -> None:

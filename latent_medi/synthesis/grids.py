@@ -88,7 +88,10 @@ def grid(settings: GridSettings) -> Path:
     Raises:
         UserError: A field or value that the model does not know, or settings that do not go together.
     """
-    pipeline = MediPipeline.from_pretrained(settings.model).to(make_accelerator().device)
+    accelerator = make_accelerator()
+    if accelerator.num_processes > 1:  # each would draw it
+        raise UserError("A grid is drawn by one process.", "Start one, without a launcher.")
+    pipeline = MediPipeline.from_pretrained(settings.model).to(accelerator.device)
     known, problems = pipeline.schema, settings.problems()
     asked = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
     for name in dict.fromkeys([*settings.fields, *(name for name in asked if name)]):

@@ -5,7 +5,8 @@ Columns: a column per field, ``count``, ``verdict`` and ``seed``. A cell of a fi
 a continuous field may also hold ``real``: drawn for each sample from the distribution of the training data. Two
 columns more say from which, such as ``age_quantiles`` ("41 55 62 70 88": evenly spaced quantiles, from the least to
 the largest value) and ``age_unknown`` (share of samples without a value, 0 to 1; nothing means none). Where both are
-empty or absent, the values are those of the model's schema.
+empty or absent, the values are those of the model's schema. A third, ``age_from``, tells a reader whose they are
+(``cell``, ``class`` or ``all``), and is not looked at.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ import pandas as pd
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import atomic_path
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field, Schema
-from latent_medi.metadata.tables import read_table
+from latent_medi.metadata.tables import read_table, write_for_people, written_for_people
 
 REAL = "real"
 """Cell of a continuous field: draw a realistic value for each sample."""
 OWN_COLUMNS = ("count", "verdict", "seed")
 QUANTILES_OF, UNKNOWN_OF = "_quantiles", "_unknown"
 """Endings of the columns that say what ``real`` means in a row."""
+DRAWN_FROM = "_from"
+"""Ending of the column that says whose values these are: those of the row's combination, its class, or all."""
 MOST = 10**8  # more images than any run makes; a slip of the keyboard is caught here
 
 
@@ -48,23 +51,26 @@ def write_plan(plan: pd.DataFrame, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise UserError(f"The plan {path} must end in .csv or .parquet.")
+    if path.suffix.lower() == ".csv":
+        write_for_people(plan, path)
+        return
     with atomic_path(path) as temporary:
-        if path.suffix.lower() == ".csv":
-            plan.to_csv(temporary, index=False, encoding="utf-8")
-        else:
-            plan.to_parquet(temporary, index=False)
+        plan.to_parquet(temporary, index=False)
 
 
 def read_plan(path: str | Path, schema: Schema | None = None) -> pd.DataFrame:
     """Read a plan and check it; see :func:`check_plan`."""
-    return check_plan(read_table(path), schema, where=str(path))
+    table = read_table(path)
+    if Path(path).suffix.lower() == ".csv":
+        table = written_for_people(table)
+    return check_plan(table, schema, where=str(path))
 
 
 def check_plan(
     plan: pd.DataFrame, schema: Schema | None = None, where: str = "The plan", ignore: Sequence[str] = ()
 ) -> pd.DataFrame:
     """A plan with counts and seeds as integers, everything else as strings, and seeds filled in where they are left
-    out; the columns on ``real`` come last.
+    out; the columns on ``real`` come last, without :data:`DRAWN_FROM`.
 
     Args:
         plan: The table.
@@ -90,7 +96,11 @@ def check_plan(
                     f"Rename it, or leave it out knowingly with ignore=[{column}].",
                 )
     cells = {column: [_cell(value) for value in plan[column]] for column in named}
-    extras = {c: [_cell(value) for value in plan[c]] for c, field in drawn.items() if field not in ignore}
+    extras = {
+        c: [_cell(value) for value in plan[c]]
+        for c, field in drawn.items()
+        if field not in ignore and c != field + DRAWN_FROM
+    }
     counts = [whole_number(value, MOST, f"{where}, row {i + 1}: count") for i, value in enumerate(plan["count"])]
     if sum(counts) >= MOST:
         raise UserError(f"{where} asks for {sum(counts)} patches; the most is {MOST - 1}.", "Is a count mistyped?")
@@ -124,7 +134,7 @@ def _columns_on_real(columns: Sequence[str], schema: Schema | None) -> dict[str,
     """The field by column of those that say what ``real`` means; a field of such a name stays a field."""
     found = {}
     for column in columns:
-        for ending in (QUANTILES_OF, UNKNOWN_OF):
+        for ending in (QUANTILES_OF, UNKNOWN_OF, DRAWN_FROM):
             name = column.removesuffix(ending)
             if name == column or name not in columns:
                 continue

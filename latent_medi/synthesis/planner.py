@@ -18,8 +18,9 @@ from typing import Any
 import pandas as pd
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.metadata.audit import VERDICTS, audit
+from latent_medi.metadata.audit import audit
 from latent_medi.metadata.cohort import is_table, map_sites, read_cohort
+from latent_medi.metadata.estimability import VERDICTS
 from latent_medi.metadata.schema import UNKNOWN, Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
@@ -147,6 +148,11 @@ def make_plan(index: pd.DataFrame, schema: Schema, settings: PlanSettings) -> Pl
     """
     if problems := problems_of(settings) + problems_with(settings, schema):
         raise refusal(problems)
+    if taken := [name for name in schema.names if name in OWN_COLUMNS]:
+        raise UserError(
+            f"A field called {taken[0]!r} cannot be planned: a plan has such a column itself.",
+            "Rename the column in the table, and import it again.",
+        )
     goal = goal_of(settings)
     target = _read_target(settings.target, schema) if settings.target else None
     names = list(target[0]) if target else _combined(settings, schema)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from latent_medi.agreement import agreed
 from latent_medi.errors import UserError
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
@@ -59,6 +60,8 @@ _HELD = 0.05
 def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> dict[str, Any]:
     """Choose patches of a synthetic dataset, and record the choice as columns of its index.
 
+    Several launched processes share the embedding; the first one does the rest, and all return the same.
+
     Args:
         settings: Criteria, cells and how many.
         encoder: An encoder that is loaded already, instead of the one that the settings name.
@@ -72,27 +75,48 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> dic
         UserError: A folder of the wrong kind, fields or values that cannot be judged (named with the criterion), too
             few patients, no patch left, or another selection of that name.
     """
-    check_settings(settings)
-    settings = replace(settings, device=settings.device or str(make_accelerator().device))
-    task, real = open_task(settings)
-    if encoder is None:
-        encoder = load_encoder(settings.encoder, settings.weights or None, settings.device)
-        encoder = colour_free(encoder) if settings.colour_free else encoder
-    recipe = make_recipe(settings, task, real, encoder)
-    done = task.synthetic.selections.get(settings.name)
-    if done is not None and done["recipe"] == recipe:
+    accelerator = make_accelerator(patient=True)
+    with agreed(accelerator) as told:
+        check_settings(settings)
+        settings = replace(settings, device=settings.device or str(accelerator.device))
+        task, real = open_task(settings)
+        if encoder is None:
+            encoder = load_encoder(settings.encoder, settings.weights or None, settings.device)
+            encoder = colour_free(encoder) if settings.colour_free else encoder
+        recipe = make_recipe(settings, task, real, encoder)
+        done = task.synthetic.selections.get(settings.name)
+        finished = done is not None and done["recipe"] == recipe
+        if done is not None and not finished and not settings.replace:
+            raise UserError(
+                f"{settings.data} has a selection {settings.name!r} made in another way.",
+                "Give this one another name, or overwrite that one knowingly with replace=true.",
+            )
+        told.reads("data", settings.data, lambda: recipe["synthetic"])
+        told.reads("real", settings.real, lambda: recipe["real"]["sha256"])
+        told.does(settings, but=("data", "real", "weights", "device", "workers", "cache"))
+        told.does({"encoder": encoder.fingerprint, "finished": finished})
+    if done is not None and finished:
         log.info("The selection %r of %s is finished.", settings.name, settings.data)
         return _told(settings, done, finished=True)
-    if done is not None and not settings.replace:
-        raise UserError(
-            f"{settings.data} has a selection {settings.name!r} made in another way.",
-            "Give this one another name, or overwrite that one knowingly with replace=true.",
-        )
     cache = settings.cache or Path(settings.data).parent / "features"
-    how = (encoder, cache, settings.batch, settings.device)
+    how = (encoder, cache, settings.batch, settings.device, accelerator)
     features = cached_features(task.synthetic, np.arange(len(task.synthetic)), *how)
     real_features = cached_features(real, task.real_rows, *how)
+    if accelerator.is_main_process:
+        _choose(settings, task, real, recipe, features, real_features)
+    accelerator.wait_for_everyone()
+    return _told(settings, PatchDataset.open(settings.data).selections[settings.name], finished=False)
 
+
+def _choose(
+    settings: SelectSettings, task: Task, real: PatchDataset, recipe: dict[str, Any], features: np.ndarray,
+    real_features: np.ndarray,
+) -> None:  # fmt: skip
+    """Judge, choose, and write the columns. Features are changed in place.
+
+    Raises:
+        UserError: A criterion that cannot judge, or no patch left.
+    """
     passed: dict[str, np.ndarray] = {}
     result: dict[str, Any] = {"thresholds": {}, "probes": {}, "warnings": []}
     ranks: dict[str, np.ndarray] = {}
@@ -152,7 +176,6 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> dic
     PatchDataset.open(settings.data).add_selection(settings.name, columns, recipe, result, settings.replace)
     for text in result["warnings"]:
         log.warning(text)
-    return _told(settings, {"recipe": recipe, "result": result}, finished=False)
 
 
 def _told(settings: SelectSettings, entry: dict[str, Any], finished: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from latent_medi.diffusion.settings import (
     GuidanceSettings,
     SamplerSettings,
 )
+from latent_medi.paths import PathText
 
 
 @dataclass
@@ -46,9 +47,9 @@ class PlanSettings:
         cap: Most images of a combination; 0 for none.
         force_unidentifiable: Also plan combinations whose effects the data cannot tell apart; otherwise they are listed
             with count 0.
-        draw_from: Where a continuous field's values come from. "cell": the row's combination, if thin_patients patients
-            there have a value, else its class, else all; written into the plan. "all": the quantiles of the model's
-            schema.
+        draw_from: Whose values of a continuous field are drawn. "cell": those of the row's combination, if
+            thin_patients patients there have one, else of its class, else of all; written into the plan, which says
+            whose they are. "all": those of all that the model was trained on.
         split: Named split that defines what the model has seen; empty means every row. A table without the column
             split_main is taken whole.
         split_value: The part of the split.
@@ -64,13 +65,13 @@ class PlanSettings:
         seed: Seed of the whole plan.
     """
 
-    data: str = ""
-    out: str = ""
+    data: PathText = ""
+    out: PathText = ""
     goal: Literal["", "fill_unseen", "each", "union", "separate", "balance", "within_site", "target"] = ""
     per_cell: int = 0
     ratio: float = 0.0
     spread: Literal["even", "real"] = "even"
-    target: str = ""
+    target: PathText = ""
     fields: list[str] = field(default_factory=list)
     only: dict[str, list[str]] = field(default_factory=dict)
     max_images: int = 0
@@ -87,10 +88,10 @@ class PlanSettings:
     continuous: list[str] = field(default_factory=list)
     patient_field: str = ""
     slide_field: str = ""
-    tss_table: str = ""
+    tss_table: PathText = ""
     patches_per_row: int = 1
     thin_patients: int = 10
-    figure: str = ""
+    figure: PathText = ""
     seed: int = 0
 
 
@@ -125,10 +126,10 @@ class GenerateSettings:
             in lines of 16; out may then be left out.
     """
 
-    plan: str = ""
-    model: str = ""
-    out: str = ""
-    adapters: list[str] = field(default_factory=list)
+    plan: PathText = ""
+    model: PathText = ""
+    out: PathText = ""
+    adapters: list[PathText] = field(default_factory=list)
     adapter_scales: list[float] = field(default_factory=list)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
@@ -144,7 +145,7 @@ class GenerateSettings:
     n: int = 0
     fields: dict[str, str] = field(default_factory=dict)
     seed: int = 0
-    grid: str = ""
+    grid: PathText = ""
 
 
 @dataclass
@@ -170,8 +171,8 @@ class GridSettings:
         device_batch: Images per forward pass.
     """
 
-    model: str
-    out: str
+    model: PathText
+    out: PathText
     kind: Literal["cells", "blend", "trajectory"] = "cells"
     n: int = 1
     seed: int = 0
@@ -251,8 +252,8 @@ class SelectSettings:
         replace: Whether another selection of that name may be overwritten.
     """
 
-    data: str = ""
-    real: str = ""
+    data: PathText = ""
+    real: PathText = ""
     name: str = "best"
     split: str = "main"
     split_value: str = "train"
@@ -269,8 +270,8 @@ class SelectSettings:
     per_cell: int = 0
     share: float = 0.5
     control: bool = True
-    encoder: str = "phikon-v2"
-    weights: str = ""
+    encoder: PathText = "phikon-v2"
+    weights: PathText = ""
     colour_free: bool = False
     regularisation: float = 0.0
     most: int = 10_000
@@ -278,7 +279,7 @@ class SelectSettings:
     batch: int = 128
     device: str = ""
     workers: int = 2
-    cache: str = ""
+    cache: PathText = ""
     replace: bool = False
 
 
@@ -316,18 +317,18 @@ class TranslateSettings:
         figure_rows: Patches in the figure, of different patients as far as possible.
     """
 
-    data: str = ""
-    model: str = ""
-    out: str = ""
+    data: PathText = ""
+    model: PathText = ""
+    out: PathText = ""
     to: dict[str, str | float] = field(default_factory=dict)
-    where: dict[str, str | float | list[str]] = field(default_factory=dict)
+    where: dict[str, str | list[str]] = field(default_factory=dict)
     split: str = "main"
     split_value: str = "train"
     stain_value: str = "train"
     limit: int = 0
     seed: int = 0
     synthetic: bool = False
-    adapters: list[str] = field(default_factory=list)
+    adapters: list[PathText] = field(default_factory=list)
     adapter_scales: list[float] = field(default_factory=list)
     strength: float = 1.0
     steps: int = 20
@@ -338,5 +339,5 @@ class TranslateSettings:
     codec: Literal["png", "jpg"] = "png"
     name: str = ""
     measured: int = 256
-    figure: str = ""
+    figure: PathText = ""
     figure_rows: int = 8

@@ -17,19 +17,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from latent_medi.agreement import agreed
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import lay_out
 from latent_medi.diffusion.inversion import first_step_of, translate_latents
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.errors import UserError
+from latent_medi.features.cache import content_hash
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
-from latent_medi.shards.dataset import INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
 from latent_medi.synthesis.beside import compare, stain_mappings, write_sheet
-from latent_medi.synthesis.generate import load_adapters
+from latent_medi.synthesis.generate import finished_as, load_adapters
 from latent_medi.synthesis.settings import GenerateSettings, TranslateSettings
 from latent_medi.synthesis.translation_request import Request, choose, ddim_of, fields_of, part_of, spread
 
@@ -83,25 +85,26 @@ def translate(
             raise UserError(f"{name} must be at least {least}, not {getattr(settings, name)}.")
     first_step_of(settings.strength, settings.steps)
     accelerator = accelerator or make_accelerator(patient=True)
-    pipeline = model or MediPipeline.from_pretrained(settings.model)
-    load_adapters(
-        pipeline,
-        GenerateSettings(adapters=settings.adapters, adapter_scales=settings.adapter_scales),
-        loaded=model is not None,
-    )
-    pipeline.to(accelerator.device)
-    asked = choose(settings, pipeline)
-    schema = Schema.merge(pipeline.schema, asked.data.schema)
-    model_hash, mpp = pipeline.model_hash, float(asked.data.info["mpp"])
-
-    folder, name = Path(settings.out), settings.name or Path(settings.out).name
-    provenance = describe(asked, pipeline, settings, model_hash)
-    if (folder / INFO_FILE).exists():
-        done = PatchDataset.open(folder)
-        if done.info["provenance"] != provenance or done.name != name:
-            raise UserError(f"{folder} holds another dataset.", "Choose another folder, or remove this one first.")
-        logger.info("%s is finished.", folder)
-    else:
+    with agreed(accelerator) as told:
+        pipeline = model or MediPipeline.from_pretrained(settings.model)
+        load_adapters(
+            pipeline,
+            GenerateSettings(adapters=settings.adapters, adapter_scales=settings.adapter_scales),
+            loaded=model is not None,
+        )
+        pipeline.to(accelerator.device)
+        asked = choose(settings, pipeline)
+        schema = Schema.merge(pipeline.schema, asked.data.schema)
+        model_hash, mpp = pipeline.model_hash, float(asked.data.info["mpp"])
+        folder, name = Path(settings.out), settings.name or Path(settings.out).name
+        provenance = describe(asked, pipeline, settings, model_hash)
+        done = finished_as(folder, name, provenance)
+        told.reads("model", settings.model, lambda: model_hash)
+        told.reads("data", settings.data, lambda: content_hash(asked.data))
+        told.does(settings, but=("data", "model", "adapters"))
+        told.does(provenance, but=("model", "source"))
+        told.does({"finished": done is not None})
+    if done is None:
         token = _digest(provenance)
         shards = range(-(-len(asked.rows) // settings.patches_per_shard))
         whole = {number for number, record in finished_shards(folder).items() if record.token == token}

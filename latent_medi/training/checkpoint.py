@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_sealed, remove, sha256_file, write_sealed
+from latent_medi.json_types import check_types
 from latent_medi.progress import get_logger
 from latent_medi.sums import compare, inside, tell_unsealed
-from latent_medi.typed import check_types
 
 logger = get_logger("training")
 

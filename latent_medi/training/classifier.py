@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from latent_medi.agreement import agreed
 from latent_medi.diffusion.classifier import LatentClassifier, LatentEncoder
 from latent_medi.diffusion.objective import Objective, settings_of
 from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
@@ -76,25 +77,31 @@ def train_classifier(settings: ClassifierSettings, accelerator: Accelerator | No
             loss that is not finite.
         Preempted: SIGTERM or SIGUSR1 came; a checkpoint was saved first.
     """
-    settings.check()
-    common = settings.training()
     accelerator = accelerator or make_accelerator(
         mixed_precision=ACCELERATE_PRECISION[settings.precision],
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
-    check_strategy(accelerator, common)
     rank, processes = accelerator.process_index, accelerator.num_processes
     main, device = accelerator.is_main_process, accelerator.device
     out = Path(settings.out)
 
     # What to learn from, and whose noisy latents to judge.
-    source = open_model(settings.model) if settings.model else None
-    objective = Objective(settings_of(source.scheduler) if source else settings.objective)
-    data, validation, field, values = open_parts(settings, source, device)
+    with agreed(accelerator) as told:
+        settings.check()
+        common = settings.training()
+        check_strategy(accelerator, common)
+        source = open_model(settings.model) if settings.model else None
+        objective = Objective(settings_of(source.scheduler) if source else settings.objective)
+        data, validation, field, values = open_parts(settings, source, device)
+        record = describe(settings, data, validation, source, objective.settings, values)
+        finished = run.finished(out, record, (PRODUCT,))
+        run.tell(told, settings, data)
+        told.reads("data's validation part", settings.data, validation.fingerprint)
+        told.reads("model", settings.model, lambda: source.model_hash if source else "")
+        told.does({"finished": finished})
     lookup = torch.full((field.n_codes,), -1, dtype=torch.long)
     lookup[[field.code(value) for value in values]] = torch.arange(len(values))
-    record = describe(settings, data, validation, source, objective.settings, values)
-    if run.finished(out, record, (PRODUCT,)):
+    if finished:
         logger.info("%s is finished.", out / PRODUCT)
         return result(out, data, field, values)
     if main:

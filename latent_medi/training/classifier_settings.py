@@ -9,6 +9,7 @@ from typing import Literal
 from latent_medi.diffusion.classifier_settings import EncoderSettings
 from latent_medi.diffusion.settings import ModelSettings, ObjectiveSettings
 from latent_medi.errors import UserError
+from latent_medi.paths import PathText
 from latent_medi.training.settings import StreamSettings, TrainSettings
 
 
@@ -60,13 +61,13 @@ class ClassifierSettings:
         log_every_images: Images per row of log.csv.
     """
 
-    data: str
-    out: str
-    model: str = ""
+    data: PathText
+    out: PathText
+    model: PathText = ""
     field: str = ""
     values: list[str] = dataclasses.field(default_factory=list)
-    latents: str = ""
-    autoencoder: str = ""
+    latents: PathText = ""
+    autoencoder: PathText = ""
     resident: Literal["auto", "mmap", "ram", "device"] = "auto"
     stream: StreamSettings = dataclasses.field(default_factory=StreamSettings)
     split: str = "main"

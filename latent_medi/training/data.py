@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,18 +157,35 @@ class TrainingData:
         latents = (raw - self.shift.view(-1, 1, 1).to(place)) / self.scale.view(-1, 1, 1).to(place)
         return Batch(latents, draws.noise, draws.timesteps, conditions)
 
+    def table_hash(self) -> str:
+        """SHA-256 over the rows and what is known of them."""
+        digest = hashlib.sha256("\n".join(self.keys).encode())
+        self._add_known(digest)
+        return digest.hexdigest()
+
+    def latents_hash(self) -> str:
+        """SHA-256 over what is recorded of the latents, their patches' hashes among it; not the autoencoder's path."""
+        info = {key: value for key, value in self.store.info.items() if key != "floor"}
+        info["autoencoder"] = {key: value for key, value in info["autoencoder"].items() if key != "source"}
+        shards = self.store.data.info["shards"] if isinstance(self.store, StreamedLatents) else []
+        told = [info, self.store.identity, [shard["sha256"] for shard in shards]]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """SHA-256 over the rows, what is known of them, and what their latents were encoded from and by."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
         digest.update(str(self.store.info["autoencoder"]["hash"]).encode())
         digest.update(self.store.identity.encode())
+        self._add_known(digest)
+        return digest.hexdigest()
+
+    def _add_known(self, digest: Any) -> None:
         if self.conditions is not None and self.schema is not None:
             digest.update(repr(self.schema.to_dict()).encode())
             digest.update(self.conditions.codes.numpy().tobytes())
             digest.update(self.conditions.values.numpy().tobytes())
         if self.weights is not None:
             digest.update(self.weights.tobytes())
-        return digest.hexdigest()
 
 
 def open_data(settings: TrainSettings, source: Source | None, device: torch.device | str = "cpu") -> TrainingData:

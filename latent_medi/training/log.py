@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from latent_medi.errors import UserError
 from latent_medi.files import write_text
+from latent_medi.metadata.tables import escape_cell, unescape_cell
 
 Measure = tuple[float, float | None]
 """Loss and gradient norm of one update; no norm where fp16's loss scaler skipped the update."""
@@ -27,7 +28,8 @@ def read_log(path: Path) -> list[dict[str, str]]:
     whole = text[: text.rfind("\n") + 1]
     rows = csv.DictReader(io.StringIO(whole))
     last = (rows.fieldnames or [""])[-1]
-    return [row for row in rows if row.get(last)]
+    kept = [row for row in rows if row.get(last)]
+    return [{name: unescape_cell(cell) for name, cell in row.items() if isinstance(cell, str)} for row in kept]
 
 
 class CsvLog:
@@ -45,13 +47,15 @@ class CsvLog:
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows({name: escape_cell(cell) for name, cell in row.items()} for row in kept)
         write_text(path, text.getvalue())
 
     def write(self, rows: Iterable[Sequence[Any]]) -> None:
         """Append rows."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
+        csv.writer(text, lineterminator="\n").writerows(
+            [escape_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+        )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text.getvalue())
 

@@ -19,6 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
+from latent_medi.agreement import agreed
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.errors import Preempted, UserError
 from latent_medi.launch import make_accelerator
@@ -73,23 +74,28 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
             not finite.
         Preempted: SIGTERM or SIGUSR1 came; a checkpoint was saved first.
     """
-    settings.check()
     accelerator = accelerator or make_accelerator(
         mixed_precision=ACCELERATE_PRECISION[settings.precision],
         log_with=list(settings.trackers) or None,
         project_dir=settings.out,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
-    check_strategy(accelerator, settings)
     rank, processes = accelerator.process_index, accelerator.num_processes
     main, device = accelerator.is_main_process, accelerator.device
     out = Path(settings.out)
 
     # What to train on, what to train, and to what end; inherited where it starts from another model.
-    source = open_source(settings.init_from) if settings.init_from else None
-    data = open_data(settings, source, device)
-    record = run.describe(settings, data, source)
-    if run.finished(out, record):
+    with agreed(accelerator) as told:
+        settings.check()
+        check_strategy(accelerator, settings)
+        source = open_source(settings.init_from) if settings.init_from else None
+        data = open_data(settings, source, device)
+        record = run.describe(settings, data, source)
+        finished = run.finished(out, record)
+        run.tell(told, settings, data)
+        told.reads("init_from", settings.init_from, lambda: record["source"])
+        told.does({"finished": finished})
+    if finished:
         logger.info("%s is finished.", out)
         return out / run.product(settings)
     objective = Objective(inherited_objective(source, settings) if source else settings.objective)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 import yaml
 
+from latent_medi.agreement import Told
 from latent_medi.diffusion.adapters import add_lora, save_adapter
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
@@ -18,8 +19,10 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_sealed, write_sealed, write_text
+from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.metadata.seen import together
+from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
 from latent_medi.sums import check_sums
 from latent_medi.training.averages import reconstruct
@@ -34,7 +37,7 @@ from latent_medi.training.draws import batch_seed
 from latent_medi.training.parts import added_values, choose_parts, fold
 from latent_medi.training.settings import LORA_TARGETS, AverageSettings, TrainSettings
 from latent_medi.training.transfer import Source, describe_table, transfer, with_adapter
-from latent_medi.typed import check_types
+from latent_medi.typed import written
 
 logger = get_logger("training")
 
@@ -62,6 +65,20 @@ def describe(settings: TrainSettings, data: TrainingData, source: Source | None)
     """What makes this run this run: its settings, but for paths and speed, and the content of data and source."""
     kept = {key: value for key, value in plain(asdict(settings)).items() if key not in FREE}
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
+
+
+def tell(told: Told, settings: Any, data: TrainingData) -> None:
+    """Tell the other processes what this one is about to train on, and how; what only its memory decides may differ.
+
+    Args:
+        told: Takes it.
+        settings: Of a model's or a classifier's training.
+        data: Its rows.
+    """
+    told.reads("data", settings.data, data.table_hash)
+    told.reads("latents", settings.latents, data.latents_hash)
+    own = {"data", "latents", "autoencoder", "init_from", "model", "device_batch", "resident", "stream"}
+    told.does(plain(asdict(settings)), but=own)
 
 
 def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -204,10 +221,11 @@ def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFra
     behind."""
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
-    write_text(out / "settings.yaml", yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True))
+    kept = written(type(settings), plain(asdict(settings)))
+    write_text(out / "settings.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     write_sealed(out / RUN_FILE, {"run": record})
     if table is not None:
-        write_text(out / "transfer.csv", table.to_csv(index=False))
+        write_for_people(table, out / "transfer.csv")
 
 
 def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source | None) -> Autoencoder:

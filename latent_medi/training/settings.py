@@ -8,6 +8,7 @@ from typing import Literal
 
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 from latent_medi.errors import UserError
+from latent_medi.paths import PathText
 
 
 @dataclass
@@ -172,9 +173,9 @@ class TrainSettings:
             less, for about a fifth more work.
     """
 
-    data: str
-    out: str
-    latents: str = ""
+    data: PathText
+    out: PathText
+    latents: PathText = ""
     resident: Literal["auto", "mmap", "ram", "device"] = "auto"
     stream: StreamSettings = field(default_factory=StreamSettings)
     split: str = "main"
@@ -207,11 +208,11 @@ class TrainSettings:
     preview_every_images: int = 0
     preview_images: int = 32
     preview_steps: int = 12
-    init_from: str = ""
+    init_from: PathText = ""
     override: list[str] = field(default_factory=list)
     train_parts: list[str] | None = None
     lora: LoraSettings | None = None
-    autoencoder: str = ""
+    autoencoder: PathText = ""
     channels_last: bool = False
     compile: bool = False
     checkpoint_activations: bool = False
@@ -319,9 +320,9 @@ class AverageSettings:
         out: Model folder to write.
     """
 
-    run: str
+    run: PathText
     width: float
-    out: str
+    out: PathText
     images: int = 0
 
 
@@ -347,9 +348,9 @@ class EstimateSettings(TrainSettings):
         measure_steps: On a machine with a GPU, updates that are really made and timed.
     """
 
-    data: str = ""
-    latents: str = ""
-    out: str = ""
+    data: PathText = ""
+    latents: PathText = ""
+    out: PathText = ""
     latent_shape: tuple[int, int, int] = (4, 32, 32)
     stand_in_fields: int = 5
     stand_in_values: int = 64

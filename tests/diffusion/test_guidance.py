@@ -18,6 +18,7 @@ from latent_medi.diffusion.guidance import (
     guidance_branches,
     guidance_of,
     guided,
+    rescaled,
     untrained,
 )
 from latent_medi.diffusion.objective import Objective, make_scheduler
@@ -282,3 +283,17 @@ def test_classifier_guidance_works_in_the_sampling_loop(denoiser, conditions):
     pushed = sample_latents(denoiser, conditions, noise, sampler, classifier=up)
     assert pushed.mean() > plain.mean()
     assert torch.isfinite(pushed).all()
+
+
+def test_rescaling_leaves_a_prediction_without_spread_as_it_is():
+    flat = torch.full((1, 4, 8, 8), 0.5)
+    assert torch.equal(rescaled(flat, X[:1], 0.7), flat)
+    assert torch.allclose(rescaled(2 * X, X, 1.0), X)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_finite_number_is_refused(scale, schema):
+    with pytest.raises(UserError, match="finite"):
+        guidance_branches(GuidanceSettings(form="chain", scale=scale), schema)
+    with pytest.raises(UserError, match="finite"):
+        ClassifierGuidance(lambda x, t: x.sum((1, 2, 3)), scale)

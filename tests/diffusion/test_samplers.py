@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusion_parts import make_denoiser
 
 from latent_medi.diffusion.conditioning import Conditions
@@ -85,8 +86,6 @@ def test_wrong_steps_of_ddim_are_what_the_refusal_is_for():
     reason = refusal(ObjectiveSettings(), SamplerSettings("ddim", 30))
     assert "25 or 40" in reason
     assert not refusal(ObjectiveSettings(), SamplerSettings("ddim", 25))
-    from diffusers import DDIMScheduler
-
     config = {**make_scheduler(ObjectiveSettings()).config}
     sampler = DDIMScheduler.from_config(config, clip_sample=False)
     sampler.set_timesteps(30)
@@ -209,3 +208,55 @@ def test_a_watcher_sees_the_clean_latent_in_every_prediction():
         for alpha, noisy, clean in seen:
             torch.testing.assert_close(clean, oracle.x0, atol=2e-2 if alpha < 1e-3 else 1e-3, rtol=0)
             assert noisy.shape == clean.shape
+
+
+DIVISORS = [steps for steps in range(1, 1001) if 1000 % steps == 0]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_ddim_is_finite_for_every_number_of_steps_and_every_share_of_noise(objective, eta):
+    plain = DDIMScheduler.from_config(make_scheduler(objective).config, clip_sample=False)
+    finite = 0
+    for steps in DIVISORS:
+        if refusal(objective, SamplerSettings("ddim", steps, eta)):
+            continue
+        sampler = make_sampler(make_scheduler(objective).config, SamplerSettings("ddim", steps, eta))
+        plain.set_timesteps(steps)
+        generator = torch.Generator().manual_seed(steps)
+        x = usual = torch.randn(1, 1, 2, 2, generator=generator)
+        for t in sampler.timesteps:
+            noise, prediction = torch.randn(2, 1, 1, 2, 2, generator=generator)
+            options = {"eta": eta, "variance_noise": noise if eta else None}
+            x = sampler.step(prediction, t, x, return_dict=False, **options)[0]
+            assert torch.isfinite(x).all(), (steps, t)
+            usual = plain.step(prediction, t, usual, return_dict=False, **options)[0]
+        if eta == 0:  # without fresh noise nothing is changed, not even a last digit
+            assert torch.equal(x, usual), steps
+        finite += 1
+    assert finite == len(DIVISORS) or objective.schedule == "squaredcos_cap_v2"
+
+
+class Constant:
+    """Predicts one number everywhere."""
+
+    conditioner = None
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, conditions: None) -> torch.Tensor:
+        return torch.full_like(x_t, self.value)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_every_sampler_is_finite_for_a_constant_and_for_no_prediction(objective, name):
+    for steps in (1, 2, 25, 50):
+        if refusal(objective, SamplerSettings(name, steps)):
+            continue
+        sampler = make_sampler(make_scheduler(objective).config, SamplerSettings(name, steps))
+        for value in (0.0, 1.0):
+            noise, generators = draw_noise([3], (4, 2, 2))
+            out = sample_latents(Constant(value), None, noise, sampler, generators=generators)
+            assert torch.isfinite(out).all(), steps

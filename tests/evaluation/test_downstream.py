@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -164,7 +163,7 @@ def test_draws_repeat_only_when_all_are_used() -> None:
 
 
 def test_predictions_reproduce_the_headline(world: World, metrics: dict[str, Any]) -> None:
-    table = pd.read_csv(Path(metrics["settings"]["out"]) / "predictions.csv", dtype={"patient": str})
+    table = pd.read_csv(world.root / "full" / "predictions.csv", dtype={"patient": str})
     table = table[table["encoder"] == "filters"]
     assert len(table) == 12 * 9 * 4
     assert int(table["unseen"].sum()) == sum(

@@ -33,6 +33,7 @@ from latent_medi.evaluation.headline import headline, headline_text, useful, ver
 from latent_medi.evaluation.study import open_study
 from latent_medi.features.cache import dataset_hash
 from latent_medi.metadata.seen import seen_in
+from latent_medi.report.render import render_report
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import write_dataset
 
@@ -44,8 +45,8 @@ def _measures(value: Any) -> list[dict[str, Any]]:
     return [m for v in value for m in _measures(v)] if isinstance(value, list) else []
 
 
-def test_the_file_is_the_record(metrics: dict[str, Any]) -> None:
-    folder = Path(metrics["settings"]["out"])
+def test_the_file_is_the_record(world: World, metrics: dict[str, Any]) -> None:
+    folder = world.root / "full"
     text = (folder / "metrics.json").read_text()
     assert "NaN" not in text
     assert json.loads(text) == metrics
@@ -55,7 +56,8 @@ def test_the_file_is_the_record(metrics: dict[str, Any]) -> None:
     }
     with safe_open(folder / "reference" / "filters.safetensors", "numpy") as file:
         assert file.metadata()["fingerprint"] == metrics["encoders"]["filters"]["fingerprint"]
-        assert file.metadata()["dataset_sha256"] == dataset_hash(PatchDataset.open(metrics["settings"]["real"]))
+        real = PatchDataset.open(folder / metrics["settings"]["real"])
+        assert file.metadata()["dataset_sha256"] == dataset_hash(real)
         assert int(file.metadata()["n_patches"]) == int(file.get_tensor("n")[0])
     run = metrics["run"]
     assert run["command"]
@@ -326,3 +328,39 @@ def test_a_headline_is_not_read_without_what_limits_it(metrics: dict[str, Any]) 
     assert len(headline(changed)["warnings"]) == 1
     fields["arms"]["medi"]["value"], fields["ceiling"]["value"] = 0.0, fields["chance"] + 0.05  # it cannot tell
     assert len(headline(changed)["warnings"]) == 1
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for key, entry in value.items() for text in (key, *_texts(entry))]
+    if isinstance(value, list):
+        return [text for entry in value for text in _texts(entry)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_no_folder_of_this_machine_and_no_patient_is_named(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor in the page that is made of it, which finds the patches all the same."""
+    home = tmp_path / "Dr. Jones" / "study of liver"
+    shutil.copytree(world.real, home / "real")
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("sys.argv", ["/usr/bin/latent-medi", "evaluate", "real=real", f"synthetic.medi={world.medi}"])
+    out = home / "runs" / "first"
+    settings = world.settings("x", real="real", out=str(out), memorisation=True, downstream=False)
+    evaluate(settings, [filters()])
+    text = (out / "metrics.json").read_text()
+    record = json.loads(text)
+    assert record["settings"]["real"] == record["dataset"]["folder"] == "../../real"
+    assert record["settings"]["out"] == "."
+    assert record["run"]["command"].startswith("latent-medi evaluate real=../../real synthetic.medi=../../")
+    page = render_report(out / "metrics.json", out / "report.html").read_text()
+    assert "Real beside synthetic" in page
+    index = PatchDataset.open(world.real).index
+    named = {*index["patient"], *index["key"]}
+    for content in (text, page):
+        assert "Jones" not in content
+        assert str(world.root.parent) not in content
+        assert not [name for name in named if name in content]
+    assert not [found for found in _texts(record) if found.startswith("/")]
+    assert record["memorisation"]["filters"]["arms"]["medi"]["listed"]

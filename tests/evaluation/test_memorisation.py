@@ -71,13 +71,18 @@ def test_copies_are_counted_and_listed_with_their_originals(world: World, thief:
     assert sum(cell["copies"] for cell in found["cells"]) == found["copies"]
     made, real = PatchDataset.open(thief), PatchDataset.open(world.real)
     place = {key: row for row, key in enumerate(made.index["key"])}
-    original = {key: row for row, key in enumerate(real.index["key"])}
+    patients = sorted(set(real.index["patient"]))
     assert {key for key in place if int(key.partition("/")[2]) % 10 == 0} <= {p["synthetic_key"] for p in copies}
     for pair in copies[:72:9]:  # the most alike first
         assert pair["view"] == "mirrored"
-        copy, source = made.read([place[pair["synthetic_key"]]])[0], real.read([original[pair["train_key"]]])[0]
+        copy, source = made.read([place[pair["synthetic_key"]]])[0], real.read([pair["train_row"]])[0]
         assert np.array_equal(copy, source[:, ::-1])
-        assert pair["patient"] == real.index["patient"][original[pair["train_key"]]]
+        assert pair["patient"] == f"patient {patients.index(real.index['patient'][pair['train_row']]) + 1}"
+        assert "train_key" not in pair
+    named = evaluate(replace(settings, patient_names=True), [filters()])["memorisation"]["filters"]["arms"]["medi"]
+    for pair in named["listed"]:
+        assert pair["train_key"] == real.index["key"][pair["train_row"]]
+        assert pair["patient"] == real.index["patient"][pair["train_row"]]
 
 
 def test_a_copy_of_a_patch_without_a_known_class_is_found(world: World, thief: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluation_world import CLASSES
+from evaluation_world import CLASSES, World
 from sklearn.metrics import balanced_accuracy_score, brier_score_loss, matthews_corrcoef, roc_auc_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -187,8 +186,8 @@ def test_slides_and_patients_by_hand() -> None:
     assert record["slide"]["all"]["balanced_accuracy"]["value"] == pytest.approx((1 / 2 + 1 / 2) / 2)
 
 
-def test_saved_probabilities_give_the_recorded_scores(metrics: dict[str, Any]) -> None:
-    table = pd.read_csv(Path(metrics["settings"]["out"]) / "predictions.csv", dtype={"patient": str})
+def test_saved_probabilities_give_the_recorded_scores(world: World, metrics: dict[str, Any]) -> None:
+    table = pd.read_csv(world.root / "full" / "predictions.csv", dtype={"patient": str})
     table = table[table["encoder"] == "filters"]
     truth = table["class"].map({c: i for i, c in enumerate(CLASSES)}).to_numpy()
     for arm, entry in metrics["downstream"]["filters"]["arms"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,10 @@ number = 7
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A module in the current folder, of a name that no other test imports."""
+    """A module in a folder that Python knows, of a name that no other test imports."""
     name = f"own_{abs(hash(request.node.name))}"
     (tmp_path / f"{name}.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     return name
 
 
@@ -140,3 +141,11 @@ def test_an_absent_module_is_named_and_a_broken_one_keeps_its_traceback(here: st
     with pytest.raises(ModuleNotFoundError, match="absent_from_everywhere") as caught:
         load_encoder(f"{here}_broken:encoder")
     assert not isinstance(caught.value, UserError)
+
+
+def test_a_module_in_the_working_folder_alone_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lying_there.py").write_text("raise SystemExit('was run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", ".")])
+    with pytest.raises(UserError, match=r"working folder(.|\n)*PYTHONPATH=\."):
+        load_encoder("lying_there:encoder")

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from latent_medi.errors import UserError
-from latent_medi.metadata.audit import audit, audit_text, cramers_v, verdict
+from latent_medi.metadata.audit import audit, audit_text, cramers_v
+from latent_medi.metadata.estimability import verdict
 from latent_medi.metadata.schema import Schema
 
 
@@ -132,3 +134,59 @@ def test_a_patient_at_several_sites_is_told_once() -> None:
     assert result["shared_patients"]["examples"][0] == {"patient": "0", "sites": ["x", "y"]}
     assert "at several sites: 12, such as '0' at x, y. If they are different people" in audit_text(result)
     assert "(x-0)" in result["advice"][0]
+
+
+def test_values_that_may_be_one_or_may_mean_missing_are_asked_about() -> None:
+    cells = {("Tumor", "St. Mary"): 3, ("tumor", "St.  Mary"): 3, ("Normal", "Köln"): 3, ("Normal", "Ko\u0308ln"): 3}
+    table = index(cells).assign(race=(["white", "NA", "nan", "[Not Applicable]"] * 6)[:24])
+    table.loc[table["patient"] == "c0p0", "patient"] = "C1P0"  # a patient in two spellings
+    result = audit(table, schema_of(table, ("race",)))
+    assert result["spelled_alike"] == {
+        "patient": [{"C1P0": 2, "c1p0": 2}],
+        "class": [{"Tumor": 6, "tumor": 6}],
+        "site": [{"Ko\u0308ln": 6, "Köln": 6}, {"St.  Mary": 6, "St. Mary": 6}],
+    }
+    assert result["looks_missing"] == {"race": {"NA": 6, "[Not Applicable]": 6, "nan": 6}}
+    text = audit_text(result)
+    assert "Is that one class, spelled in several ways? 'Tumor' (6) / 'tumor' (6)." in text
+    assert "Does that mean missing in race? 'NA' (6), '[Not Applicable]' (6), 'nan' (6)." in text
+    clean = index({("a", "x"): 12, ("b", "x"): 12, ("a", "y"): 12})
+    found = audit(clean, schema_of(clean))
+    assert found["spelled_alike"] == found["looks_missing"] == {}
+    assert "?" not in audit_text(found)
+
+
+def test_words_for_missing_are_refused_alike_as_numbers() -> None:
+    for word in ("nan", "NaN", "NA", "n/a", "None"):
+        table = pd.DataFrame({"age": ["61", word, ""]})
+        with pytest.raises(UserError, match=f"'{word}' is not a number.\n  If it means missing, write unknown"):
+            Schema.from_table(table, None, [], ["age"])
+    assert Schema.from_table(pd.DataFrame({"age": [61.0, float("nan")]}), None, [], ["age"]).field("age").missing == 0.5
+
+
+def test_the_number_of_combinations_is_bounded() -> None:
+    rows = range(6000)
+    table = pd.DataFrame({"key": rows, "slide": rows, "patient": [f"p{i}" for i in rows]})
+    table["class"], table["site"] = [f"c{i % 1000}" for i in rows], [f"s{i * 7 % 900}" for i in rows]
+    with pytest.raises(UserError, match="class × site has 900000 combinations; the most is 200000"):
+        audit(table, schema_of(table))
+    asked = audit(table, schema_of(table), [{"class": "c1", "site": "s7"}, {"class": "c1", "site": "s8"}])
+    assert [entry["verdict"] for entry in asked["verdicts"]] == ["thin", "unidentifiable"]
+    table["class"], table["site"] = [f"c{i % 3000}" for i in rows], [f"s{i * 7 % 2900}" for i in rows]
+    with pytest.raises(UserError, match="class has 3000 values and site 2900: too many to compare"):
+        audit(table, schema_of(table), [])
+
+
+def test_two_fields_are_told_apart_as_the_additive_model_says() -> None:
+    """Connected components against the rank of the design matrix."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        seen = {(f"c{a}", f"s{b}"): 12 for a, b in rng.integers(0, 6, (8, 2))}
+        table = index(seen, each=1)
+        levels = sorted({("class", a) for a, _ in seen} | {("site", b) for _, b in seen})
+        design = np.array([[level in (("class", a), ("site", b)) for level in levels] for a, b in seen], float)
+        for a in {a for a, _ in seen}:
+            for b in {b for _, b in seen}:
+                wanted = np.array([[level in (("class", a), ("site", b)) for level in levels]], float)
+                estimable = np.linalg.matrix_rank(np.vstack([design, wanted])) == np.linalg.matrix_rank(design)
+                assert (verdict(table, {"class": a, "site": b})["verdict"] != "unidentifiable") == estimable

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_medi.errors import UserError
-from latent_medi.metadata.audit import verdict
 from latent_medi.metadata.dose import rotating_targets, tie, training_patients
+from latent_medi.metadata.estimability import verdict
 
 
 def people(counts: dict[tuple[str, str], int]) -> pd.DataFrame:

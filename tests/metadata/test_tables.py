@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.tables import read_table, require_columns
+from latent_medi.metadata.tables import read_table, require_columns, write_for_people, written_for_people
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
@@ -71,3 +74,28 @@ def test_an_absent_column_is_told_with_its_setting_and_the_columns_there() -> No
             table, ["image", "patient"], "The table", {"image": "image_column", "patient": "patient_column"}
         )
     assert "image_column" not in str(caught.value)
+
+
+_cells = st.text(max_size=8) | st.sampled_from(["=1+1", "+G3", "-ve", "@x", "'=x", "''-", "-1.5", "+3", "\tx", "'--"])
+
+
+@given(st.lists(_cells.filter(lambda text: text == text.strip() and "\r" not in text), min_size=1, max_size=5))
+def test_cells_for_people_run_nothing_and_come_back(tmp_path_factory: pytest.TempPathFactory, cells: list[str]) -> None:
+    path = tmp_path_factory.mktemp("people") / "t.csv"
+    table = pd.DataFrame({"=A1": cells, "count": range(len(cells))})
+    write_for_people(table, path)
+    with open(path, newline="", encoding="utf-8") as file:
+        written = list(csv.reader(file))
+    for cell in (cell for row in written for cell in row):
+        assert not cell.startswith(("=", "@", "\t", "+", "-")) or cell in ("-1.5", "+3") or _is_number(cell)
+    back = written_for_people(read_table(path))
+    assert list(back.columns) == ["=A1", "count"]
+    assert back["=A1"].tolist() == cells
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -207,6 +207,14 @@ def test_answers_that_do_not_fit_are_refused(made: tuple[Path, Path], tmp_path: 
     refused("No picture is answered", _answer(key, tmp_path / "empty.csv", right=0, missing=36))
 
 
+def test_answers_that_a_spreadsheet_saved_are_read(made: tuple[Path, Path], tmp_path: Path) -> None:
+    file = Path(_answer(_key(made[1]), tmp_path / "a.csv", right=26, missing=4))
+    expected = score_sheet(ReadingSheetSettings(score=[str(file)], key=str(made[1])))
+    lines = file.read_text().splitlines()
+    file.write_text("sep=,\r\n" + "".join(f"{line},\r\n" for line in [*lines, ",,,,,", lines[0]]), "utf-8-sig")
+    assert score_sheet(ReadingSheetSettings(score=[str(file)], key=str(made[1]))) == expected
+
+
 def test_a_reader_without_a_name_is_called_after_the_file(made: tuple[Path, Path], tmp_path: Path) -> None:
     file = _answer(_key(made[1]), tmp_path / "dr_who.csv", right=20, reader="")
     result = score_sheet(ReadingSheetSettings(score=[file], key=str(made[1])))

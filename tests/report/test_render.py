@@ -56,8 +56,8 @@ class _Page(HTMLParser):
 
 
 @pytest.fixture(scope="session")
-def page_text(evaluated: dict[str, Any]) -> str:
-    out = Path(evaluated["settings"]["out"])
+def page_text(small_world: World, evaluated: dict[str, Any]) -> str:
+    out = small_world.root / "full"
     return render_report(out / "metrics.json", out / "report.html").read_text(encoding="utf-8")
 
 
@@ -184,7 +184,9 @@ def test_memorised_pairs_are_the_patches_that_the_metrics_name(
     )
 
 
-def test_requested_and_found_stand_beside_the_ceiling(evaluated: dict[str, Any], page_text: str) -> None:
+def test_requested_and_found_stand_beside_the_ceiling(
+    evaluated: dict[str, Any], page_text: str, tmp_path: Path
+) -> None:
     text = " ".join(_Page(page_text).text.split())
     assert text.count("real patches (ceiling)") == 2 * 3  # encoders × fields
     for arm in ("MeDi", "CLS"):
@@ -193,7 +195,7 @@ def test_requested_and_found_stand_beside_the_ceiling(evaluated: dict[str, Any],
     field = large["adherence"]["filters"]["fields"]["site"]
     field["values"] = [f"hospital {i}" for i in range(30)]
     field["confusion"] = {k: np.eye(30).tolist() for k in field["confusion"]}
-    page = _Page(render_report(large, Path(evaluated["settings"]["out"]) / "large.html").read_text())
+    page = _Page(render_report(large, tmp_path / "large.html").read_text())
     assert any("found, per requested value" in str(a["alt"]) for a in page.all("img"))
 
 
@@ -291,8 +293,8 @@ def test_the_same_metrics_give_the_same_page(evaluated: dict[str, Any], tmp_path
     assert a == render_report(evaluated, tmp_path / "b.html").read_bytes()
 
 
-def test_settings_name_the_page(evaluated: dict[str, Any]) -> None:
-    folder = Path(evaluated["settings"]["out"])
+def test_settings_name_the_page(small_world: World, evaluated: dict[str, Any]) -> None:
+    folder = small_world.root / "full"
     settings = ReportSettings(metrics=str(folder / "metrics.json"), title="Planted", sections=["headline"])
     assert render(settings) == folder / "report.html"
     assert "<h1>Planted</h1>" in (folder / "report.html").read_text()

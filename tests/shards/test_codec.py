@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from latent_medi.errors import UserError
@@ -48,3 +51,52 @@ def test_damaged_bytes_and_wrong_arrays_are_refused() -> None:
         encode_image(IMAGE, "webp")
     with pytest.raises(UserError, match="'fake'"):
         encode_image(IMAGE, "png", "fake")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "GIF", "PPM", "TGA", "JPEG2000", "PCX", "SGI"])
+def test_formats_that_are_not_promised_are_not_opened(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, kind)
+    for read in (decode_image, image_origin):
+        with pytest.raises(UserError, match="Not a readable image"):
+            read(buffer.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
+def test_formats_that_are_promised_are(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(buffer, kind)
+    assert np.abs(decode_image(buffer.getvalue())[0, 0].astype(int) - (200, 100, 50)).max() < 12
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "I;16", "CMYK"])
+def test_a_mode_that_is_refused_is_named_with_a_conversion(mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (8, 8)).save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    with pytest.raises(UserError) as caught:
+        decode_image(buffer.getvalue())
+    assert "not RGB" in caught.value.message
+    assert ("magick" if mode == "I;16" else '.convert("RGB")') in caught.value.hint
+
+
+_SAMPLES = {}
+for _kind in ("PNG", "JPEG", "TIFF", "BMP", "WEBP"):
+    _buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(_buffer, _kind)
+    _SAMPLES[_kind] = _buffer.getvalue()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(_SAMPLES)),
+    changes=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), min_size=1, max_size=4),
+    end=st.integers(20, 2000),
+)
+def test_damaged_bytes_are_an_image_or_one_message(kind: str, changes: list[tuple[int, int]], end: int) -> None:
+    data = bytearray(_SAMPLES[kind])
+    for place, byte in changes:
+        data[place % len(data)] = byte
+    with suppress(UserError):
+        image = decode_image(bytes(data[:end]))
+        assert image.dtype == np.uint8
+        assert image.shape[2] == 3

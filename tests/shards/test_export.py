@@ -121,3 +121,57 @@ def test_counts_of_every_pair_and_their_heat_maps(dataset: PatchDataset, tmp_pat
     assert found["counts"]["class x site"] == dataset.counts("class", "site", "patients").to_dict()
     assert all(Path(p).read_bytes().startswith(b"\x89PNG") for p in found["figures"])
     assert len(found["figures"]) >= 1
+
+
+@pytest.mark.parametrize("form", ["webdataset", "folder"])
+def test_names_from_elsewhere_never_collide_or_lead_out(
+    tmp_path: Path, make_patches: Callable[..., list[Patch]], form: Literal["webdataset", "folder"]
+) -> None:
+    keys = ["p1/x", "p1__x", "P1__x", "a", "b", "con", "nul", "c"]
+    classes = ["n/t", "n_t", "..", ".", "CON", "Tumor", "tumor", "n/t"]
+    table = pd.DataFrame({"class": classes})
+    patches = make_patches()[: len(keys)]
+    for patch, key, value, number in zip(patches, keys, classes, range(len(keys)), strict=True):
+        patch.key, patch.patient, patch.fields = key, f"p{number}", {"class": value}
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "metadata.csv").write_text("mine")
+    parts = ["train", "a b", "a_b", str(victim), "../../x", "..", "[x]", "x*"]
+    splits = {"main": ({f"p{number}": part for number, part in enumerate(parts)}, {})}
+    made = write_dataset(tmp_path / "set", patches, "d", Schema.from_table(table, "class"), 16, 0.5, splits=splits)
+    before = set(tmp_path.rglob("*"))
+    out = tmp_path / "deep" / "er" / "out"
+    result = export(ExportSettings(str(made.folder), str(out), "main", format=form))
+    assert result["parts"] == dict.fromkeys(parts, 1)
+    assert {p for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "deep")} == before
+    assert (victim / "metadata.csv").read_text() == "mine"
+    if form == "folder":
+        assert len(list(out.rglob("*.png"))) == len(keys)
+    else:
+        tars = [str(p) for p in out.rglob("*.tar")]
+        assert len(tars) == len(parts)
+        assert sorted(s["__key__"] for s in webdataset.WebDataset(tars, shardshuffle=False)) == sorted(keys)
+        datasets = pytest.importorskip("datasets")
+        loaded = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+        assert {len(part) for part in loaded.values()} == {1}
+        assert len(loaded) == len(parts)
+    together = export(ExportSettings(str(made.folder), str(tmp_path / "together"), format="folder"))
+    assert together["parts"] == {"all": len(keys)}
+    listed = pd.read_csv(tmp_path / "together" / "all" / "metadata.csv", dtype=str)
+    assert len({name.lower() for name in listed["file_name"]}) == len(keys)
+    assert listed.groupby("class")["file_name"].apply(lambda names: len({Path(n).parent for n in names})).eq(1).all()
+    assert listed["file_name"].map(lambda name: str(Path(name).parent)).nunique() == len(set(classes))
+    assert sorted(listed["key"]) == sorted(keys)
+
+
+def test_a_file_that_is_there_stays(dataset: PatchDataset, tmp_path: Path) -> None:
+    (tmp_path / "plan.csv").write_text("my only copy")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("plan.csv", "dangling"):
+        with pytest.raises(UserError, match=f"{name} is there already, and is no folder"):
+            export(ExportSettings(str(dataset.folder), str(tmp_path / name)))
+    assert (tmp_path / "plan.csv").read_text() == "my only copy"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export(ExportSettings(str(dataset.folder), str(tmp_path / "link")))
+    assert (tmp_path / "disk" / "export.json").is_file()

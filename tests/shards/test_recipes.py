@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def test_nct_crc(tmp_path: Path) -> None:
             (source / name / kind).mkdir(parents=True)
             for i in range(count):
                 (source / name / kind / f"{kind}-AAA{i}.tif").write_bytes(image_bytes(224, "TIFF"))
+                (source / name / kind / f"._{kind}-AAA{i}.tif").write_bytes(b"\0\5\x16\7")  # as macOS leaves it
     assert main(["shards", "nct-crc", str(source), str(tmp_path / "out"), "--patch-size", "112"]) == 0
     dataset = open_clean(tmp_path / "out")
     assert dataset.info["mpp"] == 1.0
@@ -171,6 +173,9 @@ def test_tcga_ut_from_the_hubs_tars(tmp_path: Path) -> None:
     for part in ("train", "valid", "test"):
         samples = [(f"{s}/{n}", label) for s, label, p in SLIDES if p == part for n in ("0_8_521", "1_3_254")]
         write_tar(source / "data" / f"dataset_internal_{part}_part000.tar", samples)
+    (source / "data").rename(tmp_path / "store")  # as on a cluster: the folder of data is a link
+    (source / "data").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "._dataset_internal_train_part000.tar").write_bytes(b"\0\5\x16\7")
     clinical, codes = metadata(tmp_path)
     words = ["--patch-size", "128", "--metadata", str(clinical), "--codes", str(codes)]
     assert main(["shards", "tcga-ut", str(source), str(tmp_path / "out"), *words]) == 0
@@ -179,6 +184,11 @@ def test_tcga_ut_from_the_hubs_tars(tmp_path: Path) -> None:
     assert dataset.index.groupby("patient")["split_internal"].first().to_dict() == {
         "TCGA-NA-A4QV": "train", "TCGA-E2-A14V": "train", "TCGA-73-4658": "val", "TCGA-60-2706": "test",
     }  # fmt: skip
+    gone = source / "data" / "dataset_internal_test_part009.tar"
+    gone.symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(UserError, match=r"part009.tar cannot be used: a link to"):
+        load_recipe("tcga-ut").build(source, tmp_path / "x")
+    gone.unlink()
     write_tar(source / "data" / "dataset_internal_test_part001.tar", [("TCGA-E2-A14V-01Z-00-DX2/0_8_521", "Breast")])
     with pytest.raises(UserError, match=r"1 patients are in several parts.*'TCGA-E2-A14V'"):
         load_recipe("tcga-ut").build(source, tmp_path / "x")
@@ -193,6 +203,7 @@ def test_tcga_ut_from_zenodos_folders(tmp_path: Path) -> None:
             target.write_bytes(image_bytes(256, "JPEG"))
         (source / label / "3" / slide).mkdir(parents=True)
         (source / label / "3" / slide / "0_8_900.jpg").write_bytes(image_bytes(256, "JPEG"))
+        (source / label / "0" / slide / "._0_8_521.jpg").write_bytes(b"\0\5\x16\7")  # as macOS leaves it
     clinical, codes = metadata(tmp_path)
     recipe = load_recipe("tcga-ut")
     dataset = recipe.build(source, tmp_path / "out", 128, metadata=clinical, codes=codes, jobs=2)
@@ -218,3 +229,40 @@ def test_tcga_tiles_of_true_files(shared: Path, tmp_path: Path) -> None:
     assert dataset.index["patient"].nunique() == dataset.index["slide"].nunique() == 15
     assert "Johns Hopkins" in set(dataset.index["site"])
     assert dataset.index["key"].str.endswith("/512_512").sum() == 15
+
+
+def test_a_clinical_table_with_a_row_per_treatment_is_read_and_one_that_contradicts_itself_named(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "zenodo"
+    for i, slide in enumerate(("TCGA-NA-A4QV-01Z-00-DX1", "TCGA-E2-A14V-01Z-00-DX1")):
+        path = source / "Lung" / "0" / slide / f"0_{i}_256.jpg"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (256, 256), (200, 100, 150)).save(path)
+    names = "cases.submitter_id\tdemographic.race\tdemographic.gender\ttreatments.treatment_type"
+    rows = ["TCGA-NA-A4QV\twhite\tfemale\tRadiation", "TCGA-NA-A4QV\t'--\tfemale\tPharmaceutical"]
+    clinical = tmp_path / "clinical.tsv"
+    clinical.write_text("\n".join([names, *rows]))
+    index = load_recipe("tcga-ut").build(source, tmp_path / "out", 128, metadata=clinical).index
+    assert index.set_index("patient")["race"].to_dict() == {"TCGA-NA-A4QV": "white", "TCGA-E2-A14V": "unknown"}
+    clinical.write_text("\n".join([names, *rows, "TCGA-NA-A4QV\tasian\tfemale\tSurgery"]))
+    with pytest.raises(UserError, match=r"patient 'TCGA-NA-A4QV' has race asian and white \(1 such patients\)"):
+        load_recipe("tcga-ut").build(source, tmp_path / "other", 128, metadata=clinical)
+
+
+def test_a_recipe_run_again_keeps_splits_and_waits_for_no_pipe(tmp_path: Path) -> None:
+    path = tmp_path / "zenodo" / "Lung" / "0" / "TCGA-NA-A4QV-01Z-00-DX1" / "0_1_256.jpg"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (256, 256), (200, 100, 150)).save(path)
+    recipe = load_recipe("tcga-ut")
+    dataset = recipe.build(tmp_path / "zenodo", tmp_path / "out", 128)
+    dataset.add_split("mine", ["test"], {})
+    again = recipe.build(tmp_path / "zenodo", tmp_path / "out", 64)
+    assert (again.patch_size, again.index["split_mine"].tolist()) == (64, ["test"])
+    again.add_selection("best", {"": np.array([True])}, {}, {})
+    with pytest.raises(UserError, match="has the selections best"):
+        recipe.build(tmp_path / "zenodo", tmp_path / "out", 128)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a pipe or device"):
+        recipe.build(tmp_path / "zenodo", tmp_path / "out", 128)

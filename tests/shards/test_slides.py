@@ -21,10 +21,11 @@ from latent_medi.cli import main
 from latent_medi.errors import Incomplete, UserError
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
+from latent_medi.shards.resolution import resolution
 from latent_medi.shards.settings import ImportSettings, SlideSettings
-from latent_medi.shards.slide import PatchError, Slide, SlideError, resolution
+from latent_medi.shards.slide import PatchError, Slide, SlideError
 from latent_medi.shards.slide_job import SlideJob, grid, run, shuffled
-from latent_medi.shards.slides import cut_slides
+from latent_medi.shards.slides import cut_slides, run_slide
 from latent_medi.shards.tissue import otsu, pen_and_black, tissue_mask, tissue_share
 
 
@@ -90,21 +91,32 @@ def test_bad_slides_are_named_and_the_rest_is_finished(slides: Path, tmp_path: P
     (source / "text.svs").write_bytes(b"not a slide at all")
     whole = write_slide(tmp_path / "whole.tif", tissue(1400, 1100)).read_bytes()
     (source / "cut.tif").write_bytes(whole[: len(whole) // 3])
-    os.mkfifo(source / "forever.tif")  # opening it never returns
-    with pytest.raises(Incomplete, match="7 of 8 slides were left out") as caught:
-        cut_slides(cut(source, tmp_path / "out", timeout=8, jobs=4))
+    os.mkfifo(source / "pipe.tif")  # opening it would never return
+    (source / "gone.tif").symlink_to(tmp_path / "archive" / "gone.tif")
+    write_slide(source / "trailing .tif", tissue(1400, 1100))
+    (source / "._good.tif").write_bytes(b"\0\5\x16\7")
+    with pytest.raises(Incomplete, match="9 of 10 slides were left out") as caught:
+        cut_slides(cut(source, tmp_path / "out"))
     told = caught.value.result["left_out"]
-    assert told["forever"] == "quarantined: killed after 8 s"
+    assert told["pipe.tif"] == "quarantined: a pipe, not a file"
+    assert told["gone.tif"].startswith("quarantined: a link to ")
+    assert told["trailing .tif"].startswith("quarantined: 'trailing ' cannot be its key")
     assert "skipped: no resolution" in told["silent"]
     assert "skipped: coarser than the patches' 1 µm per pixel: 4 × 4" in told["coarse"]
-    assert told["glass"] == "empty: no patch with enough tissue passed"
+    assert told["glass"].startswith("empty: no tissue: nothing but glass")
     assert told["empty"] == "quarantined: the file is empty"
     assert "OpenSlide does not know the format" in told["text"]
     assert told["cut"].startswith("quarantined: ")
+    assert caught.value.result["reasons"]["quarantined: the file is empty"] == 1
+    assert sum(caught.value.result["reasons"].values()) == 9
+    table = pd.read_csv(tmp_path / "out" / "qc" / "slides.csv").set_index("slide")
+    assert len(table) == 10
+    assert f"quarantined: {table.loc['gone.tif', 'reason']}" == told["gone.tif"]
     assert set(PatchDataset.open(tmp_path / "out").index["slide"]) == {"good"}
     assert not list((tmp_path / "out").rglob(".tmp*"))
     # What was missing is given: only that slide is cut, and the others stay as they are.
-    (source / "forever.tif").unlink()
+    for name in ("pipe", "gone", "trailing "):
+        (source / f"{name}.tif").unlink()
     for name in ("coarse", "glass", "cut"):
         (source / f"{name}.tif").unlink()
     for name in ("empty", "text"):
@@ -371,18 +383,15 @@ def test_killed_at_random_moments_and_rerun_gives_the_unbroken_bytes(slides: Pat
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run([*words, f"out={tmp_path / 'killed'}"], check=True)
-    files = sorted(
-        p.relative_to(tmp_path / "whole")
-        for p in (tmp_path / "whole").rglob("*")
-        if p.is_file() and "qc" not in p.parts
-    )
-    found = sorted(
-        p.relative_to(tmp_path / "killed")
-        for p in (tmp_path / "killed").rglob("*")
-        if p.is_file() and "qc" not in p.parts
-    )
-    assert files == found
-    assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "killed" / f).read_bytes() for f in files)
+    found = [
+        {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("whole", "killed")
+    ]
+    tables = [pd.read_csv(tmp_path / name / "qc" / "slides.csv", dtype=str) for name in ("whole", "killed")]
+    assert all(table.pop("seconds").notna().all() for table in tables)  # the only thing that differs between two runs
+    assert tables[0].equals(tables[1])
+    assert all(files.pop("qc/slides.csv") for files in found)
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
@@ -477,6 +486,22 @@ def test_a_rerun_keeps_splits_and_shards_whatever_was_added_or_moved_away(tmp_pa
     assert cut_slides(cut(source, tmp_path / "table", table=str(table), **options))["slides"] == {"kept": 4}
 
 
+ENDLESS = ("patch_size=2", "mpp=0.5", "max_white=1")
+
+
+def endless_slide(path: Path) -> Path:
+    """A slide that takes many minutes with the settings :data:`ENDLESS`: four million patches."""
+    return write_slide(path, np.full((4000, 4000, 3), (214, 138, 180), np.uint8), levels=1)
+
+
+def test_a_slide_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+    path = endless_slide(tmp_path / "forever.tif")
+    job = SlideJob(str(path), "forever", "p", 2, 0.5, folder=str(tmp_path / "out"), max_white=1.0)
+    row = run_slide(job, 1.5)  # it may well not have begun
+    assert (row["status"], row["reason"]) == ("quarantined", "killed after 1.5 s")
+    assert not list((tmp_path / "out").rglob("*.tar"))
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) -> None:
     import psutil
@@ -484,9 +509,9 @@ def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) ->
     source = tmp_path / "slides"
     source.mkdir()
     for i in range(2):
-        os.mkfifo(source / f"forever{i}.tif")
+        endless_slide(source / f"forever{i}.tif")
     words = [sys.executable, "-m", "latent_medi.cli", "shards", "slides", f"source={source}", f"out={tmp_path / 'out'}"]
-    command = psutil.Popen([*words, "jobs=2"], stderr=subprocess.DEVNULL)
+    command = psutil.Popen([*words, *ENDLESS, "jobs=2"], stderr=subprocess.DEVNULL)
     children: list[psutil.Process] = []
     deadline = time.monotonic() + 60
     while len(children) < 2 and time.monotonic() < deadline:

@@ -145,3 +145,23 @@ def test_leaving_a_field_out_leaves_out_what_is_said_of_it(schema: Schema) -> No
     assert list(plan.columns) == ["class", "count", "verdict", "seed"]
     with pytest.raises(UserError, match="'age', no field of the model"):
         check_plan(rows, schema.subset(["class"]))
+
+
+def test_what_a_spreadsheet_would_run_is_escaped_and_read_back(tmp_path: Path) -> None:
+    schema = Schema.from_table(pd.DataFrame({"class": ["=1+1", "+"], "site": ["@x", "-y"]}), "class", ["site"])
+    plan = pd.DataFrame({"class": ["=1+1", "+"], "site": ["@x", "-y"], "count": [3, 4], "seed": [1, 2]})
+    write_plan(plan, tmp_path / "plan.csv")
+    assert (tmp_path / "plan.csv").read_text() == "class,site,count,seed\n'=1+1,'@x,3,1\n'+,'-y,4,2\n"
+    assert read_plan(tmp_path / "plan.csv", schema)[["class", "site", "count"]].values.tolist() == [
+        ["=1+1", "@x", 3],
+        ["+", "-y", 4],
+    ]
+
+
+def test_a_plan_that_a_spreadsheet_saved_is_the_same(plan: pd.DataFrame, schema: Schema, tmp_path: Path) -> None:
+    path = tmp_path / "plan.csv"
+    write_plan(plan, path)
+    expected = read_plan(path, schema)
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{line},,\r\n" for line in ["The plan", *lines, ",,,"]), "utf-8-sig")
+    pd.testing.assert_frame_equal(read_plan(path, schema), expected)

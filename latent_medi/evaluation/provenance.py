@@ -1,0 +1,193 @@
+"""What is recorded with a result: how it was made and from what, in a form that can be handed on.
+
+A result is sent to colleagues and published; the names of folders and patients are nobody else's business. Paths are
+relative to the result's own folder, and patients are numbers unless their names are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import latent_medi
+from latent_medi.evaluation.study import Arm, Study
+
+_DECIDING = (
+    "torch", "torchvision", "diffusers", "transformers", "timm", "torchmetrics", "torch-fidelity", "scikit-learn",
+    "numpy", "scipy",
+)  # fmt: skip
+"""Packages whose versions can change a number."""
+_PATH = re.compile(r"(?<![\w./:<-])/[\w.@+-]+(?:/[\w.@+-]+)+")
+
+
+def relative_path(text: str, folder: str | Path) -> str:
+    """A path as it is reached from ``folder``; what is no path of this machine (an address, a hub's name) stays."""
+    if not text or "://" in text or not (os.path.isabs(text) or os.path.exists(text)):
+        return text
+    return Path(os.path.relpath(os.path.realpath(text), os.path.realpath(folder))).as_posix()
+
+
+def portable(value: Any, folder: str | Path, known: Iterable[str | Path] = ()) -> Any:
+    """The same structure without a path that begins at the root of this machine.
+
+    Args:
+        value: JSON-able.
+        folder: The folder that paths become relative to.
+        known: Folders that texts may name within a sentence, where a path with blanks has no end to be seen.
+    """
+    roots = sorted({str(Path(k)) for k in known if len(Path(k).parts) > 1 and os.path.isabs(k)}, key=len, reverse=True)
+
+    def plain(text: str) -> str:
+        if os.path.isabs(text) and "\n" not in text and os.path.exists(text):
+            return relative_path(text, folder)
+        for root in roots:
+            text = re.sub(rf"(?<![\w/.]){re.escape(root)}(?![\w.-])", relative_path(root, folder), text)
+        return _PATH.sub(lambda found: _of_this_machine(found[0], folder), text)
+
+    if isinstance(value, Mapping):
+        return {plain(str(key)): portable(entry, folder, known) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(entry, folder, known) for entry in value]
+    return plain(value) if isinstance(value, str) else value
+
+
+def _of_this_machine(path: str, folder: str | Path) -> str:
+    """A path from the root becomes relative if its first folder is one of this machine's; ``/day`` is no path."""
+    return relative_path(path, folder) if os.path.isdir("/" + path.split("/")[1]) and path.count("/") > 1 else path
+
+
+def recorded_settings(settings: Mapping[str, Any], paths: Iterable[str], folder: str | Path) -> dict[str, Any]:
+    """Settings with their paths as they are reached from ``folder``.
+
+    Args:
+        settings: By name.
+        paths: Names of those that are a path, or a mapping to paths.
+        folder: The result's folder.
+    """
+    result = dict(settings)
+    for name in paths:
+        value = result[name]
+        if isinstance(value, Mapping):
+            result[name] = {key: relative_path(str(entry), folder) for key, entry in value.items()}
+        else:
+            result[name] = relative_path(str(value), folder)
+    return result
+
+
+def _command(folder: str | Path) -> str:
+    """The command line, paths that it names as they are reached from ``folder``."""
+
+    def plain(word: str) -> str:
+        name, equals, value = word.partition("=")
+        if equals and os.path.exists(value):
+            return f"{name}={relative_path(value, folder)}"
+        return relative_path(word, folder) if "/" in word else word
+
+    return portable(shlex.join([Path(sys.argv[0]).name, *map(plain, sys.argv[1:])]), folder, [Path.home()])
+
+
+def run_record(seed: int, folder: str | Path) -> dict[str, Any]:
+    """What is needed to make the numbers again: command, git revision, versions, seed, date.
+
+    Args:
+        seed: The seed.
+        folder: The result's folder, which paths of the command are relative to.
+    """
+    return {
+        "command": _command(folder),
+        "git_revision": git_revision(),
+        "seed": seed,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {
+            "latent-medi": latent_medi.__version__,
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in _DECIDING},
+        },
+    }
+
+
+def git_revision() -> str | None:
+    """Revision of the source tree, "-dirty" if it has changes; None for an installed package."""
+    root = Path(latent_medi.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def dataset_record(study: Study, split: str, folder: str | Path) -> dict[str, Any]:
+    """Counts of the real dataset by class, site and split, and which cells are held out."""
+    index = study.index
+    column = index[f"split_{split}"].to_numpy(str)
+    classes = list(study.real.schema.field(study.class_field).values)
+    sites = list(study.real.schema.field(study.site_field).values)
+    counts: dict[str, Any] = {"patches": {}, "patients": {}}
+    for value in sorted(set(column) - {""}):
+        part = index[column == value]
+        for unit in counts:
+            distinct = (
+                part if unit == "patches" else part.drop_duplicates([study.class_field, study.site_field, "patient"])
+            )
+            table = pd.crosstab(distinct[study.class_field].astype(str), distinct[study.site_field].astype(str))
+            counts[unit][value] = table.reindex(index=classes, columns=sites, fill_value=0).to_numpy().tolist()
+    return {
+        "name": study.real.info.get("name", ""),
+        "folder": relative_path(str(study.real.folder), folder),
+        "class_field": study.class_field,
+        "site_field": study.site_field,
+        "split": split,
+        "classes": classes,
+        "sites": sites,
+        "n_patches": len(index),
+        "n_patients": int(index["patient"].nunique()),
+        "counts": counts,
+        "held_out": study.held_out,
+    }
+
+
+def arm_record(arm: Arm, selected: str, folder: str | Path) -> dict[str, Any]:
+    """A synthetic dataset: how many patches, and where they come from."""
+    info = arm.dataset.info
+    return {
+        "folder": relative_path(str(arm.dataset.folder), folder),
+        "name": info.get("name", ""),
+        "n_patches": len(arm.rows),
+        "fields": list(arm.dataset.schema.names),
+        **({"selected": selected, "n_asked": len(arm.dataset)} if selected else {}),
+        "provenance": info.get("provenance", {}),
+    }
+
+
+def finite(value: Any) -> Any:
+    """The same structure in plain Python types; NaN and infinity become None, since JSON has neither."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return finite(value.tolist())
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,126 @@
+"""What spreadsheets and downloads leave in a table beside its data: found, named, and taken out in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latent_medi.errors import UserError
+
+_MOST_TITLES = 10
+_MOST_NAMED = 5
+_CDE = "CDE_ID:"
+"""Start of every cell in the third heading row of a TCGA biotab."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it stands in a file: the number of its (last) line, from 1, and its cells."""
+
+    line: int
+    cells: list[str]
+
+    @property
+    def filled(self) -> int:
+        """Number of cells that hold more than blanks."""
+        return sum(bool(cell.strip()) for cell in self.cells)
+
+
+def tidy(rows: Sequence[Row], where: str, titles: bool = True) -> tuple[list[str], list[list[str]], list[str]]:
+    """Column names and cells of a table without what is beside its data.
+
+    Left out are empty rows, columns without a name, title lines above the column names, a repetition of the column
+    names, and the two further heading rows of a TCGA biotab.
+
+    Args:
+        rows: The rows in their order, the column names among them.
+        where: How messages call the table.
+        titles: Whether lines above the column names are to be expected.
+
+    Returns:
+        Names without blanks around them, not empty; rows with a cell for each name; and what was left out, a sentence
+        each.
+
+    Raises:
+        UserError: There is no name at all, or a row has other cells than names.
+    """
+    said: list[str] = []
+    empty = [row.line for row in rows if not row.filled]
+    rows = [row for row in rows if row.filled]
+    if not rows:
+        raise UserError(f"The table {where} is empty.", "A table has a line of column names, and a row each below.")
+    above = _titles(rows) if titles else 0
+    for row in rows[:above]:
+        title = next(cell.strip() for cell in row.cells if cell.strip())
+        said.append(f"line {row.line} is left out: a title above the column names, {title[:80]!r}")
+    names, rows = [cell.strip() for cell in rows[above].cells], rows[above + 1 :]
+    headings = _headings(names, rows)
+    if headings:
+        lines = _listed([rows[i].line for i in sorted(headings)])
+        said.append(f"{lines} left out: further rows of headings, not of data")
+    rows = [row for i, row in enumerate(rows) if i not in headings]
+    cells = [_fitted(row, names, where) for row in rows]
+    if empty:
+        said.append(f"{_listed(empty)} left out: empty")
+    kept = [i for i, name in enumerate(names) if name]
+    for i in (i for i, name in enumerate(names) if not name):
+        first = next(((row.line, mine[i]) for row, mine in zip(rows, cells, strict=True) if mine[i].strip()), None)
+        content = f"its cells, such as {first[1][:40]!r} in line {first[0]}, are not read" if first else "it is empty"
+        said.append(f"column {i + 1} is left out: it has no name, and {content}")
+    if len(kept) < len(names):
+        cells = [[mine[i] for i in kept] for mine in cells]
+    return [names[i] for i in kept], cells, said
+
+
+def _titles(rows: Sequence[Row]) -> int:
+    """How many lines stand above the column names: of one filled cell each, and then wide rows only."""
+    wide = next((i for i, row in enumerate(rows[: _MOST_TITLES + 1]) if row.filled > 1), 0)
+    if not wide:
+        return 0
+    names = [cell.strip() for cell in rows[wide].cells if cell.strip()]
+    # A table of one named column whose second row has a cell too many is not a title with column names below.
+    follow = rows[wide + 1] if wide + 1 < len(rows) else None
+    if len(set(names)) < len(names) or any(map(_is_number, names)) or (follow is not None and follow.filled < 2):
+        return 0
+    return wide
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _headings(names: Sequence[str], rows: Sequence[Row]) -> set[int]:
+    """Positions of rows that hold column names again, or their codes."""
+    found = set()
+    for i, row in enumerate(rows):
+        pairs = [(name, cell.strip()) for name, cell in zip(names, row.cells, strict=False) if cell.strip()]
+        if len(pairs) > 1 and all(name == cell for name, cell in pairs):
+            found.add(i)
+    for i, row in enumerate(rows[:2]):
+        if all(cell.strip().startswith(_CDE) for cell in row.cells if cell.strip()):
+            found |= set(range(i + 1))  # between the names and their codes stand other names
+    return found
+
+
+def _fitted(row: Row, names: Sequence[str], where: str) -> list[str]:
+    """A cell for each name; empty cells beyond the last name do not matter, absent ones only where there is no name."""
+    cells, width = row.cells, len(names)
+    named = max(i for i, name in enumerate(names) if name) + 1
+    if len(cells) < named or any(cell.strip() for cell in cells[width:]):
+        raise UserError(
+            f"Line {row.line} of {where} has {len(cells)} cells; the header has {width}.",
+            "Give the row a cell for each column, and quote cells that hold the separator.",
+        )
+    return cells[:width] + [""] * (width - len(cells))
+
+
+def _listed(lines: Sequence[int]) -> str:
+    """Such as "line 3 is" or "3 rows (lines 4, 5, 6) are"."""
+    if len(lines) == 1:
+        return f"line {lines[0]} is"
+    named = ", ".join(map(str, lines[:_MOST_NAMED])) + (", …" if len(lines) > _MOST_NAMED else "")
+    return f"{len(lines)} rows (lines {named}) are"

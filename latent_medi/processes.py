@@ -1,0 +1,201 @@
+"""Helper processes: they import no file of the working folder, and end with the process that started them."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import stat
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+PARENT = "LATENT_MEDI_PARENT"
+"""Environment variable with the number of the process that started this one, and that it ends with."""
+
+_SAFE = "PYTHONSAFEPATH"
+_LOOK_EVERY = 0.5  # seconds
+_watched: set[int] = set()
+
+
+def python_words(module: str, *words: str) -> list[str]:
+    """Words that run a module of this package as a program; the environment is :func:`environment`."""
+    return [sys.executable, "-P", "-m", module, *words]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a helper process: ours, in which no Python puts the working folder on its module path.
+
+    Args:
+        changes: Variables to set.
+    """
+    import latent_medi
+
+    # An empty entry would be the working folder. A source tree that is not installed is found by its path.
+    listed = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    root = Path(latent_medi.__file__).resolve().parents[1]
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    if root not in installed and str(root) not in listed:
+        listed.append(str(root))
+    found = {**os.environ, **changes, _SAFE: "1"}
+    found.pop("PYTHONPATH", None)
+    return {**found, "PYTHONPATH": os.pathsep.join(listed)} if listed else found
+
+
+@contextmanager
+def safe_helpers() -> Iterator[None]:
+    """While it lasts, every Python that is started (joblib's and torch's workers too) leaves the working folder out of
+    its module path.
+    """
+    before, after = {name: os.environ.get(name) for name in (_SAFE, "PYTHONPATH")}, environment()
+    _set({name: after.get(name) for name in before})
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when the one that started it ends, however that ends: an orphan could overwrite what a
+    rerun writes.
+
+    Args:
+        parent: Its process number; if it has ended already, this process ends now.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
+    else:
+        _watch(parent, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit("the command that started this process has ended")
+
+
+def call_tied(parent: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a worker process, which from then on is killed when the process that dispatches the work ends.
+
+    Args:
+        parent: Number of the latter, which may be this one: work is not always sent to another.
+        function: What to call.
+        arguments: Its arguments.
+    """
+    # The kernel's own notice would come when the thread that started the worker ends, which may be long before.
+    if os.getpid() != parent and parent not in _watched:
+        _watched.add(parent)
+        _watch(parent, signal.SIGKILL)
+    return function(*arguments)
+
+
+def follow_parent() -> None:
+    """End with whoever started this process, if that is one of our commands (it says so in :data:`PARENT`) or a
+    launcher of several processes. An unknown launcher's end is a notice, on which training saves: the cluster that
+    ended it may have given us the same.
+    """
+    told, parent = os.environ.get(PARENT, ""), os.getppid()
+    if told == str(parent):
+        end_with(parent)
+        return
+    if told.isdigit() and not _alive(int(told)):
+        raise SystemExit("the command that started this process has ended")
+    if "LOCAL_RANK" in os.environ:
+        _watch(parent, signal.SIGTERM)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _watch(parent: int, number: signal.Signals) -> None:
+    """Send this process a signal once its parent is another one, as a new one is given to orphans."""
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+class Output:
+    """What a command prints to.
+
+    Attributes:
+        closed: Whether whoever read it has gone.
+    """
+
+    closed = False
+
+    def give_up(self) -> None:
+        """Let what is printed from now on vanish: there is nobody who could be told that it cannot be printed."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in _pipes(hung_up=True):
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+@contextmanager
+def read_by_somebody() -> Iterator[Output]:
+    """Send this process SIGTERM as soon as whoever reads its standard output or error through a pipe has gone, as
+    ``| head`` does when it has seen enough: a command may print nothing for hours, and those it started go on.
+    """
+    output, ended = Output(), threading.Event()
+
+    def watch() -> None:
+        poll = select.poll()
+        for number in numbers:
+            poll.register(number, 0)
+        while not ended.is_set():
+            if poll.poll(1000 * _LOOK_EVERY) and not ended.is_set():
+                output.closed = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    numbers = _pipes() if hasattr(select, "poll") and threading.current_thread() is threading.main_thread() else []
+    if numbers:
+        threading.Thread(target=watch, name="output", daemon=True).start()
+    try:
+        yield output
+    finally:
+        ended.set()
+
+
+def _pipes(hung_up: bool = False) -> list[int]:
+    """Which of standard output and error are pipes; with ``hung_up``, which nobody reads any more."""
+    found = []
+    for number in (1, 2):
+        try:
+            mode = os.fstat(number).st_mode
+        except OSError:  # closed
+            continue
+        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+            continue
+        if hung_up:
+            poll = select.poll()
+            poll.register(number, 0)
+            if not poll.poll(0):
+                continue
+        found.append(number)
+    return found

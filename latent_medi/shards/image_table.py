@@ -1,0 +1,230 @@
+"""Which images there are, named in a table or found in a folder, and what each patch will be made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from latent_medi.errors import UserError
+from latent_medi.metadata.fields import is_missing
+from latent_medi.metadata.names import check_new_names
+from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.metadata.tables import require_columns, settings_of_columns
+from latent_medi.metadata.tcga import warn_of_contradictions
+from latent_medi.progress import get_logger
+from latent_medi.shards.find import find_files
+from latent_medi.shards.patch import check_key
+from latent_medi.shards.rejected import Rejected
+from latent_medi.shards.resolution import check_mpp
+from latent_medi.shards.settings import ImportSettings
+
+logger = get_logger(__name__)
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+"""Endings of the files that a folder is searched for."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_LARGEST_TILE = "/99999_99999"
+_COLUMN_SETTINGS = (
+    "image_column", "patient_column", "slide_column", "key_column", "x_column", "y_column", "source_mpp_column",
+    "split_column", "class_field", "categorical", "continuous", "extra",
+)  # fmt: skip
+
+
+def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings, list[Rejected]]:
+    """A table of the images below a folder, its columns read from their paths by the pattern; the settings that go with
+    it; and what was found but cannot be used, such as links to nothing.
+
+    Raises:
+        UserError: There is no image, the pattern is none, or some paths do not match it.
+    """
+    folder = Path(settings.folder)
+    try:
+        pattern = re.compile(settings.pattern)
+    except re.error as error:
+        raise UserError(f"The pattern {settings.pattern!r} is no regular expression: {error}.") from None
+    if not {"patient"} <= set(pattern.groupindex):
+        raise UserError(
+            f"The pattern {settings.pattern!r} names no patient.",
+            r"Name parts of the path, such as '(?P<class>[^/]+)/(?P<patient>[^/_]+)_[0-9]+\.png'.",
+        )
+    found = find_files(folder, IMAGE_ENDINGS)
+    left_out = [
+        Rejected(path.relative_to(folder).as_posix(), f"cannot be used: {why}", "Repair or remove it.")
+        for path, why in found.left_out
+    ]
+    paths = [path.relative_to(folder).as_posix() for path in found.files]
+    matches = [pattern.fullmatch(path) for path in paths]
+    if others := [path for path, match in zip(paths, matches, strict=True) if match is None]:
+        raise UserError(
+            f"{len(others)} of {len(paths)} images do not match {settings.pattern!r}, such as {others[:3]}.",
+            "Widen the pattern; nothing is left out silently.",
+        )
+    if not paths:
+        why = f"; {left_out[0].image} {left_out[0].reason}" if left_out else ""
+        raise UserError(f"{folder} holds no image ({', '.join(IMAGE_ENDINGS)}){why}.")
+    rows = [{"image": path} | match.groupdict(default="") for path, match in zip(paths, matches, strict=True) if match]
+    root = settings.root or str(folder)
+    changed = dataclasses.replace(settings, image_column="image", patient_column="patient", root=root)
+    return pd.DataFrame(rows), changed, left_out
+
+
+def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict[str, Any]], list[int], list[Rejected]]:
+    """What each patch will be made from: path, key, patient, slide, position, source resolution, fields and extras.
+
+    Returns:
+        A mapping per usable row; their positions in the table; and the rows whose image's name or key cannot be used.
+
+    Raises:
+        UserError: A column is absent, a field has a name that is taken, two rows have one key, a row has no patient or
+            resolution, or no row is usable.
+    """
+    fields = [*([settings.class_field] if settings.class_field else []), *settings.categorical, *settings.continuous]
+    optional = [settings.slide_column, settings.key_column, settings.x_column, settings.y_column]
+    optional += [settings.source_mpp_column, settings.split_column]
+    named = [settings.image_column, settings.patient_column, *fields, *settings.extra, *(c for c in optional if c)]
+    where = f"The table {settings.table}".strip()
+    require_columns(table, named, where, settings_of_columns(settings, *_COLUMN_SETTINGS))
+    check_new_names(fields, settings.extra, settings.continuous)
+    check_resolutions(settings)
+    if not len(table):
+        raise UserError(f"{where} has no row.", "It needs a row per image below its line of column names.")
+    warn_of_contradictions(table[settings.patient_column], table, fields, where)
+    rows: list[dict[str, Any]] = []
+    kept: list[int] = []
+    left_out: list[Rejected] = []
+    seen: dict[str, tuple[int, str]] = {}
+    for number, row in enumerate(table.astype(str).to_dict(orient="records"), start=1):
+        path = row[settings.image_column]
+        key = row[settings.key_column] if settings.key_column else key_of(path)
+        if problem := _unusable(path, key, number, settings):
+            left_out.append(problem)
+            continue
+        if key in seen:
+            first, other = seen[key]
+            raise UserError(
+                f"Rows {first} and {number} of the table, not counting its header, would both have the key {key!r}: "
+                f"{other!r} and {path!r}.",
+                f"Make the column {settings.key_column!r} unique, or remove one of the rows."
+                if settings.key_column
+                else "Name a column of unique keys with key_column=…, or remove one of the rows.",
+            )
+        seen[key] = number, path
+        patient = row[settings.patient_column]
+        if is_missing(patient):
+            raise UserError(
+                f"{path!r} has no patient.", "Without patients no honest split is possible; fill the column."
+            )
+        rows.append(
+            {
+                "path": path, "key": key, "patient": patient,
+                "slide": row[settings.slide_column] if settings.slide_column else patient,
+                "x": _whole(row, settings.x_column), "y": _whole(row, settings.y_column),
+                "source_mpp": _resolution(row, path, settings),
+                "fields": {name: row[name] for name in fields}, "extra": {name: row[name] for name in settings.extra},
+            }
+        )  # fmt: skip
+        kept.append(number - 1)
+    if not rows:
+        first_bad = left_out[0]
+        raise UserError(
+            f"{where}: none of its {len(left_out)} images can be used; {first_bad.image} {first_bad.reason}.",
+            first_bad.remedy,
+        )
+    return rows, kept, left_out
+
+
+def check_resolutions(settings: ImportSettings) -> None:
+    """Refuse settings whose resolutions are absent or in another unit than µm per pixel.
+
+    Raises:
+        UserError: They are.
+    """
+    if not settings.source_mpp_column:
+        if not settings.source_mpp > 0:
+            raise UserError(
+                "The resolution of the images is not given.",
+                "Set source_mpp (µm per pixel) or source_mpp_column; if only a nominal value is known, say so "
+                "somewhere.",
+            )
+        check_mpp(settings.source_mpp, "The resolution of the images, source_mpp,")
+    if settings.mpp:
+        check_mpp(settings.mpp, "The resolution of the patches, mpp,")
+
+
+def _unusable(path: str, key: str, number: int, settings: ImportSettings) -> Rejected | None:
+    """Why a row's image cannot even be looked for, or stored."""
+    if is_missing(path):
+        return Rejected(f"row {number}", "names no image", f"Fill the column {settings.image_column!r}.")
+    if _CONTROL.search(path):
+        return Rejected(repr(path), "has a path with control characters", "Rename the file.")
+    try:
+        check_key(key + _LARGEST_TILE if settings.tile else key)
+    except UserError as error:
+        remedy = "Rename the file, or name a column of short, unique keys with key_column=…."
+        return Rejected(path, f"has no usable key: {error.message}", remedy)
+    return None
+
+
+def given_split(table: pd.DataFrame, settings: ImportSettings) -> tuple[dict[str, str], dict[str, Any]]:
+    """The part of each patient in the split that the table brings, and a recipe.
+
+    Raises:
+        UserError: A patient is in two parts, or in one with some of its images only.
+    """
+    column = settings.split_column
+    index = pd.DataFrame({"patient": table[settings.patient_column], column: table[column]}).astype(str)
+    assert_patient_disjoint(index, column)
+    pairs = index.drop_duplicates()
+    if (half := pairs["patient"].duplicated()).any():
+        raise UserError(
+            f"{column}: patient {pairs.loc[half, 'patient'].iloc[0]!r} has images in a part and images in none.",
+            "Fill the cells, or leave those images out of the table: a split is of whole patients.",
+        )
+    parts = {patient: part for patient, part in pairs.itertuples(index=False, name=None) if part}
+    names = sorted(set(parts.values()))
+    if not {"train", "test"} & set(names):
+        logger.warning("The parts of column %s are %s; verbs look for train and test", column, names or "empty")
+    # With the parts themselves, so that a rerun sees that they have changed.
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return parts, {"kind": "column of the table", "column": column, "parts_sha256": digest}
+
+
+def key_of(path: str) -> str:
+    """The key that an image's path gives: without its ending, dots as dashes, no blank or empty part; maybe empty."""
+    folder, _, name = path.replace("\\", "/").rpartition("/")
+    stem = name if name.rfind(".") < 1 else name[: name.rfind(".")]
+    parts = [part.strip() for part in f"{folder}/{stem}".replace(".", "-").split("/")]
+    return "/".join(part for part in parts if part.strip("-"))
+
+
+def _whole(row: Mapping[str, str], column: str) -> int:
+    if not column:
+        return -1
+    try:
+        return int(row[column])
+    except ValueError:
+        raise UserError(f"Column {column!r} holds {row[column]!r}; it is a position in whole pixels.") from None
+
+
+def _resolution(row: Mapping[str, str], path: str, settings: ImportSettings) -> float:
+    if not settings.source_mpp_column:
+        return settings.source_mpp
+    text = row[settings.source_mpp_column]
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not number > 0:
+        raise UserError(
+            f"{path!r} has the resolution {text!r}; it is a number of µm per pixel > 0 and never assumed.",
+            "Fill the column, with a point for a decimal comma.",
+        )
+    check_mpp(number, f"The resolution of {path!r}, in column {settings.source_mpp_column!r},")
+    return number

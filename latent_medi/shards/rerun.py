@@ -1,0 +1,73 @@
+"""What a finished dataset holds beside its patches when it is written again: nothing of it goes without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from latent_medi.errors import UserError
+from latent_medi.files import remove
+from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
+from latent_medi.progress import get_logger
+from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.writer import remember_splits
+
+logger = get_logger(__name__)
+
+
+def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Mapping[str, str]]] | None = None) -> None:
+    """Make a finished dataset folder one that can be written again, from other patches or settings.
+
+    Its splits are remembered and recorded again by :func:`~latent_medi.shards.writer.finish_dataset`, by patient.
+
+    Args:
+        out: The folder, or none yet.
+        given: Names of the splits that will be recorded anew.
+        patches: Patient and fields of every new patch, where they are known.
+
+    Raises:
+        UserError: It has selections, which belong to the patches as they are; or a split of patients whose fields have
+            changed since. Nothing is removed then.
+    """
+    if not (out / INFO_FILE).is_file():
+        return
+    hint = f"Write to another folder, or remove {out} first."
+    try:
+        dataset = PatchDataset.open(out)
+    except UserError as error:
+        logger.warning("%s cannot be opened (%s): it is written again, and splits it had are lost", out, error.message)
+    else:
+        if dataset.selections:
+            raise UserError(
+                f"{out} would be written again, and has the selections {', '.join(dataset.selections)}, which belong "
+                "to its patches as they are.",
+                hint,
+            )
+        kept = [name for name in dataset.splits if name not in given]
+        if kept and patches is not None and (changed := _changed(dataset, patches)):
+            raise UserError(
+                f"{out} would be written again, and has the splits {', '.join(kept)}, which may rest on fields that "
+                f"have changed since: those of {len(changed)} patients, such as {changed[0]}.",
+                f"{hint} Then make the splits again.",
+            )
+        if kept:
+            logger.info("%s is written again, and keeps the splits %s", out, ", ".join(kept))
+        remember_splits(dataset)
+    remove(out / INFO_FILE)
+    remove(out / INDEX_FILE)
+
+
+def _changed(dataset: PatchDataset, patches: Iterable[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """Patients who were there before and now have a combination of classes and categories that they did not have."""
+    patches = list(patches)
+    there = set(patches[0][1]) if patches else set()
+    names = [f.name for f in dataset.schema.fields if not f.continuous and f.name in there]
+    before: dict[str, set[tuple[str, ...]]] = {}
+    for patient, *values in dataset.index[["patient", *names]].drop_duplicates().itertuples(index=False, name=None):
+        before.setdefault(patient, set()).add(tuple(values))
+    now = {(patient, tuple(_known(fields[name]) for name in names)) for patient, fields in patches}
+    return sorted({patient for patient, values in now if patient in before and values not in before[patient]})
+
+
+def _known(value: str) -> str:
+    return UNKNOWN_WORD if is_missing(value) else value
