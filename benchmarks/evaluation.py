@@ -11,17 +11,22 @@ factor and one symmetric eigenvalue problem. Both have one thread of linear alge
 programs on the machine disturb less, can be compared as well.
 
 Memory: the most that accumulating the moments of streamed features takes beyond what was there before, at two numbers
-of features, one four times the other.
+of features, one four times the other; and the most that a process takes beyond two sets of 100,000 × 2048 features
+(10,000 × 512 with --quick) while it judges one by the other: both kernels, the Fréchet distance with a patient
+resample, neighbourhoods, principal components, cells, and nearest patches of a few.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from reading import as_files, build
 
+from latent_medi.evaluation.fidelity import frechet_draws, kid_draws, neighbourhoods
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
-from latent_medi.features.statistics import FeatureStatistics, frechet_distance
+from latent_medi.features.neighbours import nearest
+from latent_medi.features.statistics import FeatureStatistics, distances, frechet_distance, pca_basis, project
 
 BATCH = 128
 
@@ -148,6 +155,33 @@ def peak(count: int, dim: int, batch: int) -> float:
     return most / 2**20
 
 
+def _most(count: int, dim: int, out: Any) -> None:
+    """Judge one large set by another; tells MiB of both sets and of all memory beyond them."""
+    reference, sample = features_of(count, dim, 0), features_of(count, dim, 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    few = np.arange(0, count, max(1, count // 3000))
+    basis = pca_basis(reference)
+    frechet_draws(reference, sample, np.ones((1, count)), None)
+    kid_draws(reference[few], sample[few], np.ones((1, len(few))), None)
+    distances(reference, sample, basis)
+    neighbourhoods(reference, sample)
+    project(sample, basis.mean, basis.components[:64].T)
+    nearest(sample[:2048], reference)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out.put(((reference.nbytes + sample.nbytes) / 2**20, (after - before) / 2**10))
+
+
+def judging(count: int, dim: int) -> dict[str, float]:
+    """Memory of judging two sets, measured in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    process = context.Process(target=_most, args=(count, dim, out))
+    process.start()
+    sets, beyond = out.get()
+    process.join()
+    return {"judged": count, "judged_sets_mib": sets, "judging_mib": beyond, "judging_mib_over_sets": beyond / sets}
+
+
 def main() -> None:
     parser = options(__doc__, "512 patches instead of 4,096, and 2 × 5,000 × 512 features")
     parser.add_argument("--encoder", default="demo", help="name or folder of the encoder")
@@ -161,6 +195,7 @@ def main() -> None:
     result |= distance(count, dim, 3 if quick else 2)
     small, large = peak(count // 4, dim, 1000), peak(count, dim, 1000)
     result |= {"peak_mib": large, "peak_over_peak_at_a_quarter": large / small}
+    result |= judging(*((10_000, 512) if quick else (100_000, 2048)))
     tell(result, arguments.json)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
-from latent_medi.files import NO_SPACE, check_file, read_json, write_json
+from latent_medi.files import NO_SPACE, check_file, write_json
 from latent_medi.locks import output_lock
 from latent_medi.paths import expand
 from latent_medi.processes import Output, follow_parent, read_by_somebody, safe_helpers
@@ -99,13 +99,20 @@ def _holds(dataset: PatchDataset) -> str:
 
 
 def _verify(words: list[str]) -> Printed:
-    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.dataset import INFO_FILE, PatchDataset
     from latent_medi.shards.settings import VerifySettings
     from latent_medi.shards.verify import seal
 
     settings = config.parse(VerifySettings, words, "shards verify", positional="data")
     if not settings.data:
         raise UserError("No folder is given.", "latent-medi shards verify runs/demo/data")
+    folder = Path(settings.data)
+    if folder.is_dir() and not (folder / INFO_FILE).is_file():
+        from latent_medi.training.artefacts import verify_artefact
+
+        if kind := verify_artefact(folder, settings.seal):
+            print(f"no problem: {kind} in {folder}{', checksums added' if settings.seal else ''}")
+            return {"folder": str(folder), "problems": []}
     dataset = PatchDataset.open(settings.data)
     if problems := dataset.verify():
         raise UserError(f"{dataset.folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
@@ -168,10 +175,11 @@ def _split(words: list[str]) -> Printed:
 
 def _encode(words: list[str]) -> Printed:
     from latent_medi.latents.encode import encode
+    from latent_medi.latents.info import read_info
     from latent_medi.latents.settings import EncodeSettings
 
     out = encode(config.parse(EncodeSettings, words, "encode"))
-    return {"latents": str(out), "floor": read_json(out / "latents.json").get("floor")}
+    return {"latents": str(out), "floor": read_info(out).get("floor")}
 
 
 def _train(words: list[str]) -> Printed:

@@ -16,11 +16,12 @@ from latent_medi import config
 from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.errors import UserError, nearest
 from latent_medi.experiment_settings import DemoSettings, ExperimentSettings
-from latent_medi.files import read_json, write_json, write_text
+from latent_medi.files import write_json, write_text
 from latent_medi.locks import output_lock
 from latent_medi.look_ahead import check_model, check_study, check_training
 from latent_medi.progress import duration, get_logger
 from latent_medi.stages import Stage, Stages, side_by_side
+from latent_medi.sums import read_result
 from latent_medi.synthesis.settings import GenerateSettings
 from latent_medi.training.settings import TrainSettings
 from latent_medi.wholeness import damaged_dataset, damaged_json, damaged_latents, damaged_model, reopen
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from latent_medi.training.transfer import Source
 
 log = get_logger(__name__)
+
+_EVALUATE = "Remove it and repeat the command, which evaluates again."
 
 STAGES = ("shards", "audit", "encode", "train", "plan", "sample", "evaluate", "report")
 _FILES = ("settings.yaml", "headline.json", "train-*.yaml", "sample-*.yaml")
@@ -131,7 +134,7 @@ def _run(settings: ExperimentSettings) -> dict[str, Any]:
     config.save_settings(replace(settings, replace=False), folder / "settings.yaml")
     stages.run(*STAGES[1:])
 
-    record = headline(read_json(folder / "metrics.json"), stages.seconds)
+    record = headline(read_result(folder / "metrics.json", _EVALUATE), stages.seconds)
     write_json(folder / "headline.json", record)
     total = duration(sum(stages.seconds.values()))
     print(f"\n{headline_text(record)}\n\n{total} in all. Report: {folder / 'report.html'}")
@@ -322,8 +325,8 @@ class _Experiment:
         from latent_medi.report.render import render_report
 
         render_report(
-            read_json(self.folder / "metrics.json"), self.folder / "report.html", title=self.settings.title,
-            real=self.data, synthetic=self.synthetic, per_cell=self.settings.report_cells,
+            read_result(self.folder / "metrics.json", _EVALUATE), self.folder / "report.html",
+            title=self.settings.title, real=self.data, synthetic=self.synthetic, per_cell=self.settings.report_cells,
         )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from latent_medi.demo.tissue import Shape, Stain, parameters, random_shape, rand
 from latent_medi.features.tiny import TinyEncoder
 from latent_medi.processes import safe_helpers
 from latent_medi.progress import get_logger, set_up_logging
+from latent_medi.sums import write_sums
 
 log = get_logger(__name__)
 
@@ -290,6 +291,7 @@ def main() -> None:
         for seed, stage in enumerate(POLISH):
             train_autoencoder(autoencoder, images, encoder=encoder, seed=seed, **stage)
         autoencoder.half().save_pretrained(arguments.out)
+        write_sums(arguments.out)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,18 @@ from torch import nn
 from latent_medi import __version__
 from latent_medi.diffusion.conditioning import MetadataConditioner, embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.folder import local_folder
+from latent_medi.diffusion.folder import REMEDY, SEEN, local_folder
 from latent_medi.diffusion.objective import settings_of
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, sha256_file, write_json
+from latent_medi.files import atomic_path, read_object, sha256_file, write_json
+from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import weight_hash
+from latent_medi.sums import check_sums, tell_unsealed, write_sums
 
 ADAPTER_FILE, VALUES_FILE = "adapter.json", "values.safetensors"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 FORMAT = 1
+_FACTS = {"base": str, "values": dict, "provenance?": {"seen?": (SEEN, None)}}
 _PREFIX = "base_model.model."  # peft's name for the adapted network
 _TRAINED = "default"
 
@@ -136,6 +139,7 @@ def save_adapter(
         facts = {"format": FORMAT, "version": __version__, "base": base}
         facts |= {"values": {name: list(values) for name, values in added.items()}, "provenance": dict(provenance)}
         write_json(temporary / ADAPTER_FILE, facts)
+        write_sums(temporary)
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -178,12 +182,16 @@ def open_adapter(folder: str | Path) -> Adapter:
         raise UserError(
             f"{folder} is no adapter of this program: it has no {ADAPTER_FILE}.", "Give out/adapter of a run with lora."
         )
-    facts, config = read_json(path / ADAPTER_FILE), read_json(path / CONFIG_FILE)
+    if not check_sums(path, REMEDY):
+        tell_unsealed(path)
+    facts = read_object(path / ADAPTER_FILE)
     if facts.get("format") != FORMAT:
         raise UserError(
             f"The adapter {folder} has format {facts.get('format')}; this program reads {FORMAT}.",
             f"It was written by version {facts.get('version')}: use that, or train it again.",
         )
+    check_types(facts, _FACTS, path / ADAPTER_FILE, REMEDY)
+    config = read_object(path / CONFIG_FILE)
     try:
         weights = {key.removeprefix(_PREFIX): value for key, value in load_file(path / WEIGHTS_FILE).items()}
         vectors = load_file(path / VALUES_FILE) if facts["values"] else {}
@@ -193,12 +201,22 @@ def open_adapter(folder: str | Path) -> Adapter:
         values = {str(name): [str(v) for v in listed] for name, listed in facts["values"].items()}
         base = str(facts["base"])
     except Exception as error:  # safetensors and missing entries and files each have their own
-        raise UserError(f"The adapter {folder} cannot be read: {error}", "Copy the whole folder again.") from error
+        raise UserError(f"The adapter {folder} cannot be read: {error}", REMEDY) from error
     if {name: len(listed) for name, listed in values.items()} != {name: len(v) for name, v in vectors.items()}:
         raise UserError(f"The adapter {folder} does not have one vector per value.", "Copy the whole folder again.")
     names = [name for name in (ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, VALUES_FILE) if (path / name).is_file()]
     digest = hashlib.sha256("".join(name + sha256_file(path / name) for name in names).encode()).hexdigest()
     return Adapter(Path(folder), digest, base, lora, weights, values, vectors, facts.get("provenance", {}).get("seen"))
+
+
+def seal_adapter(folder: str | Path) -> None:
+    """Add checksums to an adapter's folder of an earlier version, as it is.
+
+    Raises:
+        UserError: It is no adapter, or damaged.
+    """
+    open_adapter(folder)
+    write_sums(Path(folder))
 
 
 def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[float]) -> None:

@@ -22,12 +22,14 @@ from torch.nn import functional as F
 
 from latent_medi import __version__
 from latent_medi.diffusion.classifier_settings import EncoderSettings
-from latent_medi.diffusion.folder import local_folder
+from latent_medi.diffusion.folder import REMEDY, local_folder
 from latent_medi.diffusion.objective import noise_schedule, settings_of
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError, nearest
-from latent_medi.files import atomic_path, read_json, sha256_file, write_json
+from latent_medi.files import atomic_path, read_sealed, sha256_file, write_sealed
+from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import weight_hash
+from latent_medi.sums import compare, tell_unsealed
 
 if TYPE_CHECKING:
     from latent_medi.diffusion.pipeline import MediPipeline
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 KIND = "latent-medi latent classifier"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_FACTS = {
+    "field": str, "values": [str], "network": dict, "latent_shape": [int], "objective": dict, "autoencoder": str,
+    "shift": [float], "scale": [float], "weights_sha256": str, "provenance": dict,
+}  # fmt: skip
 _SAME = 1e-4  # relative difference of whitening up to which two trainings measured the same latents
 
 
@@ -262,7 +268,7 @@ class LatentClassifier:
             save_file(tensors, temporary / WEIGHTS_FILE)
             facts = {"kind": KIND, "format": FORMAT, "version": __version__, **self._facts()}
             facts |= {"weights_sha256": sha256_file(temporary / WEIGHTS_FILE), "provenance": self.provenance}
-            write_json(temporary / CONFIG_FILE, facts)
+            write_sealed(temporary / CONFIG_FILE, facts)
 
     @staticmethod
     def from_pretrained(folder: str | Path, device: torch.device | str = "cpu") -> LatentClassifier:
@@ -272,7 +278,7 @@ class LatentClassifier:
             UserError: It is no classifier of this program, of a newer version, or damaged.
         """
         path = local_folder(folder)
-        facts = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+        facts, sealed = read_sealed(path / CONFIG_FILE, REMEDY) if (path / CONFIG_FILE).is_file() else ({}, True)
         if facts.get("kind") != KIND:
             raise UserError(f"{folder} is no latent classifier.", "Give out/classifier of `latent-medi classifier`.")
         if facts.get("format") != FORMAT:
@@ -280,9 +286,11 @@ class LatentClassifier:
                 f"The classifier {folder} has format {facts.get('format')}; this program reads {FORMAT}.",
                 f"It was written by version {facts.get('version')}: use that, or train it again.",
             )
+        check_types(facts, _FACTS, path / CONFIG_FILE, REMEDY)
+        compare(path, {WEIGHTS_FILE: facts["weights_sha256"]}, path / CONFIG_FILE, REMEDY)
+        if not sealed:
+            tell_unsealed(path)
         try:
-            if sha256_file(path / WEIGHTS_FILE) != facts["weights_sha256"]:
-                raise ValueError(f"{WEIGHTS_FILE} does not have its hash")
             settings, shape = EncoderSettings(**facts["network"]), tuple(facts["latent_shape"])
             network = LatentEncoder(settings, shape[0], shape[1], len(facts["values"]))
             network.load_state_dict(load_file(path / WEIGHTS_FILE))
@@ -291,9 +299,18 @@ class LatentClassifier:
                 torch.tensor(facts["shift"]), torch.tensor(facts["scale"]), facts["autoencoder"], facts["provenance"],
             ).to(device)  # fmt: skip
         except Exception as error:  # safetensors, shapes, missing entries and files each have their own
-            raise UserError(
-                f"The classifier {folder} cannot be read: {error}", "Copy the whole folder again."
-            ) from error
+            raise UserError(f"The classifier {folder} cannot be read: {error}", REMEDY) from error
+
+
+def seal_classifier(folder: str | Path) -> None:
+    """Add checksums to a latent classifier's folder of an earlier version, as it is.
+
+    Raises:
+        UserError: It is no classifier, or damaged.
+    """
+    LatentClassifier.from_pretrained(folder)
+    facts, _ = read_sealed(Path(folder) / CONFIG_FILE, REMEDY)
+    write_sealed(Path(folder) / CONFIG_FILE, facts)
 
 
 def _times(shape: Sequence[int]) -> str:

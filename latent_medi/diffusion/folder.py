@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -13,10 +13,21 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
-from latent_medi.files import read_json
+from latent_medi.files import read_object
+from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import Autoencoder, first_line, in_own_memory, load_autoencoder
+from latent_medi.sums import check_sums, inside, tell_unsealed, write_sums
 
 AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
+REMEDY = "Copy the whole folder again, or remove it and repeat the command that made it."
+
+_AUTOENCODER = {"source": str, "hash": str, "shift": [float], "scale": [float]}
+_OBJECTIVE = {
+    "prediction?": str, "schedule?": str, "beta_start?": float, "beta_end?": float, "timesteps?": int,
+    "zero_terminal_snr?": bool, "weighting?": str, "gamma?": float, "loss?": str,
+}  # fmt: skip
+SEEN = {"complete": bool, "parts": [{"fields": [str], "rows": [list]}]}
+"""Types of the record of what a model was shown."""
 
 
 def local_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
@@ -47,6 +58,69 @@ def local_folder(name: str | Path, download: Mapping[str, Any] | None = None) ->
         ) from None
 
 
+def seal_model(folder: str | Path) -> None:
+    """Add checksums to a model folder of an earlier version, as it is.
+
+    Raises:
+        UserError: It is no model folder, or has checksums that say it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} holds no model.", "Give the folder with model_index.json.")
+    check_sums(folder, REMEDY)
+    write_sums(folder)
+
+
+def check_model(path: Path) -> None:
+    """Compare a model folder with its checksums; one without them is told about once.
+
+    Raises:
+        UserError: A file is damaged, absent, or names one outside the folder.
+    """
+    if not check_sums(path, REMEDY):
+        tell_unsealed(path)
+    # Weights in several files, whose names diffusers would follow.
+    for index in (*path.glob("*.index.json"), *path.glob("*/*.index.json")):
+        told = read_object(index)
+        check_types(told, {"weight_map": dict}, index, REMEDY)
+        for name in told["weight_map"].values():
+            inside(index.parent, name, index)
+
+
+def read_parts(path: Path) -> dict[str, Any]:
+    """The JSON files of a model folder that only this program reads, ``None`` for those that are not there:
+    ``autoencoder``, ``objective`` and ``provenance``.
+
+    Raises:
+        UserError: One is damaged.
+    """
+    found: dict[str, Any] = {"autoencoder": None, "objective": None, "provenance": None}
+    if (path / AUTOENCODER_FILE).is_file():
+        known = read_object(path / AUTOENCODER_FILE)
+        check_types(known, _AUTOENCODER, path / AUTOENCODER_FILE, REMEDY)
+        found["autoencoder"] = known
+    if (path / OBJECTIVE_FILE).is_file():
+        told = read_object(path / OBJECTIVE_FILE)
+        check_types(told, _OBJECTIVE, path / OBJECTIVE_FILE, REMEDY)
+        found["objective"] = _objective(told, path / OBJECTIVE_FILE)
+    if (path / PROVENANCE_FILE).is_file():
+        found["provenance"] = read_object(path / PROVENANCE_FILE)
+        check_types(found["provenance"], {"seen?": (SEEN, None)}, path / PROVENANCE_FILE, REMEDY)
+    return found
+
+
+def _objective(told: dict[str, Any], path: Path) -> ObjectiveSettings:
+    try:
+        objective = ObjectiveSettings(**told)
+    except TypeError as error:  # an entry that is not there in this version
+        raise UserError(f"{path} cannot be used: {error}.", REMEDY) from None
+    for name, kind in get_type_hints(ObjectiveSettings).items():
+        if (choices := get_args(kind)) and getattr(objective, name) not in choices:
+            raise UserError(f"{path} says {name} {getattr(objective, name)!r}; known: {', '.join(choices)}.", REMEDY)
+    objective.check()
+    return objective
+
+
 def read_model(
     folder: str | Path, autoencoder: Autoencoder | str | Path | None, torch_dtype: torch.dtype,
     device: torch.device | str, download: Mapping[str, Any] | None = None,
@@ -56,10 +130,13 @@ def read_model(
     Args and raises as for :meth:`~latent_medi.diffusion.pipeline.MediPipeline.from_pretrained`.
     """
     path = local_folder(folder, download)
-    index = read_json(path / "model_index.json")
+    check_model(path)
+    index = read_object(path / "model_index.json")
     if index.get("_class_name") != "MediPipeline":
         raise UserError(f"{folder} holds a {index.get('_class_name')}, not a latent-medi model.")
-    known = read_json(path / AUTOENCODER_FILE)
+    parts = read_parts(path)
+    if (known := parts["autoencoder"]) is None:
+        raise UserError(f"{path / AUTOENCODER_FILE} does not exist.", REMEDY)
     try:
         unet = in_own_memory(
             UNet2DModel.from_pretrained(str(path / "unet"), use_safetensors=True, torch_dtype=torch_dtype)
@@ -73,7 +150,7 @@ def read_model(
     except UserError:
         raise
     except Exception as error:  # safetensors, JSON, shapes and missing files each have their own
-        raise UserError(f"The model in {folder} cannot be loaded: {error}", "Copy the whole folder again.") from error
+        raise UserError(f"The model in {folder} cannot be loaded: {error}", REMEDY) from error
     carried = autoencoder is None and (path / "autoencoder").is_dir()
     if carried:
         autoencoder = load_autoencoder(path / "autoencoder", device)
@@ -86,10 +163,9 @@ def read_model(
             f"and {autoencoder.source} ({autoencoder.hash[:12]}) is another.",
             "Give the right one as `autoencoder`.",
         )
-    objective = ObjectiveSettings(**read_json(path / OBJECTIVE_FILE)) if (path / OBJECTIVE_FILE).is_file() else None
-    provenance = read_json(path / PROVENANCE_FILE) if (path / PROVENANCE_FILE).is_file() else {}
     shift, scale = torch.tensor(known["shift"]), torch.tensor(known["scale"])
     return {
         "unet": unet, "scheduler": scheduler, "conditioning": conditioning, "autoencoder": autoencoder,
-        "shift": shift, "scale": scale, "objective": objective, "provenance": provenance, "carried": carried,
+        "shift": shift, "scale": scale, "objective": parts["objective"], "provenance": parts["provenance"] or {},
+        "carried": carried,
     }  # fmt: skip

@@ -42,6 +42,7 @@ from latent_medi.files import atomic_path, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, forget_path, save_autoencoder
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.seen import together
+from latent_medi.sums import write_sums
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -359,6 +360,7 @@ class MediPipeline(PipelineParts):
             write_json(temporary / OBJECTIVE_FILE, asdict(self.objective))
             write_json(temporary / PROVENANCE_FILE, self.provenance)
             write_text(temporary / "README.md", model_card(self, folder.name))
+            write_sums(temporary)
         if push:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 

@@ -36,7 +36,7 @@ from latent_medi.evaluation.support import thin_support
 from latent_medi.features.cache import cached_features, content_hash, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
-from latent_medi.files import atomic_path, read_json, refuse_foreign, write_json
+from latent_medi.files import atomic_path, read_sealed, refuse_foreign, write_sealed
 from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.metadata.tables import write_for_people
@@ -103,7 +103,7 @@ def _judge(
         with threadpool_limits(1, user_api="blas"):
             _evaluate(settings, study, chosen, device)
     accelerator.wait_for_everyone()
-    return read_json(out / "metrics.json")
+    return read_sealed(out / "metrics.json", "Run `latent-medi evaluate` again.")[0]
 
 
 def check_settings(settings: EvaluateSettings) -> None:
@@ -232,7 +232,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     metrics["headline"] = headline(metrics)
     metrics["verdict"] = verdict(metrics["headline"])
     folders = [study.real.folder, *(arm.dataset.folder for arm in study.arms.values()), Path.home(), Path.cwd()]
-    write_json(out / "metrics.json", portable(metrics, out, folders))
+    write_sealed(out / "metrics.json", portable(metrics, out, folders))
     memorisation.check_gate(metrics["memorisation"], settings.max_copy_rate)
 
 

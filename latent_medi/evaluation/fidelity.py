@@ -17,8 +17,11 @@ from latent_medi.evaluation.cells import FLOOR, Cell
 from latent_medi.evaluation.measures import PatientResamples, measure
 from latent_medi.evaluation.study import Study, describe
 from latent_medi.features.statistics import (
+    BLOCK,
     RANK_DEFICIENT,
     Basis,
+    FeatureStatistics,
+    blocks,
     fd_infinity,
     frechet,
     frechet_distance,
@@ -27,6 +30,7 @@ from latent_medi.features.statistics import (
     pca_dims,
     polynomial_kernel,
     psd_root,
+    scatter,
 )
 
 _MAX_KERNEL = 3000
@@ -55,11 +59,14 @@ class Features:
 def _moments(x: np.ndarray, w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased covariance; ``w`` says how often each row occurs."""
     if w is None:
+        if len(x) > BLOCK:
+            whole = FeatureStatistics.of(x)
+            return whole.mean, whole.cov
+        x = np.asarray(x, np.float64)
         return x.mean(axis=0), np.cov(x.T).reshape(x.shape[1], x.shape[1])
     total = w.sum()
-    mean = w @ x / total
-    centred = x - mean
-    return mean, (centred * w[:, None]).T @ centred / (total - 1)
+    mean = sum((w[part] @ np.asarray(x[part], np.float64) for part in blocks(len(x))), np.zeros(x.shape[1])) / total
+    return mean, scatter(x, mean, w) / (total - 1)
 
 
 def frechet_draws(
@@ -247,11 +254,12 @@ def _judge(
     draws: dict[str, np.ndarray] = {}
     if not cell.rows:
         return record, draws
-    reference = np.asarray(features.real[cell.reference], np.float64)
+    # As they are: whoever needs float64 takes a block at a time there.
+    reference = features.real[cell.reference]
     reference_weights = weights.of(cell.reference)
     few = _thinned(len(cell.reference), seed, "")
     for name, rows in cell.rows.items():
-        sample = np.asarray((features.real if name == FLOOR else features.arms[name])[rows], np.float64)
+        sample = (features.real if name == FLOOR else features.arms[name])[rows]
         sample_weights = weights.of(rows) if name == FLOOR else None
         mine = _thinned(len(rows), seed, name)
         numbers: dict[str, Any] = {

@@ -28,7 +28,7 @@ from latent_medi.evaluation.study import categorical_fields, describe, strata
 from latent_medi.features.cache import cached_features, content_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
-from latent_medi.files import read_json, refuse_foreign, write_json
+from latent_medi.files import read_sealed, refuse_foreign, write_sealed
 from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.metadata.fields import is_missing
@@ -109,10 +109,10 @@ def _floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None, accel
         used = recorded_settings(dataclasses.asdict(settings), ("data", "weights", "cache", "out"), out)
         result = finite({"run": run_record(settings.seed, out), "settings": used, "encoders": found})
         result = portable(result, out, [settings.data, Path.home(), Path.cwd()])
-        write_json(out / "floors.json", result)
+        write_sealed(out / "floors.json", result)
         write_for_people(_table(result), out / "floors.csv")
     accelerator.wait_for_everyone()
-    return read_json(out / "floors.json")
+    return read_sealed(out / "floors.json", "Run `latent-medi floors` again.")[0]
 
 
 def _open(settings: FloorsSettings) -> tuple[PatchDataset, list[str], np.ndarray, list[dict[str, Any]]]:

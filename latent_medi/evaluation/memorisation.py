@@ -20,6 +20,7 @@ from latent_medi.evaluation.measures import PatientResamples, measure, patients_
 from latent_medi.evaluation.study import Arm, Study, among, describe, matches
 from latent_medi.features.likeness import SIDE, VIEWS, copy_scores, invariants, small_patches
 from latent_medi.features.neighbours import nearest
+from latent_medi.features.statistics import project, scatter
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
 
@@ -222,10 +223,9 @@ def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int)
     z-score takes patches for independent, so it says in which direction, not how surely.
     """
     mean = train.mean(axis=0, dtype=np.float64)
-    x = train.astype(np.float64) - mean
-    dims = min(_CT_DIMS, x.shape[1])
-    directions = np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :dims]
-    x, real, made = x @ directions, (held_out - mean) @ directions, (samples - mean) @ directions
+    dims = min(_CT_DIMS, train.shape[1])
+    directions = np.linalg.eigh(scatter(train, mean))[1][:, ::-1][:, :dims]
+    x, real, made = (project(part, mean, directions) for part in (train, held_out, samples))
     clusters = KMeans(min(_CT_CELLS, max(1, len(x) // 100)), n_init=3, random_state=seed).fit(x)
     cells = [clusters.predict(part) for part in (x, real, made)]
     total, weight, left_out = 0.0, 0, 0

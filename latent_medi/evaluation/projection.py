@@ -9,6 +9,7 @@ import pandas as pd
 
 from latent_medi.evaluation.fidelity import Features
 from latent_medi.evaluation.study import Study
+from latent_medi.features.statistics import BLOCK, FeatureStatistics, blocks
 
 MOST_POINTS = 400
 
@@ -31,7 +32,7 @@ def project(study: Study, features: Features, seed: int, most: int = MOST_POINTS
         (patches there are), ``x``, ``y``, and ``class`` and ``site`` as codes, -1 where it has none.
     """
     fitted = features.basis.project(features.real[study.train], 2)
-    total = float(np.asarray(features.real[study.train], np.float64).var(axis=0).sum())
+    total = _variance(features.real, study.train)
     values = {
         "class": list(study.real.schema.field(study.class_field).values),
         "site": list(study.real.schema.field(study.site_field).values),
@@ -58,6 +59,16 @@ def project(study: Study, features: Features, seed: int, most: int = MOST_POINTS
         "sites": values["site"],
         "sources": sources,
     }
+
+
+def _variance(features: np.ndarray, rows: np.ndarray) -> float:
+    """Summed variance of all dimensions over some rows."""
+    if len(rows) <= BLOCK:
+        return float(np.asarray(features[rows], np.float64).var(axis=0).sum())
+    whole = FeatureStatistics(features.shape[1])
+    for part in blocks(len(rows)):
+        whole.update(features[rows[part]])
+    return float(np.trace(whole.cov)) * (whole.n - 1) / whole.n
 
 
 def evenly(classes: np.ndarray, sites: np.ndarray, most: int, seed: int) -> np.ndarray:

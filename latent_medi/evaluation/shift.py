@@ -18,11 +18,12 @@ import numpy as np
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.shift_curve import SHOWN, loss, mean, write_result
 from latent_medi.evaluation.shift_settings import ShiftSettings
-from latent_medi.files import read_json, write_json
+from latent_medi.files import read_sealed, write_sealed
 from latent_medi.locks import output_lock
 from latent_medi.metadata.dose import rotating_targets, tie, training_patients
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.sums import read_result
 
 log = get_logger(__name__)
 
@@ -63,7 +64,7 @@ def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
     record_file = out / "settings.json"
     left_out = {"mean", "replace"} | (set() if settings.models else {"models"})
     asked = {key: value for key, value in asdict(settings).items() if key not in left_out}
-    if record_file.is_file() and read_json(record_file) != asked:
+    if record_file.is_file() and read_sealed(record_file, f"Remove {record_file}.")[0] != asked:
         raise UserError(f"{out} holds another benchmark.", "Choose another folder, or remove this one first.")
     pool = dataset.index[column == "train"]
     levels = sorted(set(map(float, settings.levels)))
@@ -76,7 +77,7 @@ def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
         pool, settings.class_field, settings.site_field, settings.rotation, settings.per_site
     )
     chosen = training_patients(pool, settings.class_field, settings.site_field, targets, levels, settings.seed)
-    write_json(record_file, asked)
+    write_sealed(record_file, asked)
     names = [f"shift_{round(1000 * level):04d}_{_short(settings, targets, levels)}" for level in levels]
     if set(names) - set(dataset.splits):  # all at once, since the dataset may gain others while levels run
         with output_lock(settings.data):
@@ -132,7 +133,7 @@ def _short(settings: ShiftSettings, targets: list[dict[str, str]], levels: list[
 
 def _result(folder: Path) -> dict[str, Any]:
     """What one level's experiment found, with its first encoder."""
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_result(folder / "metrics.json", "Remove it and repeat the command, which evaluates again.")
     encoder = next(iter(metrics["downstream"]))
     compared = metrics["downstream"][encoder]["arms"]
     arms = {}

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, refuse_foreign, write_json
+from latent_medi.files import atomic_path, refuse_foreign, write_sealed
 from latent_medi.locks import output_lock
 from latent_medi.metadata.tables import write_for_people
+from latent_medi.sums import read_result
 
 SHOWN = ("real", "oversample", "nearest_site", "stain_transfer", "cls", "medi", "oracle")
 """Arms of the curve, if they took part."""
@@ -48,7 +49,7 @@ def loss(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 def write_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``shift.json``, ``shift.csv`` and ``shift.png``, and print the table."""
     refuse_foreign(out, {"shift.json": "levels"}, ["shift.*"])
-    write_json(out / "shift.json", result)
+    write_sealed(out / "shift.json", result)
     write_for_people(_table(result["levels"]), out / "shift.csv")
     _curve(result["levels"], out / "shift.png")
     print(shift_text(result))
@@ -73,7 +74,7 @@ def mean_of_seeds(folders: Sequence[str], out: str) -> dict[str, Any]:
     if len(folders) < 2:
         raise UserError("A mean takes two benchmarks or more.", "latent-medi benchmark-shift --mean RUN RUN … out=…")
     files = [path if (path := Path(folder)).suffix == ".json" else path / "shift.json" for folder in folders]
-    runs = [read_json(file) for file in files]
+    runs = [read_result(file, "Make it again with `latent-medi shift`.") for file in files]
     levels = [[record["level"] for record in run["levels"]] for run in runs]
     for file, run, own in zip(files, runs, levels, strict=True):
         if "seeds" in run:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from latent_medi.errors import UserError
 from latent_medi.features.encoders import ImageEncoder
 from latent_medi.features.registry import DEMO_GENERATOR
-from latent_medi.files import atomic_path, remove
+from latent_medi.files import remove
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.selections import column_hash
+from latent_medi.sums import load_tensors, save_tensors, tell_unsealed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,8 +112,7 @@ def cached_features(
                 features[share] = theirs
                 known[share] = True
             if rank == 0:
-                with atomic_path(path) as temporary:
-                    save_file({"features": features, "known": known.astype(np.uint8)}, temporary)
+                save_tensors({"features": features, "known": known.astype(np.uint8)}, path)
         for _ in batches:  # ends its progress display; there is nothing left in it
             pass
         if accelerator is not None:
@@ -159,12 +158,15 @@ def _gathered(mine: np.ndarray, accelerator: Accelerator | None) -> list[np.ndar
 def _read(path: Path, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     if path.is_file():
         try:
-            stored = load_file(path)
+            stored, sealed = load_tensors(path, "")
             features, known = stored["features"], stored["known"].astype(bool)
-            if features.shape == (n, dim) and known.shape == (n,):
+            if features.shape == (n, dim) and known.shape == (n,) and features.dtype == np.float32:
+                if not sealed:
+                    tell_unsealed(path, "Remove it to have its features embedded again.")
                 return features, known
-        except Exception as error:  # a damaged cache costs time, nothing else: everything in it can be made again
-            log.warning("Feature cache %s is damaged (%s); embedding again.", path, error)
+            raise UserError("it holds features of another shape")
+        except (UserError, KeyError) as error:  # costs time, nothing else: everything in it can be made again
+            log.warning("The feature cache %s is embedded again: %s", path, error)
         remove(path)
     return np.zeros((n, dim), np.float32), np.zeros(n, bool)
 

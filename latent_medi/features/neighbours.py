@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from latent_medi.features.statistics import blocks
 from latent_medi.progress import progress
 
 _QUERIES, _BANK = 1024, 16384  # rows per block: 64 MiB of distances in float32
@@ -35,7 +36,9 @@ def nearest(
     k = min(k, len(bank))
     # Around the common mean, so that the squares in |a|² + |b|² − 2a·b do not cancel.
     centre = bank.mean(axis=0, dtype=np.float64)
-    centred = torch.from_numpy((bank - centre).astype(np.float32)).to(where)
+    centred = torch.empty(bank.shape, dtype=torch.float32, device=where)
+    for part in blocks(len(bank)):
+        centred[part] = torch.from_numpy((bank[part] - centre).astype(np.float32)).to(where)
     codes = None if apart is None else torch.as_tensor(np.asarray(apart[1])).to(where)
     found = np.zeros((len(queries), k), np.int64)
     starts = range(0, len(queries), _QUERIES)

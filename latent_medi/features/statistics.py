@@ -17,6 +17,13 @@ RANK_RULE = 2  # Fréchet distance needs at least this many samples per dimensio
 PCA_RULE = 4  # samples per PCA dimension
 RANK_DEFICIENT = "rank-deficient: compare only at equal n"
 _CHUNK = 8192  # rows that are taken to float64 at once
+BLOCK = 16384
+"""Rows that are worked on at once where whole sets would be copied. Fewer are one block: sums then have one order."""
+
+
+def blocks(n: int) -> list[slice]:
+    """Parts of ``n`` rows, of at most :data:`BLOCK` each."""
+    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
 
 
 class FeatureStatistics:
@@ -196,6 +203,24 @@ def kid(
     return float(np.mean(values)), float(np.std(values))
 
 
+def project(features: np.ndarray, mean: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Coordinates of features [N, d] around a mean [d] along directions [d, k], float64 [N, k], block by block."""
+    out = np.empty((len(features), directions.shape[1]))
+    for part in blocks(len(features)):
+        out[part] = (np.asarray(features[part], np.float64) - mean) @ directions
+    return out
+
+
+def scatter(features: np.ndarray, mean: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Σ w·(x − mean)·(x − mean)ᵀ over features [N, d], float64 [d, d], block by block; every w is 1 if not given."""
+    total = np.zeros((features.shape[1],) * 2)
+    for i, part in enumerate(blocks(len(features))):
+        x = np.asarray(features[part], np.float64) - mean
+        y = x if weights is None else x * weights[part, None]
+        total = y.T @ x if i == 0 else total + y.T @ x
+    return total
+
+
 @dataclass(frozen=True)
 class Basis:
     """Principal directions of real training features.
@@ -210,7 +235,7 @@ class Basis:
 
     def project(self, features: np.ndarray, dims: int) -> np.ndarray:
         """First ``dims`` coordinates of each feature vector, float64 [N, dims]."""
-        return (np.asarray(features, np.float64) - self.mean) @ self.components[:dims].T
+        return project(features, self.mean, self.components[:dims].T)
 
 
 def pca_basis(features: np.ndarray) -> Basis:

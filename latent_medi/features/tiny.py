@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import atomic_path, read_object, write_json
+from latent_medi.sums import check_sums, write_sums
 
 
 class _Block(nn.Module):
@@ -68,7 +69,8 @@ class TinyEncoder(nn.Module):
             UserError: A file is missing or the tensors do not fit the configuration.
         """
         folder = Path(folder)
-        encoder = cls(read_json(folder / "encoder.json"))
+        check_sums(folder, "Copy the whole folder again.")
+        encoder = cls(read_object(folder / "encoder.json"))
         weights = folder / "encoder.safetensors"
         if not weights.is_file():
             raise UserError(
@@ -88,3 +90,4 @@ class TinyEncoder(nn.Module):
         with atomic_path(folder / "encoder.safetensors") as temporary:
             save_file({k: v.detach().half().contiguous() for k, v in self.state_dict().items()}, temporary)
         write_json(folder / "encoder.json", self.config)
+        write_sums(folder, ["encoder.json", "encoder.safetensors"])

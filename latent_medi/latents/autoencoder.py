@@ -13,8 +13,9 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import nn
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, write_json
+from latent_medi.files import atomic_path, read_json, read_object, write_json
 from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAEF2
+from latent_medi.sums import check_sums, write_sums
 
 HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd"}
 """Short names of autoencoders on the model hub."""
@@ -231,6 +232,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _from_folder(folder: Path) -> nn.Module:
+    check_sums(folder, "Copy the whole folder again.")  # those of other programs have no checksums
     if (folder / ENCODER_FILE).is_file() or (folder / DECODER_FILE).is_file():
         return AutoencoderTAEF2.from_state_dicts(folder / ENCODER_FILE, folder / DECODER_FILE)
     if not (folder / "config.json").is_file():
@@ -238,8 +240,8 @@ def _from_folder(folder: Path) -> nn.Module:
             f"{folder} holds no autoencoder: it has no config.json.",
             f"It needs config.json and {WEIGHTS_FILE}, or {ENCODER_FILE} and {DECODER_FILE}.",
         )
-    kind = read_json(folder / "config.json").get("_class_name")
-    if kind not in _KINDS:
+    kind = read_object(folder / "config.json").get("_class_name")
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(
             f"{folder} holds a {kind}, which is not a supported autoencoder; there are {', '.join(_KINDS)}."
         )
@@ -250,7 +252,7 @@ def _from_folder(folder: Path) -> nn.Module:
         )
     try:
         return in_own_memory(_KINDS[kind].from_pretrained(str(folder), use_safetensors=True, torch_dtype=torch.float32))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a wrong entry of its configuration ends in whatever first uses it
         raise UserError(f"The autoencoder in {folder} cannot be loaded: {error}") from None
 
 
@@ -279,6 +281,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> None:
     with atomic_path(folder) as temporary:
         autoencoder.model.save_pretrained(str(temporary), safe_serialization=True)
         forget_path(temporary / "config.json")
+        write_sums(temporary)
 
 
 def forget_path(config: Path) -> None:

@@ -15,12 +15,19 @@ from latent_medi.agreement import agreed
 from latent_medi.errors import UserError
 from latent_medi.features.cache import content_hash
 from latent_medi.features.encoders import load_encoder
-from latent_medi.files import atomic_path, read_json, refuse_foreign, remove, sha256_file, write_json
+from latent_medi.files import (
+    atomic_path,
+    read_sealed,
+    refuse_foreign,
+    remove,
+    sha256_file,
+    write_sealed,
+)
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
 from latent_medi.latents.floor import floor_text, measure_floor
+from latent_medi.latents.info import INFO_FILE, SCHEMA_VERSION, read_info, write_info
 from latent_medi.latents.reader import ReadAhead, threads_beside
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
-from latent_medi.latents.store import INFO_FILE, SCHEMA_VERSION
 from latent_medi.latents.views import view_of
 from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
@@ -126,13 +133,14 @@ def _encode(
         mine = list(enumerate(data.info["shards"]))[rank::processes]
         reader = ReadAhead(data, workers)
         for number, shard in progress(mine, desc="encoding", unit="shard") if rank == 0 else mine:
-            if _record_of(out, number, shard, header) is None:
-                _encode_shard(reader, shards[shard["file"]], shard, autoencoder, out, number, device_batch, header)
+            rows = shards[shard["file"]]
+            if _record_of(out, number, shard, len(rows), header) is None:
+                _encode_shard(reader, rows, shard, autoencoder, out, number, device_batch, header)
         reader.close()
         if accelerator is not None:
             accelerator.wait_for_everyone()
         if rank == 0:
-            _finish(out, data, header)
+            _finish(out, data, shards, header)
         if accelerator is not None:
             accelerator.wait_for_everyone()
     if rank == 0:
@@ -143,10 +151,10 @@ def _tell_floor(
     out: Path, data: PatchDataset, autoencoder: Autoencoder, floor: FloorSettings | None, batch: int, workers: int
 ) -> None:
     """Measure the floor if it is wanted and not known; log it if it is known."""
-    info = read_json(out / INFO_FILE)
+    info = read_info(out)
     if floor is not None and floor.patches and len(data) and "floor" not in info:
         info["floor"] = measure_floor(data, out, autoencoder, floor, batch, workers)
-        write_json(out / INFO_FILE, info)
+        write_info(out, info)
     if "floor" in info:
         logger.info("%s", floor_text(info["floor"]))
 
@@ -163,15 +171,20 @@ def _paths(out: Path, number: int) -> tuple[Path, Path]:
     return out / "data" / f"part-{number:06d}.safetensors", out / _PROGRESS / f"part-{number:06d}.json"
 
 
-def _record_of(out: Path, number: int, shard: dict[str, Any], header: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a shard that is whole and up to date, else ``None``."""
+def _record_of(
+    out: Path, number: int, shard: dict[str, Any], count: int, header: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The record of a shard of ``count`` patches that is whole and up to date, else ``None``."""
     file, note = _paths(out, number)
     if not (file.is_file() and note.is_file()):
         return None
-    record = read_json(note)
-    if record["header"] != header or record["shard"]["source_sha256"] != shard["sha256"]:
+    try:
+        record, _ = read_sealed(note, "")
+        kept = record["shard"]
+        same = record["header"] == header and kept["source_sha256"] == shard["sha256"] and kept["count"] == count
+        return kept if same and kept["file"] == f"data/{file.name}" and sha256_file(file) == kept["sha256"] else None
+    except (UserError, KeyError, TypeError):  # damaged: encoding the shard again costs less than trusting it
         return None
-    return record["shard"] if sha256_file(file) == record["shard"]["sha256"] else None
 
 
 def _encode_shard(
@@ -209,22 +222,25 @@ def _encode_shard(
         "sum_squares": mean.square().sum(others).tolist(),
         "sum_variances": tensors["std"].double().square().sum(others).tolist() if "std" in tensors else None,
     }
-    write_json(note, {"header": header, "shard": record})
+    write_sealed(note, {"header": header, "shard": record})
 
 
-def _finish(out: Path, data: PatchDataset, header: dict[str, Any]) -> None:
-    records = [_record_of(out, number, shard, header) for number, shard in enumerate(data.info["shards"])]
+def _finish(out: Path, data: PatchDataset, shards: dict[str, np.ndarray], header: dict[str, Any]) -> None:
+    records = [
+        _record_of(out, number, shard, len(shards[shard["file"]]), header)
+        for number, shard in enumerate(data.info["shards"])
+    ]
     if None in records:
         raise UserError(f"{out}: shard {records.index(None)} was not encoded.", "Run the same command again.")
     count = sum(r["count"] for r in records if r is not None)
     # Σ and Σ² per channel run over every latent pixel of the means, of all views; Σσ² is what sampling the posterior
     # adds. Counts are patches.
-    write_json(out / INFO_FILE, {**header, "count": count, "shards": records})
+    write_info(out, {**header, "count": count, "shards": records})
     remove(out / _PROGRESS)
 
 
 def _check_same(out: Path, header: dict[str, Any], data: PatchDataset) -> None:
-    info = read_json(out / INFO_FILE)
+    info = read_info(out)
     if info.get("autoencoder", {}).get("hash") != header["autoencoder"]["hash"]:
         raise UserError(f"{out} holds latents of another autoencoder.", "Choose another folder, or remove this one.")
     if info.get("views", 1) != header["views"]:

@@ -1,9 +1,11 @@
-"""Random access to the moments of a latent folder: mapped from disk, or resident in memory or on a device."""
+"""Random access to the moments of a latent folder: read from disk on demand, or resident in memory or on a device.
+
+Every file is compared with its hash once per process, before anything of it is used.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,11 +15,8 @@ import numpy as np
 import torch
 
 from latent_medi.errors import UserError
-from latent_medi.files import read_json
-
-INFO_FILE = "latents.json"
-SCHEMA_VERSION = 2
-"""Version 1 had one view per patch and did not say so; it is read as before."""
+from latent_medi.latents.info import INFO_FILE, read_info
+from latent_medi.latents.shard_files import OpenFiles, ShardFile
 
 Residence = Literal["auto", "mmap", "ram", "device"]
 Moments = tuple[torch.Tensor, torch.Tensor | None]
@@ -32,9 +31,9 @@ class LatentStore:
 
     Args:
         folder: Latent folder.
-        resident: "mmap" reads from disk on demand, "ram" loads everything, "device" loads everything onto ``device``;
-            "auto" takes a device other than the CPU if the moments fill at most 10 % of its free memory, else RAM if
-            they fill at most 40 % of that, else "mmap".
+        resident: "mmap" reads rows from disk on demand, "ram" loads everything, "device" loads everything onto
+            ``device``; "auto" takes a device other than the CPU if the moments fill at most 10 % of its free memory,
+            else RAM if they fill at most 40 % of that, else "mmap".
         device: Where moments are wanted, such as "cuda".
 
     Attributes:
@@ -53,35 +52,36 @@ class LatentStore:
         if not (self.folder / INFO_FILE).is_file():
             state = "is not finished" if (self.folder / ".progress").is_dir() else "is no latent folder"
             raise UserError(f"{folder} {state}: it has no {INFO_FILE}.", "Run `latent-medi encode` (again).")
-        self.info: dict[str, Any] = read_json(self.folder / INFO_FILE)
-        if self.info.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
-            raise UserError(
-                f"{folder} has latent version {self.info.get('schema_version')!r}; this program reads up to "
-                f"{SCHEMA_VERSION}."
-            )
+        self.info: dict[str, Any] = read_info(self.folder)
         self.shape: tuple[int, int, int] = tuple(self.info["shape"])
         self.deterministic = bool(self.info["autoencoder"]["deterministic"])
         self.views = int(self.info.get("views", 1))
-        names = ["mean"] if self.deterministic else ["mean", "std"]
+        self._names = ["mean"] if self.deterministic else ["mean", "std"]
         self._starts = np.concatenate([[0], np.cumsum([s["count"] for s in self.info["shards"]])]).astype(np.int64)
-        self._mapped = {name: [self._map(shard, name) for shard in self.info["shards"]] for name in names}
+        inner = [*([self.views] if self.views > 1 else []), *self.shape]
+        self._shards = [
+            ShardFile(self.folder / s["file"], s["sha256"], {name: [s["count"], *inner] for name in self._names})
+            for s in self.info["shards"]
+        ]
+        self._files = OpenFiles()
         if resident not in ("auto", "mmap", "ram", "device"):
             raise UserError(f"Latents are resident 'auto', 'mmap', 'ram' or 'device', not {resident!r}.")
         self.resident = choose_residence(self.nbytes, device) if resident == "auto" else resident
         self._loaded: dict[str, torch.Tensor] = {}
         if self.resident != "mmap":
-            place = device if self.resident == "device" else "cpu"
-            self._loaded = {n: self._load(maps, torch.device(place)) for n, maps in self._mapped.items()}
-            self._mapped = {}
+            self._load(torch.device(device if self.resident == "device" else "cpu"))
 
-    def _load(self, maps: list[np.ndarray], device: torch.device) -> torch.Tensor:
-        """All shards of one tensor, [n·views, C, h, w]: shard by shard, so that a device's copy needs no second in
-        RAM."""
-        out = torch.empty((len(self) * self.views, *self.shape), dtype=torch.float16, device=device)
-        for start, values in zip(self._starts * self.views, maps, strict=False):
-            part = np.array(values).reshape(-1, *self.shape)  # copied: torch warns about memory it must not write to
-            out[int(start) : int(start) + len(part)] = torch.from_numpy(part)
-        return out
+    def _load(self, device: torch.device) -> None:
+        """All moments, [n·views, C, h, w] by name: shard by shard, so that a device's copy needs no second in RAM."""
+        shape = (len(self) * self.views, *self.shape)
+        self._loaded = {name: torch.empty(shape, dtype=torch.float16, device=device) for name in self._names}
+        for start, shard in zip(self._starts * self.views, self._shards, strict=False):
+            parts = {name: np.empty(shard.tensors[name].shape, np.float16) for name in self._names}
+            self._files.read(shard, [(name, 0, part) for name, part in parts.items()])
+            for name, part in parts.items():
+                flat = torch.from_numpy(part.reshape(-1, *self.shape))
+                self._loaded[name][int(start) : int(start) + len(flat)] = flat
+        self._files.close()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -96,37 +96,27 @@ class LatentStore:
         """What tells these moments from others of the same patches and autoencoder; empty for one view."""
         return f"views={self.views}" if self.views > 1 else ""
 
-    def _map(self, shard: dict[str, Any], name: str) -> np.ndarray:
-        """One tensor of a shard's file, mapped. Safetensors is a length, a JSON header, and the tensors' bytes."""
-        path = self.folder / shard["file"]
-        shape = [shard["count"], *([self.views] if self.views > 1 else []), *self.shape]
-        try:
-            with open(path, "rb") as handle:
-                length = int.from_bytes(handle.read(8), "little")
-                entry = json.loads(handle.read(length))[name]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} cannot be read: {error!r}.", "Restore it, or encode again.") from None
-        end = 8 + length + entry["data_offsets"][1]
-        if entry["shape"] != shape or entry["dtype"] != "F16" or path.stat().st_size < end:
-            raise UserError(
-                f"{path} is damaged: {name} is {entry['dtype']} {entry['shape']} instead of F16 {shape}, or cut off.",
-                "Encode again.",
-            )
-        if not shard["count"]:
-            return np.empty(shape, np.float16)
-        return np.memmap(path, np.float16, "r", 8 + length + entry["data_offsets"][0], tuple(shape))
-
-    def _rows(self, name: str, rows: np.ndarray, views: np.ndarray) -> torch.Tensor:
+    def _rows(self, rows: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
+        """Moments by name, fp32, of rows and views in range."""
+        at = rows * self.views + views
         if self.resident != "mmap":
-            values = self._loaded[name]
-            return values[torch.from_numpy(rows * self.views + views).to(values.device)].float()
-        out = np.empty((len(rows), *self.shape), np.float16)
+            return {n: values[torch.from_numpy(at).to(values.device)].float() for n, values in self._loaded.items()}
+        out = {name: np.empty((len(rows), *self.shape), np.float16) for name in self._names}
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard):
             where = np.flatnonzero(shard == number)
-            mapped, inside = self._mapped[name][number], rows[where] - self._starts[number]
-            out[where] = mapped[inside, views[where]] if self.views > 1 else mapped[inside]
-        return torch.from_numpy(out).float()
+            inside = at[where] - self._starts[number] * self.views
+            # Neighbours that are asked for one after the other are read at once.
+            breaks = np.flatnonzero((np.diff(inside) != 1) | (np.diff(where) != 1)) + 1
+            first = np.concatenate([[0], breaks])
+            runs = [
+                (int(inside[i]), int(where[i]), int(where[j - 1]) + 1)
+                for i, j in zip(first, [*breaks, len(where)], strict=True)
+            ]
+            self._files.read(
+                self._shards[number], [(name, row, out[name][a:b]) for name in self._names for row, a, b in runs]
+            )
+        return {name: torch.from_numpy(values).float() for name, values in out.items()}
 
     def moments(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> Moments:
         """Moments of some rows, in the order asked for, repeats allowed.
@@ -144,7 +134,8 @@ class LatentStore:
             UserError: A row or view number out of range.
         """
         rows, views = check_asked(rows, views, len(self), self.views, str(self.folder))
-        return self._rows("mean", rows, views), None if self.deterministic else self._rows("std", rows, views)
+        found = self._rows(rows, views)
+        return found["mean"], found.get("std")
 
     def statistics(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation per channel of *sampled* latents over some rows and all their views.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import jinja2
 
 from latent_medi.errors import UserError
 from latent_medi.evaluation.headline import distance_text
-from latent_medi.files import read_json
+from latent_medi.files import read_sealed
 from latent_medi.progress import duration
 from latent_medi.report import figures
+from latent_medi.sums import read_result
 
 TWIN = ":haematoxylin"
 """What follows an encoder's name where it saw the haematoxylin channel alone."""
@@ -59,13 +61,35 @@ def read_metrics(metrics: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any
     content: Any = metrics
     if not isinstance(metrics, Mapping):
         file = Path(metrics) / "metrics.json" if Path(metrics).is_dir() else Path(metrics)
-        content = read_json(file)
+        content = read_result(file, "Run `latent-medi evaluate` again.")
     if not isinstance(content, Mapping) or not {"dataset", "encoders", "headline", "verdict"} <= content.keys():
         where = f"{file}: these" if file else "The metrics"
         raise UserError(f"{where} are not those of an evaluation.", "Give the metrics.json that `evaluate` wrote.")
     absent: dict[str, Any] = {"run": None, "notes": []}
     absent |= {part: {} for part in ("synthetic", *BY_ENCODER)}
     return absent | dict(content), file
+
+
+@contextmanager
+def foreign(*files: Path) -> Iterator[None]:
+    """Tell in one message that files which have no checksum are not what ``evaluate`` wrote, if reading them fails;
+    where all have one, the failure is ours and stays as it is.
+
+    Raises:
+        UserError: See above.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever an entry of another type leads to
+        for file in files:
+            if not read_sealed(file, "")[1]:
+                raise UserError(
+                    f"{file} is damaged or was not written by `latent-medi evaluate`: {error!r}.",
+                    "Run `latent-medi evaluate` again.",
+                ) from error
+        raise
 
 
 def number(value: Any, digits: int = 3, sign: bool = False) -> str:

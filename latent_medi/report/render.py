@@ -11,7 +11,7 @@ from latent_medi.files import HTML, check_file, write_text
 from latent_medi.report import figures, patches
 from latent_medi.report.colour import side_by_side
 from latent_medi.report.compare import render_comparison
-from latent_medi.report.page import BY_ENCODER, environment, read_metrics, shade
+from latent_medi.report.page import BY_ENCODER, environment, foreign, read_metrics, shade
 from latent_medi.report.settings import SECTIONS, ReportSettings
 
 _MOST_SITES = 40
@@ -85,17 +85,20 @@ def render(settings: ReportSettings) -> Path:
     if settings.compare:
         if settings.metrics:
             raise UserError("Both metrics and compare are given.", "A page shows one evaluation or compares several.")
-        first = read_metrics(settings.compare[0])[1]
-        assert first is not None
-        return render_comparison(settings.compare, settings.out or first.with_name("comparison.html"), settings.title)
+        files = [file for each in settings.compare if (file := read_metrics(each)[1]) is not None]
+        out = settings.out or files[0].with_name("comparison.html")
+        with foreign(*files):
+            return render_comparison(settings.compare, out, settings.title)
     if not settings.metrics:
         raise UserError("No metrics are given.", "Set metrics to the metrics.json of an evaluation.")
     file = read_metrics(settings.metrics)[1]
     assert file is not None
-    return render_report(
-        settings.metrics, settings.out or file.with_name("report.html"), settings.title, settings.real or None,
-        dict(settings.synthetic), settings.sections, settings.patches_per_cell, settings.rows_per_class, settings.seed,
-    )  # fmt: skip
+    with foreign(file):
+        return render_report(
+            settings.metrics, settings.out or file.with_name("report.html"), settings.title, settings.real or None,
+            dict(settings.synthetic), settings.sections, settings.patches_per_cell, settings.rows_per_class,
+            settings.seed,
+        )  # fmt: skip
 
 
 def _encoders(

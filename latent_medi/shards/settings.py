@@ -190,10 +190,10 @@ class InfoSettings:
 
 @dataclass
 class VerifySettings:
-    """A dataset folder whose every file is read: what is damaged, missing or does not agree is named.
+    """A folder whose every file is read: what is damaged, missing or does not agree is named.
 
     Args:
-        data: Dataset folder.
+        data: Dataset folder; or latents, a model, an adapter, a latent classifier or the run that made one.
         seal: Also write the checksums that a folder of an earlier version lacks, if nothing is wrong with it.
     """
 

@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path
+from latent_medi.sums import load_tensors, save_tensors, tell_unsealed
 from latent_medi.training.ema import power_exponent
 
 FOLDER = "averages"
@@ -48,8 +46,7 @@ def save_snapshots(out: Path, images: int, averages: Mapping[float, Mapping[str,
     """
     for width, tensors in averages.items():
         path = out / FOLDER / f"images-{images:012d}-width-{width:.4f}.safetensors"
-        with atomic_path(path) as temporary:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
+        save_tensors(tensors, path)
 
 
 def list_snapshots(out: Path) -> list[Snapshot]:
@@ -117,9 +114,11 @@ def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[st
     shares = coefficients([(s.images, s.width) for s in used], at, width)
     total: dict[str, torch.Tensor] = {}
     for snapshot, share in zip(used, shares.tolist(), strict=True):
-        with safe_open(snapshot.path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                part = file.get_tensor(name).double() * share
-                total[name] = total[name] + part if name in total else part
+        kept, sealed = load_tensors(snapshot.path, "Restore it from a copy, or train again.", "pt")
+        if not sealed:
+            tell_unsealed(snapshot.path.parent, "Averages kept from now on have them.")
+        for name, tensor in kept.items():
+            part = tensor.double() * share
+            total[name] = total[name] + part if name in total else part
     made = {"relative_width": width, "images": at, "kept": [[s.images, s.width] for s in used]}
     return {name: tensor.float() for name, tensor in total.items()}, made

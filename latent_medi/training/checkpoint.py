@@ -8,16 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, remove, sha256_file, temporaries, write_json
+from latent_medi.files import (
+    atomic_path,
+    read_sealed,
+    remove,
+    sha256_file,
+    temporaries,
+    write_sealed,
+)
+from latent_medi.json_types import check_types
 from latent_medi.progress import get_logger
+from latent_medi.sums import compare, inside, tell_unsealed
 
 logger = get_logger("training")
 
 _NAME = re.compile(r"images-(\d{12})")
 _STATE = "state.json"
+_REMEDY = "Remove this checkpoint, or restore it from a copy."
+_STATE_TYPES = {
+    "images": int, "sha256": dict, "run?": dict, "whitening?": [[float]], "window?": [[float]], "losses?": [[float]],
+    "scaler?": dict,
+}  # fmt: skip
 
 
 def checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -45,7 +60,7 @@ def save_checkpoint(
         for name, mapping in tensors.items():
             save_file({k: v.detach().contiguous() for k, v in mapping.items()}, temporary / f"{name}.safetensors")
         hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / _STATE, {"images": images, "sha256": hashes, **state})
+        write_sealed(temporary / _STATE, {"images": images, "sha256": hashes, **state})
     # Only after the new one is safe. A newer one was found damaged, or this one would not have been written.
     older = [(seen, old) for seen, old in checkpoint_folders(folder) if seen < images]
     for _, old in older[: len(older) - keep + 1] + [e for e in checkpoint_folders(folder) if e[0] > images]:
@@ -53,17 +68,34 @@ def save_checkpoint(
     return path
 
 
+def _state(path: Path) -> tuple[dict[str, Any], bool]:
+    """A checkpoint's state, and whether it has a checksum.
+
+    Raises:
+        UserError: It is damaged, or belongs to another checkpoint.
+    """
+    state, sealed = read_sealed(path / _STATE, _REMEDY)
+    # Earlier versions noted no checksum of these: what they lack would end the run later, with less clear words.
+    needed = _STATE_TYPES if sealed else {**_STATE_TYPES, "run": dict, "whitening": [[float]]}
+    check_types(state, needed, path / _STATE, _REMEDY)
+    if len({len(values) for values in state.get("whitening", [])}) > 1 or len(state.get("whitening", "12")) != 2:
+        raise UserError(f"{path / _STATE} is damaged: whitening is not a shift and a scale.", _REMEDY)
+    if (match := _NAME.fullmatch(path.name)) and state["images"] != int(match[1]):
+        raise UserError(f"{path / _STATE} is of {state['images']:,} images, not of {int(match[1]):,}.", _REMEDY)
+    return state, sealed
+
+
 def verify_checkpoint(path: Path) -> str:
-    """What is wrong with a checkpoint, or "" if every file has the hash that was noted when it was written."""
+    """What is wrong with a checkpoint, or "" if every file is as it was written."""
     try:
-        state = read_json(path / _STATE)
-        for name, expected in state["sha256"].items():
-            if not (path / name).is_file():
-                return f"{name} is absent"
-            if sha256_file(path / name) != expected:
-                return f"{name} does not have its hash"
-    except (UserError, KeyError, AttributeError, TypeError, OSError) as error:
-        return f"{_STATE} cannot be read ({error})"
+        state, sealed = _state(path)
+        compare(path, state["sha256"], path / _STATE, _REMEDY)
+    except UserError as error:
+        return error.message
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    if not sealed:
+        tell_unsealed(path, "The next checkpoint has them.")
     return ""
 
 
@@ -73,7 +105,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         problem = verify_checkpoint(path)
         if not problem:
             return path
-        logger.warning("%s is damaged: %s. Going back to the one before.", path, problem)
+        logger.warning("The checkpoint %s is damaged: %s Going back to the one before.", path, problem)
     return None
 
 
@@ -83,10 +115,49 @@ def remove_unfinished(folder: Path) -> None:
         remove(path)
 
 
+def load_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint that was verified.
+
+    Raises:
+        UserError: It was damaged since.
+    """
+    return _state(path)[0]
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """The tensors by file name (without extension) and the state of a checkpoint."""
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return tensors, read_json(path / _STATE)
+    """The tensors by file name (without extension) and the state of a checkpoint that was verified.
+
+    Raises:
+        UserError: It was damaged since.
+    """
+    state = load_state(path)
+    files = [inside(path, name, path / _STATE) for name in sorted(state["sha256"])]
+    try:
+        return {file.stem: load_file(file) for file in files}, state
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"The checkpoint {path} cannot be read: {error}", _REMEDY) from None
+
+
+def seal_checkpoints(folder: Path) -> None:
+    """Add checksums to the checkpoints that an earlier version wrote.
+
+    Raises:
+        UserError: One is damaged.
+    """
+    for path in checked_checkpoints(folder):
+        write_sealed(path / _STATE, load_state(path))
+
+
+def checked_checkpoints(folder: Path) -> list[Path]:
+    """Every checkpoint in ``folder``, oldest first.
+
+    Raises:
+        UserError: One is damaged.
+    """
+    for _, path in checkpoint_folders(folder):
+        if problem := verify_checkpoint(path):
+            raise UserError(f"The checkpoint {path} is damaged: {problem}", _REMEDY)
+    return [path for _, path in checkpoint_folders(folder)]
 
 
 def trained_tensors(module: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:

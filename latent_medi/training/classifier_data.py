@@ -18,7 +18,14 @@ from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.remote import open_dataset
 from latent_medi.training.classifier_scores import Validation
 from latent_medi.training.classifier_settings import ClassifierSettings
-from latent_medi.training.data import TrainingData, cell_weights, open_latents, stream_latents, training_rows
+from latent_medi.training.data import (
+    TrainingData,
+    cell_weights,
+    open_latents,
+    refuse_null,
+    stream_latents,
+    training_rows,
+)
 from latent_medi.training.transfer import Source, open_source
 
 logger = get_logger("training")
@@ -123,7 +130,12 @@ def chosen_values(field: Field, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def labelled(dataset: PatchDataset, field: Field, values: Sequence[str], rows: np.ndarray) -> np.ndarray:
-    """Those of some rows whose value of a field is one of ``values``."""
+    """Those of some rows whose value of a field is one of ``values``.
+
+    Raises:
+        UserError: A row has no value, not even "unknown".
+    """
+    refuse_null(dataset, field.name, rows)
     column = dataset.index[field.name].iloc[rows].astype(str)
     kept = rows[column.isin(values).to_numpy()]
     if len(kept) < len(rows):

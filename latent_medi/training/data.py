@@ -18,7 +18,7 @@ from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
 from latent_medi.latents.store import LatentStore, Residence
 from latent_medi.latents.stream import StreamedLatents
-from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.metadata.seen import seen_in
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.remote import open_dataset
@@ -217,6 +217,8 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
             f"The {made} by another autoencoder than the one of {source.folder}.",
             "Encode the data with the source's autoencoder.",
         )
+    if dataset.schema.class_field is not None:
+        refuse_null(dataset, dataset.schema.class_field.name, rows)
     names = settings.model.fields
     own = dataset.schema if names is None else dataset.schema.subset(names)
     schema = transferred_schema(source, own if own.fields else None)
@@ -245,6 +247,21 @@ def training_rows(dataset: PatchDataset, split: str, value: str) -> np.ndarray:
             f"The split {split!r} of {dataset.folder} has no row in {value!r}.", "Choose another split or part."
         )
     return rows
+
+
+def refuse_null(dataset: PatchDataset, field: str, rows: np.ndarray) -> None:
+    """Refuse rows without a value of a field: a model taught "no condition" for them would learn without a word.
+
+    Raises:
+        UserError: Says how many there are; "unknown" is a value.
+    """
+    column = dataset.index[field].iloc[rows]
+    if missing := int(column.isna().sum()):
+        first = dataset.index["key"].iloc[rows[int(np.flatnonzero(column.isna())[0])]]
+        raise UserError(
+            f"{missing:,} of {len(rows):,} training patches of {dataset.folder} have no {field}, such as {first}.",
+            f"Import the data again, with {UNKNOWN_WORD!r} where the {field} is not known.",
+        )
 
 
 def stream_latents(

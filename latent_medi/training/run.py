@@ -18,14 +18,21 @@ from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
-from latent_medi.files import read_json, refuse_foreign, write_json, write_text
+from latent_medi.files import read_sealed, refuse_foreign, write_sealed, write_text
+from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.locks import output_lock
 from latent_medi.metadata.seen import together
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
+from latent_medi.sums import check_sums
 from latent_medi.training.averages import reconstruct
-from latent_medi.training.checkpoint import checkpoint_folders, remove_unfinished
+from latent_medi.training.checkpoint import (
+    checkpoint_folders,
+    load_state,
+    newest_checkpoint,
+    remove_unfinished,
+)
 from latent_medi.training.data import TrainingData
 from latent_medi.training.draws import batch_seed
 from latent_medi.training.parts import added_values, choose_parts, fold
@@ -131,8 +138,49 @@ def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("m
     if not (out / RUN_FILE).exists():
         held = f"a finished {made}" if made else "checkpoints"
         raise UserError(f"{out} holds {held} but no {RUN_FILE} that says how it was trained.", "Choose another out.")
-    check_same(out, record, read_json(out / RUN_FILE)["run"])
+    check_same(out, record, _record_in(out))
+    if made:
+        check_product(out / made)
     return bool(made)
+
+
+def check_product(folder: Path) -> None:
+    """Compare what a finished run made with its checksums, if it has any.
+
+    Raises:
+        UserError: It is damaged; the checkpoints beside it can make it again.
+    """
+    try:
+        check_sums(folder, "")
+    except UserError as error:
+        raise UserError(
+            error.message,
+            f"Restore {folder} from a copy; or remove it and repeat the command, which writes it again from the last "
+            "checkpoint.",
+        ) from None
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """What makes the run in ``out`` this run, of its run.json.
+
+    Raises:
+        UserError: It is absent or damaged.
+    """
+    remedy = "Restore it from a copy, or choose another out."
+    told, _ = read_sealed(out / RUN_FILE, remedy)
+    check_types(told, {"run": dict}, out / RUN_FILE, remedy)
+    return told["run"]
+
+
+def _record_in(out: Path) -> dict[str, Any]:
+    """What makes the run in ``out`` this run: of run.json or, where that is damaged, of the newest checkpoint."""
+    try:
+        return read_record(out)
+    except UserError as error:
+        if (newest := newest_checkpoint(out / "checkpoints")) is None:
+            raise
+        logger.warning("%s The checkpoint %s says what the run is.", error.message, newest)
+        return load_state(newest)["run"]
 
 
 def build(settings: TrainSettings, data: TrainingData, source: Source | None) -> tuple[Denoiser, pd.DataFrame | None]:
@@ -174,7 +222,7 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
 def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFrame | None = None) -> None:
     """Write run.json, settings.yaml and, when starting from a model, transfer.csv; clear what a killed process left
     behind."""
-    write_json(out / RUN_FILE, {"run": record})
+    write_sealed(out / RUN_FILE, {"run": record})
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
     kept = written(type(settings), plain(asdict(settings)))

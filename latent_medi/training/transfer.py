@@ -19,12 +19,11 @@ from diffusers import UNet2DModel
 from latent_medi.diffusion.adapters import parts_hash
 from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.folder import PROVENANCE_FILE, local_folder
+from latent_medi.diffusion.folder import REMEDY, check_model, local_folder, read_parts
 from latent_medi.diffusion.objective import settings_of
-from latent_medi.diffusion.pipeline import AUTOENCODER_FILE, OBJECTIVE_FILE
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 from latent_medi.errors import UserError
-from latent_medi.files import read_json, sha256_file
+from latent_medi.files import read_object, sha256_file
 from latent_medi.metadata.schema import FIRST_VALUE, Schema
 from latent_medi.training.settings import TrainSettings
 
@@ -75,10 +74,11 @@ def open_source(folder: str | Path) -> Source:
         UserError: It is none of these, or cannot be downloaded.
     """
     folder = local_folder(folder)
+    check_model(folder)
     network = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
     if (
         not (network / "config.json").is_file()
-        or read_json(network / "config.json").get("_class_name") != "UNet2DModel"
+        or read_object(network / "config.json").get("_class_name") != "UNet2DModel"
     ):
         raise UserError(
             f"{folder} is no model to start from.",
@@ -89,19 +89,25 @@ def open_source(folder: str | Path) -> Source:
         raise UserError(f"{network} has no .safetensors weights.", "Convert them: pickled weights are not loaded.")
     digest = hashlib.sha256("".join(sha256_file(path) for path in weights).encode()).hexdigest()
     conditioning = folder / "conditioning"
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    autoencoder, objective = folder / AUTOENCODER_FILE, folder / OBJECTIVE_FILE
+    scheduler, parts = folder / "scheduler" / "scheduler_config.json", read_parts(folder)
+    try:
+        unet = UNet2DModel.from_pretrained(network, use_safetensors=True, low_cpu_mem_usage=False).float()
+        conditioner = None
+        if conditioning.is_dir():
+            conditioner = MetadataConditioner.from_pretrained(conditioning, low_cpu_mem_usage=False).float()
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, JSON, shapes and missing files each have their own
+        raise UserError(f"The model in {folder} cannot be loaded: {error}", REMEDY) from error
     return Source(
         folder,
         digest,
-        UNet2DModel.from_pretrained(network, use_safetensors=True, low_cpu_mem_usage=False).float(),
-        MetadataConditioner.from_pretrained(conditioning, low_cpu_mem_usage=False).float()
-        if conditioning.is_dir()
-        else None,
-        read_json(scheduler) if scheduler.is_file() else None,
-        read_json(autoencoder) if autoencoder.is_file() else None,
-        ObjectiveSettings(**read_json(objective)) if objective.is_file() else None,
-        read_json(folder / PROVENANCE_FILE).get("seen") if (folder / PROVENANCE_FILE).is_file() else None,
+        unet,
+        conditioner,
+        read_object(scheduler) if scheduler.is_file() else None,
+        parts["autoencoder"],
+        parts["objective"],
+        (parts["provenance"] or {}).get("seen"),
     )
 
 
