@@ -81,6 +81,9 @@ def import_images(
     table, left_out = table.iloc[kept], left_out + unusable
     if settings.split_column:
         splits = {**(splits or {}), "main": given_split(table, settings)}
+    if settings.allow_duplicates:
+        allowed = {"allow_duplicates": list(settings.allow_duplicates)}
+        splits = {name: (parts, {**recipe, **allowed}) for name, (parts, recipe) in (splits or {}).items()}
     if schema is None:
         continuous, units = settings.continuous, settings.units
         schema = Schema.from_table(table, settings.class_field or None, settings.categorical, continuous, units)
