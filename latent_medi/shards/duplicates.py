@@ -269,6 +269,11 @@ def _counted(index: pd.DataFrame, allow: Sequence[str]) -> pd.DataFrame:
     return rows[~rows[PICTURE].isin(rows.loc[rows["patient"].isin(list(allow)), PICTURE])]
 
 
+def allowed(patients: Sequence[str]) -> dict[str, list[str]]:
+    """What a split's recipe says of patients whose pictures may lie in several parts; nothing if there are none."""
+    return {"allow_duplicates": list(patients)} if patients else {}
+
+
 def on_several_sides(index: pd.DataFrame, column: pd.Series, allow: Sequence[str] = ()) -> pd.DataFrame:
     """Rows of pictures that lie in more than one part of a split, with the part as ``part``; none if all is well."""
     rows = _counted(index, allow)
