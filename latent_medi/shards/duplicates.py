@@ -270,6 +270,14 @@ def patients_together(index: pd.DataFrame, allow: Sequence[str] = ()) -> list[li
     return [list(map(str, names[member == group])) for group in pd.unique(member)]
 
 
+def joined_patients(index: pd.DataFrame) -> np.ndarray:
+    """The patient of each row, those who share a picture under one name, [N]."""
+    first = {patient: group[0] for group in patients_together(index) for patient in group}
+    if not first:
+        return index["patient"].to_numpy()
+    return index["patient"].map(lambda patient: first.get(patient, patient)).to_numpy(dtype=object)
+
+
 def _counted(index: pd.DataFrame, allow: Sequence[str]) -> pd.DataFrame:
     """Rows of shared pictures, without those of which a patient is allowed."""
     if PICTURE not in index or EVERYBODY in allow:
