@@ -22,6 +22,7 @@ from latent_medi.files import read_json, write_json
 from latent_medi.metadata.dose import rotating_targets, tie, training_patients
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.duplicates import allowed
 
 log = get_logger(__name__)
 
@@ -78,6 +79,7 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
         name = f"shift_{round(1000 * level):04d}_{_short(settings, targets, levels)}"
         recipe = {"kind": "class and site tied", "level": level, "targets": targets, "pool": settings.split,
                   "seed": settings.seed}  # fmt: skip
+        recipe |= allowed(dataset.info["splits"][settings.split]["recipe"].get("allow_duplicates", ()))
         if name not in dataset.splits:
             dataset.add_split(name, part.tolist(), recipe)
         folder = out / f"level-{level:.3f}"

@@ -1,10 +1,10 @@
 """The same picture under two patients: found by what is kept of each patch, then looked at pixel by pixel.
 
-Of every real patch the index keeps a fingerprint: a hash of its pixels, and amplitudes of its lowest spatial
-frequencies, which none of the eight symmetries of the square changes, and JPEG hardly. Patches that are close in these
-are read, laid on each other in the best of the eight views, and correlated. The index then tells in a second column
-which patches show one picture. What one patient has several times, such as overlapping neighbours, is no finding, and
-empty patches are nobody's copies.
+Of every real patch the index keeps a fingerprint: a hash of its pixels' brightness, and amplitudes of its lowest
+spatial frequencies, which none of the eight symmetries of the square changes, and JPEG hardly. Patches that are close
+in these are read, laid on each other in the best of the eight views, and correlated. The index then tells in a second
+column which patches show one picture. What one patient has several times, such as overlapping neighbours, is no
+finding, and empty patches are nobody's copies.
 """
 
 from __future__ import annotations
@@ -61,15 +61,16 @@ def fingerprint(image: np.ndarray) -> str:
         image: uint8 [H, W, 3], square.
 
     Returns:
-        76 characters of base64: 72 bits of BLAKE2 over the pixels, and 48 numbers of a byte, each the square root of a
-        share of the amplitudes up to 6 half periods per edge, largest and least of each frequency and its transpose.
+        76 characters of base64: 72 bits of BLAKE2 over the brightness of its pixels, and 48 numbers of a byte, each the
+        square root of a share of the amplitudes up to 6 half periods per edge, largest and least of each frequency and
+        its transpose.
         Or ``"-"`` for a patch without content.
     """
-    grey = Image.fromarray(image).convert("L").convert("F").resize((_EDGE, _EDGE), Image.Resampling.BOX)
-    small = np.asarray(grey)
+    grey = Image.fromarray(image).convert("L")
+    small = np.asarray(grey.convert("F").resize((_EDGE, _EDGE), Image.Resampling.BOX))
     if float(small.std()) < _LEAST_SPREAD:
         return BLANK
-    pixels = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=_HASH).digest()
+    pixels = hashlib.blake2b(grey.tobytes(), digest_size=_HASH).digest()
     share = np.rint(255 * np.sqrt(_amplitudes(small))).astype(np.uint8)
     return base64.b64encode(pixels + share.tobytes()).decode("ascii")
 
