@@ -23,6 +23,7 @@ from latent_medi.locks import output_lock
 from latent_medi.metadata.dose import rotating_targets, tie, training_patients
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.duplicates import allowed
 from latent_medi.sums import read_result
 
 log = get_logger(__name__)
@@ -86,6 +87,7 @@ def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
                 part = np.where((column == "train") & ~dataset.index["patient"].isin(patients), "", column)
                 recipe = {"kind": "class and site tied", "level": level, "targets": targets, "pool": settings.split,
                           "seed": settings.seed}  # fmt: skip
+                recipe |= allowed(dataset.info["splits"][settings.split]["recipe"].get("allow_duplicates", ()))
                 if name not in dataset.splits:
                     dataset.add_split(name, part.tolist(), recipe)
     records = []

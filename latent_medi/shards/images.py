@@ -22,6 +22,7 @@ from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_header, decode_image, opened
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.dispatch import dispatch
+from latent_medi.shards.duplicates import allowed
 from latent_medi.shards.image_file import check_file, image_path, read_image, unread
 from latent_medi.shards.image_table import given_split, image_rows, list_images
 from latent_medi.shards.patch import Patch
@@ -94,6 +95,8 @@ def _import(
     table, left_out = table.iloc[kept], left_out + unusable
     if settings.split_column:
         splits = {**(splits or {}), "main": given_split(table, settings)}
+    more = allowed(settings.allow_duplicates)
+    splits = {name: (parts, {**recipe, **more}) for name, (parts, recipe) in (splits or {}).items()}
     if schema is None:
         continuous, units = settings.continuous, settings.units
         schema = Schema.from_table(table, settings.class_field or None, settings.categorical, continuous, units)

@@ -14,7 +14,7 @@ import numpy as np
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, is_missing
 from latent_medi.shards.codec import ORIGINS
-from latent_medi.shards.layout import BAD_KEY, FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.layout import BAD_KEY, FINGERPRINT, FIXED_COLUMNS, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.selections import SELECTED_PREFIX
 
 
@@ -152,8 +152,9 @@ def check_column(name: str) -> None:
     Raises:
         UserError: It does.
     """
-    if name in (*FIXED_COLUMNS, *SUM_COLUMNS) or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
-        reserved = ", ".join((*FIXED_COLUMNS, *SUM_COLUMNS))
+    used = (*FIXED_COLUMNS, *SUM_COLUMNS, FINGERPRINT, PICTURE)
+    if name in used or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
+        reserved = ", ".join(used)
         raise UserError(
             f"A field cannot be called {name!r}.",
             f"The index uses {reserved}, {SPLIT_PREFIX}… and {SELECTED_PREFIX}… itself; rename the column.",

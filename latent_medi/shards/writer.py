@@ -23,8 +23,9 @@ from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_image, encode_image
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.duplicates import check_sides, duplicates_text, fingerprint, look
 from latent_medi.shards.folder import INFO_FILE, NEXT_INDEX, write_folder
-from latent_medi.shards.layout import SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.layout import FINGERPRINT, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.patch import Patch, column_types, describe
 from latent_medi.shards.records import (
     PROGRESS_FOLDER,
@@ -44,7 +45,8 @@ logger = get_logger(__name__)
 SPLITS_FILE = "splits.json"
 _BLOCK = 512
 _RECORD_SIZE = 10240  # tar's customary blocking: the archive is padded to a multiple of it
-_ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, "origin", "patient", "slide", "x", "y", "source_mpp")
+_KNOWN_COLUMNS = ("origin", "patient", "slide", "x", "y", "source_mpp")
+_ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, *_KNOWN_COLUMNS, FINGERPRINT)
 
 
 def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
@@ -121,7 +123,8 @@ def write_shard(
             text = json.dumps(member, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
             parts += tar_member(f"{patch.key}.json", text)
             sums = {"image_crc32": zlib.crc32(image), "json_crc32": zlib.crc32(text)}
-            rows.append({**row, "offset": written + _BLOCK, "size": len(image), **sums})
+            found = {FINGERPRINT: fingerprint(patch.image) if patch.origin == "real" else ""}
+            rows.append({**row, "offset": written + _BLOCK, "size": len(image), **sums, **found})
             for part in parts:
                 file.write(part)
                 digest.update(part)
@@ -212,6 +215,12 @@ def finish_dataset(
         "name": name, "schema": schema.to_dict(), "patch_size": patch_size, "mpp": float(mpp), "codec": codec,
         "shards": listed, "splits": {}, "provenance": provenance,
     }  # fmt: skip
+    dataset = PatchDataset(folder, info, schema, index)
+    look(dataset)
+    index, info = dataset.index, dataset.info
+    if told := duplicates_text(info.get("duplicates", {})):
+        logger.warning("%s: %s", folder, told)
+    given = set(splits or {})
     splits = dict(splits or {})
     for split, entry in _remembered(folder).items():
         there = set(index["patient"])
@@ -224,6 +233,8 @@ def finish_dataset(
         if unknown := sorted(set(by_patient) - set(index["patient"])):
             raise UserError(f"The split {split!r} names patients that the dataset lacks: {unknown[:5]}.")
         index[SPLIT_PREFIX + split] = [by_patient.get(patient, "") for patient in index["patient"]]
+        if split in given:
+            check_sides(index, index[SPLIT_PREFIX + split], split, recipe)
         info["splits"][split] = {"recipe": dict(recipe)}
     write_folder(folder, info, index)
     _clear(folder, {shard_file(number) for number in wanted})
@@ -256,6 +267,7 @@ def _clear(folder: Path, keep: set[str]) -> None:
 def _index(records: Sequence[ShardRecord], schema: Schema) -> pd.DataFrame:
     """The index of some shards, in order; continuous fields become numbers, every value is looked up in the schema."""
     index = pd.concat([r.rows for r in records], ignore_index=True)
+    prints = index.pop(FINGERPRINT).fillna("") if FINGERPRINT in index else None  # earlier versions kept none
     index.insert(1, "shard", np.repeat([shard_file(r.number) for r in records], [r.count for r in records]))
     if index["key"].duplicated().any():
         key = index.loc[index["key"].duplicated(), "key"].iloc[0]
@@ -283,6 +295,8 @@ def _index(records: Sequence[ShardRecord], schema: Schema) -> pd.DataFrame:
         )
     for column in sorted(extra.columns):
         index[column] = extra[column]
+    if prints is not None and (index["origin"] == "real").any():
+        index[FINGERPRINT] = prints
     return index
 
 
@@ -302,7 +316,7 @@ def reopen_dataset(folder: str | Path) -> None:
             logger.warning(
                 "The selections %s belong to the patches as they were: make them again", [*dataset.selections]
             )
-        extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", *names, *splits}]
+        extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", PICTURE, *names, *splits}]
         remember_splits(dataset)
         of_shard = dict(list(dataset.index.groupby("shard", sort=False)))
         for shard in dataset.info["shards"]:
