@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from latent_medi import __version__, config
 from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
-from latent_medi.files import NO_SPACE, write_json
+from latent_medi.files import NO_SPACE, check_file, write_json
+from latent_medi.locks import output_lock
 from latent_medi.paths import expand
 from latent_medi.processes import Output, follow_parent, read_by_somebody, safe_helpers
 from latent_medi.progress import set_up_logging
@@ -99,8 +100,9 @@ def _holds(dataset: PatchDataset) -> str:
 
 def _verify(words: list[str]) -> Printed:
     from latent_medi.shards.dataset import INFO_FILE, PatchDataset
+    from latent_medi.shards.duplicates import SIDES, duplicates_text, look, report
     from latent_medi.shards.settings import VerifySettings
-    from latent_medi.shards.verify import seal
+    from latent_medi.shards.verify import seal, side_problems
 
     settings = config.parse(VerifySettings, words, "shards verify", positional="data")
     if not settings.data:
@@ -115,10 +117,16 @@ def _verify(words: list[str]) -> Printed:
     dataset = PatchDataset.open(settings.data)
     if problems := dataset.verify():
         raise UserError(f"{dataset.folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+    look(dataset)  # an earlier version did not
     if settings.seal:
         seal(dataset)
+    duplicates = report(dataset)
+    if told := duplicates_text(duplicates):
+        print(told)
+    if sides := side_problems(dataset):
+        raise UserError(f"{dataset.folder}: {len(sides)} problems:\n  " + "\n  ".join(sides), SIDES)
     print(f"no problem: {_holds(dataset)}{', checksums added' if settings.seal else ''}")
-    return {"folder": str(dataset.folder), "problems": []}
+    return {"folder": str(dataset.folder), "problems": [], "duplicates": duplicates}
 
 
 def _export(words: list[str]) -> Printed:
@@ -136,6 +144,7 @@ def _audit(words: list[str]) -> Printed:
     from latent_medi.metadata.heatmap import write_heat_map
     from latent_medi.metadata.settings import AuditSettings
     from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.duplicates import duplicates_text, look, report
 
     settings = config.parse(AuditSettings, words, "audit", positional="data")
     if is_table(settings.data):
@@ -144,7 +153,12 @@ def _audit(words: list[str]) -> Printed:
         dataset = PatchDataset.open(settings.data)
         split = (settings.split, settings.split_value) if settings.split else None
         result = audit_index(dataset.index, dataset.schema, settings, split)
+        if settings.duplicates:
+            look(dataset)
+            result["duplicates"] = report(dataset)
     print(audit_text(result))
+    if told := duplicates_text(result.get("duplicates", {})):
+        print(told)
     if settings.figure:
         write_heat_map(class_by_site(result), settings.figure, "patients")
     return result
@@ -155,19 +169,28 @@ def _split(words: list[str]) -> Printed:
     from latent_medi.metadata.schemes import make_split, split_summary
     from latent_medi.metadata.settings import SplitSettings
     from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.duplicates import look, patients_together
 
     settings = config.parse(SplitSettings, words, "split", positional="data")
     if is_table(settings.data):
         split, index = split_table(settings)
     else:
-        dataset = PatchDataset.open(settings.data)
-        split, index = make_split(dataset.index, settings), dataset.index
-        dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
+        with output_lock(settings.data):  # from reading the index to writing it
+            dataset = PatchDataset.open(settings.data)
+            look(dataset)
+            index = dataset.index
+            split = make_split(index, settings, patients_together(index, settings.allow_duplicates))
+            dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
     summary = split_summary(index, split)
     for part, counts in summary.items():
         print(f"{part}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))
     for combination in split.recipe.get("held_out", []):
         print("held out: " + " × ".join(combination.values()))
+    if together := split.recipe.get("together"):
+        print(
+            f"kept together, as they share a picture: {'; '.join(', '.join(group) for group in together[:5])}"
+            + (f"; … and {len(together) - 5} more groups" if len(together) > 5 else "")
+        )
     return {"name": settings.name, "parts": summary, "recipe": split.recipe}
 
 
@@ -359,6 +382,13 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
 }
 
 
+_HELPED = frozenset({
+    "train", "encode", "classifier", "average", "grid", "evaluate", "floors", "split", "audit", "export",
+    "benchmark-shift",
+})  # fmt: skip
+"""Verbs that have nothing to do without words, and show their settings then."""
+
+
 def _usage() -> str:
     lines = [
         f"latent-medi {__version__}: metadata-guided latent diffusion for histopathology",
@@ -380,9 +410,13 @@ def run_verb(words: Sequence[str]) -> int:
         print(__version__)
         return 0
     verb, rest = words[0], words[1:]
+    if verb in _HELPED and not rest:
+        rest = ["--help"]
     if verb not in VERBS:
         raise UserError(f"There is no verb {verb!r}; {nearest(verb, VERBS)}.", "`latent-medi --help` lists them.")
     json_file = _take_json_file(rest)
+    if json_file:
+        check_file(json_file, "JSON file", rb"\s*[\[{]")
     try:
         result = VERBS[verb][0](rest)
     except Incomplete as error:

@@ -17,12 +17,14 @@ from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.errors import UserError, nearest
 from latent_medi.experiment_settings import DemoSettings, ExperimentSettings
 from latent_medi.files import write_json, write_text
+from latent_medi.locks import output_lock
 from latent_medi.look_ahead import check_model, check_study, check_training
 from latent_medi.progress import duration, get_logger
 from latent_medi.stages import Stage, Stages, side_by_side
 from latent_medi.sums import read_result
 from latent_medi.synthesis.settings import GenerateSettings
 from latent_medi.training.settings import TrainSettings
+from latent_medi.wholeness import damaged_dataset, damaged_json, damaged_latents, damaged_model, reopen
 
 if TYPE_CHECKING:
     from latent_medi.training.transfer import Source
@@ -32,6 +34,7 @@ log = get_logger(__name__)
 _EVALUATE = "Remove it and repeat the command, which evaluates again."
 
 STAGES = ("shards", "audit", "encode", "train", "plan", "sample", "evaluate", "report")
+_FILES = ("settings.yaml", "headline.json", "train-*.yaml", "sample-*.yaml")
 ARMS = ("medi", "cls")
 """MeDi knows class and metadata, CLS the class alone; all else is equal."""
 
@@ -104,9 +107,14 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     """Run every stage that is not finished, print the headline, and return it.
 
     Raises:
-        UserError: Settings that cannot be followed; or, before anything is removed, latents, models or samples in the
-            folder that were made from others.
+        UserError: Settings that cannot be followed; a folder that another job writes; or, before anything is removed,
+            latents, models or samples in the folder that were made from others.
     """
+    with output_lock(settings.out):
+        return _run(settings)
+
+
+def _run(settings: ExperimentSettings) -> dict[str, Any]:
     from latent_medi.evaluation.headline import headline, headline_text
 
     experiment = _Experiment(settings)
@@ -116,8 +124,10 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
         stages.check()
     if settings.data or stages.finished("shards"):  # before anything is removed
         experiment.look_ahead()
+        stages.begin(*_FILES)
         stages.run("shards")
     else:
+        stages.begin(*_FILES)
         stages.run("shards")
         experiment.declare()
         experiment.look_ahead()
@@ -157,7 +167,6 @@ class _Experiment:
             "seed": settings.seed,
         }  # fmt: skip
         self.judging = config.make(EvaluateSettings, config.merge(derived, settings.evaluate), "evaluate")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.stages = Stages(self.folder, STAGES)
 
     def declare(self) -> None:
@@ -171,12 +180,15 @@ class _Experiment:
             shards = Stage(lambda: None, {"sha256": dataset_hash(PatchDataset.open(self.data))})
         else:
             made_of = {k: plain[k] for k in ("recipe", "source", "patch_size", "seed")}
-            shards = Stage(self.build, made_of, outputs=("data",), costly=True)
+            whole: dict[str, Any] = {"damaged": lambda: damaged_dataset(self.data), "mend": lambda: reopen(self.data)}
+            shards = Stage(self.build, made_of, outputs=("data",), costly=True, **whole)
         self.stages.add("shards", shards)
         # Whoever divides the patients anew, or corrects what is known of them, has another experiment.
         there = settings.data or self.stages.finished("shards")
         split = {"split": _split_of(self.data, settings.split) if there else {"name": settings.split}}
-        encoded = {"shared": (settings.latents,)} if settings.latents else {"outputs": ("latents",), "costly": True}
+        encoded: dict[str, Any] = {"shared": (f"{settings.latents}/latents.json",)}
+        if not settings.latents:
+            encoded = {"outputs": ("latents",), "costly": True, "damaged": lambda: damaged_latents(Path(self.latents))}
         lessons: dict[str, Any] = {
             arm: _without(values, FREE - {"init_from", "autoencoder", "stream"}) for arm, values in self.trained.items()
         }
@@ -192,15 +204,24 @@ class _Experiment:
                 self.audit, split | {"held_out": settings.held_out}, ("shards",), ("audit.json", "audit.txt")
             ),
             "encode": Stage(self.encode, {"autoencoder": settings.autoencoder}, ("shards",), **encoded),
-            "train": Stage(self.train, lessons | split, ("encode",), tuple(self.trained), costly=True),
+            "train": Stage(
+                self.train, lessons | split, ("encode",), tuple(self.trained), costly=True, damaged=self.damaged_models
+            ),
             "plan": Stage(self.plan, counts | split, ("shards",), tuple(f"plan-{arm}.csv" for arm in ARMS)),
-            "sample": Stage(self.sample, sampling, ("train", "plan"), ("synthetic",), costly=True),
+            "sample": Stage(
+                self.sample, sampling, ("train", "plan"), ("synthetic",), costly=True,
+                damaged=lambda: [path for folder in self.synthetic.values() for path in damaged_dataset(folder)],
+                mend=lambda: reopen(*self.synthetic.values()),
+            ),
             # The features that it caches are found by content, and stay.
-            "evaluate": Stage(self.evaluate, judged, ("sample",), ("metrics.json", "predictions.csv", "reference")),
+            "evaluate": Stage(
+                self.evaluate, judged, ("sample",), ("metrics.json",), ("predictions.csv", "reference"),
+                damaged=lambda: damaged_json(self.folder / "metrics.json"),
+            ),
             "report": Stage(
                 self.report, {key: plain[key] for key in ("title", "report_cells")}, ("evaluate",), ("report.html",)
             ),
-        }.items():
+        }.items():  # fmt: skip
             self.stages.add(name, stage)
 
     def look_ahead(self) -> None:
@@ -251,6 +272,12 @@ class _Experiment:
             config.save_partial(TrainSettings, values, self.folder / f"train-{arm}.yaml")
             commands[arm] = ["train", "--config", str(self.folder / f"train-{arm}.yaml")]
         _run_arms(self.settings, commands)
+
+    def damaged_models(self) -> list[Path]:
+        """Models that this run trained and that are no longer whole."""
+        made = {arm: self.folder / arm / ("adapter" if values.get("lora") else "model")
+                for arm, values in self.trained.items()}  # fmt: skip
+        return [path for model in made.values() for path in damaged_model(model)]
 
     def plan(self) -> None:
         """Plan what each arm generates."""

@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 SEAL = "seal"
 """Key of a JSON object under which the checksum of the rest stands."""
+
+
+_TEMPORARY = re.compile(r"\.tmp-([0-9]+|move)-.")  # as atomic_path names it; or a shard that changes its number
+
+HTML = rb"(?i)\s*<(!doctype )?html"
+"""Pattern of a page's start."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -38,27 +44,37 @@ def sync_folder(folder: Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it there, on error remove it.
 
-    Works for a file or, if the body creates one, a folder. An existing folder at ``path`` is replaced.
+    Works for a file or, if the body creates one, a folder. What is replaced is of the same kind, and nothing is lost: a
+    folder that holds more than the new one is refused. A link is followed. Permissions are those of the umask, whatever
+    the writer gave.
 
     Raises:
+        UserError: The path cannot be written, or something of another kind is there.
         OSError: The system refused, safetensors' wrapping of such an error undone.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = check_output(path)
+    if path.is_symlink():
+        path = path.resolve()  # or the link would be replaced
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
     # The suffix stays last, since writers such as numpy and matplotlib choose the format by it.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     remove(temporary)
     try:
         yield temporary
+        _open_to_others(temporary)
         if temporary.is_dir():
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            if path.exists():
-                remove(path)
+            _make_room(path, temporary)
         else:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; a file is written there.", "Give another path.")
         os.replace(temporary, path)
         sync_folder(path.parent)
     except SafetensorError as error:
@@ -67,6 +83,143 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         remove(temporary)
+
+
+def _make_room(path: Path, new: Path) -> None:
+    """Remove an older folder that a new one replaces, if all that it holds has a successor.
+
+    Raises:
+        UserError: A file is there, or a folder with something that the new one lacks: who put it there wants it.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; a folder is written there.", "Give another path.")
+    lost = [file.relative_to(path) for file in sorted(path.rglob("*")) if not (new / file.relative_to(path)).exists()]
+    if lost:
+        raise UserError(
+            f"{path} holds {lost[0]}, which would be lost: what is written there replaces the folder.",
+            "Move it away, or give another path.",
+        )
+    remove(path)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a new file, or a folder and all in it, the permissions that the umask allows: some writers give them to the
+    owner alone.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        if entry.is_symlink():
+            continue
+        mode = stat.S_IMODE(entry.stat().st_mode)
+        # Only added to, since a folder's access list may give more.
+        wanted = mode | ((0o777 if entry.is_dir() else 0o666) & ~mask)
+        if wanted != mode:
+            with suppress(OSError):  # a file system without permissions
+                entry.chmod(wanted)
+
+
+def cannot_write(path: Path, error: OSError) -> Exception:
+    """What to raise where ``path`` could not be written: one clear message; a full disk stays the error that it is."""
+    if error.errno in NO_SPACE:
+        return error
+    return UserError(
+        f"{path} cannot be written: {error.strerror or error}.", "Check the path and its permissions, or give another."
+    )
+
+
+def check_output(path: str | Path, folder: bool | None = None) -> Path:
+    """Look, before hours of work, whether something can be written at a path; returns it.
+
+    Args:
+        path: Of a file or folder that may be there or not.
+        folder: Whether it is to be a folder; ``None`` leaves it open.
+
+    Raises:
+        UserError: It is empty, a dangling link, of the other kind, no plain file, or not to be written.
+    """
+    if not str(path):
+        raise UserError("No path to write is given.", "out=/path/to/it")
+    path = Path(path)
+    try:
+        _check_output(path, folder, "Give another path.")
+    except OSError as error:  # a folder on the way that may not be looked into
+        raise cannot_write(path, error) from None
+    return path
+
+
+def _check_output(path: Path, folder: bool | None, another: str) -> None:
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise UserError(f"{part} is a link to {os.readlink(part)}, which is not there.", "Mend the link.")
+    if folder and path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; a folder is written there.", another)
+    if folder is False and path.is_dir():
+        raise UserError(f"{path} is a folder; a file is written there.", another)
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is no plain file.", another)
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if there != path and not there.is_dir():
+        raise UserError(f"{path} cannot be written: {there} is a file.", another)
+    # A file, or a folder as a whole, is replaced in the folder around it.
+    around = [path.absolute().parent] if there == path and not folder else []
+    for part in (there, *around):
+        if not os.access(part, os.W_OK):
+            raise UserError(f"{path} cannot be written: {part} is read-only.", "Change that, or give another path.")
+
+
+def check_file(path: str | Path, what: str, pattern: bytes) -> Path:
+    """Look whether a file that the user names can be written; an older one is replaced only by its like.
+
+    Args:
+        path: The file.
+        what: Its kind, in words.
+        pattern: Regular expression that such a file matches from its start.
+
+    Raises:
+        UserError: As :func:`check_output`, or a file of another kind is there.
+    """
+    path = check_output(path, folder=False)
+    if path.is_file():
+        with open(path, "rb") as handle:
+            start = handle.read(65536)
+        if start and not re.match(pattern, start):
+            raise UserError(f"{path} is there and is no {what}; it would be lost.", "Give another path.")
+    return path
+
+
+def refuse_foreign(folder: str | Path, signs: Mapping[str, str], written: Iterable[str]) -> None:
+    """Refuse an output folder with files of the user's that would be replaced.
+
+    Args:
+        folder: The folder; it may be absent.
+        signs: What tells that an earlier job wrote the folder: names of files or folders in it, and the key that such
+            a JSON file has ("" for none).
+        written: Names and patterns of what is written there.
+
+    Raises:
+        UserError: There is something by a name that is written, and no sign.
+    """
+    folder = Path(folder)
+    for name, key in signs.items():
+        if (folder / name).exists():
+            try:
+                if not key or key in read_object(folder / name):
+                    return
+            except UserError:  # a damaged one of ours: somebody else's would be whole
+                return
+    if there := sorted(path for pattern in written for path in folder.glob(pattern)):
+        raise UserError(
+            f"{there[0]} is there, and it was not written by such a job; it would be lost.",
+            "Move it away, or give another folder.",
+        )
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """What a killed process left half-written in a folder."""
+    return sorted(path for path in folder.glob(".tmp-*") if _TEMPORARY.match(path.name))
 
 
 def open_file(path: str | Path, remedy: str) -> int:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi.errors import UserError
-from latent_medi.files import read_json, remove, write_json
+from latent_medi.files import read_json, read_object, refuse_foreign, remove, write_json
+from latent_medi.locks import output_lock
 from latent_medi.processes import PARENT, environment, python_words
 from latent_medi.progress import duration, get_logger
 
@@ -29,7 +30,12 @@ class Stage:
         action: The work; it may itself continue where it was broken off.
         inputs: JSON-able: all that the outcome depends on besides the stages that it needs.
         needs: Names of the stages that it builds on.
-        outputs: Files and folders that it writes, relative to the experiment's folder.
+        outputs: Files and folders that it writes, relative to the experiment's folder; without them it is not
+            finished.
+        extras: The same, but it depends on the settings whether they are written.
+        damaged: Names what of its outputs is absent or not whole, such as a file: then it is not finished, and these
+            are removed before it runs again.
+        mend: What else is needed before it runs again on damaged outputs.
         shared: Paths that it writes and other experiments may use too: never removed, and without them it is not
             finished.
         costly: Whether its outputs are too dear to be removed unasked.
@@ -39,6 +45,9 @@ class Stage:
     inputs: Any = None
     needs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    damaged: Callable[[], list[Path]] = list
+    mend: Callable[[], None] = lambda: None
     shared: tuple[str, ...] = ()
     costly: bool = False
 
@@ -62,10 +71,12 @@ class Stages:
         self._stages[name] = stage
 
     def finished(self, name: str) -> bool:
-        """Whether an earlier run finished a stage from the same inputs."""
-        record = self._record(name)
-        there = all(Path(path).exists() for path in self._stages[name].shared)
-        return there and record["seconds"] is not None and record["made_from"] == self._made_from(name)
+        """Whether an earlier run finished a stage from the same inputs, and what it wrote is still there and whole."""
+        record, stage = self._record(name), self._stages[name]
+        if record["seconds"] is None or record["made_from"] != self._made_from(name):
+            return False
+        written = [*stage.shared, *(self.folder / path for path in (*stage.outputs, *record.get("extras", ())))]
+        return all(Path(path).exists() for path in written) and not stage.damaged()
 
     def check(self) -> None:
         """Look, before anything runs, whether something costly was made from other inputs than it would be now.
@@ -76,7 +87,7 @@ class Stages:
         gone: list[str] = []
         differ: dict[str, str] = {}
         for name, stage in self._stages.items():
-            there = [str(self.folder / output) for output in stage.outputs if (self.folder / output).exists()]
+            there = [str(path) for path in self._outputs(name)]
             if stage.costly and there and self._is_of_other_inputs(name):
                 gone += there
                 differ |= _differences(self._record(name)["made_from"], self._made_from(name))
@@ -87,6 +98,25 @@ class Stages:
                 f"Another out= keeps {self.folder} as it is; replace=true removes what no longer fits and makes it "
                 "anew.",
             )
+
+    def begin(self, *files: str) -> None:
+        """Look, before the first stage ever runs, what the folder holds already: folders of the user's will be kept.
+
+        Args:
+            files: What else the experiment writes.
+
+        Raises:
+            UserError: A file of the user's would be replaced.
+        """
+        there = [path.relative_to(self.folder).as_posix() for name in self._stages for path in self._outputs(name)]
+        refuse_foreign(
+            self.folder, {"stages": ""}, [*files, *(name for name in there if (self.folder / name).is_file())]
+        )
+        if there and not self._found().parent.is_dir():
+            write_json(self._found(), there)
+
+    def _found(self) -> Path:
+        return self.folder / "stages" / "found.json"
 
     def run(self, *names: str) -> None:
         """Run stages that are not finished. What an earlier run made from other inputs is removed first; what was
@@ -102,26 +132,58 @@ class Stages:
             log.info("%s %s: finished before (took %s), kept", number, name, duration(self.seconds[name]))
             return
         if self._is_of_other_inputs(name):
-            self._discard(name)
+            self._discard(name, self._outputs(name))
+            remove(self._file(name))
+        before = self._record(name)
+        if before["seconds"] is not None:
+            log.warning("%s %s: what it wrote is no longer there or whole; it is made again", number, name)
+        if before["made_from"]:
+            self._discard(name, [path for path in stage.damaged() if path.exists()])
+            stage.mend()
         log.info("%s %s …", number, name)
-        made_from, file = self._made_from(name), self._file(name)
-        write_json(file, {"made_from": made_from, "seconds": None})
+        record = {"made_from": self._made_from(name)}
+        write_json(self._file(name), {**record, "seconds": None})
         start = time.monotonic()
         stage.action()
         self.seconds[name] = round(time.monotonic() - start, 1)
-        write_json(file, {"made_from": made_from, "seconds": self.seconds[name]})
+        extras = [
+            file for path in stage.extras for file in sorted([self.folder / path, *(self.folder / path).rglob("*")])
+        ]
+        there = [str(file.relative_to(self.folder)) for file in extras if file.exists()]
+        write_json(self._file(name), {**record, "extras": there, "seconds": self.seconds[name]})
         log.info("%s %s: done in %s", number, name, duration(self.seconds[name]))
 
-    def _discard(self, name: str) -> None:
-        for output in self._stages[name].outputs:
-            remove(self.folder / output)
-        remove(self._file(name))
+    def _outputs(self, name: str) -> list[Path]:
+        """What a stage may write, as far as it is there."""
+        stage = self._stages[name]
+        return [path for output in (*stage.outputs, *stage.extras) if (path := self.folder / output).exists()]
+
+    def _discard(self, name: str, paths: Sequence[Path]) -> None:
+        """Remove what an earlier run of a stage wrote.
+
+        Raises:
+            UserError: It was there before that, or another job writes it.
+        """
+        found = [self.folder / path for path in (read_json(self._found()) if self._found().is_file() else [])]
+        for path in paths:
+            if any(path.is_relative_to(one) for one in found):
+                raise UserError(
+                    f"{path} does not fit any more, and this run has not made it: it was there before.",
+                    "Move it away, or give another out.",
+                )
+        for path in paths:
+            if path.is_dir():
+                with output_lock(path):  # nobody writes it
+                    remove(path)
+            else:
+                remove(path)
 
     def _file(self, name: str) -> Path:
         return self.folder / "stages" / f"{name}.json"
 
     def _record(self, name: str) -> dict[str, Any]:
-        return read_json(self._file(name)) if self._file(name).is_file() else {"made_from": None, "seconds": None}
+        record = read_object(self._file(name)) if self._file(name).exists() else {}
+        return {"made_from": None, "seconds": None, **record}
 
     def _is_of_other_inputs(self, name: str) -> bool:
         earlier = self._record(name)["made_from"]

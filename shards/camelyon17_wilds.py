@@ -29,7 +29,13 @@ PARTS = {"1": "val", "2": "test"}
 
 
 def build(
-    source: Path, out: Path, patch_size: int = 96, codec: str = "png", seed: int = 0, jobs: int = 1
+    source: Path,
+    out: Path,
+    patch_size: int = 96,
+    codec: str = "png",
+    seed: int = 0,
+    jobs: int = 1,
+    allow_duplicates: Sequence[str] = (),
 ) -> PatchDataset:
     """Write the dataset folder with the split ``wilds``.
 
@@ -40,6 +46,7 @@ def build(
         codec: ``png`` or ``jpg``.
         seed: Not used; the split is the published one.
         jobs: Processes.
+        allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
 
     Raises:
         UserError: The source has another layout.
@@ -64,6 +71,7 @@ def build(
         table=str(metadata), out=str(out), name="camelyon17-wilds", key_column="key", slide_column="slide",
         x_column="x_coord", y_column="y_coord", categorical=["site"], patch_size=patch_size, source_mpp=SOURCE_MPP,
         codec=codec, jobs=jobs, patches_per_shard=4096,
+        allow_duplicates=list(allow_duplicates),
     )  # fmt: skip
     provenance = {
         "source": "Camelyon17-WILDS 1.0 (Koh et al. 2021; Bandi et al. 2018)", "licence": "CC0",
@@ -85,8 +93,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--patch-size", type=int, default=96, help="edge of a stored patch in pixels (default 96)")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument(
+        "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",
+        help="whose pictures may lie in several parts of the split under different patients; '*' for all",
+    )  # fmt: skip
     a = parser.parse_args(argv)
-    dataset = build(a.source, a.out, a.patch_size, a.codec, jobs=a.jobs)
+    dataset = build(a.source, a.out, a.patch_size, a.codec, jobs=a.jobs, allow_duplicates=a.allow_duplicates)
     print(dataset.counts("class", "site", "patients").to_string())
     return {"folder": str(dataset.folder), "patches": len(dataset), "splits": dataset.info["splits"]["wilds"]["counts"]}
 

@@ -32,7 +32,13 @@ SETS = {"NCT-CRC-HE-100K": "train", "NCT-CRC-HE-100K-NONORM": "train", "CRC-VAL-
 
 
 def build(
-    source: Path, out: Path, patch_size: int = 224, codec: str = "png", seed: int = 0, jobs: int = 1
+    source: Path,
+    out: Path,
+    patch_size: int = 224,
+    codec: str = "png",
+    seed: int = 0,
+    jobs: int = 1,
+    allow_duplicates: Sequence[str] = (),
 ) -> PatchDataset:
     """Write the dataset folder with the split ``published``.
 
@@ -43,6 +49,7 @@ def build(
         codec: ``png`` or ``jpg``.
         seed: Not used; the split is the published one.
         jobs: Processes.
+        allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
 
     Raises:
         UserError: The source has another layout.
@@ -69,6 +76,7 @@ def build(
     settings = ImportSettings(
         out=str(out), root=str(source), name="nct-crc", key_column="key", extra=["set"], patch_size=patch_size,
         source_mpp=SOURCE_MPP, codec=codec, jobs=jobs, patches_per_shard=4096,
+        allow_duplicates=list(allow_duplicates),
     )  # fmt: skip
     provenance = {
         "source": "NCT-CRC-HE-100K and CRC-VAL-HE-7K (Kather et al. 2018), Zenodo 1214456", "licence": "CC BY 4.0",
@@ -87,8 +95,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--patch-size", type=int, default=224, help="edge of a stored patch in pixels (default 224)")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument(
+        "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",
+        help="whose pictures may lie in several parts of the split under different patients; '*' for all",
+    )  # fmt: skip
     a = parser.parse_args(argv)
-    dataset = build(a.source, a.out, a.patch_size, a.codec, jobs=a.jobs)
+    dataset = build(a.source, a.out, a.patch_size, a.codec, jobs=a.jobs, allow_duplicates=a.allow_duplicates)
     print(dataset.counts("class", "set").to_string())
     return {
         "folder": str(dataset.folder), "patches": len(dataset), "splits": dataset.info["splits"]["published"]["counts"],

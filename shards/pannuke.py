@@ -23,6 +23,7 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.paths import path_argument
 from latent_medi.shards.convert import convert, scaled
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.duplicates import allowed
 from latent_medi.shards.patch import Patch
 
 SOURCE_MPP = 0.25
@@ -68,7 +69,13 @@ def _files(chunk: tuple[int, int, int], source: Path) -> list[Path]:
 
 
 def build(
-    source: Path, out: Path, patch_size: int = 256, codec: str = "png", seed: int = 0, jobs: int = 1
+    source: Path,
+    out: Path,
+    patch_size: int = 256,
+    codec: str = "png",
+    seed: int = 0,
+    jobs: int = 1,
+    allow_duplicates: Sequence[str] = (),
 ) -> PatchDataset:
     """Write the dataset folder with the split ``published``.
 
@@ -79,6 +86,7 @@ def build(
         codec: ``png`` or ``jpg``.
         seed: Not used; the split is the published one.
         jobs: Processes.
+        allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
 
     Raises:
         UserError: The source has another layout.
@@ -100,7 +108,8 @@ def build(
         "patients": "not known; each fold stands as one patient, so that no split can divide it",
         "recipe": "shards/pannuke.py",
     }  # fmt: skip
-    split = ({f"fold {fold}": PARTS[fold] for fold in folds}, {"kind": "as published, by fold"})
+    recipe = {"kind": "as published, by fold"} | allowed(allow_duplicates)
+    split = ({f"fold {fold}": PARTS[fold] for fold in folds}, recipe)
     return convert(
         Path(out), chunks, partial(_read, source=Path(source), patch_size=patch_size),
         partial(_files, source=Path(source)),
@@ -117,8 +126,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--patch-size", type=int, default=256, help="edge of a stored patch in pixels (default 256)")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument(
+        "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",
+        help="whose pictures may lie in several parts of the split under different patients; '*' for all",
+    )  # fmt: skip
     a = parser.parse_args(argv)
-    dataset = build(a.source, a.out, a.patch_size, a.codec, jobs=a.jobs)
+    dataset = build(a.source, a.out, a.patch_size, a.codec, jobs=a.jobs, allow_duplicates=a.allow_duplicates)
     print(dataset.counts("class", "patient").to_string())
     return {
         "folder": str(dataset.folder), "patches": len(dataset), "splits": dataset.info["splits"]["published"]["counts"],

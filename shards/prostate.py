@@ -77,6 +77,7 @@ def build(
     seed: int = 0,
     jobs: int = 1,
     patches_per_shard: int = 512,
+    allow_duplicates: Sequence[str] = (),
 ) -> PatchDataset:
     """Write the dataset folder with the split ``main``.
 
@@ -88,6 +89,7 @@ def build(
         seed: Seed of the split.
         jobs: Processes.
         patches_per_shard: Patches per tar.
+        allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
 
     Raises:
         UserError: The source has another layout, or more than 1% of its images are bad.
@@ -104,6 +106,7 @@ def build(
         table=str(manifest), out=str(out), name="prostate", key_column="key", categorical=["site"],
         extra=["isup_grade"],
         patch_size=patch_size, source_mpp=SOURCE_MPP, codec=codec, jobs=jobs, patches_per_shard=patches_per_shard,
+        allow_duplicates=list(allow_duplicates),
     )  # fmt: skip
     recipe: dict[str, Any] = {
         "kind": "by patient within class × site", "seed": seed, "test_share": TEST_SHARE,
@@ -128,9 +131,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument(
+        "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",
+        help="whose pictures may lie in several parts of the split under different patients; '*' for all",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     dataset = build(
-        arguments.source, arguments.out, arguments.patch_size, arguments.codec, arguments.seed, arguments.jobs
+        arguments.source,
+        arguments.out,
+        arguments.patch_size,
+        arguments.codec,
+        arguments.seed,
+        arguments.jobs,
+        allow_duplicates=arguments.allow_duplicates,
     )
     print(dataset.counts("class", "site", "patients").to_string())
     return {"folder": str(dataset.folder), "patches": len(dataset), "splits": dataset.info["splits"]["main"]["counts"]}

@@ -35,6 +35,7 @@ from latent_medi.progress import progress
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.convert import convert, scaled
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.duplicates import allowed
 from latent_medi.shards.find import find_files
 from latent_medi.shards.patch import Patch
 
@@ -127,6 +128,7 @@ def _patches(rows: Sequence[dict[str, Any]], source: Path, fields: Sequence[str]
 def build(
     source: Path, out: Path, patch_size: int = 256, codec: str = "png", seed: int = 0, jobs: int = 1,
     metadata: Path | None = None, codes: Path | None = None, scheme: str = "internal", scale: int = 0,
+    allow_duplicates: Sequence[str] = (),
 ) -> PatchDataset:  # fmt: skip
     """Write the dataset folder; from tars with the split that their names tell, ``internal`` or ``external``.
 
@@ -141,6 +143,7 @@ def build(
         codes: The GDC's table of tissue source sites.
         scheme: Which of the Hub's two arrangements, ``internal`` or ``external`` (by facility).
         scale: Zenodo's scale folder; only 0 (128 µm) is of known size.
+        allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
 
     Raises:
         UserError: The source has another layout, or a patient is on two sides of the published split.
@@ -176,7 +179,7 @@ def build(
                 "Convert the class folders instead, and make a split with `latent-medi split`.",
             )
         parts = {str(patient): next(iter(found)) for patient, found in by_patient.items()}
-        splits = {scheme: (parts, {"kind": f"as published, {scheme}"})}
+        splits = {scheme: (parts, {"kind": f"as published, {scheme}"} | allowed(allow_duplicates))}
     provenance = {
         "source": "TCGA-UT (Komura & Ishikawa), Zenodo 5889558", "licence": "CC BY-NC-SA 4.0",
         "recipe": "shards/tcga_ut.py",
@@ -199,9 +202,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--scheme", choices=("internal", "external"), default="internal", help="the Hub's arrangement")
     parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="threads (default 1)")
+    parser.add_argument(
+        "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",
+        help="whose pictures may lie in several parts of the split under different patients; '*' for all",
+    )  # fmt: skip
     a = parser.parse_args(argv)
     dataset = build(
-        a.source, a.out, a.patch_size, a.codec, jobs=a.jobs, metadata=a.metadata, codes=a.codes, scheme=a.scheme
+        a.source,
+        a.out,
+        a.patch_size,
+        a.codec,
+        jobs=a.jobs,
+        allow_duplicates=a.allow_duplicates,
+        metadata=a.metadata,
+        codes=a.codes,
+        scheme=a.scheme,
     )
     splits = {name: split["counts"] for name, split in dataset.info["splits"].items()}
     print(", ".join(f"{count} {unit}" for unit, count in dataset.info["counts"].items()))

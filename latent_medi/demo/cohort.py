@@ -22,11 +22,13 @@ import pandas as pd
 from latent_medi.demo.settings import CohortFolderSettings, CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
 from latent_medi.features.registry import DEMO_GENERATOR
-from latent_medi.files import remove, sha256_bytes
+from latent_medi.files import sha256_bytes
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.dispatch import dispatch
+from latent_medi.shards.records import begin
 from latent_medi.shards.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
@@ -234,6 +236,11 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
         settings: The cohort.
         jobs: Processes that render.
     """
+    with output_lock(folder):
+        return _build(folder, settings, jobs)
+
+
+def _build(folder: Path, settings: CohortSettings, jobs: int) -> PatchDataset:
     cohort = patients(settings)
     parts = [cohort[i : i + _PATIENTS_PER_SHARD] for i in range(0, len(cohort), _PATIENTS_PER_SHARD)]
     provenance = {"generator": DEMO_GENERATOR, "settings": asdict(settings)}
@@ -244,8 +251,7 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
     token = sha256_bytes(json.dumps(provenance, sort_keys=True).encode())
     if whole := finished_dataset(folder, told | {"provenance": provenance}, [token] * len(parts)):
         return whole
-    remove(folder / INFO_FILE)
-    remove(folder / INDEX_FILE)
+    begin(folder)
     done = {number for number, record in finished_shards(folder).items() if record.token == token}
     work = [(folder, number, part, settings, token) for number, part in enumerate(parts) if number not in done]
     for _ in progress(dispatch(_write_part, work, jobs), total=len(work), desc="rendering", unit="shards"):

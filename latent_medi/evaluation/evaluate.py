@@ -36,8 +36,9 @@ from latent_medi.evaluation.support import thin_support
 from latent_medi.features.cache import cached_features, content_hash, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import FeatureStatistics, pca_basis
-from latent_medi.files import atomic_path, read_sealed, write_sealed
+from latent_medi.files import atomic_path, read_sealed, refuse_foreign, write_sealed
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
@@ -72,10 +73,18 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     """
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
+    with output_lock(settings.out, accelerator):
+        return _judge(settings, encoders, accelerator, device)
+
+
+def _judge(
+    settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None, accelerator: Accelerator, device: str
+) -> dict[str, Any]:
     out = Path(settings.out)
     with agreed(accelerator) as told:
         check_settings(settings)
-        out.mkdir(parents=True, exist_ok=True)
+        signs = {"metrics.json": "metrics_version", "reference": "", "features": ""}
+        refuse_foreign(out, signs, ["metrics.json", "predictions.csv"])
         study = open_study(settings)
         chosen = _apart(encoders) if encoders else load_encoders(settings, device)
         if settings.colour_free:

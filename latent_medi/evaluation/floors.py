@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from accelerate import Accelerator
 from threadpoolctl import threadpool_limits
 
 from latent_medi.agreement import agreed
@@ -27,8 +28,9 @@ from latent_medi.evaluation.study import categorical_fields, describe, strata
 from latent_medi.features.cache import cached_features, content_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.statistics import Basis, frechet_distance, kid, pca_basis, pca_dims
-from latent_medi.files import read_sealed, write_sealed
+from latent_medi.files import read_sealed, refuse_foreign, write_sealed
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger, progress
@@ -60,11 +62,18 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
         values that it could learn), ``chance``, and ``cells``: accuracy by combination.
 
     Raises:
-        UserError: Fewer than 20 deals, an unknown field, synthetic patches, or no combination with two patients.
+        UserError: Fewer than 20 deals, an unknown field, synthetic patches, or no combination with two patients;
+            or another job writes the folder.
     """
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
+    with output_lock(settings.out, accelerator):
+        return _floors(settings, encoders, accelerator)
+
+
+def _floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None, accelerator: Accelerator) -> dict[str, Any]:
     device = settings.device or str(accelerator.device)
     with agreed(accelerator) as told:
+        refuse_foreign(settings.out, {"floors.json": "encoders"}, ["floors.json", "floors.csv"])
         dataset, pair, rows, cells = _open(settings)
         chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
         if settings.colour_free:
@@ -76,7 +85,6 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
     patients = index["patient"].to_numpy(str)[rows]
     sides = deals(patients, strata(index, rows, pair), 0.5, settings.deals, settings.seed)
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
     cache = Path(settings.cache) if settings.cache else out / "features"
     found: dict[str, Any] = {}
     with threadpool_limits(1, user_api="blas"):

@@ -6,8 +6,8 @@ patches too, and some of them nearer than others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from latent_medi.features.neighbours import nearest
 from latent_medi.features.statistics import project, scatter
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.duplicates import LEAST_LIKENESS, likeness
 
 log = get_logger(__name__)
 
@@ -31,6 +32,10 @@ CANDIDATES = 20
 LEAST_COPY = 0.6
 """A correlation below this is no copy, however few held-out patches there are to set the threshold by."""
 _QUANTILE = 0.999
+_SPREADS = 8.55
+"""Quartile ranges above the median, of Fisher's z, beyond which one of a million largest correlations would lie
+(Gumbel's distribution)."""
+_QUARTILES_FROM = 20
 _LISTED = 24
 _CALIBRATION = 4000
 _MIN_CELL = 20
@@ -47,12 +52,17 @@ class Copies:
             study's reference).
         partner: Real row of that training patch, likewise.
         view: How it is turned, an index of ``VIEWS``, likewise.
+        judged_by: Probe patches that the threshold comes from.
+        duplicates: Real patches of other patients that show the same picture as a training patch: of the "probe" part,
+            left out of the threshold, and of "held_out", not counted as flagged.
     """
 
     threshold: float
     scores: dict[str, np.ndarray]
     partner: dict[str, np.ndarray]
     view: dict[str, np.ndarray]
+    judged_by: int = 0
+    duplicates: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class CopyFinder:
@@ -62,13 +72,30 @@ class CopyFinder:
         bank: Training patches, made small (:func:`latent_medi.features.likeness.small_patches`), [M, S, S].
         others: Patches of other real patients, [N, S, S]: no more than one in a thousand of these is called a copy.
         device: Torch device of the correlations.
+        one_picture: Tells of some others and of the training patches most like them, by their places, which pairs are
+            the same picture: such others say nothing of how alike different pictures are.
+
+    Attributes:
+        threshold: See :func:`copy_threshold`.
+        duplicates: Which of the others are the same picture as a training patch, bool [N].
     """
 
-    def __init__(self, bank: np.ndarray, others: np.ndarray, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        bank: np.ndarray,
+        others: np.ndarray,
+        device: str = "cpu",
+        one_picture: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self.bank, self.table, self.device = bank, invariants(bank), device
-        self.threshold = LEAST_COPY
+        self.duplicates = np.zeros(len(others), bool)
+        scores = np.zeros(0, np.float32)
         if len(others):
-            self.threshold = max(LEAST_COPY, float(np.quantile(self.likeness(others)[0], _QUANTILE)))
+            scores, partner, _ = self.likeness(others)
+            if one_picture is not None:
+                alike = np.flatnonzero(scores > LEAST_COPY)
+                self.duplicates[alike] = one_picture(alike, partner[alike])
+        self.threshold = copy_threshold(scores[~self.duplicates])
 
     def likeness(self, small: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Correlation of each patch with the most similar training patch [N], that one's row in the bank [N], and how
@@ -77,10 +104,29 @@ class CopyFinder:
         return copy_scores(small, self.bank, candidates, self.device)
 
 
+def copy_threshold(scores: np.ndarray) -> float:
+    """The correlation above which a patch is a copy, from those of patches that are none.
+
+    It is the largest but one in a thousand, but no further out than the middle half of them lets expect one in a
+    million: a few copies among them, such as real patches that are there twice and shifted, must not hide all others.
+
+    Args:
+        scores: Largest correlation of each patch with a training patch, [N]; of no patch, the threshold is the least.
+    """
+    if not len(scores):
+        return LEAST_COPY
+    found = float(np.quantile(scores, _QUANTILE))
+    if len(scores) >= _QUARTILES_FROM:
+        low, middle, high = np.quantile(np.arctanh(np.clip(scores, -1 + 1e-6, 1 - 1e-6)), [0.25, 0.5, 0.75])
+        found = min(found, float(np.tanh(middle + _SPREADS * (high - low))))
+    return max(LEAST_COPY, found)
+
+
 def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
     """Compare every synthetic patch, and every held-out one, with the training patches that may be its original.
 
-    The threshold comes from the study's probe part; how many of the reference's patches it flags is told beside.
+    The threshold comes from the study's probe part, without the patches in it that show the same picture as a training
+    patch; how many of the reference's patches it flags is told beside.
 
     Args:
         study: The cohort.
@@ -90,13 +136,33 @@ def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
     probe = study.probe
     if len(probe) > _CALIBRATION:
         probe = np.sort(np.random.default_rng(7).choice(probe, _CALIBRATION, replace=False))
-    finder = CopyFinder(_small(study.real, study.shown, batch), _small(study.real, probe, batch), device)
-    copies = Copies(finder.threshold, {}, {}, {})
+    finder = CopyFinder(
+        _small(study.real, study.shown, batch),
+        _small(study.real, probe, batch),
+        device,
+        lambda places, partners: _one_picture(study.real, probe[places], study.shown[partners], batch),
+    )
+    copies = Copies(finder.threshold, {}, {}, {}, int((~finder.duplicates).sum()), {"probe": finder.duplicates})
     sources = {arm.name: (arm.dataset, arm.rows) for arm in study.arms.values()}
     for name, (dataset, rows) in {**sources, "held_out": (study.real, study.reference)}.items():
         score, position, view = finder.likeness(_small(dataset, rows, batch))
         copies.scores[name], copies.partner[name], copies.view[name] = score, study.shown[position], view
+    flagged = np.flatnonzero(copies.scores["held_out"] > copies.threshold)
+    copies.duplicates["held_out"] = np.zeros(len(study.reference), bool)
+    copies.duplicates["held_out"][flagged] = _one_picture(
+        study.real, study.reference[flagged], copies.partner["held_out"][flagged], batch
+    )
     return copies
+
+
+def _one_picture(real: PatchDataset, rows: np.ndarray, others: np.ndarray, batch: int) -> np.ndarray:
+    """Which pairs of rows are one picture, turned or encoded again, bool [N]."""
+    same = np.zeros(len(rows), bool)
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        pairs = zip(real.read(rows[part]), real.read(others[part]), strict=True)
+        same[part] = [likeness(one, other) >= LEAST_LIKENESS for one, other in pairs]
+    return same
 
 
 def _small(dataset: PatchDataset, rows: np.ndarray, batch: int) -> np.ndarray:
@@ -120,18 +186,28 @@ def memorisation(
         names: Whether listed pairs have the names of patients and training patches, instead of numbers.
 
     Returns:
-        ``rule``, ``threshold``, ``held_out_flagged`` (share of the reference's patches that count as copies),
+        ``rule``, ``threshold``, ``threshold_patches`` (how many it comes from), ``real_duplicates`` (by part, patches
+        of probe and held-out patients that show the same picture as a training patch, which count in no number),
+        ``held_out_flagged`` (share of the reference's patches that count as copies),
         ``held_out_auth_pct``, and ``arms``: ``copy_rate``, ``copies``, ``listed`` (the most alike first), ``auth_pct``
         (Alaa et al. 2022, percent), ``ct`` (Meehan et al. 2020; below −3 speaks for copying) and ``cells``.
     """
-    flagged = (copies.scores["held_out"] > copies.threshold).astype(float)
+    flagged = (copies.scores["held_out"] > copies.threshold) & ~copies.duplicates["held_out"]
+    twice = {part: int(mask.sum()) for part, mask in copies.duplicates.items()}
     bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
     authentic = _Authentic(study, features)
     record: dict[str, Any] = {
         "rule": "A copy correlates with a training patch, turned, mirrored or shifted by up to an eighth of its side, "
-        f"more than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}.",
+        f"more than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}."
+        + (
+            f" {twice['probe']} of these patches show the same picture as a training patch and do not count."
+            if twice["probe"]
+            else ""
+        ),
         "threshold": copies.threshold,
-        "held_out_flagged": _share(study, bootstrap, flagged),
+        "threshold_patches": copies.judged_by,
+        "real_duplicates": twice,
+        "held_out_flagged": _share(study, bootstrap, flagged.astype(float)),
         "held_out_auth_pct": measure(None, 0, 0)
         if authentic.alone
         else _share(study, bootstrap, 100.0 * authentic.of(features.real[study.reference])),

@@ -19,9 +19,11 @@ from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.shift_curve import SHOWN, loss, mean, write_result
 from latent_medi.evaluation.shift_settings import ShiftSettings
 from latent_medi.files import read_sealed, write_sealed
+from latent_medi.locks import output_lock
 from latent_medi.metadata.dose import rotating_targets, tie, training_patients
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.duplicates import allowed
 from latent_medi.sums import read_result
 
 log = get_logger(__name__)
@@ -45,8 +47,13 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
         patches' accuracy at the lowest, less 1.
 
     Raises:
-        UserError: Settings that cannot be followed, or another benchmark in that folder.
+        UserError: Settings that cannot be followed, or another benchmark in that folder, done or at work.
     """
+    with output_lock(settings.out):
+        return _benchmark(settings, run_level)
+
+
+def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
     dataset = PatchDataset.open(settings.data)
     column = _pool(dataset, settings)
     if dict(settings.changes.get("evaluate") or {}).get("downstream") is False:
@@ -71,16 +78,20 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
         pool, settings.class_field, settings.site_field, settings.rotation, settings.per_site
     )
     chosen = training_patients(pool, settings.class_field, settings.site_field, targets, levels, settings.seed)
-    out.mkdir(parents=True, exist_ok=True)
     write_sealed(record_file, asked)
+    names = [f"shift_{round(1000 * level):04d}_{_short(settings, targets, levels)}" for level in levels]
+    if set(names) - set(dataset.splits):  # all at once, since the dataset may gain others while levels run
+        with output_lock(settings.data):
+            dataset = PatchDataset.open(settings.data)
+            for level, patients, name in zip(levels, chosen, names, strict=True):
+                part = np.where((column == "train") & ~dataset.index["patient"].isin(patients), "", column)
+                recipe = {"kind": "class and site tied", "level": level, "targets": targets, "pool": settings.split,
+                          "seed": settings.seed}  # fmt: skip
+                recipe |= allowed(dataset.info["splits"][settings.split]["recipe"].get("allow_duplicates", ()))
+                if name not in dataset.splits:
+                    dataset.add_split(name, part.tolist(), recipe)
     records = []
-    for level, patients in zip(levels, chosen, strict=True):
-        part = np.where((column == "train") & ~dataset.index["patient"].isin(patients), "", column)
-        name = f"shift_{round(1000 * level):04d}_{_short(settings, targets, levels)}"
-        recipe = {"kind": "class and site tied", "level": level, "targets": targets, "pool": settings.split,
-                  "seed": settings.seed}  # fmt: skip
-        if name not in dataset.splits:
-            dataset.add_split(name, part.tolist(), recipe)
+    for level, patients, name in zip(levels, chosen, names, strict=True):
         folder = out / f"level-{level:.3f}"
         log.info("Level %.2f: %d training patients", level, len(patients))
         run_level(

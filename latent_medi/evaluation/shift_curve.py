@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, write_sealed
+from latent_medi.files import atomic_path, refuse_foreign, write_sealed
+from latent_medi.locks import output_lock
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.sums import read_result
 
@@ -47,6 +48,7 @@ def loss(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def write_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``shift.json``, ``shift.csv`` and ``shift.png``, and print the table."""
+    refuse_foreign(out, {"shift.json": "levels"}, ["shift.*"])
     write_sealed(out / "shift.json", result)
     write_for_people(_table(result["levels"]), out / "shift.csv")
     _curve(result["levels"], out / "shift.png")
@@ -94,8 +96,8 @@ def mean_of_seeds(folders: Sequence[str], out: str) -> dict[str, Any]:
     records = [_averaged([run["levels"][i] for run in runs]) for i in range(len(levels[0]))]
     result = {"seeds": seeds, "targets": [run["targets"] for run in runs], "levels": records,
               "loss": {name: mean(run["loss"].get(name) for run in runs) for name in runs[0]["loss"]}}  # fmt: skip
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_result(result, Path(out))
+    with output_lock(out):
+        write_result(result, Path(out))
     return result
 
 

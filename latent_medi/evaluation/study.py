@@ -16,6 +16,8 @@ from latent_medi.metadata.seen import patients_hash, saw
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.duplicates import joined_patients, on_several_sides
+from latent_medi.shards.layout import PICTURE
 from latent_medi.shards.selections import selected_mask
 
 log = get_logger(__name__)
@@ -99,8 +101,8 @@ class Study:
 
     @property
     def patients(self) -> np.ndarray:
-        """Patient of each row of the real index."""
-        return self.index["patient"].to_numpy(dtype=str)
+        """Patient of each row of the real index; those who share a picture are one."""
+        return joined_patients(self.index).astype(str)
 
     def categorical(self) -> tuple[str, ...]:
         """Names of the class and categorical fields."""
@@ -261,10 +263,16 @@ def open_study(settings: EvaluateSettings) -> Study:
             f"({len(set(index['patient'].iloc[probe]))} patients) give the floor and, with the training patches, train "
             "the probes; fidelity and the probes' ceiling use the other half. Downstream accuracy uses all of them."
         )
+    warnings: list[str] = []
+    if len(shared := on_several_sides(index, index[column])):
+        warnings.append(
+            f"{shared[PICTURE].nunique()} pictures lie in several parts of split {settings.split!r} under different "
+            f"patients, such as {' = '.join(shared['key'][shared[PICTURE] == shared[PICTURE].iloc[0]][:2])}: what is "
+            "judged has been seen in training. `latent-medi split` keeps such patients together."
+        )
     if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
         raise UserError(f"selected names the arm {unknown[0]!r}; {nearest(unknown[0], settings.synthetic)}.")
     arms = {}
-    warnings: list[str] = []
     for name, folder in settings.synthetic.items():
         dataset = PatchDataset.open(folder)
         if dataset.schema.class_field is None or dataset.schema.class_field.name != class_field:

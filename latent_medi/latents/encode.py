@@ -15,7 +15,14 @@ from latent_medi.agreement import agreed
 from latent_medi.errors import UserError
 from latent_medi.features.cache import content_hash
 from latent_medi.features.encoders import load_encoder
-from latent_medi.files import atomic_path, read_sealed, remove, sha256_file, write_sealed
+from latent_medi.files import (
+    atomic_path,
+    read_sealed,
+    refuse_foreign,
+    remove,
+    sha256_file,
+    write_sealed,
+)
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
 from latent_medi.latents.floor import floor_text, measure_floor
 from latent_medi.latents.info import INFO_FILE, SCHEMA_VERSION, read_info, write_info
@@ -23,11 +30,15 @@ from latent_medi.latents.reader import ReadAhead, threads_beside
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.views import view_of
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.progress import get_logger, progress
+from latent_medi.shards.dataset import INFO_FILE as DATASET_FILE
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.remote import open_dataset
 
 logger = get_logger("latents")
+
+_PROGRESS = ".progress"
 
 
 def encode(settings: EncodeSettings) -> Path:
@@ -76,12 +87,21 @@ def encode_dataset(
         The latent folder.
 
     Raises:
-        UserError: The folder holds latents of something else, the patches do not fit the autoencoder, or a latent is
-            beyond fp16.
+        UserError: The folder holds something else or is written by another job, the patches do not fit the
+            autoencoder, or a latent is beyond fp16.
     """
     out = Path(out)
     if device is not None:
         autoencoder.to(device)
+    with output_lock(out, accelerator):
+        _encode(dataset, autoencoder, out, device_batch, accelerator, workers, views, floor)
+    return out
+
+
+def _encode(
+    dataset: str | Path, autoencoder: Autoencoder, out: Path, device_batch: int, accelerator: Accelerator | None,
+    workers: int | None, views: int, floor: FloorSettings | None,
+) -> None:  # fmt: skip
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     with agreed(accelerator) as told:
         data = open_dataset(dataset)
@@ -97,6 +117,9 @@ def encode_dataset(
         shards = shard_rows(data)
         if floor is not None and floor.patches and rank == 0:
             load_encoder(floor.encoder, floor.weights or None)  # a wrong name is told now, not after hours
+        if (out / DATASET_FILE).is_file():
+            raise UserError(f"{out} is a dataset folder.", "Latents go into a folder of their own.")
+        refuse_foreign(out, {INFO_FILE: "autoencoder", _PROGRESS: ""}, [INFO_FILE, "data/part-*.safetensors"])
         finished = (out / INFO_FILE).is_file()
         if finished:
             _check_same(out, header, data)
@@ -106,6 +129,7 @@ def encode_dataset(
     if finished:
         logger.info("%s is finished.", out)
     else:
+        (out / _PROGRESS).mkdir(exist_ok=True)  # a kill before the first shard's note leaves a folder of ours
         mine = list(enumerate(data.info["shards"]))[rank::processes]
         reader = ReadAhead(data, workers)
         for number, shard in progress(mine, desc="encoding", unit="shard") if rank == 0 else mine:
@@ -121,7 +145,6 @@ def encode_dataset(
             accelerator.wait_for_everyone()
     if rank == 0:
         _tell_floor(out, data, autoencoder, floor, device_batch, workers)
-    return out
 
 
 def _tell_floor(
@@ -145,7 +168,7 @@ def shard_rows(data: PatchDataset) -> dict[str, np.ndarray]:
 
 
 def _paths(out: Path, number: int) -> tuple[Path, Path]:
-    return out / "data" / f"part-{number:06d}.safetensors", out / ".progress" / f"part-{number:06d}.json"
+    return out / "data" / f"part-{number:06d}.safetensors", out / _PROGRESS / f"part-{number:06d}.json"
 
 
 def _record_of(
@@ -213,7 +236,7 @@ def _finish(out: Path, data: PatchDataset, shards: dict[str, np.ndarray], header
     # Σ and Σ² per channel run over every latent pixel of the means, of all views; Σσ² is what sampling the posterior
     # adds. Counts are patches.
     write_info(out, {**header, "count": count, "shards": records})
-    remove(out / ".progress")
+    remove(out / _PROGRESS)
 
 
 def _check_same(out: Path, header: dict[str, Any], data: PatchDataset) -> None:

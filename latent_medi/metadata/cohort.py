@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from latent_medi.errors import UserError
+from latent_medi.files import check_file
 from latent_medi.metadata.audit import audit
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.metadata.names import COUNTS
@@ -226,6 +227,7 @@ def split_table(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:
     """
     if not settings.out:
         raise UserError("No table to write is given.", "out=/path/to/slides_split.csv")
+    check_file(settings.out, "table with a split", rb"PAR1|[^\n]*split_")
     table, column = read_table(settings.data), f"split_{settings.name}"
     if column in table.columns and not settings.replace:
         raise UserError(f"{settings.data} already has the column {column!r}.", "Choose another name, or replace=true.")

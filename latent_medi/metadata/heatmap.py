@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from latent_medi.files import atomic_path
+from latent_medi.files import atomic_path, check_file
 
 _LABELLED = 80  # columns beyond which labels could not be read
 _CELL = 0.22  # inches
@@ -63,5 +63,5 @@ def write_heat_maps(tables: Mapping[str, pd.DataFrame], path: str | Path) -> Non
         axes.set_ylabel(str(table.index.name))
         axes.set_title(f"{title}; blank: none ({empty} of {rows * columns})", fontsize=9, loc="left")
         figure.colorbar(image, ax=axes, shrink=0.8)
-    with atomic_path(path) as temporary:
+    with atomic_path(check_file(path, "picture", rb"\x89PNG")) as temporary:
         figure.savefig(temporary, format="png", dpi=150, facecolor="white", metadata={"Software": None})

@@ -60,8 +60,6 @@ def tidy(rows: Sequence[Row], where: str, titles: bool = True) -> tuple[list[str
         said.append(f"{lines} left out: further rows of headings, not of data")
     rows = [row for i, row in enumerate(rows) if i not in headings]
     cells = [_fitted(row, names, where) for row in rows]
-    if empty:
-        said.append(f"{_listed(empty)} left out: empty")
     kept = [i for i, name in enumerate(names) if name]
     for i in (i for i, name in enumerate(names) if not name):
         first = next(((row.line, mine[i]) for row, mine in zip(rows, cells, strict=True) if mine[i].strip()), None)
@@ -69,6 +67,11 @@ def tidy(rows: Sequence[Row], where: str, titles: bool = True) -> tuple[list[str
         said.append(f"column {i + 1} is left out: it has no name, and {content}")
     if len(kept) < len(names):
         cells = [[mine[i] for i in kept] for mine in cells]
+        bare = [not any(cell.strip() for cell in mine) for mine in cells]
+        empty = sorted([*empty, *(row.line for row, gone in zip(rows, bare, strict=True) if gone)])
+        cells = [mine for mine, gone in zip(cells, bare, strict=True) if not gone]
+    if empty:
+        said.append(f"{_listed(empty)} left out: empty")
     return [names[i] for i in kept], cells, said
 
 

@@ -30,20 +30,32 @@ class Split:
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
-def make_split(index: pd.DataFrame, settings: SplitSettings) -> Split:
+def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[Sequence[str]] = ()) -> Split:
     """Split patients as the settings say: what is held out goes to one part, the other patients are divided at random.
 
-    A patient with any patch of a held-out site or combination is held out whole.
+    A patient with any patch of a held-out site or combination is held out whole, and so is who shares a picture with
+    them.
 
     Args:
         index: A row per patch (or slide) with ``patient`` and the columns that the settings name; cells of these are
             strings.
         settings: See :class:`~latent_medi.metadata.settings.SplitSettings`.
+        together: Groups of patients who share a picture: each group counts as one patient.
 
     Raises:
         UserError: A column is absent, nothing is left to train on, a held-out value would no longer be seen in
-            training, or a patient would be on two sides.
+            training, a patient would be on two sides, or a group of patients cannot be kept together.
     """
+    if together:
+        first = {patient: group[0] for group in together for patient in group}
+        index = index.assign(patient=index["patient"].map(lambda patient: first.get(patient, patient)))
+        try:
+            split = make_split(index, settings)
+        except UserError as error:
+            raise UserError(error.message, " ".join(filter(None, [error.hint, _kept_together(together)]))) from None
+        if gone := sorted(set(settings.fractions) - set(split.column)) if settings.scheme != "medi" else []:
+            raise UserError(f"No patient is left for {', '.join(gone)}.", _kept_together(together))
+        return Split(split.column, {**split.recipe, "together": [list(group) for group in together]})
     if settings.scheme == "medi":
         if settings.hold_out_fractions:
             raise UserError("MeDi's own scheme has no hold_out_fractions: it knows training and test alone.")
@@ -54,9 +66,20 @@ def make_split(index: pd.DataFrame, settings: SplitSettings) -> Split:
         }  # fmt: skip
     else:
         column, recipe = _hold_out_split(index, settings)
+    if settings.allow_duplicates:
+        recipe["allow_duplicates"] = list(settings.allow_duplicates)
     named = column.rename("split")
     assert_patient_disjoint(pd.DataFrame({"patient": index["patient"], "split": named}), "split")
     return Split(named, recipe)
+
+
+def _kept_together(together: Sequence[Sequence[str]]) -> str:
+    largest = max(together, key=len)
+    return (
+        f"{sum(map(len, together))} patients share pictures and count as {len(together)}, up to {len(largest)} as one "
+        f"(such as {' and '.join(map(repr, largest[:2]))}): take those pictures out, or allow_duplicates="
+        f"'[{', '.join(largest[:2])}]' lets theirs lie in several parts."
+    )
 
 
 def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Series, dict[str, Any]]:

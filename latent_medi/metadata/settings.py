@@ -27,6 +27,8 @@ class AuditSettings:
         requested: Combinations to judge, each a value by field; none for the whole product of class and categorical
             fields.
         figure: PNG to write: patients by class and site.
+        duplicates: Whether to tell of pictures that lie under several patients of a dataset folder. One that an earlier
+            version wrote is read whole for it.
     """
 
     data: PathText = ""
@@ -42,6 +44,7 @@ class AuditSettings:
     thin_patients: int = 10
     requested: list[dict[str, str]] = field(default_factory=list)
     figure: PathText = ""
+    duplicates: bool = True
 
 
 @dataclass
@@ -57,6 +60,8 @@ class SplitSettings:
         scheme: "hold_out", or "medi" for the complex split that MeDi was published with.
         fractions: Share of the patients that are not held out by part; they add up to 1.
         seed: Seed.
+        allow_duplicates: Patients of a dataset folder whose pictures may lie in several parts under different patients;
+            ["*"] for all. Otherwise patients who share a picture go to one part together.
         stratify: Fields whose combinations are spread evenly over the parts.
         hold_out: Combinations to hold out, each a value by field.
         hold_out_fields: Two or more fields whose combinations are held out at random, such as [site, race].
@@ -84,6 +89,7 @@ class SplitSettings:
     scheme: Literal["hold_out", "medi"] = "hold_out"
     fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.7, "test": 0.3})
     seed: int = 0
+    allow_duplicates: list[str] = field(default_factory=list)
     stratify: list[str] = field(default_factory=list)
     hold_out: list[dict[str, str]] = field(default_factory=list)
     hold_out_fields: list[str] = field(default_factory=list)

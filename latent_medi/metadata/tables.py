@@ -105,7 +105,7 @@ def _read_text(path: Path, separator: str) -> list[Row]:
             f"{path} is not UTF-8{_where(path)}.", "Save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
         ) from None
     head = [row for row in rows if row.filled][:2]
-    if any("\0" in cell for row in head for cell in row.cells):
+    if any("\0" in cell for row in head[:1] for cell in row.cells):
         raise UserError(f"{path} is no text, or UTF-16 without its mark.", "Save it as UTF-8.")
     if head:
         _refuse_other_separator(path, head[0].cells, head[-1].cells, separator)

@@ -9,7 +9,7 @@ from typing import Any
 
 from latent_medi.errors import UserError
 from latent_medi.evaluation.headline import RIVALS
-from latent_medi.files import write_text
+from latent_medi.files import HTML, check_file, write_text
 from latent_medi.report import figures
 from latent_medi.report.page import (
     DASH,
@@ -85,7 +85,7 @@ def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str
             runs=[m["run"] for m in runs],
         )
     )
-    write_text(out, page)
+    write_text(check_file(out, "page", HTML), page)
     return Path(out)
 
 

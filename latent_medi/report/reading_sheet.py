@@ -13,7 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from latent_medi.errors import UserError
-from latent_medi.files import sha256_bytes, write_text
+from latent_medi.files import HTML, check_file, sha256_bytes, write_text
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
@@ -72,8 +72,8 @@ def make_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
     table.insert(0, "sheet", sheet)
     table.insert(2, "number", range(1, len(table) + 1))
 
-    out = Path(settings.out)
-    key = key_file(settings)
+    out = check_file(settings.out, "page", HTML)
+    key = check_file(key_file(settings), "key of a reading sheet", rb"sheet,")
     write_text(out, _page(sheet, list(table["image"]), uris, settings.confidence))
     write_for_people(table, key)
     patients = real.index["patient"].iloc[chosen["real"]].nunique()

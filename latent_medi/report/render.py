@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi.errors import UserError
-from latent_medi.files import write_text
+from latent_medi.files import HTML, check_file, write_text
 from latent_medi.report import figures, patches
 from latent_medi.report.colour import side_by_side
 from latent_medi.report.compare import render_comparison
@@ -76,7 +76,7 @@ def render_report(
         counts=_counts(content),
         grids=patches.grids(content, *opened, per_cell, rows_per_class, seed) if "patches" in sections else [],
     )  # fmt: skip
-    write_text(out, page)
+    write_text(check_file(out, "page", HTML), page)
     return Path(out)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from latent_medi.errors import UserError
 from latent_medi.files import sha256_file
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.progress import progress
 from latent_medi.shards.dataset import PatchDataset
@@ -57,6 +58,15 @@ def convert(
     """
     if not chunks:
         raise UserError(f"There is nothing to convert into {out}.")
+    with output_lock(out):
+        return _convert(out, chunks, read, files, name, schema, patch_size, mpp, codec, provenance, splits, jobs)
+
+
+def _convert(
+    out: Path, chunks: Sequence[C], read: Callable[[C], Iterable[Patch]], files: Callable[[C], Sequence[Path]],
+    name: str, schema: Schema, patch_size: int, mpp: float, codec: str, provenance: Mapping[str, Any],
+    splits: Mapping[str, tuple[Mapping[str, str], Mapping[str, Any]]] | None, jobs: int,
+) -> PatchDataset:  # fmt: skip
     every = sorted({path for chunk in chunks for path in files(chunk)})
     for path in every:
         try:

@@ -16,8 +16,10 @@ import pandas as pd
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import open_file
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.codec import decode_image
+from latent_medi.shards.duplicates import check_sides, look
 from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, UNITS, read_folder, write_folder
 from latent_medi.shards.layout import FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.selections import selection_columns
@@ -41,8 +43,8 @@ class PatchDataset:
         index: A row per patch in the order of the shards: key, shard, offset and size in bytes of the image inside the
             shard, image_crc32 and json_crc32 (of the bytes of the image and of the JSON member), origin, patient,
             slide, x, y, source_mpp, every field (a categorical one as string, a continuous one as float64 with NaN for
-            unknown), further columns of the writer, ``split_<name>`` for each named split, and the columns of each
-            selection. Treat it as read-only.
+            unknown), further columns of the writer, ``split_<name>`` for each named split, the columns of each
+            selection, image_fingerprint and shared_picture. Treat it as read-only.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], schema: Schema, index: pd.DataFrame) -> None:
@@ -271,12 +273,13 @@ class PatchDataset:
         Args:
             name: Letters, digits and underscores.
             column: The split of each row, in the index's order; ``""`` for none.
-            recipe: JSON-able: how it was made.
+            recipe: JSON-able: how it was made; ``allow_duplicates`` in it names patients whose pictures may lie in
+                several parts (``"*"``: all).
             replace: Whether a different split of that name may be overwritten; cut off, that leaves either.
 
         Raises:
-            UserError: A patient is in two splits, a synthetic patch is in a split other than ``train…``, or the name
-                is taken.
+            UserError: A patient or a picture is in two parts, a synthetic patch is in a part other than ``train…``, or
+                the name is taken.
         """
         if not _SPLIT_NAME.fullmatch(name):
             raise UserError(f"A split's name has letters, digits and underscores only, not {name!r}.")
@@ -288,9 +291,12 @@ class PatchDataset:
             raise UserError(
                 f"{self.folder} already has another split {name!r}.", "Choose another name, or replace it knowingly."
             )
+        look(self)
         index = self.index.assign(**{label: values})
+        check_sides(index, index[label], name, recipe)
         info = {**self.info, "splits": {**self.info["splits"], name: {"recipe": dict(recipe)}}}
-        self.info, self.index = write_folder(self.folder, info, index), index
+        with output_lock(self.folder):
+            self.info, self.index = write_folder(self.folder, info, index), index
 
     def add_selection(
         self,
@@ -317,6 +323,12 @@ class PatchDataset:
         values = selection_columns(name, columns, len(self))
         entry = {"recipe": dict(recipe), "result": dict(result), "columns": dict.fromkeys(values)}
         others = {key: kept for key, kept in self.selections.items() if key != name}
+        with output_lock(self.folder):
+            self._write_selection(name, values, entry, others, replace)
+
+    def _write_selection(
+        self, name: str, values: Mapping[str, Any], entry: dict[str, Any], others: dict[str, Any], replace: bool
+    ) -> None:
         index = self.index
         if name in self.selections:
             if not replace:

@@ -17,6 +17,7 @@ import yaml
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.files import atomic_path, write_json, write_text
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import write_table
 from latent_medi.progress import progress
@@ -45,9 +46,14 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     Raises:
         UserError: No such split, part or selection, nothing left, or the target exists and is not empty.
     """
-    dataset = PatchDataset.open(settings.data)
     if not settings.out:
         raise UserError("No folder to write is given.", "out=/path/to/folder")
+    with output_lock(settings.out, beside=True):
+        return _export(settings)
+
+
+def _export(settings: ExportSettings) -> dict[str, Any]:
+    dataset = PatchDataset.open(settings.data)
     out = Path(settings.out)
     if out.is_symlink() and out.is_dir():
         out = out.resolve()

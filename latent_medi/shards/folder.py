@@ -154,9 +154,11 @@ def write_folder(folder: Path, info: Mapping[str, Any], index: pd.DataFrame) -> 
         splits[name] = {"recipe": entry["recipe"], "counts": counts, "sha256": column_hash(column)}
     totals = {unit: int(index[column].nunique()) for unit, column in UNITS.items()}
     totals |= {"shards": len(info["shards"])} | {o: int((index["origin"] == o).sum()) for o in ("real", "synthetic")}
-    order = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "selections", "provenance")
+    order = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "selections", "duplicates",
+             "provenance")  # fmt: skip
     complete = {**info, "counts": totals, "splits": splits, "selections": recorded_selections(info, index)}
-    complete = {"schema_version": SCHEMA_VERSION} | {k: complete[k] for k in order if k != "selections" or complete[k]}
+    kept = [k for k in order if k in complete and (k != "selections" or complete[k])]
+    complete = {"schema_version": SCHEMA_VERSION} | {k: complete[k] for k in kept}
     check_shard_names([shard["file"] for shard in info["shards"]], str(folder))
     _finish_cut_off(folder)
     with atomic_path(folder / NEXT_INDEX) as temporary:

@@ -20,7 +20,7 @@ from latent_medi.metadata.tables import require_columns, settings_of_columns
 from latent_medi.metadata.tcga import warn_of_contradictions
 from latent_medi.progress import get_logger
 from latent_medi.shards.find import find_files
-from latent_medi.shards.patch import check_key
+from latent_medi.shards.patch import check_key, check_length
 from latent_medi.shards.rejected import Rejected
 from latent_medi.shards.resolution import check_mpp
 from latent_medi.shards.settings import ImportSettings
@@ -165,7 +165,8 @@ def _unusable(path: str, key: str, number: int, settings: ImportSettings) -> Rej
     if _CONTROL.search(path):
         return Rejected(repr(path), "has a path with control characters", "Rename the file.")
     try:
-        check_key(key + _LARGEST_TILE if settings.tile else key)
+        check_key(key)
+        check_length(key + _LARGEST_TILE if settings.tile else key)
     except UserError as error:
         remedy = "Rename the file, or name a column of short, unique keys with key_column=…."
         return Rejected(path, f"has no usable key: {error.message}", remedy)

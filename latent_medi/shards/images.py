@@ -15,12 +15,14 @@ import pandas as pd
 from PIL import Image
 
 from latent_medi.errors import UserError
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_header, decode_image, opened
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.dispatch import dispatch
+from latent_medi.shards.duplicates import allowed
 from latent_medi.shards.image_file import check_file, image_path, read_image, unread
 from latent_medi.shards.image_table import given_split, image_rows, list_images
 from latent_medi.shards.patch import Patch
@@ -76,11 +78,25 @@ def import_images(
         raise UserError("No dataset folder to write is given.", "out=/path/to/dataset")
     if settings.patch_size < 1 or settings.patches_per_shard < 1 or not 0 <= settings.max_bad <= 1:
         raise UserError("patch_size and patches_per_shard are at least 1, and max_bad is between 0 and 1.")
+    with output_lock(settings.out):
+        return _import(settings, table, schema, provenance, splits, left_out)
+
+
+def _import(
+    settings: ImportSettings,
+    table: pd.DataFrame,
+    schema: Schema | None,
+    provenance: Mapping[str, Any] | None,
+    splits: Mapping[str, tuple[Mapping[str, str], Mapping[str, Any]]] | None,
+    left_out: list[Rejected],
+) -> PatchDataset:
     patients = set(table[settings.patient_column].astype(str)) if settings.patient_column in table else set()
     rows, kept, unusable = image_rows(table, settings)
     table, left_out = table.iloc[kept], left_out + unusable
     if settings.split_column:
         splits = {**(splits or {}), "main": given_split(table, settings)}
+    more = allowed(settings.allow_duplicates)
+    splits = {name: (parts, {**recipe, **more}) for name, (parts, recipe) in (splits or {}).items()}
     if schema is None:
         continuous, units = settings.continuous, settings.units
         schema = Schema.from_table(table, settings.class_field or None, settings.categorical, continuous, units)

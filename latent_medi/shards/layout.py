@@ -20,6 +20,10 @@ FIXED_COLUMNS = ("key", "shard", "offset", "size", "origin", "patient", "slide",
 SUM_COLUMNS = ("image_crc32", "json_crc32")
 """CRC-32 of the bytes of the image and of the JSON member; datasets of earlier versions have none."""
 SPLIT_PREFIX = "split_"
+FINGERPRINT = "image_fingerprint"
+"""What is kept of a real patch to find its copies; "" for a synthetic one."""
+PICTURE = "shared_picture"
+"""A number for each picture that lies under several patients, -1 for every other patch."""
 
 # A dot would end the key early in WebDataset; the others break paths, globs or terminals.
 BAD_KEY = r"[.\\\x00-\x1f\x7f]|^/|/$|//|^$|^\s|\s$"
@@ -42,9 +46,12 @@ _INFO: dict[Any, Any] = {
     "shards": [{"file": str, "sha256": str, "count": int, "bytes": int, "made_from": str}],
     "splits": {...: {"recipe": _ANY, "counts": {...: {...: int}}, "sha256": str}},
     "selections?": {...: {"recipe": _ANY, "result": _ANY, "columns": {...: {"sha256": str}}}},
+    "duplicates?": {"pictures": int, "patches": int, "patients": int, "same_pixels": int, "several_classes": int,
+                    "by_class": {...: int}, "within_patients": int,
+                    "examples": [{"patches": [str], "patients": [str]}]},
     "provenance": {"seen?": _SEEN},
     "index_sha256?": str,
-}
+}  # fmt: skip
 _WORDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number",
           bool: "true or false", type(None): "null"}  # fmt: skip
 
@@ -133,6 +140,9 @@ def check_index(table: pa.Table, info: Mapping[str, Any], schema: Schema, where:
     selected = [column for entry in info.get("selections", {}).values() for column in entry["columns"]]
     text = {"key", "shard", "origin", "patient", "slide", *splits, *(f.name for f in schema.fields if not f.continuous)}
     whole = {"offset", "size", "x", "y", *(set(SUM_COLUMNS) & set(table.column_names))}
+    if "duplicates" in info:
+        text.add(FINGERPRINT)
+        whole.add(PICTURE)
     numbers = {"source_mpp", *(f.name for f in schema.fields if f.continuous)}
     if len(set(table.column_names)) != table.num_columns:
         refuse("it has several columns of one name")

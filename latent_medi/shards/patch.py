@@ -14,7 +14,7 @@ import numpy as np
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, is_missing
 from latent_medi.shards.codec import ORIGINS
-from latent_medi.shards.layout import BAD_KEY, FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.layout import BAD_KEY, FINGERPRINT, FIXED_COLUMNS, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.selections import SELECTED_PREFIX
 
 
@@ -57,8 +57,7 @@ def check_key(key: str) -> None:
     """Refuse a key that WebDataset would read differently.
 
     Raises:
-        UserError: It has a dot, a backslash, a control character, blanks around it or an empty path part, or is too
-            long.
+        UserError: It has a dot, a backslash, a control character, blanks around it or an empty path part.
     """
     if not isinstance(key, str) or _BAD_KEY.search(key):
         raise UserError(
@@ -66,6 +65,14 @@ def check_key(key: str) -> None:
             "WebDataset takes what follows a dot for the file type: use '-'. "
             "No backslash, control character, blank at an end or empty part between slashes either.",
         )
+
+
+def check_length(key: str) -> None:
+    """Refuse a patch's key that does not fit the header of a tar.
+
+    Raises:
+        UserError: It is too long.
+    """
     if len(key) > _SHORT and not _fits(key):
         raise UserError(
             f"The key {key!r} does not fit a tar: it is too long, {len(key.encode('utf-8', 'replace'))} bytes.",
@@ -113,6 +120,7 @@ def _plain(name: str, value: Any, key: str) -> str | int | float:
 def describe(patch: Patch) -> dict[str, Any]:
     """A checked row of the shard's record."""
     check_key(patch.key)
+    check_length(patch.key)
     if patch.origin not in ORIGINS:
         raise UserError(f"Patch {patch.key!r}: the origin is {' or '.join(ORIGINS)}, not {patch.origin!r}.")
     for name in ("patient", "slide"):
@@ -144,8 +152,9 @@ def check_column(name: str) -> None:
     Raises:
         UserError: It does.
     """
-    if name in (*FIXED_COLUMNS, *SUM_COLUMNS) or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
-        reserved = ", ".join((*FIXED_COLUMNS, *SUM_COLUMNS))
+    used = (*FIXED_COLUMNS, *SUM_COLUMNS, FINGERPRINT, PICTURE)
+    if name in used or name.startswith((SPLIT_PREFIX, SELECTED_PREFIX)):
+        reserved = ", ".join(used)
         raise UserError(
             f"A field cannot be called {name!r}.",
             f"The index uses {reserved}, {SPLIT_PREFIX}… and {SELECTED_PREFIX}… itself; rename the column.",

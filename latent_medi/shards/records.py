@@ -15,8 +15,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_medi.files import atomic_path, sha256_bytes, sha256_file
+from latent_medi.files import atomic_path, cannot_write, refuse_foreign, remove, sha256_bytes, sha256_file
 from latent_medi.progress import get_logger
+from latent_medi.shards.folder import INDEX_FILE, INFO_FILE
 from latent_medi.shards.layout import SUM_COLUMNS
 
 logger = get_logger(__name__)
@@ -53,6 +54,34 @@ class ShardRecord:
     token: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
     rows: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False, repr=False)
+
+
+def begin(folder: Path) -> None:
+    """Make a dataset folder an unfinished one, to be written (again): without its index, with a folder for records.
+
+    Raises:
+        UserError: It holds files of somebody else's that would be replaced.
+    """
+    claim(folder)
+    remove(folder / INFO_FILE)
+    remove(folder / INDEX_FILE)
+
+
+def claim(folder: Path) -> None:
+    """Make the folder for records, before the first shard; raises as :func:`begin`."""
+    if (folder / PROGRESS_FOLDER).is_dir():
+        return
+    refuse_others(folder)
+    try:
+        (folder / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
+def refuse_others(folder: Path) -> None:
+    """Refuse a folder with files of somebody else's that a dataset would replace."""
+    signs = {INFO_FILE: "schema_version", PROGRESS_FOLDER: ""}
+    refuse_foreign(folder, signs, [INFO_FILE, INDEX_FILE, "data/part-*.tar"])
 
 
 def shard_file(number: int) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from latent_medi.errors import UserError
-from latent_medi.files import remove
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.progress import get_logger
-from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+from latent_medi.shards.dataset import INFO_FILE, PatchDataset
+from latent_medi.shards.records import begin, claim, refuse_others
 from latent_medi.shards.writer import remember_splits
 
 logger = get_logger(__name__)
@@ -27,9 +27,11 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
 
     Raises:
         UserError: It has selections, which belong to the patches as they are; or a split of patients whose fields have
-            changed since. Nothing is removed then.
+            changed since; or it holds files of somebody else's. Nothing is removed then.
     """
+    refuse_others(out)
     if not (out / INFO_FILE).is_file():
+        claim(out)
         return
     hint = f"Write to another folder, or remove {out} first."
     try:
@@ -44,7 +46,7 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
                 hint,
             )
         kept = [name for name in dataset.splits if name not in given]
-        if kept and patches is not None and (changed := _changed(dataset, patches)):
+        if kept and patches is not None and (changed := changed_patients(dataset, patches)):
             raise UserError(
                 f"{out} would be written again, and has the splits {', '.join(kept)}, which may rest on fields that "
                 f"have changed since: those of {len(changed)} patients, such as {changed[0]}.",
@@ -53,12 +55,16 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
         if kept:
             logger.info("%s is written again, and keeps the splits %s", out, ", ".join(kept))
         remember_splits(dataset)
-    remove(out / INFO_FILE)
-    remove(out / INDEX_FILE)
+    begin(out)
 
 
-def _changed(dataset: PatchDataset, patches: Iterable[tuple[str, Mapping[str, str]]]) -> list[str]:
-    """Patients who were there before and now have a combination of classes and categories that they did not have."""
+def changed_patients(dataset: PatchDataset, patches: Iterable[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """Patients who were there before and now have a combination of classes and categories that they did not have.
+
+    Args:
+        dataset: What was there before.
+        patches: Patient and fields of every new patch, or of every new slide.
+    """
     patches = list(patches)
     there = set(patches[0][1]) if patches else set()
     names = [f.name for f in dataset.schema.fields if not f.continuous and f.name in there]

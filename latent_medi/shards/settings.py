@@ -33,6 +33,8 @@ class ImportSettings:
         extra: Columns that are carried along as text without being fields.
         split_column: Column with the part (train, test and, if there are, val and probe) of each image in a split that
             exists already; it becomes the split main. An empty cell is in no part.
+        allow_duplicates: Patients whose pictures may lie in several parts of that split under different patients; ["*"]
+            for all. Otherwise such a split is refused.
         patch_size: Edge of a stored patch, in pixels; no image is smaller.
         source_mpp: Resolution of the images, in µm per pixel; it is never assumed.
         source_mpp_column: Column of resolutions, where images differ; replaces source_mpp.
@@ -63,6 +65,7 @@ class ImportSettings:
     units: dict[str, str] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
     split_column: str = ""
+    allow_duplicates: list[str] = field(default_factory=list)
     patch_size: int = 256
     source_mpp: float = 0.0
     source_mpp_column: str = ""

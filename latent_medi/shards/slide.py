@@ -113,9 +113,11 @@ class Slide:
         except openslide.OpenSlideUnsupportedFormatError:
             if (tags := tiff_tags(self.path)) is not None:
                 _check_samples(tags)
-                what = "in a form that OpenSlide does not read" if tags.tiled else "in strips, not in tiles"
-                raise SlideSkipped(
-                    f"a TIFF {what}: convert it, vips tiffsave IN OUT.tif --tile --pyramid --bigtiff"
+                convert = "vips tiffsave IN OUT.tif --tile --pyramid --bigtiff"
+                if not tags.tiled:
+                    raise SlideSkipped(f"a TIFF in strips, not in tiles: convert it, {convert}") from None
+                raise SlideError(
+                    f"a TIFF that OpenSlide does not read: cut off, or in another form ({convert})"
                 ) from None
             raise SlideError("not a slide: OpenSlide does not know the format") from None
         except (openslide.OpenSlideError, OSError) as error:

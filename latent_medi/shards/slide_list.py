@@ -16,12 +16,13 @@ from pathlib import Path
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.fields import is_missing
+from latent_medi.metadata.names import check_new_names
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
 from latent_medi.progress import get_logger
 from latent_medi.shards.find import find_files
-from latent_medi.shards.patch import check_column, check_key
+from latent_medi.shards.patch import check_key
 from latent_medi.shards.resolution import MPP_RANGE, check_mpp
 from latent_medi.shards.settings import SlideSettings
 
@@ -117,8 +118,7 @@ def _of_folder(root: Path) -> list[Listed]:
 
 
 def _of_table(root: Path, settings: SlideSettings) -> tuple[list[Listed], Schema]:
-    for column in (*_fields(settings), *settings.extra):
-        check_column(column)
+    check_new_names(_fields(settings), settings.extra, settings.continuous)
     table = read_table(settings.table)
     wanted = [settings.slide_column, settings.patient_column, *_fields(settings), *settings.extra]
     require_columns(

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,29 @@ import pandas as pd
 
 from latent_medi.errors import Incomplete, UserError
 from latent_medi.files import read_json, read_object, remove
-from latent_medi.metadata.tables import read_table, require_columns, write_for_people, written_for_people
+from latent_medi.locks import output_lock
+from latent_medi.metadata.schema import Schema
 from latent_medi.processes import environment, python_words
 from latent_medi.progress import duration, get_logger, progress
 from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
+from latent_medi.shards.rerun import changed_patients
 from latent_medi.shards.resolution import check_mpp
 from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slide_job import SlideJob, write_job
 from latent_medi.shards.slide_list import Listed, list_slides
+from latent_medi.shards.slide_table import (
+    QC_FOLDER,
+    QC_TABLE,
+    bad_rows,
+    count_by_reason,
+    read_quality,
+    reasons_by_slide,
+    told_reasons,
+    write_quality,
+)
 from latent_medi.shards.verify import SPLIT_PREFIX
 from latent_medi.shards.writer import finish_dataset, finished_dataset, reopen_dataset
 
@@ -40,13 +51,6 @@ logger = get_logger(__name__)
 
 _SOURCE = "whole slides"
 _AS_SCANNED = "as the scanner delivered them"
-QC_FOLDER = "qc"
-QC_TABLE = "qc/slides.csv"
-QC_COLUMNS = (
-    "slide", "status", "reason", "kept", "candidates", "rejected_tissue", "rejected_white", "rejected_black",
-    "rejected_blur", "rejected_unreadable", "mpp_x", "mpp_y", "mpp_from", "level", "downsample", "width", "height",
-    "icc_profile", "bytes", "seconds", "path",
-)  # fmt: skip
 _JOB_SETTINGS = (
     "patch_size", "mpp", "overlap", "min_tissue", "max_patches", "max_white", "max_black", "min_sharpness", "icc",
     "codec", "seed", "max_unreadable",
@@ -78,16 +82,25 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
     ]
     if settings.dry_run:
         return _estimate(jobs, faults, settings)
+    with output_lock(settings.out):
+        return _write(jobs, faults, schema, settings)
+
+
+def _write(
+    jobs: list[SlideJob], faults: list[dict[str, Any]], schema: Schema, settings: SlideSettings
+) -> dict[str, Any]:
     out = Path(settings.out)
     name = settings.name or out.name
     expected = {"name": name, "schema": schema.to_dict(), "patch_size": settings.patch_size, "codec": settings.codec}
     table = out / QC_TABLE
-    before = _before(table)
+    before = read_quality(table)
     dataset: PatchDataset | None = None
     if (out / INFO_FILE).is_file():
-        _check_out(out, {job.patient for job in jobs})
+        _check_out(out, jobs)
         dataset = finished_dataset(out, expected | {"mpp": settings.mpp}, [job.token for job in jobs])
-        if dataset and not (_left_out(faults) == dataset.info["provenance"].get("left_out") and _known(jobs, before)):
+        if dataset and not (
+            reasons_by_slide(faults) == dataset.info["provenance"].get("left_out") and _known(jobs, before)
+        ):
             dataset = None
         if dataset is None:
             reopen_dataset(out)  # to add slides, or to try those again that were left out
@@ -95,39 +108,31 @@ def cut_slides(settings: SlideSettings) -> dict[str, Any]:
         rows = [dict(before[job.key]) for job in jobs]
     else:
         rows = _cut(jobs, before, settings, out)
-        _write_qc(rows + faults, table)
+        write_quality(rows + faults, table)
         kept_numbers = [job.number for job, row in zip(jobs, rows, strict=True) if row["status"] == "kept"]
         if not kept_numbers:
             raise UserError(
-                f"None of the {len(slides)} slides gave a patch:\n  " + _reasons(rows + faults), f"See {table}."
+                f"None of the {len(jobs) + len(faults)} slides gave a patch:\n  " + told_reasons(rows + faults),
+                f"See {table}.",
             )
         provenance = {
             "source": _SOURCE,
             "cut": {key: getattr(settings, key) for key in _JOB_SETTINGS},
             "colours": _AS_SCANNED if settings.icc == "ignore" else "converted to sRGB by the profile",
-            "left_out": _left_out(rows + faults),
+            "left_out": reasons_by_slide(rows + faults),
         }
         dataset = finish_dataset(
             out, name, schema, settings.patch_size, settings.mpp, settings.codec, provenance, shards=kept_numbers
         )
     _complete(dataset, jobs, rows, settings)
     if rows != [before.get(job.key) for job in jobs]:
-        _write_qc(rows + faults, table)
+        write_quality(rows + faults, table)
     for leftover in (out / QC_FOLDER).glob(".tmp-*"):  # of a run that was killed
         remove(leftover)
     return _told(dataset, rows + faults)
 
 
-def _before(path: Path) -> dict[str, dict[str, Any]]:
-    """What the quality table said of each slide, if there is one."""
-    if not path.is_file():
-        return {}
-    table = written_for_people(read_table(path))
-    require_columns(table, ["slide", "status"], f"The quality table {path}")
-    return {row["slide"]: row for row in table.to_dict(orient="records")}
-
-
-def _check_out(out: Path, patients: set[str]) -> None:
+def _check_out(out: Path, jobs: list[SlideJob]) -> None:
     """Refuse to replace a dataset that did not come from slides, or to drop a split.
 
     Raises:
@@ -149,7 +154,8 @@ def _check_out(out: Path, patients: set[str]) -> None:
                 f"Restore the file, or remove {out / INFO_FILE} to do without them.",
             ) from None
         return
-    for split in dataset.info["splits"]:
+    patients = {job.patient for job in jobs}
+    for split in dataset.splits:
         had = set(dataset.index.loc[dataset.index[SPLIT_PREFIX + split] != "", "patient"])
         if had and not had & patients:
             raise UserError(
@@ -157,6 +163,12 @@ def _check_out(out: Path, patients: set[str]) -> None:
             )
         if gone := sorted(had - patients):
             logger.warning("%d patients of the split %r have no slide now, such as %s", len(gone), split, gone[0])
+    if dataset.splits and (changed := changed_patients(dataset, [(job.patient, job.fields) for job in jobs])):
+        raise UserError(
+            f"{out} has the splits {', '.join(dataset.splits)}, which may rest on fields that have changed since: "
+            f"those of {len(changed)} patients, such as {changed[0]}.",
+            "Write to another folder, and make the splits again.",
+        )
 
 
 def _known(jobs: list[SlideJob], before: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -247,38 +259,13 @@ def _told(dataset: PatchDataset, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "folder": str(dataset.folder),
         "patches": len(dataset),
         "slides": {str(status): int(count) for status, count in by_status.items()},
-        "left_out": {row["slide"]: f"{row['status']}: {row['reason']}" for row in _bad(rows)},
-        "reasons": _by_reason(rows),
+        "left_out": {row["slide"]: f"{row['status']}: {row['reason']}" for row in bad_rows(rows)},
+        "reasons": count_by_reason(rows),
     }
     print(f"{len(dataset)} patches of {by_status.get('kept', 0)} slides in {dataset.folder}; {QC_TABLE} tells of each")
-    if bad := _bad(rows):
-        raise Incomplete(f"{len(bad)} of {len(rows)} slides were left out:\n  " + _reasons(rows), result)
+    if bad := bad_rows(rows):
+        raise Incomplete(f"{len(bad)} of {len(rows)} slides were left out:\n  " + told_reasons(rows), result)
     return result
-
-
-def _bad(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["status"] not in ("kept", "estimated")]
-
-
-def _left_out(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    return {row["slide"]: row["reason"] for row in _bad(rows)}
-
-
-def _by_reason(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many slides each kind of reason left out: what stands before the colon, most frequent first."""
-    kinds = Counter(f"{row['status']}: {row['reason'].partition(':')[0]}" for row in _bad(rows))
-    return dict(kinds.most_common())
-
-
-def _reasons(rows: list[dict[str, Any]], most: int = 20) -> str:
-    bad, kinds = _bad(rows), _by_reason(rows)
-    told = [f"{count} × {kind}" for kind, count in kinds.items()] if len(kinds) < len(bad) else []
-    told += [f"{row['path']}: {row['status']}: {row['reason']}" for row in bad[:most]]
-    return "\n  ".join(told + ([f"… and {len(bad) - most} more"] if len(bad) > most else []))
-
-
-def _write_qc(rows: list[dict[str, Any]], path: Path) -> None:
-    write_for_people(pd.DataFrame([{column: row.get(column, "") for column in QC_COLUMNS} for row in rows]), path)
 
 
 def _estimate(jobs: list[SlideJob], faults: list[dict[str, Any]], settings: SlideSettings) -> dict[str, Any]:
@@ -295,7 +282,7 @@ def _estimate(jobs: list[SlideJob], faults: list[dict[str, Any]], settings: Slid
     result = {"patches": patches, "bytes": size, "seconds": round(seconds, 1), "slides": rows}
     if len(good) < len(rows):
         raise Incomplete(
-            f"{len(rows) - len(good)} of {len(rows)} slides would be left out:\n  {_reasons(rows)}", result
+            f"{len(rows) - len(good)} of {len(rows)} slides would be left out:\n  {told_reasons(rows)}", result
         )
     return result
 

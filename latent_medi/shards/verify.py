@@ -14,8 +14,9 @@ import pandas as pd
 
 from latent_medi.errors import UserError
 from latent_medi.metadata.fields import is_missing
+from latent_medi.shards.duplicates import check_sides, look
 from latent_medi.shards.folder import INFO_FILE, check_split, write_folder
-from latent_medi.shards.layout import SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.layout import FINGERPRINT, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.records import json_member, member_at, with_sums
 from latent_medi.shards.selections import SELECTED_PREFIX, column_hash
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 512
 # Like splits and selections, what only the index has.
-_NOT_IN_MEMBERS = ("shard", "offset", "size", *SUM_COLUMNS)
+_NOT_IN_MEMBERS = ("shard", "offset", "size", *SUM_COLUMNS, FINGERPRINT, PICTURE)
 
 
 def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
@@ -63,10 +64,20 @@ def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
         for label, entry in recorded["columns"].items():
             if entry["sha256"] != column_hash(dataset.index[label]):
                 problems.append(f"the column {label!r} of selection {name!r} is not the recorded one")
+    problems += side_problems(dataset)
     if images:
         for row in range(len(dataset)):
             problems += _attempt(dataset.read, [row])
     return problems
+
+
+def side_problems(dataset: PatchDataset) -> list[str]:
+    """Splits that have one picture in several parts without allowing it, in words. A dataset of which nobody knows its
+    duplicates has none.
+    """
+    recipes = {name: recorded["recipe"] for name, recorded in dataset.info["splits"].items()}
+    columns = {name: dataset.index[SPLIT_PREFIX + name] for name in recipes}
+    return [p for name in recipes for p in _attempt(check_sides, dataset.index, columns[name], name, recipes[name])]
 
 
 def _attempt(check: Callable[..., Any], *arguments: Any) -> list[str]:
@@ -138,11 +149,12 @@ def _number(value: Any) -> float | None:
 
 
 def seal(dataset: PatchDataset) -> None:
-    """Write the checksums that a folder of an earlier version lacks, taken from what lies there.
+    """Write the checksums that a folder of an earlier version lacks, taken from what lies there, and its duplicates.
 
     Args:
         dataset: A dataset in which :func:`problems_of` finds none.
     """
     parts = [with_sums(dataset.folder / file, dataset.index.iloc[rows]) for file, rows in dataset.rows_of_shard.items()]
     dataset.index = pd.concat(parts).sort_index()
+    look(dataset)
     dataset.info = write_folder(dataset.folder, dataset.info, dataset.index)

@@ -17,15 +17,25 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_sealed, remove, write_sealed
+from latent_medi.files import atomic_path, read_sealed, remove, temporaries, write_sealed
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_image, encode_image
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, NEXT_INDEX, write_folder
-from latent_medi.shards.layout import SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.duplicates import check_sides, duplicates_text, fingerprint, look
+from latent_medi.shards.folder import INFO_FILE, NEXT_INDEX, write_folder
+from latent_medi.shards.layout import FINGERPRINT, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.patch import Patch, column_types, describe
-from latent_medi.shards.records import PROGRESS_FOLDER, ShardRecord, finished_shards, shard_file, write_record
+from latent_medi.shards.records import (
+    PROGRESS_FOLDER,
+    ShardRecord,
+    begin,
+    claim,
+    finished_shards,
+    shard_file,
+    write_record,
+)
 from latent_medi.shards.selections import SELECTED_PREFIX
 
 __all__ = ["Patch", "ShardRecord", "finish_dataset", "finished_shards", "shard_file", "write_dataset", "write_shard"]
@@ -35,7 +45,8 @@ logger = get_logger(__name__)
 SPLITS_FILE = "splits.json"
 _BLOCK = 512
 _RECORD_SIZE = 10240  # tar's customary blocking: the archive is padded to a multiple of it
-_ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, "origin", "patient", "slide", "x", "y", "source_mpp")
+_KNOWN_COLUMNS = ("origin", "patient", "slide", "x", "y", "source_mpp")
+_ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, *_KNOWN_COLUMNS, FINGERPRINT)
 
 
 def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
@@ -85,6 +96,7 @@ def write_shard(
     check_codec(codec)
     if (folder / INFO_FILE).exists():
         raise UserError(f"{folder} is a finished dataset.", "Write to another folder, or remove this one first.")
+    claim(folder)
     rows: list[dict[str, Any]] = []
     digest, written, patch_size = hashlib.sha256(), 0, 0
     seen: set[str] = set()
@@ -111,7 +123,8 @@ def write_shard(
             text = json.dumps(member, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
             parts += tar_member(f"{patch.key}.json", text)
             sums = {"image_crc32": zlib.crc32(image), "json_crc32": zlib.crc32(text)}
-            rows.append({**row, "offset": written + _BLOCK, "size": len(image), **sums})
+            found = {FINGERPRINT: fingerprint(patch.image) if patch.origin == "real" else ""}
+            rows.append({**row, "offset": written + _BLOCK, "size": len(image), **sums, **found})
             for part in parts:
                 file.write(part)
                 digest.update(part)
@@ -202,6 +215,12 @@ def finish_dataset(
         "name": name, "schema": schema.to_dict(), "patch_size": patch_size, "mpp": float(mpp), "codec": codec,
         "shards": listed, "splits": {}, "provenance": provenance,
     }  # fmt: skip
+    dataset = PatchDataset(folder, info, schema, index)
+    look(dataset)
+    index, info = dataset.index, dataset.info
+    if told := duplicates_text(info.get("duplicates", {})):
+        logger.warning("%s: %s", folder, told)
+    given = set(splits or {})
     splits = dict(splits or {})
     for split, entry in _remembered(folder).items():
         there = set(index["patient"])
@@ -214,6 +233,8 @@ def finish_dataset(
         if unknown := sorted(set(by_patient) - set(index["patient"])):
             raise UserError(f"The split {split!r} names patients that the dataset lacks: {unknown[:5]}.")
         index[SPLIT_PREFIX + split] = [by_patient.get(patient, "") for patient in index["patient"]]
+        if split in given:
+            check_sides(index, index[SPLIT_PREFIX + split], split, recipe)
         info["splits"][split] = {"recipe": dict(recipe)}
     write_folder(folder, info, index)
     _clear(folder, {shard_file(number) for number in wanted})
@@ -237,16 +258,16 @@ def _remembered(folder: Path) -> dict[str, Any]:
 
 def _clear(folder: Path, keep: set[str]) -> None:
     """Remove what an interrupted or earlier writing left: temporary files, other shards and the records."""
-    for pattern in ("data/.tmp-*", "data/part-*.tar", ".tmp-*", NEXT_INDEX):
-        for leftover in folder.glob(pattern):
-            if leftover.relative_to(folder).as_posix() not in keep:
-                remove(leftover)
+    shards = [path for path in folder.glob("data/part-*.tar") if path.relative_to(folder).as_posix() not in keep]
+    for leftover in (*temporaries(folder / "data"), *temporaries(folder), *shards, folder / NEXT_INDEX):
+        remove(leftover)
     remove(folder / PROGRESS_FOLDER)
 
 
 def _index(records: Sequence[ShardRecord], schema: Schema) -> pd.DataFrame:
     """The index of some shards, in order; continuous fields become numbers, every value is looked up in the schema."""
     index = pd.concat([r.rows for r in records], ignore_index=True)
+    prints = index.pop(FINGERPRINT).fillna("") if FINGERPRINT in index else None  # earlier versions kept none
     index.insert(1, "shard", np.repeat([shard_file(r.number) for r in records], [r.count for r in records]))
     if index["key"].duplicated().any():
         key = index.loc[index["key"].duplicated(), "key"].iloc[0]
@@ -274,6 +295,8 @@ def _index(records: Sequence[ShardRecord], schema: Schema) -> pd.DataFrame:
         )
     for column in sorted(extra.columns):
         index[column] = extra[column]
+    if prints is not None and (index["origin"] == "real").any():
+        index[FINGERPRINT] = prints
     return index
 
 
@@ -293,7 +316,7 @@ def reopen_dataset(folder: str | Path) -> None:
             logger.warning(
                 "The selections %s belong to the patches as they were: make them again", [*dataset.selections]
             )
-        extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", *names, *splits}]
+        extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", PICTURE, *names, *splits}]
         remember_splits(dataset)
         of_shard = dict(list(dataset.index.groupby("shard", sort=False)))
         for shard in dataset.info["shards"]:
@@ -311,8 +334,7 @@ def reopen_dataset(folder: str | Path) -> None:
                 shard["made_from"], {}, rows,
             )  # fmt: skip
             write_record(folder, record)
-    remove(folder / INFO_FILE)
-    remove(folder / INDEX_FILE)
+    begin(folder)
 
 
 def patches_token(patches: Sequence[Patch], codec: str) -> str:
@@ -358,6 +380,16 @@ def write_dataset(
     if patches_per_shard < 1:
         raise UserError(f"patches_per_shard is {patches_per_shard}; it is at least 1.")
     folder = Path(folder)
+    with output_lock(folder):
+        return _write_dataset(
+            folder, patches, name, schema, patch_size, mpp, codec, provenance, splits, patches_per_shard
+        )
+
+
+def _write_dataset(
+    folder: Path, patches: Iterable[Patch], name: str, schema: Schema, patch_size: int, mpp: float, codec: str,
+    provenance: Mapping[str, Any] | None, splits: Mapping[str, Any] | None, patches_per_shard: int,
+) -> PatchDataset:  # fmt: skip
     provenance = json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
     sequence = patches if isinstance(patches, Sequence) else None
     tokens: dict[int, str] = {}
@@ -373,8 +405,7 @@ def write_dataset(
         }
         if whole := finished_dataset(folder, expected | {"provenance": provenance}, list(tokens.values()), splits):
             return whole
-    remove(folder / INFO_FILE)
-    remove(folder / INDEX_FILE)
+    begin(folder)
     done = finished_shards(folder) if sequence is not None else {}
     count = 0
     for number, chunk in enumerate(

@@ -26,6 +26,7 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import make_sampler
 from latent_medi.errors import Preempted, UserError
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -120,6 +121,14 @@ def generate_plan(
         if getattr(settings, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}.")
     accelerator = accelerator or make_accelerator(patient=True)
+    with output_lock(out, accelerator):
+        return _generate(plan, model, out, settings, accelerator)
+
+
+def _generate(
+    plan: pd.DataFrame | str | Path, model: MediPipeline | str | Path, out: str | Path, settings: GenerateSettings,
+    accelerator: Accelerator,
+) -> PatchDataset:  # fmt: skip
     with agreed(accelerator) as told:
         pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
         load_adapters(pipeline, settings, loaded=isinstance(model, MediPipeline))

@@ -19,7 +19,7 @@ from latent_medi.diffusion.guidance import check_guidance
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path
+from latent_medi.files import atomic_path, check_file
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import FIRST_VALUE, Field
 from latent_medi.synthesis.settings import GridSettings
@@ -62,12 +62,12 @@ def check_picture(path: str | Path) -> Path:
     """The path of a picture to write, looked at before hours go into what it shows.
 
     Raises:
-        UserError: The name does not end in .png.
+        UserError: The name does not end in .png, or it cannot be written, or another file is there.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"The picture {path} must end in .png.")
-    return path
+    return check_file(path, "picture", rb"\x89PNG")
 
 
 def save_sheet(sheet: Image.Image, path: str | Path) -> Path:

@@ -16,6 +16,7 @@ from latent_medi.features.encoders import ImageEncoder
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.duplicates import joined_patients
 from latent_medi.shards.selections import check_selection_name
 from latent_medi.synthesis.settings import SelectSettings
 
@@ -112,6 +113,8 @@ def open_task(settings: SelectSettings) -> tuple[Task, PatchDataset]:
     if not len(rows):
         raise UserError(f"Split {settings.split!r} of {settings.real} has no {settings.split_value!r} patches.")
     table = real.index.iloc[rows].reset_index(drop=True)
+    # Who shares a picture is one patient: a distance of 0 between patients would let every copy pass.
+    table = table.assign(patient=joined_patients(table))
     patients = table["patient"].nunique()
     if patients < MIN_PATIENTS:
         raise UserError(

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.files import atomic_path
+from latent_medi.files import atomic_path, check_file
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field, Schema
 from latent_medi.metadata.tables import read_table, write_for_people, written_for_people
 
@@ -46,11 +46,21 @@ def stable_seed(*parts: Any, bits: int = 31) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - bits)
 
 
+def check_plan_file(path: str | Path) -> Path:
+    """The path of a plan to write; an older plan is replaced, nothing else.
+
+    Raises:
+        UserError: It cannot be written, or another file is there.
+    """
+    return check_file(path, "plan", rb"PAR1|[^\n]*\bcount\b")
+
+
 def write_plan(plan: pd.DataFrame, path: str | Path) -> None:
     """Write a plan as .csv or .parquet, atomically."""
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise UserError(f"The plan {path} must end in .csv or .parquet.")
+    check_plan_file(path)
     if path.suffix.lower() == ".csv":
         write_for_people(plan, path)
         return

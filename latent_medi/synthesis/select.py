@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from accelerate import Accelerator
 
 from latent_medi.agreement import agreed
 from latent_medi.errors import UserError
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
@@ -76,6 +78,12 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> dic
             few patients, no patch left, or another selection of that name.
     """
     accelerator = make_accelerator(patient=True)
+    check_settings(settings)
+    with output_lock(settings.data, accelerator):
+        return _select(settings, encoder, accelerator)
+
+
+def _select(settings: SelectSettings, encoder: ImageEncoder | None, accelerator: Accelerator) -> dict[str, Any]:
     with agreed(accelerator) as told:
         check_settings(settings)
         settings = replace(settings, device=settings.device or str(accelerator.device))

@@ -26,6 +26,7 @@ from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.errors import UserError
 from latent_medi.features.cache import content_hash
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
@@ -85,6 +86,11 @@ def translate(
             raise UserError(f"{name} must be at least {least}, not {getattr(settings, name)}.")
     first_step_of(settings.strength, settings.steps)
     accelerator = accelerator or make_accelerator(patient=True)
+    with output_lock(settings.out, accelerator):
+        return _translate(settings, model, accelerator)
+
+
+def _translate(settings: TranslateSettings, model: MediPipeline | None, accelerator: Accelerator) -> Translation:
     with agreed(accelerator) as told:
         pipeline = model or MediPipeline.from_pretrained(settings.model)
         load_adapters(

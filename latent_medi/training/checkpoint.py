@@ -12,7 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_sealed, remove, sha256_file, write_sealed
+from latent_medi.files import (
+    atomic_path,
+    read_sealed,
+    remove,
+    sha256_file,
+    temporaries,
+    write_sealed,
+)
 from latent_medi.json_types import check_types
 from latent_medi.progress import get_logger
 from latent_medi.sums import compare, inside, tell_unsealed
@@ -104,7 +111,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left half-written in ``folder``."""
-    for path in folder.glob(".tmp-*"):
+    for path in temporaries(folder):
         remove(path)
 
 

@@ -31,6 +31,7 @@ from latent_medi.diffusion.objective import Objective, settings_of
 from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
 from latent_medi.errors import Preempted, UserError
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Field
 from latent_medi.progress import get_logger, progress
 from latent_medi.training import checkpoint, run
@@ -73,14 +74,19 @@ def train_classifier(settings: ClassifierSettings, accelerator: Accelerator | No
         the last rows of evaluation.csv (none without a validation part).
 
     Raises:
-        UserError: Settings that cannot be followed, data or a model that do not fit, a folder with another run, or a
-            loss that is not finite.
+        UserError: Settings that cannot be followed, data or a model that do not fit, a folder with another run or that
+            another job writes, or a loss that is not finite.
         Preempted: SIGTERM or SIGUSR1 came; a checkpoint was saved first.
     """
     accelerator = accelerator or make_accelerator(
         mixed_precision=ACCELERATE_PRECISION[settings.precision],
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
+    with output_lock(settings.out, accelerator):
+        return _train_classifier(settings, accelerator)
+
+
+def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) -> dict[str, Any]:
     rank, processes = accelerator.process_index, accelerator.num_processes
     main, device = accelerator.is_main_process, accelerator.device
     out = Path(settings.out)

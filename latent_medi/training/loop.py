@@ -23,6 +23,7 @@ from latent_medi.agreement import agreed
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.errors import Preempted, UserError
 from latent_medi.launch import make_accelerator
+from latent_medi.locks import output_lock
 from latent_medi.progress import get_logger, progress
 from latent_medi.training import averages, checkpoint, run
 from latent_medi.training.data import Batch, open_data
@@ -70,8 +71,8 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
         weights; or, with ``lora``, the adapter's folder, ``out/adapter``.
 
     Raises:
-        UserError: Settings that cannot be followed, data that do not fit, a folder with another run, or a loss that is
-            not finite.
+        UserError: Settings that cannot be followed, data that do not fit, a folder with another run or that another
+            job writes, or a loss that is not finite.
         Preempted: SIGTERM or SIGUSR1 came; a checkpoint was saved first.
     """
     accelerator = accelerator or make_accelerator(
@@ -80,6 +81,11 @@ def train(settings: TrainSettings, accelerator: Accelerator | None = None) -> Pa
         project_dir=settings.out,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
+    with output_lock(settings.out, accelerator):
+        return _train(settings, accelerator)
+
+
+def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     rank, processes = accelerator.process_index, accelerator.num_processes
     main, device = accelerator.is_main_process, accelerator.device
     out = Path(settings.out)

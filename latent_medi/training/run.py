@@ -18,9 +18,10 @@ from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
-from latent_medi.files import read_sealed, write_sealed, write_text
+from latent_medi.files import read_sealed, refuse_foreign, write_sealed, write_text
 from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
+from latent_medi.locks import output_lock
 from latent_medi.metadata.seen import together
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.progress import get_logger
@@ -127,10 +128,12 @@ def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("m
         products: Names of what such runs make.
 
     Raises:
-        UserError: It holds another run's product or checkpoints, or a product of unknown origin.
+        UserError: It holds another run's product or checkpoints, a product of unknown origin, or files of the user's
+            that would be replaced.
     """
     made = next((name for name in products if (out / name).exists()), "")
     if not made and not checkpoint_folders(out / "checkpoints"):
+        refuse_foreign(out, {RUN_FILE: "run"}, [RUN_FILE, "settings.yaml", "*.csv"])
         return False
     if not (out / RUN_FILE).exists():
         held = f"a finished {made}" if made else "checkpoints"
@@ -217,13 +220,13 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
 
 
 def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFrame | None = None) -> None:
-    """Write settings.yaml, run.json and, when starting from a model, transfer.csv; clear what a killed process left
+    """Write run.json, settings.yaml and, when starting from a model, transfer.csv; clear what a killed process left
     behind."""
+    write_sealed(out / RUN_FILE, {"run": record})
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
     kept = written(type(settings), plain(asdict(settings)))
     write_text(out / "settings.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
-    write_sealed(out / RUN_FILE, {"run": record})
     if table is not None:
         write_for_people(table, out / "transfer.csv")
 
@@ -284,6 +287,11 @@ def write_average(settings: AverageSettings) -> Path:
     run, out = Path(settings.run), Path(settings.out)
     if not (run / "model").is_dir():
         raise UserError(f"{run} holds no finished model.", "Finish the run first.")
+    with output_lock(out, beside=True):
+        return _write_average(run, out, settings)
+
+
+def _write_average(run: Path, out: Path, settings: AverageSettings) -> Path:
     if out.exists():
         raise UserError(f"{out} is there already.", "Choose another out.")
     tensors, made = reconstruct(run, settings.width, settings.images)

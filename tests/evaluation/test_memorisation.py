@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -14,17 +15,27 @@ import pandas as pd
 import pytest
 from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
 from parts import put_index
+from PIL import Image
 
 from latent_medi.cli import main
+from latent_medi.demo.tissue import random_shape, random_stain, render
 from latent_medi.errors import UserError
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import Features
-from latent_medi.evaluation.memorisation import CopyFinder, _Authentic, _percent_authentic, find_copies
-from latent_medi.evaluation.study import Study, open_study
+from latent_medi.evaluation.memorisation import (
+    CopyFinder,
+    _Authentic,
+    _percent_authentic,
+    copy_threshold,
+    find_copies,
+    memorisation,
+)
+from latent_medi.evaluation.study import Arm, Study, open_study
 from latent_medi.features.likeness import small_patches
 from latent_medi.features.statistics import pca_basis
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import write_dataset
+from latent_medi.shards.folder import write_folder
+from latent_medi.shards.writer import Patch, write_dataset
 
 QUIET: dict[str, Any] = {"downstream": False, "resamples": 20, "memorisation": True}
 
@@ -138,3 +149,101 @@ def test_authenticity_needs_two_training_patients() -> None:
         found = _percent_authentic(_Authentic(cast(Study, study), features), rng.normal(size=(5, 4)) + 20)
         assert (found["value"] is not None) is known
         assert not known or found["value"] == 100.0
+
+
+def planted(tissue: np.ndarray, quality: int | None, view: int = 3) -> np.ndarray:
+    """Copies of patches: turned and mirrored, and encoded again unless there is no quality."""
+    turned = np.ascontiguousarray(np.rot90(tissue, view % 4, (1, 2))[:, :, ::-1])
+    if quality is None or not len(turned):
+        return turned
+    files = [io.BytesIO() for _ in turned]
+    for file, image in zip(files, turned, strict=True):
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.stack([np.asarray(Image.open(file)) for file in files])
+
+
+def gate_study(images: dict[str, np.ndarray], folder: Path) -> Study:
+    """Real patches by part (train, probe, test) and synthetic ones (made), a patient for every second patch."""
+    schema = SCHEMA.subset(["class"])
+    real = [
+        Patch(f"{part}/{i}", image, f"{part}{i // 2}", f"{part}{i // 2}", -1, -1, 0.5, {"class": "blobs"})
+        for part in ("train", "probe", "test")
+        for i, image in enumerate(images[part])
+    ]
+    split = {p.patient: p.patient.rstrip("0123456789") for p in real}
+    recipe = {"allow_duplicates": ["*"]}
+    data = write_dataset(folder / "real", real, "real", schema, 64, 0.5, splits={"main": (split, recipe)})
+    made = [
+        Patch(f"made/{i}", image, f"synthetic:{i}", f"synthetic:{i}", -1, -1, 0.5, {"class": "blobs"}, "synthetic")
+        for i, image in enumerate(images["made"])
+    ]
+    arm = write_dataset(folder / "made", made, "made", schema, 64, 0.5)
+    rows = {part: data.rows({"split_main": part}) for part in ("train", "probe", "test")}
+    arms = {"medi": Arm("medi", arm, ("class",), np.arange(len(arm)))}
+    return Study(
+        data, "class", "site", [], arms, rows["train"], rows["train"], rows["probe"], rows["probe"], rows["test"],
+        rows["test"], "", [],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tissue() -> np.ndarray:
+    stains = [random_stain(np.random.default_rng(i)) for i in range(3)]
+    draws = [np.random.default_rng(100 + i) for i in range(400)]
+    return np.stack([render(random_shape(rng), stains[i % 3], rng) for i, rng in enumerate(draws)])
+
+
+@pytest.mark.parametrize("twice", [0, 2, 5])
+@pytest.mark.parametrize("shift", [0, 6])
+def test_duplicates_among_forty_probe_patches_hide_no_copy(
+    tissue: np.ndarray, tmp_path: Path, twice: int, shift: int
+) -> None:
+    """Real pictures that lie under a training and a probe patient, encoded again or cut a little beside."""
+    train, probe, test, honest = tissue[:120], tissue[120:160].copy(), tissue[160:240].copy(), tissue[240:400]
+    probe[:twice] = planted(np.roll(train[:twice], (shift, -shift), (1, 2)), 85)
+    test[:twice] = planted(train[10 : 10 + twice], 90)
+    stolen = [planted(train[:48], None), planted(train[48:120], 75)]
+    images = {"train": train, "probe": probe, "test": test, "made": np.concatenate([*stolen, honest])}
+    study = gate_study(images, tmp_path)
+    found = find_copies(study)
+    flagged = found.scores["medi"] > found.threshold
+    assert flagged[:48].sum() == 48
+    assert flagged[48:120].sum() == 72
+    assert not flagged[120:].any()
+    assert found.duplicates["probe"].sum() == (0 if shift else twice)  # a shift is left to the quartiles
+    assert found.duplicates["held_out"].sum() == twice
+    features = Features(
+        np.random.default_rng(0).normal(size=(240, 4)), {"medi": np.random.default_rng(1).normal(size=(280, 4))},
+        pca_basis(np.random.default_rng(0).normal(size=(20, 4))),
+    )  # fmt: skip
+    record = memorisation(study, features, found, 10, 0)
+    assert record["arms"]["medi"]["copies"] == 120
+    assert record["held_out_flagged"]["value"] == 0
+    assert record["real_duplicates"] == {"probe": 0 if shift else twice, "held_out": twice}
+    assert record["threshold_patches"] == 40 - record["real_duplicates"]["probe"]
+    assert ("same picture as a training patch" in record["rule"]) is (twice > 0 and not shift)
+
+
+def test_where_real_patches_are_alike_more_is_asked() -> None:
+    """What keeps a few outliers from blinding the gate leaves it as it is where likeness is the rule."""
+    rng = np.random.default_rng(0)
+    alike = np.tanh(rng.gumbel(0.35, 0.04, 4000))
+    assert copy_threshold(alike) == max(0.6, np.quantile(alike, 0.999))
+    stripes = np.tanh(rng.gumbel(1.2, 0.3, 500))
+    assert copy_threshold(stripes) == np.quantile(stripes, 0.999)
+    few = np.concatenate([alike[:36], np.full(4, 0.99)])
+    assert copy_threshold(few) < 0.9
+    assert copy_threshold(np.zeros(0)) == 0.6
+
+
+def test_an_evaluation_says_that_a_picture_was_seen_in_training(world: World, tmp_path: Path) -> None:
+    copied = shutil.copytree(world.real, tmp_path / "real")
+    real = PatchDataset.open(copied)
+    picture = np.full(len(real), -1)
+    rows = [real.rows({"split_main": part})[0] for part in ("train", "test")]
+    picture[rows] = 0
+    index = real.index.assign(shared_picture=picture)
+    write_folder(copied, real.info, index)
+    study = open_study(world.settings("seen", real=str(copied)))
+    assert any("1 pictures lie in several parts of split 'main'" in text for text in study.warnings)
+    assert len(set(study.patients[rows])) == 1

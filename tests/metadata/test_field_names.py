@@ -102,3 +102,10 @@ def test_folders_that_have_such_fields_open(tmp_path: Path, field: str) -> None:
     if field == "patches":
         with pytest.raises(UserError, match="'patches' cannot be audited"):
             audit(dataset.index, dataset.schema)
+
+
+def test_slides_refuse_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slides.csv").write_text("slide,patient,batch\na.svs,p0,b1\n")
+    words = [f"source={tmp_path}", f"table={tmp_path / 'slides.csv'}", f"out={tmp_path / 'out'}", "categorical=[batch]"]
+    assert main(["shards", "slides", *words]) == 2
+    assert "cannot be called 'batch': that is an argument of MediPipeline's call" in capsys.readouterr().err

@@ -36,6 +36,7 @@ def put(path: Path, lines: list[str], encoding: str = "utf-8") -> Path:
         ([line + ",," for line in LINES], ["column 5 is left out", "column 6 is left out: it has no name, and it is"]),
         ([LINES[0] + ",,", LINES[1] + ",,", LINES[2] + ",x,"], ["column 5", "such as 'x' in line 3, are not read"]),
         ([LINES[0] + ",,", *LINES[1:]], ["column 5 is left out"]),
+        ([LINES[0] + ",", *LINES[1:], ",,,,a note"], ["column 5", "'a note' in line 4", "line 4 is left out: empty"]),
         (["Patches of the study,,,", *LINES], ["line 1 is left out: a title", "'Patches of the study'"]),
         (["The study; draft", "", "2026", *LINES], ["line 1 is left out: a title", "line 3 is left out: a title"]),
         (["sep=,", *LINES], []),

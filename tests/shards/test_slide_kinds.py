@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[np.ndarray, dict, str]] = {
     "rgb16": (IMAGE.astype(np.uint16) * 257, {}, "skipped: 16 bits per sample: convert to 8 bits"),
     "rgb12in16": (IMAGE.astype(np.uint16) * 16, {"bigtiff": True}, "skipped: 16 bits per sample: convert to 8 bits"),
     "bigendian16": (IMAGE.astype(np.uint16), {"byteorder": ">"}, "skipped: 16 bits per sample: convert to 8 bits"),
-    "bigendian": (IMAGE, {"byteorder": ">"}, "skipped: a TIFF in a form that OpenSlide does not read: convert it"),
+    "bigendian": (IMAGE, {"byteorder": ">"}, "quarantined: a TIFF that OpenSlide does not read: cut off"),
     "grey16": (GREY.astype(np.uint16) * 257, {"photometric": "minisblack"}, "skipped: 16 bits per sample"),
     "float": (IMAGE.astype(np.float32) / 255, {}, "skipped: floating-point samples: convert to 8 bits"),
     "grey": (GREY, {"photometric": "minisblack"}, "empty: grey: tissue is found by its colour"),
