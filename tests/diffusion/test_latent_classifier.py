@@ -134,7 +134,11 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path):
 def test_a_damaged_or_foreign_folder_is_refused(tmp_path: Path):
     folder = tmp_path / "c"
     make_classifier().save_pretrained(folder)
-    config = read_json(folder / CONFIG_FILE)
+    sealed = read_json(folder / CONFIG_FILE)
+    write_json(folder / CONFIG_FILE, {**sealed, "field": "site"})
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        LatentClassifier.from_pretrained(folder)
+    config = {key: value for key, value in sealed.items() if key != "seal"}  # as an earlier version left it
     write_json(folder / CONFIG_FILE, {**config, "format": 99})
     with pytest.raises(UserError, match="format 99"):
         LatentClassifier.from_pretrained(folder)
@@ -145,7 +149,7 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path: Path):
     data = bytearray((folder / WEIGHTS_FILE).read_bytes())
     data[-3] ^= 1
     (folder / WEIGHTS_FILE).write_bytes(data)
-    with pytest.raises(UserError, match="does not have its hash"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         LatentClassifier.from_pretrained(folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")

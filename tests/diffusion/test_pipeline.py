@@ -238,6 +238,7 @@ def test_folders_that_are_no_model(folder, pipe, tmp_path):
         pipe.save_pretrained(tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     pipe.save_pretrained(tmp_path / "foreign", include_autoencoder=True)
+    (tmp_path / "foreign/checksums.json").unlink()
     index = json.loads((tmp_path / "foreign/model_index.json").read_text())
     (tmp_path / "foreign/model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(UserError, match="not a latent-medi model"):
@@ -254,6 +255,9 @@ def test_damaged_weights_are_refused(pipe, tmp_path, damage):
         weights.unlink()
     if damage == "pickle":
         torch.save(pipe.unet.state_dict(), tmp_path / "m/unet/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.safetensors is (damaged|absent)"):
+        MediPipeline.from_pretrained(tmp_path / "m")
+    (tmp_path / "m/checksums.json").unlink()  # as an earlier version left it
     with pytest.raises(UserError, match="cannot be loaded"):
         MediPipeline.from_pretrained(tmp_path / "m")
 

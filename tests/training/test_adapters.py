@@ -254,7 +254,11 @@ def test_damaged_or_foreign_adapter_is_refused(
         pipeline.load_adapter(tmp_path / "nowhere")
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
-    tensors = load_file(cut / "adapter_model.safetensors")
+    (cut / "adapter_model.safetensors").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged"):
+        pipeline.load_adapter(cut)
+    (cut / "checksums.json").unlink()  # as an earlier version left it
+    tensors = load_file(folder / "adapter_model.safetensors")
     save_file(dict(list(tensors.items())[:-1]), cut / "adapter_model.safetensors")
     with pytest.raises(UserError, match="do not fit"):
         pipeline.load_adapter(cut)
