@@ -134,7 +134,7 @@ def output_lock(folder: str | Path, accelerator: Accelerator | None = None, *, b
     from accelerate.utils import broadcast_object_list
 
     holding, failure = _lock(folder, beside), None
-    if accelerator.is_main_process:
+    if accelerator.process_index == 0:
         try:
             holding.__enter__()
         except Exception as error:  # whatever it is, the others must not wait
@@ -147,7 +147,7 @@ def output_lock(folder: str | Path, accelerator: Accelerator | None = None, *, b
     try:
         yield
     finally:
-        if accelerator.is_main_process:
+        if accelerator.process_index == 0:
             holding.__exit__(None, None, None)
 
 

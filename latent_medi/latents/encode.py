@@ -129,7 +129,7 @@ def _encode(
     if finished:
         logger.info("%s is finished.", out)
     else:
-        (out / _PROGRESS).mkdir(exist_ok=True)  # a kill before the first shard's note leaves a folder of ours
+        (out / _PROGRESS).mkdir(parents=True, exist_ok=True)  # a kill before the first note leaves a folder of ours
         mine = list(enumerate(data.info["shards"]))[rank::processes]
         reader = ReadAhead(data, workers)
         for number, shard in progress(mine, desc="encoding", unit="shard") if rank == 0 else mine:
