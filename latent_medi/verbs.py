@@ -1,0 +1,375 @@
+"""The verbs of the command line, a function each: words in; parses, calls, prints; what was printed out, for machines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_medi import config
+from latent_medi.errors import Incomplete, UserError
+from latent_medi.locks import output_lock
+from latent_medi.recipe import load_recipe, recipes
+
+if TYPE_CHECKING:
+    from latent_medi.shards.dataset import PatchDataset
+
+Printed = dict[str, Any]
+
+
+def _demo(words: list[str]) -> Printed:
+    from latent_medi.experiment import demo
+    from latent_medi.experiment_settings import DemoSettings
+
+    return demo(config.parse(DemoSettings, words, "demo"))
+
+
+def _run(words: list[str]) -> Printed:
+    from latent_medi.experiment import run
+    from latent_medi.experiment_settings import ExperimentSettings
+
+    # Without any word it would be the demo without what the demo shows.
+    return run(config.parse(ExperimentSettings, words or ["--help"], "run"))
+
+
+_SHARDS = """latent-medi shards WHAT …
+
+  images    a table of images and metadata into a dataset folder
+  slides    patches of whole slides into a dataset folder
+  demo      the demo's procedural tissue as a dataset folder
+  info      counts by every pair of fields, with heat maps
+  verify    whether a dataset folder is whole
+  RECIPE    a public dataset's own layout into a dataset folder
+
+`latent-medi shards WHAT --help` lists its settings. Recipes: """
+
+
+def _shards(words: list[str]) -> Printed:
+    what = words[0] if words and not words[0].startswith("-") else ""
+    if what == "verify":
+        return _verify(words[1:])
+    if what == "info":
+        from latent_medi.shards.info import info
+        from latent_medi.shards.settings import InfoSettings
+
+        return info(config.parse(InfoSettings, words[1:], "shards info", positional="data"))
+    if what == "images":
+        from latent_medi.shards.images import import_images
+        from latent_medi.shards.rejected import incomplete
+        from latent_medi.shards.settings import ImportSettings
+
+        settings = config.parse(ImportSettings, words[1:], "shards images")
+        dataset = import_images(settings)
+        told = dataset.info["provenance"]["rejected"]
+        count, result = told["count"], {"folder": str(dataset.folder), "patches": len(dataset)}
+        rejected = f"; {count} image{'s' * (count > 1)} rejected, named in its dataset.json" if count else ""
+        print(_holds(dataset) + rejected)
+        if lacking := incomplete(told, settings.max_bad):
+            raise Incomplete(lacking, result)
+        return result
+    if what == "slides":
+        from latent_medi.shards.settings import SlideSettings
+        from latent_medi.shards.slides import cut_slides
+
+        return cut_slides(config.parse(SlideSettings, words[1:], "shards slides"))
+    if what == "demo":
+        from latent_medi.demo.cohort import build_folder
+        from latent_medi.demo.settings import CohortFolderSettings
+
+        dataset = build_folder(config.parse(CohortFolderSettings, words[1:], "shards demo"))
+        print(_holds(dataset))
+        return {"folder": str(dataset.folder), "patches": len(dataset)}
+    if not what:
+        print(_SHARDS + ", ".join(recipes()))
+        return {"recipes": list(recipes())}
+    return load_recipe(what).main(words[1:]) or {}
+
+
+def _holds(dataset: PatchDataset) -> str:
+    """What a dataset folder holds, in a line."""
+    return f"{len(dataset)} patches of {dataset.index['patient'].nunique()} patients in {dataset.folder}"
+
+
+def _verify(words: list[str]) -> Printed:
+    from latent_medi.shards.dataset import INFO_FILE, PatchDataset
+    from latent_medi.shards.duplicates import SIDES, duplicates_text, look, report
+    from latent_medi.shards.settings import VerifySettings
+    from latent_medi.shards.verify import seal, side_problems
+
+    settings = config.parse(VerifySettings, words, "shards verify", positional="data")
+    if not settings.data:
+        raise UserError("No folder is given.", "latent-medi shards verify runs/demo/data")
+    folder = Path(settings.data)
+    if folder.is_dir() and not (folder / INFO_FILE).is_file():
+        from latent_medi.training.artefacts import verify_artefact
+
+        if kind := verify_artefact(folder, settings.seal):
+            print(f"no problem: {kind} in {folder}{', checksums added' if settings.seal else ''}")
+            return {"folder": str(folder), "problems": []}
+    dataset = PatchDataset.open(settings.data)
+    if problems := dataset.verify():
+        raise UserError(f"{dataset.folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+    look(dataset)  # an earlier version did not
+    if settings.seal:
+        seal(dataset)
+    duplicates = report(dataset)
+    if told := duplicates_text(duplicates):
+        print(told)
+    if sides := side_problems(dataset):
+        raise UserError(f"{dataset.folder}: {len(sides)} problems:\n  " + "\n  ".join(sides), SIDES)
+    print(f"no problem: {_holds(dataset)}{', checksums added' if settings.seal else ''}")
+    return {"folder": str(dataset.folder), "problems": [], "duplicates": duplicates}
+
+
+def _export(words: list[str]) -> Printed:
+    from latent_medi.shards.export import export
+    from latent_medi.shards.settings import ExportSettings
+
+    result = export(config.parse(ExportSettings, words, "export", positional="data"))
+    print(", ".join(f"{part}: {count} patches" for part, count in result["parts"].items()) + f" in {result['folder']}")
+    return result
+
+
+def _audit(words: list[str]) -> Printed:
+    from latent_medi.metadata.audit import audit_text, class_by_site
+    from latent_medi.metadata.cohort import audit_index, audit_table, is_table
+    from latent_medi.metadata.heatmap import write_heat_map
+    from latent_medi.metadata.settings import AuditSettings
+    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.duplicates import duplicates_text, look, report
+
+    settings = config.parse(AuditSettings, words, "audit", positional="data")
+    if is_table(settings.data):
+        result = audit_table(settings)
+    else:
+        dataset = PatchDataset.open(settings.data)
+        split = (settings.split, settings.split_value) if settings.split else None
+        result = audit_index(dataset.index, dataset.schema, settings, split)
+        if settings.duplicates:
+            look(dataset)
+            result["duplicates"] = report(dataset)
+    print(audit_text(result))
+    if told := duplicates_text(result.get("duplicates", {})):
+        print(told)
+    if settings.figure:
+        write_heat_map(class_by_site(result), settings.figure, "patients")
+    return result
+
+
+def _split(words: list[str]) -> Printed:
+    from latent_medi.metadata.cohort import is_table, split_table
+    from latent_medi.metadata.schemes import make_split, split_summary
+    from latent_medi.metadata.settings import SplitSettings
+    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.duplicates import look, patients_together
+
+    settings = config.parse(SplitSettings, words, "split", positional="data")
+    if is_table(settings.data):
+        split, index = split_table(settings)
+    else:
+        with output_lock(settings.data):  # from reading the index to writing it
+            dataset = PatchDataset.open(settings.data)
+            look(dataset)
+            index = dataset.index
+            split = make_split(index, settings, patients_together(index, settings.allow_duplicates))
+            dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
+    summary = split_summary(index, split)
+    for part, counts in summary.items():
+        print(f"{part}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))
+    for combination in split.recipe.get("held_out", []):
+        print("held out: " + " × ".join(combination.values()))
+    if together := split.recipe.get("together"):
+        print(
+            f"kept together, as they share a picture: {'; '.join(', '.join(group) for group in together[:5])}"
+            + (f"; … and {len(together) - 5} more groups" if len(together) > 5 else "")
+        )
+    return {"name": settings.name, "parts": summary, "recipe": split.recipe}
+
+
+def _encode(words: list[str]) -> Printed:
+    from latent_medi.latents.encode import encode
+    from latent_medi.latents.info import read_info
+    from latent_medi.latents.settings import EncodeSettings
+
+    out = encode(config.parse(EncodeSettings, words, "encode"))
+    return {"latents": str(out), "floor": read_info(out).get("floor")}
+
+
+def _train(words: list[str]) -> Printed:
+    if "--estimate" in words:
+        return _estimate([word for word in words if word != "--estimate"])
+    import torch
+
+    from latent_medi.training.loop import train
+    from latent_medi.training.settings import TrainSettings
+
+    try:
+        made = train(config.parse(TrainSettings, words, "train"))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The device's memory is full: {str(error).splitlines()[0]}",
+            "Lower device_batch (the update stays the same), or set resident=ram, checkpoint_activations=true, "
+            "optimizer=adamw8bit; `latent-medi train --estimate` tells what takes how much.",
+        ) from None
+    return {made.name: str(made)}  # "model", or "adapter" of a run with lora
+
+
+def _classifier(words: list[str]) -> Printed:
+    from latent_medi.training.classifier import train_classifier
+    from latent_medi.training.classifier_settings import ClassifierSettings
+
+    return train_classifier(config.parse(ClassifierSettings, words, "classifier"))
+
+
+def _average(words: list[str]) -> Printed:
+    from latent_medi.training.run import write_average
+    from latent_medi.training.settings import AverageSettings
+
+    return {"model": str(write_average(config.parse(AverageSettings, words, "average", positional="run")))}
+
+
+def _estimate(words: list[str]) -> Printed:
+    from latent_medi.training.estimate import estimate, estimate_text
+    from latent_medi.training.settings import EstimateSettings
+
+    result = estimate(config.parse(EstimateSettings, words, "train --estimate"))
+    print(estimate_text(result))
+    return result
+
+
+def _plan(words: list[str]) -> Printed:
+    from latent_medi.metadata.heatmap import write_heat_maps
+    from latent_medi.synthesis.plan_text import figure_tables, plan_text
+    from latent_medi.synthesis.planner import plan_from
+    from latent_medi.synthesis.settings import PlanSettings
+
+    settings = config.parse(PlanSettings, words, "plan", positional="data")
+    planned = plan_from(settings)
+    print(plan_text(planned))
+    print(f"written to {settings.out}")
+    if settings.figure:
+        write_heat_maps(figure_tables(planned), settings.figure)
+    return {"plan": settings.out, **planned.facts}
+
+
+def _sample(words: list[str]) -> Printed:
+    from latent_medi.synthesis.generate import generate
+    from latent_medi.synthesis.settings import GenerateSettings
+
+    settings = config.parse(GenerateSettings, config.under("fields", GenerateSettings, words), "sample")
+    dataset = generate(settings)
+    if dataset is None:
+        print(settings.grid)
+        return {"grid": settings.grid, "patches": settings.n}
+    return {"folder": str(dataset.folder), "patches": len(dataset)}
+
+
+def _grid(words: list[str]) -> Printed:
+    from latent_medi.synthesis.grids import grid
+    from latent_medi.synthesis.settings import GridSettings
+
+    path = grid(config.parse(GridSettings, config.under("fields", GridSettings, words), "grid"))
+    print(path)
+    return {"grid": str(path)}
+
+
+def _select(words: list[str]) -> Printed:
+    from latent_medi.synthesis.select import select, selection_text
+    from latent_medi.synthesis.settings import SelectSettings
+
+    result = select(config.parse(SelectSettings, words, "select", positional="data"))
+    print(selection_text(result))
+    return result
+
+
+def _translate(words: list[str]) -> Printed:
+    from latent_medi.synthesis.beside import measures_text
+    from latent_medi.synthesis.settings import TranslateSettings
+    from latent_medi.synthesis.translate import translate
+
+    done = translate(config.parse(TranslateSettings, words, "translate"))
+    if done.measures:
+        print(measures_text(done.measures))
+    counts = {"patches": len(done.dataset), "left_out": done.unchanged}
+    return {"folder": str(done.dataset.folder), **counts, "measures": done.measures}
+
+
+def _evaluate(words: list[str]) -> Printed:
+    from latent_medi.evaluation.evaluate import evaluate
+    from latent_medi.evaluation.headline import headline_text
+    from latent_medi.evaluation.settings import EvaluateSettings
+
+    settings = config.parse(EvaluateSettings, words, "evaluate")
+    metrics = evaluate(settings)
+    if os.environ.get("RANK", "0") == "0":
+        print(headline_text(metrics["headline"]))
+        print(f"\nThe page: latent-medi report metrics={Path(settings.out) / 'metrics.json'}")
+    return metrics
+
+
+def _floors(words: list[str]) -> Printed:
+    from latent_medi.evaluation.floors import floors, floors_text
+    from latent_medi.evaluation.settings import FloorsSettings
+
+    result = floors(config.parse(FloorsSettings, words, "floors", positional="data"))
+    print(floors_text(result))
+    return result
+
+
+def _benchmark_shift(words: list[str]) -> Printed:
+    from latent_medi import experiment
+    from latent_medi.evaluation.shift import benchmark_shift
+    from latent_medi.evaluation.shift_curve import mean_of_seeds
+    from latent_medi.evaluation.shift_settings import ShiftSettings
+
+    settings = config.parse(ShiftSettings, words, "benchmark-shift")
+    if settings.mean:
+        return mean_of_seeds(settings.mean, settings.out)
+    return benchmark_shift(
+        settings, lambda changes: experiment.run_changed(settings.experiment, changes, settings.changes)
+    )
+
+
+def _report(words: list[str]) -> Printed:
+    from latent_medi.report.render import render
+    from latent_medi.report.settings import ReportSettings
+
+    return {"report": str(render(config.parse(ReportSettings, words, "report")))}
+
+
+def _reading_sheet(words: list[str]) -> Printed:
+    from latent_medi.report.reading_score import score_sheet, score_text
+    from latent_medi.report.reading_sheet import make_sheet
+    from latent_medi.report.settings import ReadingSheetSettings
+
+    settings = config.parse(ReadingSheetSettings, words, "reading-sheet")
+    if not settings.score:
+        return make_sheet(settings)
+    result = score_sheet(settings)
+    print(score_text(result))
+    return result
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
+    "demo": (_demo, "the whole pipeline on procedural tissue with known truth"),
+    "run": (_run, "the whole pipeline on a dataset, from one configuration"),
+    "shards": (_shards, "slides, images or a public dataset into a dataset folder; verify; info"),
+    "export": (_export, "a dataset folder as split-pure tars for the Hub, or as folders of images"),
+    "audit": (_audit, "which class × site × attribute combinations the data have, lack and can support"),
+    "split": (_split, "patients into parts: at random, whole sites or held-out combinations apart"),
+    "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),
+    "train": (_train, "a metadata-conditioned denoiser on latents; --estimate: what it will take"),
+    "classifier": (_classifier, "a classifier of noisy latents, which guides a model to a class it does not know"),
+    "average": (_average, "a finished run's model with another length of the weights' average"),
+    "plan": (_plan, "which combinations to generate, and how many"),
+    "sample": (_sample, "the patches of a plan, as a dataset folder; or of one combination: --class X --n 16"),
+    "grid": (_grid, "a picture of what a model makes: cells, a blend of two values, the way out of the noise"),
+    "select": (_select, "the best synthetic patches of each combination, as a column; random ones beside them"),
+    "translate": (_translate, "real patches as another hospital would have made them, as a dataset folder"),
+    "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
+    "floors": (_floors, "what real patients alone say: floors of distances, ceilings of probes, per combination"),
+    "benchmark-shift": (_benchmark_shift, "how accuracy falls as class and site are tied together, and what helps"),
+    "report": (_report, "one HTML page from metrics.json; --compare A B: several evaluations side by side"),
+    "reading-sheet": (_reading_sheet, "a blinded real-or-synthetic sheet for a pathologist; --score: its score"),
+}
