@@ -1,4 +1,4 @@
-"""The verbs of the command line, a function each: words in; parses, calls, prints; what was printed out, for machines."""
+"""The verbs of the command line, a function each: words in, what was printed out, for machines too."""
 
 from __future__ import annotations
 

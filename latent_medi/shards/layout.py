@@ -24,6 +24,10 @@ FINGERPRINT = "image_fingerprint"
 """What is kept of a real patch to find its copies; "" for a synthetic one."""
 PICTURE = "shared_picture"
 """A number for each picture that lies under several patients, -1 for every other patch."""
+KNOWN_COLUMNS = ("origin", "patient", "slide", "x", "y", "source_mpp")
+"""What a patch comes with beside its fields."""
+ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, *KNOWN_COLUMNS, FINGERPRINT)
+"""Columns of a shard's record that the index takes over."""
 
 # A dot would end the key early in WebDataset; the others break paths, globs or terminals.
 BAD_KEY = r"[.\\\x00-\x1f\x7f]|^/|/$|//|^$|^\s|\s$"

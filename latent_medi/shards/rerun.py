@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from latent_medi.errors import UserError
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.records import begin, claim, refuse_others
-from latent_medi.shards.writer import remember_splits
+from latent_medi.shards.layout import PICTURE, ROW_COLUMNS, SPLIT_PREFIX
+from latent_medi.shards.records import ShardRecord, begin, claim, refuse_others, write_record
+from latent_medi.shards.remembered import opened_or_none, remember_splits
+from latent_medi.shards.selections import SELECTED_PREFIX
 
 logger = get_logger(__name__)
 
@@ -77,3 +80,40 @@ def changed_patients(dataset: PatchDataset, patches: Iterable[tuple[str, Mapping
 
 def _known(value: str) -> str:
     return UNKNOWN_WORD if is_missing(value) else value
+
+
+def reopen_dataset(folder: str | Path) -> None:
+    """Turn a finished dataset folder back into an unfinished one with all its shards, to add to it or redo some. Its
+    splits are remembered, and :func:`finish_dataset` records them again.
+
+    A folder that cannot be opened loses its index only: its shards then have no record and are written again, and a
+    warning says why.
+    """
+    folder = Path(folder)
+    dataset = opened_or_none(folder)
+    if dataset is not None:
+        names = set(dataset.schema.names)
+        splits = [c for c in dataset.index.columns if c.startswith((SPLIT_PREFIX, SELECTED_PREFIX))]
+        if dataset.selections:
+            logger.warning(
+                "The selections %s belong to the patches as they were: make them again", [*dataset.selections]
+            )
+        extra = [c for c in dataset.index.columns if c not in {*ROW_COLUMNS, "shard", PICTURE, *names, *splits}]
+        remember_splits(dataset)
+        of_shard = dict(list(dataset.index.groupby("shard", sort=False)))
+        for shard in dataset.info["shards"]:
+            mine = of_shard.get(shard["file"], dataset.index.iloc[:0])
+            rows = mine[[c for c in ROW_COLUMNS if c in mine]].reset_index(drop=True)
+            fields = mine[list(dataset.schema.names)].to_dict(orient="records")
+            unknown = {f.name: UNKNOWN_WORD for f in dataset.schema.fields}
+            rows["fields"] = [
+                json.dumps({k: unknown[k] if v != v else str(v) for k, v in row.items()}) for row in fields
+            ]
+            rows["extra"] = [json.dumps(row) for row in mine[extra].to_dict(orient="records")]
+            number = int(Path(shard["file"]).stem.removeprefix("part-"))
+            record = ShardRecord(
+                number, shard["sha256"], shard["count"], shard["bytes"], dataset.info["codec"], dataset.patch_size,
+                shard["made_from"], {}, rows,
+            )  # fmt: skip
+            write_record(folder, record)
+    begin(folder)

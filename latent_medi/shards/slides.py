@@ -29,7 +29,7 @@ from latent_medi.shards.codec import check_codec
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
-from latent_medi.shards.rerun import changed_patients
+from latent_medi.shards.rerun import changed_patients, reopen_dataset
 from latent_medi.shards.resolution import check_mpp
 from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slide_job import SlideJob, write_job
@@ -45,7 +45,7 @@ from latent_medi.shards.slide_table import (
     write_quality,
 )
 from latent_medi.shards.verify import SPLIT_PREFIX
-from latent_medi.shards.writer import finish_dataset, finished_dataset, reopen_dataset
+from latent_medi.shards.writer import finish_dataset, finished_dataset
 
 logger = get_logger(__name__)
 

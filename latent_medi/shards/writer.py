@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_sealed, remove, temporaries, write_sealed
+from latent_medi.files import atomic_path, remove, temporaries
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
@@ -25,7 +25,7 @@ from latent_medi.shards.codec import check_codec, check_image, encode_image
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.duplicates import check_sides, duplicates_text, fingerprint, look
 from latent_medi.shards.folder import INFO_FILE, NEXT_INDEX, write_folder
-from latent_medi.shards.layout import FINGERPRINT, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.layout import FINGERPRINT, ROW_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.patch import Patch, column_types, describe
 from latent_medi.shards.records import (
     PROGRESS_FOLDER,
@@ -36,17 +36,14 @@ from latent_medi.shards.records import (
     shard_file,
     write_record,
 )
-from latent_medi.shards.selections import SELECTED_PREFIX
+from latent_medi.shards.remembered import opened_or_none, remembered_splits
 
 __all__ = ["Patch", "ShardRecord", "finish_dataset", "finished_shards", "shard_file", "write_dataset", "write_shard"]
 
 logger = get_logger(__name__)
 
-SPLITS_FILE = "splits.json"
 _BLOCK = 512
 _RECORD_SIZE = 10240  # tar's customary blocking: the archive is padded to a multiple of it
-_KNOWN_COLUMNS = ("origin", "patient", "slide", "x", "y", "source_mpp")
-_ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, *_KNOWN_COLUMNS, FINGERPRINT)
 
 
 def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
@@ -150,7 +147,7 @@ def write_shard(
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    frame = pd.DataFrame({name: [row[name] for row in rows] for name in _ROW_COLUMNS})
+    frame = pd.DataFrame({name: [row[name] for row in rows] for name in ROW_COLUMNS})
     frame = frame.astype(dict.fromkeys(SUM_COLUMNS, np.uint32))
     for name in ("fields", "extra"):
         frame[name] = [json.dumps(row[name], ensure_ascii=False) for row in rows]
@@ -222,7 +219,7 @@ def finish_dataset(
         logger.warning("%s: %s", folder, told)
     given = set(splits or {})
     splits = dict(splits or {})
-    for split, entry in _remembered(folder).items():
+    for split, entry in remembered_splits(folder).items():
         there = set(index["patient"])
         parts = {patient: part for patient, part in entry["parts"].items() if patient in there}
         if split not in splits:
@@ -239,21 +236,6 @@ def finish_dataset(
     write_folder(folder, info, index)
     _clear(folder, {shard_file(number) for number in wanted})
     return PatchDataset.open(folder)
-
-
-def remember_splits(dataset: PatchDataset) -> None:
-    """Note the splits of a dataset that is to be written again: :func:`finish_dataset` records them again."""
-    splits = {
-        name: {"parts": dataset.index.groupby("patient")[SPLIT_PREFIX + name].first().to_dict(), **entry}
-        for name, entry in dataset.info["splits"].items()
-    }
-    write_sealed(dataset.folder / PROGRESS_FOLDER / SPLITS_FILE, splits)
-
-
-def _remembered(folder: Path) -> dict[str, Any]:
-    """The splits of the dataset that this folder was before it was reopened."""
-    path = folder / PROGRESS_FOLDER / SPLITS_FILE
-    return read_sealed(path, f"Remove {path}: the splits in it are lost, make them again.")[0] if path.is_file() else {}
 
 
 def _clear(folder: Path, keep: set[str]) -> None:
@@ -298,43 +280,6 @@ def _index(records: Sequence[ShardRecord], schema: Schema) -> pd.DataFrame:
     if prints is not None and (index["origin"] == "real").any():
         index[FINGERPRINT] = prints
     return index
-
-
-def reopen_dataset(folder: str | Path) -> None:
-    """Turn a finished dataset folder back into an unfinished one with all its shards, to add to it or redo some. Its
-    splits are remembered, and :func:`finish_dataset` records them again.
-
-    A folder that cannot be opened loses its index only: its shards then have no record and are written again, and a
-    warning says why.
-    """
-    folder = Path(folder)
-    dataset = _opened(folder)
-    if dataset is not None:
-        names = set(dataset.schema.names)
-        splits = [c for c in dataset.index.columns if c.startswith((SPLIT_PREFIX, SELECTED_PREFIX))]
-        if dataset.selections:
-            logger.warning(
-                "The selections %s belong to the patches as they were: make them again", [*dataset.selections]
-            )
-        extra = [c for c in dataset.index.columns if c not in {*_ROW_COLUMNS, "shard", PICTURE, *names, *splits}]
-        remember_splits(dataset)
-        of_shard = dict(list(dataset.index.groupby("shard", sort=False)))
-        for shard in dataset.info["shards"]:
-            mine = of_shard.get(shard["file"], dataset.index.iloc[:0])
-            rows = mine[[c for c in _ROW_COLUMNS if c in mine]].reset_index(drop=True)
-            fields = mine[list(dataset.schema.names)].to_dict(orient="records")
-            unknown = {f.name: UNKNOWN_WORD for f in dataset.schema.fields}
-            rows["fields"] = [
-                json.dumps({k: unknown[k] if v != v else str(v) for k, v in row.items()}) for row in fields
-            ]
-            rows["extra"] = [json.dumps(row) for row in mine[extra].to_dict(orient="records")]
-            number = int(Path(shard["file"]).stem.removeprefix("part-"))
-            record = ShardRecord(
-                number, shard["sha256"], shard["count"], shard["bytes"], dataset.info["codec"], dataset.patch_size,
-                shard["made_from"], {}, rows,
-            )  # fmt: skip
-            write_record(folder, record)
-    begin(folder)
 
 
 def patches_token(patches: Sequence[Patch], codec: str) -> str:
@@ -418,17 +363,6 @@ def _write_dataset(
     return finish_dataset(folder, name, schema, patch_size, mpp, codec, provenance, splits, shards=range(count))
 
 
-def _opened(folder: Path) -> PatchDataset | None:
-    """The dataset in a folder that is to be written; ``None`` if there is none yet, or with a warning a damaged one."""
-    if not (folder / INFO_FILE).is_file():
-        return None
-    try:
-        return PatchDataset.open(folder)
-    except UserError as error:
-        logger.warning("%s Its splits and selections cannot be kept: it is written again without them.", error.message)
-        return None
-
-
 def finished_dataset(
     folder: Path, expected: Mapping[str, Any], tokens: Sequence[str], splits: Mapping[str, Any] | None = None
 ) -> PatchDataset | None:
@@ -440,7 +374,7 @@ def finished_dataset(
         tokens: What each shard is made from, in order.
         splits: Splits that have to be there with the same recipe; others are no difference.
     """
-    dataset = _opened(folder)
+    dataset = opened_or_none(folder)
     if dataset is None:
         return None
     same = all(dataset.info.get(key) == value for key, value in expected.items())
