@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Before diffusers, whose import prints a line otherwise.
+import latent_medi  # noqa: F401 # isort: skip
 import pytest
 from parts import make_autoencoder, make_cohort
 

@@ -43,7 +43,7 @@ LEAST_LIKENESS = 0.92
 patches of other biopsies reach 0.2, and stripes that differ in noise alone 0.87."""
 _RADIUS = 0.15  # JPEG of quality 75 moves a fingerprint by up to 0.07; patches of two biopsies lie 0.26 apart or more
 _LEAST_SPREAD = 2.0  # grey levels; what varies less, averaged over 1/32 of the edge, is empty or of one colour
-_EDGE, _FINE = 32, 64
+_EDGE, _FINE = 32, 64  # smaller patches have too few frequencies to tell tissue by: there equal pixels alone count
 _HASH, _FREQUENCIES = 9, 7
 _ROWS, _COLUMNS = 1024, 2048  # a block of comparisons stays in the processor's cache
 _PAIRS = 1024
@@ -202,10 +202,13 @@ def shared_pictures(
 
 def _confirmed(pairs: np.ndarray, place: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> list[tuple[int, int]]:
     """Those of some pairs that show one picture."""
+    if not len(pairs):
+        return []
     members = np.unique(pairs)
-    spectra = (
-        {int(m): _spectrum(image) for m, image in zip(members, read(place[members]), strict=True)} if len(pairs) else {}
-    )
+    images = read(place[members])
+    if images.shape[1] < _EDGE:
+        return []
+    spectra = {int(m): _spectrum(image) for m, image in zip(members, images, strict=True)}
     return [(a, b) for a, b in pairs.tolist() if _likeness(spectra[a], spectra[b]) >= LEAST_LIKENESS]
 
 

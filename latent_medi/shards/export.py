@@ -57,8 +57,6 @@ def _export(settings: ExportSettings) -> dict[str, Any]:
     out = Path(settings.out)
     if out.is_symlink() and out.is_dir():
         out = out.resolve()
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} is there already, and is no folder.", "Export into a new folder.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty.", "Export into a new folder.")
     column = _parts(dataset, settings)

@@ -45,11 +45,14 @@ def dataset(
     return PatchDataset.open(folder / "set")
 
 
+of_the_index = {"shard", "offset", "size", "image_crc32", "json_crc32", "image_fingerprint", "shared_picture"}
+
+
 def check(dataset: PatchDataset, samples: list[tuple[str, dict[str, object], np.ndarray]]) -> None:
     assert [key for key, _, _ in samples] == dataset.index["key"].tolist()
     assert np.array_equal(np.stack([image for _, _, image in samples]), dataset.read(np.arange(len(dataset))))
     for (_, found, _), (_, row) in zip(samples, dataset.index.iterrows(), strict=True):
-        assert set(found) == set(row.index) - {"shard", "offset", "size", "image_crc32", "json_crc32"}
+        assert set(found) == set(row.index) - of_the_index
         for column in set(found) - {"age"}:
             assert found[column] == row[column], column
         assert found["age"] == "unknown" if np.isnan(row["age"]) else float(str(found["age"])) == row["age"]
