@@ -8,6 +8,7 @@ from torch import nn
 
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.settings import ModelSettings
+from latent_medi.errors import UserError
 
 
 def build_unet(settings: ModelSettings, latent_channels: int, latent_size: int, conditional: bool) -> UNet2DModel:
@@ -69,8 +70,9 @@ class Denoiser(nn.Module):
     def __init__(self, unet: UNet2DModel, conditioner: MetadataConditioner | None) -> None:
         super().__init__()
         if (conditioner is not None) != (unet.config["class_embed_type"] == "identity"):
-            raise ValueError(
-                "A network with a condition input needs a conditioner, and one without it must not have one."
+            raise UserError(
+                "A network with a condition input needs a conditioner, and one without it must not have one.",
+                "Take both from one model.",
             )
         self.unet = unet
         self.conditioner = conditioner
