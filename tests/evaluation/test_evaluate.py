@@ -49,7 +49,7 @@ def test_the_file_is_the_record(world: World, metrics: dict[str, Any]) -> None:
     folder = world.root / "full"
     text = (folder / "metrics.json").read_text()
     assert "NaN" not in text
-    assert json.loads(text) == metrics
+    assert {key: value for key, value in json.loads(text).items() if key != "seal"} == metrics
     assert {p.name for p in (folder / "reference").iterdir()} == {
         "filters.safetensors",
         "filters-haematoxylin.safetensors",
