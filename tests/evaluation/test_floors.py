@@ -14,7 +14,7 @@ from latent_medi.errors import UserError
 from latent_medi.evaluation import floors as floors_module
 from latent_medi.evaluation.floors import floors, floors_text
 from latent_medi.evaluation.settings import FloorsSettings
-from latent_medi.files import read_json
+from latent_medi.files import read_sealed
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.writer import Patch, write_dataset
 
@@ -22,7 +22,7 @@ from latent_medi.shards.writer import Patch, write_dataset
 def test_planted_cohort_has_small_floors_and_high_ceilings(world: World, tmp_path: Path) -> None:
     settings = FloorsSettings(data=str(world.real), out=str(tmp_path), colour_free=False, deals=20)
     result = floors(settings, [filters()])
-    assert result == read_json(tmp_path / "floors.json")
+    assert (result, True) == read_sealed(tmp_path / "floors.json", "")
     [found] = result["encoders"].values()
     assert len(found["cells"]) == 9
     for cell in found["cells"]:

@@ -17,7 +17,7 @@ from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.shift import benchmark_shift
 from latent_medi.evaluation.shift_curve import loss, mean_of_seeds
 from latent_medi.evaluation.shift_settings import ShiftSettings
-from latent_medi.files import read_json, write_json
+from latent_medi.files import read_json, read_sealed, write_json
 from latent_medi.shards.dataset import PatchDataset
 
 
@@ -39,7 +39,7 @@ def test_the_curve_of_a_planted_cohort(world: World, tmp_path: Path) -> None:
     settings = ShiftSettings(data=str(data), out=str(tmp_path / "out"), levels=[1.0, 0.0], held_out=targets)
     ran: list[dict[str, Any]] = []
     result = benchmark_shift(settings, lambda changes: judge(changes, ran))
-    assert result == read_json(tmp_path / "out" / "shift.json")
+    assert (result, True) == read_sealed(tmp_path / "out" / "shift.json", "")
     free, tied = result["levels"]
     assert (free["level"], tied["level"]) == (0.0, 1.0)
     assert free["tie"] < tied["tie"]
