@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi.errors import UserError
+from latent_medi.files import read_object
 
+_MOST_LAYERS, _MOST_SIZE = 256, 2**20
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _NAMES |= {dict: "an object", list: "a list"}
 
@@ -31,6 +33,25 @@ def check_types(value: Any, wanted: Any, path: str | Path, remedy: str, at: str 
     """
     if problem := _problem(value, wanted, at):
         raise UserError(f"{path} is damaged or was not written by this program: {problem}.", remedy)
+
+
+def check_sizes(config: Path, remedy: str) -> None:
+    """Refuse a network's configuration with a size that no network has: building it would fill the memory, for ever.
+
+    Raises:
+        UserError: Names the entry; or the file is no JSON object.
+    """
+
+    def look(value: Any, at: str) -> None:
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, entry in entries:
+            look(entry, f"{at}.{key}" if at else str(key))
+        most = _MOST_LAYERS if "layers" in at else _MOST_SIZE
+        if isinstance(value, int) and abs(value) > most:
+            told = value if abs(value) < 10**12 else "a huge number"
+            raise UserError(f"{config} is damaged or was not written by this program: {at} is {told}.", remedy)
+
+    look(read_object(config), "")
 
 
 def _problem(value: Any, wanted: Any, at: str) -> str:

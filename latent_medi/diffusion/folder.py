@@ -14,7 +14,7 @@ from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_object
-from latent_medi.json_types import check_types
+from latent_medi.json_types import check_sizes, check_types
 from latent_medi.latents.autoencoder import Autoencoder, first_line, in_own_memory, load_autoencoder
 from latent_medi.sums import check_sums, inside, tell_unsealed, write_sums
 
@@ -79,6 +79,8 @@ def check_model(path: Path) -> None:
     """
     if not check_sums(path, REMEDY):
         tell_unsealed(path)
+    for part in (*path.glob("config.json"), *path.glob("*/config.json")):
+        check_sizes(part, REMEDY)
     # Weights in several files, whose names diffusers would follow.
     for index in (*path.glob("*.index.json"), *path.glob("*/*.index.json")):
         told = read_object(index)

@@ -14,6 +14,7 @@ from torch import nn
 
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_json, read_object, write_json
+from latent_medi.json_types import check_sizes
 from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAEF2
 from latent_medi.sums import check_sums, write_sums
 
@@ -245,6 +246,7 @@ def _from_folder(folder: Path) -> nn.Module:
         raise UserError(
             f"{folder} holds a {kind}, which is not a supported autoencoder; there are {', '.join(_KINDS)}."
         )
+    check_sizes(folder / "config.json", "Copy the whole folder again.")
     # Other file names would be pickles, which are never opened.
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(
