@@ -3,6 +3,7 @@ edited, is told about in one message instead of failing somewhere later."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,8 +36,34 @@ def check_types(value: Any, wanted: Any, path: str | Path, remedy: str, at: str 
         raise UserError(f"{path} is damaged or was not written by this program: {problem}.", remedy)
 
 
+def check_config(config: Path, network: type, remedy: str) -> None:
+    """Refuse a configuration of one of diffusers' networks that cannot be one: entries of other types than its class
+    takes, or with a size that no network has, which would fill the memory, for ever, when it is built.
+
+    Args:
+        config: The JSON file.
+        network: The class.
+        remedy: What to do, in a sentence.
+
+    Raises:
+        UserError: Names the entry; or the file is no JSON object.
+    """
+    check_sizes(config, remedy)
+    pattern: dict[str, Any] = {}
+    for name, parameter in inspect.signature(network).parameters.items():
+        default, told = parameter.default, parameter.annotation
+        kind = told if told in _NAMES else next((k for k in _NAMES if k.__name__ == told), None)
+        if kind is not None:
+            pattern[f"{name}?"] = kind
+        elif isinstance(default, (tuple, list)) and default:
+            pattern[f"{name}?"] = [type(default[0])]
+        elif type(default) in _NAMES:
+            pattern[f"{name}?"] = (type(default), None)
+    check_types(read_object(config), pattern, config, remedy)
+
+
 def check_sizes(config: Path, remedy: str) -> None:
-    """Refuse a network's configuration with a size that no network has: building it would fill the memory, for ever.
+    """Refuse a network's configuration with a size that no network has.
 
     Raises:
         UserError: Names the entry; or the file is no JSON object.

@@ -22,7 +22,16 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def changes(value: Any) -> st.SearchStrategy[tuple[tuple[Any, ...], Any]]:
     """(where, what to put there), where ``...`` stands for leaving it out."""
-    return st.tuples(st.sampled_from(places(value)), st.sampled_from((..., *OTHERS)))
+    at = st.sampled_from(places(value))
+    return at.flatmap(lambda place: st.tuples(st.just(place), st.sampled_from((..., *_others(value, place)))))
+
+
+def _others(value: Any, place: tuple[Any, ...]) -> list[Any]:
+    """What is not of the type that is there, and a number beyond all bounds: another number can be meant."""
+    for key in place:
+        value = value[key]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return [o for o in OTHERS if o == 10**30 or not (type(o) is type(value) or (number and type(o) in (int, float)))]
 
 
 def changed(value: Any, change: tuple[tuple[Any, ...], Any]) -> Any:

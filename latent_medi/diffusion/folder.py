@@ -14,8 +14,8 @@ from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.files import read_object
-from latent_medi.json_types import check_sizes, check_types
-from latent_medi.latents.autoencoder import Autoencoder, first_line, in_own_memory, load_autoencoder
+from latent_medi.json_types import check_config, check_sizes, check_types
+from latent_medi.latents.autoencoder import Autoencoder, first_line, in_own_memory, load_autoencoder, refuse_missing
 from latent_medi.sums import check_sums, inside, tell_unsealed, write_sums
 
 AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
@@ -139,10 +139,15 @@ def read_model(
     parts = read_parts(path)
     if (known := parts["autoencoder"]) is None:
         raise UserError(f"{path / AUTOENCODER_FILE} does not exist.", REMEDY)
+    if (path / "unet" / "config.json").is_file():
+        check_config(path / "unet" / "config.json", UNet2DModel, REMEDY)
+        check_types(read_object(path / "unet" / "config.json"), {"sample_size": int}, path / "unet/config.json", REMEDY)
     try:
-        unet = in_own_memory(
-            UNet2DModel.from_pretrained(str(path / "unet"), use_safetensors=True, torch_dtype=torch_dtype)
+        unet, told = UNet2DModel.from_pretrained(
+            str(path / "unet"), use_safetensors=True, torch_dtype=torch_dtype, output_loading_info=True
         )
+        refuse_missing(told, path / "unet")
+        unet = in_own_memory(unet)
         scheduler = DDPMScheduler.from_pretrained(str(path / "scheduler"))
         conditioning = None
         if (path / "conditioning").is_dir():

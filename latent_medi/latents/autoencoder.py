@@ -14,7 +14,7 @@ from torch import nn
 
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_json, read_object, write_json
-from latent_medi.json_types import check_sizes
+from latent_medi.json_types import check_config
 from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAEF2
 from latent_medi.sums import check_sums, write_sums
 
@@ -246,16 +246,37 @@ def _from_folder(folder: Path) -> nn.Module:
         raise UserError(
             f"{folder} holds a {kind}, which is not a supported autoencoder; there are {', '.join(_KINDS)}."
         )
-    check_sizes(folder / "config.json", "Copy the whole folder again.")
+    check_config(folder / "config.json", _KINDS[kind], "Copy the whole folder again.")
     # Other file names would be pickles, which are never opened.
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(
             f"{folder} has no {WEIGHTS_FILE}; pickled weights are not loaded.", "Convert the weights to safetensors."
         )
     try:
-        return in_own_memory(_KINDS[kind].from_pretrained(str(folder), use_safetensors=True, torch_dtype=torch.float32))
+        model, told = _KINDS[kind].from_pretrained(
+            str(folder), use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
     except Exception as error:  # a wrong entry of its configuration ends in whatever first uses it
         raise UserError(f"The autoencoder in {folder} cannot be loaded: {error}") from None
+    refuse_missing(told, folder)
+    return in_own_memory(model)
+
+
+def refuse_missing(told: dict[str, Any], folder: Path) -> None:
+    """Refuse a network some of whose weights its files do not have: diffusers leaves those as they are by chance.
+
+    Args:
+        told: What ``from_pretrained`` told of loading.
+        folder: The network's.
+
+    Raises:
+        UserError: Names the first of them.
+    """
+    if gone := sorted(told["missing_keys"]):
+        raise UserError(
+            f"The weights in {folder} lack {len(gone)} tensors that its config.json asks for, such as {gone[0]}.",
+            "Copy the whole folder again.",
+        )
 
 
 def _from_hub(name: str, hub_id: str) -> nn.Module:

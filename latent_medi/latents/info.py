@@ -48,8 +48,9 @@ def read_info(folder: Path) -> dict[str, Any]:
     check_types(info, _INFO, path, REMEDY)
     if len(info["shape"]) != 3 or min(info["shape"]) < 1 or info.get("views", 1) not in (1, 8):
         raise UserError(f"{path} is damaged: latents of shape {info['shape']}, {info.get('views', 1)} views.", REMEDY)
-    if any(shard["count"] < 0 for shard in info["shards"]):
-        raise UserError(f"{path} is damaged: a shard holds fewer than 0 patches.", REMEDY)
+    for shard in info["shards"]:
+        if not 0 <= shard["count"] < 2**40:
+            raise UserError(f"{path} is damaged: {shard['file']} cannot hold {shard['count']:.0e} patches.", REMEDY)
     for shard in info["shards"]:
         inside(folder, shard["file"], path)
     if not sealed:
