@@ -23,6 +23,7 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training import loop, run
 from latent_medi.training.data import open_data
 from latent_medi.training.loop import train
+from latent_medi.sums import write_sums
 from latent_medi.training.settings import LoraSettings, TrainSettings
 from latent_medi.training.transfer import inherited_objective, open_source
 
@@ -218,6 +219,7 @@ def test_other_autoencoder_is_refused(plain: MediPipeline, run_settings: Make, t
     file = tmp_path / "plain" / "model" / "autoencoder.json"
     text = file.read_text()
     file.write_text(text.replace(plain.autoencoder.hash, "0" * 64))
+    write_sums(file.parent)
     with pytest.raises(UserError, match="another autoencoder"):
         train(run_settings(init_from=str(tmp_path / "plain" / "model")))
 
@@ -294,6 +296,7 @@ def test_a_model_remembers_what_it_was_shown(run_settings: Make, tiny: Path, tin
         for tumour in {key[0] for key in shown}:
             for site in ("aster", "NA", "birch", "cedar"):
                 assert saw(record, {"class": tumour, "site": site}) == ((tumour, site) in shown)
-    (first / "provenance.json").unlink()  # as of another program
+    (first / "provenance.json").unlink()  # as of another program, which writes no checksums either
+    (first / "checksums.json").unlink()
     third = train(run_settings(out=str(tmp_path / "third"), max_steps=1, **more))
     assert saw(MediPipeline.from_pretrained(third).provenance["seen"], {"site": "birch"}) is None
