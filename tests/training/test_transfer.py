@@ -20,10 +20,10 @@ from latent_medi.diffusion.settings import ModelSettings, ObjectiveSettings
 from latent_medi.errors import UserError
 from latent_medi.metadata.seen import saw
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.sums import write_sums
 from latent_medi.training import loop, run
 from latent_medi.training.data import open_data
 from latent_medi.training.loop import train
-from latent_medi.sums import write_sums
 from latent_medi.training.settings import LoraSettings, TrainSettings
 from latent_medi.training.transfer import inherited_objective, open_source
 
