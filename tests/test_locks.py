@@ -87,14 +87,16 @@ def test_nothing_is_left_behind_by_errors_and_signals(tmp_path: Path, number: in
     with pytest.raises(ZeroDivisionError), output_lock(tmp_path):
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n" + HOLD
+    # Both as in a terminal: in the background a shell has its commands ignore SIGINT.
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n" + HOLD
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path), "600"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(number)
-    process.wait()
+    process.wait(timeout=60)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

@@ -168,6 +168,7 @@ NO_PATH = {
     "ImportSettings": {"pattern", "dask", "name", "codec"},
     "LoraSettings": {"targets"},
     "SlideSettings": {"name", "codec"},
+    "SplitSettings": {"allow_duplicates"},
     "GenerateSettings": {"name"},
     "TranslateSettings": {"name"},
 }

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
+from latent_medi.files import sha256_file
+from latent_medi.latents.info import read_info, write_info
 from latent_medi.metadata.schema import FIRST_VALUE
 from latent_medi.training import loop
 from latent_medi.training.checkpoint import checkpoint_folders
@@ -366,6 +368,9 @@ def test_latents_that_are_not_finite_are_caught(run_settings: Make, tiny: Path, 
     tensors = load_file(file)
     tensors["std"][3] = float("nan")
     save_file(tensors, file)
+    info = read_info(tmp_path / "latents")
+    next(shard for shard in info["shards"] if shard["file"] == f"data/{file.name}")["sha256"] = sha256_file(file)
+    write_info(tmp_path / "latents", info)
     with pytest.raises(UserError, match=r"not finite|nan|constant"):
         train(run_settings(latents=str(tmp_path / "latents"), max_steps=10))
 
