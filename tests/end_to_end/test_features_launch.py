@@ -81,7 +81,7 @@ def test_two_launched_processes_find_what_one_does(verb: str, tmp_path: Path) ->
         file = tmp_path / name / ("metrics.json" if verb == "evaluate" else "floors.json")
         result = read_json(file)
         result.get("headline", {}).pop("seconds", None)
-        for part in ("run", "seconds", "settings"):
+        for part in ("run", "seconds", "settings", "seal"):
             result.pop(part, None)
         found.append(result)
         assert ("2 processes" in done.stderr) == (name == "two")

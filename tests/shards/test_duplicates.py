@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -316,14 +315,11 @@ def test_synthetic_patches_are_not_compared(tissue: np.ndarray, tmp_path: Path) 
         written(tmp_path / "f", [replace(p, extra={PICTURE: 1}) for p in cohort(images, patients)])
 
 
-PROSTATE = Path(os.environ.get("SHARED", "/nowhere")) / "data" / "prostate"
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not PROSTATE.is_dir(), reason="needs the real patches of SHARED/data/prostate")
-def test_no_two_real_biopsies_share_a_picture_and_planted_copies_are_found() -> None:
-    table = pd.read_csv(PROSTATE / "manifest.csv", dtype=str)
-    images = np.stack([np.asarray(Image.open(PROSTATE / path).convert("RGB")) for path in table["image"]])
+def test_no_two_real_biopsies_share_a_picture_and_planted_copies_are_found(shared: Path) -> None:
+    folder = shared / "data" / "prostate"
+    table = pd.read_csv(folder / "manifest.csv", dtype=str)
+    images = np.stack([np.asarray(Image.open(folder / path).convert("RGB")) for path in table["image"]])
     small = np.stack(
         [np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.LANCZOS)) for image in images]
     )
