@@ -114,6 +114,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if threading.current_thread() is threading.main_thread():
 
             def end(*_: object) -> None:  # by an exception, so that a command that started others ends them too
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break off the cleaning up
                 raise SystemExit(128 + (signal.SIGPIPE if output.closed else signal.SIGTERM))
 
             signal.signal(signal.SIGTERM, end)
@@ -148,6 +149,8 @@ def _explained(words: Sequence[str] | None, output: Output) -> int:
         print(f"incomplete: {error}", file=sys.stderr)
         return 3
     except Preempted as error:
+        if output.closed:  # no cluster's notice: nobody reads what it prints
+            return 128 + signal.SIGPIPE
         print(f"stopped: {error}", file=sys.stderr)
         return RESUME
     except KeyboardInterrupt:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +28,8 @@ SEAL = "seal"
 """Key of a JSON object under which the checksum of the rest stands."""
 
 
+_OLD = ".tmp-old-"  # of a folder until its successor has its name
+_UMASK = threading.Lock()
 _TEMPORARY = re.compile(r"\.tmp-([0-9]+|move)-.")  # as atomic_path names it; or a shard that changes its number
 
 HTML = rb"(?i)\s*<(!doctype )?html"
@@ -62,6 +67,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     # The suffix stays last, since writers such as numpy and matplotlib choose the format by it.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     remove(temporary)
+    old: Path | None = None
+    for left in path.parent.glob(f"{_OLD}[0-9]*-{glob.escape(path.name)}"):  # of a process killed between two names
+        if path.exists():
+            remove(left)
+        else:
+            left.rename(path)
     try:
         yield temporary
         _open_to_others(temporary)
@@ -69,7 +80,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            _make_room(path, temporary)
+            old = _make_room(path, temporary)
         else:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -77,22 +88,26 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 raise UserError(f"{path} is a folder; a file is written there.", "Give another path.")
         os.replace(temporary, path)
         sync_folder(path.parent)
+        if old is not None:
+            remove(old)
     except SafetensorError as error:
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
     finally:
+        if old is not None and not path.exists():
+            old.rename(path)
         remove(temporary)
 
 
-def _make_room(path: Path, new: Path) -> None:
-    """Remove an older folder that a new one replaces, if all that it holds has a successor.
+def _make_room(path: Path, new: Path) -> Path | None:
+    """Rename an older folder that a new one replaces, if all that it holds has a successor; returns its new path.
 
     Raises:
         UserError: A file is there, or a folder with something that the new one lacks: who put it there wants it.
     """
     if not path.exists():
-        return
+        return None
     if not path.is_dir():
         raise UserError(f"{path} is a file; a folder is written there.", "Give another path.")
     lost = [file.relative_to(path) for file in sorted(path.rglob("*")) if not (new / file.relative_to(path)).exists()]
@@ -101,15 +116,16 @@ def _make_room(path: Path, new: Path) -> None:
             f"{path} holds {lost[0]}, which would be lost: what is written there replaces the folder.",
             "Move it away, or give another path.",
         )
-    remove(path)
+    return path.rename(path.with_name(f"{_OLD}{os.getpid()}-{path.name}"))
 
 
 def _open_to_others(path: Path) -> None:
     """Give a new file, or a folder and all in it, the permissions that the umask allows: some writers give them to the
     owner alone.
     """
-    mask = os.umask(0o077)
-    os.umask(mask)
+    with _UMASK:  # the process has one, which can only be read by setting it
+        mask = os.umask(0o077)
+        os.umask(mask)
     for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
         if entry.is_symlink():
             continue
@@ -244,6 +260,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, so that it can be made again and nothing is lost; returns its new path."""
+    name = f"{path.name}.damaged"
+    aside = next(p for n in itertools.count(1) if not (p := path.with_name(name if n == 1 else f"{name}-{n}")).exists())
+    return path.rename(aside)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -90,14 +90,19 @@ def leave() -> None:
     """Leave the group of processes that were launched together; nothing where there is none.
 
     A process that ended as a member would be aborted while its threads still serve the group. Nobody waits for a
-    process that failed: what it has not done within 20 s is given up with the process, by SIGALRM.
+    process that failed: what it has not done within 20 s is given up with the process, by SIGALRM. On GPUs the group is
+    broken off instead: NCCL's leaving waits for all, and the first process may be at work after the last meeting.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not Python's handlers, which wait for what hangs
         signal.alarm(_LEAVE_WITHIN)
-    torch.distributed.destroy_process_group()
+    abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)  # since torch 2.7
+    if abort is not None and torch.distributed.get_backend() == "nccl":
+        abort()
+    else:
+        torch.distributed.destroy_process_group()
     if hasattr(signal, "alarm"):
         signal.alarm(0)
 

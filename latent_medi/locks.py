@@ -58,7 +58,7 @@ class Owner:
         command: What it runs, as it would be typed.
         pid, user, uid, host: Of its process.
         machine: What tells apart machines (and containers) that have the same name and process numbers.
-        started: When its process began, seconds since 1970.
+        started: When its process began, in seconds since the machine started, or since 1970 where that is not told.
         since: When it took the folder, in words.
     """
 
@@ -81,7 +81,7 @@ class Owner:
             user = str(os.getuid())
         return Owner(
             secrets.token_hex(8), _command(), os.getpid(), user, os.getuid(), socket.gethostname(), _machine(),
-            psutil.Process().create_time(), datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            _started(psutil.Process()), datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         )  # fmt: skip
 
     def told(self) -> str:
@@ -94,13 +94,23 @@ class Owner:
             return None
         try:
             process = psutil.Process(self.pid)
-            # The same number later is another process; the tolerance is for clocks that were set.
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 5
+            # The same number later is another process.
+            return process.status() != psutil.STATUS_ZOMBIE and abs(_started(process) - self.started) < 0.5
         except psutil.AccessDenied:
             return True
         except psutil.NoSuchProcess:
             # Some systems hide the processes of other users.
             return False if os.getuid() in (0, self.uid) else None
+
+
+def _started(process: psutil.Process) -> float:
+    """When a process began. Since the machine's start, where it is told: clocks are set, and then processes would seem
+    to be others."""
+    try:
+        told = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(told.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return process.create_time()
 
 
 @dataclass

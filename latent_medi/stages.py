@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi.errors import UserError
-from latent_medi.files import read_json, read_object, refuse_foreign, remove, write_json
+from latent_medi.files import read_json, read_object, refuse_foreign, remove, set_aside, write_json
 from latent_medi.locks import output_lock
 from latent_medi.processes import PARENT, environment, python_words
 from latent_medi.progress import duration, get_logger
@@ -138,7 +138,7 @@ class Stages:
         if before["seconds"] is not None:
             log.warning("%s %s: what it wrote is no longer there or whole; it is made again", number, name)
         if before["made_from"]:
-            self._discard(name, [path for path in stage.damaged() if path.exists()])
+            self._set_aside([path for path in stage.damaged() if path.exists()])
             stage.mend()
         log.info("%s %s …", number, name)
         record = {"made_from": self._made_from(name)}
@@ -158,12 +158,31 @@ class Stages:
         stage = self._stages[name]
         return [path for output in (*stage.outputs, *stage.extras) if (path := self.folder / output).exists()]
 
+    def _set_aside(self, paths: Sequence[Path]) -> None:
+        """Rename what is not whole, or remove a damaged shard, which can be told by its hash from what was written."""
+        self._check_own(paths)
+        for path in paths:
+            if path.suffix == ".tar":
+                remove(path)
+            else:
+                log.warning("%s is damaged: it is kept as %s", path, set_aside(path).name)
+
     def _discard(self, name: str, paths: Sequence[Path]) -> None:
         """Remove what an earlier run of a stage wrote.
 
         Raises:
             UserError: It was there before that, or another job writes it.
         """
+        self._check_own(paths)
+        for path in paths:
+            if path.is_dir():
+                with output_lock(path):  # nobody writes it
+                    remove(path)
+            else:
+                remove(path)
+
+    def _check_own(self, paths: Sequence[Path]) -> None:
+        """Refuse to touch what was there before the run."""
         found = [self.folder / path for path in (read_json(self._found()) if self._found().is_file() else [])]
         for path in paths:
             if any(path.is_relative_to(one) for one in found):
@@ -171,12 +190,6 @@ class Stages:
                     f"{path} does not fit any more, and this run has not made it: it was there before.",
                     "Move it away, or give another out.",
                 )
-        for path in paths:
-            if path.is_dir():
-                with output_lock(path):  # nobody writes it
-                    remove(path)
-            else:
-                remove(path)
 
     def _file(self, name: str) -> Path:
         return self.folder / "stages" / f"{name}.json"

@@ -81,9 +81,12 @@ def partial(settings_class: type, values: Mapping[Any, Any], where: str, prefix:
         UserError: An unknown key or a value of the wrong type.
     """
     known, found = hints(settings_class), {}
+    empty = {f.name for f in dataclasses.fields(settings_class) if f.default == "" or f.default_factory in (list, dict)}
     for key, value in values.items():
         if key not in known:
             raise unknown(settings_class, str(key), where, prefix)
+        if value is None and key in empty and not takes_nothing(known[key]):
+            continue  # `key:` or `key: null` for a setting that is empty unless it is given
         found[str(key)] = convert(known[key], value, where, f"{prefix}{key}")
     return found
 
@@ -107,6 +110,8 @@ def convert_word(annotation: Any, text: str, where: str, name: str) -> Any:
     if annotation is not Any and may_be_text(annotation):
         if takes_nothing(annotation) and text in ("null", "~"):
             return None
+        if text == "null" and PATH in marks(annotation):  # a folder of that name is ./null
+            return ""
         if all(map(is_text, kinds)):
             return convert(annotation, _unquoted(text), where, name)
         value = _guessed(text)

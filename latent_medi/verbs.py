@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,12 +108,13 @@ def _verify(words: list[str]) -> Printed:
         if kind := verify_artefact(folder, settings.seal):
             print(f"no problem: {kind} in {folder}{', checksums added' if settings.seal else ''}")
             return {"folder": str(folder), "problems": []}
-    dataset = PatchDataset.open(settings.data)
-    if problems := dataset.verify():
-        raise UserError(f"{dataset.folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
-    look(dataset)  # an earlier version did not
-    if settings.seal:
-        seal(dataset)
+    with output_lock(settings.data) if settings.seal else nullcontext():  # from reading the index to writing it
+        dataset = PatchDataset.open(settings.data)
+        if problems := dataset.verify():
+            raise UserError(f"{dataset.folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+        look(dataset)  # an earlier version did not
+        if settings.seal:
+            seal(dataset)
     duplicates = report(dataset)
     if told := duplicates_text(duplicates):
         print(told)

@@ -50,8 +50,13 @@ def damaged_model(folder: Path) -> list[Path]:
     """Of a training run's model or adapter: the whole folder if a file of it is absent or cut off."""
     from safetensors import SafetensorError, safe_open
 
+    from latent_medi.sums import SUMS_FILE
+
     try:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        listed = read_object(folder / SUMS_FILE)["sha256"] if (folder / SUMS_FILE).is_file() else None
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        if listed is not None:  # others are somebody's notes
+            files = [folder / name for name in listed]
         for path in files:
             if path.suffix == ".json":
                 read_object(path)
@@ -59,7 +64,7 @@ def damaged_model(folder: Path) -> list[Path]:
                 with safe_open(path, "pt"):  # looks at its length
                     pass
         names = {path.relative_to(folder).as_posix() for path in files}
-    except (UserError, OSError, SafetensorError):
+    except (UserError, OSError, SafetensorError, KeyError, TypeError):
         return [folder]
     weights = {name.rpartition("/")[0] for name in names if name.endswith(".safetensors")}
     # Every part with a configuration of a network has its weights beside it.

@@ -104,7 +104,8 @@ class _Reader:
             return int(text)
         if tag == _TAG + "float" and any(c.isdigit() for c in text) and ":" not in text and "_" not in text:
             number = float(text)
-            return number if repr(number) == text else text
+            # As this program writes numbers, or PyYAML does, for which 1e-05 is text.
+            return number if text in (repr(number), repr(number).replace("e", ".0e")) else text
         if tag.startswith(_TAG) and tag.removeprefix(_TAG) in ("int", "float", "timestamp", "value", "merge"):
             return text
         raise self._unknown_tag(node)

@@ -53,7 +53,8 @@ def portable(value: Any, folder: str | Path, known: Iterable[str | Path] = ()) -
         if os.path.isabs(text) and "\n" not in text and os.path.exists(text):
             return relative_path(text, folder)
         for root in roots:
-            text = re.sub(rf"(?<![\w/.]){re.escape(root)}(?![\w.-])", relative_path(root, folder), text)
+            shown = relative_path(root, folder).replace("\\", r"\\")
+            text = re.sub(rf"(?<![\w/.]){re.escape(root)}(?![\w.-])", shown, text)
         return _PATH.sub(lambda found: _of_this_machine(found[0], folder), text)
 
     if isinstance(value, Mapping):
@@ -91,7 +92,7 @@ def _command(folder: str | Path) -> str:
 
     def plain(word: str) -> str:
         name, equals, value = word.partition("=")
-        if equals and os.path.exists(value):
+        if equals and "/" in value and os.path.exists(value):
             return f"{name}={relative_path(value, folder)}"
         return relative_path(word, folder) if "/" in word else word
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import zlib
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.errors import UserError, nearest
-from latent_medi.files import open_file
+from latent_medi.files import open_file, read_object
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.codec import decode_image
@@ -296,6 +297,7 @@ class PatchDataset:
         check_sides(index, index[label], name, recipe)
         info = {**self.info, "splits": {**self.info["splits"], name: {"recipe": dict(recipe)}}}
         with output_lock(self.folder):
+            self._check_unchanged()
             self.info, self.index = write_folder(self.folder, info, index), index
 
     def add_selection(
@@ -324,7 +326,19 @@ class PatchDataset:
         entry = {"recipe": dict(recipe), "result": dict(result), "columns": dict.fromkeys(values)}
         others = {key: kept for key, kept in self.selections.items() if key != name}
         with output_lock(self.folder):
+            self._check_unchanged()
             self._write_selection(name, values, entry, others, replace)
+
+    def _check_unchanged(self) -> None:
+        """Refuse to write over what somebody else has written since this dataset was opened.
+
+        Raises:
+            UserError: Its splits, selections or index are others now.
+        """
+        now = read_object(self.folder / INFO_FILE)
+        for part in ("index_sha256", "splits", "selections"):
+            if now.get(part) != json.loads(json.dumps(self.info.get(part))):
+                raise UserError(f"{self.folder} has changed since it was opened ({part}).", "Open it again.")
 
     def _write_selection(
         self, name: str, values: Mapping[str, Any], entry: dict[str, Any], others: dict[str, Any], replace: bool

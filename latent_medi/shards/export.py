@@ -54,9 +54,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
 
 def _export(settings: ExportSettings) -> dict[str, Any]:
     dataset = PatchDataset.open(settings.data)
-    out = Path(settings.out)
-    if out.is_symlink() and out.is_dir():
-        out = out.resolve()
+    out = Path(settings.out).resolve()
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty.", "Export into a new folder.")
     column = _parts(dataset, settings)

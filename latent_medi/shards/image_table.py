@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,19 @@ _COLUMN_SETTINGS = (
 )  # fmt: skip
 
 
+def _once(files: Sequence[Path]) -> list[Path]:
+    """Files without those that lie under another path too, as through a link to a folder beside: the path without a
+    link stays, or the first."""
+    of: dict[Path, Path] = {}
+    for path in files:
+        real = path.resolve()
+        if real not in of or path.absolute() == real:
+            of[real] = path
+    if again := sorted(set(files) - set(of.values())):
+        logger.warning("%d images lie under two paths, and are taken once, not as %s", len(again), again[0])
+    return sorted(of.values())
+
+
 def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings, list[Rejected]]:
     """A table of the images below a folder, its columns read from their paths by the pattern; the settings that go with
     it; and what was found but cannot be used, such as links to nothing.
@@ -59,7 +72,7 @@ def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings,
         Rejected(path.relative_to(folder).as_posix(), f"cannot be used: {why}", "Repair or remove it.")
         for path, why in found.left_out
     ]
-    paths = [path.relative_to(folder).as_posix() for path in found.files]
+    paths = [path.relative_to(folder).as_posix() for path in _once(found.files)]
     matches = [pattern.fullmatch(path) for path in paths]
     if others := [path for path, match in zip(paths, matches, strict=True) if match is None]:
         raise UserError(

@@ -20,7 +20,7 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_header, decode_image, opened
-from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.duplicates import allowed
 from latent_medi.shards.image_file import check_file, image_path, read_image, unread
@@ -118,6 +118,13 @@ def _import(
     whole = finished_dataset(out, expected | {"mpp": geometry.mpp}, tokens, splits)
     if whole and whole.info["provenance"]["rejected"].get("left_out", 0) == len(left_out):
         return whole
+    if (out / INFO_FILE).is_file():
+        absent = [row["path"] for row in rows if not image_path(root, row["path"]).exists()]
+        if len(absent) > settings.max_bad * len(rows):
+            raise UserError(
+                f"{len(absent)} of {len(rows)} images are not there, such as {absent[0]}; {out} stays as it is.",
+                "Check root, or whether a disk is connected.",
+            )
     make_way(out, splits or {}, [(row["patient"], row["fields"]) for row in rows])
     done = {number: r for number, r in finished_shards(out).items() if number < len(tokens)}
     done = {number: record for number, record in done.items() if record.token == tokens[number]}

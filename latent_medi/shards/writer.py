@@ -37,6 +37,7 @@ from latent_medi.shards.records import (
     write_record,
 )
 from latent_medi.shards.remembered import opened_or_none, remembered_splits
+from latent_medi.shards.verify import side_problems
 
 __all__ = ["Patch", "ShardRecord", "finish_dataset", "finished_shards", "shard_file", "write_dataset", "write_shard"]
 
@@ -230,8 +231,12 @@ def finish_dataset(
         if unknown := sorted(set(by_patient) - set(index["patient"])):
             raise UserError(f"The split {split!r} names patients that the dataset lacks: {unknown[:5]}.")
         index[SPLIT_PREFIX + split] = [by_patient.get(patient, "") for patient in index["patient"]]
-        if split in given:
+        try:
             check_sides(index, index[SPLIT_PREFIX + split], split, recipe)
+        except UserError as error:
+            if split in given:
+                raise
+            logger.warning("%s %s", error.message, error.hint)  # the images are there, and the split can be made again
         info["splits"][split] = {"recipe": dict(recipe)}
     write_folder(folder, info, index)
     _clear(folder, {shard_file(number) for number in wanted})
@@ -381,7 +386,7 @@ def finished_dataset(
     same = same and [shard["made_from"] for shard in dataset.info["shards"]] == list(tokens)
     for name, (_, recipe) in (splits or {}).items():
         same = same and dataset.info["splits"].get(name, {}).get("recipe") == json.loads(json.dumps(dict(recipe)))
-    if not same or dataset.verify():
+    if not same or set(dataset.verify()) - set(side_problems(dataset)):
         return None
     _clear(folder, {shard["file"] for shard in dataset.info["shards"]})
     return dataset

@@ -30,8 +30,8 @@ _NAME = re.compile(r"images-(\d{12})")
 _STATE = "state.json"
 _REMEDY = "Remove this checkpoint, or restore it from a copy."
 _STATE_TYPES = {
-    "images": int, "sha256": dict, "run?": dict, "whitening?": [[float]], "window?": [[float]], "losses?": [[float]],
-    "scaler?": dict,
+    "images": int, "sha256": dict, "run?": dict, "whitening?": [[float]], "losses?": [[float]], "scaler?": dict,
+    "window?": [[(float, None)]],  # no norm where fp16's loss scaler skipped the update
 }  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
     share = batch // processes
     largest = min(settings.device_batch or share, share)
     steps = range(state["images"] // batch, total // batch)
-    window: list[list[float]] = list(state.get("window", []))  # loss, accuracy and norm of updates since the last row
+    window: list[list[Any]] = list(state.get("window", []))  # loss, accuracy and norm of updates since the last row
     pending: list[torch.Tensor] = []  # the same, still on the device
     clock = [time.monotonic(), state["images"]]
 
@@ -169,12 +169,12 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
                     "No checkpoint was written since. Look at the latents of these patches; else lower lr, or use bf16 "
                     "instead of fp16.",
                 )
-        window.extend(measured)
+        window.extend([*row[:2], row[2] if math.isfinite(row[2]) else None] for row in measured)
 
     def report(images: int, rate: float) -> None:
         now = time.monotonic()
         loss, accuracy = (float(np.mean([row[i] for row in window])) for i in (0, 1))
-        norms = [row[2] for row in window if math.isfinite(row[2])]
+        norms = [row[2] for row in window if row[2] is not None]
         speed = round((images - clock[1]) / (now - clock[0]), 1)
         norm = float(np.mean(norms)) if norms else float("nan")
         if log is not None:
