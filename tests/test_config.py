@@ -167,3 +167,13 @@ class Plain:
 
     steps: int = 1
     fields: dict[str, str] = field(default_factory=dict)
+
+
+def test_nothing_may_be_written_as_null_where_a_setting_is_empty_unless_it_is_given(tmp_path):
+    """As earlier versions took it; a label that is called null is quoted."""
+    from latent_medi.training.settings import TrainSettings
+
+    file = tmp_path / "a.yaml"
+    file.write_text("init_from: null\nlatents:\ndata: x\nlr: 1.0e-05\n")
+    settings = config.parse(TrainSettings, ["--config", str(file), "out=null"], "train")
+    assert (settings.init_from, settings.latents, settings.out, settings.lr) == ("", "", "", 1e-5)

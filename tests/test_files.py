@@ -18,6 +18,7 @@ from latent_medi.files import (
     read_object,
     read_sealed,
     refuse_foreign,
+    set_aside,
     write_sealed,
     write_text,
 )
@@ -181,3 +182,25 @@ def test_a_folder_of_the_users_is_refused_an_own_or_damaged_one_not(tmp_path):
         refuse_foreign(tmp_path, signs, written)
     (tmp_path / ".progress").mkdir()
     refuse_foreign(tmp_path, signs, written)
+
+
+def test_a_folder_that_lost_its_name_in_a_kill_gets_it_back(tmp_path):
+    """A folder is replaced by two renames; a process killed between them leaves its name to nobody."""
+    (tmp_path / ".tmp-old-123-model").mkdir()
+    (tmp_path / ".tmp-old-123-model" / "weights").write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "model"):
+        raise ZeroDivisionError
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    with atomic_path(tmp_path / "model") as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_damaged_is_kept_under_another_name(tmp_path):
+    for content in ("a", "b"):
+        (tmp_path / "x.json").write_text(content)
+        set_aside(tmp_path / "x.json")
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {"x.json.damaged": "a", "x.json.damaged-2": "b"}

@@ -225,3 +225,17 @@ def test_a_selection_is_columns_and_a_record(dataset: PatchDataset) -> None:
     reopened = PatchDataset.open(dataset.folder)
     assert [c for c in reopened.index.columns if c.startswith("selected_")] == ["selected_best"]
     assert reopened.verify() == []
+
+
+def test_two_who_opened_one_dataset_do_not_lose_each_others_splits(
+    tmp_path: Path, make_patches: Callable[..., list[Patch]], schema: Schema
+) -> None:
+    write_dataset(tmp_path / "set", make_patches(), "d", schema, 16, 0.5)
+    one, other = PatchDataset.open(tmp_path / "set"), PatchDataset.open(tmp_path / "set")
+    one.add_split("a", ["train"] * len(one), {})
+    with pytest.raises(UserError, match="has changed since it was opened"):
+        other.add_split("b", ["train"] * len(other), {})
+    with pytest.raises(UserError, match="has changed since it was opened"):
+        other.add_selection("c", {"": np.ones(len(other), bool)}, {}, {})
+    PatchDataset.open(tmp_path / "set").add_split("b", ["train"] * len(one), {})
+    assert PatchDataset.open(tmp_path / "set").splits == ["a", "b"]

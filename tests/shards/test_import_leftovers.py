@@ -310,3 +310,30 @@ def test_a_rerun_that_would_lose_something_is_refused_by_name(
         again(codec="jpg")
     assert again().selections.keys() == {"best"}
     assert {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_images_that_are_out_of_reach_do_not_end_a_finished_dataset(tmp_path: Path) -> None:
+    names = [f"i{i}.png" for i in range(6)]
+    for i, name in enumerate(names):
+        save(tmp_path / "src" / name, i)
+    table = write(tmp_path / "src", names)
+    run(table, tmp_path / "out", mpp=0.5)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "src").rename(tmp_path / "unmounted")
+    with pytest.raises(UserError, match=r"6 of 6 images are not there, such as i0\.png; .*out stays as it is"):
+        run(tmp_path / "unmounted" / "table.csv", tmp_path / "out", mpp=0.5, root=str(tmp_path / "src"))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_an_image_under_two_paths_is_taken_once_by_the_path_without_a_link(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(3):
+        save(tmp_path / "img" / "tumour" / f"p{i}_1.png", i)
+        save(tmp_path / "img" / "normal" / f"q{i}_1.png", 10 + i)
+    (tmp_path / "img" / "latest").symlink_to(tmp_path / "img" / "tumour")
+    pattern = r"(?P<class>[^/]+)/(?P<patient>[^/_]+)_[0-9]+\.png"
+    words = {"folder": str(tmp_path / "img"), "pattern": pattern, "out": str(tmp_path / "out"), "patch_size": 16}
+    made = import_images(ImportSettings(**words, source_mpp=0.5))
+    assert made.index.groupby("class").size().to_dict() == {"normal": 3, "tumour": 3}
+    assert "3 images lie under two paths, and are taken once" in caplog.text

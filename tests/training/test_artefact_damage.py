@@ -24,7 +24,7 @@ from latent_medi.errors import UserError
 from latent_medi.latents.store import LatentStore
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training.averages import reconstruct
-from latent_medi.training.checkpoint import checkpoint_folders
+from latent_medi.training.checkpoint import checkpoint_folders, newest_checkpoint, save_checkpoint, verify_checkpoint
 from latent_medi.training.data import open_data, refuse_null
 from latent_medi.training.loop import train
 from latent_medi.training.settings import AverageSettings, EmaSettings
@@ -231,3 +231,11 @@ def test_mistyped_json_is_one_message(folder: Path, file: str, data: st.DataObje
         for what in {FILES[file], "source"} if FILES[file] == "model" else {FILES[file]}:
             with suppress(UserError):
                 used(what)
+
+
+def test_a_checkpoint_after_a_skipped_update_is_whole(tmp_path: Path) -> None:
+    """Under fp16 the loss scaler skips updates, which then have no gradient norm."""
+    state = {"run": {}, "window": [(0.5, None), (0.25, 1.0)], "losses": [], "scaler": {}, "whitening": [[0.0], [1.0]]}
+    path = save_checkpoint(tmp_path, 8, {"model": {"w": torch.zeros(2)}}, state, 1)
+    assert verify_checkpoint(path) == ""
+    assert newest_checkpoint(tmp_path) == path
