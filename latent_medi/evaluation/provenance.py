@@ -29,6 +29,7 @@ _DECIDING = (
     "numpy", "scipy",
 )  # fmt: skip
 """Packages whose versions can change a number."""
+_PATHS = ("real", "synthetic", "data", "weights", "cache", "out")  # settings of the verbs that record their command
 _PATH = re.compile(r"(?<![\w./:<-])/[\w.@+-]+(?:/[\w.@+-]+)+")
 
 
@@ -92,7 +93,8 @@ def _command(folder: str | Path) -> str:
 
     def plain(word: str) -> str:
         name, equals, value = word.partition("=")
-        if equals and "/" in value and os.path.exists(value):
+        setting = name.lstrip("-").partition(".")[0]
+        if equals and ("/" in value or setting in _PATHS) and os.path.exists(value):
             return f"{name}={relative_path(value, folder)}"
         return relative_path(word, folder) if "/" in word else word
 
