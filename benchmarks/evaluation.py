@@ -156,7 +156,7 @@ def peak(count: int, dim: int, batch: int) -> float:
 
 
 def _most(count: int, dim: int, out: Any) -> None:
-    """Judge one large set by another; tells MiB of both sets and of all memory beyond them."""
+    """Judge one large set by another; prints MiB of both sets and of all memory beyond them."""
     reference, sample = features_of(count, dim, 0), features_of(count, dim, 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     few = np.arange(0, count, max(1, count // 3000))

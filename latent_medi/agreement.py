@@ -46,7 +46,7 @@ class Told:
             return
         values = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
         assert isinstance(values, Mapping)
-        self.settings |= _flat({name: value for name, value in values.items() if name not in but}, prefix)
+        self.settings |= flat({name: value for name, value in values.items() if name not in but}, prefix)
 
 
 @contextmanager
@@ -118,11 +118,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of nested mappings by their dotted names."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
     result: dict[str, Any] = {}
     for key, entry in value.items():
-        result |= _flat(entry, f"{prefix}.{key}" if prefix else str(key))
+        result |= flat(entry, f"{prefix}.{key}" if prefix else str(key))
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import itertools
 import json
@@ -68,11 +67,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     remove(temporary)
     old: Path | None = None
-    for left in path.parent.glob(f"{_OLD}[0-9]*-{glob.escape(path.name)}"):  # of a process killed between two names
-        if path.exists():
-            remove(left)
-        else:
-            left.rename(path)
     try:
         yield temporary
         _open_to_others(temporary)
@@ -80,6 +74,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
+            _put_back(path)
             old = _make_room(path, temporary)
         else:
             with open(temporary, "rb") as handle:
@@ -98,6 +93,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if old is not None and not path.exists():
             old.rename(path)
         remove(temporary)
+
+
+def _put_back(path: Path) -> None:
+    """Give a folder its name back that a process killed between two renames has taken from it."""
+    own = re.compile(re.escape(_OLD) + "[0-9]+-" + re.escape(path.name))  # not another folder's, whose name ends alike
+    for left in [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name)]:
+        if path.exists():
+            remove(left)
+        else:
+            left.rename(path)
 
 
 def _make_room(path: Path, new: Path) -> Path | None:

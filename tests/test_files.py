@@ -188,14 +188,19 @@ def test_a_folder_that_lost_its_name_in_a_kill_gets_it_back(tmp_path):
     """A folder is replaced by two renames; a process killed between them leaves its name to nobody."""
     (tmp_path / ".tmp-old-123-model").mkdir()
     (tmp_path / ".tmp-old-123-model" / "weights").write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "model"):
-        raise ZeroDivisionError
+    (tmp_path / ".tmp-old-123-model" / "notes").write_text("mine")
+    (tmp_path / ".tmp-old-12-other-model").mkdir()
+    lost = pytest.raises(UserError, match="holds notes, which would be lost")
+    with lost, atomic_path(tmp_path / "model") as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("new")
     assert (tmp_path / "model" / "weights").read_text() == "old"
+    (tmp_path / "model" / "notes").unlink()
     with atomic_path(tmp_path / "model") as temporary:
         temporary.mkdir()
         (temporary / "weights").write_text("new")
     assert (tmp_path / "model" / "weights").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".tmp-old-12-other-model"}
 
 
 def test_what_is_damaged_is_kept_under_another_name(tmp_path):

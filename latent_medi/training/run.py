@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 import yaml
 
-from latent_medi.agreement import Told
+from latent_medi.agreement import Told, flat
 from latent_medi.diffusion.adapters import add_lora, save_adapter
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
@@ -88,7 +88,7 @@ def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) ->
     Raises:
         UserError: Lists every setting that differs.
     """
-    a, b = _flat(theirs), _flat(ours)
+    a, b = flat(theirs), flat(ours)
     changed = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
     if not changed:
         return
@@ -103,15 +103,6 @@ def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) ->
         f"{out} holds a run with other settings: {'; '.join(told)}.",
         "Choose another out, or repeat the command with the settings in settings.yaml beside it.",
     )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    result: dict[str, Any] = {}
-    for key, entry in value.items():
-        result |= _flat(entry, f"{prefix}.{key}" if prefix else str(key))
-    return result
 
 
 def product(settings: TrainSettings) -> str:
