@@ -177,7 +177,7 @@ def _names_setting(settings_class: type, name: str) -> bool:
 
 def _is_yaml_list(text: str, annotation: Any) -> bool:
     """Whether a word is a whole list (or none) by itself, such as ``[a, b]``."""
-    return text.lstrip().startswith("[") or (takes_nothing(annotation) and text in ("null", "~", ""))
+    return text.startswith("[") or (takes_nothing(annotation) and text in ("null", "~", ""))
 
 
 def _is_setting(settings_class: type, word: str) -> bool:

@@ -13,12 +13,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before diffusers, whose import prints a line otherwise.
 import latent_medi  # noqa: F401 # isort: skip
 import pytest
+from hypothesis import settings
 from parts import make_autoencoder, make_cohort
 
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# The same examples in every run and on every machine; --hypothesis-profile=default draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

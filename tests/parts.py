@@ -90,7 +90,9 @@ def random_images(count: int = 3, size: int = 32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def make_cohort(folder: Path, sites: tuple[str, ...], patches: int = 52, seed: int = 0) -> PatchDataset:
+def make_cohort(
+    folder: Path, sites: tuple[str, ...], patches: int = 52, seed: int = 0, patches_per_shard: int = 20
+) -> PatchDataset:
     """Patches of 32 px, grey with noise, with a class, a site and an age that one in five lacks; the last patient is
     for testing."""
     rng = np.random.default_rng(seed)
@@ -115,7 +117,7 @@ def make_cohort(folder: Path, sites: tuple[str, ...], patches: int = 52, seed: i
         )
         for i, row in enumerate(table.to_dict("records"))
     ]
-    dataset = write_dataset(folder, items, "tiny", schema, 32, 0.5, patches_per_shard=20)
+    dataset = write_dataset(folder, items, "tiny", schema, 32, 0.5, patches_per_shard=patches_per_shard)
     last = dataset.index["patient"].iloc[-1]
     dataset.add_split("main", ["test" if p == last else "train" for p in dataset.index["patient"]], {"test": last})
     return PatchDataset.open(folder)

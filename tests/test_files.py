@@ -45,6 +45,19 @@ def test_a_changed_value_is_refused_by_name(tmp_path):
         read_sealed(path, "Write it again.")
 
 
+def test_a_flipped_bit_in_the_name_of_the_seal_is_no_file_of_an_earlier_version(tmp_path):
+    path = tmp_path / "a.json"
+    write_sealed(path, {"images": 80, "made by": "sha256:0"})
+    whole = path.read_bytes()
+    at = whole.index(b'"seal"')
+    for place in range(8 * at, 8 * (at + 6)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=r"a\.json"):
+            read_sealed(path, "Write it again.")
+
+
 def test_a_file_of_an_earlier_version_has_no_seal(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"images": 80}))

@@ -56,6 +56,8 @@ def shown(call: Any) -> Any:
 @settings(max_examples=150, deadline=None)
 @given(st.one_of(st.sampled_from(YAML_WORDS), st.text(min_size=1, max_size=8)))
 @example("null")
+@example("\x0c[")
+@example("\r[")
 def test_a_label_comes_through_every_way_unchanged_or_is_to_be_quoted(label: str) -> None:
     quoted = yaml.safe_dump(label, default_style='"', allow_unicode=False, width=10**6).strip()
     want = {"class": label}

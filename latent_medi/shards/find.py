@@ -37,8 +37,9 @@ class Found:
 def find_files(folder: Path, endings: tuple[str, ...]) -> Found:
     """Every file below ``folder`` with one of the endings.
 
-    Links are followed; a folder that a link leads back into is not searched again. Hidden files and folders, such as
-    the ``._`` files that macOS writes beside every file, are left alone; how many is logged.
+    Links are followed. A folder is searched once, by its path without a link if it has one below ``folder``; other
+    paths to it are logged. Hidden files and folders, such as the ``._`` files that macOS writes beside every file, are
+    left alone; how many is logged.
 
     Args:
         folder: Where to search.
@@ -53,22 +54,46 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> Found:
         os.scandir(folder).close()
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be searched: {error.strerror}.", "Check the path.") from None
-    search = _Search(endings)
-    waiting = [(folder, frozenset({(status.st_dev, status.st_ino)}))]
-    while waiting:  # no recursion: a folder may be deeper than Python's stack
-        waiting.extend(search.one(*waiting.pop()))
+    search = _Search(endings, {(status.st_dev, status.st_ino): folder})
+    search.below(folder)
     search.tell(folder)
     return Found(sorted(search.found.files), sorted(search.found.left_out))
 
 
 class _Search:
-    def __init__(self, endings: tuple[str, ...]) -> None:
+    def __init__(self, endings: tuple[str, ...], searched: dict[tuple[int, int], Path]) -> None:
         self.endings = endings
+        self.searched = searched
         self.found = Found()
-        self.hidden_files, self.hidden_folders, self.loops = 0, list[Path](), list[Path]()
+        self.hidden_files, self.hidden_folders, self.again = 0, list[Path](), list[tuple[Path, Path]]()
 
-    def one(self, folder: Path, above: frozenset[tuple[int, int]]) -> list[tuple[Path, frozenset[tuple[int, int]]]]:
-        """Search one folder, not those in it, which are returned, each with the identities of all folders above it."""
+    def below(self, folder: Path) -> None:
+        """Search a folder and those in it; then those that links lead to, in the order of their paths."""
+        linked = [folder]
+        while linked:
+            following: list[Path] = []
+            for start in sorted(linked):
+                waiting = [start] if start == folder or self._is_new(start) else []
+                while waiting:  # no recursion: a folder may be deeper than Python's stack
+                    for path in self._one(waiting.pop()):
+                        if path.is_symlink():
+                            following.append(path)
+                        elif self._is_new(path):
+                            waiting.append(path)
+            linked = following
+
+    def _is_new(self, folder: Path) -> bool:
+        try:
+            status = folder.stat()
+        except OSError:  # gone meanwhile; said when it is searched
+            return True
+        first = self.searched.setdefault((status.st_dev, status.st_ino), folder)
+        if first is not folder:
+            self.again.append((folder, first))
+        return first is folder
+
+    def _one(self, folder: Path) -> list[Path]:
+        """Search one folder, not those in it, which are returned."""
         try:
             with os.scandir(folder) as entries:
                 names = sorted(entry.name for entry in entries)
@@ -97,11 +122,7 @@ class _Search:
             elif not _is_text(name):
                 self._leave_out(path, "its name is not UTF-8: rename it")
             elif is_folder:
-                identity = (status.st_dev, status.st_ino)
-                if identity in above:
-                    self.loops.append(path)
-                else:
-                    deeper.append((path, above | {identity}))
+                deeper.append(path)
             elif kind := next((word for check, word in _KINDS if check(status.st_mode)), ""):
                 self._leave_out(path, f"{kind}, not a file")
             else:
@@ -114,11 +135,13 @@ class _Search:
     def tell(self, folder: Path) -> None:
         if self.hidden_files:
             logger.info("hidden files in %s, such as ._ files of macOS, are left alone: %d", folder, self.hidden_files)
-        for paths, what in ((self.hidden_folders, "hidden"), (self.loops, "a link to a folder that it lies in")):
-            for path in paths[:_MOST_NAMED]:
-                logger.info("%s is %s: not searched", _printable(path), what)
-            if len(paths) > _MOST_NAMED:
-                logger.info("… and %d more such folders", len(paths) - _MOST_NAMED)
+        for path in self.hidden_folders[:_MOST_NAMED]:
+            logger.info("%s is hidden: not searched", _printable(path))
+        for path, first in self.again[:_MOST_NAMED]:
+            logger.warning("%s is the folder %s again: searched once", _printable(path), _printable(first))
+        for more in (len(self.hidden_folders) - _MOST_NAMED, len(self.again) - _MOST_NAMED):
+            if more > 0:
+                logger.info("… and %d more such folders", more)
 
 
 def _is_text(name: str) -> bool:

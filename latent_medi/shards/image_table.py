@@ -38,15 +38,14 @@ _COLUMN_SETTINGS = (
 
 
 def _once(files: Sequence[Path]) -> list[Path]:
-    """Files without those that lie under another path too, as through a link to a folder beside: the path without a
-    link stays, or the first."""
+    """Files without those that lie under another path too, as links do: the path without a link stays, or the first."""
     of: dict[Path, Path] = {}
     for path in files:
         real = path.resolve()
         if real not in of or path.absolute() == real:
             of[real] = path
     if again := sorted(set(files) - set(of.values())):
-        logger.warning("%d images lie under two paths, and are taken once, not as %s", len(again), again[0])
+        logger.warning("%s lies under another path too, and is taken once (%d in all)", again[0], len(again))
     return sorted(of.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster_parts import ALONE, REPOSITORY, SMALL, launcher, losses, relative_distance
+from parts import make_cohort
 
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.shards.dataset import PatchDataset
@@ -19,8 +21,9 @@ from latent_medi.shards.dataset import PatchDataset
 TWO = launcher(2, 0, module="accelerate.commands.launch")
 
 
-def run(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run an entry point in the repository's folder."""
+def run(launcher: list[str], *arguments: str | Path, open_files: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run an entry point in the repository's folder; no process may have more than ``open_files`` open."""
+    limit = None if open_files is None else lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     return subprocess.run(
         [*launcher, *map(str, arguments)],
         cwd=REPOSITORY,
@@ -29,6 +32,7 @@ def run(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProc
         text=True,
         timeout=300,
         check=False,
+        preexec_fn=limit,
     )
 
 
@@ -129,3 +133,22 @@ def test_a_terminated_command_takes_the_commands_it_started_along(tiny: Path, tm
     assert parent.wait(timeout=60) == 143
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+
+
+@pytest.mark.slow
+def test_two_processes_read_a_thousand_shards_with_few_open_files(tiny: Path, tmp_path: Path) -> None:
+    shards = 1000
+    source = json.loads((tiny / "latents" / "latents.json").read_text())["autoencoder"]["source"]
+    data, latents = f"data={tmp_path / 'data'}", f"latents={tmp_path / 'latents'}"
+    make_cohort(tmp_path / "data", ("aster", "NA", "birch"), patches=shards, patches_per_shard=1)
+    words = ["-m", "latent_medi.cli", "encode", data, f"autoencoder={source}", f"out={tmp_path / 'latents'}"]
+    done = run(TWO, *words, open_files=256)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "latents" / "data").iterdir())) == shards
+    small = ["max_steps=10", "global_batch=200", "log_every_images=200", *SMALL]  # twice through the data
+    for name, where in (("disk", [latents, "resident=mmap"]), ("streamed", ["latents=", f"autoencoder={source}"])):
+        done = run(TWO, "train.py", "--config", "demo/medi", data, *where, f"out={tmp_path / name}", *small,
+                   open_files=256)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "2 processes" in done.stderr
+        assert max(losses(tmp_path / name)) == 2000

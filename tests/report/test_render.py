@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_world import World
+from flips import flips
 from PIL import Image
 
 from latent_medi.errors import UserError
 from latent_medi.report.colour import sentence, side_by_side
 from latent_medi.report.figures import image_uri, short
-from latent_medi.report.page import bounds, distance, flat, number, percent, share
+from latent_medi.report.page import bounds, distance, flat, number, percent, read_metrics, share
 from latent_medi.report.patches import montage
 from latent_medi.report.render import render, render_report
 from latent_medi.report.settings import SECTIONS, ReportSettings
@@ -341,3 +342,8 @@ def test_names_are_shortened_and_settings_flattened() -> None:
     nested = {"a": {"b": [1, 2]}, "c": [{"d": "e", "f": "g"}], "h": None, "i": list(range(9))}
     assert flat(nested) == {"a.b": "1, 2", "c": "e × g", "h": "–", "i": "9 entries"}
     assert flat(nested, mappings=False)["c"] == "1 entries"
+
+
+def test_a_flipped_bit_of_metrics_is_refused_by_name(small_world: World, evaluated: dict[str, Any]) -> None:
+    file = small_world.root / "full" / "metrics.json"
+    flips(file, lambda: read_metrics(file)[0], 100, names="metrics.json").check()

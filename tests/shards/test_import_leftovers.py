@@ -332,8 +332,10 @@ def test_an_image_under_two_paths_is_taken_once_by_the_path_without_a_link(
         save(tmp_path / "img" / "tumour" / f"p{i}_1.png", i)
         save(tmp_path / "img" / "normal" / f"q{i}_1.png", 10 + i)
     (tmp_path / "img" / "latest").symlink_to(tmp_path / "img" / "tumour")
+    (tmp_path / "img" / "normal" / "a0_1.png").symlink_to(tmp_path / "img" / "tumour" / "p0_1.png")
     pattern = r"(?P<class>[^/]+)/(?P<patient>[^/_]+)_[0-9]+\.png"
     words = {"folder": str(tmp_path / "img"), "pattern": pattern, "out": str(tmp_path / "out"), "patch_size": 16}
     made = import_images(ImportSettings(**words, source_mpp=0.5))
     assert made.index.groupby("class").size().to_dict() == {"normal": 3, "tumour": 3}
-    assert "3 images lie under two paths, and are taken once" in caplog.text
+    assert "img/latest is the folder" in caplog.text
+    assert "normal/a0_1.png lies under another path too, and is taken once (1 in all)" in caplog.text
