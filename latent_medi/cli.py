@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_medi import __version__
-from latent_medi.errors import RESUME, Incomplete, Preempted, UserError, nearest
+from latent_medi.errors import BAD_INPUT, RESUME, Incomplete, Preempted, UserError, nearest
 from latent_medi.files import NO_SPACE, check_file, write_json
 from latent_medi.paths import expand
 from latent_medi.processes import Output, follow_parent, read_by_somebody, safe_helpers
@@ -153,6 +153,16 @@ def _explained(words: Sequence[str] | None, output: Output) -> int:
             return 128 + signal.SIGPIPE
         print(f"stopped: {error}", file=sys.stderr)
         return RESUME
+    except RuntimeError as error:  # torch takes seconds to import: if it has not been, this is none of its errors
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(
+            f"error: The device's memory is full: {str(error).splitlines()[0]}\n"
+            "  Lower device_batch (evaluate: batch), or use another device.",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

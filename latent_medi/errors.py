@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+BAD_INPUT = 2
+"""Exit code of what was given input that it cannot follow, and has said so."""
+
 RESUME = 75
 """Exit code of what was told to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 

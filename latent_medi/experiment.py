@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from latent_medi import config
 from latent_medi.diffusion.settings import GuidanceSettings
-from latent_medi.errors import UserError, nearest
+from latent_medi.errors import UserError
+from latent_medi.experiment_inputs import (
+    ARMS,
+    data_folder,
+    encode_settings,
+    given_model,
+    has_numbers,
+    latents_of,
+    split_of,
+    train_settings,
+)
 from latent_medi.experiment_settings import DemoSettings, ExperimentSettings
 from latent_medi.files import write_json, write_text
 from latent_medi.locks import output_lock
@@ -27,16 +37,14 @@ from latent_medi.training.settings import TrainSettings
 from latent_medi.wholeness import damaged_dataset, damaged_json, damaged_latents, damaged_model, reopen
 
 if TYPE_CHECKING:
-    from latent_medi.training.transfer import Source
+    pass
 
 log = get_logger(__name__)
 
 _EVALUATE = "Remove it and repeat the command, which evaluates again."
 
 STAGES = ("shards", "audit", "encode", "train", "plan", "sample", "evaluate", "report")
-_FILES = ("settings.yaml", "headline.json", "train-*.yaml", "sample-*.yaml")
-ARMS = ("medi", "cls")
-"""MeDi knows class and metadata, CLS the class alone; all else is equal."""
+_FILES = ("settings.yaml", "headline.json", "encode.yaml", "train-*.yaml", "sample-*.yaml")
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:
@@ -67,24 +75,6 @@ def _build_recipe(settings: ExperimentSettings, out: Path) -> None:
     load_recipe(settings.recipe).build(
         Path(settings.source), out, patch_size=settings.patch_size, seed=settings.seed, jobs=jobs
     )
-
-
-def _train_settings(settings: ExperimentSettings, arm: str, folder: Path) -> dict[str, Any]:
-    values = config.load(TrainSettings, Path(settings.medi if arm == "medi" else settings.cls))
-    return config.merge(
-        config.merge(values, settings.train),
-        {
-            "data": str(_data(settings, folder)),
-            "latents": settings.latents or str(folder / "latents"),
-            "split": settings.split,
-            "out": str(folder / arm),
-            "seed": settings.seed,
-        },
-    )
-
-
-def _data(settings: ExperimentSettings, folder: Path) -> Path:
-    return Path(settings.data) if settings.data else folder / "data"
 
 
 def _parallel(settings: ExperimentSettings) -> int:
@@ -149,16 +139,17 @@ class _Experiment:
 
         self.settings = settings
         self.folder = Path(settings.out)
-        self.data = _data(settings, self.folder)
+        self.data = data_folder(settings, self.folder)
         self.latents = settings.latents or str(self.folder / "latents")
         self.synthetic = {arm: self.folder / "synthetic" / arm for arm in ARMS}
-        self.models = {arm: _given(settings, arm) for arm in settings.models}
+        self.models = {arm: given_model(settings, arm) for arm in settings.models}
         if not settings.data and settings.recipe != "demo" and not settings.source:
             raise UserError(
                 f"The recipe {settings.recipe!r} needs the folder of its source.",
                 f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
             )
-        self.training = {arm: _train_settings(settings, arm, self.folder) for arm in ARMS}
+        self.encoding = encode_settings(settings, self.folder)
+        self.training = {arm: train_settings(settings, arm, self.folder) for arm in ARMS}
         self.trained = {arm: values for arm, values in self.training.items() if arm not in settings.models}
         derived = {
             "real": str(self.data), "synthetic": {arm: str(path) for arm, path in self.synthetic.items()},
@@ -185,7 +176,7 @@ class _Experiment:
         self.stages.add("shards", shards)
         # Whoever divides the patients anew, or corrects what is known of them, has another experiment.
         there = settings.data or self.stages.finished("shards")
-        split = {"split": _split_of(self.data, settings.split) if there else {"name": settings.split}}
+        split = {"split": split_of(self.data, settings.split) if there else {"name": settings.split}}
         encoded: dict[str, Any] = {"shared": (f"{settings.latents}/latents.json",)}
         if not settings.latents:
             encoded = {"outputs": ("latents",), "costly": True, "damaged": lambda: damaged_latents(Path(self.latents))}
@@ -195,7 +186,7 @@ class _Experiment:
         if self.models:
             lessons["models"] = {arm: model.model_hash for arm, model in self.models.items()}
         counts = {key: plain[key] for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")}
-        if settings.draw_from != "all" and there and _has_numbers(self.data):  # else the plan is as it always was
+        if settings.draw_from != "all" and there and has_numbers(self.data):  # else the plan is as it always was
             counts["draw_from"] = settings.draw_from
         sampling = _without(plain["generate"], {"plan", "model", "out", "grid", "device_batch"})
         judged = _without(config.as_dict(self.judging), {"real", "synthetic", "out", "cache", "batch", "device"})
@@ -203,7 +194,7 @@ class _Experiment:
             "audit": Stage(
                 self.audit, split | {"held_out": settings.held_out}, ("shards",), ("audit.json", "audit.txt")
             ),
-            "encode": Stage(self.encode, {"autoencoder": settings.autoencoder}, ("shards",), **encoded),
+            "encode": Stage(self.encode, latents_of(self.encoding), ("shards",), **encoded),
             "train": Stage(
                 self.train, lessons | split, ("encode",), tuple(self.trained), costly=True, damaged=self.damaged_models
             ),
@@ -238,6 +229,7 @@ class _Experiment:
         if self.stages.finished("evaluate"):
             return
         study = check_study(self.judging)
+        self._check_precisions()
         sampler = self.settings.generate.sampler
         for arm in ARMS:
             guidance = config.make(GuidanceSettings, self._guidance(arm), "generate.guidance")
@@ -250,6 +242,14 @@ class _Experiment:
             log.warning("%s", told)
         load_encoders(self.judging)
 
+    def _check_precisions(self) -> None:
+        from latent_medi.device import check_precision
+
+        check_precision(self.encoding.precision, self.encoding.device or "cuda")
+        check_precision(self.settings.generate.precision, "cuda")
+        for values in self.trained.values():
+            check_precision(values.get("precision"), "cuda")
+
     def build(self) -> None:
         """Make the dataset folder."""
         (_build_demo if self.settings.recipe == "demo" else _build_recipe)(self.settings, self.data)
@@ -259,11 +259,9 @@ class _Experiment:
         _audit(self.settings, self.folder)
 
     def encode(self) -> None:
-        """Encode every patch."""
-        from latent_medi.latents.encode import encode
-        from latent_medi.latents.settings import EncodeSettings
-
-        encode(EncodeSettings(data=str(self.data), out=self.latents, autoencoder=self.settings.autoencoder))
+        """Encode every patch; in a process of its own, so that this one holds no memory that training needs."""
+        config.save_settings(self.encoding, self.folder / "encode.yaml")
+        side_by_side({"encode": ["encode", "--config", str(self.folder / "encode.yaml")]})
 
     def train(self) -> None:
         """Train the arms that are not given."""
@@ -311,6 +309,7 @@ class _Experiment:
 
     def evaluate(self) -> None:
         """Judge the samples."""
+        from latent_medi.device import release_memory
         from latent_medi.evaluation.evaluate import evaluate
         from latent_medi.evaluation.memorisation import TooManyCopies
 
@@ -319,6 +318,8 @@ class _Experiment:
         except TooManyCopies:
             self.report()  # which shows the copies
             raise
+        finally:
+            release_memory()  # another experiment of this process trains in processes of its own
 
     def report(self) -> None:
         """Write the page."""
@@ -330,62 +331,15 @@ class _Experiment:
         )  # fmt: skip
 
 
-def _split_of(data: Path, name: str) -> dict[str, str]:
-    """Hash of a split's column and of the metadata; no more than its name if there is no such split."""
-    import pandas as pd
-
-    from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-    from latent_medi.shards.selections import column_hash
-
-    dataset = PatchDataset.open(data)
-    columns = ["patient", *dataset.schema.names, *([SPLIT_PREFIX + name] if name in dataset.splits else [])]
-    return {"name": name, "sha256": column_hash(pd.Series([column_hash(dataset.index[c]) for c in columns]))}
-
-
-def _has_numbers(data: Path) -> bool:
-    """Whether a dataset has a continuous field."""
-    from latent_medi.shards.dataset import PatchDataset
-
-    return any(field.continuous for field in PatchDataset.open(data).schema.fields)
-
-
 def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in names}
-
-
-def _given(settings: ExperimentSettings, arm: str) -> Source:
-    """A model that is trained already, looked at before anything is run."""
-    from latent_medi.metadata.seen import saw
-    from latent_medi.training.transfer import open_source
-
-    if arm not in ARMS:
-        raise UserError(f"models names the arm {arm!r}; {nearest(arm, ARMS)}.")
-    path = Path(settings.models[arm])
-    for kept in ARMS:
-        own = Path(settings.out) / kept
-        if not path.resolve().is_relative_to(own.resolve()):
-            continue
-        raise UserError(
-            f"The model {path} lies in {own}, where this experiment keeps the {kept} that it trains.",
-            "Copy it to a folder of its own, or leave models out: what is trained is kept.",
-        )
-    model = open_source(path)
-    if model.scheduler is None or model.autoencoder is None:
-        raise UserError(f"{path} is no whole model of this program.", "Name the folder `model` of a finished run.")
-    for combination in settings.held_out if settings.evaluate.get("unseen", True) else []:
-        if saw(model.seen, combination):
-            raise UserError(
-                f"The model {path} ({arm}) was trained on patches of {' × '.join(combination.values())}.",
-                "Train one without them, or name combinations that it did not see.",
-            )
-    return model
 
 
 def _audit(settings: ExperimentSettings, folder: Path) -> None:
     from latent_medi.metadata.audit import audit, audit_text
     from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 
-    dataset = PatchDataset.open(_data(settings, folder))
+    dataset = PatchDataset.open(data_folder(settings, folder))
     rows = dataset.rows({SPLIT_PREFIX + settings.split: "train"})
     index = dataset.index.iloc[rows]
     result = audit(index, dataset.schema, requested=settings.held_out or None)
@@ -406,7 +360,7 @@ def _plan(settings: ExperimentSettings, folder: Path) -> None:
     from latent_medi.synthesis.planner import make_plan
     from latent_medi.synthesis.settings import PlanSettings
 
-    dataset = PatchDataset.open(_data(settings, folder))
+    dataset = PatchDataset.open(data_folder(settings, folder))
     index = dataset.index.iloc[dataset.rows({SPLIT_PREFIX + settings.split: "train"})]
     fields = settings.plan_fields
     asked = PlanSettings(

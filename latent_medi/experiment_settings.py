@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.kinds import PartOf
+from latent_medi.latents.settings import EncodeSettings
 from latent_medi.paths import PathText
 from latent_medi.synthesis.settings import GenerateSettings
 from latent_medi.training.settings import TrainSettings
@@ -27,6 +28,7 @@ class ExperimentSettings:
         patch_size: Width and height of a patch, pixels.
         seed: Seed of data, training, plan and evaluation.
         autoencoder: Name or folder of the frozen autoencoder.
+        encode: Encoding settings, such as precision; ``device_batch`` is 16 here unless it is given.
         encoders: Names or folders of the image encoders that judge; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
         site_field: Field that names the hospital.
@@ -60,6 +62,7 @@ class ExperimentSettings:
     patch_size: int = 64
     seed: int = 0
     autoencoder: PathText = "demo"
+    encode: Annotated[dict[str, Any], PartOf(EncodeSettings)] = field(default_factory=dict)
     encoders: list[PathText] = field(default_factory=lambda: ["demo"])
     weights: dict[str, PathText] = field(default_factory=dict)
     site_field: str = "site"

@@ -24,6 +24,7 @@ import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
+from latent_medi.device import check_precision, turn_tf32_off
 from latent_medi.errors import RESUME, UserError
 from latent_medi.processes import PARENT, environment
 from latent_medi.progress import get_logger
@@ -45,6 +46,9 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
     Accelerate joins processes without a GPU only if told that they have none: otherwise each of them believes to be
     alone, and they would write the same files.
 
+    From then on fp32 is fp32 in this process, in training too: torch would round the factors of convolutions to TF32's
+    ten bits, and only on GPUs. Whoever wants the speed of tensor cores sets precision to bf16.
+
     Args:
         cpu: Use processors even if there is a GPU.
         patient: Let processes wait for the slowest one for a week instead of torch's ten minutes; for work that is
@@ -52,7 +56,8 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
         options: Of the accelerator.
 
     Raises:
-        UserError: Fewer processes than asked for were started, or they do not find each other.
+        UserError: Fewer processes than asked for were started, or they do not find each other; or ``mixed_precision``
+            is bf16, and the GPU does not compute in it.
     """
     environment = os.environ
     # Accelerate's launcher for one process notes ACCELERATE_USE_CPU, and an address only if asked for several.
@@ -68,6 +73,8 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
     cpu = cpu or (launched > 1 and not torch.accelerator.is_available())
     if launched == 1 and PartialState._shared_state:
         cpu = False  # this process has its device; another one cannot be chosen now, and models are placed by name
+    if not cpu:
+        check_precision(options.get("mixed_precision"), "cuda")
     if patient:
         options["kwargs_handlers"] = [
             *options.get("kwargs_handlers", []),
@@ -76,6 +83,7 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
     atexit.unregister(leave)
     atexit.register(leave)  # whatever ends this process, and whoever called: a command, or a program of a user's
     accelerator = Accelerator(cpu=cpu, **options)
+    turn_tf32_off()  # after Accelerate, which turns it on for torch's compiler
     if accelerator.num_processes != launched and "WORLD_SIZE" in environment:
         raise UserError(
             f"{launched} processes were launched, and this one sees {accelerator.num_processes}.",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latent_medi.errors import UserError
+from latent_medi.errors import BAD_INPUT, UserError
 from latent_medi.files import read_json, read_object, refuse_foreign, remove, set_aside, write_json
 from latent_medi.locks import output_lock
 from latent_medi.processes import PARENT, environment, python_words
@@ -225,19 +225,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:12]}…"  # a hash
 
 
-def side_by_side(commands: dict[str, list[str]], threads: int) -> None:
+def side_by_side(commands: dict[str, list[str]], threads: int | None = None) -> None:
     """Run ``latent-medi`` commands at the same time, one process each; what they log is passed on with their name
     before it.
 
     Args:
         commands: Words after ``latent-medi`` by the name to show.
-        threads: Threads that each may use.
+        threads: Threads that each may use; ``None`` for as many as this process may.
 
     Raises:
-        RuntimeError: One failed; the others are stopped.
+        UserError: One was given what it cannot follow, and has said so; the others are stopped.
+        RuntimeError: The same of one that failed.
     """
-    few = str(threads)
-    its_environment = environment(OMP_NUM_THREADS=few, MKL_NUM_THREADS=few, **{PARENT: str(os.getpid())})
+    few = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    its_environment = environment(**few, **{PARENT: str(os.getpid())})
     running: dict[str, subprocess.Popen[str]] = {}
     readers = []
 
@@ -263,6 +264,8 @@ def side_by_side(commands: dict[str, list[str]], threads: int) -> None:
                 if code is None:
                     continue
                 del running[name]
+                if code == BAD_INPUT:
+                    raise UserError(f"{name} cannot go on; its message is above.", "Mend that and repeat the command.")
                 if code:
                     raise RuntimeError(
                         f"{name} ended with exit code {code}; its messages are above. The same command continues."

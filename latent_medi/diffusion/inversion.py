@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from latent_medi.device import exact_fp32
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.guidance import check_guidance
@@ -48,6 +49,7 @@ def first_step_of(strength: float, steps: int) -> int:
 
 
 @torch.no_grad()
+@exact_fp32()
 def invert_latents(
     denoiser: Denoiser,
     conditions: Conditions | None,
@@ -98,6 +100,7 @@ def invert_latents(
     return x
 
 
+@exact_fp32()
 def translate_latents(
     denoiser: Denoiser,
     source: Conditions | None,

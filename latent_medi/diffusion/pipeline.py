@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
+from latent_medi.device import check_precision, exact_fp32
 from latent_medi.diffusion.adapters import adapted_hash, attach, merge, open_adapter, parts_hash
 from latent_medi.diffusion.card import model_card
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
@@ -226,6 +227,7 @@ class MediPipeline(PipelineParts):
         return None
 
     @torch.no_grad()
+    @exact_fp32()
     def generate_latents(
         self,
         conditions: Conditions | None,
@@ -270,6 +272,7 @@ class MediPipeline(PipelineParts):
         guidance = guidance or GuidanceSettings()
         if precision not in _DTYPES:
             raise UserError(f"precision is 'fp32', 'bf16' or 'fp16', not {precision!r}.")
+        check_precision(precision, self.unet.device)
         chosen = sampler or SamplerSettings()
         scheduler = make_sampler(self.scheduler.config, chosen)
         check_guidance(guidance, self.conditioning, conditions)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latent_medi.device import exact_fp32
 from latent_medi.errors import UserError, nearest
 from latent_medi.evaluation.arms import Drawer, Lesson, Plan
 from latent_medi.evaluation.learners import Learned
@@ -111,13 +112,14 @@ class CnnLearner:
             "seeds": settings.seeds,
         }
 
+    @exact_fp32()
     def learn(self, lesson: Lesson, seed: int) -> Learned:
         """Train on a lesson of pairs and judge the test patches.
 
         With patches to learn from first, half of the steps go to them and half to the others.
         """
         settings = self.settings
-        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.random.fork_rng(), flags:
             torch.manual_seed(seed)
             model = self._start().to(self.device)

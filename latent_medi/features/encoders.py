@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import latent_medi
+from latent_medi.device import exact_fp32
 from latent_medi.errors import UserError, nearest
 from latent_medi.features import networks
 from latent_medi.features.colour import haematoxylin
@@ -90,6 +91,7 @@ class ImageEncoder:
         return result.float().cpu().numpy()
 
     @torch.inference_mode()
+    @exact_fp32()
     def features(self, batches: Iterable[np.ndarray], device: str | torch.device | None = None) -> np.ndarray:
         """Feature vectors of batches of uint8 patches [n, H, W, 3].
 

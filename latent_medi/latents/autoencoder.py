@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import nn
 
+from latent_medi.device import HalvedBatch, check_precision, exact_fp32
 from latent_medi.errors import UserError
 from latent_medi.files import atomic_path, read_json, read_object, write_json
 from latent_medi.json_types import check_config
@@ -24,6 +25,11 @@ HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What an autoencoder may run in, by the word of the settings."""
 
+DECODED_PIXELS = 8 * 256 * 256
+"""Pixels that a GPU decodes at a time: Stable Diffusion's decoder takes 1.5 GiB for 8 patches of 256 px, 12 for 64."""
+
+_REMEDY = "Use precision=bf16, smaller patches, or another device."
+
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _KINDS: dict[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
@@ -34,6 +40,9 @@ _KINDS: dict[str, Any] = {
 
 class Autoencoder:
     """A frozen autoencoder. Raw latents are its own, with no scaling factor applied.
+
+    Where a device's memory is full, patches pass in halves of the batch, and in no larger ones from then on. In fp32
+    that is the same but for rounding, as with any other batch.
 
     Args:
         model: An AutoencoderKL, AutoencoderTiny or AutoencoderTAEF2.
@@ -60,6 +69,7 @@ class Autoencoder:
         self.factor = _factor(self.model)
         self.deterministic = self.kind != "AutoencoderKL"
         self.slicing = False
+        self._encoding, self._decoding = HalvedBatch("encoding", _REMEDY), HalvedBatch("decoding", _REMEDY)
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +113,7 @@ class Autoencoder:
         }  # fmt: skip
 
     @torch.no_grad()
+    @exact_fp32()
     def encode(self, images: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Posterior moments of images.
 
@@ -114,7 +125,7 @@ class Autoencoder:
             autoencoder.
 
         Raises:
-            UserError: Images of another shape or type.
+            UserError: Images of another shape or type, or a memory too small for one of them.
         """
         if isinstance(images, np.ndarray) and not images.flags.writeable:
             images = images.copy()  # torch warns about memory it must not write to
@@ -125,6 +136,15 @@ class Autoencoder:
             raise UserError(
                 f"{pixels.shape[2]}×{pixels.shape[1]} images cannot be encoded: edges are multiples of {self.factor}."
             )
+        if not len(pixels):
+            return self._moments(pixels)
+        parts = [m for _, m in self._encoding.over(len(pixels), lambda part, _: self._moments(pixels[part]))]
+        if len(parts) == 1:
+            return parts[0]
+        stds = [std for _, std in parts if std is not None]
+        return torch.cat([mean for mean, _ in parts]), torch.cat(stds) if stds else None
+
+    def _moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
         if self.kind == "AutoencoderTAEF2":
             return self._run(self.model.encode, x.to(self.dtype)).float().contiguous(), None
@@ -135,8 +155,28 @@ class Autoencoder:
         return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
 
     @torch.no_grad()
+    @exact_fp32()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Images of raw latents fp32 [n, C, h, w]: uint8 [n, H, W, 3], rounded and clamped."""
+        """Images of raw latents fp32 [n, C, h, w]: uint8 [n, H, W, 3], rounded and clamped.
+
+        A GPU decodes at most :data:`DECODED_PIXELS` at a time, whatever the batch of latents; the last part is filled
+        up, since a kernel may round otherwise for another number of patches.
+
+        Raises:
+            UserError: Pixels that are not finite, or a memory too small for one image.
+        """
+        if not len(latents):
+            return self._images(latents, 0)
+        pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
+        most = 0 if self.device.type == "cpu" else max(1, DECODED_PIXELS // pixels)
+        parts = self._decoding.over(len(latents), lambda part, size: self._images(latents[part], size), most)
+        return np.concatenate([images for _, images in parts])
+
+    def _images(self, latents: torch.Tensor, size: int) -> np.ndarray:
+        """Images of a part of the latents, decoded among ``size`` of them."""
+        count = len(latents)
+        if count < size:
+            latents = latents[torch.arange(size, device=latents.device).clamp(max=count - 1)]
         z = latents.to(device=self.device, dtype=self.dtype)
         if self.kind == "AutoencoderTAEF2":
             x = self._run(self.model.decode, z).float()
@@ -146,7 +186,8 @@ class Autoencoder:
             raise UserError(
                 f"The autoencoder {self.source} gave pixels that are not finite in {self.dtype}.", "Run it in fp32."
             )
-        return (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        images = (x[:count].clamp(0, 1) * 255).round().to(torch.uint8)
+        return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _factor(model: Any) -> int:
@@ -209,8 +250,9 @@ def load_autoencoder(
 
     Raises:
         UserError: It is not here and cannot be downloaded (says what to download and where to put it), or is of an
-            unknown kind.
+            unknown kind; or the GPU does not compute in this precision.
     """
+    check_precision(dtype, device)
     name = str(name_or_folder)
     source = name
     if name == "demo":

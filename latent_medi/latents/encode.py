@@ -243,6 +243,12 @@ def _check_same(out: Path, header: dict[str, Any], data: PatchDataset) -> None:
     info = read_info(out)
     if info.get("autoencoder", {}).get("hash") != header["autoencoder"]["hash"]:
         raise UserError(f"{out} holds latents of another autoencoder.", "Choose another folder, or remove this one.")
+    precision, asked = info["autoencoder"].get("precision"), header["autoencoder"]["precision"]
+    if precision not in (None, asked):  # earlier versions did not note it
+        raise UserError(
+            f"{out} holds latents encoded in {precision}, not {asked}.",
+            "Encode in that precision, choose another folder, or remove this one.",
+        )
     if info.get("views", 1) != header["views"]:
         raise UserError(
             f"{out} holds {info.get('views', 1)} view(s) per patch, not {header['views']}.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from latent_medi.device import HalvedBatch, check_precision
 from latent_medi.diffusion.classifier import LatentClassifier
 from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, evaluations
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -19,11 +19,8 @@ from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.metadata.seen import together
-from latent_medi.progress import get_logger
 from latent_medi.synthesis.plan import Sample
 from latent_medi.synthesis.settings import GenerateSettings
-
-logger = get_logger("synthesis")
 
 
 class Maker:
@@ -34,16 +31,17 @@ class Maker:
         settings: Sampler, guidance, batch and precision.
 
     Attributes:
-        batch: Samples per forward pass: the settings', halved each time that the device's memory was full.
         seen: Which combinations the model and what guides it were shown, see :mod:`latent_medi.metadata.seen`.
 
     Raises:
-        UserError: A guide that does not go with the model.
+        UserError: A guide that does not go with the model, or a precision that the GPU does not have.
     """
 
     def __init__(self, pipeline: MediPipeline, settings: GenerateSettings) -> None:
+        check_precision(settings.precision, pipeline.unet.device)
         self.pipeline, self.settings = pipeline, settings
-        self.batch = settings.device_batch
+        remedy = "Use precision=bf16, fewer guidance branches, or another device."
+        self._batches = HalvedBatch("sampling", remedy, settings.device_batch)
         self.weak: Autoguidance | None = None
         self._weak_hash = ""
         shown = [pipeline.provenance.get("seen")]
@@ -128,40 +126,22 @@ class Maker:
     def images(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
         """Each sample with its image, uint8 [H, W, 3], in their order.
 
-        A full memory halves the batch, and the same samples are made again; they then differ by a grey level at most.
+        A full memory halves the batch, and the same samples are made again. In fp32 they then differ by a grey level
+        at most; in bf16 and fp16 they look alike.
 
         Raises:
             UserError: The memory is too small for a single image.
         """
-        done = 0
-        while done < len(samples):
-            part = samples[done : done + self.batch]
-            try:
-                images = self._batch(part)
-            except torch.OutOfMemoryError as error:
-                if self.batch == 1:
-                    raise UserError(
-                        f"The device's memory is too small for one image: {str(error).splitlines()[0]}",
-                        "Use precision=bf16, fewer guidance branches, or another device.",
-                    ) from None
-                images = None
-            if images is None:  # outside the handler, which would keep the failed pass's tensors alive
-                self.batch //= 2
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                logger.warning("the device's memory is full: going on with batches of %d", self.batch)
-                continue
-            yield from zip(part, images, strict=True)
-            done += len(part)
+        for part, images in self._batches.over(len(samples), lambda part, size: self._batch(samples[part], size)):
+            yield from zip(samples[part], images, strict=True)
 
-    def _batch(self, part: Sequence[Sample]) -> np.ndarray:
+    def _batch(self, part: Sequence[Sample], size: int) -> np.ndarray:
         pipeline, settings = self.pipeline, self.settings
         noise, generators = draw_noise([sample.seed for sample in part], pipeline.latent_shape)
         names, guide = pipeline.schema.names, None
         if self.classifier is not None:
             wanted = [str(sample.fields[self.classifier.field]) for sample in part]
-            guide = self._guide([*wanted, *wanted[-1:] * (self.batch - len(part))])
+            guide = self._guide([*wanted, *wanted[-1:] * (size - len(part))])
         told = [{name: value for name, value in sample.fields.items() if name in names} for sample in part]
         latents = pipeline.generate_latents(
             pipeline.conditions(told),
@@ -169,14 +149,14 @@ class Maker:
             settings.sampler,
             settings.guidance,
             generators,
-            batch=self.batch,
+            batch=size,
             pad=True,
             precision=settings.precision,
             weak=self.weak,
             classifier=guide,
         )
         # The decoder, too, is given full batches: a kernel may round differently for another batch size.
-        filled = latents[torch.arange(self.batch).clamp(max=len(part) - 1)]
+        filled = latents[torch.arange(size).clamp(max=len(part) - 1)]
         return pipeline.decode(filled.to(pipeline.unet.device))[: len(part)]
 
 
