@@ -23,6 +23,9 @@ from latent_medi.experiment import _Experiment, _plan, run
 from latent_medi.experiment_settings import ExperimentSettings
 from latent_medi.files import write_json
 from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
+from latent_medi.latents.encode import encode_dataset
+from latent_medi.latents.info import read_info
+from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.stages import Stages
@@ -140,6 +143,16 @@ def test_what_follows_from_a_split_is_made_anew_with_another(tmp_path: Path, mon
     settings.train, settings.generate.device_batch = {"device_batch": 3, "log_every_images": 9}, 7
     settings.evaluate = {"batch": 5}
     assert inputs() == after  # speed and memory alone
+    settings.encode = {"device_batch": 8, "workers": 1, "slicing": True, "device": "cpu", "floor": {"patches": 0}}
+    assert inputs() == after
+    assert after["encode"]["encode"] == {"autoencoder": "demo"}  # as earlier versions noted it
+    settings.encode = {"precision": "bf16"}
+    changed = inputs()
+    kept = {"shards", "audit", "plan"}
+    assert {name for name in before if changed[name] == after[name]} == kept
+    settings.encode = {"views": 8}
+    assert {name for name, made_from in inputs().items() if made_from == after[name]} == kept
+    settings.encode = {}
     settings.held_out = [{"class": "benign", "site": "birch"}]
     assert {name for name, made_from in inputs().items() if made_from != after[name]} == {"audit", "evaluate", "report"}
 
@@ -179,6 +192,43 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         with pytest.raises(UserError, match=why):
             run(build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes))
         assert not (tmp_path / "out" / "audit.json").exists()
+
+
+def test_a_run_encodes_in_another_process_and_as_it_is_told(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What encodes in this process would hold a GPU's memory while another one trains there."""
+    monkeypatch.setattr("latent_medi.latents.encode.encode", lambda settings: pytest.fail("encoded in this process"))
+    given = {"precision": "bf16", "floor": {"patches": 0}}
+    settings = build(
+        ExperimentSettings, {"data": str(tiny / "data"), "out": str(tmp_path / "out"), "encode": given}
+    )  # fmt: skip
+    experiment = _Experiment(settings)
+    experiment.encode()
+    info = read_info(tmp_path / "out" / "latents")
+    assert info["autoencoder"]["precision"] == "bfloat16"
+    assert "floor" not in info
+    assert load(EncodeSettings, str(tmp_path / "out" / "encode.yaml"))["device_batch"] == 16
+    # The demo's numbers are those of the batch that it always had.
+    assert load(ExperimentSettings, "demo/experiment")["encode"] == {"device_batch": 64}
+    with pytest.raises(UserError, match="unknown setting 'encode.precison'"):
+        build(ExperimentSettings, {"encode": {"precison": "bf16"}})
+    with pytest.raises(UserError, match="views is 1 or 8, not 3"):
+        run(build(ExperimentSettings, {"out": str(tmp_path / "bad"), "encode": {"views": 3}}))
+    with pytest.raises(UserError, match="holds latents encoded in bfloat16, not float32"):
+        encode_dataset(tiny / "data", load_autoencoder("demo"), tmp_path / "out" / "latents")
+
+
+def test_an_evaluation_leaves_no_memory_behind(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another experiment of the same process trains in processes of its own, on the same GPU."""
+    experiment = _Experiment(ExperimentSettings(data=str(tiny / "data"), out=str(tmp_path / "out")))
+    done: list[str] = []
+    monkeypatch.setattr("latent_medi.evaluation.evaluate.evaluate", lambda settings: done.append("evaluate"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    experiment.evaluate()
+    assert done == ["evaluate", "emptied"]
 
 
 def test_copies_end_the_run_and_are_shown(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

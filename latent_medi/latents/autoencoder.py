@@ -85,7 +85,7 @@ class Autoencoder:
         """Move it; its hash stays."""
         self.model.to(device=device)
         if dtype is not None and dtype != self.dtype:
-            self.model.to(dtype=dtype)
+            nn.Module.to(self.model, dtype=dtype)  # diffusers' own warns of layers that stay in fp32, where none does
         return self
 
     def enable_slicing(self) -> Autoencoder:
@@ -137,7 +137,9 @@ class Autoencoder:
                 f"{pixels.shape[2]}×{pixels.shape[1]} images cannot be encoded: edges are multiples of {self.factor}."
             )
         if not len(pixels):
-            return self._moments(pixels)
+            shape = (0, self.latent_channels, pixels.shape[1] // self.factor, pixels.shape[2] // self.factor)
+            none = torch.empty(shape, device=self.device)
+            return none, None if self.deterministic else none
         parts = [m for _, m in self._encoding.over(len(pixels), lambda part, _: self._moments(pixels[part]))]
         if len(parts) == 1:
             return parts[0]
@@ -165,10 +167,10 @@ class Autoencoder:
         Raises:
             UserError: Pixels that are not finite, or a memory too small for one image.
         """
+        height, width = (edge * self.factor for edge in latents.shape[-2:])
         if not len(latents):
-            return self._images(latents, 0)
-        pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
-        most = 0 if self.device.type == "cpu" else max(1, DECODED_PIXELS // pixels)
+            return np.empty((0, height, width, 3), np.uint8)
+        most = 0 if self.device.type == "cpu" else max(1, DECODED_PIXELS // (height * width))
         parts = self._decoding.over(len(latents), lambda part, size: self._images(latents[part], size), most)
         return np.concatenate([images for _, images in parts])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from evaluation_world import World, filters
 from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from latent_medi.errors import UserError
 from latent_medi.evaluation.arms import Lesson, make_plan
@@ -68,6 +69,20 @@ def test_a_seed_gives_one_network(study: Study, pools: PatchPools) -> None:
     nothing = (np.zeros((0, 2)), np.zeros(0, str))
     tuned = learner.learn(_lesson(study, pools, first=nothing), 4)
     assert np.array_equal(first.probabilities, tuned.probabilities)
+
+
+def test_networks_are_trained_and_judged_in_fp32(study: Study, pools: PatchPools) -> None:
+    """Whatever was set before: on a GPU, convolutions would round their factors to ten bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    learner = CnnLearner(study, pools, filters(), CnnSettings(network="encoder", steps=1, batch=8))
+    seen: set[bool] = set()
+    hook = register_module_forward_pre_hook(lambda module, inputs: seen.add(torch.backends.cudnn.allow_tf32))
+    learner.learn(_lesson(study, pools), 0)
+    hook.remove()
+    assert seen == {False}
+    assert torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def test_every_arm_takes_the_same_steps(study: Study, pools: PatchPools, monkeypatch: pytest.MonkeyPatch) -> None:
