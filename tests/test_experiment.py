@@ -211,7 +211,7 @@ def test_a_run_encodes_in_another_process_and_as_it_is_told(
     assert load(EncodeSettings, str(tmp_path / "out" / "encode.yaml"))["device_batch"] == 16
     # The demo's numbers are those of the batch that it always had.
     assert load(ExperimentSettings, "demo/experiment")["encode"] == {"device_batch": 64}
-    with pytest.raises(UserError, match="unknown setting 'encode.precison'"):
+    with pytest.raises(UserError, match=r"unknown setting 'encode\.precison'"):
         build(ExperimentSettings, {"encode": {"precison": "bf16"}})
     with pytest.raises(UserError, match="views is 1 or 8, not 3"):
         run(build(ExperimentSettings, {"out": str(tmp_path / "bad"), "encode": {"views": 3}}))
