@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from latent_medi.device import exact_fp32
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.errors import UserError, nearest
 from latent_medi.latents.store import DEVICE_SHARE
@@ -40,6 +41,8 @@ CARDS: dict[str, tuple[float, float]] = {
     "h200": (141, 989.4),
 }
 """GiB of memory, and 10^12 operations per second of dense matrices in bf16 with sums in fp32, as the maker states."""
+
+_FP32_SHARE = {"l40s": 0.25, "a100": 1 / 16, "h100": 1 / 15, "h200": 1 / 15}  # of the others: a half
 
 _CONTEXT = 0.5 * GIB  # what CUDA itself takes of a card's memory, outside of what torch counts
 _FIXED_WORKSPACE = 128 * 2**20  # cuBLAS keeps 32 MiB per handle; cuDNN's kernels ask for a few times that
@@ -130,8 +133,7 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     if settings.resident == "auto" and stored <= DEVICE_SHARE * memory * GIB:
         sizes["latents"], sizes["peak"] = stored, sizes["peak"] + stored
         card, memory, tflops = choose_card(settings, sizes["peak"])
-    # Without autocast, convolutions still use the tensor cores at half the rate (TF32, torch's default).
-    per_second = settings.device_share * tflops * 1e12 * (0.5 if settings.precision == "fp32" else 1.0)
+    per_second = settings.device_share * tflops * 1e12 * (fp32_share(card) if settings.precision == "fp32" else 1.0)
     images = per_second / (cost.flops / batch) * settings.processes
     measured: dict[str, float] | None = None
     if torch.cuda.is_available():
@@ -160,6 +162,11 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
         "estimated_steps_per_s": images / settings.global_batch,
         "measured": measured,
     }
+
+
+def fp32_share(card: str) -> float:
+    """What a card does in fp32, which is computed without tensor cores, over what it does in bf16."""
+    return next((share for name, share in _FP32_SHARE.items() if name in card.lower().replace(" ", "")), 0.5)
 
 
 def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, float]:
@@ -206,6 +213,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+@exact_fp32()
 def measure(
     settings: EstimateSettings,
     shape: tuple[int, int, int],
