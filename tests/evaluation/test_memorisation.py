@@ -20,6 +20,7 @@ from PIL import Image
 from latent_medi.cli import main
 from latent_medi.demo.tissue import random_shape, random_stain, render
 from latent_medi.errors import UserError
+from latent_medi.evaluation import memorisation as module
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import Features
 from latent_medi.evaluation.memorisation import (
@@ -94,6 +95,23 @@ def test_copies_are_counted_and_listed_with_their_originals(world: World, thief:
     for pair in named["listed"]:
         assert pair["train_key"] == real.index["key"][pair["train_row"]]
         assert pair["patient"] == real.index["patient"][pair["train_row"]]
+
+
+def test_neighbours_are_looked_for_on_the_evaluation_s_device(
+    world: World, thief: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    search = module.nearest
+
+    def noting(*arguments: Any, device: Any = "unsaid", **named: Any) -> Any:
+        asked.append(str(arguments[4] if len(arguments) > 4 else device))
+        return search(*arguments[:4], **named)
+
+    monkeypatch.setattr(module, "nearest", noting)
+    settings = world.settings("device", synthetic={"medi": str(thief)}, device="cpu:0", colour_free=False, **QUIET)
+    evaluate(settings, [filters()])
+    assert set(asked) == {"cpu:0"}
+    assert len(asked) > 3 + 2 + 2 + 2  # copies, authenticity, C_T, cells
 
 
 def test_a_copy_of_a_patch_without_a_known_class_is_found(world: World, thief: Path, tmp_path: Path) -> None:
