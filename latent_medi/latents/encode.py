@@ -26,7 +26,7 @@ from latent_medi.files import (
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
 from latent_medi.latents.floor import floor_text, measure_floor
 from latent_medi.latents.info import INFO_FILE, SCHEMA_VERSION, read_info, write_info
-from latent_medi.latents.reader import ReadAhead, threads_beside
+from latent_medi.shards.reader import ReadAhead, threads_beside
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.views import view_of
 from latent_medi.launch import make_accelerator
