@@ -174,9 +174,11 @@ def draws_noise(sampler: Any, eta: float = 0.0) -> bool:
     return eta > 0 or isinstance(sampler, DDPMScheduler) or str(sampler.config.get("algorithm_type")).startswith("sde")
 
 
-def _prepare(sampler: Any, first_step: int) -> tuple[list[Any], torch.Tensor]:
+def _prepare(sampler: Any, first_step: int, device: torch.device) -> tuple[list[Any], torch.Tensor]:
     """Reset a sampler's state; its timesteps from ``first_step`` on, and ᾱ of each."""
     sampler.set_timesteps(sampler.num_inference_steps)
+    if isinstance(sampler, UniPCMultistepScheduler):
+        sampler.sigmas = sampler.sigmas.to(device)  # or it brings six of them there at every step
     if isinstance(sampler, HeunDiscreteScheduler):
         first_step *= 2  # a step and its correction
     timesteps = list(sampler.timesteps)[first_step:]
@@ -257,7 +259,7 @@ def sample_latents(
         raise ValueError("This sampler adds noise at each step: give one generator per sample.")
     guidance = guidance or GuidanceSettings()
     check_guidance(guidance, denoiser.conditioner, conditions)
-    timesteps, alphas = _prepare(sampler, first_step)
+    timesteps, alphas = _prepare(sampler, first_step, noise.device)
     # Euler's and Heun's state is x/√ᾱ = x₀ + σε.
     euler = isinstance(sampler, (EulerDiscreteScheduler, HeunDiscreteScheduler))
     x = noise * (sampler.sigmas[-len(timesteps) - 1] ** 2 + 1).sqrt() if euler else noise

@@ -198,6 +198,7 @@ def memorisation(
     twice = {part: int(mask.sum()) for part, mask in copies.duplicates.items()}
     bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
     authentic = _Authentic(study, features, device)
+    train, held_out = features.real[study.train], features.real[study.reference]
     record: dict[str, Any] = {
         "rule": "A copy correlates with a training patch, turned, mirrored or shifted by up to an eighth of its side, "
         f"more than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}."
@@ -212,7 +213,7 @@ def memorisation(
         "held_out_flagged": _share(study, bootstrap, flagged.astype(float)),
         "held_out_auth_pct": measure(None, 0, 0)
         if authentic.alone
-        else _share(study, bootstrap, 100.0 * authentic.of(features.real[study.reference])),
+        else _share(study, bootstrap, 100.0 * authentic.of(held_out)),
         "arms": {},
     }
     for arm in study.arms.values():
@@ -225,7 +226,7 @@ def memorisation(
             "copy_rate": measure(float(copied.mean()), n, 0)
             | {"interval": wilson(int(copied.sum()), n), "interval_over": "samples"},
             "auth_pct": _percent_authentic(authentic, features.arms[arm.name]),
-            "ct": _ct(features.real[study.train], features.real[study.reference], features.arms[arm.name], seed, device),
+            "ct": _ct(train, held_out, features.arms[arm.name], seed, device),
             "cells": _cells(study, features, arm, copied, seed, device),
             "listed": _listed(study, copies, arm, names),
         }
@@ -293,9 +294,7 @@ def _percent_authentic(authentic: _Authentic, samples: np.ndarray) -> dict[str, 
     }  # fmt: skip
 
 
-def _ct(
-    train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int, device: str = "cpu"
-) -> dict[str, Any]:
+def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Whether samples lie nearer to training patches than held-out ones do, in cells of the feature space.
 
     Distances to the nearest training patch of the same cell (k-means on training features) are ranked against those of

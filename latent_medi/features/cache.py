@@ -52,8 +52,8 @@ def content_hash(dataset: PatchDataset) -> str:
 
 def tell_if_foreign(encoder: ImageEncoder, dataset: PatchDataset) -> None:
     """Warn where the demo's encoder, which has seen procedural tissue alone, is to judge other real patches."""
-    made_by = dataset.info.get("provenance", {}).get("generator")
-    if encoder.name.split(":")[0].split("@")[0] == "demo" and made_by != DEMO_GENERATOR and (dataset.index["origin"] == "real").any():
+    made_by, name = dataset.info.get("provenance", {}).get("generator"), encoder.name.split(":")[0].split("@")[0]
+    if name == "demo" and made_by != DEMO_GENERATOR and (dataset.index["origin"] == "real").any():
         _warn(
             f"The encoder 'demo' has seen the demo's procedural tissue alone and judges {dataset.folder}: take one of "
             "pathology, such as phikon-v2, for any number that is to mean something."

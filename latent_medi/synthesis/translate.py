@@ -29,6 +29,7 @@ from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
+from latent_medi.shards.behind import write_behind
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
 from latent_medi.synthesis.beside import compare, stain_mappings, write_sheet

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusion_parts import make_denoiser
+from diffusion_parts import Counted, make_denoiser
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_medi.diffusion.conditioning import Conditions
@@ -267,6 +268,21 @@ def test_every_sampler_is_finite_for_a_constant_and_for_no_prediction(objective,
             assert torch.isfinite(out).all(), steps
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_bring_nothing_to_the_device_but_fresh_noise(name, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which "meta" has none of
+    objective = ObjectiveSettings(zero_terminal_snr=name != "heun")
+    brought = []
+    for steps in (4, 8):
+        sampler = make_sampler(make_scheduler(objective).config, SamplerSettings(name, steps))
+        with torch.device("meta"):
+            denoiser, noise = make_denoiser(None), torch.empty(2, 4, 8, 8)
+        with Counted() as counted:
+            sample_latents(denoiser, None, noise, sampler, generators=draw_noise([1, 2], (4, 8, 8))[1])
+        brought.append(counted.brought)
+    assert brought[1] - brought[0] == (4 if draws_noise(sampler) else 0)
+
+
 class Casts(TorchDispatchMode):
     """How often each tensor, by its identity, is cast to bf16."""
 
@@ -287,8 +303,8 @@ def test_low_precision_casts_each_weight_once_and_changes_no_pixel(name, schema)
     sampler = make_sampler(make_scheduler(objective).config, SamplerSettings(name, 4))
     conditions = Conditions.from_schema(schema, [{"grade": "benign"}, {"grade": "gleason4", "site": "radboud"}])
     guidance = GuidanceSettings("margins", scale=2.0)
-    denoiser, weak, frozen = make_denoiser(schema), make_denoiser(schema, 1), make_denoiser(schema).requires_grad_(False)
-    states = []
+    denoiser, weak = make_denoiser(schema), make_denoiser(schema, 1)
+    frozen, states = make_denoiser(schema).requires_grad_(False), []
 
     def run(network, dtype, other):
         noise, generators = draw_noise([1, 2], (4, 8, 8))
