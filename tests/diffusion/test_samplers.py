@@ -296,11 +296,10 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc", "ddpm"])  # unipc's own sums would be cast, too
 def test_low_precision_casts_each_weight_once_and_changes_no_pixel(name, schema):
     """However many steps; and the samples are those of autocast around each evaluation alone."""
-    objective = ObjectiveSettings(zero_terminal_snr=name != "heun")
-    sampler = make_sampler(make_scheduler(objective).config, SamplerSettings(name, 4))
+    sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, SamplerSettings(name, 4))
     conditions = Conditions.from_schema(schema, [{"grade": "benign"}, {"grade": "gleason4", "site": "radboud"}])
     guidance = GuidanceSettings("margins", scale=2.0)
     denoiser, weak = make_denoiser(schema), make_denoiser(schema, 1)
