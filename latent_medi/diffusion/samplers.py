@@ -177,8 +177,9 @@ def draws_noise(sampler: Any, eta: float = 0.0) -> bool:
 def _prepare(sampler: Any, first_step: int, device: torch.device) -> tuple[list[Any], torch.Tensor]:
     """Reset a sampler's state; its timesteps from ``first_step`` on, and ᾱ of each."""
     sampler.set_timesteps(sampler.num_inference_steps)
-    if isinstance(sampler, UniPCMultistepScheduler):
-        sampler.sigmas = sampler.sigmas.to(device)  # or it brings six of them there at every step
+    unipc: Any = sampler if isinstance(sampler, UniPCMultistepScheduler) else None
+    if unipc is not None:
+        unipc.sigmas = unipc.sigmas.to(device)  # or it brings six of them there at every step
     if isinstance(sampler, HeunDiscreteScheduler):
         first_step *= 2  # a step and its correction
     timesteps = list(sampler.timesteps)[first_step:]

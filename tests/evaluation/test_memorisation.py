@@ -74,9 +74,21 @@ def test_an_honest_generator_copies_nothing(metrics: dict[str, Any]) -> None:
     assert (unseen["n_bank"], unseen["nearer_train"]) == (0, None)
 
 
-def test_copies_are_counted_and_listed_with_their_originals(world: World, thief: Path) -> None:
-    settings = world.settings("thief", synthetic={"medi": str(thief)}, **QUIET)
+def test_copies_are_counted_and_listed_with_their_originals(
+    world: World, thief: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+    search = module.nearest
+
+    def noting(*arguments: Any, device: Any = "unsaid", **named: Any) -> Any:
+        devices.append(str(arguments[4] if len(arguments) > 4 else device))
+        return search(*arguments[:4], **named)
+
+    monkeypatch.setattr(module, "nearest", noting)
+    settings = world.settings("thief", synthetic={"medi": str(thief)}, device="cpu:0", **QUIET)
     found = evaluate(settings, [filters()])["memorisation"]["filters"]["arms"]["medi"]
+    assert set(devices) == {"cpu:0"}  # the evaluation's own
+    assert len(devices) > 3 + 2 + 2 + 2  # copies, authenticity, C_T, cells
     assert 72 <= found["copies"] <= 72 + 7
     copies = [pair for pair in found["listed"] if pair["copy"]]
     assert len(copies) == found["copies"]
@@ -95,23 +107,6 @@ def test_copies_are_counted_and_listed_with_their_originals(world: World, thief:
     for pair in named["listed"]:
         assert pair["train_key"] == real.index["key"][pair["train_row"]]
         assert pair["patient"] == real.index["patient"][pair["train_row"]]
-
-
-def test_neighbours_are_looked_for_on_the_evaluation_s_device(
-    world: World, thief: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    search = module.nearest
-
-    def noting(*arguments: Any, device: Any = "unsaid", **named: Any) -> Any:
-        asked.append(str(arguments[4] if len(arguments) > 4 else device))
-        return search(*arguments[:4], **named)
-
-    monkeypatch.setattr(module, "nearest", noting)
-    settings = world.settings("device", synthetic={"medi": str(thief)}, device="cpu:0", colour_free=False, **QUIET)
-    evaluate(settings, [filters()])
-    assert set(asked) == {"cpu:0"}
-    assert len(asked) > 3 + 2 + 2 + 2  # copies, authenticity, C_T, cells
 
 
 def test_a_copy_of_a_patch_without_a_known_class_is_found(world: World, thief: Path, tmp_path: Path) -> None:
