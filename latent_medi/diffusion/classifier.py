@@ -113,7 +113,8 @@ class LogProbability:
 
     Args:
         network: In eval mode.
-        wanted: int64 [N]; position of each sample's class, or [1] for the same class in any number of samples.
+        wanted: int64 [N]; position of each sample's class, or [1] for the same class in any number of samples; on the
+            network's device.
     """
 
     network: LatentEncoder
@@ -209,7 +210,8 @@ class LatentClassifier:
                 )
         if not values:
             raise UserError("No value to guide to is given.")
-        return LogProbability(self.network, torch.tensor([self.values.index(value) for value in values]))
+        device = next(self.network.parameters()).device  # at once, rather than at every step
+        return LogProbability(self.network, torch.tensor([self.values.index(value) for value in values], device=device))
 
     @torch.no_grad()
     def probabilities(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

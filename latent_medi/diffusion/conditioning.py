@@ -288,17 +288,15 @@ def draw_dropout(
     """
     settings.check()
     device, (count, fields) = conditions.codes.device, conditions.codes.shape
-    shares = torch.tensor(
-        [settings.keep_all, settings.all_null, settings.metadata_null, settings.independent],
-        dtype=torch.float64,
-        device=device,
-    )
+    listed = [settings.keep_all, settings.all_null, settings.metadata_null, settings.independent]
+    shares = torch.tensor(listed, dtype=torch.float64, device=device)
     draw = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
     alone = (
         torch.rand(count, fields, generator=generator, device=device, dtype=torch.float64) >= settings.independent_rate
     )
     # The shares may sum to a little less than 1; what is left belongs to the last pattern that has a share.
-    pattern = torch.searchsorted(shares.cumsum(0), draw, right=True).clamp(max=int(shares.nonzero().max()))
+    last = max(i for i, share in enumerate(listed) if share)
+    pattern = torch.searchsorted(shares.cumsum(0), draw, right=True).clamp(max=last)
     everything = torch.ones(fields, dtype=torch.bool, device=device)
     is_class = torch.tensor([f.kind == "class" for f in schema.fields], dtype=torch.bool, device=device)
     fixed = torch.stack([everything, ~everything, is_class])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser
@@ -149,50 +151,53 @@ def check_guidance(
             )
 
 
-def _keep(branch: Branch, schema: Schema) -> torch.Tensor:
-    return torch.tensor([name in branch.fields for name in schema.names], dtype=torch.bool)
-
-
-def guided(
-    denoiser: Denoiser,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    conditions: Conditions | None,
-    settings: GuidanceSettings,
-    alpha_bar: float | None = None,
-) -> torch.Tensor:
-    """The guided prediction, all branches in one batched evaluation of the network.
+class FieldGuidance:
+    """Guidance over the fields for some samples: what its branches are asked is the same at every step, and made once.
 
     A sum of predictions with coefficients that sum to 1 is the same for ε and v, since both are the same linear map of
     x₀ and x_t.
 
     Args:
         denoiser: The model.
-        x_t: fp32 [N, C, h, w].
-        t: int64 [N].
-        conditions: Of N samples; ``None`` for an unconditional model.
+        conditions: Of N samples, on the model's device; ``None`` for an unconditional model.
         settings: The guidance, which the caller has had checked once by :func:`check_guidance`.
-        alpha_bar: ᾱ_t, for the guidance interval; ``None`` acts as if inside.
-
-    Returns:
-        fp32 [N, C, h, w]; bit for bit the conditional prediction where guidance changes nothing.
     """
-    conditioner = denoiser.conditioner
-    inside = alpha_bar is None or settings.interval[0] <= alpha_bar <= settings.interval[1]
-    if conditioner is None or conditions is None or settings.form == "none" or not inside:
-        return denoiser(x_t, t, conditions)
-    schema = conditioner.schema
-    branches = guidance_branches(settings, schema)
-    if len(branches) == 1 and branches[0] == Branch(frozenset(schema.names), 1.0):
-        return denoiser(x_t, t, conditions)
-    asked = Conditions.cat([conditions.masked(_keep(b, schema)) for b in branches])
-    count = len(branches)
-    predictions = denoiser(x_t.repeat(count, 1, 1, 1), t.repeat(count), asked).chunk(count)
-    total = sum_of(predictions, [b.weight for b in branches])
-    if settings.rescale:
-        conditional = next(p for p, b in zip(predictions, branches, strict=True) if len(b.fields) == len(schema.names))
-        total = rescaled(total, conditional.float(), settings.rescale)
-    return total
+
+    def __init__(self, denoiser: Denoiser, conditions: Conditions | None, settings: GuidanceSettings) -> None:
+        self.denoiser, self.conditions, self.settings = denoiser, conditions, settings
+        self.branches: list[Branch] = []
+        if denoiser.conditioner is None or conditions is None or settings.form == "none":
+            return
+        schema = denoiser.conditioner.schema
+        branches = guidance_branches(settings, schema)
+        if branches == [Branch(frozenset(schema.names), 1.0)]:
+            return
+        self.branches = branches
+        keep = torch.tensor([[name in b.fields for name in schema.names] for b in branches], dtype=torch.bool)
+        kept = keep.to(conditions.codes.device)  # one copy for all branches: each waits for what a GPU is doing
+        self._asked = Conditions.cat([conditions.masked(row) for row in kept])
+        self._whole = next((i for i, b in enumerate(branches) if len(b.fields) == len(schema.names)), None)
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, alpha_bar: float | None = None) -> torch.Tensor:
+        """The guided prediction, all branches in one batched evaluation of the network.
+
+        Args:
+            x_t: fp32 [N, C, h, w].
+            t: int64 [N].
+            alpha_bar: ᾱ_t, for the guidance interval; ``None`` acts as if inside.
+
+        Returns:
+            fp32 [N, C, h, w]; bit for bit the conditional prediction where guidance changes nothing.
+        """
+        low, high = self.settings.interval
+        if not self.branches or not (alpha_bar is None or low <= alpha_bar <= high):
+            return self.denoiser(x_t, t, self.conditions)
+        count = len(self.branches)
+        predictions = self.denoiser(x_t.repeat(count, 1, 1, 1), t.repeat(count), self._asked).chunk(count)
+        total = sum_of(predictions, [b.weight for b in self.branches])
+        if self.settings.rescale and self._whole is not None:
+            total = rescaled(total, predictions[self._whole].float(), self.settings.rescale)
+        return total
 
 
 def evaluations(settings: GuidanceSettings, schema: Schema) -> int:
@@ -258,6 +263,27 @@ class Autoguidance:
         return weak + self.scale * (prediction - weak)
 
 
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """While it lasts, the gradients of a network on a GPU come out the same every time, so that images are a function
+    of their seed; afterwards everything is as it was. On a CPU they do anyway.
+
+    Convolutions and attention are all that would differ: cuDNN's fastest backward passes, and those of the fused
+    attention, add up in the order in which threads happen to finish.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False  # not `cudnn.flags`, which also turns TF32 on
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
 @dataclass(frozen=True)
 class ClassifierGuidance:
     """Guidance by the gradient of a classifier of noisy latents: ε′ = ε − s·√(1−ᾱ_t)·∇_x log p(y | x_t, t).
@@ -291,7 +317,7 @@ class ClassifierGuidance:
         """
         if self.scale == 0 or not self.interval[0] <= alpha_bar <= self.interval[1]:
             return prediction
-        with torch.enable_grad():
+        with torch.enable_grad(), repeatable(x_t.device):
             x = x_t.detach().requires_grad_(True)
             gradient = torch.autograd.grad(self.log_probability(x, t).sum(), x)[0]
         change = -self.scale * (1 - alpha_bar) ** 0.5 * gradient

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -15,10 +16,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import nn
 
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, check_guidance, guided
+from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, FieldGuidance, check_guidance
 from latent_medi.diffusion.objective import noise_schedule, settings_of
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.errors import UserError, nearest
@@ -172,9 +174,12 @@ def draws_noise(sampler: Any, eta: float = 0.0) -> bool:
     return eta > 0 or isinstance(sampler, DDPMScheduler) or str(sampler.config.get("algorithm_type")).startswith("sde")
 
 
-def _prepare(sampler: Any, first_step: int) -> tuple[list[Any], torch.Tensor]:
+def _prepare(sampler: Any, first_step: int, device: torch.device) -> tuple[list[Any], torch.Tensor]:
     """Reset a sampler's state; its timesteps from ``first_step`` on, and ᾱ of each."""
     sampler.set_timesteps(sampler.num_inference_steps)
+    unipc: Any = sampler if isinstance(sampler, UniPCMultistepScheduler) else None
+    if unipc is not None:
+        unipc.sigmas = unipc.sigmas.to(device)  # or it brings six of them there at every step
     if isinstance(sampler, HeunDiscreteScheduler):
         first_step *= 2  # a step and its correction
     timesteps = list(sampler.timesteps)[first_step:]
@@ -189,6 +194,25 @@ def clean_latent(prediction: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, 
     if prediction_type == "epsilon":
         return (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
     return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * prediction
+
+
+@contextmanager
+def low_precision(device: torch.device, dtype: torch.dtype | None, networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Autocast around all steps of some networks, which casts each weight once; none if ``dtype`` is ``None``.
+
+    Leaving autocast forgets the cast weights, so around each step it would cast them again. It remembers those alone
+    that could receive a gradient: frozen ones are marked so while it lasts.
+    """
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        frozen = [p for network in networks for p in network.parameters()] if dtype is not None else []
+        frozen = [p for p in frozen if p.is_floating_point() and not p.requires_grad]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -236,23 +260,28 @@ def sample_latents(
         raise ValueError("This sampler adds noise at each step: give one generator per sample.")
     guidance = guidance or GuidanceSettings()
     check_guidance(guidance, denoiser.conditioner, conditions)
-    timesteps, alphas = _prepare(sampler, first_step)
+    timesteps, alphas = _prepare(sampler, first_step, noise.device)
     # Euler's and Heun's state is x/√ᾱ = x₀ + σε.
     euler = isinstance(sampler, (EulerDiscreteScheduler, HeunDiscreteScheduler))
     x = noise * (sampler.sigmas[-len(timesteps) - 1] ** 2 + 1).sqrt() if euler else noise
     options: dict[str, Any] = {"generator": list(generators)} if draws and generators is not None else {}
     if isinstance(sampler, DDIMScheduler):
         options["eta"] = eta
-    for t, alpha_bar in zip(timesteps, alphas.tolist(), strict=True):
-        x_t = sampler.scale_model_input(x, t)
-        step = torch.full((len(x),), round(float(t)), dtype=torch.long, device=x.device)
-        with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            prediction = guided(denoiser, x_t, step, conditions, guidance, alpha_bar)
+    predicts, guide = sampler.config["prediction_type"], FieldGuidance(denoiser, conditions, guidance)
+    networks = [denoiser, *([] if weak is None else [weak.denoiser])]
+    full = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False)
+    with low_precision(x.device, dtype, networks):
+        for t, alpha_bar in zip(timesteps, alphas.tolist(), strict=True):
+            with full:
+                x_t = sampler.scale_model_input(x, t)
+            step = torch.full((len(x),), round(float(t)), dtype=torch.long, device=x.device)
+            prediction = guide(x_t, step, alpha_bar)
             if weak is not None:
                 prediction = weak.guide(prediction, x_t, step, conditions, alpha_bar)
-        if classifier is not None:
-            prediction = classifier.guide(prediction, x_t, step, alpha_bar, sampler.config["prediction_type"])
-        if watch is not None:
-            watch(alpha_bar, x_t, clean_latent(prediction, x_t, alpha_bar, sampler.config["prediction_type"]))
-        x = sampler.step(prediction, t, x, return_dict=False, **options)[0]
+            with full:
+                if classifier is not None:
+                    prediction = classifier.guide(prediction, x_t, step, alpha_bar, predicts)
+                if watch is not None:
+                    watch(alpha_bar, x_t, clean_latent(prediction, x_t, alpha_bar, predicts))
+                x = sampler.step(prediction, t, x, return_dict=False, **options)[0]
     return x

@@ -220,7 +220,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         if copies is not None and encoder.preprocessing.channel == "rgb":
             metrics["memorisation"][encoder.name] = {
                 "fingerprint": encoder.fingerprint,
-                **memorisation.memorisation(study, features, copies, *arguments, settings.patient_names),
+                **memorisation.memorisation(study, features, copies, *arguments, settings.patient_names, device),
             }
             clock.lap("memorisation")
         stage.judge(encoder, features, made, metrics)

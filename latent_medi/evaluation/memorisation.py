@@ -173,8 +173,9 @@ def _small(dataset: PatchDataset, rows: np.ndarray, batch: int) -> np.ndarray:
 
 
 def memorisation(
-    study: Study, features: Features, copies: Copies, resamples: int, seed: int, names: bool = False
-) -> dict[str, Any]:
+    study: Study, features: Features, copies: Copies, resamples: int, seed: int, names: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
     """The record of one encoder.
 
     Args:
@@ -184,6 +185,7 @@ def memorisation(
         resamples: Patient resamples for the intervals.
         seed: Seed of these, of the subsamples and of the cells of C_T.
         names: Whether listed pairs have the names of patients and training patches, instead of numbers.
+        device: Torch device of the distances.
 
     Returns:
         ``rule``, ``threshold``, ``threshold_patches`` (how many it comes from), ``real_duplicates`` (by part, patches
@@ -195,7 +197,8 @@ def memorisation(
     flagged = (copies.scores["held_out"] > copies.threshold) & ~copies.duplicates["held_out"]
     twice = {part: int(mask.sum()) for part, mask in copies.duplicates.items()}
     bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
-    authentic = _Authentic(study, features)
+    authentic = _Authentic(study, features, device)
+    train, held_out = features.real[study.train], features.real[study.reference]
     record: dict[str, Any] = {
         "rule": "A copy correlates with a training patch, turned, mirrored or shifted by up to an eighth of its side, "
         f"more than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}."
@@ -210,7 +213,7 @@ def memorisation(
         "held_out_flagged": _share(study, bootstrap, flagged.astype(float)),
         "held_out_auth_pct": measure(None, 0, 0)
         if authentic.alone
-        else _share(study, bootstrap, 100.0 * authentic.of(features.real[study.reference])),
+        else _share(study, bootstrap, 100.0 * authentic.of(held_out)),
         "arms": {},
     }
     for arm in study.arms.values():
@@ -223,8 +226,8 @@ def memorisation(
             "copy_rate": measure(float(copied.mean()), n, 0)
             | {"interval": wilson(int(copied.sum()), n), "interval_over": "samples"},
             "auth_pct": _percent_authentic(authentic, features.arms[arm.name]),
-            "ct": _ct(features.real[study.train], features.real[study.reference], features.arms[arm.name], seed),
-            "cells": _cells(study, features, arm, copied, seed),
+            "ct": _ct(train, held_out, features.arms[arm.name], seed, device),
+            "cells": _cells(study, features, arm, copied, seed, device),
             "listed": _listed(study, copies, arm, names),
         }
     return record
@@ -270,15 +273,15 @@ class _Authentic:
     would be called authentic.
     """
 
-    def __init__(self, study: Study, features: Features) -> None:
-        self.train = features.real[study.train]
+    def __init__(self, study: Study, features: Features, device: str = "cpu") -> None:
+        self.train, self.device = features.real[study.train], device
         names, codes = np.unique(study.patients[study.train], return_inverse=True)
         self.alone = len(names) < 2  # nobody else's patch could be nearer
-        self.own = nearest(self.train, self.train, 1, (codes, codes))[0][:, 0]
+        self.own = nearest(self.train, self.train, 1, (codes, codes), device)[0][:, 0]
 
     def of(self, samples: np.ndarray) -> np.ndarray:
         """bool [N]."""
-        distance, position = nearest(samples, self.train, 1)
+        distance, position = nearest(samples, self.train, 1, device=self.device)
         return distance[:, 0] > self.own[position[:, 0]]
 
 
@@ -291,7 +294,7 @@ def _percent_authentic(authentic: _Authentic, samples: np.ndarray) -> dict[str, 
     }  # fmt: skip
 
 
-def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int) -> dict[str, Any]:
+def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Whether samples lie nearer to training patches than held-out ones do, in cells of the feature space.
 
     Distances to the nearest training patch of the same cell (k-means on training features) are ranked against those of
@@ -310,7 +313,7 @@ def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int)
         if min(len(bank), len(theirs), len(ours)) < _CT_LEAST:
             left_out += len(ours)
             continue
-        a, b = nearest(ours, bank, 1)[0][:, 0], nearest(theirs, bank, 1)[0][:, 0]
+        a, b = (nearest(part, bank, 1, device=device)[0][:, 0] for part in (ours, theirs))
         u = stats.mannwhitneyu(a, b).statistic
         n, m = len(a), len(b)
         total += m * (u - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
@@ -318,7 +321,9 @@ def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int)
     return {"value": total / weight if weight else None, "n_patches": len(samples), "left_out": left_out}
 
 
-def _cells(study: Study, features: Features, arm: Arm, copied: np.ndarray, seed: int) -> list[dict[str, Any]]:
+def _cells(
+    study: Study, features: Features, arm: Arm, copied: np.ndarray, seed: int, device: str
+) -> list[dict[str, Any]]:
     """Per combination of class and site that the arm knows: how near to training and to held-out patients.
 
     Both banks have as many patches, from as many patients where possible; a generator that has learned the combination
@@ -341,7 +346,7 @@ def _cells(study: Study, features: Features, arm: Arm, copied: np.ndarray, seed:
             rng = np.random.default_rng([seed, 23])
             train, held_out = (part[patients_in_turn(study.patients[part], n, rng)] for part in (train, held_out))
             mine = features.arms[arm.name][rows]
-            near, far = (nearest(mine, features.real[part], 1)[0][:, 0] for part in (train, held_out))
+            near, far = (nearest(mine, features.real[part], 1, device=device)[0][:, 0] for part in (train, held_out))
             record |= {
                 "median_train": float(np.median(near)), "median_held_out": float(np.median(far)),
                 "nearer_train": float((near < far).mean()), "n_bank": n,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from latent_medi.errors import UserError
 from latent_medi.features.encoders import ImageEncoder
@@ -18,6 +20,7 @@ from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.files import remove
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.reader import ReadAhead, threads_beside
 from latent_medi.shards.selections import column_hash
 from latent_medi.sums import load_tensors, save_tensors, tell_unsealed
 
@@ -49,8 +52,8 @@ def content_hash(dataset: PatchDataset) -> str:
 
 def tell_if_foreign(encoder: ImageEncoder, dataset: PatchDataset) -> None:
     """Warn where the demo's encoder, which has seen procedural tissue alone, is to judge other real patches."""
-    made_by = dataset.info.get("provenance", {}).get("generator")
-    if encoder.name.split(":")[0] == "demo" and made_by != DEMO_GENERATOR and (dataset.index["origin"] == "real").any():
+    made_by, name = dataset.info.get("provenance", {}).get("generator"), encoder.name.split(":")[0].split("@")[0]
+    if name == "demo" and made_by != DEMO_GENERATOR and (dataset.index["origin"] == "real").any():
         _warn(
             f"The encoder 'demo' has seen the demo's procedural tissue alone and judges {dataset.folder}: take one of "
             "pathology, such as phikon-v2, for any number that is to mean something."
@@ -104,17 +107,19 @@ def cached_features(
         rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         chunks = _chunks(missing, batch)
         mine = np.concatenate([missing[:0], *chunks[rank::processes]])
-        batches = (images for _, images in _batches(dataset, mine, batch, f"{encoder.name} features", rank == 0))
-        for part in _parts(chunks, processes, batch):
-            dealt = [np.concatenate([missing[:0], *part[r::processes]]) for r in range(processes)]
-            found = encoder.features(islice(batches, len(part[rank::processes])), device)
-            for share, theirs in zip(dealt, _gathered(found, accelerator), strict=True):
-                features[share] = theirs
-                known[share] = True
-            if rank == 0:
-                save_tensors({"features": features, "known": known.astype(np.uint8)}, path)
-        for _ in batches:  # ends its progress display; there is nothing left in it
-            pass
+        where = torch.device(device) if device else encoder.device
+        with closing(ReadAhead(dataset, threads_beside(where, dataset))) as reader:
+            batches = _batches(reader, mine, batch, f"{encoder.name} features", rank == 0)
+            for part in _parts(chunks, processes, batch):
+                dealt = [np.concatenate([missing[:0], *part[r::processes]]) for r in range(processes)]
+                found = encoder.features(islice(batches, len(part[rank::processes])), device)
+                for share, theirs in zip(dealt, _gathered(found, accelerator), strict=True):
+                    features[share] = theirs
+                    known[share] = True
+                if rank == 0:
+                    save_tensors({"features": features, "known": known.astype(np.uint8)}, path)
+            for _ in batches:  # ends its progress display; there is nothing left in it
+                pass
         if accelerator is not None:
             accelerator.wait_for_everyone()  # nobody reads the next time what is being written now
     return features[rows]
@@ -171,8 +176,7 @@ def _read(path: Path, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((n, dim), np.float32), np.zeros(n, bool)
 
 
-def _batches(
-    dataset: PatchDataset, rows: np.ndarray, batch: int, desc: str, shown: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    batches = dataset.iterate(rows, batch)
-    yield from progress(batches, total=-(-len(rows) // batch), desc=desc, unit="batch") if shown else batches
+def _batches(reader: ReadAhead, rows: np.ndarray, batch: int, desc: str, shown: bool) -> Iterator[np.ndarray]:
+    batches = reader.batches(rows, batch)
+    for _, images in progress(batches, total=-(-len(rows) // batch), desc=desc, unit="batch") if shown else batches:
+        yield images

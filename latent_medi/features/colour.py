@@ -7,6 +7,7 @@ is decadic: OD = −log10(I), with I the transmitted share of light.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -32,6 +33,13 @@ def _stain_matrix() -> np.ndarray:
 STAINS = _stain_matrix()
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _of_haematoxylin(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Share of each channel's density in haematoxylin, [3]; brought to a device once, not with every batch."""
+    return torch.as_tensor(np.linalg.inv(STAINS)[:, 0], dtype=dtype, device=device)
+
+
 def haematoxylin(images: torch.Tensor) -> torch.Tensor:
     """What each patch would look like in grey if it were stained with haematoxylin alone.
 
@@ -43,8 +51,7 @@ def haematoxylin(images: torch.Tensor) -> torch.Tensor:
         Glass is 1, and the amount of eosin changes nothing.
     """
     density = -torch.log10(images.clamp(_DARKEST, 1.0))
-    weights = torch.as_tensor(np.linalg.inv(STAINS)[:, 0], dtype=images.dtype, device=images.device)
-    concentration = torch.einsum("nchw,c->nhw", density, weights).clamp_min(0.0)
+    concentration = torch.einsum("nchw,c->nhw", density, _of_haematoxylin(images.dtype, images.device)).clamp_min(0.0)
     return torch.pow(10.0, -concentration)[:, None]
 
 

@@ -23,6 +23,8 @@ from latent_medi.features.registry import ENCODERS
 from latent_medi.features.transformer import vision_transformer
 
 COLOUR_FREE_SUFFIX = ":haematoxylin"
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a network may be run in under autocast."""
 KNOWN = tuple(ENCODERS)
 DEMO_FOLDER = Path(latent_medi.__file__).parent / "demo" / "weights" / "encoder"
 
@@ -35,21 +37,34 @@ class ImageEncoder:
     Args:
         network: The module with its preprocessing.
         device: Torch device.
+        precision: Arithmetic inside the network, one of :data:`PRECISIONS`; what comes before and after is fp32.
     """
 
-    def __init__(self, network: Network, device: str | torch.device = "cpu") -> None:
-        self.network = network
-        self.module = network.module.eval().requires_grad_(False).to(device)
-        self.device = torch.device(device)
+    def __init__(self, network: Network, device: str | torch.device = "cpu", precision: str = "fp32") -> None:
+        self.network, self.precision = network, precision
+        self.module = network.module.eval().requires_grad_(False)
+        self._place(torch.device(device))
         self.name = network.name
         self.dim = network.dim
         self.license = network.license
         self.preprocessing = network.preprocessing
         self._weights_hash = ""
 
+    def _place(self, device: torch.device) -> None:
+        how = self.network.preprocessing
+        self.device = device
+        with torch.inference_mode(False):
+            self.module.to(device)
+            # Once: brought along with every batch, they would each time wait for what a GPU is doing.
+            self._mean, self._std = (
+                torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (how.mean, how.std)
+            )
+
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over the weights, the class of the network, the preprocessing and how features are read out."""
+        """Hex SHA-256 over the weights, the class of the network, the preprocessing, how features are read out, and the
+        precision where it is not fp32.
+        """
         if not self._weights_hash:
             digest = hashlib.sha256(type(self.module).__qualname__.encode())
             for key, value in sorted(self.module.state_dict().items()):
@@ -57,6 +72,7 @@ class ImageEncoder:
                 digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             self._weights_hash = digest.hexdigest()
         parts = [self._weights_hash, self.preprocessing.text, *filter(None, [self.network.readout])]
+        parts += [self.precision] if self.precision != "fp32" else []
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def prepare(self, images: np.ndarray) -> Tensor:
@@ -68,27 +84,29 @@ class ImageEncoder:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise UserError(f"Patches must be uint8 [n, H, W, 3], not {images.dtype} {list(images.shape)}.")
         # Copied, since arrays read from an archive may be read-only and torch warns about those.
-        x = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2).float() / 255.0
+        x = torch.from_numpy(np.array(images))
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            x = x.pin_memory()  # from other memory the copy would wait for what the GPU is doing
+        x = x.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255.0
         how = self.preprocessing
         if how.channel == "haematoxylin":
             x = haematoxylin(x).expand(-1, 3, -1, -1)
         if how.size and tuple(x.shape[2:]) != (how.size, how.size):
             x = F.interpolate(x, size=(how.size, how.size), mode=how.resize, align_corners=False, antialias=True)
             x = x.clamp(0.0, 1.0)  # bicubic overshoots
-        mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=self.device)[:, None, None] for v in (how.mean, how.std)
-        )
-        return (x - mean) / std
+        return (x - self._mean) / self._std
 
-    def _forward(self, batch: np.ndarray) -> np.ndarray:
-        result = self.module(self.prepare(batch))
+    def _forward(self, batch: np.ndarray) -> Tensor:
+        x, dtype = self.prepare(batch), PRECISIONS[self.precision]
+        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            result = self.module(x)
         if not isinstance(result, Tensor) or tuple(result.shape) != (len(batch), self.dim):
             found = list(result.shape) if isinstance(result, Tensor) else f"a {type(result).__name__}"
             raise UserError(
                 f"The encoder {self.name} returned {found} for {len(batch)} patches, not [{len(batch)}, {self.dim}].",
                 CONTRACT,
             )
-        return result.float().cpu().numpy()
+        return result.float()
 
     @torch.inference_mode()
     @exact_fp32()
@@ -103,15 +121,28 @@ class ImageEncoder:
             float32 [N, d].
 
         Raises:
-            UserError: The network does not return [n, d].
+            UserError: The network does not return [n, d], or a feature is not finite in a precision below fp32.
             ValueError: A feature is not finite.
         """
         if device is not None and torch.device(device) != self.device:
-            self.device = torch.device(device)
-            self.module.to(self.device)
-        parts = [self._forward(batch) for batch in batches if len(batch)]
+            self._place(torch.device(device))
+        parts: list[np.ndarray] = []
+        before: Tensor | None = None
+        for batch in batches:
+            found = self._forward(batch) if len(batch) else None
+            # Fetched when the next batch is on its way: a GPU is not kept waiting for the next one to be read.
+            if before is not None:
+                parts.append(before.cpu().numpy())
+            before = found
+        if before is not None:
+            parts.append(before.cpu().numpy())
         result = np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
         if not np.isfinite(result).all():
+            if self.precision != "fp32":
+                raise UserError(
+                    f"The encoder {self.name} returned features that are not finite in {self.precision}.",
+                    f"Leave out '@{self.precision}'.",
+                )
             raise ValueError(f"the encoder {self.name} returned features that are not finite")
         return result
 
@@ -122,8 +153,9 @@ def load_encoder(
     """Load an encoder by name, from a folder with ``encoder.json`` and ``encoder.safetensors``, or from a function.
 
     Args:
-        name_or_folder: One of ``KNOWN``, perhaps with an input size ("squeezenet@128"); a folder; or
-            ``module:callable``, see :data:`latent_medi.features.own.CONTRACT`.
+        name_or_folder: One of ``KNOWN``, perhaps with an input size ("squeezenet@128") and a precision below fp32
+            ("phikon-v2@bf16", "squeezenet@128@bf16"); a folder; or ``module:callable``, see
+            :data:`latent_medi.features.own.CONTRACT`.
         weights: Weight file or folder, for encoders that do not ship with the package. Without it those of the Hugging
             Face hub are downloaded, or taken from its client's cache.
         device: Torch device.
@@ -132,7 +164,9 @@ def load_encoder(
         UserError: Unknown name, missing weights (with what to do to get them), or weights that do not fit.
     """
     text = str(name_or_folder)
-    name, _, size = text.partition("@")
+    name, *marks = text.split("@")
+    precision = marks.pop() if marks and marks[-1] in PRECISIONS else "fp32"
+    size = "@".join(marks)
     if name not in ENCODERS and Path(text).is_dir():
         return ImageEncoder(networks.tiny(text, Path(text).name), device)
     if name not in ENCODERS and ":" in text:
@@ -146,7 +180,10 @@ def load_encoder(
             f"Give a name, a folder with encoder.json, or module:callable; {nearest(name, KNOWN)}.",
         )
     if size and not (size.isdigit() and int(size) >= 32):
-        raise UserError(f"The input size in {text!r} must be a number of pixels, 32 or more.")
+        raise UserError(
+            f"The input size in {text!r} must be a number of pixels, 32 or more.",
+            "Behind another '@' may stand bf16 or fp16, such as squeezenet@128@bf16.",
+        )
     entry = ENCODERS[name]
     if size and not entry.resizable:
         raise UserError(f"The encoder {name!r} has one input size; leave out '@{size}'.")
@@ -160,7 +197,10 @@ def load_encoder(
         network = networks.inception(weights)
     else:
         network = vision_transformer(name, weights)
-    return ImageEncoder(networks.resized(network, int(size)) if size else network, device)
+    network = networks.resized(network, int(size)) if size else network
+    if precision != "fp32":
+        network = replace(network, name=f"{network.name}@{precision}")  # its numbers are not those of fp32
+    return ImageEncoder(network, device, precision)
 
 
 def colour_free(encoder: ImageEncoder) -> ImageEncoder:
@@ -170,6 +210,6 @@ def colour_free(encoder: ImageEncoder) -> ImageEncoder:
         name=encoder.name + COLOUR_FREE_SUFFIX,
         preprocessing=replace(encoder.preprocessing, channel="haematoxylin"),
     )
-    result = ImageEncoder(twin, encoder.device)
+    result = ImageEncoder(twin, encoder.device, encoder.precision)
     result._weights_hash = encoder._weights_hash
     return result

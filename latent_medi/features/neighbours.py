@@ -47,11 +47,11 @@ def nearest(
         x = torch.from_numpy((queries[part] - centre).astype(np.float32)).to(where)
         best = torch.full((len(x), k), torch.inf, device=where)
         position = torch.zeros((len(x), k), dtype=torch.int64, device=where)
+        mine = None if apart is None else torch.as_tensor(np.asarray(apart[0])[part]).to(where)
         for first in range(0, len(bank), _BANK):
             block = centred[first : first + _BANK]
             squared = (x * x).sum(1)[:, None] + (block * block).sum(1)[None] - 2 * x @ block.T
-            if apart is not None and codes is not None:
-                mine = torch.as_tensor(np.asarray(apart[0])[part]).to(where)
+            if mine is not None and codes is not None:
                 squared.masked_fill_(mine[:, None] == codes[first : first + _BANK][None], torch.inf)
             value, place = squared.topk(min(k, block.shape[0]), largest=False)
             value, order = torch.cat([best, value], 1).topk(k, largest=False)

@@ -26,7 +26,6 @@ from latent_medi.files import (
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
 from latent_medi.latents.floor import floor_text, measure_floor
 from latent_medi.latents.info import INFO_FILE, SCHEMA_VERSION, read_info, write_info
-from latent_medi.latents.reader import ReadAhead, threads_beside
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.views import view_of
 from latent_medi.launch import make_accelerator
@@ -34,6 +33,7 @@ from latent_medi.locks import output_lock
 from latent_medi.progress import get_logger, progress
 from latent_medi.shards.dataset import INFO_FILE as DATASET_FILE
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.reader import ReadAhead, threads_beside
 from latent_medi.shards.remote import open_dataset
 
 logger = get_logger("latents")

@@ -29,6 +29,7 @@ from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.progress import get_logger, progress
+from latent_medi.shards.behind import write_behind
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
 from latent_medi.synthesis.grids import check_picture, samples_sheet, save_sheet
@@ -167,10 +168,15 @@ def _generate(
     if first and count:
         logger.info("%d of %d images here: %s", count, ends[-1], maker.told())
     with listening() as notice:
-        for number in mine:
+
+        def patches(number: int) -> Iterator[Patch]:
             samples = [sample_at(checked, maker.schema, position, ends) for position in positions[number]]
-            patches = observed(patches_of(samples, maker, mpp, model_hash), ticks, notice)
-            write_shard(folder, number, patches, settings.codec, token)
+            return observed(patches_of(samples, maker, mpp, model_hash), ticks, notice)
+
+        def write(number: int, its: Iterator[Patch]) -> None:
+            write_shard(folder, number, its, settings.codec, token)
+
+        write_behind(((number, patches(number)) for number in mine), write, 2 * settings.device_batch)
     if first and count:
         logger.info("%.3g images/s in each process", count / (time.monotonic() - start))
     accelerator.wait_for_everyone()

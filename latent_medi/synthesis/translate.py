@@ -29,6 +29,7 @@ from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.progress import get_logger, progress
+from latent_medi.shards.behind import write_behind
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
 from latent_medi.synthesis.beside import compare, stain_mappings, write_sheet
@@ -115,11 +116,17 @@ def _translate(settings: TranslateSettings, model: MediPipeline | None, accelera
         shards = range(-(-len(asked.rows) // settings.patches_per_shard))
         whole = {number for number, record in finished_shards(folder).items() if record.token == token}
         mine = [n for n in shards if n not in whole and n % accelerator.num_processes == accelerator.process_index]
-        for number in progress(mine, desc="translating", unit="shard") if accelerator.is_main_process else mine:
+
+        def patches(number: int) -> Iterator[Patch]:
             first = number * settings.patches_per_shard
             positions = np.arange(first, min(first + settings.patches_per_shard, len(asked.rows)))
-            patches = patches_of(asked, positions, schema, pipeline, settings, model_hash)
-            write_shard(folder, number, patches, settings.codec, token)
+            return patches_of(asked, positions, schema, pipeline, settings, model_hash)
+
+        def write(number: int, its: Iterator[Patch]) -> None:
+            write_shard(folder, number, its, settings.codec, token)
+
+        shown = progress(mine, desc="translating", unit="shard") if accelerator.is_main_process else mine
+        write_behind(((number, patches(number)) for number in shown), write, 2 * settings.device_batch)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish_dataset(folder, name, schema, pipeline.patch_size, mpp, settings.codec, provenance, shards=shards)

@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusion_parts import make_denoiser
+from diffusion_parts import Counted, make_denoiser
 
+from latent_medi.diffusion import guidance as module
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.guidance import (
     Autoguidance,
     Branch,
     ClassifierGuidance,
+    FieldGuidance,
     check_guidance,
     evaluations,
     guidance_branches,
     guidance_of,
-    guided,
     rescaled,
     untrained,
 )
@@ -44,6 +45,10 @@ def denoiser(schema):
 @pytest.fixture(scope="module")
 def conditions(schema):
     return Conditions.from_schema(schema, ROWS)
+
+
+def guided(denoiser, x_t, t, conditions, settings, alpha_bar=None):
+    return FieldGuidance(denoiser, conditions, settings)(x_t, t, alpha_bar)
 
 
 def ask(denoiser, conditions, kept):
@@ -283,6 +288,68 @@ def test_classifier_guidance_works_in_the_sampling_loop(denoiser, conditions):
     pushed = sample_latents(denoiser, conditions, noise, sampler, classifier=up)
     assert pushed.mean() > plain.mean()
     assert torch.isfinite(pushed).all()
+
+
+@pytest.mark.parametrize("form", ["chain", "margins"])
+def test_what_branches_are_asked_is_made_once_however_many_steps(form, schema):
+    plain = schema.subset(["grade", "site", "gender"])  # a continuous field's embedding masks, too
+    denoiser, config = make_denoiser(plain), make_scheduler(ObjectiveSettings()).config
+    rows = Conditions.from_schema(plain, [{"grade": "gleason4", "site": "radboud"}] * 2)
+    masks = []
+    for steps in (2, 7):
+        with Counted() as counted:
+            sampler = make_sampler(config, SamplerSettings(steps=steps))
+            sample_latents(denoiser, rows, X, sampler, GuidanceSettings(form, scale=2.0))
+        masks.append(counted.masks)
+    assert 0 < masks[0] == masks[1]
+
+
+def test_branches_are_brought_to_the_device_at_once_and_never_again(schema):
+    with torch.device("meta"):
+        denoiser, x_t, t = make_denoiser(schema), torch.empty(2, 4, 8, 8), torch.zeros(2, dtype=torch.long)
+    rows = Conditions.from_schema(schema, ROWS).to("meta")
+    with Counted() as counted:
+        guide = FieldGuidance(denoiser, rows, GuidanceSettings("margins", scale=2.0))
+        for alpha_bar in (0.1, 0.5, 0.9):
+            guide(x_t, t, alpha_bar)
+    assert len(guide.branches) > 2
+    assert counted.brought == 1
+
+
+def test_a_classifier_s_gradient_is_repeatable_on_a_gpu_and_only_there():
+    """Neither the choice of cuDNN's algorithms nor that of attention is left to chance, in both directions."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+
+    def state():
+        fused = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()
+        return (cudnn.deterministic, cudnn.benchmark, *fused, cuda.math_sdp_enabled(), cudnn.allow_tf32)
+
+    seen = []
+
+    def log_probability(x, t):
+        seen.append(state())
+        x.register_hook(lambda _: seen.append(state()))
+        return x.sum((1, 2, 3))
+
+    def broken(x, t):
+        raise ValueError("no probability")
+
+    asked, as_on = [], module.repeatable
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cudnn, "benchmark", True)
+        patch.setattr(cudnn, "allow_tf32", False)
+        before = state()
+        ClassifierGuidance(log_probability).guide(X, X, T, 0.5, "epsilon")
+        assert seen == [before] * 2
+        seen.clear()
+        patch.setattr(module, "repeatable", lambda device: asked.append(device) or as_on(torch.device("cuda:0")))
+        ClassifierGuidance(log_probability).guide(X, X, T, 0.5, "epsilon")
+        assert asked == [X.device]
+        assert seen == [(True, False, False, False, False, True, False)] * 2
+        assert state() == before
+        with pytest.raises(ValueError, match="no probability"):
+            ClassifierGuidance(broken).guide(X, X, T, 0.5, "epsilon")
+        assert state() == before
 
 
 def test_rescaling_leaves_a_prediction_without_spread_as_it_is():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusion_parts import Counted
 
 from latent_medi.diffusion.classifier import CONFIG_FILE, WEIGHTS_FILE, LatentClassifier, LatentEncoder
 from latent_medi.diffusion.classifier_settings import EncoderSettings
@@ -87,6 +88,15 @@ def test_log_probability_is_that_of_the_wanted_class_and_rows_choose_samples():
         classifier.log_probability(["gleason5"])
     with pytest.raises(UserError, match="No value"):
         classifier.log_probability([])
+
+
+def test_wanted_classes_are_brought_to_the_network_s_device_once_not_at_every_step():
+    classifier, x_t, t = make_classifier().to("meta"), X.to("meta"), T.to("meta")
+    asked = classifier.log_probability(["gleason4", "benign", "gleason3", "benign"])
+    with Counted() as counted:
+        for _ in range(3):
+            asked(x_t, t)
+    assert counted.brought == 0
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusion_parts import make_denoiser
+from diffusion_parts import Counted, make_denoiser
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_medi.diffusion.conditioning import Conditions
+from latent_medi.diffusion.guidance import Autoguidance
 from latent_medi.diffusion.objective import Objective, make_scheduler
 from latent_medi.diffusion.samplers import SAMPLERS, draw_noise, draws_noise, make_sampler, refusal, sample_latents
-from latent_medi.diffusion.settings import ObjectiveSettings, SamplerSettings
+from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.errors import UserError
 
 OBJECTIVES = {
@@ -260,3 +266,71 @@ def test_every_sampler_is_finite_for_a_constant_and_for_no_prediction(objective,
             noise, generators = draw_noise([3], (4, 2, 2))
             out = sample_latents(Constant(value), None, noise, sampler, generators=generators)
             assert torch.isfinite(out).all(), steps
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_bring_nothing_to_the_device_but_fresh_noise(name, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which "meta" has none of
+    objective = ObjectiveSettings(zero_terminal_snr=name != "heun")
+    brought = []
+    for steps in (4, 8):
+        sampler = make_sampler(make_scheduler(objective).config, SamplerSettings(name, steps))
+        with torch.device("meta"):
+            denoiser, noise = make_denoiser(None), torch.empty(2, 4, 8, 8)
+        with Counted() as counted:
+            sample_latents(denoiser, None, noise, sampler, generators=draw_noise([1, 2], (4, 8, 8))[1])
+        brought.append(counted.brought)
+    assert brought[1] - brought[0] == (4 if draws_noise(sampler) else 0)
+
+
+class Casts(TorchDispatchMode):
+    """How often each tensor, by its identity, is cast to bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            self.of[id(args[0])] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc", "ddpm"])  # unipc's own sums would be cast, too
+def test_low_precision_casts_each_weight_once_and_changes_no_pixel(name, schema):
+    """However many steps; and the samples are those of autocast around each evaluation alone."""
+    sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, SamplerSettings(name, 4))
+    conditions = Conditions.from_schema(schema, [{"grade": "benign"}, {"grade": "gleason4", "site": "radboud"}])
+    guidance = GuidanceSettings("margins", scale=2.0)
+    denoiser, weak = make_denoiser(schema), make_denoiser(schema, 1)
+    frozen, states = make_denoiser(schema).requires_grad_(False), []
+
+    def run(network, dtype, other):
+        noise, generators = draw_noise([1, 2], (4, 8, 8))
+        guide = Autoguidance(other, 1.5)
+        return sample_latents(
+            network, conditions, noise, sampler, guidance, generators, dtype=dtype, weak=guide,
+            watch=lambda *_: states.append(torch.is_autocast_enabled("cpu")),
+        )  # fmt: skip
+
+    with Casts() as casts:
+        made = run(denoiser, torch.bfloat16, weak)
+    weights = {id(p) for network in (denoiser, weak) for p in network.parameters()}
+    assert {casts.of[w] for w in weights} == {0, 1}
+    with Casts() as casts:
+        assert torch.equal(run(frozen, torch.bfloat16, weak), made)
+    assert {casts.of[id(p)] for p in frozen.parameters()} == {0, 1}
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert states
+    assert not any(states)  # what is not the network is fp32
+    plain = run(denoiser, None, weak)
+    assert not torch.equal(plain, made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser, "forward", partial(lowered, denoiser.forward))
+        patch.setattr(weak, "forward", partial(lowered, weak.forward))
+        assert torch.equal(run(denoiser, None, weak), made)
+
+
+def lowered(evaluate, *args):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return evaluate(*args)

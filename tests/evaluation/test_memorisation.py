@@ -20,6 +20,7 @@ from PIL import Image
 from latent_medi.cli import main
 from latent_medi.demo.tissue import random_shape, random_stain, render
 from latent_medi.errors import UserError
+from latent_medi.evaluation import memorisation as module
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import Features
 from latent_medi.evaluation.memorisation import (
@@ -73,9 +74,21 @@ def test_an_honest_generator_copies_nothing(metrics: dict[str, Any]) -> None:
     assert (unseen["n_bank"], unseen["nearer_train"]) == (0, None)
 
 
-def test_copies_are_counted_and_listed_with_their_originals(world: World, thief: Path) -> None:
-    settings = world.settings("thief", synthetic={"medi": str(thief)}, **QUIET)
+def test_copies_are_counted_and_listed_with_their_originals(
+    world: World, thief: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+    search = module.nearest
+
+    def noting(*arguments: Any, device: Any = "unsaid", **named: Any) -> Any:
+        devices.append(str(arguments[4] if len(arguments) > 4 else device))
+        return search(*arguments[:4], **named)
+
+    monkeypatch.setattr(module, "nearest", noting)
+    settings = world.settings("thief", synthetic={"medi": str(thief)}, device="cpu:0", **QUIET)
     found = evaluate(settings, [filters()])["memorisation"]["filters"]["arms"]["medi"]
+    assert set(devices) == {"cpu:0"}  # the evaluation's own
+    assert len(devices) > 3 + 2 + 2 + 2  # copies, authenticity, C_T, cells
     assert 72 <= found["copies"] <= 72 + 7
     copies = [pair for pair in found["listed"] if pair["copy"]]
     assert len(copies) == found["copies"]

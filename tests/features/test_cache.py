@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -100,22 +102,63 @@ def test_an_interrupted_run_keeps_what_it_wrote(
     monkeypatch.setattr(cache_module, "_LEAST", 4)
     monkeypatch.setattr(cache_module, "_WRITES", 3)
     cache = tmp_path / "cache"
-    read = PatchDataset.iterate
+    read, calls = PatchDataset.read, [0]
 
-    def broken(self: PatchDataset, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for number, item in enumerate(read(self, rows, batch)):
-            if number == 5:
-                raise KeyboardInterrupt
-            yield item
+    def broken(self: PatchDataset, rows: np.ndarray, workers: int = 0) -> np.ndarray:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise KeyboardInterrupt
+        return read(self, rows, workers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PatchDataset, "iterate", broken)
+        patch.setattr(PatchDataset, "read", broken)
         with pytest.raises(KeyboardInterrupt):
             cached_features(dataset, np.arange(11), _encoder(), cache, batch=2)
     encoder = _encoder()
     found = cached_features(dataset, np.arange(11), encoder, cache, batch=2)
     assert encoder.seen == 3  # of 11; 8 were written in two parts before the sixth batch failed
     np.testing.assert_allclose(found, _encoder().features([dataset.read(np.arange(11))]), atol=1e-6)
+
+
+def test_a_precision_below_fp32_is_another_entry_and_fp32_is_the_one_that_it_was(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
+    cache, network = tmp_path / "cache", Network("means", Means(1.01), 3, Preprocessing(0, (0.0,) * 3, (1.0,) * 3), "")
+    plain = ImageEncoder(network)
+    weights = hashlib.sha256(b"Means" + b"factor torch.float32 ()" + np.float32(1.01).tobytes()).hexdigest()
+    assert plain.fingerprint == hashlib.sha256(f"{weights} {network.preprocessing.text}".encode()).hexdigest()
+    full = cached_features(dataset, np.arange(11), plain, cache)
+    low = ImageEncoder(network, precision="bf16")
+    assert len({e.fingerprint for e in (plain, low, ImageEncoder(network, precision="fp16"))}) == 3
+    cached_features(dataset, np.arange(11), low, cache)
+    assert len(list(cache.iterdir())) == 2
+    np.testing.assert_array_equal(cached_features(dataset, np.arange(11), ImageEncoder(network), cache), full)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_patches_are_read_ahead_beside_a_gpu_and_features_are_the_same(
+    dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    asked: list[str] = []
+    readers: set[str] = set()
+    read = PatchDataset.read
+
+    def noting(self: PatchDataset, rows: np.ndarray, workers: int = 0) -> np.ndarray:
+        readers.add(threading.current_thread().name.rpartition("_")[0])
+        return read(self, rows, workers)
+
+    def beside(device: torch.device, data: PatchDataset) -> int:
+        asked.append(device.type)
+        return threads
+
+    expected = _encoder().features([dataset.read(np.arange(11))])
+    monkeypatch.setattr(PatchDataset, "read", noting)
+    monkeypatch.setattr(cache_module, "threads_beside", beside)
+    found = cached_features(dataset, np.arange(11), _encoder(), tmp_path / "cache", 2, "cpu")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert asked == ["cpu"]
+    assert (readers == {"read-ahead"}) is bool(threads)
+    assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
 
 
 def test_the_demo_s_encoder_says_that_it_has_seen_no_tissue(

@@ -113,6 +113,44 @@ def test_features_that_are_not_finite_are_an_error(images: np.ndarray) -> None:
         ImageEncoder(Network("broken", Broken(), 3, Preprocessing(0, (0.5,) * 3, (1.0,) * 3), "")).features([images])
 
 
+def test_a_precision_below_fp32_is_the_network_s_alone_and_part_of_the_name(images: np.ndarray) -> None:
+    plain, low = load_encoder("demo"), load_encoder("demo@bf16")
+    assert (plain.name, low.name, colour_free(low).name) == ("demo", "demo@bf16", "demo@bf16:haematoxylin")
+    assert colour_free(low).precision == "bf16"
+    assert torch.equal(plain.prepare(images), low.prepare(images))
+    full, half = plain.features([images]), low.features([images])
+    assert half.dtype == np.float32
+    assert not np.array_equal(full, half)
+    assert np.abs(half - full).max() < 0.05 * np.abs(full).max()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(plain.module(plain.prepare(images)).float().numpy(), half)
+    for wrong in ("demo@bf17", "squeezenet@bf16@128"):
+        with pytest.raises(UserError, match="number of pixels"):
+            load_encoder(wrong)
+
+
+def test_features_beyond_half_precision_are_told_with_a_way_out(images: np.ndarray) -> None:
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((3, 3), 6e4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x.mean(dim=(2, 3)), self.weight)
+
+    network = Network("large", Large(), 3, Preprocessing(0, (0.0,) * 3, (1.0,) * 3), "")
+    assert np.isfinite(ImageEncoder(network).features([images])).all()
+    with pytest.raises(UserError, match=r"(?s)not finite in fp16.*Leave out '@fp16'"):
+        ImageEncoder(network, precision="fp16").features([images])
+
+
+def test_features_come_in_order_whatever_the_batches(folder: Path, images: np.ndarray) -> None:
+    """One batch's features are fetched while the next one's are made."""
+    encoder, empty = load_encoder(folder), images[:0]
+    batches = [empty, images[:2], empty, images[2:3], images[3:], empty]
+    np.testing.assert_allclose(encoder.features(batches), encoder.features([images]), atol=1e-5)
+
+
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="squeezenet"):
         load_encoder("squeezenett")

@@ -17,10 +17,10 @@ from latent_medi.errors import UserError
 from latent_medi.latents import encode as module
 from latent_medi.latents.autoencoder import Autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode, encode_dataset
-from latent_medi.latents.reader import threads_beside
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.views import view_of
+from latent_medi.shards.reader import threads_beside
 from latent_medi.shards.remote import open_dataset
 
 

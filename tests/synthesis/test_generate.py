@@ -115,6 +115,28 @@ def test_killed_and_resumed_gives_the_same_files(
     assert files(torn) == files(whole.folder)
 
 
+def test_a_writer_that_fails_ends_the_job_and_a_rerun_loses_nothing(
+    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torn = tmp_path / "torn" / "synthetic"
+    write = module.write_shard
+
+    def full(folder: Path, number: int, patches: Any, *rest: Any) -> Any:
+        if number == 1:
+            next(patches)
+            raise UserError("The disk is full.")
+        return write(folder, number, patches, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_shard", full)
+        with pytest.raises(UserError, match="The disk is full"):
+            generate_plan(plan, model, torn, SETTINGS)
+    assert not (torn / "dataset.json").exists()
+    assert [p.name for p in (torn / "data").iterdir()] == ["part-000000.tar"]
+    generate_plan(plan, model, torn, SETTINGS)
+    assert files(torn) == files(whole.folder)
+
+
 def test_damaged_shard_is_made_again(
     plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,10 +19,10 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import Autoencoder, weight_hash
 from latent_medi.latents.encode import encode_dataset
-from latent_medi.latents.reader import ReadAhead
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.stream import StreamedLatents
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.reader import ReadAhead
 from latent_medi.training import data as module
 from latent_medi.training import loop
 from latent_medi.training.data import Batch, TrainingData, cell_weights, open_data

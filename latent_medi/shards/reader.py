@@ -14,9 +14,9 @@ from latent_medi.shards.remote import RemotePatchDataset
 
 
 def threads_beside(device: torch.device, data: PatchDataset) -> int:
-    """How many threads should read ahead of an autoencoder on a device, if nobody says.
+    """How many threads should read ahead of a network on a device, if nobody says.
 
-    Decoding beside an autoencoder on the same CPU cores makes its threads wait for each other, and costs more than it
+    Decoding beside a network on the same CPU cores makes its threads wait for each other, and costs more than it
     saves; a GPU, or the wait for a server, leaves the cores free.
     """
     return 4 if device.type != "cpu" or isinstance(data, RemotePatchDataset) else 0
