@@ -109,11 +109,11 @@ def test_training_on_a_card_is_training_on_the_cpu(
     """Batches, both passes, clipping, optimizer, averages, loss table, checkpoints, and a model at the end."""
     if "latents" in values:
         values = {**values, "autoencoder": autoencoder.source}
-    here = tiny_run(tiny, tmp_path / "here", **values)
-    train(here)
+    settings = tiny_run(tiny, tmp_path / "there", **values)
     with pretend_card() as places:
-        train(replace(here, out=str(tmp_path / "there")))
+        train(settings)
         assert places.most > 100  # it was used
+    train(replace(settings, out=str(tmp_path / "here")))
     last = "checkpoints/images-000000000016"
     for part in (last, "model"):
         assert furthest(tensors_in(tmp_path / "there" / part), tensors_in(tmp_path / "here" / part)) < 1e-5
@@ -141,11 +141,11 @@ def test_previews_are_made_on_a_card(tiny: Path, tmp_path: Path, card: Places) -
 
 @pytest.mark.parametrize("resident", ["ram", pytest.param("device", marks=pytest.mark.slow)])
 def test_the_classifier_trains_on_a_card(tiny: Path, tmp_path: Path, resident: str) -> None:
-    here = tiny_classifier(tiny, tmp_path / "here", resident=resident)
-    train_classifier(here)
+    settings = tiny_classifier(tiny, tmp_path / "there", resident=resident)
     with pretend_card() as places:
-        train_classifier(replace(here, out=str(tmp_path / "there")))
+        train_classifier(settings)
         assert places.most > 100
+    train_classifier(replace(settings, out=str(tmp_path / "here")))
     there = tensors_in(tmp_path / "there" / "classifier")
     assert furthest(there, tensors_in(tmp_path / "here" / "classifier")) < 1e-5
 
@@ -247,13 +247,13 @@ def test_encoding_runs_on_a_card(tmp_path: Path, kind: str, views: int, slicing:
     make_cohort(tmp_path / "data", ("aster", "birch"), patches=12)
     save_autoencoder(Autoencoder(random_model(kind), kind), tmp_path / "autoencoder")
     settings = EncodeSettings(
-        str(tmp_path / "data"), str(tmp_path / "here"), str(tmp_path / "autoencoder"), 8, slicing=slicing, views=views,
+        str(tmp_path / "data"), str(tmp_path / "there"), str(tmp_path / "autoencoder"), 8, slicing=slicing, views=views,
         floor=FloorSettings(8),
     )  # fmt: skip
-    encode(settings)
     with pretend_card() as places:
-        encode(replace(settings, out=str(tmp_path / "there")))
+        encode(settings)
         assert places.most > 20
+    encode(replace(settings, out=str(tmp_path / "here")))
     # The same but for a rounding to fp16.
     assert furthest(tensors_in(tmp_path / "there"), tensors_in(tmp_path / "here")) < 1e-3
 
