@@ -1,4 +1,4 @@
-"""A limit on a device's memory: the allocator's own on a GPU; on the CPU one on every tensor, which then raises alike."""
+"""A limit on a device's memory: the allocator's own on a GPU; on the CPU one on every tensor, which raises alike."""
 
 from __future__ import annotations
 

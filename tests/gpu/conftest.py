@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from tiny_runs import forget_device
 
 DEVICE = os.environ.get("LATENT_MEDI_GPU_TESTS_DEVICE", "cuda")
 
@@ -22,15 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=why))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def device() -> Iterator[str]:
-    """The device under test; Accelerate, which knows one per process, forgets the one before and after."""
-    forget()
+    """The device that tests of a card run on; Accelerate may choose another in each test."""
+    forget_device()
     yield DEVICE
-    forget()
-
-
-def forget() -> None:
-    """Let Accelerate choose its device again."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_device()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,7 +178,17 @@ def pretend_card() -> Iterator[Places]:
         groups = grouped(lists, *args)
         return {(CARD if places.has(g[0][0][0]) else k[0], k[1]): g for k, g in groups.items()}
 
+    def on_card_only(meeting: Callable[..., Any]) -> Callable[..., Any]:
+        def among_processes(self: Accelerator, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            if not all(places.has(t) for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)):
+                raise RuntimeError("No backend type associated with device type cpu")  # NCCL's, of several processes
+            return meeting(self, tensors, *args, **kwargs)
+
+        return among_processes
+
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("reduce", "gather"):
+            patch.setattr(Accelerator, name, on_card_only(getattr(Accelerator, name)))
         patch.setattr(ThreadPoolExecutor, "submit", submit_pretending)
         patch.setattr(torch.autocast, "__init__", autocast_on_cpu)
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped_by_place)

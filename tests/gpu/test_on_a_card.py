@@ -26,8 +26,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
 from card_memory import at_most, needed
-from gpu_parts import FORMS, Models, furthest, greys, make_models, tensors_in, tiny_run
 from parts import random_images, random_model
+from tiny_runs import FORMS, Models, forget_device, furthest, greys, make_models, tensors_in, tiny_run
 
 from latent_medi.cli import main
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -103,12 +103,6 @@ def test_training_is_the_cpus_in_fp32(tiny: Path, tmp_path: Path, device: str) -
     here = trained(replace(settings, out=str(tmp_path / "here")), "cpu")
     np.testing.assert_allclose(there, here, rtol=1e-4)
     assert furthest(tensors_in(tmp_path / "there" / "model"), tensors_in(tmp_path / "here" / "model")) < 1e-3
-
-
-def forget_device() -> None:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_an_overflow_is_skipped_and_leaves_the_average_alone(tiny: Path, tmp_path: Path, device: str) -> None:

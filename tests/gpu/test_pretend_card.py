@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_parts import FORMS, Models, furthest, greys, make_models, tensors_in, tiny_classifier, tiny_run
 from parts import make_cohort, random_images, random_model
 from pretend_card import CARD, Places, pretend_card
+from tiny_runs import FORMS, Models, furthest, greys, make_models, tensors_in, tiny_classifier, tiny_run
 
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import SAMPLERS
@@ -75,7 +75,7 @@ def test_the_card_in_name_refuses_what_a_card_refuses(card: Places) -> None:
         lambda: torch._foreach_lerp_([torch.zeros(3)], [torch.ones(3, device="cuda")], 0.5),
         lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
     ):
-        with pytest.raises(RuntimeError, match="same device|generator"):
+        with pytest.raises(RuntimeError, match=r"same device|generator"):
             mixed()
     with pytest.raises(TypeError, match=r"Tensor\.cpu"):
         layer(x.cuda()).detach().numpy()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from parts import small_model
 from safetensors.torch import load_file
 
@@ -48,6 +49,12 @@ def tiny_classifier(tiny: Path, out: Path, **values: Any) -> ClassifierSettings:
     return ClassifierSettings(**{**defaults, **values})
 
 
+def forget_device() -> None:
+    """Let Accelerate, which knows one device and precision per process, choose them again."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @dataclass(frozen=True)
 class Models:
     """Folders of a model, a weaker one, and a classifier of its latents."""
@@ -59,6 +66,7 @@ class Models:
 
 def make_models(tiny: Path, folder: Path) -> Models:
     """Train all three for a moment."""
+    forget_device()
     strong = train(tiny_run(tiny, folder / "strong"))
     weak = train(tiny_run(tiny, folder / "weak", seed=1))
     train_classifier(tiny_classifier(tiny, folder / "classifier", model=str(strong)))
