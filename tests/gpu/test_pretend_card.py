@@ -171,6 +171,7 @@ def images_of(pipeline: MediPipeline, settings: GenerateSettings) -> np.ndarray:
     """Three images in batches of two, so that the last batch is filled up."""
     fields: dict[str, str | float] = {"class": "tumour", "site": "aster", "age": 50.0}
     samples = [Sample(0, i, i, fields) for i in range(3)]
+    assert pipeline.autoencoder.device == pipeline.unet.device  # or images are decoded on the CPU
     return np.stack([image for _, image in Maker(pipeline, settings).images(samples)])
 
 
