@@ -193,6 +193,7 @@ def pretend_card() -> Iterator[Places]:
         patch.setattr(torch.autocast, "__init__", autocast_on_cpu)
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped_by_place)
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (8 << 30, 8 << 30))
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
         # As Accelerate finds itself in a process with a card; what it knew before comes back afterwards.
         patch.setattr(PartialState, "_shared_state", {})
         patch.setattr(AcceleratorState, "_shared_state", {})
