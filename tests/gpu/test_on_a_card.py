@@ -112,8 +112,16 @@ def test_an_overflow_is_skipped_and_leaves_the_average_alone(tiny: Path, tmp_pat
         precision = "fp32" if device == "cpu" else "fp16"
         scale = GradScalerKwargs(init_scale=2.0**125, growth_interval=1000)
         accelerator = accelerator_on(device, precision, kwargs_handlers=[scale])
-        if device == "cpu":  # where Accelerate makes none
+        if device == "cpu":  # where Accelerate makes none, and fp32 holds the largest gradients
             accelerator.scaler = torch.amp.GradScaler("cpu", **asdict(scale))
+
+            def overflowing(loss: torch.Tensor) -> None:
+                accelerator.scaler.scale(loss).backward()
+                for group in accelerator._optimizers[0].param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad.fill_(torch.inf)
+
+            accelerator.backward = overflowing  # type: ignore[method-assign]
         settings = tiny_run(tiny, tmp_path / name, max_steps=updates, precision=precision)
         train(settings, accelerator)
         assert accelerator.scaler is not None
