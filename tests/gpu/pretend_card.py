@@ -1,4 +1,4 @@
-"""A graphics card in name: what is moved to it stays in RAM with its values, but counts as lying on "cuda:0".
+"""A graphics card in name: what is moved to it stays in RAM with its values, but counts as lying on "cuda:7".
 
 Fake tensors know a device that is not there, but no values, and autograd cannot go backward on one. Here whole commands
 run, files and all, and fail as they would on a card where one of their tensors was left on the CPU.
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
+CARD, CPU = torch.device("cuda", 7), torch.device("cpu")
 
 _DEVICE, _IS_CUDA, _IS_CPU = (getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu"))
 _AS_THEY_ARE = (torch.as_tensor, torch.asarray)
@@ -55,6 +55,10 @@ class Places:
             weakref.finalize(storage, self._there.discard, address)
         elif not there:
             self._there.discard(address)
+
+
+# For as long as the process lives, as constants do that the program keeps for each device.
+_PLACES = Places()
 
 
 class _Operations(TorchDispatchMode):
@@ -159,7 +163,8 @@ def _pretending(places: Places) -> Iterator[None]:
 @contextlib.contextmanager
 def pretend_card() -> Iterator[Places]:
     """Pretend, in this thread and in those of executors, that there is a card and that Accelerate has chosen it."""
-    places = Places()
+    places = _PLACES
+    places.most = 0
     submit, autocast, grouped = (
         ThreadPoolExecutor.submit, torch.autocast.__init__, torch._C._group_tensors_by_device_and_dtype
     )  # fmt: skip

@@ -173,8 +173,8 @@ def test_the_fused_optimizer_is_adamw(tiny: Path, tmp_path: Path, device: str) -
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_model_trains_alike(tiny: Path, tmp_path: Path, device: str, precision: str) -> None:
-    if device == "cpu" and (precision == "bf16" or not shutil.which("g++")):
-        pytest.skip("compiling for the CPU needs a compiler, and its bf16 is no GPU's")
+    if device == "cpu":
+        pytest.skip("a CPU's compiler takes minutes")
     settings = tiny_run(tiny, tmp_path / "eager", max_steps=3, precision=precision)
     eager = trained(settings, device)
     compiled = trained(replace(settings, compile=True, out=str(tmp_path / "compiled")), device)

@@ -120,6 +120,7 @@ def test_training_on_a_card_is_training_on_the_cpu(
     assert len(numbers(tmp_path / "there")) == len(numbers(tmp_path / "here"))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_card_goes_on_there(tiny: Path, tmp_path: Path) -> None:
     here, whole = tiny_run(tiny, tmp_path / "whole"), tmp_path / "whole"
     train(here)
@@ -184,7 +185,7 @@ def assert_same_images(there: np.ndarray, here: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("dpmpp_2m", "heun", "ddpm") else pytest.param(n, marks=pytest.mark.slow) for n in SAMPLERS],
+    [n if n in ("dpmpp_2m", "heun") else pytest.param(n, marks=pytest.mark.slow) for n in SAMPLERS],
 )
 def test_every_sampler_and_guidance_runs_on_a_card(models: Models, name: str) -> None:
     objective = ObjectiveSettings(schedule="linear", zero_terminal_snr=False)  # goes with every sampler
@@ -242,7 +243,8 @@ def test_a_plan_is_made_on_a_card(models: Models, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "views", "slicing"), [(KINDS[0], 1, False), (KINDS[0], 8, True), (KINDS[2], 1, True)]
+    ("kind", "views", "slicing"),
+    [(KINDS[0], 1, False), pytest.param(KINDS[0], 8, True, marks=pytest.mark.slow), (KINDS[2], 1, True)],
 )
 def test_encoding_runs_on_a_card(tmp_path: Path, kind: str, views: int, slicing: bool) -> None:
     make_cohort(tmp_path / "data", ("aster", "birch"), patches=12)
