@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parts import make_cohort, random_images, random_model
+from parts import make_cohort, random_images, random_model, stable_diffusion_vae
 from pretend_card import CARD, Places, pretend_card
 from tiny_runs import FORMS, Models, furthest, greys, make_models, tensors_in, tiny_classifier, tiny_run
 
@@ -26,7 +26,7 @@ from latent_medi.diffusion.settings import (
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.networks import Network, Preprocessing
 from latent_medi.latents import store
-from latent_medi.latents.autoencoder import Autoencoder, save_autoencoder
+from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.store import LatentStore
@@ -274,6 +274,21 @@ def test_autoencoders_work_where_they_were_moved_to(card: Places, kind: str) -> 
     latents = here.encode(images)[0]
     for where in ("cpu", "cuda"):
         assert greys(there.decode(latents.to(where)), here.decode(latents))[1] <= 1
+
+
+@pytest.mark.slow
+def test_the_autoencoder_of_stable_diffusion_runs_on_a_card(tmp_path: Path) -> None:
+    folder, images = str(stable_diffusion_vae(tmp_path / "autoencoder")), random_images(2)
+    here = load_autoencoder(folder)
+    mean, std = here.encode(images)
+    assert std is not None
+    decoded = here.decode(mean)
+    with pretend_card() as places:
+        there = load_autoencoder(folder, "cuda")
+        ours = [moments.cpu() for moments in there.encode(images) if moments is not None]
+        assert greys(there.decode(mean), decoded)[1] <= 1
+        assert places.most > 200
+    assert furthest(dict(enumerate(ours)), dict(enumerate([mean, std]))) < 1e-4
 
 
 class Pooled(torch.nn.Module):

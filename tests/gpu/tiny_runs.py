@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,22 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{f.relative_to(folder)}/{k}": v for f in files for k, v in load_file(f).items()}
 
 
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+def furthest(a: Mapping[Any, torch.Tensor], b: Mapping[Any, torch.Tensor]) -> float:
     """Largest relative distance ‖a − b‖/‖b‖ of two sets of tensors of the same names, 0 where both are 0."""
     assert a.keys() == b.keys()
     assert a
     norms = {k: (float((a[k].double() - b[k].double()).norm()), float(b[k].double().norm())) for k in a}
     return max(gap / (norm or 1.0) for gap, norm in norms.values())
+
+
+def apart(a: Mapping[Any, torch.Tensor], b: Mapping[Any, torch.Tensor]) -> float:
+    """Relative distance ‖a − b‖/‖b‖ of two sets of tensors of the same names, all together.
+
+    For runs that round differently: Adam makes whole steps out of the rounding of gradients that are zero.
+    """
+    assert a.keys() == b.keys()
+    gap = sum(float((a[k].double() - b[k].double()).square().sum()) for k in a)
+    return (gap / sum(float(v.double().square().sum()) for v in b.values())) ** 0.5
 
 
 def greys(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
