@@ -20,11 +20,11 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        if self.largest > self.limit:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {self.largest} bytes.\nMore is told.")
+        made = [t.untyped_storage().nbytes() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        size = max(made, default=0)
+        self.largest = max(self.largest, size)
+        if size > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.\nMore is told.")
         return result
 
 

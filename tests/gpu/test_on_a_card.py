@@ -280,7 +280,7 @@ def test_the_same_images_every_time(models: Models, device: str) -> None:
 def test_full_memory_halves_the_batch_of_sampling(
     models: Models, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    count = 32 if device == "cpu" else 2048
+    count = 16 if device == "cpu" else 2048
     pipeline, common = pipeline_of(models, device), {"sampler": SamplerSettings(steps=2), "device_batch": count}
     whole = images_of(pipeline, count, **common)
     size = needed(device, lambda: images_of(pipeline, count, **common))
