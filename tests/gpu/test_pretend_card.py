@@ -13,6 +13,7 @@ import pytest
 import torch
 from parts import make_cohort, random_images, random_model, stable_diffusion_vae
 from pretend_card import CARD, Places, pretend_card
+from safetensors.torch import save_file
 from tiny_runs import FORMS, Models, furthest, greys, make_models, tensors_in, tiny_classifier, tiny_run
 
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -25,6 +26,8 @@ from latent_medi.diffusion.settings import (
 )
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.networks import Network, Preprocessing
+from latent_medi.latents import autoencoder as autoencoders
+from latent_medi.latents import encode as encoding
 from latent_medi.latents import store
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode
@@ -246,7 +249,14 @@ def test_a_plan_is_made_on_a_card(models: Models, tmp_path: Path) -> None:
     ("kind", "views", "slicing"),
     [(KINDS[0], 1, False), pytest.param(KINDS[0], 8, True, marks=pytest.mark.slow), (KINDS[2], 1, True)],
 )
-def test_encoding_runs_on_a_card(tmp_path: Path, kind: str, views: int, slicing: bool) -> None:
+def test_encoding_runs_on_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, views: int, slicing: bool
+) -> None:
+    def save_from_ram(tensors: dict[str, torch.Tensor], path: str) -> None:
+        assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}  # a shard's latents fill no card
+        save_file(tensors, path)
+
+    monkeypatch.setattr(encoding, "save_file", save_from_ram)
     make_cohort(tmp_path / "data", ("aster", "birch"), patches=12)
     save_autoencoder(Autoencoder(random_model(kind), kind), tmp_path / "autoencoder")
     settings = EncodeSettings(
@@ -262,10 +272,13 @@ def test_encoding_runs_on_a_card(tmp_path: Path, kind: str, views: int, slicing:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_autoencoders_work_where_they_were_moved_to(card: Places, kind: str) -> None:
+def test_autoencoders_work_where_they_were_moved_to(
+    card: Places, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(autoencoders, "DECODED_PIXELS", 2 * 32 * 32, raising=False)  # so that a part is filled up
     there = Autoencoder(random_model(kind), kind).to("cuda")
     here = Autoencoder(random_model(kind), kind)
-    images = random_images(2)
+    images = random_images(3)
     for ours, theirs in zip(there.encode(images), here.encode(images), strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:

@@ -34,8 +34,8 @@ def tiny_run(tiny: Path, out: Path, **values: Any) -> TrainSettings:
     """A run of two updates of eight images, in two parts each."""
     defaults: dict[str, Any] = {
         "data": str(tiny / "data"), "latents": str(tiny / "latents"), "out": str(out), "max_steps": 2,
-        "global_batch": 8, "device_batch": 4, "lr": 1e-3, "resident": "ram", "log_every_images": 8,
-        "checkpoint_every_images": 8, "model": small_model(),
+        "global_batch": 8, "device_batch": 4, "lr": 1e-3, "warmup_fraction": 0.0, "resident": "ram",
+        "log_every_images": 8, "checkpoint_every_images": 8, "model": small_model(),
     }  # fmt: skip
     return TrainSettings(**{**defaults, **values})
 
