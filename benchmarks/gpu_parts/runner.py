@@ -275,7 +275,11 @@ class Runner:
                 continue
             self.touched.add((part.name, row))
             if record is not None and record["status"] == RUNNING:
-                told = (CUT_OFF, "out of time") if job.killed else (FAILED, f"the process ended with exit code {code}")
+                told = (
+                    (CUT_OFF, "stopped before it was done")
+                    if job.killed
+                    else (FAILED, f"the process ended with exit code {code}")
+                )
                 self._write(part, row, *told, job)
             self._print(part, row)
 
