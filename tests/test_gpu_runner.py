@@ -60,10 +60,14 @@ def gpu(context):
     count(context)
     context.only_on_gpu()
 
+def slow(context):
+    context.goal("ratio", 1.0, least=1.5)
+
 def absent(context):
     raise NotHere("no folder")
 
-ROWS = dict(good=good, better=good, best=good, bad=bad, raises=raises, dies=dies, sleeps=sleeps, gpu=gpu, absent=absent)
+ROWS = dict(good=good, better=good, best=good, bad=bad, raises=raises, dies=dies, sleeps=sleeps, gpu=gpu, absent=absent,
+            slow=slow)
 """
 
 
@@ -118,9 +122,10 @@ def test_what_each_row_came_to_is_kept_and_told(out: Path) -> None:
 
 
 def test_exit_code_of_rows_that_hold(out: Path) -> None:
-    code, table = call(out, part("smoke", "good", "gpu"), part("real", "absent", chain=True))
+    code, table = call(out, part("smoke", "good", "gpu", "slow"), part("real", "absent", chain=True))
     assert code == 0
-    assert "1 passed, 1 needs a GPU, 1 not here" in table
+    assert "1 passed, 1 needs a GPU, 1 below goal, 1 not here" in table
+    assert "ratio 1, goal 1.5" in table
 
 
 def test_what_is_done_is_not_repeated_until_all_is_done(out: Path) -> None:
@@ -254,3 +259,17 @@ def test_words_that_mean_nothing_are_refused(tmp_path: Path, words: list[str], s
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_command_in_tiny_sizes_on_a_cpu(tmp_path: Path) -> None:
+    words = ["--quick", "--device", "cpu", "--budget", "3000", "--out", str(tmp_path / "out"), "--real", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *words], capture_output=True, text=True, check=False
+    )
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out" not in done.stdout.replace("left out, real", "")
+    assert {row["status"] for row in rows} == {"passed", "needs a GPU", "not here"}
+    bare = [row["row"] for row in rows if row["status"] == "not here"]
+    assert set(bare) <= {"patches", "8-bit AdamW"}

@@ -84,8 +84,9 @@ RATES = Part(
         Group(
             "gpu_parts.rates",
             (
-                "train B compiled", "train S eager", "train L eager", "train B eager", "loops", "sampling", "encoding",
-                "features", "train S compiled", "train L compiled", "peak 8gb", "peak 12gb", "peak 24gb", "peak 80gb",
+                "train B compiled", "loops", "sampling", "encoding", "features", "train S eager", "train B eager",
+                "train L eager", "train S compiled", "train L compiled",
+                "peak 8gb", "peak 12gb", "peak 24gb", "peak 80gb",
                 "pixels",
             ),
         ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,14 +26,16 @@ from latent_medi.training.settings import EstimateSettings, TrainSettings
 SHAPE = (4, 32, 32)
 
 
-def _tests() -> None:
-    """Let the benchmarks find the tests' small parts.
+def _peers() -> None:
+    """Look whether the peers of encoding and features can be had.
 
     Raises:
-        NotHere: This copy has no tests.
+        NotHere: They cannot.
     """
     if not (records.ROOT / "tests").is_dir():
         raise NotHere("this copy has no tests, whose parts this uses")
+    if importlib.util.find_spec("webdataset") is None:
+        raise NotHere("webdataset is not installed, which makes the images")
 
 
 def _forget() -> None:
@@ -107,13 +111,15 @@ def _loops(context: Context) -> None:
         "plain": training.plain_rates,
     }
     seen: dict[str, list[float]] = {arm: [] for arm in arms}
-    names = list(arms)
-    for turn in range(1 if context.quick else 2):
-        for arm in names if turn % 2 == 0 else names[::-1]:
+    start = context.seconds_left()
+    for order in (list(arms), list(arms)[::-1]):  # back and forth, so that a machine that changes does so for all
+        for arm in order:
             fresh_accelerator()
             seen[arm] += arms[arm](settings)
             _forget()
             context.figures(**{f"{arm}_steps_per_s": statistics.median(seen[arm])})
+        if context.quick or context.seconds_left() < 2 * (start - context.seconds_left()):
+            break
     rate = {arm: statistics.median(values) for arm, values in seen.items()}
     context.tell(images_per_s=rate["loop"] * settings.global_batch)
     context.goal("over_plain_loop", rate["loop"] / rate["plain"], least=0.0 if context.quick else 1.5)
@@ -140,11 +146,8 @@ def _by_command(module: str, key: str, least: float) -> Callable[[Context], None
     """A benchmark's own command, in this process."""
 
     def row(context: Context) -> None:
-        import importlib
-        import json
-
         context.only_on_gpu()
-        _tests()
+        _peers()
         file = context.work / f"{module}.json"
         asked = [module, "--quick", "--json", str(file), *(["--size", "32"] if context.quick else [])]
         context.command = f"python benchmarks/{module}.py " + " ".join(asked[1:])
@@ -161,7 +164,7 @@ def _by_command(module: str, key: str, least: float) -> Callable[[Context], None
 def _features(context: Context) -> None:
     """Features of an evaluation, from folder to written cache, against a bare loop with the same encoder."""
     context.only_on_gpu()
-    _tests()
+    _peers()
     import evaluation
 
     from latent_medi.features.encoders import load_encoder
@@ -169,7 +172,7 @@ def _features(context: Context) -> None:
     weights = context.models / "squeezenet" / "squeezenet1_0_imagenet.safetensors"
     name = "squeezenet" if weights.is_file() and not context.quick else "demo"
     encoder = load_encoder(name, str(weights) if name == "squeezenet" else None, context.device)
-    result = evaluation.embedding(encoder, 128 if context.quick else 4096, encoder.preprocessing.size or 256, 2)
+    result = evaluation.embedding(encoder, 128 if context.quick else 1024, encoder.preprocessing.size or 256, 2)
     context.figures(encoder=name, **result)
     context.tell(patches_per_s=result["cached_features_patches_per_s"])
     ratio = result["cached_features_over_bare_loop"]

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from gpu_parts import records
 from gpu_parts.child import Context, NotHere
 from latent_medi import config
 from latent_medi.processes import environment, python_words
@@ -169,9 +170,9 @@ def _run(context: Context) -> None:
     context.figures(headline=headline, went_on=begun, **chosen)
     stages = {file.stem: json.loads(file.read_text()).get("seconds") for file in (run / "stages").glob("*.json")}
     context.figures(stages={name: seconds for name, seconds in stages.items() if seconds is not None})
-    for key, value in headline.items():
-        if isinstance(value, dict) and {"medi", "cls"} <= set(value) and key.endswith("unseen"):
-            context.tell(**{key: f"{value['medi']:.3g} (CLS {value['cls']:.3g})"})
+    for key in ("fd_unseen", "fd_unseen_colour_free"):  # a measure that few patches do not give is None
+        sides = {side: records.short(headline.get(key, {}).get(side)) for side in ("medi", "cls", "floor")}
+        context.tell(**{key: " / ".join(sides.values())})
     context.tell(updates=chosen["max_steps"])
 
 

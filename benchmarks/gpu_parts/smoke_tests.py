@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ def _tests(context: Context) -> None:
     folder = records.ROOT / "tests"
     if not folder.is_dir():
         raise NotHere("this copy has no tests")
+    if missing := [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]:
+        raise NotHere(f"{' and '.join(missing)} not installed")
     marked = [str(file) for file in sorted(folder.rglob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
     context.only_on_gpu()
     if not marked:

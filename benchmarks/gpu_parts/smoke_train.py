@@ -42,13 +42,15 @@ def patches(context: Context) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             fresh_accelerator()
-            make_data(folder, 48 if context.quick else 512, 8 if context.quick else 32)
+            make_data(folder, 48 if context.quick else 256, 8 if context.quick else 32)
             (folder / "whole").touch()
     return folder
 
 
 def settings_of(context: Context, model: str, **changes: Any) -> TrainSettings:
     """A run of the demo's network or of UNet S."""
+    if changes.get("precision") == "bf16" and context.gpu and not torch.cuda.is_bf16_supported(False):
+        raise NotHere("this card computes no bf16")
     folder, batch = patches(context), 4 if context.quick else 32
     words = [f"data={folder / 'data'}", f"latents={folder / 'latents'}", f"out={context.work / 'train'}"]
     settings = config.parse(TrainSettings, ["--config", "demo/medi", *words])
