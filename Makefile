@@ -3,16 +3,19 @@
 PYTHON ?= python3
 SEED ?= 0
 QUARTER ?= 0
+BUDGET ?= 540
+OUT ?= runs/gpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env demo demo-check test test-all test-quarter lint clean
+.PHONY: help env demo demo-check test test-all test-quarter lint gpu clean
 
 help:
 	@echo "make demo      build the environment and run the whole pipeline on procedural tissue (SEED=0); report in runs/demo/"
 	@echo "make test      build the environment and run the quick tests"
 	@echo "make test-all  the quick and the slow tests"
 	@echo "make lint      ruff, mypy, import-linter"
+	@echo "make gpu       on a machine with a GPU: does everything run there, what does it make, how fast is it (BUDGET=540 seconds, OUT=runs/gpu)"
 	@echo "make clean     remove runs/ (the environment stays)"
 
 env: $(STAMP)
@@ -43,6 +46,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --budget $(BUDGET) --out $(OUT) $(GPU)
 
 clean:
 	rm -rf runs
