@@ -28,8 +28,8 @@ Order = Callable[[int, int], np.ndarray]
 def webdataset_of(dataset: PatchDataset) -> webdataset.DataPipeline:
     """A ``webdataset`` pipeline over the tars, local or behind any URL that fsspec opens, in their order.
 
-    Shards are divided over processes and loader workers, as ``webdataset`` does. A sample holds ``__key__``, ``png`` or
-    ``jpg`` (bytes) and ``json`` (bytes), compared with their checksums; add ``webdataset.shuffle``,
+    Shards are divided over processes and loader workers, as ``webdataset`` does. A sample holds ``__key__``, ``png``,
+    ``jpg`` or ``webp`` (bytes) and ``json`` (bytes), compared with their checksums; add ``webdataset.shuffle``,
     ``webdataset.decode`` and others with ``pipeline.append(…)``. Where every patch has to be seen equally often, use
     :class:`PatchStream`, which does without that package.
 
