@@ -3,14 +3,10 @@
 PYTHON ?= python3
 SEED ?= 0
 QUARTER ?= 0
-REAL ?= $(SHARED)/data/prostate
-MODELS ?= $(SHARED)/models
-PYTHON_VERSION ?= 3.12
-PACKAGES ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env demo demo-check test test-all test-quarter gpu-kit lint clean
+.PHONY: help env demo demo-check test test-all test-quarter lint clean
 
 help:
 	@echo "make demo      build the environment and run the whole pipeline on procedural tissue (SEED=0); report in runs/demo/"
@@ -44,6 +40,11 @@ test-all: $(STAMP) lint
 test-quarter: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow --slow-quarter $(QUARTER) tests
 
+.PHONY: gpu-kit
+REAL ?= $(SHARED)/data/prostate
+MODELS ?= $(SHARED)/models
+PYTHON_VERSION ?= 3.12
+PACKAGES ?=
 gpu-kit: $(STAMP)
 	$(BIN)/python benchmarks/kit/build.py --out kit-dist --real '$(REAL)' --models '$(MODELS)' --python $(PYTHON_VERSION) $(PACKAGES:%=--package %)
 
