@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,12 +36,14 @@ LIMIT = 60.0  # MB (10⁶ bytes): what mail, chat and upload forms of clusters s
 BENIGN = 380
 PATCH_SIZE = 256
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64")
-PACKAGES = {
-    "diffusers": "diffusers", "importlib-metadata": "importlib_metadata", "zipp": "zipp", "pytest": "pytest",
-    "pluggy": "pluggy", "iniconfig": "iniconfig", "hypothesis": "hypothesis", "sortedcontainers": "sortedcontainers",
-}  # fmt: skip
-"""What a node with torch, transformers, accelerate, scikit-learn and matplotlib still lacks, and what each is imported
-as. pytest and what comes after it run the tests that need a card."""
+PACKAGES = (
+    "diffusers", "importlib-metadata", "zipp", "huggingface-hub", "requests", "urllib3", "charset-normalizer", "idna",
+    "certifi", "pytest", "pluggy", "iniconfig",
+)  # fmt: skip
+"""What a node with torch, transformers, accelerate, scikit-learn and matplotlib may still lack, or have too old:
+diffusers and all that it looks for when it is imported, and pytest for the tests that need a card."""
+OTHERWISE = {"huggingface-hub": "huggingface-hub<2"}
+"""Other versions than the tests use: transformers before 5.20 takes no newer ones."""
 PREFERRED = ("diffusers",)
 """Taken from the kit although the node has its own: this is the version that was tried."""
 WEIGHTS = ("squeezenet/*.safetensors", "taef2/*.pth")
@@ -79,24 +82,36 @@ def repository(root: Path, out: Path) -> str:
     return revision
 
 
+def plain_name(name: str) -> str:
+    """A package's name as an index compares it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
 def download(names: Sequence[str], python: str, out: Path) -> None:
-    """Wheels for a Python on Linux, of the versions that the tests use; nothing that they depend on.
+    """Wheels for a Python on Linux, of the versions that the tests use but for :data:`OTHERWISE`, without what they need.
 
     Raises:
         UserError: pip finds none.
     """
     words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     words += ["--implementation", "cp", "--python-version", python, "--dest", str(out)]
-    words += ["--constraint", str(ROOT / "requirements" / "constraints.txt")]
+    versions = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+    constraints = out.parent / "constraints.txt"
+    constraints.write_text("\n".join(v for v in versions if plain_name(v.partition("==")[0]) not in OTHERWISE) + "\n")
+    words += ["--constraint", str(constraints)]
     words += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    done = subprocess.run([*words, *names], capture_output=True, text=True, check=False)
+    asked = [OTHERWISE.get(name, name) for name in names]
+    done = subprocess.run([*words, *asked], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"Packages for Python {python} cannot be downloaded: {last}", "Check --python and --package.")
 
 
 def unpack_wheels(wheels: Path, names: Sequence[str], out: Path) -> dict[str, dict[str, str]]:
-    """Each wheel into a folder of its own, so that the node takes only what it lacks; version by package.
+    """Each wheel into a folder of its own, so that the node takes only what it lacks.
+
+    Returns:
+        By package its "version", and the "least" one that others of them need, if they say so.
 
     Raises:
         UserError: A package has no wheel, or one that must be installed rather than unpacked.
@@ -110,7 +125,12 @@ def unpack_wheels(wheels: Path, names: Sequence[str], out: Path) -> dict[str, di
             if any(".data/" in member for member in wheel.namelist()):
                 raise UserError(f"{files[0].name} cannot be used by unpacking it alone.", "Leave it out.")
             wheel.extractall(out / name)
-        found[name] = {"import": PACKAGES.get(name, name.replace("-", "_")), "version": files[0].name.split("-")[1]}
+        found[name] = {"version": files[0].name.split("-")[1]}
+    for file in out.glob("*/*.dist-info/METADATA"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            needed = re.match(r"Requires-Dist: ([\w.-]+)[^;]*>=([\d.]+)[^;]*$", line)
+            if needed and plain_name(needed[1]) in found:
+                found[plain_name(needed[1])]["least"] = needed[2]
     return found
 
 

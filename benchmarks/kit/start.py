@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -23,7 +25,8 @@ NEEDED = {
     "timm": "timm", "safetensors": "safetensors", "huggingface_hub": "huggingface-hub", "numpy": "numpy",
     "scipy": "scipy", "pandas": "pandas", "pyarrow": "pyarrow", "sklearn": "scikit-learn", "joblib": "joblib",
     "threadpoolctl": "threadpoolctl", "matplotlib": "matplotlib", "jinja2": "jinja2", "PIL": "pillow",
-    "yaml": "pyyaml", "psutil": "psutil", "tqdm": "tqdm", "diffusers": "diffusers",
+    "yaml": "pyyaml", "psutil": "psutil", "tqdm": "tqdm", "diffusers": "diffusers", "regex": "regex",
+    "filelock": "filelock", "fsspec": "fsspec",
 }  # fmt: skip
 """Packages by what they are imported as, of the node or of the kit."""
 
@@ -57,9 +60,19 @@ def unpack(archive: Path, sha256: str, folder: Path) -> None:
     mark.write_text(sha256)
 
 
-def absent(name: str) -> bool:
-    """Whether nothing of that name can be imported."""
-    return importlib.util.find_spec(name) is None
+def has(package: str, least: str) -> bool:
+    """Whether the node has a package, in a version that is not too old."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return numbers(version) >= numbers(least)
+
+
+def numbers(version: str) -> list[int]:
+    """The numbers that a version begins with."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return [int(part) for part in found[0].split(".")] if found else []
 
 
 def main() -> None:
@@ -80,17 +93,21 @@ def main() -> None:
         unpack(KIT / part["file"], part["sha256"], work / name)
     own = [
         name for name, package in contents["packages"].items()
-        if name in contents["preferred"] or absent(package["import"])
+        if name in contents["preferred"] or not has(name, package.get("least", ""))
     ]  # fmt: skip
     folders = [str(work / "packages" / name) for name in own]
     sys.path[:0] = folders
     importlib.invalidate_caches()
-    if lacking := [package for name, package in NEEDED.items() if absent(name)]:
+    if lacking := [package for name, package in NEEDED.items() if importlib.util.find_spec(name) is None]:
         here = f"{sys.version_info[0]}.{sys.version_info[1]}"
         raise problem(
             f"{sys.executable} lacks {', '.join(lacking)}.\n  Load the node's module for PyTorch, name its Python "
             f"(PYTHON=…), or build the kit with PYTHON_VERSION={here} PACKAGES='{' '.join(lacking)}'."
         )
+    try:
+        import diffusers  # noqa: F401 # it compares the versions of all that it needs
+    except Exception as error:  # whatever another library's import may raise
+        raise problem(f"diffusers cannot be imported here: {' '.join(str(error).split())}") from None
     repository = work / "repository"
     cache = work / "cache"
     surroundings = dict(os.environ)

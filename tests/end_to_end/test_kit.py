@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -22,11 +23,15 @@ from latent_medi.shards.dataset import PatchDataset
 KIT = Path(__file__).resolve().parents[2] / "benchmarks" / "kit"
 CELLS = {"benign": (5, 7), "gleason3": (3, 4), "gleason4": (2, 3)}
 """Biopsies and patches of each, by class."""
+NEWER = "huggingface-hub"
+"""A package that is older here than diffusers needs."""
 GPU = """
 import json, os, sys
+from importlib.metadata import version
 import diffusers, lacking
-given = {"words": sys.argv[1:], "diffusers": diffusers.__file__, "lacking": lacking.__file__, "cwd": os.getcwd()}
-given |= {"offline": os.environ["HF_HUB_OFFLINE"], "json": json.__file__}
+given = {"words": sys.argv[1:], "diffusers": diffusers.__file__, "lacking": lacking.__file__}
+given |= {"offline": os.environ["HF_HUB_OFFLINE"]}
+given |= {"versions": {name: version(name) for name in ("huggingface-hub", "zipp", "pytest")}}
 print(json.dumps(given))
 sys.exit(7)
 """
@@ -66,8 +71,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "wheels").mkdir()
     for name in (*builder.PACKAGES, "lacking"):
         module = name.replace("-", "_")
-        with zipfile.ZipFile(folder / "wheels" / f"{module}-1.0-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(folder / "wheels" / f"{module}-9999.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{module}/__init__.py", "")
+            needs = f"Requires-Dist: {NEWER}<99999,>=9998.0\nRequires-Dist: zipp>=0.1\n" if name == "diffusers" else ""
+            wheel.writestr(f"{module}-9999.0.dist-info/METADATA", f"Name: {name}\nVersion: 9999.0\n{needs}")
     root = folder / "root"
     (root / "benchmarks").mkdir(parents=True)
     (root / "benchmarks" / "gpu.py").write_text(GPU)
@@ -107,6 +114,7 @@ def test_it_starts_from_itself_alone_and_writes_into_its_folder_only(kit: Path, 
     assert told["diffusers"] == str(work / "packages/diffusers/diffusers/__init__.py"), "the kit's, not the node's"
     assert told["lacking"] == str(work / "packages/lacking/lacking/__init__.py")
     assert told["offline"] == "1"
+    assert told["versions"] == {NEWER: "9999.0", "zipp": version("zipp"), "pytest": version("pytest")}
     assert [path.name for path in tmp_path.iterdir()] == ["gpu-work"]
     assert not (work / "repository" / "not committed").exists()
     revision = json.loads((kit / "contents.json").read_text())["revision"]
