@@ -88,7 +88,7 @@ def plain_name(name: str) -> str:
 
 
 def download(names: Sequence[str], python: str, out: Path) -> None:
-    """Wheels for a Python on Linux, of the versions that the tests use but for :data:`OTHERWISE`, without what they need.
+    """Wheels for a Python on Linux, without what they depend on; the versions that the tests use, or :data:`OTHERWISE`.
 
     Raises:
         UserError: pip finds none.
