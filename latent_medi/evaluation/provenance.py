@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,14 @@ def _command(folder: str | Path) -> str:
     return portable(shlex.join([Path(sys.argv[0]).name, *map(plain, sys.argv[1:])]), folder, [Path.home()])
 
 
+def _version(package: str) -> str | None:
+    """The version of a package; ``None`` where it is not installed, as nothing that was done can have needed it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def run_record(seed: int, folder: str | Path) -> dict[str, Any]:
     """What is needed to make the numbers again: command, git revision, versions, seed, date.
 
@@ -117,7 +125,7 @@ def run_record(seed: int, folder: str | Path) -> dict[str, Any]:
         "versions": {
             "latent-medi": latent_medi.__version__,
             "python": sys.version.split()[0],
-            **{name: version(name) for name in _DECIDING},
+            **{name: _version(name) for name in _DECIDING},
         },
     }
 

@@ -17,7 +17,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import latent_medi
 from latent_medi.errors import UserError
+from latent_medi.evaluation.provenance import git_revision
 from latent_medi.shards.dataset import PatchDataset
 
 KIT = Path(__file__).resolve().parents[2] / "benchmarks" / "kit"
@@ -187,3 +189,11 @@ def test_what_it_is_made_from_must_be_there(parts: dict[str, Path], tmp_path: Pa
             build({**parts, **changes}, tmp_path / "kit")
     with pytest.raises(UserError, match="is no kit"):
         build(parts, tmp_path / "mine")
+
+
+def test_results_of_an_unpacked_kit_name_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_medi, "__file__", str(tmp_path / "latent_medi" / "__init__.py"))
+    assert git_revision() is None
+    for text, told in (("0f" * 20 + "\n", "0f" * 20), ("another program's", None)):
+        (tmp_path / "REVISION").write_text(text)
+        assert git_revision() == told
