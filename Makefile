@@ -14,6 +14,7 @@ help:
 	@echo "make demo      build the environment and run the whole pipeline on procedural tissue (SEED=0); report in runs/demo/"
 	@echo "make test      build the environment and run the quick tests"
 	@echo "make test-all  the quick and the slow tests"
+	@echo "make gpu-kit   what a compute node without a connection needs, in kit-dist/ (docs/offline.md)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make gpu       on a machine with a GPU: does everything run there, what does it make, how fast is it (BUDGET=540 seconds, OUT=runs/gpu)"
 	@echo "make clean     remove runs/ (the environment stays)"
@@ -41,6 +42,14 @@ test-all: $(STAMP) lint
 
 test-quarter: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow --slow-quarter $(QUARTER) tests
+
+.PHONY: gpu-kit
+REAL ?= $(SHARED)/data/prostate
+MODELS ?= $(SHARED)/models
+PYTHON_VERSION ?= 3.12
+PACKAGES ?=
+gpu-kit: $(STAMP)
+	$(BIN)/python benchmarks/kit/build.py --out kit-dist --real '$(REAL)' --models '$(MODELS)' --python $(PYTHON_VERSION) $(PACKAGES:%=--package %)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

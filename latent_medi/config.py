@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from latent_medi.errors import UserError, nearest
+from latent_medi.errors import UserError, nearest, needs
 from latent_medi.files import write_text
 from latent_medi.kinds import find, hints, is_mapping, known_keys, settings_in, takes_nothing, takes_words
 from latent_medi.paths import expand
@@ -193,7 +193,8 @@ def _is_setting(settings_class: type, word: str) -> bool:
 
 def _show_help(settings_class: type, verb: str, description: str) -> None:
     """Print what a verb's settings are, without the spellings that jsonargparse has and this command line has not."""
-    from jsonargparse import ArgumentParser
+    with needs("--help", "'jsonargparse[signatures]'"):
+        from jsonargparse import ArgumentParser
 
     words = f"latent-medi {verb}".strip()
     parser = ArgumentParser(

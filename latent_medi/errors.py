@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -50,6 +51,23 @@ class Preempted(Exception):
 
     The command line prints it and exits with :data:`RESUME`, which schedulers can requeue on.
     """
+
+
+@contextmanager
+def needs(what: str, package: str) -> Iterator[None]:
+    """Imports within it are of a package that few commands use, and that may be absent on a machine that trains.
+
+    Args:
+        what: What cannot be done without it, as a sentence begins.
+        package: Its name, or several, as pip takes it.
+
+    Raises:
+        UserError: It is not installed, or cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what} needs {package}: {error}.", f"pip install {package}") from None
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:

@@ -71,9 +71,11 @@ def _shards(words: list[str]) -> Printed:
         return result
     if what == "slides":
         from latent_medi.shards.settings import SlideSettings
-        from latent_medi.shards.slides import cut_slides
 
-        return cut_slides(config.parse(SlideSettings, words[1:], "shards slides"))
+        slides = config.parse(SlideSettings, words[1:], "shards slides")
+        from latent_medi.shards.slides import cut_slides  # after --help, which needs no OpenSlide
+
+        return cut_slides(slides)
     if what == "demo":
         from latent_medi.demo.cohort import build_folder
         from latent_medi.demo.settings import CohortFolderSettings

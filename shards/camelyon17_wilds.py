@@ -18,6 +18,7 @@ from typing import Any
 from latent_medi.errors import UserError
 from latent_medi.metadata.tables import read_table, require_columns
 from latent_medi.paths import path_argument
+from latent_medi.shards.codec import CODECS
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -43,7 +44,7 @@ def build(
         source: The unpacked folder.
         out: Dataset folder to write.
         patch_size: Edge of a stored patch in pixels, at most 96.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         seed: Not used; the split is the published one.
         jobs: Processes.
         allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("source", type=path_argument, help="the unpacked camelyon17_v1.0")
     parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=96, help="edge of a stored patch in pixels (default 96)")
-    parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
+    parser.add_argument("--codec", choices=CODECS, default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument(
         "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",

@@ -18,6 +18,7 @@ import pandas as pd
 
 from latent_medi.errors import UserError, nearest
 from latent_medi.paths import path_argument
+from latent_medi.shards.codec import CODECS
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -46,7 +47,7 @@ def build(
         source: Folder that holds the sets' folders.
         out: Dataset folder to write.
         patch_size: Edge of a stored patch in pixels, at most 224.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         seed: Not used; the split is the published one.
         jobs: Processes.
         allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("source", type=path_argument, help="folder that holds NCT-CRC-HE-100K and CRC-VAL-HE-7K")
     parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=224, help="edge of a stored patch in pixels (default 224)")
-    parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
+    parser.add_argument("--codec", choices=CODECS, default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument(
         "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",

@@ -22,6 +22,7 @@ from latent_medi.errors import UserError
 from latent_medi.metadata.splits import hold_out
 from latent_medi.metadata.tables import read_table, require_columns
 from latent_medi.paths import path_argument
+from latent_medi.shards.codec import CODECS
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -85,7 +86,7 @@ def build(
         source: Folder with ``manifest.csv`` and the images.
         out: Dataset folder to write.
         patch_size: Edge of a stored patch in pixels; each image is scaled down whole.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         seed: Seed of the split.
         jobs: Processes.
         patches_per_shard: Patches per tar.
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("source", type=path_argument, help="folder with manifest.csv and the images")
     parser.add_argument("out", type=path_argument, help="dataset folder to write")
     parser.add_argument("--patch-size", type=int, default=64, help="edge of a stored patch in pixels (default 64)")
-    parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
+    parser.add_argument("--codec", choices=CODECS, default="png", help="png is lossless (default)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument(

@@ -17,6 +17,7 @@ from typing import Any
 from latent_medi.metadata.tables import read_table, require_columns
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, institution, slide_key
 from latent_medi.paths import path_argument
+from latent_medi.shards.codec import CODECS
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings
@@ -34,7 +35,7 @@ def build(
         source: Folder with ``manifest.csv`` and the tiles.
         out: Dataset folder to write.
         patch_size: Edge of a stored patch in pixels.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         seed: Not used; the recipe leaves splitting to ``latent-medi split``.
         jobs: Processes.
         mpp: µm per pixel of the stored patches.
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--patch-size", type=int, default=256, help="edge of a stored patch in pixels (default 256)")
     parser.add_argument("--mpp", type=float, default=0.5, help="µm per pixel of the stored patches (default 0.5)")
     parser.add_argument("--source-mpp", type=float, default=SOURCE_MPP, help="µm per pixel of the tiles (default 0.25)")
-    parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
+    parser.add_argument("--codec", choices=CODECS, default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     a = parser.parse_args(argv)
     dataset = build(a.source, a.out, a.patch_size, a.codec, jobs=a.jobs, mpp=a.mpp, source_mpp=a.source_mpp)

@@ -32,7 +32,7 @@ from latent_medi.metadata.tables import read_table
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
 from latent_medi.paths import path_argument
 from latent_medi.progress import progress
-from latent_medi.shards.codec import decode_image
+from latent_medi.shards.codec import CODECS, decode_image
 from latent_medi.shards.convert import convert, scaled
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.duplicates import allowed
@@ -136,7 +136,7 @@ def build(
         source: The Hub's or Zenodo's folder.
         out: Dataset folder to write.
         patch_size: Edge of a stored patch in pixels, at most 256.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         seed: Not used; from folders, make a split with ``latent-medi split``.
         jobs: Threads.
         metadata: Clinical table of the GDC.
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--metadata", type=path_argument, help="clinical table of the GDC: gender, race, age")
     parser.add_argument("--codes", type=path_argument, help="the GDC's table of tissue source sites: institutions")
     parser.add_argument("--scheme", choices=("internal", "external"), default="internal", help="the Hub's arrangement")
-    parser.add_argument("--codec", choices=("png", "jpg"), default="png", help="png is lossless (default)")
+    parser.add_argument("--codec", choices=CODECS, default="png", help="png is lossless (default)")
     parser.add_argument("--jobs", type=int, default=1, help="threads (default 1)")
     parser.add_argument(
         "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before diffusers, whose import prints a line otherwise.
 import latent_medi  # noqa: F401 # isort: skip
 import pytest
-from hypothesis import settings
 from parts import make_autoencoder, make_cohort
 
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
@@ -21,9 +21,12 @@ from latent_medi.latents.encode import encode_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# The same examples in every run and on every machine; --hypothesis-profile=default draws new ones.
-settings.register_profile("repeatable", derandomize=True)
-settings.load_profile("repeatable")
+with suppress(ImportError):  # a compute node runs the tests that need a GPU, and none of those that need it
+    from hypothesis import settings
+
+    # The same examples in every run and on every machine; --hypothesis-profile=default draws new ones.
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -29,6 +29,7 @@ _DECIDING = (
     "numpy", "scipy",
 )  # fmt: skip
 """Packages whose versions can change a number."""
+_REVISION_FILE, _REVISION = "REVISION", re.compile(r"[0-9a-f]{40,64}")
 _PATHS = ("real", "synthetic", "data", "weights", "cache", "out")  # settings of the verbs that record their command
 _PATH = re.compile(r"(?<![\w./:<-])/[\w.@+-]+(?:/[\w.@+-]+)+")
 
@@ -130,10 +131,13 @@ def run_record(seed: int, folder: str | Path) -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Revision of the source tree, "-dirty" if it has changes; None for an installed package."""
+    """Revision of the source tree, "-dirty" if it has changes, in a packed copy as its file REVISION says; None for an
+    installed package."""
     root = Path(latent_medi.__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
+        packed = root / _REVISION_FILE
+        text = packed.read_text(encoding="utf-8", errors="replace").strip() if packed.is_file() else ""
+        return text if _REVISION.fullmatch(text) else None
     try:
         answer = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

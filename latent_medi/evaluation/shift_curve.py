@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError
+from latent_medi.errors import UserError, needs
 from latent_medi.files import atomic_path, refuse_foreign, write_sealed
 from latent_medi.locks import output_lock
 from latent_medi.metadata.tables import write_for_people
@@ -159,7 +159,8 @@ def _cell(arm: Mapping[str, Any]) -> str:
 
 def _curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy over level, a line and a marker per arm, with standard errors where there are several seeds."""
-    from matplotlib.figure import Figure
+    with needs("The curve's picture", "matplotlib"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

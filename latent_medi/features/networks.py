@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from latent_medi.errors import UserError
+from latent_medi.errors import UserError, needs
 from latent_medi.features.registry import ENCODERS, Preprocessing
 
 
@@ -145,7 +145,8 @@ def inception(weights: str | Path | None) -> Network:
     path = find_weights(weights or cached, ("*inception*.pth", "*.pth"))
     # torch-fidelity unpickles freely; a file that passes the restricted reader first holds only tensors.
     read_weights(path)
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    with needs("The encoder 'inception'", "torch-fidelity"):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
         extractor = FeatureExtractorInceptionV3(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_medi.errors import UserError
+from latent_medi.errors import UserError, needs
 from latent_medi.features.networks import Network, find_weights, load_strictly
 from latent_medi.features.registry import ENCODERS, Entry, access_hint
 
@@ -105,8 +105,9 @@ def built_from(model: nn.Module, entry: Entry) -> str:
 
 def build_timm(entry: Entry) -> nn.Module:
     """The network of an entry without memory for its weights: filling billions of numbers at random takes minutes."""
-    import timm
-    import timm.layers
+    with needs(f"The encoder's architecture {entry.architecture}", "timm"):
+        import timm
+        import timm.layers
 
     named = {"mlp_layer": timm.layers, "act_layer": nn}
     arguments = {k: getattr(named[k], v) if k in named else v for k, v in entry.arguments.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from latent_medi.errors import needs
 from latent_medi.files import atomic_path, check_file
 
 _LABELLED = 80  # columns beyond which labels could not be read
@@ -34,9 +35,10 @@ def write_heat_maps(tables: Mapping[str, pd.DataFrame], path: str | Path) -> Non
         tables: Counts >= 0 by title.
         path: PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
+    with needs("A heat map", "matplotlib"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
 
     first = next(iter(tables.values()))
     order = first.sum().sort_values(ascending=False, kind="stable").index

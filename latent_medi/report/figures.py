@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
+
+from latent_medi.errors import needs
+
+with needs("The report", "matplotlib"):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 # Okabe & Ito 2008: told apart with any colour vision; every series also has a marker of its own.
 INK, MUTED, GRID = "#1b1f24", "#59616b", "#d9dde2"

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from latent_medi.errors import UserError
 
-CODECS = ("png", "jpg")
+CODECS = ("png", "jpg", "webp")
 ORIGINS = ("real", "synthetic")
 
 Origin = Literal["real", "synthetic"]
@@ -24,6 +24,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # The files are as small as at level 6, and are written and read about a third faster than at level 1.
 _PNG = {"compress_level": 1, "compress_type": 3}
 _JPEG_QUALITY = 95
+_WEBP = {"quality": 80, "method": 5}  # method 6 is 1% smaller, and takes three times as long
+_EXIF_DESCRIPTION = 0x010E
 _PNG_DEPTH = 24  # place of the bit depth: signature, length and name of the header, width and height come first
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _PLAIN = 'Convert it deliberately: from PIL import Image; Image.open("old.png").convert("RGB").save("new.png")'
@@ -35,13 +37,13 @@ _CONVERSIONS = {
 
 
 def check_codec(codec: str) -> None:
-    """Refuse a codec other than ``png`` and ``jpg``.
+    """Refuse a codec other than those of :data:`CODECS`.
 
     Raises:
         UserError: It is another.
     """
     if codec not in CODECS:
-        raise UserError(f"Images are stored as {' or '.join(CODECS)}, not {codec!r}.")
+        raise UserError(f"Images are stored as {', '.join(CODECS[:-1])} or {CODECS[-1]}, not {codec!r}.")
 
 
 def check_image(image: np.ndarray) -> None:
@@ -60,8 +62,10 @@ def encode_image(array: np.ndarray, codec: str = "png", origin: str = "real") ->
 
     Args:
         array: uint8 [H, W, 3], RGB.
-        codec: ``png`` (lossless) or ``jpg`` (quality 95, full chroma).
-        origin: ``real`` or ``synthetic``; PNG text chunk ``origin``, JPEG comment ``origin=…``.
+        codec: ``png`` (lossless), ``jpg`` (quality 95, full chroma) or ``webp`` (quality 80: about a seventh of a PNG's
+            bytes, for datasets that are carried).
+        origin: ``real`` or ``synthetic``; PNG text chunk ``origin``, JPEG comment and description in WebP's Exif
+            ``origin=…``.
 
     Raises:
         UserError: Another codec, origin, type or shape.
@@ -76,6 +80,10 @@ def encode_image(array: np.ndarray, codec: str = "png", origin: str = "real") ->
         text = PngImagePlugin.PngInfo()
         text.add_text("origin", origin)
         image.save(buffer, "PNG", **_PNG, pnginfo=text)
+    elif codec == "webp":
+        exif = Image.Exif()
+        exif[_EXIF_DESCRIPTION] = f"origin={origin}"
+        image.save(buffer, "WEBP", **_WEBP, exif=exif)
     else:
         image.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0, comment=f"origin={origin}".encode())
     return buffer.getvalue()
@@ -163,6 +171,8 @@ def image_origin(data: bytes) -> str:
     """The origin written in an image file's bytes; ``""`` if there is none."""
     with opened(io.BytesIO(data)) as image:
         comment = image.info.get("comment", b"")
+        if image.format == "WEBP":
+            comment = str(image.getexif().get(_EXIF_DESCRIPTION, ""))
         text = image.info.get("origin") or (
             comment.decode("utf-8", "replace") if isinstance(comment, bytes) else comment
         )

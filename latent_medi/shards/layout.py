@@ -103,7 +103,7 @@ def check_info(info: Mapping[str, Any], where: str, remedy: str) -> Schema:
     if not problem and not info["mpp"] > 0:
         problem = f"mpp is {info['mpp']}"
     if not problem and info["codec"] not in CODECS:
-        problem = f"codec is {info['codec']!r}, not {' or '.join(CODECS)}"
+        problem = f"codec is {info['codec']!r}, not {', '.join(CODECS[:-1])} or {CODECS[-1]}"
     if problem:
         raise UserError(f"{where} is not as it should be: {problem}.", remedy)
     check_shard_names([shard["file"] for shard in info["shards"]], where)

@@ -37,7 +37,7 @@ class ShardRecord:
         sha256: Of the tar.
         count: Number of patches.
         size: Bytes of the tar.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         patch_size: Edge in pixels.
         token: What the shard was made from, as its writer put it; a rerun compares it.
         notes: JSON-able remarks of its writer.

@@ -40,7 +40,7 @@ class ImportSettings:
         source_mpp_column: Column of resolutions, where images differ; replaces source_mpp.
         mpp: Resolution of the stored patches, in µm per pixel; 0 to store each image whole.
         tile: With mpp: cut as many patches as fit side by side, instead of the middle one.
-        codec: png (lossless) or jpg.
+        codec: png (lossless), jpg or webp.
         patches_per_shard: Patches per tar.
         jobs: Processes.
         dask: Address of a Dask scheduler that images are sent to instead, such as tcp://host:8786.
@@ -108,7 +108,7 @@ class SlideSettings:
         max_black: Largest share of a patch that may be near-black, 0 to 1.
         min_sharpness: Least variance of the Laplacian of the brightness (0 to 255); 0 keeps blurred patches.
         icc: "ignore" stores pixels as the scanner delivered them; "srgb" converts them by the embedded profile.
-        codec: png (lossless) or jpg.
+        codec: png (lossless), jpg or webp.
         seed: Seed of the choice of patches.
         jobs: Slides that are read at the same time.
         dask: Address of a Dask scheduler that slides are sent to instead, such as tcp://host:8786.

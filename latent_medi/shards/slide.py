@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openslide
 from PIL import Image, ImageCms
 
+from latent_medi.errors import needs
 from latent_medi.shards.resolution import Resolution, resolution
 from latent_medi.shards.tiff_tags import TiffTags, tiff_tags
+
+with needs("Cutting slides", "openslide-python openslide-bin"):
+    import openslide
 
 CACHE_BYTES = 64 * 2**20
 _SLACK = 1e-3  # pixels of a region that rounding may account for

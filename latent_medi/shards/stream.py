@@ -10,15 +10,16 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset import tariterators
 
-from latent_medi.errors import UserError
+from latent_medi.errors import UserError, needs
 from latent_medi.shards.dataset import RESTORE, PatchDataset
+
+if TYPE_CHECKING:
+    import webdataset
 
 Order = Callable[[int, int], np.ndarray]
 """(first image, count) to the rows at these positions of the run, int64 [count]."""
@@ -27,11 +28,16 @@ Order = Callable[[int, int], np.ndarray]
 def webdataset_of(dataset: PatchDataset) -> webdataset.DataPipeline:
     """A ``webdataset`` pipeline over the tars, local or behind any URL that fsspec opens, in their order.
 
-    Shards are divided over processes and loader workers, as ``webdataset`` does. A sample holds ``__key__``, ``png`` or
-    ``jpg`` (bytes) and ``json`` (bytes), compared with their checksums; add ``webdataset.shuffle``,
+    Shards are divided over processes and loader workers, as ``webdataset`` does. A sample holds ``__key__``, ``png``,
+    ``jpg`` or ``webp`` (bytes) and ``json`` (bytes), compared with their checksums; add ``webdataset.shuffle``,
     ``webdataset.decode`` and others with ``pipeline.append(…)``. Where every patch has to be seen equally often, use
-    :class:`PatchStream`.
+    :class:`PatchStream`, which does without that package.
+
+    Raises:
+        UserError: ``webdataset`` is not installed.
     """
+    with needs("A webdataset pipeline", "webdataset"):
+        import webdataset
 
     return webdataset.DataPipeline(
         webdataset.SimpleShardList([shard["file"] for shard in dataset.info["shards"]]),
@@ -46,6 +52,8 @@ def _samples(dataset: PatchDataset, shards: Iterable[dict[str, Any]]) -> Iterato
 
     To webdataset, a tar whose next header is damaged has simply ended.
     """
+    from webdataset import tariterators
+
     codec = dataset.info["codec"]
     for shard in shards:
         file = shard["url"]

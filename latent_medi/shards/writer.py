@@ -82,7 +82,7 @@ def write_shard(
         folder: The dataset folder.
         number: The shard's number, from 0.
         patches: At least one patch, of one size, with the same fields and extra columns.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         token: What the shard is made from, for a rerun to compare with.
         notes: JSON-able remarks, kept in the record as they are once the last patch was taken.
 
@@ -175,7 +175,7 @@ def finish_dataset(
         schema: Its fields; every value in the shards must be in it.
         patch_size: Edge of a patch in pixels.
         mpp: µm per pixel of the stored patches.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         provenance: JSON-able: where it came from; no times or host names, so that the same input gives the same bytes.
         splits: By name: (split name by patient, the recipe that made it). Patients not named are in no split (``""``).
         shards: The numbers that make the dataset; other shards are removed. By default all that are there, numbered
@@ -319,7 +319,7 @@ def write_dataset(
         schema: Fields.
         patch_size: Edge in pixels.
         mpp: µm per pixel of the stored patches.
-        codec: ``png`` or ``jpg``.
+        codec: ``png``, ``jpg`` or ``webp``.
         provenance: Where it came from.
         splits: Named splits by patient.
         patches_per_shard: Patches per tar, > 0.

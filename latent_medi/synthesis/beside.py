@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torchmetrics.functional.image import structural_similarity_index_measure
 
+from latent_medi.errors import needs
 from latent_medi.features.colour import Method, StainStats, fit_stain, haematoxylin, transfer
 from latent_medi.files import atomic_path
 from latent_medi.progress import get_logger
@@ -86,6 +86,17 @@ def _balanced(rows: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np
     return np.sort(np.concatenate([rng.permutation(rows[groups == name])[:each] for name in names]))
 
 
+def structural_similarity() -> Callable[..., Any]:
+    """torchmetrics' function of that name.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    with needs("Measuring translations (measured > 0)", "torchmetrics"):
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    return structural_similarity_index_measure
+
+
 def structure_kept(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How much of each patch's structure another version of it has, both on the haematoxylin channel, float64 [N] each.
 
@@ -94,14 +105,18 @@ def structure_kept(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, 
 
     Args:
         images, others: uint8 [N, H, W, 3].
+
+    Raises:
+        UserError: torchmetrics is not installed.
     """
+    similarity = structural_similarity()
     similar, together = [], []
     for start in range(0, len(images), _BATCH):
         a, b = (
             haematoxylin(torch.from_numpy(np.array(x[start : start + _BATCH])).permute(0, 3, 1, 2).float() / 255.0)
             for x in (images, others)
         )
-        found = structural_similarity_index_measure(b, a, data_range=1.0, reduction="none")
+        found = similarity(b, a, data_range=1.0, reduction="none")
         similar.append(torch.atleast_1d(torch.as_tensor(found)).double().numpy())
         p, q = ((-x.double().log10()).flatten(1) for x in (a, b))
         p, q = p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True)
@@ -177,8 +192,9 @@ def write_sheet(
         target: What the patches were mapped or translated to.
         remark: Shown below.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("The sheet of comparisons", "matplotlib"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     step = math.ceil(next(iter(columns.values())).shape[1] / _LARGEST)
     figure = Figure(figsize=(1.1 + 1.35 * len(columns), 0.75 + 1.35 * len(rows)), layout="constrained")

@@ -4,13 +4,13 @@ the noise."""
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
@@ -18,15 +18,21 @@ from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.guidance import check_guidance
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
-from latent_medi.errors import UserError
+from latent_medi.errors import UserError, needs
 from latent_medi.files import atomic_path, check_file
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import FIRST_VALUE, Field
 from latent_medi.synthesis.settings import GridSettings
 
 _GAP, _LETTERS = 4, 14  # pixels
-# Pillow's own font draws a box for ×, ᾱ and every letter with an accent, such as in the names of hospitals.
-_FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """Pillow's own font draws a box for ×, ᾱ and every letter with an accent, such as in the names of hospitals."""
+    with needs("A contact sheet", "matplotlib"):
+        from matplotlib import get_data_path
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _LETTERS)
 
 
 def contact_sheet(
@@ -40,7 +46,7 @@ def contact_sheet(
         columns: What stands above each column.
     """
     height, width = rows[0][0].shape[:2]
-    font = ImageFont.truetype(_FONT, _LETTERS)
+    font = _font()
     left = max((round(font.getlength(label)) for label in labels), default=-_GAP) + 2 * _GAP
     wide = max([width, *(round(font.getlength(name)) for name in columns)])
     top = _LETTERS + 3 * _GAP if columns else _GAP

@@ -112,7 +112,7 @@ class GenerateSettings:
         device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
             number of processes. Halved, with a warning, when the device's memory is full.
         patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
-        codec: "png" (exact) or "jpg".
+        codec: "png" (exact), "jpg" or "webp"; that of the real patches, where both are compared.
         precision: Arithmetic inside the denoiser: "fp32", "bf16" or "fp16".
         ignore: Columns of the plan that the model does not know and that are left out knowingly, such as the site for
             a class-only model.
@@ -137,7 +137,7 @@ class GenerateSettings:
     classifier: ClassifierGuidanceSettings = field(default_factory=ClassifierGuidanceSettings)
     device_batch: int = 64
     patches_per_shard: int = 512
-    codec: Literal["png", "jpg"] = "png"
+    codec: Literal["png", "jpg", "webp"] = "png"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ignore: list[str] = field(default_factory=list)
     name: str = ""
@@ -310,7 +310,7 @@ class TranslateSettings:
         device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
             number of processes.
         patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
-        codec: "png" (exact) or "jpg".
+        codec: "png" (exact), "jpg" or "webp"; that of the real patches, where both are compared.
         name: The dataset's name; empty means the folder's name.
         measured: Patches at most whose structure is measured beside the rivals' when all is done; 0 measures nothing.
         figure: PNG to write, with a row per patch: original, round trip, no-op, stain mappings, translated.
@@ -336,7 +336,7 @@ class TranslateSettings:
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     device_batch: int = 64
     patches_per_shard: int = 512
-    codec: Literal["png", "jpg"] = "png"
+    codec: Literal["png", "jpg", "webp"] = "png"
     name: str = ""
     measured: int = 256
     figure: PathText = ""

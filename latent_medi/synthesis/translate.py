@@ -32,7 +32,7 @@ from latent_medi.progress import get_logger, progress
 from latent_medi.shards.behind import write_behind
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
-from latent_medi.synthesis.beside import compare, stain_mappings, write_sheet
+from latent_medi.synthesis.beside import compare, stain_mappings, structural_similarity, write_sheet
 from latent_medi.synthesis.generate import finished_as, load_adapters
 from latent_medi.synthesis.settings import GenerateSettings, TranslateSettings
 from latent_medi.synthesis.translation_request import Request, choose, ddim_of, fields_of, part_of, spread
@@ -74,7 +74,8 @@ def translate(
     Raises:
         UserError: Something needed is not given; a field or value that the model does not know; patches of another
             size; an unconditional model; nothing to translate, or nothing that would change; synthetic patches,
-            unless asked for; steps or guidance that the model does not support; a folder with another dataset.
+            unless asked for; steps or guidance that the model does not support; no torchmetrics to measure with; a
+            folder with another dataset.
     """
     needed = [name for name in ("data", "to", "out") if not getattr(settings, name)]
     if needed or not (settings.model or model):
@@ -86,6 +87,8 @@ def translate(
         if getattr(settings, name) < least:
             raise UserError(f"{name} must be at least {least}, not {getattr(settings, name)}.")
     first_step_of(settings.strength, settings.steps)
+    if settings.measured:
+        structural_similarity()  # better missed now than after the last patch
     accelerator = accelerator or make_accelerator(patient=True)
     with output_lock(settings.out, accelerator):
         return _translate(settings, model, accelerator)

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_f1_score,
-    multiclass_recall,
-    multiclass_specificity,
-)
 
 from latent_medi.diffusion.objective import Objective
+from latent_medi.errors import needs
 from latent_medi.files import sha256_bytes
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.stream import StreamedLatents
@@ -46,6 +42,9 @@ class Validation:
         keys: Keys of these rows.
         labels: int64 [n]; position of each row's class.
         patients: Number of different patients.
+
+    Raises:
+        UserError: There are patches, and torchmetrics, which measures on them, is not installed.
     """
 
     store: LatentStore | StreamedLatents
@@ -53,6 +52,10 @@ class Validation:
     keys: np.ndarray
     labels: torch.Tensor
     patients: int
+
+    def __post_init__(self) -> None:
+        if len(self):  # before anything is trained, rather than at the first measurement
+            _metrics()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,6 +69,17 @@ class Validation:
         """Positions of at most ``most`` (0: all) patches in a random order that the seed decides."""
         order = epoch_order(len(self), seed, 0)
         return order[:most] if most else order
+
+
+def _metrics() -> ModuleType:
+    """torchmetrics' functions for classes.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    with needs("Measuring a latent classifier on validation patches", "torchmetrics"):
+        from torchmetrics.functional import classification
+    return classification
 
 
 def timestep_buckets(timesteps: int) -> list[tuple[int, int]]:
@@ -158,14 +172,15 @@ def _row(
     name: str, low: torch.Tensor, high: torch.Tensor, found: torch.Tensor, truth: torch.Tensor, losses: torch.Tensor,
     classes: int,
 ) -> dict[str, Any]:  # fmt: skip
+    metrics = _metrics()
     return {
         "timesteps": name,
         "alpha_bar_low": float(low),
         "alpha_bar_high": float(high),
-        "f1": float(multiclass_f1_score(found, truth, classes, average="macro")),
-        "sensitivity": float(multiclass_recall(found, truth, classes, average="macro")),
-        "specificity": float(multiclass_specificity(found, truth, classes, average="macro")),
-        "accuracy": float(multiclass_accuracy(found, truth, classes, average="micro")),
+        "f1": float(metrics.multiclass_f1_score(found, truth, classes, average="macro")),
+        "sensitivity": float(metrics.multiclass_recall(found, truth, classes, average="macro")),
+        "specificity": float(metrics.multiclass_specificity(found, truth, classes, average="macro")),
+        "accuracy": float(metrics.multiclass_accuracy(found, truth, classes, average="micro")),
         "loss": float(losses.double().mean()),
         "n": len(truth),
     }
