@@ -8,6 +8,7 @@ training.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def decode_on(
     before = autoencoder.device
     try:
         autoencoder.to(device)
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
             return _decoded(pipeline, latents)
     except (torch.OutOfMemoryError, UserError) as error:
         logger.warning("A preview is decoded on the CPU: %s", str(error).partition("\n")[0])
