@@ -100,8 +100,8 @@ class LatentStore:
         """Moments by name, fp32, of rows and views in range."""
         at = rows * self.views + views
         if self.resident != "mmap":
-            where = moved(torch.from_numpy(at), self._loaded["mean"].device)
-            return {name: values[where].float() for name, values in self._loaded.items()}
+            index = moved(torch.from_numpy(at), self._loaded["mean"].device)
+            return {name: values[index].float() for name, values in self._loaded.items()}
         out = {name: np.empty((len(rows), *self.shape), np.float16) for name in self._names}
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard):

@@ -47,5 +47,5 @@ def compile_whole(checkpointing: bool, processes: int) -> None:
     Cut, the buckets are shared while the backward pass goes on; but before 2.15 torch refuses to cut a network with
     recomputed blocks.
     """
-    if checkpointing and processes > 1 and torch.__version__ < (2, 15):
+    if checkpointing and processes > 1 and torch.__version__ < "2.15":
         torch._dynamo.config.optimize_ddp = False
