@@ -165,8 +165,8 @@ class TrainingData:
     def _whitening_on(self, place: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Shift and scale, fp32 [C, 1, 1] each, on a device, moved there once."""
         if self._placed is None or self._placed[0] is not self.shift or self._placed[1] is not self.scale:
-            whitening = (moved(values.view(-1, 1, 1), place) for values in (self.shift, self.scale))
-            self._placed = (self.shift, self.scale, *whitening)
+            shift, scale = (moved(values.view(-1, 1, 1), place) for values in (self.shift, self.scale))
+            self._placed = (self.shift, self.scale, shift, scale)
         return self._placed[2:]
 
     def table_hash(self) -> str:

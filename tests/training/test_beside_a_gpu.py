@@ -72,8 +72,9 @@ class SecondDevice(TorchDispatchMode):
         if name == "aten::is_pinned":
             return self._ready(args[0])
         if name == "aten::_pin_memory":
-            with unset_fake_temporarily():
-                held = args[0].clone(memory_format=torch.preserve_format)
+            source = args[0]
+            with unset_fake_temporarily():  # gaps are kept, as torch keeps them
+                held = torch.empty_strided(source.size(), source.stride(), dtype=source.dtype).copy_(source)
             self._pinned[held.untyped_storage().data_ptr()] = held
             return held
         if name == "aten::_to_copy" and not isinstance(args[0], FakeTensor) and onto.type == "cuda":
@@ -170,11 +171,12 @@ def test_batches_come_in_order_a_few_ahead_and_an_error_at_its_own() -> None:
             raise UserError("the twelfth")
         return step
 
-    taken = []
+    taken: list[int] = []
 
     def take() -> None:
         with made_ahead(make, range(5, 40), 3, CPU) as coming:
-            for step in coming:
+            steps: Iterator[Any] = coming
+            for step in steps:
                 taken.append(step)
                 assert max(begun) <= step + 4  # one more than threads
 
