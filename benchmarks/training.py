@@ -33,6 +33,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
@@ -49,7 +50,7 @@ from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.writer import Patch, write_dataset
 from latent_medi.training.data import Batch, TrainingData, open_data
-from latent_medi.training.estimate import GIB, EstimateSettings, matmul_tflops, measure, stand_in_schema
+from latent_medi.training.estimate import GIB, EstimateSettings, matmul_tflops, measure, release, stand_in_schema
 from latent_medi.training.footprint import step_cost
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import ACCELERATE_PRECISION, train
@@ -91,11 +92,19 @@ def make_data(folder: Path, count: int, edge: int) -> None:
         norm_num_groups=4,
     ).save_pretrained(folder / "autoencoder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    forget_precision()
     encode(EncodeSettings(str(folder / "data"), str(folder / "latents"), str(folder / "autoencoder"), device=device))
+
+
+def forget_precision() -> None:
+    """Let what comes next choose its precision: Accelerate keeps the first one of a process for its whole life."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def loop_rates(settings: TrainSettings) -> list[float]:
     """Steps per second of the loop, of each window of ``log_every_images`` after the first."""
+    forget_precision()
     with tempfile.TemporaryDirectory() as out:
         train(replace(settings, out=out))
         rows = read_log(Path(out) / "log.csv")
@@ -104,6 +113,9 @@ def loop_rates(settings: TrainSettings) -> list[float]:
 
 class Ready(Batch):
     """A batch that is on the device, in parts."""
+
+    def pinned(self) -> Batch:
+        return self
 
     def parts(self, size: int, device: torch.device) -> list[Batch]:
         if not hasattr(self, "_parts"):
@@ -165,6 +177,7 @@ class Latents(Dataset):
 
 def plain_rates(settings: TrainSettings) -> list[float]:
     """Steps per second of the plain loop, in windows as of :func:`loop_rates`."""
+    forget_precision()
     accelerator = Accelerator(mixed_precision=ACCELERATE_PRECISION[settings.precision])
     data = open_data(settings, None)
     data.whiten(None, [])
@@ -291,7 +304,7 @@ def best_rate(model: ModelSettings, shape: tuple[int, int, int], **values: Any) 
             return best
         finally:
             torch._dynamo.reset()
-            torch.cuda.empty_cache()
+            release()
         if rate * batch < 0.9 * best[0]:
             return best
         best = max(best, (rate * batch, batch))

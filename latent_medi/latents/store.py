@@ -100,7 +100,8 @@ class LatentStore:
         """Moments by name, fp32, of rows and views in range."""
         at = rows * self.views + views
         if self.resident != "mmap":
-            return {n: values[torch.from_numpy(at).to(values.device)].float() for n, values in self._loaded.items()}
+            index = moved(torch.from_numpy(at), self._loaded["mean"].device)
+            return {name: values[index].float() for name, values in self._loaded.items()}
         out = {name: np.empty((len(rows), *self.shape), np.float16) for name in self._names}
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard):
@@ -154,6 +155,23 @@ class LatentStore:
                 yield self.moments(rows[i : i + _CHUNK], views[i : i + _CHUNK])
 
         return channel_statistics(chunks, self.shape, len(rows), str(self.folder))
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """What is on the CPU in memory that a GPU copies from by itself, and in one piece: another tensor is gathered
+    first, into memory that is not."""
+    return tensor.contiguous().pin_memory() if tensor.device.type == "cpu" else tensor
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor on a device, by a copy that waits for nothing.
+
+    From other memory than :func:`pinned` a copy to a GPU waits for all that the GPU still has to do, and whoever
+    prepares the next batch would wait with it.
+    """
+    device = torch.device(device)
+    ready = device.type != "cuda" or tensor.is_cuda or (tensor.is_contiguous() and tensor.is_pinned())
+    return (tensor if ready else pinned(tensor)).to(device, non_blocking=True)
 
 
 def check_asked(

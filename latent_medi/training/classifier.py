@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from latent_medi.agreement import agreed
 from latent_medi.diffusion.classifier import LatentClassifier, LatentEncoder
@@ -34,7 +32,8 @@ from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Field
 from latent_medi.progress import get_logger, progress
-from latent_medi.training import checkpoint, run
+from latent_medi.training import checkpoint, ddp, run
+from latent_medi.training.ahead import made_ahead, threads_for
 from latent_medi.training.classifier_data import open_model, open_parts
 from latent_medi.training.classifier_scores import COLUMNS as SCORE_COLUMNS
 from latent_medi.training.classifier_scores import Validation, score, score_text
@@ -129,6 +128,7 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
         if main:
             logger.info("Going on at %s images.", f"{state['images']:,}")
     network.to(device)
+    lookup = lookup.to(device)
     optimizer = build_optimizer(network.parameters(), common)
     if at:
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], names)
@@ -149,11 +149,12 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
     clock = [time.monotonic(), state["images"]]
 
     def prepared(step: int) -> Batch:
-        return data.batch(step, batch, settings.seed, objective.timesteps, _EVERYTHING_KEPT, rank, processes)
+        made = data.batch(step, batch, settings.seed, objective.timesteps, _EVERYTHING_KEPT, rank, processes)
+        return made.pinned() if device.type == "cuda" else made
 
     def logits_and_labels(part: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         assert part.conditions is not None  # the field is always one of them
-        labels = lookup.to(device)[part.conditions.codes[:, 0]]
+        labels = lookup[part.conditions.codes[:, 0]]
         return model(objective.add_noise(part.latents, part.noise, part.timesteps), part.timesteps).float(), labels
 
     def look(step: int) -> None:
@@ -207,15 +208,13 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
             settings.keep_checkpoints,
         )
 
-    if at and steps and isinstance(model, DistributedDataParallel):
-        # As in the model's loop: DDP sums gradients in another order after its first update, which the unbroken run
-        # has behind it, so a resumed one takes an update that changes nothing.
+    def idle_pass() -> None:
         logits_and_labels(prepared(steps[0]).parts(largest, device)[0])[0].sum().backward()
-        optimizer.zero_grad(set_to_none=True)
-    with listening() as notice, ThreadPoolExecutor(1) as ahead:
-        # The next batch while the device works on this one. On a CPU the two would only be in each other's way.
-        early = device.type != "cpu"
-        coming = ahead.submit(prepared, steps[0]) if early and steps else None
+
+    if steps:
+        ddp.settle(model, optimizer, idle_pass, at is not None, -(-share // largest))
+    # The next batches while the device works on this one.
+    with listening() as notice, made_ahead(prepared, steps, threads_for(data, device), device) as batches:
         for step in progress(steps, desc="classifier", unit="step") if main else steps:
             seen, images = step * batch, (step + 1) * batch
             last = images == total
@@ -226,10 +225,8 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
                 torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
 
             # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
-            mine = coming.result() if coming is not None else prepared(step)
-            coming = ahead.submit(prepared, step + 1) if early and not last else None
+            parts = next(batches).parts(largest, device)
             measures = torch.zeros(2, device=device)
-            parts = mine.parts(largest, device)
             for i, part in enumerate(parts):
                 with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext():
                     logits, labels = logits_and_labels(part)
@@ -239,7 +236,7 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
                 measures += torch.stack([part_loss.detach(), right])
             norm = clip_gradients(accelerator, list(model.parameters()), settings.grad_clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            ddp.clear(model, optimizer, len(parts))
             pending.append(torch.cat([measures, norm.detach().reshape(1).to(measures)]))
 
             # Look at the losses, log and save. Nothing is saved before its losses were seen to be finite.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from latent_medi.diffusion.objective import Objective
 from latent_medi.errors import needs
 from latent_medi.files import sha256_bytes
-from latent_medi.latents.store import LatentStore
+from latent_medi.latents.store import LatentStore, moved
 from latent_medi.latents.stream import StreamedLatents
 from latent_medi.training.draws import batch_generator, draw_batch
 from latent_medi.training.losses import BUCKETS
@@ -133,8 +133,8 @@ def score(
             continue
         at = chosen[start : start + _CHUNK]
         mean, std = validation.store.moments(validation.rows[at])
-        mean, std = mean.to(device), None if std is None else std.to(device)
-        truth = validation.labels[torch.from_numpy(at.copy())].to(device)
+        mean, std = moved(mean, device), None if std is None else moved(std, device)
+        truth = moved(validation.labels[torch.from_numpy(at.copy())], device)
         for row, (low, high) in enumerate(buckets):
             draws = draw_batch(
                 batch_generator(seed, number * len(buckets) + row),
@@ -144,9 +144,9 @@ def score(
             )
             raw = mean
             if std is not None and draws.posterior is not None:
-                raw = torch.addcmul(mean, std, draws.posterior.to(device))
-            t = (draws.timesteps + low).to(device)
-            x_t = objective.add_noise((raw - shift) / scale, draws.noise.to(device), t)
+                raw = torch.addcmul(mean, std, moved(draws.posterior, device))
+            t = moved(draws.timesteps + low, device)
+            x_t = objective.add_noise((raw - shift) / scale, moved(draws.noise, device), t)
             logits = torch.cat(
                 [
                     network(x_t[i : i + device_batch], t[i : i + device_batch]).float()

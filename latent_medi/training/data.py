@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from latent_medi.diffusion.conditioning import Conditions, draw_dropout
 from latent_medi.diffusion.settings import DropoutSettings
 from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
-from latent_medi.latents.store import LatentStore, Residence
+from latent_medi.latents.store import LatentStore, Residence, moved, pinned
 from latent_medi.latents.stream import StreamedLatents
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.metadata.seen import seen_in
@@ -47,24 +48,24 @@ class Batch:
     timesteps: torch.Tensor
     conditions: Conditions | None
 
+    def pinned(self) -> Batch:
+        """The same, what is on the CPU in memory that a GPU copies from by itself."""
+        return self._each(pinned)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; see :func:`latent_medi.latents.store.moved`."""
+        return self._each(lambda tensor: moved(tensor, device))
+
     def parts(self, size: int, device: torch.device) -> list[Batch]:
-        """The batch cut into parts of at most ``size`` images, on a device."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            # From pageable memory a copy would wait for the device, and nothing could be prepared meanwhile.
-            pageable = device.type == "cuda" and tensor.device.type == "cpu"
-            return (tensor.pin_memory() if pageable else tensor).to(device, non_blocking=True)
-
-        def conditions(part: slice) -> Conditions | None:
-            if self.conditions is None:
-                return None
-            rows = self.conditions.rows(part)
-            return Conditions(move(rows.codes), move(rows.values))
-
+        """The batch on a device, moved at once and cut into parts of at most ``size`` images."""
+        whole = self.to(device)
         parts = [slice(i, i + size) for i in range(0, len(self), size)]
-        return [
-            Batch(move(self.latents[p]), move(self.noise[p]), move(self.timesteps[p]), conditions(p)) for p in parts
-        ]
+        return [whole._each(lambda tensor, part=part: tensor[part]) for part in parts]  # type: ignore[misc]
+
+    def _each(self, do: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        known = self.conditions
+        conditions = None if known is None else Conditions(do(known.codes), do(known.values))
+        return Batch(do(self.latents), do(self.noise), do(self.timesteps), conditions)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -95,6 +96,8 @@ class TrainingData:
     info: dict[str, Any]
     shift: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
     scale: torch.Tensor = field(default_factory=lambda: torch.ones(1))
+    # Both as they are, and where the latents are.
+    _placed: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,9 +156,18 @@ class TrainingData:
         draws = draws.share(mine)
         mean, std = self.store.moments(self.rows[members[mine]], views)
         place = mean.device
-        raw = mean if std is None or draws.posterior is None else torch.addcmul(mean, std, draws.posterior.to(place))
-        latents = (raw - self.shift.view(-1, 1, 1).to(place)) / self.scale.view(-1, 1, 1).to(place)
-        return Batch(latents, draws.noise, draws.timesteps, conditions)
+        raw = mean
+        if std is not None and draws.posterior is not None:
+            raw = torch.addcmul(mean, std, moved(draws.posterior, place))
+        shift, scale = self._whitening_on(place)
+        return Batch((raw - shift) / scale, draws.noise, draws.timesteps, conditions)
+
+    def _whitening_on(self, place: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shift and scale, fp32 [C, 1, 1] each, on a device, moved there once."""
+        if self._placed is None or self._placed[0] is not self.shift or self._placed[1] is not self.scale:
+            shift, scale = (moved(values.view(-1, 1, 1), place) for values in (self.shift, self.scale))
+            self._placed = (self.shift, self.scale, shift, scale)
+        return self._placed[2:]
 
     def table_hash(self) -> str:
         """SHA-256 over the rows and what is known of them."""

@@ -63,6 +63,18 @@ class Ema(Generic[M]):
             raise ValueError("The average is kept in fp32; the module has parameters of another type.")
 
     @torch.no_grad()
-    def update(self, module: nn.Module, decay: float) -> None:
-        """average ← decay · average + (1 - decay) · weight, for all tensors in a few fused calls."""
-        torch._foreach_lerp_(self._averages, [p.detach() for p in module.parameters() if p.requires_grad], 1.0 - decay)
+    def update(self, module: nn.Module, decay: float, made: torch.Tensor | None = None) -> None:
+        """average ← decay · average + (1 - decay) · weight, for all tensors in a few fused calls.
+
+        Args:
+            module: The trained module.
+            decay: As of :func:`ema_decay`.
+            made: bool []; whether the weights were updated at all, told on the device, which is not waited for: if not,
+                the average stays as it is. Unset: they were.
+        """
+        weights = [p.detach() for p in module.parameters() if p.requires_grad]
+        if made is None:
+            torch._foreach_lerp_(self._averages, weights, 1.0 - decay)
+            return
+        share = made.to(torch.float32) * (1.0 - decay)
+        torch._foreach_lerp_(self._averages, weights, [share] * len(weights))

@@ -8,7 +8,9 @@ checkpointing. Rates are estimates; "measured" is said of what a GPU did.
 
 from __future__ import annotations
 
+import gc
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training.data import open_latents
 from latent_medi.training.footprint import AUTOCAST, build_denoiser, example, state_bytes, step_cost
+from latent_medi.training.measured import Measured, measured_text, read_measured
 from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
@@ -44,9 +47,15 @@ CARDS: dict[str, tuple[float, float]] = {
 
 _FP32_SHARE = {"l40s": 0.25, "a100": 1 / 16, "h100": 1 / 15, "h200": 1 / 15}  # of the others: a half
 
-_CONTEXT = 0.5 * GIB  # what CUDA itself takes of a card's memory, outside of what torch counts
+_CONTEXT = GIB // 2  # what CUDA itself takes of a card's memory, outside of what torch counts
+_NCCL = GIB // 2  # NCCL's channels between devices, outside as well: some dozens, a few MiB each
+_RESERVE_SHARE = 0.03  # of the peak: blocks that torch's allocator holds and that nothing fits into
 _FIXED_WORKSPACE = 128 * 2**20  # cuBLAS keeps 32 MiB per handle; cuDNN's kernels ask for a few times that
 _WORKSPACE_SHARE = 0.05  # of activations and passing tensors: rounding to the allocator's blocks, gaps between them
+
+
+PRESET_SHAPE = (4, 32, 32)
+"""Shape of the latents that presets are measured with."""
 
 
 def stand_in_schema(names: list[str] | None, count: int, values: int) -> Schema | None:
@@ -101,8 +110,9 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
         ema_count: Running averages; unset: those of the settings.
 
     Returns:
-        ``bytes`` by purpose with their sum ``peak``, parameters, batch, operations per image, and the expected rates;
-        ``measured`` holds what a GPU did: nothing if its memory was too small, and ``None`` without one.
+        ``bytes`` by purpose with their sum ``peak``, the ``margin`` beyond it, parameters, batch, operations per image,
+        and the expected rates; ``measured`` holds what a GPU did now: nothing if its memory was too small, and ``None``
+        without one; ``measured_before`` the rows of :func:`~latent_medi.training.measured.read_measured`.
 
     Raises:
         UserError: Settings that cannot be followed, or an unknown card.
@@ -129,10 +139,12 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     sizes["workspace"] = _FIXED_WORKSPACE + round(_WORKSPACE_SHARE * (cost.saved + cost.passing))
     sizes["latents"] = stored if settings.resident == "device" else 0
     sizes["peak"] = sum(sizes.values())
-    card, memory, tflops = choose_card(settings, sizes["peak"])
+    margin = beyond(sizes["peak"], settings.processes)
+    card, memory, tflops = choose_card(settings, sizes["peak"] + sum(margin.values()))
     if settings.resident == "auto" and stored <= DEVICE_SHARE * memory * GIB:
         sizes["latents"], sizes["peak"] = stored, sizes["peak"] + stored
-        card, memory, tflops = choose_card(settings, sizes["peak"])
+        margin = beyond(sizes["peak"], settings.processes)
+        card, memory, tflops = choose_card(settings, sizes["peak"] + sum(margin.values()))
     per_second = settings.device_share * tflops * 1e12 * (fp32_share(card) if settings.precision == "fp32" else 1.0)
     images = per_second / (cost.flops / batch) * settings.processes
     measured: dict[str, float] | None = None
@@ -151,16 +163,19 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
         "global_batch": settings.global_batch,
         "device_batch": batch,
         "bytes": sizes,
+        "margin": margin,
         "forward_flops_per_image": cost.forward_flops // batch,
         "flops_per_image": cost.flops // batch,
         "card": card,
         "card_gib": memory,
         "card_tflops": tflops,
         "card_share": settings.device_share,
-        "fits": sizes["peak"] + _CONTEXT <= memory * GIB,
+        "fits": sizes["peak"] + sum(margin.values()) <= memory * GIB,
         "estimated_images_per_s": images,
         "estimated_steps_per_s": images / settings.global_batch,
         "measured": measured,
+        "network": settings.model.preset if shape == PRESET_SHAPE and not settings.init_from else "",
+        "measured_before": [asdict(row) for row in read_measured()],
     }
 
 
@@ -169,8 +184,18 @@ def fp32_share(card: str) -> float:
     return next((share for name, share in _FP32_SHARE.items() if name in card.lower().replace(" ", "")), 0.5)
 
 
+def beyond(peak: int, processes: int) -> dict[str, int]:
+    """Bytes of a card that a run takes beyond what torch counts as allocated: a margin, told apart from the estimate.
+
+    Args:
+        peak: What torch is expected to count, in bytes.
+        processes: Devices that share the global batch.
+    """
+    return {"context": _CONTEXT, "nccl": _NCCL if processes > 1 else 0, "reserve": round(_RESERVE_SHARE * peak)}
+
+
 def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, float]:
-    """Name, GiB and TFLOP/s of the card that is asked for, or that is here, or the smallest that is large enough.
+    """Name, GiB and TFLOP/s of the card that is asked for, or that is here, or the smallest that holds ``peak`` bytes.
 
     Raises:
         UserError: An unknown card.
@@ -186,7 +211,7 @@ def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, floa
         known = next((c for c in CARDS if c in name.lower().replace(" ", "")), None)
         return name, memory, settings.card_tflops or (CARDS[known][1] if known else matmul_tflops())
     if not name:
-        enough = settings.card_gib or (peak + _CONTEXT) / GIB
+        enough = settings.card_gib or peak / GIB
         name = next((c for c, (memory, _) in CARDS.items() if memory >= enough), "h200")
     memory, tflops = CARDS[name]
     return name, settings.card_gib or memory, settings.card_tflops or tflops
@@ -231,14 +256,31 @@ def measure(
         device: Where to run.
 
     Returns:
-        ``peak_bytes`` (on a GPU) and ``steps_per_s`` of updates of one process's share of the global batch.
+        On a GPU ``peak_bytes`` and ``reserved_bytes``, what torch had allocated and held at the fullest moment; and
+        ``steps_per_s`` of updates of one process's share of the global batch.
     """
+    try:
+        release(device)  # of what was before
+        return _measure(settings, shape, schema, batch, device)
+    finally:
+        release(device)
+
+
+def release(device: str = "cuda") -> None:
+    """Give back memory of a device that nothing uses: a compiled network is part of a cycle, which ``del`` leaves."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def _measure(
+    settings: EstimateSettings, shape: tuple[int, int, int], schema: Schema | None, batch: int, device: str
+) -> dict[str, float]:
     from latent_medi.training.ema import Ema
 
     dtype = AUTOCAST[settings.precision]
     gpu = device.startswith("cuda")
     if gpu:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     denoiser = build_denoiser(settings, shape, schema).train().to(device)
     if settings.channels_last:
@@ -273,6 +315,7 @@ def measure(
     result = {"steps_per_s": settings.measure_steps / (time.perf_counter() - start)}
     if gpu:
         result["peak_bytes"] = float(torch.cuda.max_memory_allocated())
+        result["reserved_bytes"] = float(torch.cuda.max_memory_reserved())
     return result
 
 
@@ -291,7 +334,7 @@ def estimate_text(result: dict[str, Any]) -> str:
         "workspace": "allowance for libraries' workspaces and the allocator's gaps",
         "peak": "expected peak",
     }
-    sizes = result["bytes"]
+    sizes, margin = result["bytes"], result["margin"]
     lines = [
         f"{result['parameters']:,} parameters; latents {'×'.join(map(str, result['latent_shape']))}; {result['data']}",
         f"precision {result['precision']}, checkpoint_activations {str(result['checkpoint_activations']).lower()}, "
@@ -299,6 +342,9 @@ def estimate_text(result: dict[str, Any]) -> str:
         f"device{'s' if result['processes'] > 1 else ''}",
         "",
         *(f"{sizes[key]:>16,} B {sizes[key] / GIB:7.2f} GiB  {text}" for key, text in told.items()),
+        f"{sum(margin.values()):>16,} B {sum(margin.values()) / GIB:7.2f} GiB  margin beyond it, not in the peak: CUDA "
+        f"itself {margin['context'] / GIB:.2f}, NCCL between devices {margin['nccl'] / GIB:.2f}, held back by torch's "
+        f"allocator {margin['reserve'] / GIB:.2f} GiB",
         "",
         f"{result['flops_per_image'] / 1e9:.1f} GFLOP per image, forward and backward",
         f"estimated: {result['estimated_steps_per_s']:.3g} steps/s, {result['estimated_images_per_s']:.3g} images/s at "
@@ -310,6 +356,10 @@ def estimate_text(result: dict[str, Any]) -> str:
     elif not result["measured"]:
         lines.append("measured on this GPU: its memory is too small; lower device_batch")
     else:
-        peak, rate = result["measured"]["peak_bytes"], result["measured"]["steps_per_s"]
-        lines.append(f"measured on this GPU: peak {peak / GIB:.2f} GiB, {rate:.3g} steps/s per process")
+        peak, held, rate = (result["measured"][key] for key in ("peak_bytes", "reserved_bytes", "steps_per_s"))
+        lines.append(
+            f"measured on this GPU: peak {peak / GIB:.2f} GiB, held by torch {held / GIB:.2f} GiB, {rate:.3g} steps/s "
+            "per process"
+        )
+    lines += measured_text([Measured(**row) for row in result["measured_before"]], result["network"])
     return "\n".join(lines)

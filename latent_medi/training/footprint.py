@@ -223,7 +223,8 @@ def state_bytes(denoiser: nn.Module, ema_count: int, eight_bit: bool = False) ->
 
     AdamW keeps two tensors per trained parameter and a step count of 4 bytes. In 8 bits, tensors of at least 4,096
     entries have two bytes per entry and two fp32 scales per 256 of them, and two maps are shared. DDP's buckets are the
-    gradients themselves (``gradient_as_bucket_view``), so they take nothing more.
+    gradients themselves (``gradient_as_bucket_view``, and see :mod:`latent_medi.training.ddp`), so they take nothing
+    more.
 
     Args:
         denoiser: The model.

@@ -10,14 +10,12 @@ seen), and a checkpoint holds the rest, so the resumed run gives the unbroken ru
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
-from torch.nn.parallel import DistributedDataParallel
 
 from latent_medi.agreement import agreed
 from latent_medi.diffusion.objective import Objective, diffusion_loss
@@ -25,7 +23,8 @@ from latent_medi.errors import Preempted, UserError
 from latent_medi.launch import make_accelerator
 from latent_medi.locks import output_lock
 from latent_medi.progress import get_logger, progress
-from latent_medi.training import averages, checkpoint, run
+from latent_medi.training import averages, checkpoint, ddp, run
+from latent_medi.training.ahead import made_ahead, threads_for
 from latent_medi.training.data import Batch, open_data
 from latent_medi.training.ema import Ema, ema_decay
 from latent_medi.training.notice import listening
@@ -135,6 +134,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], names)
     del tensors
     if settings.compile:
+        ddp.compile_whole(settings.checkpoint_activations, processes)
         denoiser.unet.compile()
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     model.train()
@@ -147,9 +147,11 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     share = batch // processes
     largest = min(settings.device_batch or share, share)
     steps = range(state["images"] // batch, total // batch)
+    dropping = run.drops(settings, source)
 
     def prepared(step: int) -> Batch:
-        return data.batch(step, batch, settings.seed, objective.timesteps, settings.dropout, rank, processes)
+        made = data.batch(step, batch, settings.seed, objective.timesteps, settings.dropout, rank, processes)
+        return made.pinned() if device.type == "cuda" else made
 
     def save(images: int) -> None:
         checkpoint.save_checkpoint(
@@ -172,16 +174,14 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
             settings.keep_checkpoints,
         )
 
-    if newest and steps and isinstance(model, DistributedDataParallel):
-        # After its first update, DDP sums gradients in another order, which more than two processes see in the last
-        # bit. The unbroken run has that behind it: so a resumed one takes an update that changes nothing.
+    def idle_pass() -> None:
         part = prepared(steps[0]).parts(largest, device)[0]
         diffusion_loss(model, part.latents, part.noise, part.timesteps, part.conditions, objective).sum().backward()
-        optimizer.zero_grad(set_to_none=True)
-    with listening() as notice, ThreadPoolExecutor(1) as ahead:
-        # The next batch while the device works on this one. On a CPU the two would only be in each other's way.
-        early = device.type != "cpu"
-        coming = ahead.submit(prepared, steps[0]) if early and steps else None
+
+    if steps:
+        ddp.settle(model, optimizer, idle_pass, newest is not None, -(-share // largest))
+    # The next batches while the device works on this one.
+    with listening() as notice, made_ahead(prepared, steps, threads_for(data, device), device) as batches:
         for step in progress(steps, desc="training", unit="step") if main else steps:
             seen, images = step * batch, (step + 1) * batch
             last = images == total
@@ -191,14 +191,12 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             # The network's own dropout must not depend on what ran before.
-            if denoiser.unet.config["dropout"] or (settings.lora and settings.lora.dropout):
+            if dropping:
                 torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
 
             # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
-            mine = coming.result() if coming is not None else prepared(step)
-            coming = ahead.submit(prepared, step + 1) if early and not last else None
+            parts = next(batches).parts(largest, device)
             loss = torch.zeros((), device=device)
-            parts = mine.parts(largest, device)
             for i, part in enumerate(parts):
                 with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext():
                     loss_of = diffusion_loss(
@@ -211,13 +209,12 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
 
             # Update and running averages. A step that fp16's loss scaler skips leaves the averages alone.
             norm = clip_gradients(accelerator, list(model.parameters()), settings.grad_clip)
-            before = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            # A fused optimizer skips inside its kernel, which Accelerate does not see: the scale falls exactly then.
-            if accelerator.scaler is None or accelerator.scaler.get_scale() >= before:
-                for width, averaged in emas.items():
-                    averaged.update(denoiser, ema_decay(images, batch, settings.ema, width))
+            ddp.clear(model, optimizer, len(parts))
+            # The scaler skips exactly the updates whose gradients are not finite. The device alone looks at that.
+            made = None if accelerator.scaler is None else norm.isfinite()
+            for width, averaged in emas.items():
+                averaged.update(denoiser, ema_decay(images, batch, settings.ema, width), made)
             watch.take(loss, norm)
 
             # Look at the losses, log and save. Nothing is saved before its losses were seen to be finite.

@@ -36,6 +36,10 @@ class LossTable:
             starts.append(len(self.labels))
             values = ("value",) if field.continuous else field.values
             self.labels += [(field.name, value) for value in ("null", "unknown", *values)]
+        # Every label belongs to one column of a sample's labels: its timestep's, or a field's.
+        counts = [BUCKETS, *(b - a for a, b in pairwise([*starts, len(self.labels)]))]
+        self._column = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+        self._label = torch.arange(len(self.labels), device=device)
         self._timesteps = timesteps
         self._starts = torch.tensor(starts, dtype=torch.int64, device=device)
         # fp64 where there is: sums of many small numbers.
@@ -48,8 +52,12 @@ class LossTable:
         rows = (timesteps * BUCKETS // self._timesteps)[:, None]
         if conditions is not None:
             rows = torch.cat([rows, conditions.codes + self._starts], 1)
-        both = torch.stack([each.detach(), torch.ones_like(each)], 1).to(self._recent.dtype)
-        self._recent.index_add_(0, rows.flatten(), both.repeat_interleave(rows.shape[1], 0))
+        values = each.detach().to(self._recent.dtype)
+        if values.device.type == "cpu":
+            both = torch.stack([values, torch.ones_like(values)], 1)
+            self._recent.index_add_(0, rows.flatten(), both.repeat_interleave(rows.shape[1], 0))
+        else:
+            self._recent += sums_by_label(values, rows[:, self._column] == self._label)
 
     def fold(self, accelerator: Accelerator) -> None:
         """Add what all processes have collected to the interval's sums; every process must call."""
@@ -76,3 +84,12 @@ class LossTable:
         """Go on from :meth:`state`."""
         if state:
             self._total = np.array(state, dtype=np.float64)
+
+
+def sums_by_label(values: torch.Tensor, belongs: torch.Tensor) -> torch.Tensor:
+    """Sum and number of the values [n] that belong (bool [n, labels]) to each label, [labels, 2].
+
+    A GPU's ``index_add_`` adds in the order in which its threads happen to come, so that last digits vary from run to
+    run; these sums have one order.
+    """
+    return torch.stack([torch.where(belongs, values[:, None], 0.0).sum(0), belongs.sum(0)], 1)

@@ -1,12 +1,14 @@
 """Looking at a model while it trains: a grid of its samples, and how far they are from the data.
 
-Every process generates an equal share, so that none waits for another; the grid is decoded and written by a thread
-while training goes on. Nothing here draws from the random numbers of the training.
+Every process generates an equal share, so that none waits for another. A GPU decodes the grid between two updates, a
+CPU in a thread while training goes on, and a thread writes it. Nothing here draws from the random numbers of the
+training.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,13 @@ from latent_medi.diffusion.objective import make_scheduler
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise, make_sampler
 from latent_medi.diffusion.settings import ObjectiveSettings, SamplerSettings
+from latent_medi.errors import UserError
 from latent_medi.features.statistics import frechet_distance
 from latent_medi.files import atomic_path
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.progress import get_logger
 from latent_medi.training.data import TrainingData
+from latent_medi.training.footprint import AUTOCAST
 from latent_medi.training.settings import TrainSettings
 
 logger = get_logger("training")
@@ -119,7 +123,11 @@ class Previews:
             logger.warning("No picture at %s images: the one before is still being drawn.", f"{images:,}")
         elif self._accelerator.is_main_process:
             self.finish()
-            self._last = self._thread.submit(self._draw, pipeline, share[:: -(-self.count // _MOST_SHOWN)], images)
+            shown = share[:: -(-self.count // _MOST_SHOWN)]
+            tiles = None
+            if self._accelerator.device.type != "cpu":
+                tiles = decode_on(self._accelerator.device, pipeline, shown, self._precision)
+            self._last = self._thread.submit(self._draw, pipeline, shown, tiles, images)
         return images, distance, self._floor, self.count
 
     def finish(self) -> None:
@@ -131,9 +139,10 @@ class Previews:
             logger.warning("A preview could not be drawn: %s: %s", type(error).__name__, error)
         self._last = None
 
-    def _draw(self, pipeline: MediPipeline, latents: torch.Tensor, images: int) -> None:
-        parts = [pipeline.decode(part) for part in latents.split(_DECODED_AT_ONCE)]
-        tiles = np.concatenate(parts)
+    def _draw(
+        self, pipeline: MediPipeline, latents: torch.Tensor, tiles: np.ndarray | None, images: int
+    ) -> None:  # fmt: skip
+        tiles = _decoded(pipeline, latents) if tiles is None else tiles
         columns = int(np.ceil(np.sqrt(len(tiles))))
         rows, edge = -(-len(tiles) // columns), tiles.shape[1]
         grid = np.full((rows * columns, edge, edge, 3), 255, np.uint8)
@@ -141,3 +150,36 @@ class Previews:
         whole = grid.reshape(rows, columns, edge, edge, 3).transpose(0, 2, 1, 3, 4).reshape(rows * edge, -1, 3)
         with atomic_path(self.out / FOLDER / f"images-{images:012d}.png") as path:
             Image.fromarray(whole).save(path, "PNG")
+
+
+def _decoded(pipeline: MediPipeline, latents: torch.Tensor) -> np.ndarray:
+    return np.concatenate([pipeline.decode(part) for part in latents.split(_DECODED_AT_ONCE)])
+
+
+def decode_on(
+    device: torch.device, pipeline: MediPipeline, latents: torch.Tensor, precision: str
+) -> np.ndarray | None:  # fmt: skip
+    """Images of latents, decoded on the training's device in its precision; the memory is given back afterwards.
+
+    Args:
+        device: Where to decode.
+        pipeline: Its autoencoder is moved there, and back to where it was.
+        latents: fp32 [n, C, h, w], whitened.
+        precision: "fp32", "bf16" or "fp16".
+
+    Returns:
+        uint8 [n, H, W, 3]; ``None`` if the memory is too small or pixels are beyond the precision's range.
+    """
+    autoencoder, dtype = pipeline.autoencoder, AUTOCAST[precision]
+    before = autoencoder.device
+    try:
+        autoencoder.to(device)
+        with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
+            return _decoded(pipeline, latents)
+    except (torch.OutOfMemoryError, UserError) as error:
+        logger.warning("A preview is decoded on the CPU: %s", str(error).partition("\n")[0])
+        return None
+    finally:
+        autoencoder.to(before)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

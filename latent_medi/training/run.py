@@ -52,6 +52,10 @@ FREE = {
     "checkpoint_activations", "trackers", "preview_every_images", "preview_images", "preview_steps",
 }  # fmt: skip
 
+# A compiled network draws other masks for its own dropout, and so does another memory layout: with dropout they change
+# more than rounding. Runs of earlier versions do not say what theirs were.
+MASKING = ("compile", "channels_last")
+
 
 def plain(value: Any) -> Any:
     """Settings as nested JSON-able values."""
@@ -64,8 +68,15 @@ def plain(value: Any) -> Any:
 
 def describe(settings: TrainSettings, data: TrainingData, source: Source | None) -> dict[str, Any]:
     """What makes this run this run: its settings, but for paths and speed, and the content of data and source."""
-    kept = {key: value for key, value in plain(asdict(settings)).items() if key not in FREE}
+    free = FREE - set(MASKING) if drops(settings, source) else FREE
+    kept = {key: value for key, value in plain(asdict(settings)).items() if key not in free}
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
+
+
+def drops(settings: TrainSettings, source: Source | None) -> bool:
+    """Whether the network, or an adapter of it, drops activations while it trains."""
+    own = settings.model.dropout if source is None else source.unet.config["dropout"]
+    return bool(own or (settings.lora is not None and settings.lora.dropout))
 
 
 def tell(told: Told, settings: Any, data: TrainingData) -> None:
@@ -89,7 +100,8 @@ def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) ->
         UserError: Lists every setting that differs.
     """
     a, b = flat(theirs), flat(ours)
-    changed = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    unsaid = {f"settings.{name}" for name in MASKING} - set(a)
+    changed = [key for key in sorted({*a, *b} - unsaid) if a.get(key) != b.get(key)]
     if not changed:
         return
     words = {"data": "the training data", "source": "the model in init_from"}

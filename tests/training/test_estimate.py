@@ -6,7 +6,7 @@ import gc
 import json
 import resource
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from latent_medi.training.checkpoint import optimizer_tensors
 from latent_medi.training.ema import Ema
 from latent_medi.training.estimate import estimate
 from latent_medi.training.footprint import AUTOCAST, SavedBytes, build_denoiser, example, state_bytes, step_cost
+from latent_medi.training.measured import measured_text, read_measured
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
 TINY, LATENT = (4, 8, 8), (4, 32, 32)
@@ -167,8 +168,10 @@ def test_command_line_tells_before_anything_starts(tmp_path: Path, capsys: pytes
     assert f"{result['bytes']['peak']:,} B" in text
     assert "estimated:" in text
     if not torch.cuda.is_available():
-        assert "measured" not in text
+        assert "measured on this GPU" not in text
         assert result["measured"] is None
+    told_before = measured_text(read_measured(), "L")
+    assert all(line in text for line in told_before)
     sizes = dict(result["bytes"])
     assert sizes.pop("peak") == sum(sizes.values())
     assert result["estimated_images_per_s"] == pytest.approx(
@@ -224,6 +227,68 @@ def test_small_cards_are_told_to_be_too_small() -> None:
     settings = config.parse(EstimateSettings, ["--config", "presets/12gb", "card=rtx4060", "device_batch=32"])
     assert estimate(settings)["fits"]
     assert not estimate(replace(settings, device_batch=64))["fits"]
+
+
+def test_what_torch_does_not_count_is_a_margin_beside_the_peak() -> None:
+    settings = run_of(small_model(), latent_shape=TINY, global_batch=64)
+    one, two = estimate(settings), estimate(replace(settings, processes=2, global_batch=128))
+    assert one["bytes"] == two["bytes"]
+    assert one["margin"]["nccl"] == 0 < two["margin"]["nccl"]
+    assert one["margin"]["context"] > 0 < one["margin"]["reserve"]
+    for result in (one, two):
+        needed = result["bytes"]["peak"] + sum(result["margin"].values())
+        told = estimating.estimate_text(result)
+        assert f"{sum(result['margin'].values()):,} B" in told
+        assert f"NCCL between devices {result['margin']['nccl'] / estimating.GIB:.2f}" in told
+        for bytes_more, fits in ((1, True), (-(2**20), False)):
+            known = replace(
+                settings, processes=result["processes"], global_batch=result["global_batch"], card="rtx4060",
+                card_gib=(needed + bytes_more) / estimating.GIB,
+            )  # fmt: skip
+            assert estimate(known)["fits"] is fits
+
+
+ROW = {
+    "card": "NVIDIA H100 80GB HBM3", "revision": "2bebcb5", "network": "S", "precision": "bf16", "compile": True,
+    "images_per_second": 5400, "peak_gib": 5.125,
+}  # fmt: skip
+
+
+def test_the_estimate_says_which_card_was_measured(tmp_path: Path) -> None:
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"rows": [ROW, {**ROW, "network": "B", "card": "NVIDIA L40S", "compile": False}]}))
+    rows = read_measured(file)
+    assert measured_text([], "S") == ["training was not measured on a GPU yet"]
+    assert measured_text(rows, "S") == [
+        "measured on NVIDIA H100 80GB HBM3 at 2bebcb5: network S, bf16, compiled: 5400 images/s, peak 5.12 GiB"
+    ]
+    (other,) = measured_text(rows, "L")
+    assert "not measured" in other
+    assert "B on NVIDIA L40S" in other
+    assert "S on NVIDIA H100 80GB HBM3" in other
+    # The packaged file is read, and is what an estimate tells.
+    settings = run_of(ModelSettings(preset="S"), global_batch=2)
+    result = estimate(settings)
+    assert result["measured_before"] == [asdict(row) for row in read_measured()]
+    assert result["network"] == "S"
+    assert estimate(replace(settings, latent_shape=(4, 64, 64)))["network"] == ""
+    result["measured_before"] = [asdict(rows[0])]
+    assert "measured on NVIDIA H100 80GB HBM3 at 2bebcb5" in estimating.estimate_text(result)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]", "{}", '{"rows": {}}', '{"rows": [1]}', "{",
+        *(json.dumps({"rows": [ROW, {k: v for k, v in ROW.items() if k != name}]}) for name in ROW),
+        *(json.dumps({"rows": [{**ROW, name: None}]}) for name in ROW),
+    ],
+)  # fmt: skip
+def test_damaged_measurements_are_refused(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "measured.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"measured\.json"):
+        read_measured(file)
 
 
 def test_starting_from_a_model_estimates_its_network(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.errors import UserError
-from latent_medi.files import sha256_file
+from latent_medi.files import sha256_file, write_sealed
 from latent_medi.latents.info import read_info, write_info
 from latent_medi.metadata.schema import FIRST_VALUE
 from latent_medi.training import loop
@@ -33,7 +33,9 @@ from latent_medi.training.draws import batch_generator, draw_batch, stratified_t
 from latent_medi.training.ema import ema_decay
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import crossed, learning_rate, train
-from latent_medi.training.settings import EmaSettings, TrainSettings
+from latent_medi.training.run import MASKING, RUN_FILE, drops, read_record
+from latent_medi.training.settings import EmaSettings, LoraSettings, TrainSettings
+from latent_medi.training.transfer import open_source
 
 Make = Callable[..., TrainSettings]
 
@@ -176,8 +178,9 @@ def two_processes(settings: TrainSettings, port: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_model(run_settings: Make, tmp_path: Path) -> None:
-    one = run_settings(out=str(tmp_path / "one"))
+@pytest.mark.parametrize("device_batch", [None, 2])
+def test_two_processes_train_the_same_model(device_batch: int | None, run_settings: Make, tmp_path: Path) -> None:
+    one = run_settings(out=str(tmp_path / "one"), device_batch=device_batch)
     train(one)
     two_processes(replace(one, out=str(tmp_path / "two")), 29511)
     for name in ("model", "checkpoints/images-000000000320"):
@@ -313,6 +316,38 @@ def test_finished_run_returns_at_once(run_settings: Make, tmp_path: Path, monkey
     with pytest.raises(UserError, match="training data changed"):
         train(replace(settings, split_value="test"))
     assert (folder / "model_index.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("compile", 0.1), ("channels_last", 0.1), ("channels_last", 0.0)])
+def test_what_changes_the_masks_of_dropout_belongs_to_the_run(
+    name: str, dropout: float, run_settings: Make, tmp_path: Path
+) -> None:
+    settings = run_settings(max_steps=2, model={"dropout": dropout})
+    folder, other = train(settings), replace(settings, **{name: True})
+    if not dropout:
+        assert train(other) == folder  # a matter of speed and rounding
+        return
+    with pytest.raises(UserError, match=f"{name} was False and is True"):
+        train(other)
+    assert train(replace(settings, checkpoint_activations=True)) == folder
+    # A run of an earlier version does not say, and goes on.
+    record = read_record(tmp_path / "run")
+    for key in MASKING:
+        del record["settings"][key]
+    write_sealed(tmp_path / "run" / RUN_FILE, {"run": record})
+    assert train(other) == folder
+
+
+def test_dropout_is_the_sources_where_there_is_one(run_settings: Make, tmp_path: Path) -> None:
+    first = run_settings(max_steps=2, model={"dropout": 0.1})
+    source = open_source(train(first))
+    settings = run_settings(init_from=str(tmp_path / "run" / "model"), model={"dropout": 0.0})
+    assert drops(first, None)
+    assert drops(settings, source)
+    assert not drops(settings, None)
+    source.unet.register_to_config(dropout=0.0)
+    assert not drops(settings, source)
+    assert drops(replace(settings, lora=LoraSettings(dropout=0.2)), source)
 
 
 def test_unfinished_run_with_other_settings_is_refused(
