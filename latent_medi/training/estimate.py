@@ -42,8 +42,6 @@ CARDS: dict[str, tuple[float, float]] = {
 }
 """GiB of memory, and 10^12 operations per second of dense matrices in bf16 with sums in fp32, as the maker states."""
 
-_FP32_SHARE = {"l40s": 0.25, "a100": 1 / 16, "h100": 1 / 15, "h200": 1 / 15}  # of the others: a half
-
 _CONTEXT = 0.5 * GIB  # what CUDA itself takes of a card's memory, outside of what torch counts
 _FIXED_WORKSPACE = 128 * 2**20  # cuBLAS keeps 32 MiB per handle; cuDNN's kernels ask for a few times that
 _WORKSPACE_SHARE = 0.05  # of activations and passing tensors: rounding to the allocator's blocks, gaps between them
@@ -164,11 +162,6 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     }
 
 
-def fp32_share(card: str) -> float:
-    """What a card does in fp32, which is computed without tensor cores, over what it does in bf16."""
-    return next((share for name, share in _FP32_SHARE.items() if name in card.lower().replace(" ", "")), 0.5)
-
-
 def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, float]:
     """Name, GiB and TFLOP/s of the card that is asked for, or that is here, or the smallest that is large enough.
 
@@ -190,6 +183,14 @@ def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, floa
         name = next((c for c, (memory, _) in CARDS.items() if memory >= enough), "h200")
     memory, tflops = CARDS[name]
     return name, settings.card_gib or memory, settings.card_tflops or tflops
+
+
+_FP32_SHARE = {"l40s": 0.25, "a100": 1 / 16, "h100": 1 / 15, "h200": 1 / 15}  # of the others: a half
+
+
+def fp32_share(card: str) -> float:
+    """What a card does in fp32, which is computed without tensor cores, over what it does in bf16."""
+    return next((share for name, share in _FP32_SHARE.items() if name in card.lower().replace(" ", "")), 0.5)
 
 
 def matmul_tflops(
