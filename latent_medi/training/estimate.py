@@ -45,8 +45,6 @@ CARDS: dict[str, tuple[float, float]] = {
 }
 """GiB of memory, and 10^12 operations per second of dense matrices in bf16 with sums in fp32, as the maker states."""
 
-_FP32_SHARE = {"l40s": 0.25, "a100": 1 / 16, "h100": 1 / 15, "h200": 1 / 15}  # of the others: a half
-
 _CONTEXT = GIB // 2  # what CUDA itself takes of a card's memory, outside of what torch counts
 _NCCL = GIB // 2  # NCCL's channels between devices, outside as well: some dozens, a few MiB each
 _RESERVE_SHARE = 0.03  # of the peak: blocks that torch's allocator holds and that nothing fits into
@@ -179,11 +177,6 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     }
 
 
-def fp32_share(card: str) -> float:
-    """What a card does in fp32, which is computed without tensor cores, over what it does in bf16."""
-    return next((share for name, share in _FP32_SHARE.items() if name in card.lower().replace(" ", "")), 0.5)
-
-
 def beyond(peak: int, processes: int) -> dict[str, int]:
     """Bytes of a card that a run takes beyond what torch counts as allocated: a margin, told apart from the estimate.
 
@@ -215,6 +208,14 @@ def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, floa
         name = next((c for c, (memory, _) in CARDS.items() if memory >= enough), "h200")
     memory, tflops = CARDS[name]
     return name, settings.card_gib or memory, settings.card_tflops or tflops
+
+
+_FP32_SHARE = {"l40s": 0.25, "a100": 1 / 16, "h100": 1 / 15, "h200": 1 / 15}  # of the others: a half
+
+
+def fp32_share(card: str) -> float:
+    """What a card does in fp32, which is computed without tensor cores, over what it does in bf16."""
+    return next((share for name, share in _FP32_SHARE.items() if name in card.lower().replace(" ", "")), 0.5)
 
 
 def matmul_tflops(
