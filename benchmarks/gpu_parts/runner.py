@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gpu_parts import records
 from gpu_parts.child import BROKEN
-from gpu_parts.plan import BUDGET, Group, Part
+from gpu_parts.plan import BUDGET, LEAST, Group, Part
 from gpu_parts.records import CUT_OFF, FAILED, RUNNING, Record
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -38,6 +38,7 @@ class Options:
         device: "cuda" or "cpu".
         real: Folder of real biopsies.
         models: Folder of weights.
+        least: Seconds that a part gets whatever its share of the budget.
         start: Moment from which the budget counts, by time.time().
     """
 
@@ -47,6 +48,7 @@ class Options:
     device: str = "cpu"
     real: Path = Path("real")
     models: Path = Path("models")
+    least: float = LEAST
     start: float = field(default_factory=time.time)
 
     @property
@@ -156,7 +158,7 @@ class Runner:
         try:
             for part in self.order():
                 self._prepare(part)
-                limit = time.time() + part.seconds * self.scale
+                limit = time.time() + max(part.seconds * self.scale, self.options.least)
                 self._run_part(part, min(limit, self.options.end))
             while self.options.end - time.time() > self.options.grace:
                 before = self._state()
@@ -196,8 +198,7 @@ class Runner:
             now = time.time()
             while waiting and len(self._jobs) < self._at_once(part) and limit - now > self.options.grace:
                 group = waiting.pop(0)
-                deadline = min(limit, now + group.seconds * self.scale) if group.seconds else limit
-                self._jobs.append(self._start(part, group, deadline))
+                self._jobs.append(self._start(part, group, limit))
             if not self._jobs:
                 return
             self._kill([job for job in self._jobs if time.time() >= job.deadline])
