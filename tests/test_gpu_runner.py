@@ -140,7 +140,7 @@ def test_exit_code_of_rows_that_hold(out: Path) -> None:
 
 def test_what_is_done_is_not_repeated_until_all_is_done(out: Path) -> None:
     call(out, part("smoke", "good"))
-    both = part("smoke", "good", "gpu")
+    both = part("smoke", "good", "gpu", "absent")
     call(out, both)
     assert counts(out, "good", "gpu") == [1, 1]
     call(out, both)  # nothing is left, so all is done once more

@@ -22,7 +22,7 @@ from pathlib import Path
 from gpu_parts import records
 from gpu_parts.child import BROKEN
 from gpu_parts.plan import BUDGET, LEAST, Group, Part
-from gpu_parts.records import CUT_OFF, FAILED, RUNNING, Record
+from gpu_parts.records import CUT_OFF, FAILED, FINISHED, NOT_HERE, RUNNING, Record
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
@@ -102,8 +102,12 @@ class Runner:
         self.touched: set[tuple[str, str]] = set()
         self._jobs: list[Job] = []
         self._count = 0
-        # With nothing left to do, everything is done once more, the oldest first.
-        self.again = not any(self._unfinished(part) for part in self.parts)
+        # With nothing left to do, everything is done once more, the oldest first. What is not here may never be.
+        self.again = all(
+            records.is_of(record := self._record(part, row), self.run) and record["status"] in (*FINISHED, NOT_HERE)
+            for part in self.parts
+            for _, row in self._rows(part)
+        )
 
     # ---- what to do
 
@@ -113,16 +117,12 @@ class Runner:
     def _record(self, part: Part, row: str) -> Record | None:
         return records.read(self.options.out, part.name, row)
 
-    def _unfinished(self, part: Part) -> list[str]:
-        return [row for _, row in self._rows(part) if not records.finished(self._record(part, row), self.run)]
-
     def order(self) -> list[Part]:
         """The parts without any result, then the others, the oldest first."""
 
         def age(part: Part) -> tuple[bool, str]:
-            times = [
-                r["started"] for _, row in self._rows(part) if records.is_of(r := self._record(part, row), self.run)
-            ]
+            found = [r for _, row in self._rows(part) if records.is_of(r := self._record(part, row), self.run)]
+            times = [record["started"] for record in found if record["status"] != NOT_HERE]
             return bool(times), min(times, default="")
 
         return sorted(self.parts, key=age)
