@@ -141,9 +141,10 @@ def test_exit_code_of_rows_that_hold(out: Path) -> None:
 def test_what_is_done_is_not_repeated_until_all_is_done(out: Path) -> None:
     call(out, part("smoke", "good"))
     both = part("smoke", "good", "gpu", "absent")
-    call(out, both)
-    assert counts(out, "good", "gpu") == [1, 1]
-    call(out, both)  # nothing is left, so all is done once more
+    bare = part("real", "absent", "best", chain=True)
+    call(out, both, bare)
+    assert counts(out, "good", "gpu", "best") == [1, 1, 0]
+    call(out, both, bare)  # nothing is left, so all is done once more
     assert counts(out, "good", "gpu") == [2, 2]
     call(out, both, card="H100")
     assert counts(out, "good", "gpu") == [3, 3]

@@ -103,11 +103,7 @@ class Runner:
         self._jobs: list[Job] = []
         self._count = 0
         # With nothing left to do, everything is done once more, the oldest first. What is not here may never be.
-        self.again = all(
-            records.is_of(record := self._record(part, row), self.run) and record["status"] in (*FINISHED, NOT_HERE)
-            for part in self.parts
-            for _, row in self._rows(part)
-        )
+        self.again = all(self._nothing_left(part, group) for part in self.parts for group in part.groups)
 
     # ---- what to do
 
@@ -116,6 +112,15 @@ class Runner:
 
     def _record(self, part: Part, row: str) -> Record | None:
         return records.read(self.options.out, part.name, row)
+
+    def _nothing_left(self, part: Part, group: Group) -> bool:
+        for row in group.rows:
+            record = self._record(part, row)
+            if record is None or not records.is_of(record, self.run) or record["status"] not in (*FINISHED, NOT_HERE):
+                return False
+            if group.chain and record["status"] == NOT_HERE:  # nor is what builds on it
+                break
+        return True
 
     def order(self) -> list[Part]:
         """The parts without any result, then the others, the oldest first."""
