@@ -81,7 +81,7 @@ def main() -> int:
     device, machine = look(arguments.device)
     options = Options(
         arguments.out, arguments.budget, arguments.quick, device, arguments.real.resolve(), arguments.models.resolve(),
-        START,
+        start=START,
     )  # fmt: skip
     with output_lock(options.out):
         return Runner([part for part in PARTS if part.name in asked], options, machine).go()

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 BUDGET = 540.0
 
+LEAST = 40.0
+"""Seconds that a part gets however small the budget is, as far as they are there: a process has to start first."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -17,13 +20,11 @@ class Group:
     Args:
         module: Module whose ``ROWS`` has a function for each row.
         rows: Names of the rows, in order of worth.
-        seconds: Most that the process may take; 0: what its part may.
         chain: Whether each row builds on the one before, so that none may be left out or moved.
     """
 
     module: str
     rows: tuple[str, ...]
-    seconds: float = 0.0
     chain: bool = False
 
 

@@ -173,9 +173,10 @@ def _run(context: Context) -> None:
     context.figures(headline=headline, went_on=begun, **chosen)
     stages = {file.stem: json.loads(file.read_text()).get("seconds") for file in (run / "stages").glob("*.json")}
     context.figures(stages={name: seconds for name, seconds in stages.items() if seconds is not None})
-    for key in ("fd_unseen", "fd_unseen_colour_free"):  # a measure that few patches do not give is None
-        sides = {side: records.short(headline.get(key, {}).get(side)) for side in ("medi", "cls", "floor")}
-        context.tell(**{key: " / ".join(sides.values())})
+    for key in ("fd_unseen", "fd_unseen_colour_free"):
+        sides = [headline.get(key, {}).get(side) for side in ("medi", "cls", "floor")]
+        if any(value is not None for value in sides):  # few patches give no distance
+            context.tell(**{f"{key} MeDi/CLS/floor": " / ".join(map(records.short, sides))})
     context.tell(updates=chosen["max_steps"])
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from gpu_parts import records
 from gpu_parts.child import BROKEN
-from gpu_parts.plan import BUDGET, Group, Part
-from gpu_parts.records import CUT_OFF, FAILED, RUNNING, Record
+from gpu_parts.plan import BUDGET, LEAST, Group, Part
+from gpu_parts.records import CUT_OFF, FAILED, FINISHED, NOT_HERE, RUNNING, Record
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
@@ -38,6 +38,7 @@ class Options:
         device: "cuda" or "cpu".
         real: Folder of real biopsies.
         models: Folder of weights.
+        least: Seconds that a part gets whatever its share of the budget.
         start: Moment from which the budget counts, by time.time().
     """
 
@@ -47,6 +48,7 @@ class Options:
     device: str = "cpu"
     real: Path = Path("real")
     models: Path = Path("models")
+    least: float = LEAST
     start: float = field(default_factory=time.time)
 
     @property
@@ -100,8 +102,8 @@ class Runner:
         self.touched: set[tuple[str, str]] = set()
         self._jobs: list[Job] = []
         self._count = 0
-        # With nothing left to do, everything is done once more, the oldest first.
-        self.again = not any(self._unfinished(part) for part in self.parts)
+        # With nothing left to do, everything is done once more, the oldest first. What is not here may never be.
+        self.again = all(self._nothing_left(part, group) for part in self.parts for group in part.groups)
 
     # ---- what to do
 
@@ -111,16 +113,21 @@ class Runner:
     def _record(self, part: Part, row: str) -> Record | None:
         return records.read(self.options.out, part.name, row)
 
-    def _unfinished(self, part: Part) -> list[str]:
-        return [row for _, row in self._rows(part) if not records.finished(self._record(part, row), self.run)]
+    def _nothing_left(self, part: Part, group: Group) -> bool:
+        for row in group.rows:
+            record = self._record(part, row)
+            if record is None or not records.is_of(record, self.run) or record["status"] not in (*FINISHED, NOT_HERE):
+                return False
+            if group.chain and record["status"] == NOT_HERE:  # nor is what builds on it
+                break
+        return True
 
     def order(self) -> list[Part]:
         """The parts without any result, then the others, the oldest first."""
 
         def age(part: Part) -> tuple[bool, str]:
-            times = [
-                r["started"] for _, row in self._rows(part) if records.is_of(r := self._record(part, row), self.run)
-            ]
+            found = [r for _, row in self._rows(part) if records.is_of(r := self._record(part, row), self.run)]
+            times = [record["started"] for record in found if record["status"] != NOT_HERE]
             return bool(times), min(times, default="")
 
         return sorted(self.parts, key=age)
@@ -156,7 +163,7 @@ class Runner:
         try:
             for part in self.order():
                 self._prepare(part)
-                limit = time.time() + part.seconds * self.scale
+                limit = time.time() + max(part.seconds * self.scale, self.options.least)
                 self._run_part(part, min(limit, self.options.end))
             while self.options.end - time.time() > self.options.grace:
                 before = self._state()
@@ -196,8 +203,7 @@ class Runner:
             now = time.time()
             while waiting and len(self._jobs) < self._at_once(part) and limit - now > self.options.grace:
                 group = waiting.pop(0)
-                deadline = min(limit, now + group.seconds * self.scale) if group.seconds else limit
-                self._jobs.append(self._start(part, group, deadline))
+                self._jobs.append(self._start(part, group, limit))
             if not self._jobs:
                 return
             self._kill([job for job in self._jobs if time.time() >= job.deadline])
