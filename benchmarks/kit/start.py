@@ -49,8 +49,10 @@ def unpack(archive: Path, sha256: str, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
+        with tarfile.open(archive, "r:xz") as tar:
+            if hasattr(tarfile, "data_filter"):  # since Python 3.11.4
+                tar.extraction_filter = tarfile.data_filter
+            tar.extractall(temporary)
     except tarfile.CompressionError:  # a Python that was built without xz
         if os.spawnlp(os.P_WAIT, "tar", "tar", "-xJf", str(archive), "-C", str(temporary)):
             raise problem(
@@ -121,7 +123,6 @@ def main() -> None:
     words = [sys.executable, str(repository / "benchmarks" / "gpu.py"), "--out", str(out)]
     words += ["--real", str(work / "real"), "--models", str(work / "models"), *others]
     print(f"From the kit: {', '.join(own) or 'no package'}. Results: {out}", flush=True)
-    os.chdir(work)
     os.execve(sys.executable, words, surroundings)
 
 

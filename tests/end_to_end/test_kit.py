@@ -197,3 +197,12 @@ def test_results_of_an_unpacked_kit_name_its_revision(tmp_path: Path, monkeypatc
     for text, told in (("0f" * 20 + "\n", "0f" * 20), ("another program's", None)):
         (tmp_path / "REVISION").write_text(text)
         assert git_revision() == told
+
+
+def test_a_python_without_xz_leaves_unpacking_to_tar(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = json.loads((kit / "contents.json").read_text())["parts"]["models"]
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    load("start").unpack(kit / part["file"], part["sha256"], tmp_path / "models")
+    assert (tmp_path / "models" / "taef2" / "taef2_encoder.pth").read_bytes() == b"weights"
