@@ -48,11 +48,12 @@ class Maker:
         self._weak_hash = ""
         shown = [pipeline.provenance.get("seen")]
         if settings.autoguidance.model:
-            other = MediPipeline.from_pretrained(settings.autoguidance.model, autoencoder=pipeline.autoencoder)
-            check_weaker(pipeline, other, settings.autoguidance.model)
-            self.weak = Autoguidance(
-                other.denoiser.to(pipeline.unet.device), settings.autoguidance.scale, settings.autoguidance.interval
+            # On the same device, since the autoencoder, which the two share, goes where the second is put.
+            other = MediPipeline.from_pretrained(
+                settings.autoguidance.model, autoencoder=pipeline.autoencoder, device=pipeline.unet.device
             )
+            check_weaker(pipeline, other, settings.autoguidance.model)
+            self.weak = Autoguidance(other.denoiser, settings.autoguidance.scale, settings.autoguidance.interval)
             self._weak_hash = other.model_hash
             shown.append(other.provenance.get("seen"))
 
