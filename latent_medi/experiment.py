@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latent_medi import config
 from latent_medi.diffusion.settings import GuidanceSettings
@@ -35,9 +35,6 @@ from latent_medi.sums import read_result
 from latent_medi.synthesis.settings import GenerateSettings
 from latent_medi.training.settings import TrainSettings
 from latent_medi.wholeness import damaged_dataset, damaged_json, damaged_latents, damaged_model, reopen
-
-if TYPE_CHECKING:
-    pass
 
 log = get_logger(__name__)
 

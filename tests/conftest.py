@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before diffusers, whose import prints a line otherwise.
 import latent_medi  # noqa: F401 # isort: skip
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from parts import make_autoencoder, make_cohort
 
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
@@ -43,6 +44,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = {name for i, name in enumerate(slow) if i % 4 != quarter}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
     items[:] = [item for item in items if item.nodeid not in dropped]
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> Iterator[None]:
+    """Accelerate keeps one precision per process: what a test chooses does not reach the next one."""
+    yield
+    if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

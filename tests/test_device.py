@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -66,9 +65,8 @@ def test_everything_is_done_once_and_in_order_whatever_fits(count: int, size: in
 
 
 def test_a_full_memory_is_told_once_and_remembered(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("latent_medi"), "propagate", True)
     sizes: list[int] = []
 
     def work(part: slice, size: int) -> None:

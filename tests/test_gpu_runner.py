@@ -201,6 +201,16 @@ def test_a_chain_stops_where_a_row_does_not_hold(out: Path) -> None:
     assert counts(out, "good", "bad", "better") == [1, 2, 0]
 
 
+def wait_for_the_end(pid: int) -> None:
+    patience = time.monotonic() + 60
+    while psutil.pid_exists(pid):
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+
+
 def test_it_ends_within_its_budget_and_says_what_it_left_out(out: Path) -> None:
     start, parts = time.monotonic(), (part("smoke", "good"), part("real", "sleeps", "best", chain=True))
     code, table = call(out, *parts, budget=6)

@@ -142,6 +142,8 @@ def words_of(context: Context, chosen: Mapping[str, Any]) -> list[str]:
     autoencoder = context.models / "taef2"
     words = ["run", "--config", f"prostate/{64 if context.quick else 256}px", f"data={_data(context)}"]
     words += [f"out={context.work / 'run'}", f"seen_per_cell={chosen['seen']}", f"unseen_per_cell={chosen['unseen']}"]
+    # Real patches and samples are judged alike only if both were compressed alike.
+    words.append(f"generate.codec={PatchDataset.open(_data(context)).info['codec']}")
     words += [
         f"train.max_steps={chosen['max_steps']}",
         f"train.checkpoint_every_images={16 if context.quick else 64 * 250}",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import latent_medi
-from latent_medi.device import exact_fp32
+from latent_medi.device import check_precision, exact_fp32
 from latent_medi.errors import UserError, nearest
 from latent_medi.features import networks
 from latent_medi.features.colour import haematoxylin
@@ -51,6 +51,7 @@ class ImageEncoder:
         self._weights_hash = ""
 
     def _place(self, device: torch.device) -> None:
+        check_precision(self.precision, device)
         how = self.network.preprocessing
         self.device = device
         with torch.inference_mode(False):
