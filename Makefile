@@ -5,18 +5,22 @@ SEED ?= 0
 QUARTER ?= 0
 BUDGET ?= 540
 OUT ?= runs/gpu
+REAL ?= ../shared/data/prostate
+MODELS ?= ../shared/models
+PYTHON_VERSION ?= 3.12
+PACKAGES ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env demo demo-check test test-all test-quarter lint gpu clean
+.PHONY: help env demo demo-check test test-all test-quarter lint gpu gpu-kit clean
 
 help:
 	@echo "make demo      build the environment and run the whole pipeline on procedural tissue (SEED=0); report in runs/demo/"
 	@echo "make test      build the environment and run the quick tests"
 	@echo "make test-all  the quick and the slow tests"
-	@echo "make gpu-kit   what a compute node without a connection needs, in kit-dist/ (docs/offline.md)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make gpu       on a machine with a GPU: does everything run there, what does it make, how fast is it (BUDGET=540 seconds, OUT=runs/gpu)"
+	@echo "make gpu-kit   what a compute node without a connection needs, in kit-dist/ (docs/offline.md)"
 	@echo "make clean     remove runs/ (the environment stays)"
 
 env: $(STAMP)
@@ -43,14 +47,6 @@ test-all: $(STAMP) lint
 test-quarter: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow --slow-quarter $(QUARTER) tests
 
-.PHONY: gpu-kit
-REAL ?= $(SHARED)/data/prostate
-MODELS ?= $(SHARED)/models
-PYTHON_VERSION ?= 3.12
-PACKAGES ?=
-gpu-kit: $(STAMP)
-	$(BIN)/python benchmarks/kit/build.py --out kit-dist --real '$(REAL)' --models '$(MODELS)' --python $(PYTHON_VERSION) $(PACKAGES:%=--package %)
-
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -58,6 +54,9 @@ lint: $(STAMP)
 
 gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py --budget $(BUDGET) --out $(OUT) $(GPU)
+
+gpu-kit: $(STAMP)
+	$(BIN)/python benchmarks/kit/build.py --out kit-dist --real '$(REAL)' --models '$(MODELS)' --python $(PYTHON_VERSION) $(PACKAGES:%=--package %)
 
 clean:
 	rm -rf runs
