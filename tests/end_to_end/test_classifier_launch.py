@@ -14,6 +14,7 @@ SMALL = ["network.block_out_channels=[16,32]", "network.layers_per_block=1", "ne
 SMALL += ["network.norm_num_groups=8", "max_steps=24", "global_batch=8", "log_every_images=64"]
 
 
+@pytest.mark.slow
 def test_two_launched_processes_train_the_classifier_of_one(tiny: Path, tmp_path: Path) -> None:
     where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}"]
     for name, words in (("one", ALONE), ("two", launcher(2, free_port()))):

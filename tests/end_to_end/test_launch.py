@@ -70,6 +70,7 @@ def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_
         assert (one.folder / "data" / name).read_bytes() == (two.folder / "data" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_launched_processes_train_straight_from_images(tiny: Path, tmp_path: Path) -> None:
     """Every process streams its own share, and the run is that of stored latents."""
     source = json.loads((tiny / "latents" / "latents.json").read_text())["autoencoder"]["source"]
