@@ -8,7 +8,8 @@ six combinations of class and hospital, real beside MeDi beside CLS. rates: imag
 loops, pixels and the estimate. demo: the demo, its headline beside the CPU's.
 
 Each row is written the moment it is done: OUT/PART/ROW.json with revision, card, command and seconds, beside logs and
-pictures; OUT/results.json holds all, OUT/table.txt the last table. Parts without a result come first, then the oldest.
+pictures; OUT/results.json holds all, OUT/table.txt the last table, OUT/measured.json what `train --estimate` tells of
+cards (copied over latent_medi/training/measured.json). Parts without a result come first, then the oldest.
 It ends by itself inside the budget; the same command goes on with what was left out, cut off or killed, and with
 another revision or card begins anew. Exit code 0: every row that ran holds; 1: one does not; 2: it cannot be run so.
 

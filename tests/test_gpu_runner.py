@@ -24,6 +24,8 @@ from gpu_parts import plan, records  # noqa: E402
 from gpu_parts.plan import Group, Part  # noqa: E402
 from gpu_parts.runner import Machine, Options, Runner  # noqa: E402
 
+from latent_medi.training.measured import Measured, measured_text, read_measured  # noqa: E402
+
 ROWS_MODULE = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -61,6 +63,9 @@ def gpu(context):
     count(context)
     context.only_on_gpu()
 
+def trains(context):
+    context.figures(preset="S", precision="bf16", compiled=True, batch=256, steps_per_s=20.0, peak_bytes=3 * 2**30)
+
 def slow(context):
     context.goal("ratio", 1.0, least=1.5)
 
@@ -68,7 +73,7 @@ def absent(context):
     raise NotHere("no folder")
 
 ROWS = dict(good=good, better=good, best=good, bad=bad, raises=raises, dies=dies, sleeps=sleeps, gpu=gpu, absent=absent,
-            slow=slow)
+            slow=slow, trains=trains)
 """
 
 
@@ -199,6 +204,13 @@ def test_a_chain_stops_where_a_row_does_not_hold(out: Path) -> None:
     assert "left out, real: better" in table
     call(out, real)
     assert counts(out, "good", "bad", "better") == [1, 2, 0]
+
+
+def test_what_training_did_on_a_card_is_what_an_estimate_reads(out: Path) -> None:
+    call(out, part("rates", "trains", "good"))
+    (row,) = read_measured(out / "measured.json")
+    assert row == Measured(row.card, row.revision, "S", "bf16", True, 5120.0, 3.0)
+    assert "5120 images/s, peak 3.00 GiB" in measured_text([row], "S")[0]
 
 
 def wait_for_the_end(pid: int) -> None:

@@ -75,7 +75,7 @@ def _updates(preset: str, compiled: bool) -> Callable[[Context], None]:
                 batch //= 2
             _forget()
         rate = found["steps_per_s"] * batch
-        context.figures(batch=batch, preset=preset, compiled=compiled, **found)
+        context.figures(batch=batch, preset=preset, precision=settings.precision, compiled=compiled, **found)
         context.tell(images_per_s=rate)
         if "peak_bytes" in found:
             context.tell(peak_gib=found["peak_bytes"] / GIB)

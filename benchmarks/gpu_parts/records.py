@@ -89,6 +89,22 @@ def finished(record: Record | None, run: Record) -> bool:
     return record is not None and is_of(record, run) and record.get("status") in FINISHED
 
 
+def measured(rows: Iterable[Record]) -> list[Record]:
+    """What cards did in training, as :mod:`latent_medi.training.measured` reads it."""
+    found = []
+    for row in rows:
+        figures = row.get("figures", {})
+        if row.get("quick") or row.get("status") not in FINISHED or "peak_bytes" not in figures:
+            continue
+        found.append({
+            "card": row["card"], "revision": row["revision"], "network": figures["preset"],
+            "precision": figures["precision"], "compile": figures["compiled"],
+            "images_per_second": figures["steps_per_s"] * figures["batch"],
+            "peak_gib": figures["peak_bytes"] / 2**30,
+        })  # fmt: skip
+    return found
+
+
 def short(value: Any) -> str:
     """A figure in few letters."""
     if isinstance(value, float):

@@ -318,7 +318,7 @@ class Runner:
     # ---- telling
 
     def _tell(self) -> int:
-        """Write results.json and table.txt, print the table; returns the exit code."""
+        """Write results.json, table.txt and measured.json, print the table; returns the exit code."""
         every = [record for part in self.parts for _, row in self._rows(part) if (record := self._record(part, row))]
         mine = [record for record in every if (record["part"], record["row"]) in self.touched]
         left = {
@@ -343,6 +343,8 @@ class Runner:
         text = "\n".join(lines)
         (self.options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
         records.write(self.options.out / "results.json", {**self.run, "started": self.begun, "rows": every})
+        if seen := records.measured(every):
+            records.write(self.options.out / "measured.json", {"rows": seen})
         print(f"\n{text}", flush=True)
         return 1 if any(record["status"] == FAILED for record in mine) else 0
 
