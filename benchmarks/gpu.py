@@ -8,7 +8,7 @@ six combinations of class and hospital, real beside MeDi beside CLS. rates: imag
 loops, pixels and the estimate. demo: the demo, its headline beside the CPU's.
 
 Each row is written the moment it is done: OUT/PART/ROW.json with revision, card, command and seconds, beside logs and
-pictures; OUT/results.json holds all, OUT/table.txt the last table, OUT/measured.json what `train --estimate` tells of
+pictures; OUT/results.json holds all, OUT/table.txt the last table, OUT/measured.json what `train --estimate` reports of
 cards (copied over latent_medi/training/measured.json). Parts without a result come first, then the oldest.
 It ends by itself inside the budget; the same command goes on with what was left out, cut off or killed, and with
 another revision or card begins anew. Exit code 0: every row that ran holds; 1: one does not; 2: it cannot be run so.
@@ -51,10 +51,10 @@ print(json.dumps({"card": card, "torch": torch.__version__, "memory_gib": memory
 
 def look(device: str) -> tuple[str, Machine]:
     """The device and what it is, by a process of its own: this one takes none of the card's memory."""
-    told = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
-    if told.returncode:
-        raise UserError(f"torch cannot be used: {(told.stderr.strip().splitlines() or ['no message'])[-1]}")
-    found = json.loads(told.stdout.strip().splitlines()[-1])
+    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        raise UserError(f"torch cannot be used: {(probe.stderr.strip().splitlines() or ['no message'])[-1]}")
+    found = json.loads(probe.stdout.strip().splitlines()[-1])
     if device != "cpu" and not found["card"]:
         raise UserError("torch sees no GPU here.", "Add --device cpu --quick to try every part on the CPU.")
     if device == "cpu":
@@ -81,9 +81,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, so that processes started here end too
     device, machine = look(arguments.device)
     options = Options(
-        arguments.out, arguments.budget, arguments.quick, device, arguments.real.resolve(), arguments.models.resolve(),
+        arguments.out,
+        arguments.budget,
+        arguments.quick,
+        device,
+        arguments.real.resolve(),
+        arguments.models.resolve(),
         start=START,
-    )  # fmt: skip
+    )
     with output_lock(options.out):
         return Runner([part for part in PARTS if part.name in asked], options, machine).go()
 

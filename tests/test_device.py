@@ -165,9 +165,13 @@ def test_fp32_is_fp32_inside_and_what_was_set_comes_back(
 
 def test_training_in_fp32_is_in_fp32(on: tuple[bool, str], tiny: Path, tmp_path: Path) -> None:
     asked = TrainSettings(
-        data=str(tiny / "data"), latents=str(tiny / "latents"), out=str(tmp_path / "run"), max_steps=1, global_batch=4,
+        data=str(tiny / "data"),
+        latents=str(tiny / "latents"),
+        out=str(tmp_path / "run"),
+        max_steps=1,
+        global_batch=4,
         model=small_model(),
-    )  # fmt: skip
+    )
     with watched() as seen:
         train(asked)
     assert seen == {EXACT}

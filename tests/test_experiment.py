@@ -200,9 +200,7 @@ def test_a_run_encodes_in_another_process_and_as_it_is_told(
     """What encodes in this process would hold a GPU's memory while another one trains there."""
     monkeypatch.setattr("latent_medi.latents.encode.encode", lambda settings: pytest.fail("encoded in this process"))
     given = {"precision": "bf16", "floor": {"patches": 0}}
-    settings = build(
-        ExperimentSettings, {"data": str(tiny / "data"), "out": str(tmp_path / "out"), "encode": given}
-    )  # fmt: skip
+    settings = build(ExperimentSettings, {"data": str(tiny / "data"), "out": str(tmp_path / "out"), "encode": given})
     experiment = _Experiment(settings)
     experiment.encode()
     info = read_info(tmp_path / "out" / "latents")

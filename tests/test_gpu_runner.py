@@ -37,7 +37,7 @@ def count(context):
 
 def good(context):
     count(context)
-    context.tell(answer=42.0)
+    context.show(answer=42.0)
 
 def bad(context):
     count(context)
@@ -122,8 +122,14 @@ def test_what_each_row_came_to_is_kept_and_told(out: Path) -> None:
     code, table = call(out, part("smoke", *rows))
     assert code == 1
     assert statuses(out, "smoke", *rows) == [
-        "passed", "failed", "failed", "failed", "passed", "needs a GPU", "not here",
-    ]  # fmt: skip
+        "passed",
+        "failed",
+        "failed",
+        "failed",
+        "passed",
+        "needs a GPU",
+        "not here",
+    ]
     assert counts(out, "good", "better", "dies") == [1, 1, 1]  # a process that fell over takes no other row with it
     record: dict[str, Any] = records.read(out, "smoke", "good") or {}
     assert (record["revision"], record["card"], record["torch"], record["quick"]) == ("r1", "CPU", "2.0", False)
@@ -286,8 +292,10 @@ def test_every_row_of_the_plan_can_be_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_words_that_mean_nothing_are_refused(tmp_path: Path, words: list[str], said: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path / "out"), *words],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,9 +12,21 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 ABSENT = (
-    "openslide", "torchmetrics", "torch_fidelity", "jsonargparse", "webdataset", "dask", "distributed", "peft",
-    "bitsandbytes", "datasets", "tensorboard", "wandb", "s3fs", "gcsfs",
-)  # fmt: skip
+    "openslide",
+    "torchmetrics",
+    "torch_fidelity",
+    "jsonargparse",
+    "webdataset",
+    "dask",
+    "distributed",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "tensorboard",
+    "wandb",
+    "s3fs",
+    "gcsfs",
+)
 """What torch, torchvision, transformers, accelerate, diffusers, timm, pandas, pyarrow, scikit-learn, matplotlib and
 jinja2 do not bring along."""
 
@@ -59,8 +71,18 @@ def test_a_whole_experiment_runs_there(tmp_path: Path) -> None:
     """shards → audit → encode → train → plan → sample → evaluate → report."""
     out = tmp_path / "out"
     done = Lean(tmp_path, ABSENT).python(
-        "-m", "latent_medi.cli", "run", "--config", "demo/experiment", f"out={out}", "train.max_steps=4",
-        "seen_per_cell=2", "unseen_per_cell=4", "evaluate.resamples=20", "evaluate.repeats=1", "evaluate.deals=0",
-    )  # fmt: skip
+        "-m",
+        "latent_medi.cli",
+        "run",
+        "--config",
+        "demo/experiment",
+        f"out={out}",
+        "train.max_steps=4",
+        "seen_per_cell=2",
+        "unseen_per_cell=4",
+        "evaluate.resamples=20",
+        "evaluate.repeats=1",
+        "evaluate.deals=0",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "report.html").is_file()

@@ -36,7 +36,7 @@ class NotHere(Exception):
 
 
 class Context:
-    """What a row is given, and what it tells.
+    """What a row is given, and the figures that it keeps.
 
     Args:
         job: Of the runner: part, device, quick, out, work, real, models, deadline and what every record holds.
@@ -59,7 +59,7 @@ class Context:
         self.command = ""
         self._started, self._clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         self._figures: dict[str, Any] = {}
-        self._told: dict[str, Any] = {}
+        self._shown: dict[str, Any] = {}
         self._failures: list[str] = []
         self._missed: list[str] = []
         self._only_gpu = False
@@ -78,9 +78,9 @@ class Context:
         self._figures |= values
         self.write(RUNNING)
 
-    def tell(self, **values: Any) -> None:
+    def show(self, **values: Any) -> None:
         """Keep figures that the table shows too."""
-        self._told |= values
+        self._shown |= values
         self.figures(**values)
 
     def require(self, holds: bool, what: str) -> None:
@@ -90,13 +90,13 @@ class Context:
 
     def within(self, what: str, value: float, bound: float) -> None:
         """A figure with its bound."""
-        self.tell(**{what: value})
+        self.show(**{what: value})
         self.figures(**{f"{what} (bound)": bound})
         self.require(value <= bound, f"{what} {records.short(float(value))}, bound {records.short(float(bound))}")
 
     def goal(self, what: str, value: float, least: float | None = None, most: float | None = None) -> None:
         """A figure with its goal, which need not be reached for the row to have run well."""
-        self.tell(**{what: value})
+        self.show(**{what: value})
         self.figures(**{f"{what} (goal)": least if least is not None else most})
         if (least is not None and value < least) or (most is not None and value > most):
             self._missed.append(
@@ -119,10 +119,19 @@ class Context:
         """Write the row's record."""
         run = {key: self.job[key] for key in ("revision", "card", "torch", "device", "quick")}
         record = {
-            "part": self.part, "row": self.row, "status": status, "note": note, "told": self._told,
-            "figures": self._figures, **run, "command": self.command or self.job["command"], "started": self._started,
-            "seconds": round(time.monotonic() - self._clock, 2), "log": self.job["log"], "process": os.getpid(),
-        }  # fmt: skip
+            "part": self.part,
+            "row": self.row,
+            "status": status,
+            "note": note,
+            "shown": self._shown,
+            "figures": self._figures,
+            **run,
+            "command": self.command or self.job["command"],
+            "started": self._started,
+            "seconds": round(time.monotonic() - self._clock, 2),
+            "log": self.job["log"],
+            "process": os.getpid(),
+        }
         records.write(records.record_file(self.out, self.part, self.row), record)
 
 
@@ -172,8 +181,8 @@ def run_row(context: Context, function: Callable[[Context], None]) -> tuple[str,
         status, note = NOT_HERE, str(reason)
     except Exception as error:
         traceback.print_exc()
-        told = str(error).strip().splitlines() or [""]
-        status, note = FAILED, f"{type(error).__name__}: {told[0]}"
+        message = str(error).strip().splitlines() or [""]
+        status, note = FAILED, f"{type(error).__name__}: {message[0]}"
         # An error of a kernel stays with the process: whatever comes next would fail by it.
         usable = "CUDA error" not in str(error) and type(error).__name__ != "AcceleratorError"
     context.write(status, note)

@@ -60,7 +60,7 @@ def _demo(context: Context) -> None:
     context.figures(beside_the_cpu=_beside(headline))
     if context.quick:
         return
-    context.tell(**dict(list(_beside(headline).items())[:3]))
+    context.show(**dict(list(_beside(headline).items())[:3]))
     check = records.ROOT / "tests" / "end_to_end" / "check_headline.py"
     if check.is_file():
         done = subprocess.run(

@@ -54,17 +54,28 @@ SMOKE = Part(
         Group(
             "gpu_parts.smoke_train",
             (
-                "train demo fp32", *(f"train demo {mode}" for mode in _MODES), "fp16 overflow",
-                "train S fp32", *(f"train S {mode}" for mode in _MODES),
-                "resident device", "resident ram", "resident mmap", "accumulation", "previews",
-                "activation checkpointing", "fused AdamW", "8-bit AdamW",
+                "train demo fp32",
+                *(f"train demo {mode}" for mode in _MODES),
+                "fp16 overflow",
+                "train S fp32",
+                *(f"train S {mode}" for mode in _MODES),
+                "resident device",
+                "resident ram",
+                "resident mmap",
+                "accumulation",
+                "previews",
+                "activation checkpointing",
+                "fused AdamW",
+                "8-bit AdamW",
             ),
         ),
         Group("gpu_parts.smoke_resume", ("kill and resume fp32", "kill and resume bf16")),
         Group(
             "gpu_parts.smoke_make",
             (
-                "autoencoder fp32", "autoencoder bf16", "autoencoder fp16",
+                "autoencoder fp32",
+                "autoencoder bf16",
+                "autoencoder fp16",
                 *(f"sampler {name}" for name in ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun", "ddim", "ddpm")),
                 "evaluate",
             ),
@@ -74,7 +85,7 @@ SMOKE = Part(
         Group("gpu_parts.smoke_compile", ("train demo compiled", "train S compiled")),
     ),
     at_once=3,
-)  # fmt: skip
+)
 
 REAL = Part("real", 240, (Group("gpu_parts.real", ("patches", "rate", "run", "pictures"), chain=True),))
 
@@ -85,14 +96,25 @@ RATES = Part(
         Group(
             "gpu_parts.rates",
             (
-                "train B compiled", "loops", "sampling", "encoding", "features", "train S eager", "train B eager",
-                "train L eager", "train S compiled", "train L compiled",
-                "peak 8gb", "peak 12gb", "peak 24gb", "peak 80gb",
+                "train B compiled",
+                "loops",
+                "sampling",
+                "encoding",
+                "features",
+                "train S eager",
+                "train B eager",
+                "train L eager",
+                "train S compiled",
+                "train L compiled",
+                "peak 8gb",
+                "peak 12gb",
+                "peak 24gb",
+                "peak 80gb",
                 "pixels",
             ),
         ),
     ),
-)  # fmt: skip
+)
 
 DEMO = Part("demo", 60, (Group("gpu_parts.demo", ("demo",), chain=True),))
 

@@ -76,9 +76,9 @@ def _updates(preset: str, compiled: bool) -> Callable[[Context], None]:
             _forget()
         rate = found["steps_per_s"] * batch
         context.figures(batch=batch, preset=preset, precision=settings.precision, compiled=compiled, **found)
-        context.tell(images_per_s=rate)
+        context.show(images_per_s=rate)
         if "peak_bytes" in found:
-            context.tell(peak_gib=found["peak_bytes"] / GIB)
+            context.show(peak_gib=found["peak_bytes"] / GIB)
         work = step_cost(settings, shape, schema, 2)[0].flops / 2
         peak = matmul_tflops(device=context.device, **({"size": 256, "count": 2} if context.quick else {}))
         context.figures(gflop_per_image=work / 1e9, matmul_tflops=peak)
@@ -86,7 +86,7 @@ def _updates(preset: str, compiled: bool) -> Callable[[Context], None]:
         if preset == "B" and compiled and not context.quick:
             context.goal("share_of_matmul", share, least=0.45)
         else:
-            context.tell(share_of_matmul=share)
+            context.show(share_of_matmul=share)
 
     return row
 
@@ -121,7 +121,7 @@ def _loops(context: Context) -> None:
         if context.quick or context.seconds_left() < 2 * (start - context.seconds_left()):
             break
     rate = {arm: statistics.median(values) for arm, values in seen.items()}
-    context.tell(images_per_s=rate["loop"] * settings.global_batch)
+    context.show(images_per_s=rate["loop"] * settings.global_batch)
     context.goal("over_plain_loop", rate["loop"] / rate["plain"], least=0.0 if context.quick else 1.5)
     context.goal("over_tensors_in_memory", rate["loop"] / rate["memory"], least=0.0 if context.quick else 0.97)
 
@@ -137,9 +137,9 @@ def _sampling(context: Context) -> None:
     else:
         result = sampling.speed(False)
     context.figures(**result)
-    context.tell(images_per_s=result["same_guidance_images_per_s"])
+    context.show(images_per_s=result["same_guidance_images_per_s"])
     context.goal("over_plain_loop", result["same_guidance_over_plain_ddim_loop"], least=0.0 if context.quick else 1.5)
-    context.tell(in_its_interval=result["guidance_in_its_interval_over_plain_ddim_loop"])
+    context.show(in_its_interval=result["guidance_in_its_interval_over_plain_ddim_loop"])
 
 
 def _by_command(module: str, key: str, least: float) -> Callable[[Context], None]:
@@ -155,7 +155,7 @@ def _by_command(module: str, key: str, least: float) -> Callable[[Context], None
             importlib.import_module(module).main()
         result = json.loads(file.read_text())
         context.figures(**result)
-        context.tell(**{k: v for k, v in result.items() if k.endswith("images_per_s") and "alone" not in k})
+        context.show(**{k: v for k, v in result.items() if k.endswith("images_per_s") and "alone" not in k})
         context.goal(key, result[key], least=0.0 if context.quick else least)
 
     return row
@@ -174,7 +174,7 @@ def _features(context: Context) -> None:
     encoder = load_encoder(name, str(weights) if name == "squeezenet" else None, context.device)
     result = evaluation.embedding(encoder, 128 if context.quick else 1024, encoder.preprocessing.size or 256, 2)
     context.figures(encoder=name, **result)
-    context.tell(patches_per_s=result["cached_features_patches_per_s"])
+    context.show(patches_per_s=result["cached_features_patches_per_s"])
     ratio = result["cached_features_over_bare_loop"]
     context.goal("over_bare_loop", ratio, least=0.0 if context.quick else 0.95)
 
@@ -195,7 +195,7 @@ def _peak(preset: str) -> Callable[[Context], None]:
         if not result["measured"]:
             raise NotHere("the card's memory is too small for this preset")
         peak, expected = result["measured"]["peak_bytes"] / GIB, result["bytes"]["peak"] / GIB
-        context.tell(peak_gib=peak, estimated_gib=expected)
+        context.show(peak_gib=peak, estimated_gib=expected)
         context.goal("off_by", abs(peak / expected - 1), most=0.10)
 
     return row
@@ -207,11 +207,11 @@ def _pixels(context: Context) -> None:
 
     result: dict[str, Any] = against_pixels(context.gpu and not context.quick, 0.0)
     context.figures(**result)
-    context.tell(flop_ratio=result["medi_pixels_flop_over_latent_l"])
+    context.show(flop_ratio=result["medi_pixels_flop_over_latent_l"])
     if isinstance(result["latent_l_over_medi_pixels"], str):
         context.only_on_gpu()
     else:
-        context.tell(images_per_s=result["latent_l_images_per_s"])
+        context.show(images_per_s=result["latent_l_images_per_s"])
         context.goal("over_pixels", result["latent_l_over_medi_pixels"], least=5.0)
 
 

@@ -36,11 +36,11 @@ def command(context: Context, words: list[str], log: str) -> None:
     """
     context.command = "latent-medi " + " ".join(words)
     file = context.pictures / log
-    with file.open("ab") as told:
+    with file.open("ab") as output:
         code = subprocess.run(
             python_words("latent_medi.cli", *words),
             env=environment(),
-            stdout=told,
+            stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
         ).returncode
@@ -101,7 +101,7 @@ def _patches(context: Context) -> None:
         command(context, [*words, "--jobs", str(os.cpu_count() or 1)], "shards.log")
     made = PatchDataset.open(data)
     context.figures(data=str(data))
-    context.tell(patches=len(made), combinations=len(made.index.groupby(["class", "site"]).size()))
+    context.show(patches=len(made), combinations=len(made.index.groupby(["class", "site"]).size()))
 
 
 def _data(context: Context) -> Path:
@@ -128,7 +128,7 @@ def _rate(context: Context) -> None:
         steps = max(100, round(SHARE * left * rate / 2 / batch))
     chosen = {"max_steps": steps, "batch": batch, "seen": seen, "unseen": unseen}
     (context.work / "chosen.json").write_text(json.dumps(chosen))
-    context.tell(images_per_s=rate, updates_per_arm=steps, images_per_arm=steps * batch)
+    context.show(images_per_s=rate, updates_per_arm=steps, images_per_arm=steps * batch)
 
 
 def _scale(context: Context) -> float:
@@ -178,8 +178,8 @@ def _run(context: Context) -> None:
     for key in ("fd_unseen", "fd_unseen_colour_free"):
         sides = [headline.get(key, {}).get(side) for side in ("medi", "cls", "floor")]
         if any(value is not None for value in sides):  # few patches give no distance
-            context.tell(**{f"{key} MeDi/CLS/floor": " / ".join(map(records.short, sides))})
-    context.tell(updates=chosen["max_steps"])
+            context.show(**{f"{key} MeDi/CLS/floor": " / ".join(map(records.short, sides))})
+    context.show(updates=chosen["max_steps"])
 
 
 def _pictures(context: Context) -> None:
@@ -209,7 +209,7 @@ def _pictures(context: Context) -> None:
     save_sheet(contact_sheet(lines, labels, columns), context.pictures / "cells.png")
     context.figures(patches=counts)
     least = min(count for name, count in counts.items() if name.startswith("medi"))
-    context.tell(combinations=len(lines), fewest_samples=least)
+    context.show(combinations=len(lines), fewest_samples=least)
     context.require(len(lines) == 6, f"{len(lines)} combinations of class and hospital, not 6")
     context.require(least >= (1 if context.quick else SEEN), f"only {least} samples of a combination")
 

@@ -27,13 +27,16 @@ def revision() -> str:
     """The revision of this source tree: by git, else by the file REVISION, which a packed copy holds."""
     try:
         words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        told = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
         top = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=20,
+            ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel"],
+            capture_output=True,
+            text=True,
+            timeout=20,
             check=False,
-        )  # fmt: skip
-        if told.returncode == 0 and Path(top.stdout.strip()).resolve() == ROOT:  # not of a tree around a packed copy
-            return told.stdout.strip()
+        )
+        if answer.returncode == 0 and Path(top.stdout.strip()).resolve() == ROOT:  # not of a tree around a packed copy
+            return answer.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         pass
     file = ROOT / "REVISION"
@@ -96,12 +99,17 @@ def measured(rows: Iterable[Record]) -> list[Record]:
         figures = row.get("figures", {})
         if row.get("quick") or row.get("status") not in FINISHED or "peak_bytes" not in figures:
             continue
-        found.append({
-            "card": row["card"], "revision": row["revision"], "network": figures["preset"],
-            "precision": figures["precision"], "compile": figures["compiled"],
-            "images_per_second": figures["steps_per_s"] * figures["batch"],
-            "peak_gib": figures["peak_bytes"] / 2**30,
-        })  # fmt: skip
+        found.append(
+            {
+                "card": row["card"],
+                "revision": row["revision"],
+                "network": figures["preset"],
+                "precision": figures["precision"],
+                "compile": figures["compiled"],
+                "images_per_second": figures["steps_per_s"] * figures["batch"],
+                "peak_gib": figures["peak_bytes"] / 2**30,
+            }
+        )
     return found
 
 
@@ -113,17 +121,17 @@ def short(value: Any) -> str:
 
 
 def table(records: Iterable[Record]) -> str:
-    """Lines of part, row, status, seconds and what is to be told of it."""
+    """Lines of part, row, status, seconds and its main figures."""
     lines = []
     for record in records:
-        told = record.get("note") or ", ".join(f"{k} {short(v)}" for k, v in record.get("told", {}).items())
+        shown = record.get("note") or ", ".join(f"{k} {short(v)}" for k, v in record.get("shown", {}).items())
         seconds = record.get("seconds")
         lines.append(
-            (record["part"], record["row"], record["status"], "" if seconds is None else f"{seconds:.1f}", told)
+            (record["part"], record["row"], record["status"], "" if seconds is None else f"{seconds:.1f}", shown)
         )
     widths = [max((len(line[i]) for line in lines), default=0) for i in range(4)]
-    told_of = []
-    for *cells, told in lines:
+    text = []
+    for *cells, shown in lines:
         part, row, status, seconds = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
-        told_of.append(f"{part}  {row}  {status}  {seconds.strip():>{widths[3]}} s  {told[:110]}".rstrip())
-    return "\n".join(told_of)
+        text.append(f"{part}  {row}  {status}  {seconds.strip():>{widths[3]}} s  {shown[:110]}".rstrip())
+    return "\n".join(text)

@@ -1,4 +1,4 @@
-"""Starts the parts' processes within the time there is, keeps what they wrote, and tells it in one table.
+"""Starts the parts' processes within the time there is, keeps what they wrote, and shows it in one table.
 
 What has no result yet comes first, in order of worth, then the oldest. A part that ends early leaves its time to what
 was left out.
@@ -58,7 +58,7 @@ class Options:
 
     @property
     def end(self) -> float:
-        """Moment by which the last process is told to end."""
+        """Moment by which the last process is asked to end."""
         return self.start + self.budget - 2 * self.grace
 
 
@@ -95,9 +95,12 @@ class Runner:
         self.parts, self.options, self.machine = list(parts), options, machine
         self.scale = options.budget / BUDGET
         self.run: Record = {
-            "revision": records.revision(), "card": machine.card, "torch": machine.torch, "device": options.device,
+            "revision": records.revision(),
+            "card": machine.card,
+            "torch": machine.torch,
+            "device": options.device,
             "quick": options.quick,
-        }  # fmt: skip
+        }
         self.begun = datetime.now(UTC).isoformat(timespec="seconds")
         self.touched: set[tuple[str, str]] = set()
         self._jobs: list[Job] = []
@@ -228,21 +231,34 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         self._work(part).mkdir(parents=True, exist_ok=True)
         file = self._work(part) / f"{name}.json"
-        records.write(file, {
-            **self.run, "part": part.name, "module": group.module, "rows": rows, "chain": group.chain,
-            "out": str(options.out.resolve()), "work": str(self._work(part).resolve()), "real": str(options.real),
-            "models": str(options.models), "deadline": deadline - options.grace, "log": log.name,
-            "parent": os.getpid(), "scale": self.scale, "command": shlex.join(["python", *sys.argv]),
-        })  # fmt: skip
+        records.write(
+            file,
+            {
+                **self.run,
+                "part": part.name,
+                "module": group.module,
+                "rows": rows,
+                "chain": group.chain,
+                "out": str(options.out.resolve()),
+                "work": str(self._work(part).resolve()),
+                "real": str(options.real),
+                "models": str(options.models),
+                "deadline": deadline - options.grace,
+                "log": log.name,
+                "parent": os.getpid(),
+                "scale": self.scale,
+                "command": shlex.join(["python", *sys.argv]),
+            },
+        )
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         listed = [str(BENCHMARKS), str(records.ROOT), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(entry for entry in listed if entry)
         if options.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        with log.open("wb") as told:
+        with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_parts.child", str(file)],
-                stdout=told,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment,
@@ -281,12 +297,12 @@ class Runner:
                 continue
             self.touched.add((part.name, row))
             if record is not None and record["status"] == RUNNING:
-                told = (
+                outcome = (
                     (CUT_OFF, "stopped before it was done")
                     if job.killed
                     else (FAILED, f"the process ended with exit code {code}")
                 )
-                self._write(part, row, *told, job)
+                self._write(part, row, *outcome, job)
             self._print(part, row)
 
     def _any_of(self, part: Part, job: Job) -> bool:
@@ -303,7 +319,7 @@ class Runner:
         self.touched.add((part.name, row))
         before = self._record(part, row) or {}
         if before.get("process") != job.process.pid:
-            before = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "figures": {}, "told": {}}
+            before = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "figures": {}, "shown": {}}
             before["command"] = shlex.join(["python", *sys.argv])
         seconds = (datetime.now(UTC) - datetime.fromisoformat(before["started"])).total_seconds()
         record = {"part": part.name, "row": row, **before, **self.run, "status": status, "note": note}

@@ -30,10 +30,12 @@ from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.synthesis.grids import contact_sheet, save_sheet
 
-SCHEMA = Schema((
-    Field("class", "class", tuple(f"c{i}" for i in range(3))),
-    Field("site", "categorical", tuple(f"s{i}" for i in range(4))),
-))  # fmt: skip
+SCHEMA = Schema(
+    (
+        Field("class", "class", tuple(f"c{i}" for i in range(3))),
+        Field("site", "categorical", tuple(f"s{i}" for i in range(4))),
+    )
+)
 
 GUIDANCE = {
     "none": GuidanceSettings(),
@@ -97,7 +99,7 @@ def _autoencoder(precision: str) -> Callable[[Context], None]:
         context.within("decode", float(difference.mean()), _DECODE[precision])
         context.figures(largest_of_a_pixel=int(difference.max()), images=count, size=size)
         if context.gpu:
-            context.tell(peak_gib=torch.cuda.max_memory_allocated() / 2**30)
+            context.show(peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
     return row
 
@@ -188,9 +190,16 @@ def _evaluate(context: Context) -> None:
     for name, device in (("on-cpu", "cpu"), ("on-device", context.device)):
         fresh_accelerator()
         settings = world.settings(
-            name, device=device, encoders=["demo"], colour_free=True, downstream=False, memorisation=True, deals=0,
-            resamples=10, cache=str(root / f"features-{name}"),
-        )  # fmt: skip
+            name,
+            device=device,
+            encoders=["demo"],
+            colour_free=True,
+            downstream=False,
+            memorisation=True,
+            deals=0,
+            resamples=10,
+            cache=str(root / f"features-{name}"),
+        )
         found.append(evaluate(settings))
     fresh_accelerator()
     sides = [dict(numbers(metrics["fidelity"])) for metrics in found]
@@ -202,7 +211,7 @@ def _evaluate(context: Context) -> None:
             difference = abs(sides[0][place] - sides[1][place]) / max(abs(sides[0][place]), 0.1)
             worst, where = max((worst, where), (difference, place))
     context.figures(worst_at=where)
-    context.tell(distances=compared)
+    context.show(distances=compared)
     context.require(compared > 0, "no distance was found in the metrics")
     context.within("difference", worst, 1e-4)
 

@@ -72,17 +72,25 @@ def _train(context: Context) -> None:
     context.only_on_gpu()
     folder, out = patches(context), work_folder(context, "full-train")
     words = [
-        "train", "--config", "demo/medi" if context.quick else "presets/8gb", f"data={folder / 'data'}",
-        f"latents={folder / 'latents'}", f"out={out}", "split=", "balance=[]", "max_steps=2", "compile=false",
+        "train",
+        "--config",
+        "demo/medi" if context.quick else "presets/8gb",
+        f"data={folder / 'data'}",
+        f"latents={folder / 'latents'}",
+        f"out={out}",
+        "split=",
+        "balance=[]",
+        "max_steps=2",
+        "compile=false",
         *(["global_batch=4"] if context.quick else ["global_batch=256", "device_batch=256"]),
-    ]  # fmt: skip
+    ]
     context.command = "latent-medi " + " ".join(words)
     fresh_accelerator()
-    told = io.StringIO()
-    with cap(context, 2.0 * 2**30 if not context.quick else 1.0 * 2**28), contextlib.redirect_stderr(told):
+    errors = io.StringIO()
+    with cap(context, 2.0 * 2**30 if not context.quick else 1.0 * 2**28), contextlib.redirect_stderr(errors):
         code = command(words)
     fresh_accelerator()
-    message = told.getvalue().strip()
+    message = errors.getvalue().strip()
     print(message)
     context.figures(exit_code=code, message=message[-500:])
     if context.gpu:
@@ -105,7 +113,7 @@ def _halved(context: Context, name: str, make: Callable[[int, Path], np.ndarray]
     context.figures(peak_at_a_quarter_gib=small / 2**30, peak_gib=whole / 2**30, warnings=warned)
     context.require(bool(warned) or not context.gpu, "the batch was not halved")
     difference = np.abs(again.astype(np.float64) - kept[0])
-    context.tell(share_equal=float((difference == 0).mean()))
+    context.show(share_equal=float((difference == 0).mean()))
     context.within("largest", float(difference.max()), bound)
 
 
@@ -146,5 +154,7 @@ def _encode(context: Context) -> None:
 
 
 ROWS: dict[str, Callable[[Context], None]] = {
-    "memory full: train": _train, "memory full: sample": _sample, "memory full: encode": _encode,
-}  # fmt: skip
+    "memory full: train": _train,
+    "memory full: sample": _sample,
+    "memory full: encode": _encode,
+}

@@ -23,9 +23,9 @@ AFTER = 3
 
 
 def _start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as told:
+    with log.open("ab") as output:
         return subprocess.Popen(
-            python_words("latent_medi.cli", *words), env=environment(), stdout=told, stderr=subprocess.STDOUT
+            python_words("latent_medi.cli", *words), env=environment(), stdout=output, stderr=subprocess.STDOUT
         )
 
 
@@ -37,10 +37,21 @@ def _kill_and_resume(precision: str) -> Callable[[Context], None]:
         log = context.pictures / f"resume-{precision}.log"
         log.unlink(missing_ok=True)
         words = [
-            "train", "--config", "demo/medi", f"data={folder / 'data'}", f"latents={folder / 'latents'}", f"out={out}",
-            "split=", "balance=[]", f"global_batch={batch}", f"max_steps={60 if context.quick else 150}", "lr=2e-4",
-            f"log_every_images={batch}", f"checkpoint_every_images={every * batch}", f"precision={precision}",
-        ]  # fmt: skip
+            "train",
+            "--config",
+            "demo/medi",
+            f"data={folder / 'data'}",
+            f"latents={folder / 'latents'}",
+            f"out={out}",
+            "split=",
+            "balance=[]",
+            f"global_batch={batch}",
+            f"max_steps={60 if context.quick else 150}",
+            "lr=2e-4",
+            f"log_every_images={batch}",
+            f"checkpoint_every_images={every * batch}",
+            f"precision={precision}",
+        ]
         context.command = "latent-medi " + " ".join(words)
         process = _start(words, log)
         while process.poll() is None:
@@ -61,7 +72,7 @@ def _kill_and_resume(precision: str) -> Callable[[Context], None]:
         start = int(found[1].replace(",", "")) if found else 0
         after = {int(line["images"]): float(line["loss"]) for line in read_log(out / "log.csv")}
         twice = [images for images in before if images > start and images in after]
-        context.tell(killed_at=max(before, default=0), resumed_at=start, compared=len(twice))
+        context.show(killed_at=max(before, default=0), resumed_at=start, compared=len(twice))
         context.require(bool(twice), "no update was made twice")
         if twice:
             context.within("difference", max(abs(after[i] / before[i] - 1) for i in twice), BOUNDS[precision])

@@ -27,12 +27,12 @@ def _tests(context: Context) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *marked]
     context.command = "pytest -m gpu " + " ".join(marked)
     log = context.pictures / "pytest.log"
-    with log.open("wb") as told:
+    with log.open("wb") as output:
         code = subprocess.run(
-            words, cwd=records.ROOT, env=environment(), stdout=told, stderr=subprocess.STDOUT, check=False
+            words, cwd=records.ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, check=False
         ).returncode
     last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-    context.tell(pytest=re.sub(r"=+ ?| ?=+", "", last))
+    context.show(pytest=re.sub(r"=+ ?| ?=+", "", last))
     context.require(code == 0 or (code == 5 and not context.gpu), f"pytest ended with exit code {code}: {last}")
     context.require(not context.gpu or "passed" in last, f"no test ran: {last}")
 

@@ -58,9 +58,16 @@ def settings_of(context: Context, model: str, **changes: Any) -> TrainSettings:
         chosen = {"preset": "S"} if not context.quick else TINY_S
         settings = replace(settings, model=config.build(type(settings.model), chosen))
     settings = replace(
-        settings, split="", balance=[], global_batch=batch, max_images=0, max_steps=6 if context.quick else 30,
-        lr=2e-4, log_every_images=batch, checkpoint_every_images=0,
-    )  # fmt: skip
+        settings,
+        split="",
+        balance=[],
+        global_batch=batch,
+        max_images=0,
+        max_steps=6 if context.quick else 30,
+        lr=2e-4,
+        log_every_images=batch,
+        checkpoint_every_images=0,
+    )
     return replace(settings, **changes)
 
 
@@ -114,14 +121,14 @@ def compare(context: Context, model: str, losses: Sequence[float], skipped: Sequ
     context.within("from fp32", max(abs(a.mean() / b.mean() - 1) for a, b in thirds), BOUND)
     context.figures(largest_of_one_update=float(np.abs(found / expected - 1).max()))
     if skipped:
-        context.tell(skipped=len(skipped))
+        context.show(skipped=len(skipped))
 
 
 def _plain(model: str) -> Callable[[Context], None]:
     def row(context: Context) -> None:
         losses = reference(context, model)
         context.figures(losses=losses)
-        context.tell(first=losses[0], last=losses[-1])
+        context.show(first=losses[0], last=losses[-1])
         context.require(bool(np.isfinite(losses).all()), "a loss is not finite")
 
     return row
@@ -153,7 +160,7 @@ def _overflow(context: Context) -> None:
     accelerator = make_accelerator(mixed_precision="fp16", kwargs_handlers=[scaler])
     with mock.patch.object(Ema, "update", autospec=True, side_effect=Ema.update) as averaged:
         losses, skipped = losses_of(context, settings, accelerator)
-    context.tell(averaged=averaged.call_count)
+    context.show(averaged=averaged.call_count)
     context.require(bool(skipped), "no update overflowed at a scale of 2^32")
     context.require(len(skipped) < len(losses), "no update was applied")
     context.require(averaged.call_count == len(losses) - len(skipped), "skipped updates moved the averages")
@@ -178,9 +185,13 @@ def _fused(context: Context) -> None:
 
     def plain(parameters: Any, settings: TrainSettings) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=False,
+            parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            foreach=False,
             fused=False,
-        )  # fmt: skip
+        )
 
     with mock.patch.object(loop, "build_optimizer", plain):
         losses, _ = losses_of(context, settings_of(context, "demo"))

@@ -4,7 +4,7 @@
 
 It holds the repository at HEAD, packages for the node's Python, the weights, and the real biopsies stored as WebP:
 every patch of a tumour, and of the benign ones as many as fit. Each part is one archive. A kit of --limit MB or more is
-not written, and the sizes are told.
+not written, and the message lists the sizes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,19 @@ BENIGN = 380
 PATCH_SIZE = 256
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64")
 PACKAGES = (
-    "diffusers", "importlib-metadata", "zipp", "huggingface-hub", "requests", "urllib3", "charset-normalizer", "idna",
-    "certifi", "pytest", "pluggy", "iniconfig",
-)  # fmt: skip
+    "diffusers",
+    "importlib-metadata",
+    "zipp",
+    "huggingface-hub",
+    "requests",
+    "urllib3",
+    "charset-normalizer",
+    "idna",
+    "certifi",
+    "pytest",
+    "pluggy",
+    "iniconfig",
+)
 """What a node with torch, transformers, accelerate, scikit-learn and matplotlib may still lack, or have too old:
 diffusers and all that it looks for when it is imported, and pytest for the tests that need a card."""
 OTHERWISE = {"huggingface-hub": "huggingface-hub<2"}
@@ -68,10 +78,10 @@ def repository(root: Path, out: Path) -> str:
     Raises:
         UserError: It is no git repository.
     """
-    told = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if told.returncode:
+    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if answer.returncode:
         raise UserError(f"{root} is no git repository.", "Build the kit in a clone.")
-    revision = told.stdout.strip()
+    revision = answer.stdout.strip()
     changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain"], capture_output=True, check=True).stdout
     if changed:
         print("The kit holds the last commit; what is not committed is not in it.", file=sys.stderr)
@@ -160,9 +170,17 @@ def real_patches(source: Path, out: Path, benign: int, jobs: int) -> None:
 
 
 def build(
-    out: Path, real: Path, models: Path, python: str = "3.12", packages: Sequence[str] = (), wheels: Path | None = None,
-    benign: int = BENIGN, limit: float = LIMIT, jobs: int = 1, root: Path = ROOT,
-) -> dict[str, int]:  # fmt: skip
+    out: Path,
+    real: Path,
+    models: Path,
+    python: str = "3.12",
+    packages: Sequence[str] = (),
+    wheels: Path | None = None,
+    benign: int = BENIGN,
+    limit: float = LIMIT,
+    jobs: int = 1,
+    root: Path = ROOT,
+) -> dict[str, int]:
     """Write the kit.
 
     Args:
@@ -217,9 +235,9 @@ def build(
         shutil.copyfile(ROOT / "docs" / "offline.md", kit / "README.md")
         sizes = {file.name: file.stat().st_size for file in sorted(kit.iterdir())}
         if (total := sum(sizes.values())) >= limit * 1e6:
-            told = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sizes.items())
+            sizes_text = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sizes.items())
             raise UserError(
-                f"The kit would have {total / 1e6:.2f} MB, and must stay below {limit:g} MB: {told}.",
+                f"The kit would have {total / 1e6:.2f} MB, and must stay below {limit:g} MB: {sizes_text}.",
                 "Take fewer benign patches (--benign), or set --limit.",
             )
         if out.exists():
@@ -243,9 +261,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     try:
         sizes = build(
-            asked.out, asked.real, asked.models, asked.python, asked.package, asked.wheels, asked.benign, asked.limit,
+            asked.out,
+            asked.real,
+            asked.models,
+            asked.python,
+            asked.package,
+            asked.wheels,
+            asked.benign,
+            asked.limit,
             asked.jobs,
-        )  # fmt: skip
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,13 +21,31 @@ from pathlib import Path
 KIT = Path(__file__).resolve().parent
 MINIMUM = (3, 11)
 NEEDED = {
-    "torch": "torch", "torchvision": "torchvision", "transformers": "transformers", "accelerate": "accelerate",
-    "timm": "timm", "safetensors": "safetensors", "huggingface_hub": "huggingface-hub", "numpy": "numpy",
-    "scipy": "scipy", "pandas": "pandas", "pyarrow": "pyarrow", "sklearn": "scikit-learn", "joblib": "joblib",
-    "threadpoolctl": "threadpoolctl", "matplotlib": "matplotlib", "jinja2": "jinja2", "PIL": "pillow",
-    "yaml": "pyyaml", "psutil": "psutil", "tqdm": "tqdm", "diffusers": "diffusers", "regex": "regex",
-    "filelock": "filelock", "fsspec": "fsspec",
-}  # fmt: skip
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "timm": "timm",
+    "safetensors": "safetensors",
+    "huggingface_hub": "huggingface-hub",
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "pandas": "pandas",
+    "pyarrow": "pyarrow",
+    "sklearn": "scikit-learn",
+    "joblib": "joblib",
+    "threadpoolctl": "threadpoolctl",
+    "matplotlib": "matplotlib",
+    "jinja2": "jinja2",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "psutil": "psutil",
+    "tqdm": "tqdm",
+    "diffusers": "diffusers",
+    "regex": "regex",
+    "filelock": "filelock",
+    "fsspec": "fsspec",
+}
 """Packages by what they are imported as, of the node or of the kit."""
 
 
@@ -94,9 +112,10 @@ def main() -> None:
     for name, part in contents["parts"].items():
         unpack(KIT / part["file"], part["sha256"], work / name)
     own = [
-        name for name, package in contents["packages"].items()
+        name
+        for name, package in contents["packages"].items()
         if name in contents["preferred"] or not has(name, package.get("least", ""))
-    ]  # fmt: skip
+    ]
     folders = [str(work / "packages" / name) for name in own]
     sys.path[:0] = folders
     importlib.invalidate_caches()
@@ -116,10 +135,14 @@ def main() -> None:
     before = [entry for entry in surroundings.get("PYTHONPATH", "").split(os.pathsep) if entry]
     surroundings.update(
         PYTHONPATH=os.pathsep.join([str(repository), *folders, *before]),
-        HF_HUB_OFFLINE="1", HF_HOME=str(cache / "huggingface"), TORCH_HOME=str(cache / "torch"),
-        TORCHINDUCTOR_CACHE_DIR=str(cache / "inductor"), TRITON_CACHE_DIR=str(cache / "triton"),
-        MPLCONFIGDIR=str(cache / "matplotlib"), PYTHONDONTWRITEBYTECODE="1",
-    )  # fmt: skip
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(cache / "huggingface"),
+        TORCH_HOME=str(cache / "torch"),
+        TORCHINDUCTOR_CACHE_DIR=str(cache / "inductor"),
+        TRITON_CACHE_DIR=str(cache / "triton"),
+        MPLCONFIGDIR=str(cache / "matplotlib"),
+        PYTHONDONTWRITEBYTECODE="1",
+    )
     words = [sys.executable, str(repository / "benchmarks" / "gpu.py"), "--out", str(out)]
     words += ["--real", str(work / "real"), "--models", str(work / "models"), *others]
     print(f"From the kit: {', '.join(own) or 'no package'}. Results: {out}", flush=True)

@@ -173,9 +173,14 @@ def _small(dataset: PatchDataset, rows: np.ndarray, batch: int) -> np.ndarray:
 
 
 def memorisation(
-    study: Study, features: Features, copies: Copies, resamples: int, seed: int, names: bool = False,
+    study: Study,
+    features: Features,
+    copies: Copies,
+    resamples: int,
+    seed: int,
+    names: bool = False,
     device: str = "cpu",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The record of one encoder.
 
     Args:

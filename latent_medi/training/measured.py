@@ -36,9 +36,14 @@ class Measured:
 
 
 _TYPES: dict[str, type] = {
-    "card": str, "revision": str, "network": str, "precision": str, "compile": bool, "images_per_second": float,
+    "card": str,
+    "revision": str,
+    "network": str,
+    "precision": str,
+    "compile": bool,
+    "images_per_second": float,
     "peak_gib": float,
-}  # fmt: skip
+}
 
 
 def read_measured(path: Path = MEASURED) -> list[Measured]:

@@ -139,9 +139,7 @@ class Previews:
             logger.warning("A preview could not be drawn: %s: %s", type(error).__name__, error)
         self._last = None
 
-    def _draw(
-        self, pipeline: MediPipeline, latents: torch.Tensor, tiles: np.ndarray | None, images: int
-    ) -> None:  # fmt: skip
+    def _draw(self, pipeline: MediPipeline, latents: torch.Tensor, tiles: np.ndarray | None, images: int) -> None:
         tiles = _decoded(pipeline, latents) if tiles is None else tiles
         columns = int(np.ceil(np.sqrt(len(tiles))))
         rows, edge = -(-len(tiles) // columns), tiles.shape[1]
@@ -156,9 +154,7 @@ def _decoded(pipeline: MediPipeline, latents: torch.Tensor) -> np.ndarray:
     return np.concatenate([pipeline.decode(part) for part in latents.split(_DECODED_AT_ONCE)])
 
 
-def decode_on(
-    device: torch.device, pipeline: MediPipeline, latents: torch.Tensor, precision: str
-) -> np.ndarray | None:  # fmt: skip
+def decode_on(device: torch.device, pipeline: MediPipeline, latents: torch.Tensor, precision: str) -> np.ndarray | None:
     """Images of latents, decoded on the training's device in its precision; the memory is given back afterwards.
 
     Args:

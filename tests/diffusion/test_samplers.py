@@ -309,9 +309,16 @@ def test_low_precision_casts_each_weight_once_and_changes_no_pixel(name, schema)
         noise, generators = draw_noise([1, 2], (4, 8, 8))
         guide = Autoguidance(other, 1.5)
         return sample_latents(
-            network, conditions, noise, sampler, guidance, generators, dtype=dtype, weak=guide,
+            network,
+            conditions,
+            noise,
+            sampler,
+            guidance,
+            generators,
+            dtype=dtype,
+            weak=guide,
             watch=lambda *_: states.append(torch.is_autocast_enabled("cpu")),
-        )  # fmt: skip
+        )
 
     with Casts() as casts:
         made = run(denoiser, torch.bfloat16, weak)

@@ -110,9 +110,16 @@ def test_it_starts_from_itself_alone_and_writes_into_its_folder_only(kit: Path, 
     assert done.returncode == 7, done.stderr  # gpu.py's own
     told, work = json.loads(done.stdout.splitlines()[-1]), tmp_path / "gpu-work"
     assert told["words"] == [
-        "--out", str(work / "results"), "--real", str(work / "real"), "--models", str(work / "models"),
-        "--quick", "--parts", "real",
-    ]  # fmt: skip
+        "--out",
+        str(work / "results"),
+        "--real",
+        str(work / "real"),
+        "--models",
+        str(work / "models"),
+        "--quick",
+        "--parts",
+        "real",
+    ]
     assert told["diffusers"] == str(work / "packages/diffusers/diffusers/__init__.py"), "the kit's, not the node's"
     assert told["lacking"] == str(work / "packages/lacking/lacking/__init__.py")
     assert told["offline"] == "1"
@@ -165,9 +172,13 @@ def test_what_a_node_lacks_is_named(kit: Path, tmp_path: Path) -> None:
     (tmp_path / "bare").write_text(program)
     (tmp_path / "bare").chmod(0o755)
     done = subprocess.run(
-        ["sh", str(kit / "start.sh")], cwd=tmp_path, capture_output=True, text=True, check=False,
+        ["sh", str(kit / "start.sh")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHON": str(tmp_path / "bare"), "PYTHONPATH": ""},
-    )  # fmt: skip
+    )
     assert done.returncode == 2, done.stderr
     assert "lacks torch, torchvision, transformers" in done.stderr
     assert "diffusers" not in done.stderr.split("\n")[0], "the kit has it"
@@ -182,9 +193,11 @@ def test_a_kit_that_is_too_large_is_not_written(parts: dict[str, Path], tmp_path
 def test_what_it_is_made_from_must_be_there(parts: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for changes, why in (
-        ({"models": tmp_path}, "lacks squeezenet"), ({"real": tmp_path}, "no manifest.csv"),
-        ({"wheels": tmp_path}, "no wheel of diffusers"), ({"root": tmp_path}, "no git repository"),
-    ):  # fmt: skip
+        ({"models": tmp_path}, "lacks squeezenet"),
+        ({"real": tmp_path}, "no manifest.csv"),
+        ({"wheels": tmp_path}, "no wheel of diffusers"),
+        ({"root": tmp_path}, "no git repository"),
+    ):
         with pytest.raises(UserError, match=why):
             build({**parts, **changes}, tmp_path / "kit")
     with pytest.raises(UserError, match="is no kit"):

@@ -148,8 +148,9 @@ def test_two_processes_read_a_thousand_shards_with_few_open_files(tiny: Path, tm
     assert len(list((tmp_path / "latents" / "data").iterdir())) == shards
     small = ["max_steps=10", "global_batch=200", "log_every_images=200", *SMALL]  # twice through the data
     for name, where in (("disk", [latents, "resident=mmap"]), ("streamed", ["latents=", f"autoencoder={source}"])):
-        done = run(TWO, "train.py", "--config", "demo/medi", data, *where, f"out={tmp_path / name}", *small,
-                   open_files=256)  # fmt: skip
+        done = run(
+            TWO, "train.py", "--config", "demo/medi", data, *where, f"out={tmp_path / name}", *small, open_files=256
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert "2 processes" in done.stderr
         assert max(losses(tmp_path / name)) == 2000

@@ -166,8 +166,10 @@ def pretend_card() -> Iterator[Places]:
     places = _PLACES
     places.most = 0
     submit, autocast, grouped = (
-        ThreadPoolExecutor.submit, torch.autocast.__init__, torch._C._group_tensors_by_device_and_dtype
-    )  # fmt: skip
+        ThreadPoolExecutor.submit,
+        torch.autocast.__init__,
+        torch._C._group_tensors_by_device_and_dtype,
+    )
 
     def submit_pretending(self: Any, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         def pretending() -> Any:

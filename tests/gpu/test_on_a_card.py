@@ -85,9 +85,15 @@ def test_a_model_trains_in_every_precision(tiny: Path, tmp_path: Path, device: s
     if precision == "bf16" and device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this card has no bf16")
     settings = tiny_run(
-        tiny, tmp_path / "run", max_steps=30, precision=precision, channels_last=True, preview_every_images=240,
-        preview_images=4, preview_steps=2,
-    )  # fmt: skip
+        tiny,
+        tmp_path / "run",
+        max_steps=30,
+        precision=precision,
+        channels_last=True,
+        preview_every_images=240,
+        preview_images=4,
+        preview_steps=2,
+    )
     found = trained(settings, device)
     assert len(found) == 30
     assert all(map(math.isfinite, found))

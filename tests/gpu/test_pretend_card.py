@@ -216,8 +216,10 @@ def test_guides_run_on_a_card(models: Models, name: str) -> None:
     weaker = AutoguidanceSettings(str(models.weak), 2.0)
     common: dict[str, Any] = {"sampler": SamplerSettings(name, 4), "guidance": FORMS["chain"], "device_batch": 2}
     guides: list[dict[str, Any]] = [
-        {"classifier": classifier}, {"autoguidance": weaker}, {"classifier": classifier, "autoguidance": weaker},
-    ]  # fmt: skip
+        {"classifier": classifier},
+        {"autoguidance": weaker},
+        {"classifier": classifier, "autoguidance": weaker},
+    ]
 
     def every_guide(device: str) -> list[np.ndarray]:
         pipeline = MediPipeline.from_pretrained(models.strong, device=device)
@@ -260,9 +262,14 @@ def test_encoding_runs_on_a_card(
     make_cohort(tmp_path / "data", ("aster", "birch"), patches=12)
     save_autoencoder(Autoencoder(random_model(kind), kind), tmp_path / "autoencoder")
     settings = EncodeSettings(
-        str(tmp_path / "data"), str(tmp_path / "there"), str(tmp_path / "autoencoder"), 8, slicing=slicing, views=views,
+        str(tmp_path / "data"),
+        str(tmp_path / "there"),
+        str(tmp_path / "autoencoder"),
+        8,
+        slicing=slicing,
+        views=views,
         floor=FloorSettings(8),
-    )  # fmt: skip
+    )
     with pretend_card() as places:
         encode(settings)
         assert places.most > 20
@@ -272,9 +279,7 @@ def test_encoding_runs_on_a_card(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_autoencoders_work_where_they_were_moved_to(
-    card: Places, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_autoencoders_work_where_they_were_moved_to(card: Places, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoencoders, "DECODED_PIXELS", 2 * 32 * 32, raising=False)  # so that a part is filled up
     there = Autoencoder(random_model(kind), kind).to("cuda")
     here = Autoencoder(random_model(kind), kind)

@@ -33,10 +33,19 @@ FORMS = {
 def tiny_run(tiny: Path, out: Path, **values: Any) -> TrainSettings:
     """A run of two updates of eight images, in two parts each."""
     defaults: dict[str, Any] = {
-        "data": str(tiny / "data"), "latents": str(tiny / "latents"), "out": str(out), "max_steps": 2,
-        "global_batch": 8, "device_batch": 4, "lr": 1e-3, "warmup_fraction": 0.0, "resident": "ram",
-        "log_every_images": 8, "checkpoint_every_images": 8, "model": small_model(),
-    }  # fmt: skip
+        "data": str(tiny / "data"),
+        "latents": str(tiny / "latents"),
+        "out": str(out),
+        "max_steps": 2,
+        "global_batch": 8,
+        "device_batch": 4,
+        "lr": 1e-3,
+        "warmup_fraction": 0.0,
+        "resident": "ram",
+        "log_every_images": 8,
+        "checkpoint_every_images": 8,
+        "model": small_model(),
+    }
     return TrainSettings(**{**defaults, **values})
 
 
@@ -44,9 +53,16 @@ def tiny_classifier(tiny: Path, out: Path, **values: Any) -> ClassifierSettings:
     """A classifier's run of two updates of eight images, in two parts each."""
     network = EncoderSettings([16, 32], 1, attention_head_dim=16, norm_num_groups=8)
     defaults: dict[str, Any] = {
-        "data": str(tiny / "data"), "latents": str(tiny / "latents"), "out": str(out), "max_steps": 2,
-        "global_batch": 8, "device_batch": 4, "resident": "ram", "log_every_images": 8, "network": network,
-    }  # fmt: skip
+        "data": str(tiny / "data"),
+        "latents": str(tiny / "latents"),
+        "out": str(out),
+        "max_steps": 2,
+        "global_batch": 8,
+        "device_batch": 4,
+        "resident": "ram",
+        "log_every_images": 8,
+        "network": network,
+    }
     return ClassifierSettings(**{**defaults, **values})
 
 

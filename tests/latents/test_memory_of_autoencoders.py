@@ -76,8 +76,9 @@ def test_streamed_latents_go_on_in_halves_and_give_the_same(tmp_path: Path) -> N
     small = whole()
     sizes = limited(small, encoder=4)
     rows = [3, 1, 9, 0, 2, 5]
-    for a, b in zip(StreamedLatents(data, whole()).moments(rows), StreamedLatents(data, small).moments(rows),
-                    strict=True):  # fmt: skip
+    for a, b in zip(
+        StreamedLatents(data, whole()).moments(rows), StreamedLatents(data, small).moments(rows), strict=True
+    ):
         assert a is not None
         assert b is not None
         close(a, b)
@@ -151,10 +152,14 @@ def stable_diffusion_on_a_gpu(
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"), default_dtype(dtype):
             model = AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-                latent_channels=4, layers_per_block=2, norm_num_groups=32, sample_size=256,
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                latent_channels=4,
+                layers_per_block=2,
+                norm_num_groups=32,
+                sample_size=256,
                 up_block_types=("UpDecoderBlock2D",) * 4,
-            )  # fmt: skip
+            )
         autoencoder = Autoencoder(model, "fake")
         with Peak() as peak:
             peak.watch(list(model.parameters()))

@@ -242,16 +242,24 @@ def test_what_torch_does_not_count_is_a_margin_beside_the_peak() -> None:
         assert f"NCCL between devices {result['margin']['nccl'] / estimating.GIB:.2f}" in told
         for bytes_more, fits in ((1, True), (-(2**20), False)):
             known = replace(
-                settings, processes=result["processes"], global_batch=result["global_batch"], card="rtx4060",
+                settings,
+                processes=result["processes"],
+                global_batch=result["global_batch"],
+                card="rtx4060",
                 card_gib=(needed + bytes_more) / estimating.GIB,
-            )  # fmt: skip
+            )
             assert estimate(known)["fits"] is fits
 
 
 ROW = {
-    "card": "NVIDIA H100 80GB HBM3", "revision": "2bebcb5", "network": "S", "precision": "bf16", "compile": True,
-    "images_per_second": 5400, "peak_gib": 5.125,
-}  # fmt: skip
+    "card": "NVIDIA H100 80GB HBM3",
+    "revision": "2bebcb5",
+    "network": "S",
+    "precision": "bf16",
+    "compile": True,
+    "images_per_second": 5400,
+    "peak_gib": 5.125,
+}
 
 
 def test_the_estimate_says_which_card_was_measured(tmp_path: Path) -> None:
@@ -279,11 +287,15 @@ def test_the_estimate_says_which_card_was_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        "[]", "{}", '{"rows": {}}', '{"rows": [1]}', "{",
+        "[]",
+        "{}",
+        '{"rows": {}}',
+        '{"rows": [1]}',
+        "{",
         *(json.dumps({"rows": [ROW, {k: v for k, v in ROW.items() if k != name}]}) for name in ROW),
         *(json.dumps({"rows": [{**ROW, name: None}]}) for name in ROW),
     ],
-)  # fmt: skip
+)
 def test_damaged_measurements_are_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "measured.json"
     file.write_text(content)
