@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.fft import dctn
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from latent_medi.errors import UserError
 from latent_medi.progress import progress
@@ -75,12 +72,30 @@ def fingerprint(image: np.ndarray) -> str:
     return base64.b64encode(pixels + share.tobytes()).decode("ascii")
 
 
+# Importing scipy takes longer than checking many a dataset, which seldom needs it: both functions import it themselves.
+
+
+def _cosines(images: np.ndarray) -> np.ndarray:
+    """Orthonormal cosine transform of images [..., S, S]."""
+    from scipy.fft import dctn
+
+    return dctn(images, norm="ortho", axes=(-2, -1))
+
+
+def _connected(one: np.ndarray, other: np.ndarray, size: int) -> np.ndarray:
+    """Number of the connected component of each of ``size`` nodes; the edges are the pairs of ``one`` and ``other``."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    return connected_components(coo_matrix((np.ones(len(one)), (one, other)), shape=(size, size)), directed=False)[1]
+
+
 def _amplitudes(small: np.ndarray) -> np.ndarray:
     """Of square pictures [..., S, S]: numbers ≥ 0 that no symmetry of the square changes, of length 1, [..., 48].
 
     A mirror changes signs of the cosine transform, a turn also swaps its axes.
     """
-    size = np.abs(dctn(small, norm="ortho", axes=(-2, -1)))
+    size = np.abs(_cosines(small))
     one, other = size[..., _U, _V] * _WEIGHT, size[..., _V, _U] * _WEIGHT
     both = np.concatenate([np.maximum(one, other), np.minimum(one, other)[..., _U != _V]], axis=-1)
     return both / np.maximum(np.linalg.norm(both, axis=-1, keepdims=True), 1e-12)
@@ -114,7 +129,7 @@ def _spectrum(image: np.ndarray) -> np.ndarray:
     edge = min(_FINE, len(image))
     grey = Image.fromarray(image).convert("L").convert("F").resize((edge, edge), Image.Resampling.BOX)
     # The upper half of the frequencies is what JPEG takes out; the lowest ones are uneven light and edges of tissue.
-    size = dctn(np.asarray(grey), norm="ortho")[: edge // 2, : edge // 2]
+    size = _cosines(np.asarray(grey))[: edge // 2, : edge // 2]
     size[:2, :2] = 0
     roots = np.sign(size) * np.sqrt(np.abs(size))
     length = float(np.linalg.norm(roots))
@@ -192,8 +207,7 @@ def shared_pictures(
         for pair in _confirmed(pairs[start : start + _PAIRS], known[first], read)
     ]  # fmt: skip
     links = np.array(alike, np.int64).reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(links)), (links[:, 0], links[:, 1])), shape=(len(first), len(first)))
-    picture = connected_components(graph, directed=False)[1][same]
+    picture = _connected(links[:, 0], links[:, 1], len(first))[same]
     table = pd.DataFrame({"picture": picture, "owner": owner})
     shared = (table.groupby("picture")["owner"].transform("nunique") > 1).to_numpy()
     result[known[shared]] = pd.factorize(picture[shared])[0]
@@ -268,9 +282,7 @@ def patients_together(index: pd.DataFrame, allow: Sequence[str] = ()) -> list[li
         return []
     patients, names = pd.factorize(rows["patient"], sort=True)
     pictures, _ = pd.factorize(rows[PICTURE])
-    size = len(names) + pictures.max() + 1
-    graph = coo_matrix((np.ones(len(rows)), (patients, len(names) + pictures)), shape=(size, size))
-    member = connected_components(graph, directed=False)[1][: len(names)]
+    member = _connected(patients, len(names) + pictures, len(names) + pictures.max() + 1)[: len(names)]
     return [list(map(str, names[member == group])) for group in pd.unique(member)]
 
 
