@@ -11,11 +11,11 @@ import pandas as pd
 import yaml
 from joblib import Parallel, delayed
 
-from latent_medi import config
+from latent_medi.core import config
+from latent_medi.core.errors import UserError
 from latent_medi.demo.cohort import Patient, patches, patients
 from latent_medi.demo.settings import CohortSettings
-from latent_medi.errors import UserError
-from latent_medi.experiment_settings import ExperimentSettings
+from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.shards.writer import Patch
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from output import options, tell
 from PIL import Image
 
+from latent_medi.core.progress import progress, set_up_logging
 from latent_medi.demo.tissue import random_shape, random_stain, render
-from latent_medi.progress import progress, set_up_logging
 from latent_medi.shards.duplicates import fingerprint, shared_pictures
 from latent_medi.shards.writer import Patch, write_shard
 

@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from reading import as_files, build
 
-from latent_medi.evaluation.fidelity import frechet_draws, kid_draws, neighbourhoods
+from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws, neighbourhoods
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
-from latent_medi.features.neighbours import nearest
-from latent_medi.features.statistics import FeatureStatistics, distances, frechet_distance, pca_basis, project
+from latent_medi.statistics.distances import FeatureStatistics, distances, frechet_distance, pca_basis, project
+from latent_medi.statistics.neighbours import nearest
 
 BATCH = 128
 

@@ -9,7 +9,7 @@ loops, pixels and the estimate. demo: the demo, its headline beside the CPU's.
 
 Each row is written the moment it is done: OUT/PART/ROW.json with revision, card, command and seconds, beside logs and
 pictures; OUT/results.json holds all, OUT/table.txt the last table, OUT/measured.json what `train --estimate` reports of
-cards (copied over latent_medi/training/measured.json). Parts without a result come first, then the oldest.
+cards (copied over latent_medi/training/estimate/measured.json). Parts without a result come first, then the oldest.
 It ends by itself inside the budget; the same command goes on with what was left out, cut off or killed, and with
 another revision or card begins anew. Exit code 0: every row that ran holds; 1: one does not; 2: it cannot be run so.
 
@@ -34,8 +34,8 @@ from gpu_parts import records  # noqa: E402
 from gpu_parts.plan import BUDGET, PARTS  # noqa: E402
 from gpu_parts.runner import Machine, Options, Runner  # noqa: E402
 
-from latent_medi.errors import UserError  # noqa: E402
-from latent_medi.locks import output_lock  # noqa: E402
+from latent_medi.core.errors import UserError  # noqa: E402
+from latent_medi.core.locks import output_lock  # noqa: E402
 
 SHARED = records.ROOT.parent / "shared"
 

@@ -21,19 +21,19 @@ import pandas as pd
 import yaml
 from output import options, tell
 
-from latent_medi import config
+from latent_medi.core import config
+from latent_medi.core.progress import set_up_logging
 from latent_medi.diffusion.settings import GuidanceSettings
-from latent_medi.evaluation.cells import FLOOR, unseen_cells
+from latent_medi.evaluation.cohort.comparison_sets import FLOOR, unseen_cells
+from latent_medi.evaluation.cohort.study import open_study
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.fidelity import neighbourhoods
+from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
 from latent_medi.evaluation.settings import EvaluateSettings
-from latent_medi.evaluation.study import open_study
-from latent_medi.experiment_settings import ExperimentSettings
+from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import load_encoder
-from latent_medi.progress import set_up_logging
-from latent_medi.synthesis.generate import generate_plan
-from latent_medi.synthesis.plan import read_plan
+from latent_medi.planning.plan import read_plan
+from latent_medi.sampling.generate import generate_plan
 
 INTERVAL = (0.0, 0.25)
 """Range of ᾱ of all settings but the last; overall colour and layout are decided there."""

@@ -25,18 +25,18 @@ import pandas as pd
 from demo_tissue import demo_run, in_batches, real_patches
 from output import options, tell
 
-from latent_medi import config
-from latent_medi.diffusion.classifier import LatentClassifier
+from latent_medi.core import config
 from latent_medi.diffusion.guidance import ClassifierGuidance
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.diffusion.settings import SamplerSettings
-from latent_medi.evaluation.probes import fit_probe
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
+from latent_medi.latent_classifier.network import LatentClassifier
+from latent_medi.latent_classifier.settings import ClassifierSettings
+from latent_medi.latent_classifier.train import train_classifier
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.training.classifier import train_classifier
-from latent_medi.training.classifier_settings import ClassifierSettings
+from latent_medi.statistics.linear_probe import fit_probe
 from latent_medi.training.loop import train
 from latent_medi.training.settings import TrainSettings
 

@@ -32,7 +32,7 @@ from PIL import Image
 from scipy import ndimage
 
 from latent_medi.shards.records import finished_shards
-from latent_medi.shards.slide_job import SlideJob, run
+from latent_medi.shards.slides.job import SlideJob, run
 
 EDGE, TILE, MPP, PATCH = 20_480, 256, 0.75, 256
 BASE = 2048  # edge of the region that the slide repeats, mirrored

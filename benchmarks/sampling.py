@@ -30,7 +30,8 @@ from demo_tissue import demo_run, in_batches, real_patches
 from diffusers import DDIMScheduler
 from output import options, tell
 
-from latent_medi import config
+from latent_medi.core import config
+from latent_medi.core.progress import set_up_logging
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet, lay_out
 from latent_medi.diffusion.objective import make_scheduler
@@ -43,11 +44,10 @@ from latent_medi.diffusion.settings import (
     SamplerSettings,
 )
 from latent_medi.features.encoders import load_encoder
-from latent_medi.features.statistics import frechet_distance
 from latent_medi.metadata.schema import Field, Schema
-from latent_medi.progress import set_up_logging
-from latent_medi.synthesis.generate import generate_plan
-from latent_medi.synthesis.plan import read_plan
+from latent_medi.planning.plan import read_plan
+from latent_medi.sampling.generate import generate_plan
+from latent_medi.statistics.distances import frechet_distance
 
 STEPS, SCALE = 50, 2.0
 SCHEMA = Schema((

@@ -26,18 +26,18 @@ import pandas as pd
 from demo_tissue import demo_run, in_batches, real_patches
 from output import options, tell
 
-from latent_medi.evaluation.fidelity import neighbourhoods
-from latent_medi.evaluation.probes import fit_probe
+from latent_medi.core.files import read_json
+from latent_medi.core.progress import set_up_logging
+from latent_medi.evaluation.cohort.study import Study, among, any_match, matches, open_study
+from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
 from latent_medi.evaluation.settings import EvaluateSettings
-from latent_medi.evaluation.study import Study, among, any_match, matches, open_study
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
-from latent_medi.features.statistics import kid
-from latent_medi.files import read_json
-from latent_medi.progress import set_up_logging
+from latent_medi.sampling.settings import SelectSettings
+from latent_medi.selection.select import select
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
-from latent_medi.synthesis.select import select
-from latent_medi.synthesis.settings import SelectSettings
+from latent_medi.statistics.distances import kid
+from latent_medi.statistics.linear_probe import fit_probe
 
 CLASS, SITE = "the class field", "the site field"
 ALL = "every categorical field"

@@ -41,7 +41,7 @@ from output import options
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from latent_medi import config
+from latent_medi.core import config
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.objective import make_scheduler
 from latent_medi.diffusion.settings import ModelSettings
@@ -50,11 +50,11 @@ from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.writer import Patch, write_dataset
 from latent_medi.training.data import Batch, TrainingData, open_data
-from latent_medi.training.estimate import GIB, EstimateSettings, matmul_tflops, measure, release, stand_in_schema
-from latent_medi.training.footprint import step_cost
+from latent_medi.training.estimate.report import GIB, EstimateSettings, matmul_tflops, measure, release, stand_in_schema
+from latent_medi.training.estimate.step_cost import step_cost
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import ACCELERATE_PRECISION, train
-from latent_medi.training.run import build
+from latent_medi.training.run_folder import build
 from latent_medi.training.settings import TrainSettings
 
 NOT_MEASURED = "not measured (no GPU)"

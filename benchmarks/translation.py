@@ -23,13 +23,13 @@ from output import options, tell
 
 from latent_medi.diffusion.guidance import guidance_of
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.evaluation.probes import Probe, fit_probe
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
+from latent_medi.sampling.settings import TranslateSettings
+from latent_medi.sampling.translate import translate_images, versions
+from latent_medi.sampling.translation_baselines import compare, measures_text, write_sheet
+from latent_medi.sampling.translation_request import choose, spread
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.synthesis.beside import compare, measures_text, write_sheet
-from latent_medi.synthesis.settings import TranslateSettings
-from latent_medi.synthesis.translate import translate_images, versions
-from latent_medi.synthesis.translation_request import choose, spread
+from latent_medi.statistics.linear_probe import Probe, fit_probe
 
 _PATCHES = {False: 1500, True: 400}  # training patches per probe at most; with --quick
 

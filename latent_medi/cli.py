@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_medi import __version__
-from latent_medi.errors import BAD_INPUT, RESUME, Incomplete, Preempted, UserError, nearest
-from latent_medi.files import NO_SPACE, check_file, write_json
-from latent_medi.paths import expand
-from latent_medi.processes import Output, follow_parent, read_by_somebody, safe_helpers
-from latent_medi.progress import set_up_logging
+from latent_medi.core.errors import BAD_INPUT, RESUME, Incomplete, Preempted, UserError, nearest
+from latent_medi.core.files import NO_SPACE, check_file, write_json
+from latent_medi.core.paths import expand
+from latent_medi.core.processes import Output, follow_parent, read_by_somebody, safe_helpers
+from latent_medi.core.progress import set_up_logging
 from latent_medi.verbs import VERBS, Printed
 
 _HELPED = frozenset({

@@ -24,10 +24,10 @@ import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
-from latent_medi.device import check_precision, turn_tf32_off
-from latent_medi.errors import RESUME, UserError
-from latent_medi.processes import PARENT, environment
-from latent_medi.progress import get_logger
+from latent_medi.core.device import check_precision, turn_tf32_off
+from latent_medi.core.errors import RESUME, UserError
+from latent_medi.core.processes import PARENT, environment
+from latent_medi.core.progress import get_logger
 
 logger = get_logger("launch")
 

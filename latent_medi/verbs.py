@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_medi import config
-from latent_medi.errors import Incomplete, UserError
-from latent_medi.locks import output_lock
-from latent_medi.recipe import load_recipe, recipes
+from latent_medi.core import config
+from latent_medi.core.errors import Incomplete, UserError
+from latent_medi.core.locks import output_lock
+from latent_medi.recipes.registry import load_recipe, recipes
 
 if TYPE_CHECKING:
     from latent_medi.shards.dataset import PatchDataset
@@ -20,15 +20,15 @@ Printed = dict[str, Any]
 
 
 def _demo(words: list[str]) -> Printed:
-    from latent_medi.experiment import demo
-    from latent_medi.experiment_settings import DemoSettings
+    from latent_medi.experiment.run import demo
+    from latent_medi.experiment.settings import DemoSettings
 
     return demo(config.parse(DemoSettings, words, "demo"))
 
 
 def _run(words: list[str]) -> Printed:
-    from latent_medi.experiment import run
-    from latent_medi.experiment_settings import ExperimentSettings
+    from latent_medi.experiment.run import run
+    from latent_medi.experiment.settings import ExperimentSettings
 
     # Without any word it would be the demo without what the demo shows.
     return run(config.parse(ExperimentSettings, words or ["--help"], "run"))
@@ -73,7 +73,7 @@ def _shards(words: list[str]) -> Printed:
         from latent_medi.shards.settings import SlideSettings
 
         slides = config.parse(SlideSettings, words[1:], "shards slides")
-        from latent_medi.shards.slides import cut_slides  # after --help, which needs no OpenSlide
+        from latent_medi.shards.slides.cut import cut_slides  # after --help, which needs no OpenSlide
 
         return cut_slides(slides)
     if what == "demo":
@@ -105,7 +105,7 @@ def _verify(words: list[str]) -> Printed:
         raise UserError("No folder is given.", "latent-medi shards verify runs/demo/data")
     folder = Path(settings.data)
     if folder.is_dir() and not (folder / INFO_FILE).is_file():
-        from latent_medi.training.artefacts import verify_artefact
+        from latent_medi.experiment.verify_artefacts import verify_artefact
 
         if kind := verify_artefact(folder, settings.seal):
             print(f"no problem: {kind} in {folder}{', checksums added' if settings.seal else ''}")
@@ -220,21 +220,21 @@ def _train(words: list[str]) -> Printed:
 
 
 def _classifier(words: list[str]) -> Printed:
-    from latent_medi.training.classifier import train_classifier
-    from latent_medi.training.classifier_settings import ClassifierSettings
+    from latent_medi.latent_classifier.settings import ClassifierSettings
+    from latent_medi.latent_classifier.train import train_classifier
 
     return train_classifier(config.parse(ClassifierSettings, words, "classifier"))
 
 
 def _average(words: list[str]) -> Printed:
-    from latent_medi.training.run import write_average
+    from latent_medi.training.run_folder import write_average
     from latent_medi.training.settings import AverageSettings
 
     return {"model": str(write_average(config.parse(AverageSettings, words, "average", positional="run")))}
 
 
 def _estimate(words: list[str]) -> Printed:
-    from latent_medi.training.estimate import estimate, estimate_text
+    from latent_medi.training.estimate.report import estimate, estimate_text
     from latent_medi.training.settings import EstimateSettings
 
     result = estimate(config.parse(EstimateSettings, words, "train --estimate"))
@@ -244,9 +244,9 @@ def _estimate(words: list[str]) -> Printed:
 
 def _plan(words: list[str]) -> Printed:
     from latent_medi.metadata.heatmap import write_heat_maps
-    from latent_medi.synthesis.plan_text import figure_tables, plan_text
-    from latent_medi.synthesis.planner import plan_from
-    from latent_medi.synthesis.settings import PlanSettings
+    from latent_medi.planning.planner import plan_from
+    from latent_medi.planning.text import figure_tables, plan_text
+    from latent_medi.sampling.settings import PlanSettings
 
     settings = config.parse(PlanSettings, words, "plan", positional="data")
     planned = plan_from(settings)
@@ -258,8 +258,8 @@ def _plan(words: list[str]) -> Printed:
 
 
 def _sample(words: list[str]) -> Printed:
-    from latent_medi.synthesis.generate import generate
-    from latent_medi.synthesis.settings import GenerateSettings
+    from latent_medi.sampling.generate import generate
+    from latent_medi.sampling.settings import GenerateSettings
 
     settings = config.parse(GenerateSettings, config.under("fields", GenerateSettings, words), "sample")
     dataset = generate(settings)
@@ -270,8 +270,8 @@ def _sample(words: list[str]) -> Printed:
 
 
 def _grid(words: list[str]) -> Printed:
-    from latent_medi.synthesis.grids import grid
-    from latent_medi.synthesis.settings import GridSettings
+    from latent_medi.sampling.grids import grid
+    from latent_medi.sampling.settings import GridSettings
 
     path = grid(config.parse(GridSettings, config.under("fields", GridSettings, words), "grid"))
     print(path)
@@ -279,8 +279,8 @@ def _grid(words: list[str]) -> Printed:
 
 
 def _select(words: list[str]) -> Printed:
-    from latent_medi.synthesis.select import select, selection_text
-    from latent_medi.synthesis.settings import SelectSettings
+    from latent_medi.sampling.settings import SelectSettings
+    from latent_medi.selection.select import select, selection_text
 
     result = select(config.parse(SelectSettings, words, "select", positional="data"))
     print(selection_text(result))
@@ -288,9 +288,9 @@ def _select(words: list[str]) -> Printed:
 
 
 def _translate(words: list[str]) -> Printed:
-    from latent_medi.synthesis.beside import measures_text
-    from latent_medi.synthesis.settings import TranslateSettings
-    from latent_medi.synthesis.translate import translate
+    from latent_medi.sampling.settings import TranslateSettings
+    from latent_medi.sampling.translate import translate
+    from latent_medi.sampling.translation_baselines import measures_text
 
     done = translate(config.parse(TranslateSettings, words, "translate"))
     if done.measures:
@@ -301,8 +301,8 @@ def _translate(words: list[str]) -> Printed:
 
 def _evaluate(words: list[str]) -> Printed:
     from latent_medi.evaluation.evaluate import evaluate
-    from latent_medi.evaluation.headline import headline_text
     from latent_medi.evaluation.settings import EvaluateSettings
+    from latent_medi.evaluation.summary import headline_text
 
     settings = config.parse(EvaluateSettings, words, "evaluate")
     metrics = evaluate(settings)
@@ -313,7 +313,7 @@ def _evaluate(words: list[str]) -> Printed:
 
 
 def _floors(words: list[str]) -> Printed:
-    from latent_medi.evaluation.floors import floors, floors_text
+    from latent_medi.evaluation.real_baseline import floors, floors_text
     from latent_medi.evaluation.settings import FloorsSettings
 
     result = floors(config.parse(FloorsSettings, words, "floors", positional="data"))
@@ -322,17 +322,15 @@ def _floors(words: list[str]) -> Printed:
 
 
 def _benchmark_shift(words: list[str]) -> Printed:
-    from latent_medi import experiment
-    from latent_medi.evaluation.shift import benchmark_shift
-    from latent_medi.evaluation.shift_curve import mean_of_seeds
-    from latent_medi.evaluation.shift_settings import ShiftSettings
+    from latent_medi.experiment import run
+    from latent_medi.experiment.shift_benchmark import benchmark_shift
+    from latent_medi.experiment.shift_result import mean_of_seeds
+    from latent_medi.experiment.shift_settings import ShiftSettings
 
     settings = config.parse(ShiftSettings, words, "benchmark-shift")
     if settings.mean:
         return mean_of_seeds(settings.mean, settings.out)
-    return benchmark_shift(
-        settings, lambda changes: experiment.run_changed(settings.experiment, changes, settings.changes)
-    )
+    return benchmark_shift(settings, lambda changes: run.run_changed(settings.experiment, changes, settings.changes))
 
 
 def _report(words: list[str]) -> Printed:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -168,3 +169,8 @@ class Filters(torch.nn.Module):
 def filters(dim: int = 16) -> ImageEncoder:
     """The test encoder."""
     return ImageEncoder(Network("filters", Filters(dim), dim, Preprocessing(0, (0.5,) * 3, (0.25,) * 3), "none"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build_world(tmp_path_factory.mktemp("world"))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 
 
 @dataclass

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from latent_medi.core.files import read_sealed, sha256_file, write_sealed
 from latent_medi.diffusion.settings import ModelSettings
-from latent_medi.files import read_sealed, sha256_file, write_sealed
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.taef2 import AutoencoderTAEF2
 from latent_medi.metadata.schema import Schema

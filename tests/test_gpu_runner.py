@@ -24,7 +24,7 @@ from gpu_parts import plan, records  # noqa: E402
 from gpu_parts.plan import Group, Part  # noqa: E402
 from gpu_parts.runner import Machine, Options, Runner  # noqa: E402
 
-from latent_medi.training.measured import Measured, measured_text, read_measured  # noqa: E402
+from latent_medi.training.estimate.measured import Measured, measured_text, read_measured  # noqa: E402
 
 ROWS_MODULE = """
 import os, subprocess, sys, time

@@ -30,7 +30,7 @@ ABSENT = (
 """What torch, torchvision, transformers, accelerate, diffusers, timm, pandas, pyarrow, scikit-learn, matplotlib and
 jinja2 do not bring along."""
 
-_OTHERS = ("latent_medi.shards.slide", "latent_medi.report.")
+_OTHERS = ("latent_medi.shards.slides.", "latent_medi.report.")
 """Rooms for which slides' and pictures' packages are there."""
 _PROGRAM = f"""
 import importlib, pkgutil, latent_medi

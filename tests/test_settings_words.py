@@ -17,11 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import latent_medi
-from latent_medi import config
-from latent_medi.errors import UserError
+from latent_medi.core import config
+from latent_medi.core.errors import UserError
+from latent_medi.core.paths import PATH
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
-from latent_medi.paths import PATH
-from latent_medi.synthesis.settings import GenerateSettings, PlanSettings, TranslateSettings
+from latent_medi.sampling.settings import GenerateSettings, PlanSettings, TranslateSettings
 
 
 def settings_classes() -> list[type]:
@@ -97,8 +97,8 @@ def test_a_label_of_a_file_is_the_text_that_stands_there(label: str, tmp_path: P
 
 
 def test_labels_inside_the_settings_of_an_experiment_stay_text(tmp_path: Path) -> None:
-    from latent_medi.evaluation.shift_settings import ShiftSettings
-    from latent_medi.experiment_settings import ExperimentSettings
+    from latent_medi.experiment.settings import ExperimentSettings
+    from latent_medi.experiment.shift_settings import ShiftSettings
 
     file = tmp_path / "e.yaml"
     file.write_text("held_out: [{class: 01, site: NO}]\nevaluate: {held_out: [{class: 01, site: NO}], repeats: 3}\n")
@@ -210,7 +210,7 @@ def test_every_setting_that_is_documented_as_a_path_is_one(settings_class: type)
 
 def test_home_and_variables_are_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from latent_medi.evaluation.settings import EvaluateSettings
-    from latent_medi.experiment_settings import ExperimentSettings
+    from latent_medi.experiment.settings import ExperimentSettings
     from latent_medi.shards.settings import ImportSettings
 
     monkeypatch.setenv("HOME", str(tmp_path))

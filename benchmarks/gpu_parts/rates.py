@@ -17,10 +17,10 @@ import torch
 from gpu_parts import records
 from gpu_parts.child import Context, NeedsGpu, NotHere, fresh_accelerator
 from gpu_parts.smoke_train import TINY_S
-from latent_medi import config
+from latent_medi.core import config
 from latent_medi.diffusion.settings import ModelSettings
-from latent_medi.training.estimate import GIB, estimate, matmul_tflops, measure, stand_in_schema
-from latent_medi.training.footprint import step_cost
+from latent_medi.training.estimate.report import GIB, estimate, matmul_tflops, measure, stand_in_schema
+from latent_medi.training.estimate.step_cost import step_cost
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
 SHAPE = (4, 32, 32)

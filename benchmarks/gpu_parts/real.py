@@ -16,11 +16,11 @@ from PIL import Image
 
 from gpu_parts import records
 from gpu_parts.child import Context, NotHere
-from latent_medi import config
-from latent_medi.processes import environment, python_words
+from latent_medi.core import config
+from latent_medi.core.processes import environment, python_words
+from latent_medi.sampling.grids import contact_sheet, save_sheet
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset
-from latent_medi.synthesis.grids import contact_sheet, save_sheet
 
 SEEN, UNSEEN = 200, 300  # samples per combination
 RESERVE = 110.0  # seconds for all of `run` that is neither training nor sampling, with a budget of 540
@@ -111,7 +111,7 @@ def _data(context: Context) -> Path:
 
 def _rate(context: Context) -> None:
     """Images per second of real updates, and how many updates fit the time that is left."""
-    from latent_medi.training.estimate import measure, stand_in_schema
+    from latent_medi.training.estimate.report import measure, stand_in_schema
     from latent_medi.training.settings import EstimateSettings
 
     words = ["--config", "demo/medi" if context.quick else "prostate/medi_256px", "data=", "latents=", "max_steps=1"]

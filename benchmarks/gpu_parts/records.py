@@ -93,7 +93,7 @@ def finished(record: Record | None, run: Record) -> bool:
 
 
 def measured(rows: Iterable[Record]) -> list[Record]:
-    """What cards did in training, as :mod:`latent_medi.training.measured` reads it."""
+    """What cards did in training, as :mod:`latent_medi.training.estimate.measured` reads it."""
     found = []
     for row in rows:
         figures = row.get("figures", {})

@@ -14,7 +14,7 @@ import torch
 
 from gpu_parts import records
 from gpu_parts.child import Context, NeedsGpu, NotHere, fresh_accelerator
-from latent_medi import config
+from latent_medi.core import config
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -28,7 +28,7 @@ from latent_medi.diffusion.settings import (
 )
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.metadata.schema import Field, Schema
-from latent_medi.synthesis.grids import contact_sheet, save_sheet
+from latent_medi.sampling.grids import contact_sheet, save_sheet
 
 SCHEMA = Schema(
     (

@@ -21,9 +21,9 @@ from latent_medi.cli import main as command
 from latent_medi.latents.autoencoder import load_autoencoder
 from latent_medi.latents.encode import encode_dataset
 from latent_medi.latents.store import LatentStore
+from latent_medi.sampling.generate import generate_plan
+from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.synthesis.generate import generate_plan
-from latent_medi.synthesis.settings import GenerateSettings
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpu_parts.child import Context
 from gpu_parts.smoke_train import patches
-from latent_medi.processes import environment, python_words
+from latent_medi.core.processes import environment, python_words
 from latent_medi.training.log import read_log
 
 BOUNDS = {"fp32": 1e-5, "bf16": 0.02}

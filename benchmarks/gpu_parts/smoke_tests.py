@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from gpu_parts import records
 from gpu_parts.child import Context, NotHere
-from latent_medi.processes import environment
+from latent_medi.core.processes import environment
 
 
 def _tests(context: Context) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from gpu_parts.child import Context, NeedsGpu, NotHere, fresh_accelerator
-from latent_medi import config
+from latent_medi.core import config
 from latent_medi.launch import make_accelerator
 from latent_medi.training import loop
 from latent_medi.training.ema import Ema

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from latent_medi.errors import UserError
-from latent_medi.files import sha256_file
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import sha256_file
 from latent_medi.metadata.tables import read_table
-from latent_medi.recipe import load_recipe
+from latent_medi.recipes.registry import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent

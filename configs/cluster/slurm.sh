@@ -27,7 +27,7 @@
 
 set -euo pipefail
 
-readonly RESUME=75 # "saved; the same command goes on": EX_TEMPFAIL, latent_medi.errors.RESUME
+readonly RESUME=75 # "saved; the same command goes on": EX_TEMPFAIL, latent_medi.core.errors.RESUME
 
 if (($# == 0)); then
   echo "usage: sbatch [options of sbatch] $0 train.py|sample.py|-m MODULE words …" >&2

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from latent_medi.core.files import sha256_bytes
+from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import progress
 from latent_medi.demo.settings import CohortFolderSettings, CohortSettings
 from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain, render
 from latent_medi.features.registry import DEMO_GENERATOR
-from latent_medi.files import sha256_bytes
-from latent_medi.locks import output_lock
 from latent_medi.metadata.schema import Schema
-from latent_medi.progress import progress
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.dispatch import dispatch
 from latent_medi.shards.records import begin

@@ -32,11 +32,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
+from latent_medi.core.checksums import write_sums
+from latent_medi.core.processes import safe_helpers
+from latent_medi.core.progress import get_logger, set_up_logging
 from latent_medi.demo.tissue import Shape, Stain, parameters, random_shape, random_stain, render
-from latent_medi.features.tiny import TinyEncoder
-from latent_medi.processes import safe_helpers
-from latent_medi.progress import get_logger, set_up_logging
-from latent_medi.sums import write_sums
+from latent_medi.features.tiny_encoder import TinyEncoder
 
 log = get_logger(__name__)
 

@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_medi import __version__
+from latent_medi.core.checksums import check_sums, tell_unsealed, write_sums
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path, read_object, sha256_file, write_json
+from latent_medi.core.json_types import check_types
 from latent_medi.diffusion.conditioning import MetadataConditioner, embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.folder import REMEDY, SEEN, local_folder
+from latent_medi.diffusion.model_folder import REMEDY, SEEN, local_folder
 from latent_medi.diffusion.objective import settings_of
-from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_object, sha256_file, write_json
-from latent_medi.json_types import check_types
 from latent_medi.latents.autoencoder import weight_hash
-from latent_medi.sums import check_sums, tell_unsealed, write_sums
 
 ADAPTER_FILE, VALUES_FILE = "adapter.json", "values.safetensors"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's names

@@ -19,8 +19,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.settings import DropoutSettings
-from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import in_own_memory
 from latent_medi.metadata.schema import FIRST_VALUE, NULL, UNKNOWN, Field, Schema
 

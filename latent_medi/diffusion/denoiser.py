@@ -6,9 +6,9 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import nn
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.settings import ModelSettings
-from latent_medi.errors import UserError
 
 
 def build_unet(settings: ModelSettings, latent_channels: int, latent_size: int, conditional: bool) -> UNet2DModel:

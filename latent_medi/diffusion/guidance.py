@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.settings import DropoutSettings, GuidanceSettings
-from latent_medi.errors import UserError, nearest
 from latent_medi.metadata.schema import NULL, Schema
 
 

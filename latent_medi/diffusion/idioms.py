@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.diffusion.samplers import SAMPLERS
 from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
-from latent_medi.errors import UserError, nearest
 from latent_medi.latents.autoencoder import first_line
 from latent_medi.metadata.schema import Schema
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from latent_medi.device import exact_fp32
+from latent_medi.core.device import exact_fp32
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.guidance import check_guidance
 from latent_medi.diffusion.samplers import sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings
-from latent_medi.errors import UserError
 
 
 def ddim_coefficients(alpha_bar_t: float, alpha_bar_s: float, prediction_type: str) -> tuple[float, float]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, betas_for_alpha_bar, rescale_zero_terminal_snr
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.settings import ObjectiveSettings
-from latent_medi.errors import UserError
 
 
 def noise_schedule(settings: ObjectiveSettings) -> torch.Tensor:

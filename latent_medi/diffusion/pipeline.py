@@ -16,12 +16,13 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
-from latent_medi.device import check_precision, exact_fp32
+from latent_medi.core.checksums import write_sums
+from latent_medi.core.device import check_precision, exact_fp32
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path, write_json, write_text
 from latent_medi.diffusion.adapters import adapted_hash, attach, merge, open_adapter, parts_hash
-from latent_medi.diffusion.card import model_card
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, lay_out
-from latent_medi.diffusion.folder import AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE, read_model
 from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, check_guidance, guidance_of
 from latent_medi.diffusion.idioms import (
     check_fields,
@@ -34,16 +35,15 @@ from latent_medi.diffusion.idioms import (
     seeds_of,
     whole,
 )
+from latent_medi.diffusion.model_card import model_card
+from latent_medi.diffusion.model_folder import AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE, read_model
 from latent_medi.diffusion.objective import make_scheduler, settings_of
 from latent_medi.diffusion.pipeline_parts import PipelineParts
 from latent_medi.diffusion.samplers import Watcher, draw_noise, make_sampler, sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
-from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, write_json, write_text
 from latent_medi.latents.autoencoder import Autoencoder, forget_path, save_autoencoder
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.seen import together
-from latent_medi.sums import write_sums
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.idioms import dtype_of, loading_options, scheduler_refusal
-from latent_medi.errors import UserError
 
 
 class PipelineParts(DiffusionPipeline):

@@ -18,12 +18,12 @@ from diffusers import (
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
 
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, FieldGuidance, check_guidance
 from latent_medi.diffusion.objective import noise_schedule, settings_of
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
-from latent_medi.errors import UserError, nearest
 
 Watcher = Callable[[float, torch.Tensor, torch.Tensor], None]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from latent_medi.errors import UserError
-from latent_medi.paths import PathText
+from latent_medi.core.errors import UserError
+from latent_medi.core.paths import PathText
 
 PRESETS: dict[str, tuple[int, ...]] = {
     "S": (128, 256, 384, 512),  # about  93 M parameters

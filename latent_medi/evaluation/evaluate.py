@@ -16,11 +16,17 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import latent_medi
-from latent_medi.agreement import agreed
-from latent_medi.errors import UserError, nearest
-from latent_medi.evaluation import adherence, against_real, cells, fidelity, leakage, memorisation, projection, stain
-from latent_medi.evaluation.classifiers import DownstreamStage, check_downstream
-from latent_medi.evaluation.headline import headline, verdict
+from latent_medi.core.agreement import agreed
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.files import atomic_path, read_sealed, refuse_foreign, write_sealed
+from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import get_logger
+from latent_medi.evaluation.adherence import attributes, site_leakage, stain
+from latent_medi.evaluation.cohort import comparison_sets
+from latent_medi.evaluation.cohort.sample_size import thin_support
+from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
+from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range
 from latent_medi.evaluation.provenance import (
     arm_record,
     dataset_record,
@@ -31,17 +37,13 @@ from latent_medi.evaluation.provenance import (
     run_record,
 )
 from latent_medi.evaluation.settings import EvaluateSettings
-from latent_medi.evaluation.study import Study, open_study
-from latent_medi.evaluation.support import thin_support
+from latent_medi.evaluation.summary import headline, verdict
 from latent_medi.features.cache import cached_features, content_hash, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
-from latent_medi.features.statistics import FeatureStatistics, pca_basis
-from latent_medi.files import atomic_path, read_sealed, refuse_foreign, write_sealed
 from latent_medi.launch import make_accelerator
-from latent_medi.locks import output_lock
 from latent_medi.metadata.tables import write_for_people
-from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.statistics.distances import FeatureStatistics, pca_basis
 
 log = get_logger(__name__)
 
@@ -67,7 +69,7 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
         ``verdict``.
 
     Raises:
-        UserError: See :func:`latent_medi.evaluation.study.open_study` and
+        UserError: See :func:`latent_medi.evaluation.cohort.study.open_study` and
             :func:`latent_medi.features.encoders.load_encoder`.
         TooManyCopies: More copies than ``max_copy_rate``, after ``metrics.json`` was written.
     """
@@ -123,10 +125,10 @@ def check_settings(settings: EvaluateSettings) -> None:
             f"max_copy_rate={settings.max_copy_rate:g} cannot be held: memorisation=false looks for no copies.",
             "Leave memorisation on, or max_copy_rate at 1.",
         )
-    if settings.deals and settings.deals < against_real.LEAST_DEALS:
+    if settings.deals and settings.deals < real_split_range.LEAST_DEALS:
         raise UserError(
             f"deals is {settings.deals}: too few to tell a range from.",
-            f"Give {against_real.LEAST_DEALS} or more, or 0.",
+            f"Give {real_split_range.LEAST_DEALS} or more, or 0.",
         )
 
 
@@ -152,11 +154,11 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     clock = _Clock()
     out = Path(settings.out)
     stage = DownstreamStage(study, settings)
-    unseen = cells.unseen_cells(study, settings.seed)
-    classes = cells.class_cells(study, settings.seed)
-    sites = cells.cells_of(study, [settings.site_field], settings.seed)
-    whole = cells.make_cell(study, {}, settings.seed)
-    more = {" × ".join(fields): cells.cells_of(study, fields, settings.seed) for fields in settings.cells}
+    unseen = comparison_sets.unseen_cells(study, settings.seed)
+    classes = comparison_sets.class_cells(study, settings.seed)
+    sites = comparison_sets.cells_of(study, [settings.site_field], settings.seed)
+    whole = comparison_sets.make_cell(study, {}, settings.seed)
+    more = {" × ".join(fields): comparison_sets.cells_of(study, fields, settings.seed) for fields in settings.cells}
     clock.lap("prepare")
     copies = memorisation.find_copies(study, device) if settings.memorisation and study.arms else None
     clock.lap("memorisation")
@@ -192,17 +194,17 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         arguments = (settings.resamples, settings.seed)
         metrics["fidelity"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
-            "unseen": fidelity.summarise(study, features, unseen, *arguments, settings.protocol),
-            "per_class": fidelity.summarise(study, features, classes, *arguments, settings.protocol),
-            "per_site": fidelity.summarise(study, features, sites, *arguments, settings.protocol),
+            "unseen": distance_to_real.summarise(study, features, unseen, *arguments, settings.protocol),
+            "per_class": distance_to_real.summarise(study, features, classes, *arguments, settings.protocol),
+            "per_site": distance_to_real.summarise(study, features, sites, *arguments, settings.protocol),
             "cells": {
-                name: fidelity.summarise(study, features, chosen_cells, *arguments, settings.protocol)
+                name: distance_to_real.summarise(study, features, chosen_cells, *arguments, settings.protocol)
                 for name, chosen_cells in more.items()
             },
-            "whole": fidelity.summarise(study, features, [whole], *arguments, settings.protocol),
-            "overall": fidelity.overall(study, features, whole, settings.seed),
+            "whole": distance_to_real.summarise(study, features, [whole], *arguments, settings.protocol),
+            "overall": distance_to_real.overall(study, features, whole, settings.seed),
             **(
-                {"against_real": against_real.against_real(study, features, settings.deals, settings.seed)}
+                {"against_real": real_split_range.against_real(study, features, settings.deals, settings.seed)}
                 if settings.deals
                 else {}
             ),
@@ -210,11 +212,11 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         fingerprint = {"fingerprint": encoder.fingerprint}
         metrics["projection"][encoder.name] = fingerprint | projection.project(study, features, settings.seed)
         clock.lap("fidelity")
-        verdicts = adherence.look(study, features, settings.regularisation or 1.0, settings.seed)
+        verdicts = attributes.look(study, features, settings.regularisation or 1.0, settings.seed)
         metrics["adherence"][encoder.name] = {
             "fingerprint": encoder.fingerprint,
-            "fields": adherence.recovery(study, verdicts, *arguments),
-            "leakage": leakage.leakage(study, verdicts, *arguments),
+            "fields": attributes.recovery(study, verdicts, *arguments),
+            "leakage": site_leakage.leakage(study, verdicts, *arguments),
         }
         clock.lap("adherence")
         if copies is not None and encoder.preprocessing.channel == "rgb":
@@ -247,12 +249,14 @@ class _Clock:
         self._last = now
 
 
-def study_features(study: Study, encoder: ImageEncoder, settings: EvaluateSettings, device: str) -> fidelity.Features:
+def study_features(
+    study: Study, encoder: ImageEncoder, settings: EvaluateSettings, device: str
+) -> distance_to_real.Features:
     """Features of every patch that takes part, from the cache as far as it has them."""
     used, of_real, arms = _embed(study, encoder, settings, device)
     real = np.zeros((len(study.index), encoder.dim), np.float32)
     real[used] = of_real
-    return fidelity.Features(real, arms, pca_basis(real[study.train]))
+    return distance_to_real.Features(real, arms, pca_basis(real[study.train]))
 
 
 def _embed(
@@ -268,7 +272,7 @@ def _embed(
     return used, features(study.real, used), {a.name: features(a.dataset, a.rows) for a in study.arms.values()}
 
 
-def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: fidelity.Features) -> None:
+def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: distance_to_real.Features) -> None:
     """Statistics of the test reference and the PCA basis: enough to compare another set without the real patches."""
     statistics = FeatureStatistics.of(features.real[study.reference])
     tensors = {

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 import latent_medi
-from latent_medi.evaluation.study import Arm, Study
+from latent_medi.evaluation.cohort.study import Arm, Study
 
 _DECIDING = (
     "torch", "torchvision", "diffusers", "transformers", "timm", "torchmetrics", "torch-fidelity", "scikit-learn",

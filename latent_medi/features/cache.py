@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from latent_medi.errors import UserError
+from latent_medi.core.checksums import load_tensors, save_tensors, tell_unsealed
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import remove
+from latent_medi.core.progress import get_logger, progress
 from latent_medi.features.encoders import ImageEncoder
 from latent_medi.features.registry import DEMO_GENERATOR
-from latent_medi.files import remove
-from latent_medi.progress import get_logger, progress
+from latent_medi.shards.background_reader import ReadAhead, threads_beside
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.reader import ReadAhead, threads_beside
 from latent_medi.shards.selections import column_hash
-from latent_medi.sums import load_tensors, save_tensors, tell_unsealed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

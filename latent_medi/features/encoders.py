@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import latent_medi
-from latent_medi.device import check_precision, exact_fp32
-from latent_medi.errors import UserError, nearest
+from latent_medi.core.device import check_precision, exact_fp32
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.features import networks
-from latent_medi.features.colour import haematoxylin
 from latent_medi.features.networks import Network
-from latent_medi.features.own import CONTRACT, own_network
 from latent_medi.features.registry import ENCODERS
+from latent_medi.features.stain import haematoxylin
 from latent_medi.features.transformer import vision_transformer
+from latent_medi.features.user_encoders import CONTRACT, own_network
 
 COLOUR_FREE_SUFFIX = ":haematoxylin"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -156,7 +156,7 @@ def load_encoder(
     Args:
         name_or_folder: One of ``KNOWN``, perhaps with an input size ("squeezenet@128") and a precision below fp32
             ("phikon-v2@bf16", "squeezenet@128@bf16"); a folder; or ``module:callable``, see
-            :data:`latent_medi.features.own.CONTRACT`.
+            :data:`latent_medi.features.user_encoders.CONTRACT`.
         weights: Weight file or folder, for encoders that do not ship with the package. Without it those of the Hugging
             Face hub are downloaded, or taken from its client's cache.
         device: Torch device.

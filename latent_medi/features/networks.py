@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from latent_medi.errors import UserError, needs
+from latent_medi.core.errors import UserError, needs
 from latent_medi.features.registry import ENCODERS, Preprocessing
 
 
@@ -159,8 +159,8 @@ def inception(weights: str | Path | None) -> Network:
 
 
 def tiny(folder: str | Path, name: str) -> Network:
-    """A :class:`~latent_medi.features.tiny.TinyEncoder` from its folder."""
-    from latent_medi.features.tiny import TinyEncoder
+    """A :class:`~latent_medi.features.tiny_encoder.TinyEncoder` from its folder."""
+    from latent_medi.features.tiny_encoder import TinyEncoder
 
     if not Path(folder).is_dir():
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_medi.errors import UserError, needs
+from latent_medi.core.errors import UserError, needs
 from latent_medi.features.networks import Network, find_weights, load_strictly
 from latent_medi.features.registry import ENCODERS, Entry, access_hint
 

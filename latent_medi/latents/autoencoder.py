@@ -12,12 +12,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import nn
 
-from latent_medi.device import HalvedBatch, check_precision, exact_fp32
-from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_json, read_object, write_json
-from latent_medi.json_types import check_config
+from latent_medi.core.checksums import check_sums, write_sums
+from latent_medi.core.device import HalvedBatch, check_precision, exact_fp32
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path, read_json, read_object, write_json
+from latent_medi.core.json_types import check_config
 from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAEF2
-from latent_medi.sums import check_sums, write_sums
 
 HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd"}
 """Short names of autoencoders on the model hub."""

@@ -11,29 +11,22 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from latent_medi.agreement import agreed
-from latent_medi.errors import UserError
+from latent_medi.core.agreement import agreed
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path, read_sealed, refuse_foreign, remove, sha256_file, write_sealed
+from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import get_logger, progress
 from latent_medi.features.cache import content_hash
 from latent_medi.features.encoders import load_encoder
-from latent_medi.files import (
-    atomic_path,
-    read_sealed,
-    refuse_foreign,
-    remove,
-    sha256_file,
-    write_sealed,
-)
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
-from latent_medi.latents.floor import floor_text, measure_floor
 from latent_medi.latents.info import INFO_FILE, SCHEMA_VERSION, read_info, write_info
+from latent_medi.latents.reconstruction_error import floor_text, measure_floor
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.views import view_of
 from latent_medi.launch import make_accelerator
-from latent_medi.locks import output_lock
-from latent_medi.progress import get_logger, progress
+from latent_medi.shards.background_reader import ReadAhead, threads_beside
 from latent_medi.shards.dataset import INFO_FILE as DATASET_FILE
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.reader import ReadAhead, threads_beside
 from latent_medi.shards.remote import open_dataset
 
 logger = get_logger("latents")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latent_medi.errors import UserError
-from latent_medi.files import read_sealed, write_sealed
-from latent_medi.json_types import check_types
-from latent_medi.sums import compare, inside, tell_unsealed
+from latent_medi.core.checksums import compare, inside, tell_unsealed
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed, write_sealed
+from latent_medi.core.json_types import check_types
 
 INFO_FILE = "latents.json"
 SCHEMA_VERSION = 2

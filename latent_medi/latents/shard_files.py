@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.latents.info import REMEDY
 
 _OPEN = 64

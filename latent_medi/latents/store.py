@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.latents.info import INFO_FILE, read_info
 from latent_medi.latents.shard_files import OpenFiles, ShardFile
 

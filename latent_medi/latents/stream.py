@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
+from latent_medi.core.progress import progress
 from latent_medi.latents.autoencoder import Autoencoder, latent_shape
 from latent_medi.latents.store import Moments, channel_statistics, check_asked
 from latent_medi.latents.views import view_of
-from latent_medi.progress import progress
+from latent_medi.shards.background_reader import ReadAhead, threads_beside
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.reader import ReadAhead, threads_beside
 
 _SAMPLE = 3  # the stream of random numbers that the statistics draw from
 

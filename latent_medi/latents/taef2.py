@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 
 ENCODER_FILE, DECODER_FILE = "taef2_encoder.pth", "taef2_decoder.pth"
 

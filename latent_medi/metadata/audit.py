@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats.contingency import association
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.advice import advice, some
 from latent_medi.metadata.estimability import UNITS, VERDICTS, Judge, component_of, count_cells, missing, records
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from latent_medi.errors import UserError
-from latent_medi.files import check_file
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import check_file
 from latent_medi.metadata.audit import audit
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.metadata.names import COUNTS

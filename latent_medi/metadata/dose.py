@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.audit import cramers_v
 from latent_medi.metadata.estimability import component_of
 from latent_medi.metadata.fields import is_missing

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from latent_medi.errors import UserError, nearest
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.metadata.schema import UNKNOWN_WORD
 
 VERDICTS = ("seen", "both margins seen", "thin", "unidentifiable")

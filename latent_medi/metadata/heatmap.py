@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import needs
-from latent_medi.files import atomic_path, check_file
+from latent_medi.core.errors import needs
+from latent_medi.core.files import atomic_path, check_file
 
 _LABELLED = 80  # columns beyond which labels could not be read
 _CELL = 0.22  # inches

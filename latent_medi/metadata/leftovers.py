@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 
 _MOST_TITLES = 10
 _MOST_NAMED = 5

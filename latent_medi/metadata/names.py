@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 
 PLAN_COLUMNS = ("count", "verdict", "seed")
 """A plan's own columns."""

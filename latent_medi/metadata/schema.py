@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError, nearest
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.metadata.fields import (
     FIRST_VALUE,
     MISSING,

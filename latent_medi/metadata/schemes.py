@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError, nearest
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, random_split

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError, nearest
+from latent_medi.core.errors import UserError, nearest
 
 
 def assert_patient_disjoint(index: pd.DataFrame, column: str) -> None:

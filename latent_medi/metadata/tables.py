@@ -15,10 +15,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_medi.errors import UserError, nearest
-from latent_medi.files import atomic_path
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.files import atomic_path
+from latent_medi.core.progress import get_logger
 from latent_medi.metadata.leftovers import Row, tidy
-from latent_medi.progress import get_logger
 
 logger = get_logger(__name__)
 

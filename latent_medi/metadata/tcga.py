@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from latent_medi.errors import UserError, nearest
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.progress import get_logger
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.metadata.tables import read_table, require_columns
-from latent_medi.progress import get_logger
 
 logger = get_logger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from latent_medi.evaluation.headline import RIVALS
+from latent_medi.evaluation.summary import RIVALS
 from latent_medi.report.page import TWIN, number
 
 Rows = list[dict[str, Any]]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latent_medi.errors import UserError
-from latent_medi.evaluation.headline import RIVALS
-from latent_medi.files import HTML, check_file, write_text
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import HTML, check_file, write_text
+from latent_medi.evaluation.summary import RIVALS
 from latent_medi.report import figures
 from latent_medi.report.page import (
     DASH,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latent_medi.errors import needs
+from latent_medi.core.errors import needs
 
 with needs("The report", "matplotlib"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg

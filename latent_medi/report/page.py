@@ -9,12 +9,12 @@ from typing import Any
 
 import jinja2
 
-from latent_medi.errors import UserError
-from latent_medi.evaluation.headline import distance_text
-from latent_medi.files import read_sealed
-from latent_medi.progress import duration
+from latent_medi.core.checksums import read_result
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed
+from latent_medi.core.progress import duration
+from latent_medi.evaluation.summary import distance_text
 from latent_medi.report import figures
-from latent_medi.sums import read_result
 
 TWIN = ":haematoxylin"
 """What follows an encoder's name where it saw the haematoxylin channel alone."""

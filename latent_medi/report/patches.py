@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError
-from latent_medi.progress import get_logger
+from latent_medi.core.errors import UserError
+from latent_medi.core.progress import get_logger
 from latent_medi.report.figures import image_uri, name_of
 from latent_medi.shards.dataset import PatchDataset
 

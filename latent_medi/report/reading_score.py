@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binom, binomtest
 
-from latent_medi.errors import UserError, nearest
-from latent_medi.evaluation.measures import wilson
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.metadata.tables import read_table, write_for_people, written_for_people
 from latent_medi.report.page import percent, share
 from latent_medi.report.reading_sheet import FIELD, KEY_COLUMNS, key_file
 from latent_medi.report.settings import ReadingSheetSettings
+from latent_medi.statistics.bootstrap import wilson
 
 _ANSWERS = ("sheet", "reader", "image", "answer")
 _WORDS = ("real", "synthetic")

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from latent_medi.errors import UserError
-from latent_medi.files import HTML, check_file, sha256_bytes, write_text
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import HTML, check_file, sha256_bytes, write_text
+from latent_medi.core.progress import get_logger
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import write_for_people
-from latent_medi.progress import get_logger
 from latent_medi.report.figures import image_uri
 from latent_medi.report.page import environment
 from latent_medi.report.settings import ReadingSheetSettings

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_medi.errors import UserError
-from latent_medi.files import HTML, check_file, write_text
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import HTML, check_file, write_text
 from latent_medi.report import figures, patches
 from latent_medi.report.colour import side_by_side
 from latent_medi.report.compare import render_comparison

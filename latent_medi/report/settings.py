@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from latent_medi.paths import PathText
+from latent_medi.core.paths import PathText
 
 SECTIONS = (
     "headline",

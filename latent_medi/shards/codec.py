@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Literal, cast
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 
 CODECS = ("png", "jpg", "webp")
 ORIGINS = ("real", "synthetic")

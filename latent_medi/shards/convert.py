@@ -12,11 +12,11 @@ import numpy as np
 from joblib import Parallel, delayed
 from PIL import Image
 
-from latent_medi.errors import UserError
-from latent_medi.files import sha256_file
-from latent_medi.locks import output_lock
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import sha256_file
+from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import progress
 from latent_medi.metadata.schema import Schema
-from latent_medi.progress import progress
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.image_file import check_file
 from latent_medi.shards.patch import Patch
@@ -73,7 +73,7 @@ def _convert(
             check_file(path)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.", "Repair or remove it.") from None
-    # Threads: decoding, scaling and encoding leave the interpreter's lock, and recipes are not importable elsewhere.
+    # Threads: decoding, scaling and encoding leave the interpreter's lock.
     pool = Parallel(jobs, prefer="threads", return_as="generator")
     hashes = dict(zip(every, pool(delayed(sha256_file)(path) for path in every), strict=True))
     tokens = []

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError, nearest
-from latent_medi.files import open_file, read_object
-from latent_medi.locks import output_lock
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.files import open_file, read_object
+from latent_medi.core.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.duplicates import check_sides, look

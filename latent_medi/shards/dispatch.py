@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar
 
 from joblib import Parallel, delayed, parallel_config
 
-from latent_medi.errors import UserError
-from latent_medi.processes import call_tied, safe_helpers
+from latent_medi.core.errors import UserError
+from latent_medi.core.processes import call_tied, safe_helpers
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from latent_medi.errors import UserError
-from latent_medi.progress import progress
+from latent_medi.core.errors import UserError
+from latent_medi.core.progress import progress
 from latent_medi.shards.layout import FINGERPRINT, PICTURE, SPLIT_PREFIX
 
 if TYPE_CHECKING:

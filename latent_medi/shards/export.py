@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from latent_medi.errors import UserError, nearest
-from latent_medi.files import atomic_path, write_json, write_text
-from latent_medi.locks import output_lock
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.files import atomic_path, write_json, write_text
+from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import progress
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import write_table
-from latent_medi.progress import progress
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.names import file_names
 from latent_medi.shards.selections import selected_mask

@@ -8,8 +8,8 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latent_medi.errors import UserError
-from latent_medi.progress import get_logger
+from latent_medi.core.errors import UserError
+from latent_medi.core.progress import get_logger
 
 logger = get_logger(__name__)
 

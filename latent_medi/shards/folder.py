@@ -19,11 +19,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, read_sealed, remove, sha256_file, sync_folder, write_sealed
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path, read_sealed, remove, sha256_file, sync_folder, write_sealed
+from latent_medi.core.progress import get_logger
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
-from latent_medi.progress import get_logger
 from latent_medi.shards.layout import (
     SCHEMA_VERSION,
     SPLIT_PREFIX,

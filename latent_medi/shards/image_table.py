@@ -12,13 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
+from latent_medi.core.progress import get_logger
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.names import check_new_names
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.metadata.tables import require_columns, settings_of_columns
 from latent_medi.metadata.tcga import warn_of_contradictions
-from latent_medi.progress import get_logger
 from latent_medi.shards.find import find_files
 from latent_medi.shards.patch import check_key, check_length
 from latent_medi.shards.rejected import Rejected

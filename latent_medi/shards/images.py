@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from latent_medi.errors import UserError
-from latent_medi.locks import output_lock
+from latent_medi.core.errors import UserError
+from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import get_logger, progress
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
-from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_header, decode_image, opened
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.dispatch import dispatch

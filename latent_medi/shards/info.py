@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.heatmap import write_heat_map
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.names import file_names

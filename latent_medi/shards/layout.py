@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.codec import CODECS, ORIGINS
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, is_missing
 from latent_medi.shards.codec import ORIGINS
 from latent_medi.shards.layout import BAD_KEY, FINGERPRINT, FIXED_COLUMNS, PICTURE, SPLIT_PREFIX, SUM_COLUMNS

@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_medi.files import atomic_path, cannot_write, refuse_foreign, remove, sha256_bytes, sha256_file
-from latent_medi.progress import get_logger
+from latent_medi.core.files import atomic_path, cannot_write, refuse_foreign, remove, sha256_bytes, sha256_file
+from latent_medi.core.progress import get_logger
 from latent_medi.shards.folder import INDEX_FILE, INFO_FILE
 from latent_medi.shards.layout import SUM_COLUMNS
 

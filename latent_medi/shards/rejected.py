@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latent_medi.errors import UserError
-from latent_medi.files import write_text
-from latent_medi.progress import get_logger
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import write_text
+from latent_medi.core.progress import get_logger
 from latent_medi.shards.records import PROGRESS_FOLDER
 from latent_medi.shards.settings import ImportSettings
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latent_medi.errors import UserError
-from latent_medi.files import read_sealed, write_sealed
-from latent_medi.progress import get_logger
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed, write_sealed
+from latent_medi.core.progress import get_logger
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.folder import INFO_FILE
 from latent_medi.shards.layout import SPLIT_PREFIX

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, NEXT_INDEX, index_fits, read_folder
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
+from latent_medi.core.progress import get_logger
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
-from latent_medi.progress import get_logger
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.layout import PICTURE, ROW_COLUMNS, SPLIT_PREFIX
 from latent_medi.shards.records import ShardRecord, begin, claim, refuse_others, write_record

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 
 MPP_RANGE = (0.05, 20.0)
 """µm per pixel beyond which a value is taken for a placeholder, such as the 72 dpi that image programs write, or for

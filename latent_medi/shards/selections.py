@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError, nearest
+from latent_medi.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from latent_medi.shards.dataset import PatchDataset

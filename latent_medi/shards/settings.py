@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latent_medi.paths import PathText
+from latent_medi.core.paths import PathText
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from latent_medi.errors import UserError, needs
+from latent_medi.core.errors import UserError, needs
 from latent_medi.shards.dataset import RESTORE, PatchDataset
 
 if TYPE_CHECKING:

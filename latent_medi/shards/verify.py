@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.fields import is_missing
 from latent_medi.shards.duplicates import check_sides, look
 from latent_medi.shards.folder import INFO_FILE, check_split, write_folder

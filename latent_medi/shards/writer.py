@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from latent_medi.errors import UserError
-from latent_medi.files import atomic_path, remove, temporaries
-from latent_medi.locks import output_lock
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path, remove, temporaries
+from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import get_logger, progress
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
-from latent_medi.progress import get_logger, progress
 from latent_medi.shards.codec import check_codec, check_image, encode_image
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.duplicates import check_sides, duplicates_text, fingerprint, look

@@ -11,18 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from latent_medi.errors import UserError
-from latent_medi.files import (
-    atomic_path,
-    read_sealed,
-    remove,
-    sha256_file,
-    temporaries,
-    write_sealed,
-)
-from latent_medi.json_types import check_types
-from latent_medi.progress import get_logger
-from latent_medi.sums import compare, inside, tell_unsealed
+from latent_medi.core.checksums import compare, inside, tell_unsealed
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path, read_sealed, remove, sha256_file, temporaries, write_sealed
+from latent_medi.core.json_types import check_types
+from latent_medi.core.progress import get_logger
 
 logger = get_logger("training")
 

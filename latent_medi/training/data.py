@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions, draw_dropout
 from latent_medi.diffusion.settings import DropoutSettings
-from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
 from latent_medi.latents.store import LatentStore, Residence, moved, pinned
 from latent_medi.latents.stream import StreamedLatents
@@ -23,10 +23,10 @@ from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.metadata.seen import seen_in
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.remote import open_dataset
-from latent_medi.training.draws import batch_generator, draw_batch
-from latent_medi.training.order import balance_weights, rank_slice, rows_at
+from latent_medi.training.batch_randomness import batch_generator, draw_batch
+from latent_medi.training.finetune.transfer import Source, transferred_schema
+from latent_medi.training.sample_order import balance_weights, rank_slice, rows_at
 from latent_medi.training.settings import StreamSettings, TrainSettings
-from latent_medi.training.transfer import Source, transferred_schema
 
 AHEAD = 2
 """Updates whose patches are read and decoded before they are asked for, when streaming."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from latent_medi.errors import UserError
-from latent_medi.files import write_text
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import write_text
 from latent_medi.metadata.tables import escape_cell, unescape_cell
 
 Measure = tuple[float, float | None]

@@ -17,21 +17,21 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
 
-from latent_medi.agreement import agreed
+from latent_medi.core.agreement import agreed
+from latent_medi.core.errors import Preempted, UserError
+from latent_medi.core.locks import output_lock
+from latent_medi.core.preemption import listening
+from latent_medi.core.progress import get_logger, progress
 from latent_medi.diffusion.objective import Objective, diffusion_loss
-from latent_medi.errors import Preempted, UserError
 from latent_medi.launch import make_accelerator
-from latent_medi.locks import output_lock
-from latent_medi.progress import get_logger, progress
-from latent_medi.training import averages, checkpoint, ddp, run
-from latent_medi.training.ahead import made_ahead, threads_for
+from latent_medi.training import checkpoint, ddp, posthoc_ema, run_folder
 from latent_medi.training.data import Batch, open_data
 from latent_medi.training.ema import Ema, ema_decay
-from latent_medi.training.notice import listening
+from latent_medi.training.finetune.transfer import inherited_objective, open_source
+from latent_medi.training.monitor import Watch
 from latent_medi.training.optimizer import build_optimizer
+from latent_medi.training.prefetch import made_ahead, threads_for
 from latent_medi.training.settings import TrainSettings
-from latent_medi.training.transfer import inherited_objective, open_source
-from latent_medi.training.watch import Watch
 
 logger = get_logger("training")
 
@@ -95,20 +95,20 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
         check_strategy(accelerator, settings)
         source = open_source(settings.init_from) if settings.init_from else None
         data = open_data(settings, source, device)
-        record = run.describe(settings, data, source)
-        finished = run.finished(out, record)
-        run.tell(told, settings, data)
+        record = run_folder.describe(settings, data, source)
+        finished = run_folder.finished(out, record)
+        run_folder.tell(told, settings, data)
         told.reads("init_from", settings.init_from, lambda: record["source"])
         told.does({"finished": finished})
     if finished:
         logger.info("%s is finished.", out)
-        return out / run.product(settings)
+        return out / run_folder.product(settings)
     objective = Objective(inherited_objective(source, settings) if source else settings.objective)
-    denoiser, table = run.build(settings, data, source)
+    denoiser, table = run_folder.build(settings, data, source)
     names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
-    autoencoder = run.find_autoencoder(settings, data, source)
+    autoencoder = run_folder.find_autoencoder(settings, data, source)
     if main:
-        run.begin(out, record, settings, table)
+        run_folder.begin(out, record, settings, table)
     accelerator.wait_for_everyone()
 
     # Where to go on. The main process chooses, so that all agree.
@@ -118,7 +118,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     # Measured once: another device or batch would measure other last digits.
     data.whiten(source, settings.override, state.get("whitening"), accelerator)
     if newest:
-        run.check_same(out, record, state["run"])
+        run_folder.check_same(out, record, state["run"])
         checkpoint.load_trained(denoiser, tensors["model"], names)
         if main:
             logger.info("Going on at %s images.", f"{state['images']:,}")
@@ -147,7 +147,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     share = batch // processes
     largest = min(settings.device_batch or share, share)
     steps = range(state["images"] // batch, total // batch)
-    dropping = run.drops(settings, source)
+    dropping = run_folder.drops(settings, source)
 
     def prepared(step: int) -> Batch:
         made = data.batch(step, batch, settings.seed, objective.timesteps, settings.dropout, rank, processes)
@@ -192,7 +192,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
                 group["lr"] = rate
             # The network's own dropout must not depend on what ran before.
             if dropping:
-                torch.manual_seed(run.dropout_seed(settings.seed, step, rank))
+                torch.manual_seed(run_folder.dropout_seed(settings.seed, step, rank))
 
             # Forward and backward, in parts that fit the device. Processes average their gradients in the last part.
             parts = next(batches).parts(largest, device)
@@ -227,7 +227,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
                 watch.report(images, rate)
             keeping = settings.ema.also or settings.ema.snapshot_every_images
             if main and keeping and (last or crossed(images, batch, settings.ema.snapshot_every_images)):
-                averages.save_snapshots(out, images, {w: each.module.state_dict() for w, each in emas.items()})
+                posthoc_ema.save_snapshots(out, images, {w: each.module.state_dict() for w, each in emas.items()})
             if main and saving:
                 save(images)
             if last or crossed(images, batch, settings.preview_every_images):  # once all that matters is safe
@@ -240,10 +240,10 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
                 )
 
     if main:
-        run.finish(settings, record, data, autoencoder, objective.settings, total, ema.module, source)
+        run_folder.finish(settings, record, data, autoencoder, objective.settings, total, ema.module, source)
     accelerator.wait_for_everyone()
     watch.finish()
-    return out / run.product(settings)
+    return out / run_folder.product(settings)
 
 
 def ema_file(width: float, settings: TrainSettings) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.training.settings import TrainSettings
 
 

@@ -16,26 +16,26 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path
+from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.objective import make_scheduler
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise, make_sampler
 from latent_medi.diffusion.settings import ObjectiveSettings, SamplerSettings
-from latent_medi.errors import UserError
-from latent_medi.features.statistics import frechet_distance
-from latent_medi.files import atomic_path
 from latent_medi.latents.autoencoder import Autoencoder
-from latent_medi.progress import get_logger
+from latent_medi.statistics.distances import frechet_distance
 from latent_medi.training.data import TrainingData
-from latent_medi.training.footprint import AUTOCAST
+from latent_medi.training.estimate.step_cost import AUTOCAST
 from latent_medi.training.settings import TrainSettings
 
 logger = get_logger("training")
 
 FOLDER = "previews"
 COLUMNS = ("images", "fd_pooled", "fd_pooled_real", "n")
-_STREAM = 7  # apart from the streams of order.py and draws.py
+_STREAM = 7  # apart from the streams of sample_order.py and batch_randomness.py
 _DECODED_AT_ONCE = 8
 _MOST_SHOWN = 64
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from latent_medi.core.errors import UserError
+from latent_medi.core.paths import PathText
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
-from latent_medi.errors import UserError
-from latent_medi.paths import PathText
 
 
 @dataclass

@@ -15,7 +15,7 @@ import latent_medi
 from latent_medi.demo.cohort import HELD_OUT, patches, patients
 from latent_medi.demo.pretrain import embed, shape_r2, tissue_bank
 from latent_medi.demo.settings import CohortSettings
-from latent_medi.features.tiny import TinyEncoder
+from latent_medi.features.tiny_encoder import TinyEncoder
 from latent_medi.latents.autoencoder import load_autoencoder
 
 WEIGHTS = Path(latent_medi.__file__).parent / "demo" / "weights"

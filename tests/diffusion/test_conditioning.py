@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import (
     Conditions,
     MetadataConditioner,
@@ -19,7 +20,6 @@ from latent_medi.diffusion.conditioning import (
     fourier_features,
 )
 from latent_medi.diffusion.settings import DropoutSettings
-from latent_medi.errors import UserError
 from latent_medi.metadata.schema import NULL, UNKNOWN, Field, Schema
 
 ROWS = [

@@ -8,10 +8,10 @@ from diffusers import UNet2DModel
 from diffusion_parts import make_denoiser
 from parts import small_model
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.settings import ModelSettings
-from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Field, Schema
 
 ROWS = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusion_parts import Counted, make_denoiser
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion import guidance as module
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.guidance import (
@@ -25,7 +26,6 @@ from latent_medi.diffusion.guidance import (
 from latent_medi.diffusion.objective import Objective, make_scheduler
 from latent_medi.diffusion.samplers import draw_noise, make_sampler, sample_latents
 from latent_medi.diffusion.settings import DropoutSettings, GuidanceSettings, ObjectiveSettings, SamplerSettings
-from latent_medi.errors import UserError
 
 ROWS = [
     {"grade": "gleason4", "site": "radboud", "gender": "male", "age": 65.0},

@@ -14,10 +14,10 @@ from diffusers import DiffusionPipeline
 from diffusion_parts import make_denoiser
 from parts import make_autoencoder
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import SAMPLERS
 from latent_medi.diffusion.settings import ObjectiveSettings, SamplerSettings
-from latent_medi.errors import UserError
 
 ASKED = {"class_": "gleason4", "site": "radboud", "gender": "male", "age": 61.5, "steps": 3, "output_type": "np"}
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusion_parts import make_denoiser
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.inversion import ddim_coefficients, first_step_of, invert_latents, translate_latents
 from latent_medi.diffusion.objective import Objective, make_scheduler
 from latent_medi.diffusion.samplers import make_sampler, sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
-from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Schema
 
 OBJECTIVES = {

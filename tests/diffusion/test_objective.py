@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.objective import Objective, diffusion_loss, make_scheduler, noise_schedule, settings_of
 from latent_medi.diffusion.settings import ObjectiveSettings
-from latent_medi.errors import UserError
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 T = torch.tensor([0, 1, 250, 998, 999])

@@ -14,11 +14,11 @@ import torch
 from diffusion_parts import make_denoiser
 from parts import make_autoencoder
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.denoiser import lay_out
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
-from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import save_autoencoder
 
 ASKED = {"class_": "gleason4", "site": "radboud", "gender": "male", "age": 61.5}

@@ -12,12 +12,12 @@ from diffusers import DDIMScheduler
 from diffusion_parts import Counted, make_denoiser
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.guidance import Autoguidance
 from latent_medi.diffusion.objective import Objective, make_scheduler
 from latent_medi.diffusion.samplers import SAMPLERS, draw_noise, draws_noise, make_sampler, refusal, sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
-from latent_medi.errors import UserError
 
 OBJECTIVES = {
     f"{prediction}-{schedule}-{'zero' if zero else 'plain'}": ObjectiveSettings(

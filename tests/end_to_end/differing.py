@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from latent_medi.cli import run_verb
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 
 cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 rank = os.environ["RANK"]

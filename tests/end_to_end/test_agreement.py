@@ -15,7 +15,7 @@ from cluster_parts import REPOSITORY, SMALL, launcher
 from evaluation_world import HELD_OUT, Size, build_world, write_real
 from parts import make_cohort
 
-from latent_medi.files import read_json
+from latent_medi.core.files import read_json
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.encode import encode_dataset
 

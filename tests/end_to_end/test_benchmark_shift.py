@@ -12,7 +12,7 @@ import yaml
 from evaluation_world import SCHEMA, SIZE, Size, real_patches
 
 from latent_medi.cli import main
-from latent_medi.evaluation.shift_curve import SHOWN
+from latent_medi.experiment.shift_result import SHOWN
 from latent_medi.metadata.seen import saw
 from latent_medi.shards.writer import write_dataset
 

@@ -28,7 +28,7 @@ from cluster_parts import (
 )
 
 from latent_medi import launch
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 
 SCRIPT = REPOSITORY / "configs" / "cluster" / "slurm.sh"
 

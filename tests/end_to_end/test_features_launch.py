@@ -12,7 +12,7 @@ import yaml
 from cluster_parts import ALONE, REPOSITORY, launcher
 from evaluation_world import HELD_OUT, Size, build_world
 
-from latent_medi.files import read_json
+from latent_medi.core.files import read_json
 from latent_medi.shards.dataset import PatchDataset
 
 TWO = launcher(2, 0, module="accelerate.commands.launch")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import latent_medi
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.evaluation.provenance import git_revision
 from latent_medi.shards.dataset import PatchDataset
 

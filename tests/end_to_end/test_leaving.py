@@ -22,7 +22,7 @@ def note():
     (out / f"rank-{rank}").write_text(str(torch.distributed.is_initialized()))
 
 from latent_medi import cli
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.launch import make_accelerator
 
 def verb(words):

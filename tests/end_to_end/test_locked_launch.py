@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cluster_parts import REPOSITORY, launcher
 
+from latent_medi.core.locks import LOCK_FILE, output_lock
 from latent_medi.latents.autoencoder import Autoencoder
-from latent_medi.locks import LOCK_FILE, output_lock
 
 
 def test_two_processes_are_refused_together(tiny: Path, tmp_path: Path, autoencoder: Autoencoder) -> None:

@@ -13,12 +13,12 @@ import psutil
 import pytest
 from cluster_parts import REPOSITORY, SMALL, images_logged, images_saved, launcher, wait_until
 
-from latent_medi.files import read_json
+from latent_medi.core.files import read_json
 
 PROGRAM = """
 import json, sys
 from latent_medi import cli
-from latent_medi.stages import side_by_side
+from latent_medi.experiment.stages import side_by_side
 
 def step(_):
     print("begun", flush=True)

@@ -10,10 +10,10 @@ import pytest
 from parts import make_cohort
 
 from latent_medi.cli import main
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
+from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_json, damaged_latents, damaged_model, reopen
+from latent_medi.experiment.stages import Stage, Stages
 from latent_medi.latents.encode import encode_dataset
-from latent_medi.stages import Stage, Stages
-from latent_medi.wholeness import damaged_dataset, damaged_json, damaged_latents, damaged_model, reopen
 
 SMALL = """
 model: {block_out_channels: [32, 32], attention: [false, true], attention_head_dim: 16, layers_per_block: 1,

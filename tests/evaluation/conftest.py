@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from evaluation_world import World, build_world, filters
+from evaluation_world import World, filters, world
 
 from latent_medi.evaluation.evaluate import evaluate
 
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build_world(tmp_path_factory.mktemp("world"))
+__all__ = ["metrics", "world"]
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,12 @@ from PIL import Image
 
 from latent_medi.demo.cohort import Patient, patches, patients
 from latent_medi.demo.settings import CohortSettings
-from latent_medi.evaluation.against_real import Patches, deals, judge
-from latent_medi.evaluation.memorisation import CopyFinder
-from latent_medi.evaluation.probes import Probe, fit_probe
-from latent_medi.features.colour import fit_stain, transfer
+from latent_medi.evaluation.fidelity.memorisation import CopyFinder
+from latent_medi.evaluation.fidelity.real_split_range import Patches, deals, judge
 from latent_medi.features.encoders import ImageEncoder, load_encoder
-from latent_medi.features.likeness import small_patches
+from latent_medi.features.pixel_copies import small_patches
+from latent_medi.features.stain import fit_stain, transfer
+from latent_medi.statistics.linear_probe import Probe, fit_probe
 
 COHORT = CohortSettings(seed=11, probe_patients=20, test_patients=60)
 SIDE = 40

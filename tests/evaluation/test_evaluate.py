@@ -27,10 +27,10 @@ from evaluation_world import (
 from parts import put_index
 from safetensors import safe_open
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
+from latent_medi.evaluation.cohort.study import open_study
 from latent_medi.evaluation.evaluate import evaluate, finite
-from latent_medi.evaluation.headline import headline, headline_text, useful, verdict
-from latent_medi.evaluation.study import open_study
+from latent_medi.evaluation.summary import headline, headline_text, useful, verdict
 from latent_medi.features.cache import dataset_hash
 from latent_medi.metadata.seen import seen_in
 from latent_medi.report.render import render_report

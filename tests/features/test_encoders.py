@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from latent_medi.errors import UserError
+from latent_medi.core.checksums import write_sums
+from latent_medi.core.errors import UserError
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.networks import Network, Preprocessing
-from latent_medi.features.tiny import TinyEncoder
-from latent_medi.sums import write_sums
+from latent_medi.features.tiny_encoder import TinyEncoder
 
 TINY = {"dim": 12, "channels": [8, 16], "groups": 4, "image_size": 32, "mean": [0.7, 0.5, 0.6], "std": [0.2, 0.2, 0.1]}
 
@@ -70,7 +70,7 @@ def test_fingerprint_covers_what_is_in_no_tensor(folder: Path, images: np.ndarra
 
 
 def test_colour_free_twin_sees_no_eosin(folder: Path) -> None:
-    from latent_medi.features.colour import STAINS
+    from latent_medi.features.stain import STAINS
 
     twin = colour_free(load_encoder(folder))
     assert twin.name.endswith(":haematoxylin")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.features import registry
 from latent_medi.features.encoders import KNOWN, load_encoder
 from latent_medi.features.registry import ENCODERS, IMAGENET_MEAN, IMAGENET_STD

@@ -30,7 +30,7 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training import loop
 from latent_medi.training.data import open_data
 from latent_medi.training.ema import Ema
-from latent_medi.training.footprint import build_denoiser
+from latent_medi.training.estimate.step_cost import build_denoiser
 from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.settings import TrainSettings
 

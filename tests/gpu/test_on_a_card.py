@@ -30,19 +30,19 @@ from parts import random_images, random_model
 from tiny_runs import FORMS, Models, apart, forget_device, furthest, greys, make_models, tensors_in, tiny_run
 
 from latent_medi.cli import main
+from latent_medi.core.errors import RESUME
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import SamplerSettings
-from latent_medi.errors import RESUME
 from latent_medi.features.encoders import load_encoder
 from latent_medi.latents.autoencoder import Autoencoder
-from latent_medi.synthesis.maker import Maker
-from latent_medi.synthesis.plan import Sample
-from latent_medi.synthesis.settings import GenerateSettings
+from latent_medi.planning.plan import Sample
+from latent_medi.sampling.image_sampler import Maker
+from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training.checkpoint import newest_checkpoint
 from latent_medi.training.data import TrainingData
 from latent_medi.training.loop import ACCELERATE_PRECISION, train
 from latent_medi.training.optimizer import build_optimizer
-from latent_medi.training.run import plain
+from latent_medi.training.run_folder import plain
 from latent_medi.training.settings import EmaSettings, TrainSettings
 
 pytestmark = pytest.mark.gpu

@@ -26,6 +26,7 @@ from latent_medi.diffusion.settings import (
 )
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.networks import Network, Preprocessing
+from latent_medi.latent_classifier.train import train_classifier
 from latent_medi.latents import autoencoder as autoencoders
 from latent_medi.latents import encode as encoding
 from latent_medi.latents import store
@@ -33,11 +34,10 @@ from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_
 from latent_medi.latents.encode import encode
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.store import LatentStore
-from latent_medi.synthesis.generate import generate
-from latent_medi.synthesis.maker import Maker
-from latent_medi.synthesis.plan import Sample
-from latent_medi.synthesis.settings import GenerateSettings
-from latent_medi.training.classifier import train_classifier
+from latent_medi.planning.plan import Sample
+from latent_medi.sampling.generate import generate
+from latent_medi.sampling.image_sampler import Maker
+from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training.loop import train
 from latent_medi.training.settings import EmaSettings, StreamSettings
 

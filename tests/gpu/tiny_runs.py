@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState, GradientState
 from parts import small_model
 from safetensors.torch import load_file
 
-from latent_medi.diffusion.classifier_settings import EncoderSettings
 from latent_medi.diffusion.settings import GuidanceSettings
-from latent_medi.training.classifier import train_classifier
-from latent_medi.training.classifier_settings import ClassifierSettings
+from latent_medi.latent_classifier.network_settings import EncoderSettings
+from latent_medi.latent_classifier.settings import ClassifierSettings
+from latent_medi.latent_classifier.train import train_classifier
 from latent_medi.training.loop import train
 from latent_medi.training.settings import TrainSettings
 

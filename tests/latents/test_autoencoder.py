@@ -11,7 +11,7 @@ import torch
 from parts import random_images, random_model
 from PIL import Image
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from latent_medi.latents.taef2 import AutoencoderTAEF2
 

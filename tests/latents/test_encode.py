@@ -13,14 +13,14 @@ from latents_parts import make_dataset
 from parts import random_model
 from safetensors.torch import load_file
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.latents import encode as module
 from latent_medi.latents.autoencoder import Autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode, encode_dataset
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.views import view_of
-from latent_medi.shards.reader import threads_beside
+from latent_medi.shards.background_reader import threads_beside
 from latent_medi.shards.remote import open_dataset
 
 

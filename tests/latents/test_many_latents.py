@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.latents.info import SCHEMA_VERSION, write_info
 from latent_medi.latents.store import LatentStore
 

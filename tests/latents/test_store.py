@@ -11,7 +11,7 @@ from latents_parts import make_dataset
 from parts import random_model
 from safetensors.torch import load_file
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.latents import store as module
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.encode import encode_dataset

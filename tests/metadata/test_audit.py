@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.audit import audit, audit_text, cramers_v
 from latent_medi.metadata.estimability import verdict
 from latent_medi.metadata.schema import Schema

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from latent_medi.cli import main
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.audit import audit_text
 from latent_medi.metadata.cohort import audit_index, audit_table, read_cohort
 from latent_medi.metadata.settings import AuditSettings

@@ -12,18 +12,18 @@ import pytest
 from PIL import Image
 
 from latent_medi.cli import main
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.errors import UserError
 from latent_medi.metadata.audit import audit
 from latent_medi.metadata.cohort import read_cohort
 from latent_medi.metadata.names import ON_REAL, PLAN_COLUMNS, RESERVED, check_new_names
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import random_split
+from latent_medi.planning.plan import OWN_COLUMNS, QUANTILES_OF, UNKNOWN_OF
+from latent_medi.planning.planner import plan_from
+from latent_medi.sampling.settings import GenerateSettings, GridSettings, PlanSettings
 from latent_medi.shards.dataset import FIXED_COLUMNS, PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset
-from latent_medi.synthesis.plan import OWN_COLUMNS, QUANTILES_OF, UNKNOWN_OF
-from latent_medi.synthesis.planner import plan_from
-from latent_medi.synthesis.settings import GenerateSettings, GridSettings, PlanSettings
 
 
 def test_every_name_of_ours_is_reserved() -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latent_medi.cli import main
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.cohort import read_cohort
 from latent_medi.metadata.tables import read_table
 

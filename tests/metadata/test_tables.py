@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table, require_columns, write_for_people, written_for_people
 

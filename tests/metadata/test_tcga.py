@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.tcga import (
     Barcode,
     clinical_fields,

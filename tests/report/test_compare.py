@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from latent_medi import cli
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.report.compare import compare, differing, render_comparison, run_names
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from latent_medi import cli
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.report.reading_score import score_sheet
 from latent_medi.report.reading_sheet import make_sheet
 from latent_medi.report.settings import ReadingSheetSettings

@@ -17,7 +17,7 @@ from evaluation_world import World
 from flips import flips
 from PIL import Image
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.report.colour import sentence, side_by_side
 from latent_medi.report.figures import image_uri, short
 from latent_medi.report.page import bounds, distance, flat, number, percent, read_metrics, share

@@ -20,10 +20,10 @@ from PIL import Image
 from slide_parts import tissue, write_slide
 
 from latent_medi.cli import main
-from latent_medi.errors import UserError
-from latent_medi.files import read_sealed, write_sealed
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.metadata.schema import Schema
-from latent_medi.recipe import load_recipe
+from latent_medi.recipes.registry import load_recipe
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings

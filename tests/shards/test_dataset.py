@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parts import put_index
 
-from latent_medi.errors import UserError
-from latent_medi.files import read_sealed, write_sealed
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from parts import put_index
 
 from latent_medi.cli import main
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed, write_json
 from latent_medi.diffusion.conditioning import Conditions
-from latent_medi.errors import UserError
-from latent_medi.files import read_sealed, write_json
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.seen import saw
 from latent_medi.shards import folder as folder_module

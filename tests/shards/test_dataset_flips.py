@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from flips import flips
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.export import samples

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from latent_medi.cli import main
+from latent_medi.core.errors import UserError
 from latent_medi.demo.tissue import random_shape, random_stain, render
-from latent_medi.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards import duplicates
 from latent_medi.shards.dataset import PatchDataset

@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 
 from latent_medi.cli import main
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.export import export

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.shards.find import find_files
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from latent_medi.cli import main
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images
 from latent_medi.shards.settings import ImportSettings

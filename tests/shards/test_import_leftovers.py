@@ -17,7 +17,7 @@ import tifffile
 from PIL import Image
 
 from latent_medi.cli import main
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.shards import images as images_module
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.images import import_images

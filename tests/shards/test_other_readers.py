@@ -16,7 +16,7 @@ from slide_parts import tissue, write_slide
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.settings import SlideSettings
-from latent_medi.shards.slides import cut_slides
+from latent_medi.shards.slides.cut import cut_slides
 from latent_medi.shards.writer import Patch, write_dataset
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from latent_medi.errors import UserError
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.codec import decode_image
 from latent_medi.shards.dataset import PatchDataset

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latent_medi.errors import UserError
-from latent_medi.files import read_json, sha256_file
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_json, sha256_file
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_dataset, write_shard

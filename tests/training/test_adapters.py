@@ -17,13 +17,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_loop import assert_same_bits, finished, interrupt_at, launch, two_processes, weights
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.adapters import open_adapter
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import SamplerSettings
-from latent_medi.errors import UserError
 from latent_medi.metadata.seen import saw
-from latent_medi.synthesis.generate import generate, generate_plan
-from latent_medi.synthesis.settings import GenerateSettings
+from latent_medi.sampling.generate import generate, generate_plan
+from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training import loop
 from latent_medi.training.checkpoint import checkpoint_folders
 from latent_medi.training.loop import train

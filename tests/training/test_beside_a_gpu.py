@@ -24,16 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.store import LatentStore
-from latent_medi.training import ahead, estimate, loop, preview
-from latent_medi.training.ahead import made_ahead, threads_for
+from latent_medi.training import loop, prefetch, preview
 from latent_medi.training.data import Batch, open_data
 from latent_medi.training.ema import Ema
+from latent_medi.training.estimate import report
 from latent_medi.training.losses import LossTable, sums_by_label
+from latent_medi.training.prefetch import made_ahead, threads_for
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
 Make = Callable[..., TrainSettings]
@@ -189,9 +190,9 @@ def test_batches_come_in_order_a_few_ahead_and_an_error_at_its_own() -> None:
 
 def test_threads_are_for_devices_and_follow_the_cores(run_settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     data = open_data(run_settings(), None)
-    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(prefetch.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert threads_for(data, CPU) == 0
-    assert threads_for(data, GPU) == ahead.MOST_THREADS
+    assert threads_for(data, GPU) == prefetch.MOST_THREADS
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert threads_for(data, GPU) == 1
 
@@ -389,7 +390,7 @@ def test_what_was_compiled_is_gone_before_memory_is_measured(monkeypatch: pytest
     settings = EstimateSettings(max_steps=1, model=small_model(), global_batch=2, measure_steps=1, compile=True)
     gc.disable()
     try:
-        estimate.measure(settings, (4, 8, 8), None, 2, device="cpu")
+        report.measure(settings, (4, 8, 8), None, 2, device="cpu")
         assert [ref() for ref in made] == [None]
     finally:
         gc.enable()

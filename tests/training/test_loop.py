@@ -21,21 +21,21 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import sha256_file, write_sealed
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
-from latent_medi.errors import UserError
-from latent_medi.files import sha256_file, write_sealed
 from latent_medi.latents.info import read_info, write_info
 from latent_medi.metadata.schema import FIRST_VALUE
 from latent_medi.training import loop
+from latent_medi.training.batch_randomness import batch_generator, draw_batch, stratified_timesteps
 from latent_medi.training.checkpoint import checkpoint_folders
-from latent_medi.training.draws import batch_generator, draw_batch, stratified_timesteps
 from latent_medi.training.ema import ema_decay
+from latent_medi.training.finetune.transfer import open_source
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import crossed, learning_rate, train
-from latent_medi.training.run import MASKING, RUN_FILE, drops, read_record
+from latent_medi.training.run_folder import MASKING, RUN_FILE, drops, read_record
 from latent_medi.training.settings import EmaSettings, LoraSettings, TrainSettings
-from latent_medi.training.transfer import open_source
 
 Make = Callable[..., TrainSettings]
 

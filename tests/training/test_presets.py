@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from parts import stable_diffusion_vae
 
-from latent_medi import config
+from latent_medi.core import config
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.diffusion.settings import SamplerSettings
@@ -25,7 +25,7 @@ from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.writer import Patch, write_dataset
 from latent_medi.training.checkpoint import checkpoint_folders
-from latent_medi.training.estimate import GIB, estimate
+from latent_medi.training.estimate.report import GIB, estimate
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import train
 from latent_medi.training.settings import EstimateSettings, TrainSettings

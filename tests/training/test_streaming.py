@@ -15,21 +15,21 @@ import torch
 from parts import random_model
 from safetensors.torch import load_file
 
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.errors import UserError
 from latent_medi.latents.autoencoder import Autoencoder, weight_hash
 from latent_medi.latents.encode import encode_dataset
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.stream import StreamedLatents
+from latent_medi.shards.background_reader import ReadAhead
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.reader import ReadAhead
 from latent_medi.training import data as module
 from latent_medi.training import loop
+from latent_medi.training.batch_randomness import batch_generator, draw_batch
 from latent_medi.training.data import Batch, TrainingData, cell_weights, open_data
-from latent_medi.training.draws import batch_generator, draw_batch
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import train
-from latent_medi.training.order import rows_at
+from latent_medi.training.sample_order import rows_at
 from latent_medi.training.settings import StreamSettings, TrainSettings
 
 Make = Callable[..., TrainSettings]

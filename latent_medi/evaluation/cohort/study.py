@@ -1,0 +1,385 @@
+"""The cohort of one evaluation: which real rows play which part, the held-out combinations, and the synthetic arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.progress import get_logger
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.metadata.schema import NULL, UNKNOWN_WORD, Schema
+from latent_medi.metadata.seen import patients_hash, saw
+from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.duplicates import joined_patients, on_several_sides
+from latent_medi.shards.layout import PICTURE
+from latent_medi.shards.selections import selected_mask
+
+log = get_logger(__name__)
+
+Combination = dict[str, str]
+UNTOLD = frozenset({UNKNOWN_WORD, "null", ""})
+"""What stands in a field that a generated patch's model was not given."""
+
+
+@dataclass
+class Arm:
+    """One synthetic dataset.
+
+    Args:
+        name: "medi", "cls" or another name.
+        dataset: Its patches.
+        fields: The class and categorical fields that its model was given; values unknown throughout do not count.
+        rows: Row numbers of the dataset that take part, ascending.
+    """
+
+    name: str
+    dataset: PatchDataset
+    fields: tuple[str, ...]
+    rows: np.ndarray
+
+    @cached_property
+    def index(self) -> pd.DataFrame:
+        """A row per patch that takes part, numbered from 0."""
+        return self.dataset.index.iloc[self.rows].reset_index(drop=True)
+
+
+_MAY_BE_SEEN = "set unseen=false (evaluate.unseen=false of `latent-medi run`)"
+
+
+@dataclass
+class Study:
+    """Real rows by the part they play; all are row numbers of ``real.index``.
+
+    Args:
+        real: The real dataset.
+        class_field, site_field: Names of the two fields.
+        held_out: Combinations without a training patch.
+        arms: Synthetic datasets by name.
+        train: Training patches.
+        shown: Training patches and those without a known class: all that a model may have been shown.
+        probe: Real patches of other patients for the floor.
+        probe_train: What the probes of the adherence learn from.
+        reference: Test patches for fidelity and for the probes' ceiling.
+        test: Test patches for the downstream comparison.
+        oracle_reason: Why there is no oracle; empty if there is one.
+        notes: What a reader must know about these choices.
+        warnings: What the verdict must not be read without.
+    """
+
+    real: PatchDataset
+    class_field: str
+    site_field: str
+    held_out: list[Combination]
+    arms: dict[str, Arm]
+    train: np.ndarray
+    shown: np.ndarray
+    probe: np.ndarray
+    probe_train: np.ndarray
+    reference: np.ndarray
+    test: np.ndarray
+    oracle_reason: str
+    notes: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def index(self) -> pd.DataFrame:
+        """The real dataset's index."""
+        return self.real.index
+
+    @property
+    def classes(self) -> list[str]:
+        """Class values that occur in training or test patches, in the schema's order."""
+        rows = np.concatenate([self.train, self.test])
+        present = set(self.index[self.class_field].to_numpy()[rows])
+        return [v for v in self.real.schema.field(self.class_field).values if v in present]
+
+    @property
+    def patients(self) -> np.ndarray:
+        """Patient of each row of the real index; those who share a picture are one."""
+        return joined_patients(self.index).astype(str)
+
+    def categorical(self) -> tuple[str, ...]:
+        """Names of the class and categorical fields."""
+        return categorical_fields(self.real.schema)
+
+
+def categorical_fields(schema: Schema) -> tuple[str, ...]:
+    """Names of the class and categorical fields of a schema."""
+    return tuple(f.name for f in schema.fields if f.kind != "continuous")
+
+
+def matches(index: pd.DataFrame, combination: Mapping[str, str]) -> np.ndarray:
+    """Which rows have all the values of a combination; keys that are no column are ignored. bool [len(index)]."""
+    keep = np.ones(len(index), bool)
+    for name, value in combination.items():
+        if name in index.columns:
+            keep &= index[name].to_numpy(dtype=str) == value
+    return keep
+
+
+def any_match(index: pd.DataFrame, combinations: Sequence[Mapping[str, str]]) -> np.ndarray:
+    """Which rows fit at least one combination, bool [len(index)]."""
+    keep = np.zeros(len(index), bool)
+    for combination in combinations:
+        keep |= matches(index, combination)
+    return keep
+
+
+def among(rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Those of ``rows`` where the mask over the whole index holds."""
+    return rows[keep[rows]]
+
+
+def describe(combination: Mapping[str, str]) -> str:
+    """A combination in words, such as "spindle × birch"; of no value, everything."""
+    return " × ".join(combination.values()) or "all patches"
+
+
+def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
+    index = dataset.index
+    return tuple(name for name in categorical_fields(dataset.schema) if (~index[name].astype(str).isin(UNTOLD)).any())
+
+
+def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema, downstream: bool) -> list[Combination]:
+    if not held_out and downstream:
+        raise UserError(
+            "No held-out combination is given.",
+            "Set held_out, e.g. [{class: spindle, site: birch}], or downstream=false to judge the patches alone.",
+        )
+    names = categorical_fields(schema)
+    for combination in held_out:
+        for name, value in combination.items():
+            if name not in names:
+                known = nearest(name, names)
+                raise UserError(f"A held-out combination uses {name!r}, no class or categorical field; {known}.")
+            if schema.field(name).code(value) <= NULL + 1:
+                raise UserError(f"A held-out combination needs a value of {name!r}, not {value!r}.")
+    return [dict(c) for c in held_out]
+
+
+def _halve_test(
+    index: pd.DataFrame, test: np.ndarray, fields: Sequence[str], others: Sequence[str], seed: int
+) -> np.ndarray:
+    """Which test rows stand in for a probe split, bool over ``test``: half of the patients of each combination of the
+    fields, with about the same mix of the other fields in both halves.
+    """
+    first = index.iloc[test].drop_duplicates("patient").sort_values("patient").astype(str)
+    rng = np.random.default_rng(seed)
+    chosen: set[str] = set()
+    for _, group in first.groupby(list(fields), sort=True):
+        odd = 0
+        mixed = group.iloc[rng.permutation(len(group))]
+        kinds = [alike for _, alike in mixed.groupby(list(others), sort=True)] if others else [mixed]
+        # In an order by chance: the reference keeps the first kind's odd patient, the other half gets the second's.
+        for which in rng.permutation(len(kinds)) if len(kinds) > 1 else [0]:
+            taken, odd = divmod(len(kinds[which]) + odd, 2)
+            chosen.update(kinds[which]["patient"].to_numpy()[:taken])
+    table = index.iloc[test]
+    return table["patient"].astype(str).isin(chosen).to_numpy()
+
+
+def open_study(settings: EvaluateSettings) -> Study:
+    """Open the datasets, check them, and give every real row its part.
+
+    Raises:
+        UserError: No class field, an unknown split or field, synthetic rows among the real ones, a combination that is
+            not held out or that has no test patch.
+    """
+    real = PatchDataset.open(settings.real)
+    index = real.index
+    column = f"split_{settings.split}"
+    if real.schema.class_field is None:
+        raise UserError(f"The dataset {settings.real} has no class field.", "An evaluation needs one.")
+    if column not in index.columns:
+        raise UserError(
+            f"The dataset {settings.real} has no split {settings.split!r}; {nearest(settings.split, real.splits)}.",
+            f"`latent-medi split {settings.real} name={settings.split} …` makes one.",
+        )
+    if settings.site_field not in real.schema.names:
+        close = nearest(settings.site_field, real.schema.names)
+        raise UserError(f"The dataset {settings.real} has no field {settings.site_field!r}; {close}.")
+    synthetic = int((index["origin"] != "real").sum())
+    if synthetic:
+        raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
+    assert_patient_disjoint(index, column)
+    held_out = _check_held_out(settings.held_out, real.schema, settings.downstream)
+    for name in dict.fromkeys(name for fields in settings.cells for name in fields):
+        if name not in categorical_fields(real.schema):
+            close = nearest(name, categorical_fields(real.schema))
+            raise UserError(f"cells names {name!r}, no class or categorical field; {close}.")
+
+    class_field = real.schema.class_field.name
+    notes: list[str] = []
+    split = index[column].to_numpy(dtype=str).copy()
+    trained = patients_hash(index["patient"][split == settings.train_value])
+    shown = np.flatnonzero(split == settings.train_value)
+    named = index[class_field].isin(real.schema.class_field.values).to_numpy(bool)
+    if dropped := int(((split != "") & ~named).sum()):
+        split[~named] = ""
+        notes.append(
+            f"{dropped} real patches without a known {class_field} take no part, but copies of them are looked for."
+        )
+    parts = {v: np.flatnonzero(split == v) for v in (settings.train_value, settings.probe_value, settings.test_value)}
+    train, probe, test = parts.values()
+    for name, rows in ((settings.train_value, train), (settings.test_value, test)):
+        if len(rows) == 0:
+            raise UserError(f"Split {settings.split!r} has no {name!r} patches; it has {sorted(set(split))}.")
+    for combination in held_out:
+        keep = matches(index, combination)
+        if settings.unseen and keep[train].any():
+            raise UserError(
+                f"{describe(combination)} is not held out: {int(keep[train].sum())} training patches have it.",
+                f"Name combinations that training lacks, or {_MAY_BE_SEEN}.",
+            )
+        if not keep[test].any():
+            raise UserError(f"{describe(combination)} has no test patch, so nothing can be said about it.")
+
+    taught = sorted(set(index[class_field].to_numpy(str)[train]))
+    if settings.downstream and len(taught) < 2:
+        raise UserError(
+            f"All training patches show {class_field} = {taught[0]}: a classifier has nothing to tell apart.",
+            "Set downstream=false to judge the patches alone.",
+        )
+    if len(probe):
+        reference, probe_train, reason = test, probe, ""
+    else:
+        fields = (class_field, settings.site_field)
+        others = [name for name in categorical_fields(real.schema) if name not in fields]
+        half = _halve_test(index, test, fields, others, settings.seed)
+        probe, reference = test[half], test[~half]
+        probe_train = np.concatenate([train, probe])
+        reason = (
+            f"the split {settings.split!r} has no {settings.probe_value!r} patients, so no real patch of a held-out "
+            "combination is free for training"
+        )
+        notes.append(
+            f"There is no {settings.probe_value!r} split: half of the test patients of each class and site "
+            f"({len(set(index['patient'].iloc[probe]))} patients) give the floor and, with the training patches, train "
+            "the probes; fidelity and the probes' ceiling use the other half. Downstream accuracy uses all of them."
+        )
+    warnings: list[str] = []
+    if len(shared := on_several_sides(index, index[column])):
+        warnings.append(
+            f"{shared[PICTURE].nunique()} pictures lie in several parts of split {settings.split!r} under different "
+            f"patients, such as {' = '.join(shared['key'][shared[PICTURE] == shared[PICTURE].iloc[0]][:2])}: what is "
+            "judged has been seen in training. `latent-medi split` keeps such patients together."
+        )
+    if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
+        raise UserError(f"selected names the arm {unknown[0]!r}; {nearest(unknown[0], settings.synthetic)}.")
+    arms = {}
+    for name, folder in settings.synthetic.items():
+        dataset = PatchDataset.open(folder)
+        if dataset.schema.class_field is None or dataset.schema.class_field.name != class_field:
+            raise UserError(f"The synthetic dataset {folder} ({name}) has no class field {class_field!r}.")
+        if (dataset.index["origin"] != "synthetic").any():
+            raise UserError(
+                f"The synthetic dataset {folder} ({name}) holds real patches.", "An arm must be wholly synthetic."
+            )
+        rows = np.arange(len(dataset))
+        if name in settings.selected:
+            rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
+        if settings.unseen and held_out:
+            notes += _check_unseen(name, dataset, held_out)
+        record = dataset.info.get("provenance", {}).get("seen") or {"complete": False, "parts": []}
+        hashes = [part.get("patients") for part in record["parts"]]
+        if not record["complete"] or None in hashes:
+            notes.append(f"The samples of {name} do not say which patients their model was trained on.")
+        if any(known not in (None, trained) for known in hashes):
+            warnings.append(
+                f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
+                f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
+            )
+        arms[name] = Arm(name, dataset, _known_fields(dataset), rows)
+        log.info("Arm %s: %d patches, fields %s", name, len(rows), ", ".join(arms[name].fields))
+    return Study(
+        real,
+        class_field,
+        settings.site_field,
+        held_out,
+        arms,
+        train,
+        shown,
+        probe,
+        probe_train,
+        reference,
+        test,
+        reason,
+        notes,
+        warnings,
+    )
+
+
+def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combination]) -> list[str]:
+    """Refuse samples of a model that was shown a held-out combination; a note where that cannot be told."""
+    record = dataset.info.get("provenance", {}).get("seen")
+    for combination in held_out:
+        if saw(record, combination):
+            raise UserError(
+                f"The model that made {dataset.folder} ({name}) was trained on patches of {describe(combination)}.",
+                f"Train one without them, name combinations that it did not see, or {_MAY_BE_SEEN}.",
+            )
+    if any(saw(record, combination) is None for combination in held_out):
+        return [f"The samples of {name} do not say whether their model was trained on the held-out combinations."]
+    return []
+
+
+class Matched:
+    """Rows to subsample so that their mix of strata follows a target's.
+
+    Args:
+        rows: Row numbers to draw from.
+        strata: Stratum of each of them.
+        target: Stratum of each row of the target.
+        tolerance: Share of a sample that may lie in the wrong stratum because the right one has run out.
+    """
+
+    def __init__(self, rows: np.ndarray, strata: np.ndarray, target: np.ndarray, tolerance: float = 0.02) -> None:
+        self.rows = np.asarray(rows)
+        names, counts = np.unique(np.asarray(target, str), return_counts=True)
+        self.share = counts / max(counts.sum(), 1)
+        labels = np.asarray(strata, str)
+        place = np.searchsorted(names, labels)
+        found = np.flatnonzero(names[np.minimum(place, len(names) - 1)] == labels) if len(names) else place[:0]
+        order = found[np.argsort(place[found], kind="stable")]
+        self.members = np.split(order, np.searchsorted(place[order], np.arange(1, len(names))))[: len(names)]
+        self.available = np.array([len(m) for m in self.members])
+        self.missing = float(self.share[self.available == 0].sum())
+        low, high = 0, len(self.rows)
+        while low < high:
+            middle = (low + high + 1) // 2
+            short = np.maximum(self._quota(middle) - self.available, 0).sum() / middle
+            low, high = (middle, high) if short <= self.missing + tolerance else (low, middle - 1)
+        self.largest = low
+        """Largest sample that stays within the tolerance."""
+
+    def _quota(self, n: int) -> np.ndarray:
+        exact = n * self.share
+        quota = np.floor(exact).astype(int)
+        rest = np.argsort(-(exact - quota), kind="stable")[: n - quota.sum()]
+        quota[rest] += 1
+        return quota
+
+    def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+        """``n`` rows without repeats, and the share of them that stands in for a stratum that has run out."""
+        n = min(n, len(self.rows))
+        chosen = [
+            rng.choice(members, min(quota, len(members)), replace=False)
+            for members, quota in zip(self.members, self._quota(n), strict=True)
+        ]
+        picked = np.concatenate([np.zeros(0, int), *chosen])
+        left = np.setdiff1d(np.arange(len(self.rows)), picked)
+        fill = rng.choice(left, n - len(picked), replace=False)
+        return self.rows[np.sort(np.concatenate([picked, fill]))], (len(fill) / n if n else 0.0)
+
+
+def strata(index: pd.DataFrame, rows: np.ndarray, fields: Sequence[str]) -> np.ndarray:
+    """One label per row that joins its values of several fields."""
+    if not fields:
+        return np.full(len(rows), "", dtype=object)
+    return index.iloc[rows][list(fields)].astype(str).agg("|".join, axis=1).to_numpy()

@@ -1,0 +1,193 @@
+"""What a team without a generator would do: repeat patches it has, jitter their stain or map it to the missing site's,
+or take them from the site most like it.
+
+The rivals get every advantage: stain statistics come from classes that both sites share, in equal parts, and of several
+variants the better one on the test patients is headlined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from latent_medi.evaluation.cohort.study import Combination, Study, among, matches
+from latent_medi.features.stain import Method, StainStats, fit_stain, jitter_stains, transfer
+
+STAIN_METHODS: tuple[Method, ...] = ("reinhard", "macenko")
+_PATCHES_PER_FIT = 240
+
+
+def expand_cells(study: Study) -> list[Combination]:
+    """Held-out combinations with a class each; one without stands for all classes, what another implies is left out."""
+    expanded: list[Combination] = []
+    for combination in study.held_out:
+        if study.class_field in combination:
+            expanded.append(dict(combination))
+        else:
+            expanded += [{study.class_field: value, **combination} for value in study.classes]
+    unique: list[Combination] = []
+    for cell in expanded:
+        implied = any(other != cell and other.items() <= cell.items() for other in expanded)
+        if not implied and cell not in unique:
+            unique.append(cell)
+    return unique
+
+
+def domain(study: Study, cell: Combination) -> Combination:
+    """A cell without its class: where and how the patch was made."""
+    return {k: v for k, v in cell.items() if k != study.class_field}
+
+
+def affected_sites(study: Study) -> set[str]:
+    """Sites that have a held-out combination; one that names no site affects each site where test patches show it."""
+    sites: set[str] = set()
+    for combination in study.held_out:
+        if study.site_field in combination:
+            sites.add(combination[study.site_field])
+        else:
+            sites |= set(
+                study.index[study.site_field].to_numpy(str)[among(study.test, matches(study.index, combination))]
+            )
+    return sites
+
+
+def balanced_draw(groups: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """``n`` positions, groups in equal parts; a group repeats its members only after all of them have been drawn."""
+    names = np.unique(groups)
+    quota = np.full(len(names), n // len(names))
+    quota[rng.permutation(len(names))[: n - quota.sum()]] += 1
+    parts = [repeated_draw(np.flatnonzero(groups == g), q, rng) for g, q in zip(names, quota, strict=True)]
+    return np.concatenate([np.zeros(0, int), *parts])
+
+
+def repeated_draw(rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """``n`` of ``rows`` in random order, each used equally often up to one."""
+    if len(rows) == 0 or n == 0:
+        return np.zeros(0, int)
+    rounds = -(-n // len(rows))
+    return np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:n]
+
+
+@dataclass
+class Transferred:
+    """Real training patches in a held-out cell's stain.
+
+    Args:
+        images: By method, uint8 [n, H, W, 3].
+        rows: Real row that each patch comes from, [n].
+    """
+
+    images: dict[str, np.ndarray]
+    rows: np.ndarray
+
+
+def alike_sources(study: Study, cell: Combination, site: str | None = None) -> np.ndarray:
+    """Training rows of a cell's class from sites other than its own, or from one site.
+
+    Those that already have the cell's other values (a frozen section, say) are preferred: the others are left out if
+    there are any.
+    """
+    sites = study.index[study.site_field].to_numpy(str)
+    rows = among(study.train, matches(study.index, {study.class_field: cell[study.class_field]}))
+    rows = rows[sites[rows] == site] if site is not None else rows[sites[rows] != cell.get(study.site_field)]
+    others = {k: v for k, v in cell.items() if k not in (study.class_field, study.site_field)}
+    alike = among(rows, matches(study.index, others))
+    return alike if len(alike) else rows
+
+
+def stain_augmentation(study: Study, cell: Combination, n: int, seed: int, sigma: float) -> Transferred | None:
+    """Training patches of the cell's class, sites in equal parts, each with jittered stain.
+
+    Args:
+        study: The cohort.
+        cell: The held-out cell.
+        n: Patches to make.
+        seed: Seed of draw and jitter.
+        sigma: See :func:`latent_medi.features.stain.jitter_stains`.
+
+    Returns:
+        ``n`` patches; None if the class has no training patch.
+    """
+    rng = np.random.default_rng([seed, 13])
+    sources = alike_sources(study, {k: v for k, v in cell.items() if k != study.site_field})
+    if len(sources) == 0:
+        return None
+    rows = sources[balanced_draw(study.index[study.site_field].to_numpy(str)[sources], n, rng)]
+    return Transferred({"jitter": jitter_stains(study.real.read(rows), sigma, rng)}, rows)
+
+
+def nearest_sites(study: Study, cells: list[Combination], features: np.ndarray) -> list[str | None]:
+    """Per held-out cell the site that has its class in training and looks most like the cell's own site.
+
+    Sites are compared by the mean features of the training patches of each class that both have, standardised over the
+    training patches: the root mean square distance over the shared classes.
+
+    Args:
+        study: The cohort.
+        cells: Held-out cells.
+        features: Features of every real row, [N, d].
+
+    Returns:
+        None where the cell names no site, its site has no training patch, or no other site with the class shares a
+        class with it.
+    """
+    sites = study.index[study.site_field].to_numpy(str)[study.train]
+    classes = study.index[study.class_field].to_numpy(str)[study.train]
+    x = np.asarray(features[study.train], np.float64)
+    x = x / np.maximum(x.std(axis=0), 1e-12)
+    pairs = sorted(set(zip(sites.tolist(), classes.tolist(), strict=True)))
+    means = {(s, c): x[(sites == s) & (classes == c)].mean(axis=0) for s, c in pairs}
+    result: list[str | None] = []
+    for cell in cells:
+        target, value = cell.get(study.site_field), cell[study.class_field]
+        distances: dict[str, float] = {}
+        for site in sorted({s for s, c in means if c == value and s != target}):
+            shared = [c for s, c in means if s == site and (target, c) in means]
+            if shared:
+                squares = [((means[site, c] - means[str(target), c]) ** 2).sum() for c in shared]
+                distances[site] = float(np.sqrt(np.mean(squares)))
+        result.append(min(distances, key=lambda s: distances[s]) if distances else None)
+    return result
+
+
+def stain_transfer(study: Study, cell: Combination, n: int, seed: int) -> Transferred | None:
+    """Training patches of the cell's class from other sites, mapped to the stain of the cell's site.
+
+    Patches that already have the cell's other values (a frozen section, say) are preferred.
+
+    Returns:
+        ``n`` patches per method, sites in equal parts; None if the cell names no site or there is nothing to map.
+    """
+    if study.site_field not in cell:
+        return None
+    rng = np.random.default_rng([seed, 7])
+    target = cell[study.site_field]
+    sites = study.index[study.site_field].to_numpy(str)
+    sources = alike_sources(study, cell)
+    if len(sources) == 0 or not (sites[study.train] == target).any():
+        return None
+    rows = sources[balanced_draw(sites[sources], n, rng)]
+    images = study.real.read(rows)
+    mapped = {m: np.empty_like(images) for m in STAIN_METHODS}
+    for source in np.unique(sites[rows]):
+        here = sites[rows] == source
+        source_stats, target_stats = site_stains(study, str(source), target, seed)
+        for method in STAIN_METHODS:
+            mapped[method][here] = transfer(images[here], source_stats, target_stats, method)
+    return Transferred(cast(dict[str, np.ndarray], mapped), rows)
+
+
+def site_stains(study: Study, source: str, target: str, seed: int) -> tuple[StainStats, StainStats]:
+    """Stain of two sites from training patches of the classes that both have (all, if none), in equal parts."""
+    sites = study.index[study.site_field].to_numpy(str)[study.train]
+    classes = study.index[study.class_field].to_numpy(str)[study.train]
+    shared = set(classes[sites == source]) & set(classes[sites == target])
+    result = []
+    for site in (source, target):
+        rows = np.flatnonzero((sites == site) & (np.isin(classes, list(shared)) if shared else True))
+        rng = np.random.default_rng([seed, 11])
+        chosen = np.unique(balanced_draw(classes[rows], min(_PATCHES_PER_FIT, len(rows)), rng))
+        result.append(fit_stain(study.real.read(study.train[rows[chosen]])))
+    return result[0], result[1]

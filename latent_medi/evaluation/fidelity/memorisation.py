@@ -1,0 +1,386 @@
+"""Whether a generator repeats its training patients: copies by their pixels, and nearness in feature space.
+
+Everything is held against real patients that the model has not seen, since these lie at some distance from training
+patches too, and some of them nearer than others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from sklearn.cluster import KMeans
+
+from latent_medi.core.errors import UserError
+from latent_medi.core.progress import get_logger, progress
+from latent_medi.evaluation.cohort.study import Arm, Study, among, describe, matches
+from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.features.pixel_copies import SIDE, VIEWS, copy_scores, invariants, small_patches
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.duplicates import LEAST_LIKENESS, likeness
+from latent_medi.statistics.bootstrap import PatientResamples, measure, patients_in_turn, wilson
+from latent_medi.statistics.distances import project, scatter
+from latent_medi.statistics.neighbours import nearest
+
+log = get_logger(__name__)
+
+CANDIDATES = 20
+"""Training patches that each patch is compared with pixel by pixel."""
+LEAST_COPY = 0.6
+"""A correlation below this is no copy, however few held-out patches there are to set the threshold by."""
+_QUANTILE = 0.999
+_SPREADS = 8.55
+"""Quartile ranges above the median, of Fisher's z, beyond which one of a million largest correlations would lie
+(Gumbel's distribution)."""
+_QUARTILES_FROM = 20
+_LISTED = 24
+_CALIBRATION = 4000
+_MIN_CELL = 20
+_CT_DIMS, _CT_CELLS, _CT_LEAST = 64, 8, 20
+
+
+@dataclass
+class Copies:
+    """Which patches are copies of training patches, as far as pixels tell.
+
+    Args:
+        threshold: Correlation above which a patch is a copy.
+        scores: Correlation with the most similar training patch, by arm (each of its rows) and for "held_out" (the
+            study's reference).
+        partner: Real row of that training patch, likewise.
+        view: How it is turned, an index of ``VIEWS``, likewise.
+        judged_by: Probe patches that the threshold comes from.
+        duplicates: Real patches of other patients that show the same picture as a training patch: of the "probe" part,
+            left out of the threshold, and of "held_out", not counted as flagged.
+    """
+
+    threshold: float
+    scores: dict[str, np.ndarray]
+    partner: dict[str, np.ndarray]
+    view: dict[str, np.ndarray]
+    judged_by: int = 0
+    duplicates: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class CopyFinder:
+    """Finds copies of training patches.
+
+    Args:
+        bank: Training patches, made small (:func:`latent_medi.features.pixel_copies.small_patches`), [M, S, S].
+        others: Patches of other real patients, [N, S, S]: no more than one in a thousand of these is called a copy.
+        device: Torch device of the correlations.
+        one_picture: Tells of some others and of the training patches most like them, by their places, which pairs are
+            the same picture: such others say nothing of how alike different pictures are.
+
+    Attributes:
+        threshold: See :func:`copy_threshold`.
+        duplicates: Which of the others are the same picture as a training patch, bool [N].
+    """
+
+    def __init__(
+        self,
+        bank: np.ndarray,
+        others: np.ndarray,
+        device: str = "cpu",
+        one_picture: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        self.bank, self.table, self.device = bank, invariants(bank), device
+        self.duplicates = np.zeros(len(others), bool)
+        scores = np.zeros(0, np.float32)
+        if len(others):
+            scores, partner, _ = self.likeness(others)
+            if one_picture is not None:
+                alike = np.flatnonzero(scores > LEAST_COPY)
+                self.duplicates[alike] = one_picture(alike, partner[alike])
+        self.threshold = copy_threshold(scores[~self.duplicates])
+
+    def likeness(self, small: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Correlation of each patch with the most similar training patch [N], that one's row in the bank [N], and how
+        it is turned, an index of ``VIEWS`` [N]."""
+        candidates = nearest(invariants(small), self.table, CANDIDATES, device=self.device)[1]
+        return copy_scores(small, self.bank, candidates, self.device)
+
+
+def copy_threshold(scores: np.ndarray) -> float:
+    """The correlation above which a patch is a copy, from those of patches that are none.
+
+    It is the largest but one in a thousand, but no further out than the middle half of them lets expect one in a
+    million: a few copies among them, such as real patches that are there twice and shifted, must not hide all others.
+
+    Args:
+        scores: Largest correlation of each patch with a training patch, [N]; of no patch, the threshold is the least.
+    """
+    if not len(scores):
+        return LEAST_COPY
+    found = float(np.quantile(scores, _QUANTILE))
+    if len(scores) >= _QUARTILES_FROM:
+        low, middle, high = np.quantile(np.arctanh(np.clip(scores, -1 + 1e-6, 1 - 1e-6)), [0.25, 0.5, 0.75])
+        found = min(found, float(np.tanh(middle + _SPREADS * (high - low))))
+    return max(LEAST_COPY, found)
+
+
+def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
+    """Compare every synthetic patch, and every held-out one, with the training patches that may be its original.
+
+    The threshold comes from the study's probe part, without the patches in it that show the same picture as a training
+    patch; how many of the reference's patches it flags is told beside.
+
+    Args:
+        study: The cohort.
+        device: Torch device of the correlations.
+        batch: Patches that are read at once.
+    """
+    probe = study.probe
+    if len(probe) > _CALIBRATION:
+        probe = np.sort(np.random.default_rng(7).choice(probe, _CALIBRATION, replace=False))
+    finder = CopyFinder(
+        _small(study.real, study.shown, batch),
+        _small(study.real, probe, batch),
+        device,
+        lambda places, partners: _one_picture(study.real, probe[places], study.shown[partners], batch),
+    )
+    copies = Copies(finder.threshold, {}, {}, {}, int((~finder.duplicates).sum()), {"probe": finder.duplicates})
+    sources = {arm.name: (arm.dataset, arm.rows) for arm in study.arms.values()}
+    for name, (dataset, rows) in {**sources, "held_out": (study.real, study.reference)}.items():
+        score, position, view = finder.likeness(_small(dataset, rows, batch))
+        copies.scores[name], copies.partner[name], copies.view[name] = score, study.shown[position], view
+    flagged = np.flatnonzero(copies.scores["held_out"] > copies.threshold)
+    copies.duplicates["held_out"] = np.zeros(len(study.reference), bool)
+    copies.duplicates["held_out"][flagged] = _one_picture(
+        study.real, study.reference[flagged], copies.partner["held_out"][flagged], batch
+    )
+    return copies
+
+
+def _one_picture(real: PatchDataset, rows: np.ndarray, others: np.ndarray, batch: int) -> np.ndarray:
+    """Which pairs of rows are one picture, turned or encoded again, bool [N]."""
+    same = np.zeros(len(rows), bool)
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        pairs = zip(real.read(rows[part]), real.read(others[part]), strict=True)
+        same[part] = [likeness(one, other) >= LEAST_LIKENESS for one, other in pairs]
+    return same
+
+
+def _small(dataset: PatchDataset, rows: np.ndarray, batch: int) -> np.ndarray:
+    batches = dataset.iterate(rows, batch)
+    shown = progress(batches, -(-len(rows) // batch), f"pixels of {dataset.name}", "batch")
+    parts = [small_patches(images) for _, images in shown]
+    return np.concatenate(parts) if parts else np.zeros((0, SIDE, SIDE), np.float32)
+
+
+def memorisation(
+    study: Study,
+    features: Features,
+    copies: Copies,
+    resamples: int,
+    seed: int,
+    names: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """The record of one encoder.
+
+    Args:
+        study: The cohort.
+        features: Features of one encoder.
+        copies: From :func:`find_copies`; they do not depend on the encoder.
+        resamples: Patient resamples for the intervals.
+        seed: Seed of these, of the subsamples and of the cells of C_T.
+        names: Whether listed pairs have the names of patients and training patches, instead of numbers.
+        device: Torch device of the distances.
+
+    Returns:
+        ``rule``, ``threshold``, ``threshold_patches`` (how many it comes from), ``real_duplicates`` (by part, patches
+        of probe and held-out patients that show the same picture as a training patch, which count in no number),
+        ``held_out_flagged`` (share of the reference's patches that count as copies),
+        ``held_out_auth_pct``, and ``arms``: ``copy_rate``, ``copies``, ``listed`` (the most alike first), ``auth_pct``
+        (Alaa et al. 2022, percent), ``ct`` (Meehan et al. 2020; below −3 speaks for copying) and ``cells``.
+    """
+    flagged = (copies.scores["held_out"] > copies.threshold) & ~copies.duplicates["held_out"]
+    twice = {part: int(mask.sum()) for part, mask in copies.duplicates.items()}
+    bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
+    authentic = _Authentic(study, features, device)
+    train, held_out = features.real[study.train], features.real[study.reference]
+    record: dict[str, Any] = {
+        "rule": "A copy correlates with a training patch, turned, mirrored or shifted by up to an eighth of its side, "
+        f"more than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}."
+        + (
+            f" {twice['probe']} of these patches show the same picture as a training patch and do not count."
+            if twice["probe"]
+            else ""
+        ),
+        "threshold": copies.threshold,
+        "threshold_patches": copies.judged_by,
+        "real_duplicates": twice,
+        "held_out_flagged": _share(study, bootstrap, flagged.astype(float)),
+        "held_out_auth_pct": measure(None, 0, 0)
+        if authentic.alone
+        else _share(study, bootstrap, 100.0 * authentic.of(held_out)),
+        "arms": {},
+    }
+    for arm in study.arms.values():
+        if not len(arm.rows):
+            continue
+        copied = copies.scores[arm.name] > copies.threshold
+        n = len(arm.rows)
+        record["arms"][arm.name] = {
+            "copies": int(copied.sum()),
+            "copy_rate": measure(float(copied.mean()), n, 0)
+            | {"interval": wilson(int(copied.sum()), n), "interval_over": "samples"},
+            "auth_pct": _percent_authentic(authentic, features.arms[arm.name]),
+            "ct": _ct(train, held_out, features.arms[arm.name], seed, device),
+            "cells": _cells(study, features, arm, copied, seed, device),
+            "listed": _listed(study, copies, arm, names),
+        }
+    return record
+
+
+class TooManyCopies(UserError):
+    """More copies of training patches than are allowed; the metrics are written."""
+
+
+def check_gate(record: Mapping[str, Any], most: float) -> None:
+    """Refuse a generator that copies more than it may.
+
+    Args:
+        record: ``metrics["memorisation"]``.
+        most: Largest share of copies allowed.
+
+    Raises:
+        TooManyCopies: Names the arm, how many copies there are, and the first pair.
+    """
+    for one in record.values():
+        for name, arm in one["arms"].items():
+            if arm["copy_rate"]["value"] > most:
+                first = arm["listed"][0]
+                raise TooManyCopies(
+                    f"{arm['copies']} of {arm['copy_rate']['n_patches']} patches of {name} are copies of training "
+                    f"patches ({arm['copy_rate']['value']:.2%}, allowed {most:.2%}); the most alike is "
+                    f"{first['synthetic_key']} of row {first['train_row']} of the real dataset ({first['patient']}).",
+                    "Do not share these patches or this model. metrics.json lists the pairs; train with more patients "
+                    "or for fewer images, or drop copies with `latent-medi select`.",
+                )
+
+
+def _share(study: Study, bootstrap: PatientResamples, values: np.ndarray) -> dict[str, Any]:
+    weights = bootstrap.row_weights(np.arange(len(values)))
+    draws = weights @ values / weights.sum(axis=1)
+    return measure(float(values.mean()), len(values), len(bootstrap.names), draws)
+
+
+class _Authentic:
+    """AuthPct: a patch is authentic if its nearest training patch has a nearer training patch of another patient.
+
+    The published rule takes any other training patch. Patches of one slide are nearly the same, so almost everything
+    would be called authentic.
+    """
+
+    def __init__(self, study: Study, features: Features, device: str = "cpu") -> None:
+        self.train, self.device = features.real[study.train], device
+        names, codes = np.unique(study.patients[study.train], return_inverse=True)
+        self.alone = len(names) < 2  # nobody else's patch could be nearer
+        self.own = nearest(self.train, self.train, 1, (codes, codes), device)[0][:, 0]
+
+    def of(self, samples: np.ndarray) -> np.ndarray:
+        """bool [N]."""
+        distance, position = nearest(samples, self.train, 1, device=self.device)
+        return distance[:, 0] > self.own[position[:, 0]]
+
+
+def _percent_authentic(authentic: _Authentic, samples: np.ndarray) -> dict[str, Any]:
+    if authentic.alone:
+        return measure(None, 0, 0)
+    n, hits = len(samples), int(authentic.of(samples).sum())
+    return measure(100.0 * hits / n, n, 0) | {
+        "interval": [100.0 * x for x in wilson(hits, n) or []], "interval_over": "samples",
+    }  # fmt: skip
+
+
+def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int, device: str = "cpu") -> dict[str, Any]:
+    """Whether samples lie nearer to training patches than held-out ones do, in cells of the feature space.
+
+    Distances to the nearest training patch of the same cell (k-means on training features) are ranked against those of
+    held-out patches (Mann–Whitney, as a z-score); the mean over cells is weighted by held-out patches. The
+    z-score takes patches for independent, so it says in which direction, not how surely.
+    """
+    mean = train.mean(axis=0, dtype=np.float64)
+    dims = min(_CT_DIMS, train.shape[1])
+    directions = np.linalg.eigh(scatter(train, mean))[1][:, ::-1][:, :dims]
+    x, real, made = (project(part, mean, directions) for part in (train, held_out, samples))
+    clusters = KMeans(min(_CT_CELLS, max(1, len(x) // 100)), n_init=3, random_state=seed).fit(x)
+    cells = [clusters.predict(part) for part in (x, real, made)]
+    total, weight, left_out = 0.0, 0, 0
+    for cell in range(clusters.n_clusters):
+        bank, theirs, ours = (part[of == cell] for part, of in zip((x, real, made), cells, strict=True))
+        if min(len(bank), len(theirs), len(ours)) < _CT_LEAST:
+            left_out += len(ours)
+            continue
+        a, b = (nearest(part, bank, 1, device=device)[0][:, 0] for part in (ours, theirs))
+        u = stats.mannwhitneyu(a, b).statistic
+        n, m = len(a), len(b)
+        total += m * (u - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
+        weight += m
+    return {"value": total / weight if weight else None, "n_patches": len(samples), "left_out": left_out}
+
+
+def _cells(
+    study: Study, features: Features, arm: Arm, copied: np.ndarray, seed: int, device: str
+) -> list[dict[str, Any]]:
+    """Per combination of class and site that the arm knows: how near to training and to held-out patients.
+
+    Both banks have as many patches, from as many patients where possible; a generator that has learned the combination
+    and not its patients is as near to one as to the other.
+    """
+    fields = [f for f in (study.class_field, study.site_field) if f in arm.fields]
+    index = study.index
+    cells = []
+    for values, rows in sorted(arm.index.groupby(fields, observed=True).indices.items()):
+        combination = dict(zip(fields, values if isinstance(values, tuple) else (values,), strict=True))
+        here = matches(index, combination)
+        train, held_out = among(study.train, here), among(study.reference, here)
+        record: dict[str, Any] = {
+            "name": describe(combination), "combination": combination, "n": len(rows),
+            "copies": int(copied[rows].sum()), "median_train": None, "median_held_out": None, "nearer_train": None,
+            "n_bank": 0,
+        }  # fmt: skip
+        n = min(len(train), len(held_out))
+        if n >= _MIN_CELL:
+            rng = np.random.default_rng([seed, 23])
+            train, held_out = (part[patients_in_turn(study.patients[part], n, rng)] for part in (train, held_out))
+            mine = features.arms[arm.name][rows]
+            near, far = (nearest(mine, features.real[part], 1, device=device)[0][:, 0] for part in (train, held_out))
+            record |= {
+                "median_train": float(np.median(near)), "median_held_out": float(np.median(far)),
+                "nearer_train": float((near < far).mean()), "n_bank": n,
+            }  # fmt: skip
+        cells.append(record)
+    return cells
+
+
+def _listed(study: Study, copies: Copies, arm: Arm, names: bool) -> list[dict[str, Any]]:
+    """The pairs most alike, copies or not, so that a person can see what the threshold means; every copy is listed.
+
+    The training patch is a row of the real dataset's index, and its patient the place among its patients in order: who
+    has the dataset can find them, nobody else.
+    """
+    score = copies.scores[arm.name]
+    order = np.argsort(-score, kind="stable")
+    most = max(_LISTED, int((score > copies.threshold).sum()))
+    keys, partner = arm.index["key"].to_numpy(str), copies.partner[arm.name]
+    real_keys, patients = study.index["key"].to_numpy(str), study.patients
+    number = np.unique(patients, return_inverse=True)[1] + 1
+    return [
+        {
+            "synthetic_key": keys[row],
+            "train_row": int(partner[row]),
+            "patient": str(patients[partner[row]]) if names else f"patient {number[partner[row]]}",
+            **({"train_key": str(real_keys[partner[row]])} if names else {}),
+            "likeness": float(score[row]),
+            "view": VIEWS[copies.view[arm.name][row]],
+            "copy": bool(score[row] > copies.threshold),
+        }
+        for row in order[:most]
+    ]

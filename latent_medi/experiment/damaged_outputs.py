@@ -1,0 +1,91 @@
+"""Whether what an experiment made is still there and whole, found out in moments: files, their sizes and headers.
+
+Each function names what is absent or not whole, as paths to remove before it is made again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_object
+
+
+def damaged_dataset(folder: Path) -> list[Path]:
+    """Of a dataset folder: its two files if they cannot be opened, else shards that are absent or cut off."""
+    from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
+
+    try:
+        shards = PatchDataset.open(folder).info["shards"]
+        return [path for shard in shards if _size(path := folder / shard["file"]) != shard["bytes"]]
+    except (UserError, KeyError, TypeError):
+        return [folder / INFO_FILE, folder / INDEX_FILE]
+
+
+def reopen(*folders: Path) -> None:
+    """Let dataset folders that are not whole be written again: shards that are stay, and so do splits."""
+    from latent_medi.shards.dataset import INFO_FILE
+    from latent_medi.shards.records import PROGRESS_FOLDER
+    from latent_medi.shards.rerun import reopen_dataset
+
+    for folder in folders:
+        if folder.is_dir() and damaged_dataset(folder):
+            (folder / PROGRESS_FOLDER).mkdir(exist_ok=True)
+            if (folder / INFO_FILE).is_file():
+                reopen_dataset(folder)
+
+
+def damaged_latents(folder: Path) -> list[Path]:
+    """Of a latent folder: what says that it is finished, if a part of it is absent or cut off."""
+    from latent_medi.latents.store import INFO_FILE, LatentStore
+
+    try:
+        LatentStore(folder, "mmap")
+    except (UserError, KeyError, TypeError, ValueError):
+        return [folder / INFO_FILE]
+    return []
+
+
+def damaged_model(folder: Path) -> list[Path]:
+    """Of a training run's model or adapter: the whole folder if a file of it is absent or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    from latent_medi.core.checksums import SUMS_FILE
+
+    try:
+        listed = read_object(folder / SUMS_FILE)["sha256"] if (folder / SUMS_FILE).is_file() else None
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        if listed is not None:  # others are somebody's notes
+            files = [folder / name for name in listed]
+        for path in files:
+            if path.suffix == ".json":
+                read_object(path)
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # looks at its length
+                    pass
+        names = {path.relative_to(folder).as_posix() for path in files}
+    except (UserError, OSError, SafetensorError, KeyError, TypeError):
+        return [folder]
+    weights = {name.rpartition("/")[0] for name in names if name.endswith(".safetensors")}
+    # Every part with a configuration of a network has its weights beside it.
+    parts = {name.rpartition("/")[0] for name in names if name.endswith("/config.json")} - {"scheduler"}
+    if "model_index.json" in names:
+        listed = [name for name, what in read_object(folder / "model_index.json").items() if isinstance(what, list)]
+        parts |= {name for name in listed if name not in ("scheduler", "autoencoder")}
+        whole = {"model_index.json", "autoencoder.json", "unet/config.json"} <= names and parts <= weights
+    else:
+        whole = "adapter.json" in names and "" in weights
+    return [] if whole else [folder]
+
+
+def damaged_json(path: Path) -> list[Path]:
+    """A JSON file, if it cannot be read."""
+    try:
+        read_object(path)
+    except UserError:
+        return [path]
+    return []
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1

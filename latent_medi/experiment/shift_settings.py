@@ -1,0 +1,52 @@
+"""Settings of the shift benchmark; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from latent_medi.core.paths import PathText
+
+
+@dataclass
+class ShiftSettings:
+    """How a classifier, and each way to help it, fares as class and site are tied together in training.
+
+    Args:
+        data: Dataset folder. It gains a split per level, and loses nothing.
+        out: Folder of the benchmark; one experiment per level lies in it.
+        latents: Latent folder of the dataset, encoded if it is not there; empty means one inside ``out``.
+        split: Named split whose training part is the pool that levels draw from; its parts ``probe`` and ``test`` stay.
+        levels: Ties of class and site: 0, targets are as frequent as other combinations, to 1, they are absent.
+        held_out: The targets; empty takes rotating ones.
+        rotation: Which rotating targets, 0 and up.
+        per_site: Classes that each site lacks, of rotating targets.
+        class_field: Class column.
+        site_field: Site column.
+        seed: Seed of the patients' turns, training, plan and evaluation.
+        experiment: Packaged configuration or path of the experiment that each level runs.
+        models: Model folder by arm ("medi", "cls") of those that are trained already, without the targets; then the
+            only level is 1.
+        mean: Folders of finished benchmarks to average, which differ in their seeds, instead of running one; only
+            ``out`` is asked for beside it.
+        replace: Remove a level's latents, models and samples that were made from other data or settings than these,
+            instead of stopping.
+        changes: Settings put over that experiment's, such as ``{train: {max_steps: 400}}``.
+    """
+
+    data: PathText = ""
+    out: PathText = "runs/shift"
+    latents: PathText = ""
+    split: str = "main"
+    levels: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.8, 1.0])
+    held_out: list[dict[str, str]] = field(default_factory=list)
+    rotation: int = 0
+    per_site: int = 1
+    class_field: str = "class"
+    site_field: str = "site"
+    seed: int = 0
+    experiment: PathText = "demo/shift"
+    models: dict[str, PathText] = field(default_factory=dict)
+    mean: list[PathText] = field(default_factory=list)
+    replace: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,112 @@
+"""The autoencoder's reconstruction floor: what is lost before any model has learned anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_medi.core.progress import progress
+from latent_medi.features.cache import tell_if_foreign
+from latent_medi.features.encoders import load_encoder
+from latent_medi.latents.autoencoder import Autoencoder
+from latent_medi.latents.settings import FloorSettings
+from latent_medi.latents.store import LatentStore
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.statistics.distances import RANK_RULE, frechet_distance, full_rank, polynomial_kernel
+
+
+def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each image in dB, float64 [n].
+
+    Args:
+        images, others: uint8 [n, H, W, 3]. Equal images get the ratio of one wrong value by one grey level, since
+            theirs is infinite.
+    """
+    difference = images.astype(np.float64) - others
+    error = np.maximum(np.square(difference).mean((1, 2, 3)), 1.0 / difference[0].size)
+    return 10.0 * np.log10(255.0**2 / error)
+
+
+def paired_kid(a: np.ndarray, b: np.ndarray) -> float:
+    """Kernel distance of features whose rows belong together, float64.
+
+    A reconstruction is like its own original, which would pull the distance of independent samples below zero; so pairs
+    i = j are left out of all three terms (Gretton et al. 2012, eq. 4), with the cubic kernel of KID.
+
+    Args:
+        a, b: [n, d] each, n ≥ 2.
+    """
+    between = polynomial_kernel(a, b)
+    kernel = polynomial_kernel(a, a) + polynomial_kernel(b, b) - between - between.T
+    return float((kernel.sum() - np.trace(kernel)) / (len(a) * (len(a) - 1)))
+
+
+def measure_floor(
+    data: PatchDataset, latents: Path, autoencoder: Autoencoder, settings: FloorSettings, batch: int, workers: int = 0
+) -> dict[str, Any]:
+    """How far patches decoded from their stored means lie from the patches themselves.
+
+    Args:
+        data: The dataset.
+        latents: Its finished latent folder; view 0 is decoded.
+        autoencoder: What encoded it.
+        settings: How many patches, drawn without replacement, and which encoder.
+        batch: Patches per forward pass.
+        workers: Threads that decode images.
+
+    Returns:
+        ``patches`` (n), ``of`` (patches in all), ``seed``; ``psnr`` with ``mean`` in dB, and ``worst`` with its
+        ``worst_key``; ``encoder`` with ``name``, ``fingerprint`` and ``dim``; ``metric`` ("fd" or "kid"), ``fd``
+        (``None`` below two patches per feature), ``kid`` (``None`` below two patches).
+
+    Raises:
+        UserError: The encoder is unknown or not at hand.
+    """
+    encoder = load_encoder(settings.encoder, settings.weights or None, autoencoder.device)
+    tell_if_foreign(encoder, data)
+    store = LatentStore(latents, "mmap")
+    n = min(settings.patches, len(data))
+    rows = np.sort(np.random.default_rng(settings.seed).choice(len(data), n, replace=False))
+    ratios, features = [], []
+    starts = range(0, n, batch)
+    for start in progress(starts, desc="reconstruction floor", unit="batch"):
+        part = rows[start : start + batch]
+        images = data.read(part, workers)
+        decoded = autoencoder.decode(store.moments(part)[0])
+        ratios.append(psnr(images, decoded))
+        features.append([encoder.features([images]), encoder.features([decoded])])
+    ratio = np.concatenate(ratios)
+    real, rebuilt = (np.concatenate(side) for side in zip(*features, strict=True))
+    valid = full_rank(n, encoder.dim)
+    return {
+        "patches": n,
+        "of": len(data),
+        "seed": settings.seed,
+        "psnr": {
+            "mean": float(ratio.mean()),
+            "worst": float(ratio.min()),
+            "worst_key": str(data.index["key"].iloc[rows[ratio.argmin()]]),
+        },
+        "encoder": {"name": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim},
+        "metric": "fd" if valid else "kid",
+        "fd": frechet_distance(real, rebuilt) if valid else None,
+        "kid": paired_kid(real, rebuilt) if n >= 2 else None,
+    }
+
+
+def floor_text(floor: dict[str, Any]) -> str:
+    """The floor in one line."""
+    ratio, encoder = floor["psnr"], floor["encoder"]
+    least = RANK_RULE * encoder["dim"]
+    if floor["fd"] is not None:
+        distance = f"Fréchet distance {floor['fd']:.4g}, kernel distance {floor['kid']:.3g}"
+    elif floor["kid"] is not None:
+        distance = f"kernel distance {floor['kid']:.3g}; a Fréchet distance takes {least:,} patches"
+    else:
+        distance = f"no distance of one patch; a Fréchet distance takes {least:,}"
+    return (
+        f"Reconstruction floor over {floor['patches']:,} of {floor['of']:,} patches: {ratio['mean']:.2f} dB, worst "
+        f"{ratio['worst']:.2f} dB ({ratio['worst_key']}); {distance} ({encoder['name']}, {encoder['dim']} features)."
+    )

@@ -1,0 +1,113 @@
+"""What is wrong with the settings of a plan, all of it at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.metadata.schema import Schema
+from latent_medi.planning.plan import MOST
+from latent_medi.sampling.settings import PlanSettings
+
+EVEN_GOALS = ("fill_unseen", "each", "union", "separate")
+"""Goals that want the same of every combination."""
+LACK_GOALS = ("balance", "within_site", "target")
+"""Goals that want of every combination what it lacks."""
+SITE_GOALS = ("union", "separate", "within_site")
+"""Goals that need a class and a site."""
+
+
+def goal_of(settings: PlanSettings) -> str:
+    """The goal; where none is named, that of the target table or to fill what is unseen."""
+    return settings.goal or ("target" if settings.target else "fill_unseen")
+
+
+def problems_of(settings: PlanSettings) -> list[str]:
+    """What is wrong with the settings, whatever the data."""
+    goal, found = goal_of(settings), []
+    if goal not in EVEN_GOALS + LACK_GOALS:
+        return [f"there is no goal {goal!r}; {nearest(goal, EVEN_GOALS + LACK_GOALS)}"]
+    for name in ("per_cell", "max_images", "floor", "cap"):
+        if not 0 <= (value := getattr(settings, name)) < MOST:
+            found.append(f"{name} is {value}; it is a number from 0 to {MOST - 1}")
+    for name in ("ratio", "gpu_hours", "images_per_s"):
+        if not (math.isfinite(value := getattr(settings, name)) and value >= 0):
+            found.append(f"{name} is {value}; it is a finite number, at least 0")
+    for name in ("thin_patients", "patches_per_row"):
+        if (value := getattr(settings, name)) < 1:
+            found.append(f"{name} is {value}; it is at least 1")
+    if goal == "target" and not settings.target:
+        found.append("the goal 'target' needs a target table: target=wanted.csv")
+    if goal != "target" and settings.target:
+        found.append(f"target is the goal, so goal={goal} contradicts it")
+    if settings.target:
+        named = [name for name in ("per_cell", "ratio", "fields", "only") if getattr(settings, name)]
+        found += [f"target says which combinations reach which number, so {name} contradicts it" for name in named]
+    elif settings.per_cell and settings.ratio:
+        found.append("per_cell and ratio both set the number: give one")
+    if goal == "within_site" and settings.per_cell:
+        found.append("the goal 'within_site' reaches the largest class of each site, so per_cell contradicts it")
+    if goal in EVEN_GOALS and not (settings.per_cell or settings.ratio or settings.max_images or settings.gpu_hours):
+        found.append(f"the goal {goal!r} needs a number: per_cell, ratio, or a budget to be spread evenly")
+    if settings.spread == "real" and not (goal == "separate" and settings.ratio):
+        found.append("spread=real shares a ratio among the combinations there are: it needs goal=separate and ratio")
+    if settings.gpu_hours and not settings.images_per_s:
+        found.append("gpu_hours needs images_per_s, the images that one GPU makes in a second")
+    elif 0 < settings.gpu_hours * settings.images_per_s < math.inf and not allowed_images(settings):
+        found.append(f"{settings.gpu_hours} GPU-hours are not one image at {settings.images_per_s} images/s")
+    if settings.cap and settings.floor > settings.cap:
+        found.append(f"floor = {settings.floor} is above cap = {settings.cap}")
+    found += [f"only names no value of {name!r}" for name, values in settings.only.items() if not values]
+    return found
+
+
+def problems_with(settings: PlanSettings, schema: Schema) -> list[str]:
+    """What is wrong with the settings for data with that schema."""
+    plain = [f.name for f in schema.fields if not f.continuous]
+    found = []
+    for what, names in (("fields", settings.fields), ("only", list(settings.only))):
+        for name in names:
+            if name not in schema.names:
+                found.append(f"{what}: there is no field {name!r} ({nearest(name, plain)})")
+            elif name not in plain:
+                found.append(f"{what}: {name!r} is continuous; a plan combines the class and categorical fields")
+    for name in [name for name in settings.only if name in plain]:
+        known = schema.field(name).values
+        found += [
+            f"only: {name!r} has no value {value!r} ({nearest(value, known)})"
+            for value in settings.only[name]
+            if value not in known
+        ]
+        if settings.fields and name not in settings.fields:
+            found.append(f"only names {name!r}, which is not among the fields that are combined")
+    if len(set(settings.fields)) < len(settings.fields):
+        found.append(f"fields names a field twice: {settings.fields}")
+    names = [name for name in plain if not settings.fields or name in settings.fields]
+    if not names and not found:
+        found.append("a plan combines the class and categorical fields, and the data have none")
+    known_class = schema.class_field
+    if (
+        settings.goal in SITE_GOALS
+        and not found
+        and (known_class is None or names[0] != known_class.name or not names[1:])
+    ):
+        found.append(f"the goal {settings.goal!r} combines the class with a site, not {' × '.join(names)}")
+    return found
+
+
+def refusal(problems: Sequence[str]) -> UserError:
+    """The error that lists them."""
+    if len(problems) == 1:
+        return UserError(f"There can be no such plan: {problems[0]}.")
+    return UserError(f"There can be no such plan, for {len(problems)} reasons:\n  " + "\n  ".join(problems))
+
+
+def allowed_images(settings: PlanSettings) -> int | None:
+    """The budget in images; ``None`` without one."""
+    budgets = [settings.max_images] if settings.max_images else []
+    if settings.gpu_hours:
+        hours, speed = (Decimal(repr(float(x))) for x in (settings.gpu_hours, settings.images_per_s))
+        budgets.append(int(hours * 3600 * speed))
+    return min(budgets, default=None)

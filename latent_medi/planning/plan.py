@@ -1,0 +1,286 @@
+"""The plan: a table with a row per combination to generate, edited by a person, checked before use.
+
+Columns: a column per field, ``count``, ``verdict`` and ``seed``. A cell of a field holds a value, ``unknown``, or
+    nothing (the model is not told);
+a continuous field may also hold ``real``: drawn for each sample from the distribution of the training data. Two
+columns more say from which, such as ``age_quantiles`` ("41 55 62 70 88": evenly spaced quantiles, from the least to
+the largest value) and ``age_unknown`` (share of samples without a value, 0 to 1; nothing means none). Where both are
+empty or absent, the values are those of the model's schema. A third, ``age_from``, tells a reader whose they are
+(``cell``, ``class`` or ``all``), and is not looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.files import atomic_path, check_file
+from latent_medi.metadata.schema import UNKNOWN_WORD, Field, Schema
+from latent_medi.metadata.tables import read_table, write_for_people, written_for_people
+
+REAL = "real"
+"""Cell of a continuous field: draw a realistic value for each sample."""
+OWN_COLUMNS = ("count", "verdict", "seed")
+QUANTILES_OF, UNKNOWN_OF = "_quantiles", "_unknown"
+"""Endings of the columns that say what ``real`` means in a row."""
+DRAWN_FROM = "_from"
+"""Ending of the column that says whose values these are: those of the row's combination, its class, or all."""
+MOST = 10**8  # more images than any run makes; a slip of the keyboard is caught here
+
+
+def stable_seed(*parts: Any, bits: int = 31) -> int:
+    """A seed that is the same on every machine and in every release: SHA-256 of the parts, cut to ``bits`` bits.
+
+    A spreadsheet keeps integers of 31 bits exactly.
+    """
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - bits)
+
+
+def check_plan_file(path: str | Path) -> Path:
+    """The path of a plan to write; an older plan is replaced, nothing else.
+
+    Raises:
+        UserError: It cannot be written, or another file is there.
+    """
+    return check_file(path, "plan", rb"PAR1|[^\n]*\bcount\b")
+
+
+def write_plan(plan: pd.DataFrame, path: str | Path) -> None:
+    """Write a plan as .csv or .parquet, atomically."""
+    path = Path(path)
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise UserError(f"The plan {path} must end in .csv or .parquet.")
+    check_plan_file(path)
+    if path.suffix.lower() == ".csv":
+        write_for_people(plan, path)
+        return
+    with atomic_path(path) as temporary:
+        plan.to_parquet(temporary, index=False)
+
+
+def read_plan(path: str | Path, schema: Schema | None = None) -> pd.DataFrame:
+    """Read a plan and check it; see :func:`check_plan`."""
+    table = read_table(path)
+    if Path(path).suffix.lower() == ".csv":
+        table = written_for_people(table)
+    return check_plan(table, schema, where=str(path))
+
+
+def check_plan(
+    plan: pd.DataFrame, schema: Schema | None = None, where: str = "The plan", ignore: Sequence[str] = ()
+) -> pd.DataFrame:
+    """A plan with counts and seeds as integers, everything else as strings, and seeds filled in where they are left
+    out; the columns on ``real`` come last, without :data:`DRAWN_FROM`.
+
+    Args:
+        plan: The table.
+        schema: The model's schema; every column and value is looked up in it. Without one, only counts and seeds are
+            checked.
+        where: How messages call the plan.
+        ignore: Field columns that are left out of the result, with what they say on ``real``.
+
+    Raises:
+        UserError: No count column; a count that is negative, no whole number or too large; an unknown column or value;
+            quantiles that do not rise or a share that is none; two equal rows.
+    """
+    columns = [str(c) for c in plan.columns]
+    if "count" not in columns:
+        raise UserError(f"{where} has no column 'count'; {nearest('count', columns)}.")
+    drawn = _columns_on_real(columns, schema)
+    named = [c for c in columns if c not in OWN_COLUMNS and c not in ignore and c not in drawn]
+    if schema is not None:
+        for column in named:
+            if column not in schema.names:
+                raise UserError(
+                    f"{where} has the column {column!r}, no field of the model; {nearest(column, schema.names)}.",
+                    f"Rename it, or leave it out knowingly with ignore=[{column}].",
+                )
+    cells = {column: [_cell(value) for value in plan[column]] for column in named}
+    extras = {
+        c: [_cell(value) for value in plan[c]]
+        for c, field in drawn.items()
+        if field not in ignore and c != field + DRAWN_FROM
+    }
+    counts = [whole_number(value, MOST, f"{where}, row {i + 1}: count") for i, value in enumerate(plan["count"])]
+    if sum(counts) >= MOST:
+        raise UserError(f"{where} asks for {sum(counts)} patches; the most is {MOST - 1}.", "Is a count mistyped?")
+    seeds = []
+    for i in range(len(plan)):
+        given = _cell(plan["seed"].iloc[i]) if "seed" in columns else ""
+        row = [(column, cells[column][i]) for column in named]
+        row += [(column, extras[column][i]) for column in sorted(extras) if extras[column][i]]
+        seeds.append(whole_number(given, 2**53, f"{where}, row {i + 1}: seed") if given else stable_seed(0, *row))
+    if schema is not None:
+        for column in named:
+            for i, cell in enumerate(cells[column]):
+                try:
+                    _check_cell(schema.field(column), cell, *_on_real(column, extras, i, schema))
+                except UserError as error:
+                    raise UserError(f"{where}, row {i + 1}: {error.message}", error.hint) from None
+    seen: dict[tuple, int] = {}
+    for i in range(len(plan)):
+        content = (seeds[i], *(cells[column][i] for column in named), *(extras[column][i] for column in extras))
+        first = seen.setdefault(content, i)
+        if first != i:
+            raise UserError(
+                f"{where}: rows {first + 1} and {i + 1} are the same, and would give the same images twice.",
+                "Raise the count of one, or give them different seeds.",
+            )
+    verdicts = [_cell(value) for value in plan["verdict"]] if "verdict" in columns else [""] * len(plan)
+    return pd.DataFrame({**cells, "count": counts, "verdict": verdicts, "seed": seeds, **extras})
+
+
+def _columns_on_real(columns: Sequence[str], schema: Schema | None) -> dict[str, str]:
+    """The field by column of those that say what ``real`` means; a field of such a name stays a field."""
+    found = {}
+    for column in columns:
+        for ending in (QUANTILES_OF, UNKNOWN_OF, DRAWN_FROM):
+            name = column.removesuffix(ending)
+            if name == column or name not in columns:
+                continue
+            if schema is None or (
+                column not in schema.names and (name not in schema.names or schema.field(name).continuous)
+            ):
+                found[column] = name
+    return found
+
+
+def _on_real(name: str, columns: Mapping[str, Any] | pd.DataFrame, row: int, schema: Schema) -> tuple[str, str]:
+    """What a row says on a field's ``real``: quantiles and share of unknown, each maybe empty."""
+    quantiles, unknown = (
+        columns[column][row] if column in columns and column not in schema.names else ""
+        for column in (name + QUANTILES_OF, name + UNKNOWN_OF)
+    )
+    return quantiles, unknown
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None or value != value else str(value).strip()
+
+
+def whole_number(value: Any, bound: int, what: str) -> int:
+    """A whole number from 0 to ``bound`` - 1 out of a cell; ``100.0`` is 100.
+
+    Args:
+        value: The cell.
+        bound: The number that is too large.
+        what: How the message calls it.
+
+    Raises:
+        UserError: It is empty, has a fraction or an exponent, is no number, or is out of bounds.
+    """
+    text = _cell(value)
+    try:
+        number = float(text)
+        whole = int(text) if text.lstrip("+-").isdigit() else int(number)
+    except (ValueError, OverflowError):
+        raise UserError(f"{what} is {text!r}, which is no whole number.") from None
+    if whole != number or not 0 <= whole < bound:
+        raise UserError(f"{what} is {text}; it is a whole number from 0 to {bound - 1}.")
+    if "e" in text.lower() or "_" in text:  # a spreadsheet that writes 1E+05 may have rounded
+        raise UserError(f"{what} is {text}; write it in digits alone.", f"Is {whole} meant?")
+    return whole
+
+
+def _check_cell(known: Field, cell: str, quantiles: str, unknown: str) -> None:
+    if not cell:
+        return
+    if known.continuous:
+        values, missing = _distribution(known, quantiles, unknown)
+        if cell == REAL and not values and missing < 1:
+            raise UserError(f"Field {known.name!r} cannot be {REAL!r}: the model's schema has no quantiles for it.")
+        if cell == REAL:
+            return
+    known.code(cell)
+
+
+def _distribution(known: Field, quantiles: str, unknown: str) -> tuple[tuple[float, ...], float]:
+    """Quantiles and share of unknown that ``real`` stands for; the schema's where a row says neither.
+
+    Raises:
+        UserError: Quantiles that are no rising numbers, or a share that is not from 0 to 1.
+    """
+    values = known.quantiles
+    if quantiles:
+        values = tuple(_number(word, known.name + QUANTILES_OF) for word in quantiles.split())
+        if any(a > b for a, b in itertools.pairwise(values)):
+            raise UserError(
+                f"{known.name}{QUANTILES_OF} is {quantiles!r}; the numbers run from the least to the largest."
+            )
+    missing = 0.0 if quantiles else known.missing
+    if unknown:
+        missing = _number(unknown, known.name + UNKNOWN_OF)
+        if not 0 <= missing <= 1:
+            raise UserError(f"{known.name}{UNKNOWN_OF} is {unknown}; it is a share from 0 to 1.")
+    return values, missing
+
+
+def _number(word: str, what: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(
+            f"{what} holds {word!r}, which is no number.", "Separate numbers by blanks, with a decimal point."
+        )
+    return number
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to generate.
+
+    Args:
+        row: Row of the plan, from 0.
+        number: Which of the row's images, from 0.
+        seed: Seed of its noise and of drawn values, 63 bits.
+        fields: What the model is told: value by field name; a field not given is absent.
+    """
+
+    row: int
+    number: int
+    seed: int
+    fields: dict[str, str | float]
+
+
+def sample_at(plan: pd.DataFrame, schema: Schema, position: int, ends: np.ndarray) -> Sample:
+    """The ``position``-th image of a checked plan.
+
+    Args:
+        plan: From :func:`check_plan`, rows numbered from 0.
+        schema: The model's schema.
+        position: From 0 to the sum of counts - 1.
+        ends: Cumulative sum of the plan's counts, int64.
+    """
+    row = int(np.searchsorted(ends, position, side="right"))
+    number = position - int(ends[row] - plan["count"].iloc[row])
+    seed = stable_seed(int(plan["seed"].iloc[row]), number, bits=63)
+    fields: dict[str, str | float] = {}
+    for known in schema.fields:
+        cell = plan[known.name].iloc[row] if known.name in plan.columns else ""
+        if known.continuous and cell == REAL:
+            told = _on_real(known.name, plan, row, schema)
+            fields[known.name] = _drawn(known, seed, *_distribution(known, *told))
+        elif cell:
+            fields[known.name] = cell
+    return Sample(row, number, seed, fields)
+
+
+def _drawn(known: Field, seed: int, quantiles: Sequence[float], share_missing: float) -> str | float:
+    """A value of a continuous field as the data have it: missing as often, and spread like the quantiles."""
+    # The name keeps two fields of one sample independent of each other.
+    missing, position = np.random.default_rng(stable_seed(known.name, seed)).random(2)
+    if missing < share_missing or not quantiles:
+        return UNKNOWN_WORD
+    return float(np.interp(position, np.linspace(0.0, 1.0, len(quantiles)), quantiles))

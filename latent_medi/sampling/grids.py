@@ -1,0 +1,220 @@
+"""Pictures of what a model makes: contact sheets, one field's values blended into another's, and a sample's way out of
+the noise."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from latent_medi.core.errors import UserError, needs
+from latent_medi.core.files import atomic_path, check_file
+from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
+from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.diffusion.guidance import check_guidance
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.samplers import draw_noise
+from latent_medi.launch import make_accelerator
+from latent_medi.metadata.schema import FIRST_VALUE, Field
+from latent_medi.sampling.settings import GridSettings
+
+_GAP, _LETTERS = 4, 14  # pixels
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """Pillow's own font draws a box for ×, ᾱ and every letter with an accent, such as in the names of hospitals."""
+    with needs("A contact sheet", "matplotlib"):
+        from matplotlib import get_data_path
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _LETTERS)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), columns: Sequence[str] = ()
+) -> Image.Image:
+    """Patches in labelled rows, white between them.
+
+    Args:
+        rows: Patches uint8 [H, W, 3], all of one size; rows may be of different length.
+        labels: What stands left of each row.
+        columns: What stands above each column.
+    """
+    height, width = rows[0][0].shape[:2]
+    font = _font()
+    left = max((round(font.getlength(label)) for label in labels), default=-_GAP) + 2 * _GAP
+    wide = max([width, *(round(font.getlength(name)) for name in columns)])
+    top = _LETTERS + 3 * _GAP if columns else _GAP
+    most = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (left + most * (wide + _GAP), top + len(rows) * (height + _GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(columns):
+        draw.text((left + i * (wide + _GAP), _GAP), name, "black", font)
+    for j, row in enumerate(rows):
+        y = top + j * (height + _GAP)
+        if labels:
+            draw.text((_GAP, y + (height - _LETTERS) // 2), labels[j], "black", font)
+        for i, image in enumerate(row):
+            sheet.paste(Image.fromarray(image), (left + i * (wide + _GAP), y))
+    return sheet
+
+
+def check_picture(path: str | Path) -> Path:
+    """The path of a picture to write, looked at before hours go into what it shows.
+
+    Raises:
+        UserError: The name does not end in .png, or it cannot be written, or another file is there.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"The picture {path} must end in .png.")
+    return check_file(path, "picture", rb"\x89PNG")
+
+
+def save_sheet(sheet: Image.Image, path: str | Path) -> Path:
+    """Write a sheet as PNG, atomically.
+
+    Raises:
+        UserError: The name does not end in .png.
+    """
+    path = check_picture(path)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    return path
+
+
+def grid(settings: GridSettings) -> Path:
+    """Write the picture that the settings ask for.
+
+    Raises:
+        UserError: A field or value that the model does not know, or settings that do not go together.
+    """
+    accelerator = make_accelerator()
+    if accelerator.num_processes > 1:  # each would draw it
+        raise UserError("A grid is drawn by one process.", "Start one, without a launcher.")
+    pipeline = MediPipeline.from_pretrained(settings.model).to(accelerator.device)
+    known, problems = pipeline.schema, settings.problems()
+    asked = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
+    for name in dict.fromkeys([*settings.fields, *(name for name in asked if name)]):
+        known.field(name)  # an unknown one is refused, with the closest
+    if problems:
+        raise UserError("The grid cannot be drawn: " + "; ".join(problems) + ".")
+    check_picture(settings.out)
+    draw = {"cells": _cells, "blend": _blend, "trajectory": _trajectory}[settings.kind]
+    return save_sheet(draw(pipeline, settings), settings.out)
+
+
+def _images(pipeline: MediPipeline, settings: GridSettings, rows: list[dict[str, Any]], seeds: list[int]) -> np.ndarray:
+    """Images uint8 [n, H, W, 3] of conditions by name, each from its seed."""
+    noise, generators = draw_noise(seeds, pipeline.latent_shape)
+    latents = pipeline.generate_latents(
+        pipeline.conditions(rows), noise, settings.sampler, settings.guidance, generators, settings.device_batch,
+        pad=True,
+    )  # fmt: skip
+    parts = torch.split(latents, settings.device_batch)
+    return np.concatenate([pipeline.decode(part.to(pipeline.unet.device)) for part in parts])
+
+
+def _seeds(settings: GridSettings) -> list[int]:
+    return list(range(settings.seed, settings.seed + settings.n))
+
+
+def _cells(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
+    """A cell per pair of values, ``n`` patches in it; the same seeds everywhere, so that only the condition differs."""
+    across, down = pipeline.schema.field(settings.columns), pipeline.schema.field(settings.rows)
+    asked = [
+        {**settings.fields, down.name: d, across.name: a} for d in down.values for a in across.values
+        for _ in range(settings.n)
+    ]  # fmt: skip
+    images = _images(pipeline, settings, asked, _seeds(settings) * (len(across.values) * len(down.values)))
+    rows = images.reshape(len(down.values), -1, *images.shape[1:])
+    columns = [value if i == 0 else "" for value in across.values for i in range(settings.n)]
+    return contact_sheet([list(row) for row in rows], list(down.values), columns)
+
+
+def blended(conditioner: MetadataConditioner, known: Field, start: str, stop: str, shares: Sequence[float]) -> tuple[
+    MetadataConditioner, list[str]
+]:  # fmt: skip
+    """A copy of a conditioner with further values of a field, whose vectors lie between those of two values.
+
+    Args:
+        conditioner: Of the model.
+        known: A class or categorical field of it.
+        start, stop: Two of its values.
+        shares: 0 is ``start``, 1 is ``stop``.
+
+    Returns:
+        The copy, and the names of the further values in the order of ``shares``.
+
+    Raises:
+        UserError: An unknown value.
+    """
+    codes = [known.code(start), known.code(stop)]
+    names = [f"{start} to {stop}, {share:.6f} ({i})" for i, share in enumerate(shares)]
+    copied = copy.deepcopy(conditioner)
+    copied.append(known.name, names, start="zero")
+    embedding = cast(FieldEmbedding, copied.embeddings[embedding_key(known.name)]).codes
+    with torch.no_grad():
+        weights = torch.tensor(shares, device=embedding.weight.device, dtype=embedding.weight.dtype)[:, None]
+        ends = embedding.weight[codes]
+        embedding.weight[-len(names) :] = torch.lerp(ends[:1], ends[1:], weights)
+    assert known.n_codes == FIRST_VALUE + len(known.values)
+    return copied, names
+
+
+def _blend(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
+    """A row per seed, from one value of a field to another in even steps."""
+    known = pipeline.schema.field(settings.field)
+    shares = np.linspace(0.0, 1.0, settings.steps).tolist()
+    if known.continuous:
+        values: list[Any] = np.linspace(float(settings.start), float(settings.stop), settings.steps).tolist()
+        columns = [f"{value:g}" for value in values]
+    else:
+        assert pipeline.conditioning is not None
+        copied, values = blended(pipeline.conditioning, known, settings.start, settings.stop, shares)
+        pipeline.conditioning, pipeline.denoiser = copied, Denoiser(pipeline.unet, copied).eval()
+        columns = [settings.start, *(f"{share:.2f}" for share in shares[1:-1]), settings.stop]
+    rows = [{**settings.fields, known.name: value} for _ in range(settings.n) for value in values]
+    seeds = [seed for seed in _seeds(settings) for _ in values]
+    images = _images(pipeline, settings, rows, seeds)
+    return contact_sheet([list(row) for row in images.reshape(settings.n, -1, *images.shape[1:])], columns=columns)
+
+
+def _trajectory(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
+    """Two rows per seed: the noisy latent decoded, and the clean one that the network saw in it, along the steps."""
+    conditions = pipeline.conditions([settings.fields] * settings.n)
+    check_guidance(settings.guidance, pipeline.conditioning, conditions)
+    noise, generators = draw_noise(_seeds(settings), pipeline.latent_shape)
+    seen: list[tuple[float, torch.Tensor, torch.Tensor]] = []
+    pipeline.generate_latents(
+        conditions, noise, settings.sampler, settings.guidance, generators,
+        watch=lambda alpha_bar, noisy, clean: seen.append((alpha_bar, noisy, clean)),
+    )  # fmt: skip
+    chosen = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, settings.steps).round().astype(int))]
+    pictures = [(alpha, pipeline.decode(noisy), pipeline.decode(clean)) for alpha, noisy, clean in chosen]
+    rows = [[p[kind][i] for p in pictures] for i in range(settings.n) for kind in (1, 2)]
+    labels = [f"seed {seed}: {what}" for seed in _seeds(settings) for what in ("x_t", "x_0")]
+    return contact_sheet(rows, labels, [f"ᾱ={alpha:.3f}" for alpha, *_ in chosen])
+
+
+def samples_sheet(images: np.ndarray, rows: np.ndarray, labels: dict[int, str], width: int = 16) -> Image.Image:
+    """Lines of up to ``width`` images; each row of a plan begins a line.
+
+    Args:
+        images: uint8 [n, H, W, 3].
+        rows: Row of the plan of each, [n].
+        labels: What to call each row.
+        width: Images per line.
+    """
+    lines: list[list[np.ndarray]] = []
+    names: list[str] = []
+    for number in dict.fromkeys(rows.tolist()):
+        mine = list(images[np.flatnonzero(rows == number)])
+        lines += [mine[start : start + width] for start in range(0, len(mine), width)]
+        names += [labels[number], *[""] * (len(lines) - len(names) - 1)]
+    return contact_sheet(lines, names)

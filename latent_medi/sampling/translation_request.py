@@ -1,0 +1,143 @@
+"""Which real patches are to be translated into what, checked before any of it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.progress import get_logger
+from latent_medi.diffusion.guidance import check_guidance
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.samplers import make_sampler
+from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
+from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
+from latent_medi.sampling.settings import TranslateSettings
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+
+logger = get_logger("synthesis")
+
+_SAME_MPP = 0.02
+"""Relative difference of resolutions that is called rounding."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which patches are to become what.
+
+    Args:
+        data: Where they are.
+        rows: Their row numbers, ascending, int64 [N].
+        source: What they are, N values by field of the model; a field that the dataset lacks is left out.
+        target: What they are to become.
+        unchanged: Selected patches that were left out.
+    """
+
+    data: PatchDataset
+    rows: np.ndarray
+    source: list[dict[str, Any]]
+    target: list[dict[str, Any]]
+    unchanged: int
+
+
+def choose(settings: TranslateSettings, pipeline: MediPipeline) -> Request:
+    """The patches that the settings select, what they are and what they are to become.
+
+    Raises:
+        UserError: As for :func:`translate`.
+    """
+    if pipeline.conditioning is None:
+        raise UserError(
+            "The model is unconditional: it cannot tell one hospital from another.",
+            "Use one that was trained with the fields to change.",
+        )
+    known = pipeline.schema
+    for name in settings.to:
+        if name not in known.names:
+            raise UserError(f"The model does not know the field {name!r}; {nearest(name, known.names)}.")
+    wanted = {name: _value(known, name, value) for name, value in settings.to.items()}
+    data = PatchDataset.open(settings.data)
+    Schema.merge(known, data.schema)  # a field of another kind or unit is told here, before anything is made
+    if data.patch_size != pipeline.patch_size:
+        raise UserError(
+            f"{data.folder} has patches of {data.patch_size} px, and the model makes {pipeline.patch_size} px.",
+            "Cut or convert the patches to the model's size and resolution.",
+        )
+    mpp, trained = float(data.info["mpp"]), float(pipeline.provenance.get("mpp", 0))
+    if trained > 0 and abs(mpp / trained - 1) > _SAME_MPP:
+        raise UserError(
+            f"{data.folder} has {mpp} µm per pixel, and the model was trained at {trained}.",
+            "Cut the patches at the model's resolution: it has seen tissue at no other scale.",
+        )
+    chosen: dict[str, Any] = {**part_of(settings, settings.split_value), **settings.where}
+    rows = data.rows(chosen)
+    if not len(rows):
+        raise UserError(f"{data.folder} has no patch with {', '.join(f'{k}={v}' for k, v in chosen.items())}.")
+    made = int((data.index["origin"].iloc[rows] == "synthetic").sum())
+    if made and not settings.synthetic:
+        raise UserError(
+            f"{made} of the {len(rows)} selected patches of {data.folder} are synthetic.",
+            "Select real ones with where.origin=real, or set synthetic=true if that is meant.",
+        )
+    source = fields_of(data.index.iloc[rows], known)
+    target = [{**row, **wanted} for row in source]
+    before, after = pipeline.conditions(source), pipeline.conditions(target)
+    assert before is not None
+    assert after is not None
+    moved = ((before.codes != after.codes) | (before.values != after.values)).any(dim=1).numpy()
+    if not moved.any():
+        raise UserError(
+            f"All {len(rows)} selected patches already are {_text(settings.to)}.", "Choose others with where.<field>."
+        )
+    if unchanged := int((~moved).sum()):
+        logger.info("%d of %d patches already are %s and are left out.", unchanged, len(rows), _text(settings.to))
+    kept = np.flatnonzero(moved)
+    if 0 < settings.limit < len(kept):
+        kept = kept[spread(data.index["patient"].to_numpy(str)[rows[kept]], settings.limit, settings.seed)]
+    check_guidance(GuidanceSettings(), pipeline.conditioning, before.rows(kept))
+    check_guidance(settings.guidance, pipeline.conditioning, after.rows(kept))
+    ddim_of(pipeline, settings)
+    return Request(data, rows[kept], [source[i] for i in kept], [target[i] for i in kept], unchanged)
+
+
+def _value(known: Schema, name: str, value: Any) -> str | float:
+    """A wanted value in the vocabulary's spelling; the field names the closest ones of a wrong value."""
+    field = known.field(name)
+    code = field.code(value)
+    return field.value(code) if not field.continuous else value
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return " × ".join(f"{name} {value}" for name, value in values.items())
+
+
+def part_of(settings: TranslateSettings, value: str) -> dict[str, str]:
+    """What a part of the split is asked for with, as :meth:`PatchDataset.rows` takes it."""
+    return {SPLIT_PREFIX + settings.split: value} if settings.split else {}
+
+
+def ddim_of(pipeline: MediPipeline, settings: TranslateSettings) -> Any:
+    """The sampler that runs in both directions."""
+    return make_sampler(pipeline.scheduler.config, SamplerSettings("ddim", settings.steps))
+
+
+def fields_of(index: pd.DataFrame, schema: Schema) -> list[dict[str, Any]]:
+    """Values by field of a schema for rows of an index; a continuous one that is missing is "unknown", a field that the
+    index lacks is left out.
+    """
+    names = [n for n in schema.names if n in index.columns]
+    return [
+        {str(n): UNKNOWN_WORD if isinstance(v, float) and np.isnan(v) else v for n, v in row.items()}
+        for row in index[names].to_dict("records")
+    ]
+
+
+def spread(patients: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """``count`` positions, patients in equal parts as far as they reach, drawn without replacement; ascending."""
+    order = np.random.default_rng([seed, 13]).permutation(len(patients))
+    turn = pd.Series(patients[order]).groupby(patients[order], sort=False).cumcount().to_numpy()
+    return np.sort(order[np.argsort(turn, kind="stable")[:count]])

@@ -1,0 +1,1 @@
+"""Selection: which synthetic patches are worth keeping, as a column of their dataset."""

@@ -1,0 +1,1 @@
+"""Whole slides into a dataset folder, a killable process per slide."""

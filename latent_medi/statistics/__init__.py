@@ -1,0 +1,1 @@
+"""Statistics that know no patch: bootstrap over patients, distances, neighbours, linear probes, subsamples."""

@@ -1,0 +1,1 @@
+"""Starting from another model: what is taken over, and what is trained."""

@@ -1,0 +1,124 @@
+"""Choosing the length of the weights' average after training, from a few averages kept on the way.
+
+A run with ``ema.also`` and ``ema.snapshot_every_images`` keeps averages of two or more lengths at several moments.
+Any other length, at any moment up to the last, is a weighted sum of them (Karras et al. 2024, arXiv 2312.02696,
+section 3.2): the weights are those whose averaging profiles add up best to the wanted profile.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latent_medi.core.checksums import load_tensors, save_tensors, tell_unsealed
+from latent_medi.core.errors import UserError
+from latent_medi.training.ema import power_exponent
+
+FOLDER = "averages"
+_NAME = re.compile(r"images-(\d{12})-width-(\d\.\d{4})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An average that was kept.
+
+    Args:
+        images: Images seen.
+        width: Its relative width.
+        path: Its file.
+    """
+
+    images: int
+    width: float
+    path: Path
+
+
+def save_snapshots(out: Path, images: int, averages: Mapping[float, Mapping[str, torch.Tensor]]) -> None:
+    """Write ``out/averages/images-N-width-W.safetensors`` for each relative width, in fp32.
+
+    Averages differ by little and are added with large shares of both signs, which half precision would not bear.
+    """
+    for width, tensors in averages.items():
+        path = out / FOLDER / f"images-{images:012d}-width-{width:.4f}.safetensors"
+        save_tensors(tensors, path)
+
+
+def list_snapshots(out: Path) -> list[Snapshot]:
+    """The averages that a run has kept, by images seen and width."""
+    found = [(p, match) for p in (Path(out) / FOLDER).glob("*.safetensors") if (match := _NAME.fullmatch(p.name))]
+    return sorted((Snapshot(int(m[1]), float(m[2]), p) for p, m in found), key=lambda s: (s.images, s.width))
+
+
+def profile_product(gamma_a: np.ndarray, end_a: np.ndarray, gamma_b: np.ndarray, end_b: np.ndarray) -> np.ndarray:
+    """∫ p_a·p_b over time, for profiles p(t) = (γ+1)/T · (t/T)^γ on [0, T]; arrays broadcast."""
+    shorter = np.minimum(end_a, end_b)
+    # Ratios to the ends, not powers of images, which would overflow.
+    ratio = (shorter / end_a) ** gamma_a * (shorter / end_b) ** gamma_b * shorter / (end_a * end_b)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio
+
+
+def coefficients(kept: Sequence[tuple[int, float]], images: int, width: float) -> np.ndarray:
+    """How much of each kept average makes the wanted one, float64 [len(kept)].
+
+    Args:
+        kept: (images seen, relative width) of each.
+        images: Moment of the wanted average.
+        width: Its relative width.
+
+    Returns:
+        The least-squares solution of Σ x_i·p_i = p with Σ x_i = 1: what never moved must come back as it is.
+    """
+    end = np.array([float(moment) for moment, _ in kept])
+    gamma = np.array([power_exponent(each) for _, each in kept])
+    scale = end.max()
+    products = profile_product(gamma[:, None], end[:, None] / scale, gamma[None], end[None] / scale)
+    wanted = profile_product(gamma, end / scale, np.array(power_exponent(width)), np.array(images / scale))
+    ones = np.ones((len(end), 1))
+    bordered = np.block([[products, ones], [ones.T, np.zeros((1, 1))]])
+    return np.linalg.solve(bordered, np.append(wanted, 1.0))[:-1]
+
+
+def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights averaged over another length.
+
+    Args:
+        run: Folder of a run that kept averages.
+        width: Relative width, above 0 and below 0.28.
+        images: Moment, in images seen, of one of the kept averages; 0 for the last.
+
+    Returns:
+        fp32 tensors by name, and what they were made from.
+
+    Raises:
+        UserError: The run kept fewer than two averages, or none at that moment.
+    """
+    every = list_snapshots(Path(run))
+    moments = sorted({s.images for s in every})
+    if len(every) < 2:
+        raise UserError(
+            f"{run} kept {len(every)} averages; two or more make another.",
+            "Train with ema.also=[…] and ema.snapshot_every_images=….",
+        )
+    if not 0 < width < 0.28:
+        raise UserError(f"A relative width lies between 0 and 0.28, not {width}.")
+    if images and images not in moments:
+        raise UserError(f"{run} kept no average at {images:,} images.", f"There are {', '.join(map(str, moments))}.")
+    at = images or moments[-1]
+    used = [s for s in every if s.images <= at]
+    shares = coefficients([(s.images, s.width) for s in used], at, width)
+    total: dict[str, torch.Tensor] = {}
+    for snapshot, share in zip(used, shares.tolist(), strict=True):
+        kept, sealed = load_tensors(snapshot.path, "Restore it from a copy, or train again.", "pt")
+        if not sealed:
+            tell_unsealed(snapshot.path.parent, "Averages kept from now on have them.")
+        for name, tensor in kept.items():
+            part = tensor.double() * share
+            total[name] = total[name] + part if name in total else part
+    made = {"relative_width": width, "images": at, "kept": [[s.images, s.width] for s in used]}
+    return {name: tensor.float() for name, tensor in total.items()}, made

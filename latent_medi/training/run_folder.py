@@ -1,0 +1,311 @@
+"""What a run is, on disk: its settings, the check that a folder holds this run and no other, and the finished model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from latent_medi.core.agreement import Told, flat
+from latent_medi.core.checksums import check_sums
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed, refuse_foreign, write_sealed, write_text
+from latent_medi.core.json_types import check_types
+from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import get_logger
+from latent_medi.core.typed import written
+from latent_medi.diffusion.adapters import add_lora, save_adapter
+from latent_medi.diffusion.conditioning import MetadataConditioner
+from latent_medi.diffusion.denoiser import Denoiser, build_unet
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.diffusion.settings import ObjectiveSettings
+from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
+from latent_medi.metadata.seen import together
+from latent_medi.metadata.tables import write_for_people
+from latent_medi.training.batch_randomness import batch_seed
+from latent_medi.training.checkpoint import (
+    checkpoint_folders,
+    load_state,
+    newest_checkpoint,
+    remove_unfinished,
+)
+from latent_medi.training.data import TrainingData
+from latent_medi.training.finetune.trainable_parts import added_values, choose_parts, fold
+from latent_medi.training.finetune.transfer import Source, describe_table, transfer, with_adapter
+from latent_medi.training.posthoc_ema import reconstruct
+from latent_medi.training.settings import LORA_TARGETS, AverageSettings, TrainSettings
+
+logger = get_logger("training")
+
+RUN_FILE = "run.json"
+
+# Where things are, and what changes speed, memory and rounding only. Data and source are told apart by their content
+# instead, the latents' views and the like among it.
+FREE = {
+    "data", "latents", "resident", "stream", "out", "autoencoder", "init_from", "device_batch",
+    "checkpoint_every_images", "keep_checkpoints", "log_every_images", "channels_last", "compile",
+    "checkpoint_activations", "trackers", "preview_every_images", "preview_images", "preview_steps",
+}  # fmt: skip
+
+# A compiled network draws other masks for its own dropout, and so does another memory layout: with dropout they change
+# more than rounding. Runs of earlier versions do not say what theirs were.
+MASKING = ("compile", "channels_last")
+
+
+def plain(value: Any) -> Any:
+    """Settings as nested JSON-able values."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def describe(settings: TrainSettings, data: TrainingData, source: Source | None) -> dict[str, Any]:
+    """What makes this run this run: its settings, but for paths and speed, and the content of data and source."""
+    free = FREE - set(MASKING) if drops(settings, source) else FREE
+    kept = {key: value for key, value in plain(asdict(settings)).items() if key not in free}
+    return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
+
+
+def drops(settings: TrainSettings, source: Source | None) -> bool:
+    """Whether the network, or an adapter of it, drops activations while it trains."""
+    own = settings.model.dropout if source is None else source.unet.config["dropout"]
+    return bool(own or (settings.lora is not None and settings.lora.dropout))
+
+
+def tell(told: Told, settings: Any, data: TrainingData) -> None:
+    """Tell the other processes what this one is about to train on, and how; what only its memory decides may differ.
+
+    Args:
+        told: Takes it.
+        settings: Of a model's or a classifier's training.
+        data: Its rows.
+    """
+    told.reads("data", settings.data, data.table_hash)
+    told.reads("latents", settings.latents, data.latents_hash)
+    own = {"data", "latents", "autoencoder", "init_from", "model", "device_batch", "resident", "stream"}
+    told.does(plain(asdict(settings)), but=own)
+
+
+def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        UserError: Lists every setting that differs.
+    """
+    a, b = flat(theirs), flat(ours)
+    unsaid = {f"settings.{name}" for name in MASKING} - set(a)
+    changed = [key for key in sorted({*a, *b} - unsaid) if a.get(key) != b.get(key)]
+    if not changed:
+        return
+    words = {"data": "the training data", "source": "the model in init_from"}
+    told = [
+        f"{words[key]} changed"
+        if key in words
+        else f"{key.removeprefix('settings.')} was {a.get(key)!r} and is {b.get(key)!r}"
+        for key in changed
+    ]
+    raise UserError(
+        f"{out} holds a run with other settings: {'; '.join(told)}.",
+        "Choose another out, or repeat the command with the settings in settings.yaml beside it.",
+    )
+
+
+def product(settings: TrainSettings) -> str:
+    """Name in ``out`` of what a run makes: its model, or the adapter alone."""
+    return "adapter" if settings.lora else "model"
+
+
+def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("model", "adapter")) -> bool:
+    """Whether ``out`` holds what this run makes, finished.
+
+    Args:
+        out: The run's folder.
+        record: What makes this run this run.
+        products: Names of what such runs make.
+
+    Raises:
+        UserError: It holds another run's product or checkpoints, a product of unknown origin, or files of the user's
+            that would be replaced.
+    """
+    made = next((name for name in products if (out / name).exists()), "")
+    if not made and not checkpoint_folders(out / "checkpoints"):
+        refuse_foreign(out, {RUN_FILE: "run"}, [RUN_FILE, "settings.yaml", "*.csv"])
+        return False
+    if not (out / RUN_FILE).exists():
+        held = f"a finished {made}" if made else "checkpoints"
+        raise UserError(f"{out} holds {held} but no {RUN_FILE} that says how it was trained.", "Choose another out.")
+    check_same(out, record, _record_in(out))
+    if made:
+        check_product(out / made)
+    return bool(made)
+
+
+def check_product(folder: Path) -> None:
+    """Compare what a finished run made with its checksums, if it has any.
+
+    Raises:
+        UserError: It is damaged; the checkpoints beside it can make it again.
+    """
+    try:
+        check_sums(folder, "")
+    except UserError as error:
+        raise UserError(
+            error.message,
+            f"Restore {folder} from a copy; or remove it and repeat the command, which writes it again from the last "
+            "checkpoint.",
+        ) from None
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """What makes the run in ``out`` this run, of its run.json.
+
+    Raises:
+        UserError: It is absent or damaged.
+    """
+    remedy = "Restore it from a copy, or choose another out."
+    told, _ = read_sealed(out / RUN_FILE, remedy)
+    check_types(told, {"run": dict}, out / RUN_FILE, remedy)
+    return told["run"]
+
+
+def _record_in(out: Path) -> dict[str, Any]:
+    """What makes the run in ``out`` this run: of run.json or, where that is damaged, of the newest checkpoint."""
+    try:
+        return read_record(out)
+    except UserError as error:
+        if (newest := newest_checkpoint(out / "checkpoints")) is None:
+            raise
+        logger.warning("%s The checkpoint %s says what the run is.", error.message, newest)
+        return load_state(newest)["run"]
+
+
+def build(settings: TrainSettings, data: TrainingData, source: Source | None) -> tuple[Denoiser, pd.DataFrame | None]:
+    """The denoiser at its start, fp32 on the CPU, and the table of transferred tensors if it starts from a model.
+
+    Initial weights come from ``settings.seed`` and leave the caller's random state alone.
+    """
+    channels, height, width = data.store.shape
+    if height != width:
+        raise UserError(f"Latents are square; these are {height}×{width}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if source is not None:
+            denoiser, table = transfer(source, data.schema, settings.model, settings.dropout, (channels, height, width))
+            table = choose_parts(denoiser, table, source, settings)
+            if settings.lora is not None:
+                lora, before = settings.lora, {name for name, _ in denoiser.named_parameters()}
+                targets = [end for name in lora.targets for end in LORA_TARGETS[name]]
+                add_lora(denoiser.unet, lora.rank, lora.alpha or lora.rank, targets, lora.dropout)
+                table = with_adapter(table, denoiser, before)
+            logger.info("Starting from %s: %s.", source.folder, describe_table(table))
+        else:
+            conditioner = None
+            unet = build_unet(settings.model, channels, height, conditional=data.schema is not None)
+            if data.schema is not None:
+                conditioner = MetadataConditioner(
+                    data.schema.to_dict(),
+                    settings.model.embed_dim,
+                    fusion=settings.model.fusion,
+                    widths=settings.model.widths,
+                    dropout_patterns=asdict(settings.dropout),
+                )
+            denoiser, table = Denoiser(unet, conditioner), None
+    if settings.checkpoint_activations:
+        denoiser.unet.enable_gradient_checkpointing()
+    return denoiser, table
+
+
+def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFrame | None = None) -> None:
+    """Write run.json, settings.yaml and, when starting from a model, transfer.csv; clear what a killed process left
+    behind."""
+    write_sealed(out / RUN_FILE, {"run": record})
+    remove_unfinished(out)
+    remove_unfinished(out / "checkpoints")
+    kept = written(type(settings), plain(asdict(settings)))
+    write_text(out / "settings.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    if table is not None:
+        write_for_people(table, out / "transfer.csv")
+
+
+def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source | None) -> Autoencoder:
+    """The autoencoder of the latents, looked for before training so that a finished run can write its model.
+
+    Raises:
+        UserError: It is absent, or another than the one that encoded the latents.
+    """
+    known = data.store.info["autoencoder"]
+    inside = source.folder / "autoencoder" if source else None
+    where = settings.autoencoder or (str(inside) if inside and inside.is_dir() else known["source"])
+    autoencoder = load_autoencoder(where)
+    if autoencoder.hash != known["hash"]:
+        raise UserError(
+            f"The latents in {settings.latents} were encoded by {known['source']} ({known['hash'][:12]}), and the "
+            f"autoencoder {where} ({autoencoder.hash[:12]}) is another.",
+            "Set autoencoder to where the right one is.",
+        )
+    return autoencoder
+
+
+def finish(
+    settings: TrainSettings,
+    record: Mapping[str, Any],
+    data: TrainingData,
+    autoencoder: Autoencoder,
+    objective: ObjectiveSettings,
+    images: int,
+    averaged: Denoiser,
+    source: Source | None,
+) -> None:
+    """Write ``out/model`` (or ``out/adapter``) with the averaged weights; it is there whole or not at all."""
+    out = Path(settings.out)
+    provenance = {**data.info, "training_patches": len(data), "images_seen": images, **record}
+    if source is not None:
+        provenance["seen"] = together(data.info["seen"], source.seen)
+    fold(averaged)
+    if settings.lora is not None and source is not None:
+        added = added_values(source, averaged)
+        save_adapter(out / "adapter", averaged, source.model_hash, added, provenance)
+        return
+    MediPipeline.from_parts(averaged, objective, autoencoder, data.shift, data.scale, provenance).save_pretrained(
+        out / "model"
+    )
+
+
+def write_average(settings: AverageSettings) -> Path:
+    """Write the model of a finished run with its weights averaged over another length.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        UserError: The run is not finished, kept too few averages, or the folder is there already.
+    """
+    run, out = Path(settings.run), Path(settings.out)
+    if not (run / "model").is_dir():
+        raise UserError(f"{run} holds no finished model.", "Finish the run first.")
+    with output_lock(out, beside=True):
+        return _write_average(run, out, settings)
+
+
+def _write_average(run: Path, out: Path, settings: AverageSettings) -> Path:
+    if out.exists():
+        raise UserError(f"{out} is there already.", "Choose another out.")
+    tensors, made = reconstruct(run, settings.width, settings.images)
+    pipeline = MediPipeline.from_pretrained(run / "model")
+    pipeline.denoiser.load_state_dict(tensors)
+    pipeline.provenance["average"] = made
+    pipeline.provenance["images_seen"] = made["images"]
+    pipeline.save_pretrained(out)
+    return out
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the network's own dropout for one update in one process."""
+    return batch_seed(seed ^ (rank + 1), step)

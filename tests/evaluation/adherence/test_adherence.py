@@ -1,0 +1,190 @@
+"""Whether samples show what was asked for, beyond the share that a probe finds: site leaking into class, and stain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluation_world import CLASSES, SCHEMA, SITES, SIZE, World, filters, render, synthetic_patches
+
+from latent_medi.evaluation.adherence import attributes, site_leakage, stain
+from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.evaluate import study_features
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.features.stain import fit_stain, stain_angles, tissue_density
+from latent_medi.metadata.schema import Field, Schema
+from latent_medi.shards.writer import Patch, write_dataset
+
+
+def leaking(count: int) -> Iterator[Patch]:
+    """A generator that draws blobs whatever class is asked for at the site that training shows blobs of most."""
+    rng = np.random.default_rng(5)
+    for tumour in CLASSES:
+        for site in SITES:
+            for i in range(count):
+                drawn = "blobs" if site == "east" and i % 4 else tumour
+                name = f"synthetic:leak:{tumour}-{site}"
+                fields = {"class": tumour, "site": site, "preparation": "formalin", "age": "unknown"}
+                image = render(drawn, site, "formalin", rng)
+                yield Patch(f"{tumour}-{site}/{i}", image, name, name, 0, 0, 0.5, fields, origin="synthetic")
+
+
+@pytest.fixture(scope="module")
+def study(world: World, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("adherence")
+    swapped = synthetic_patches(20, {"south": "north"}, False)
+    write_dataset(folder / "leak", list(leaking(40)), "leak", SCHEMA, SIZE, 0.5)
+    write_dataset(folder / "swapped", list(swapped), "swapped", SCHEMA, SIZE, 0.5)
+    arms = {"medi": str(world.medi), "cls": str(world.cls), "leak": str(folder / "leak"),
+            "swapped": str(folder / "swapped")}  # fmt: skip
+    return open_study(world.settings("adherence", synthetic=arms))
+
+
+@pytest.fixture(scope="module")
+def sources(study: Study, world: World) -> dict[str, Any]:
+    settings = world.settings("adherence")
+    verdicts = attributes.look(study, study_features(study, filters(), settings, "cpu"), 1.0, 0)
+    result = site_leakage.leakage(study, verdicts, 60, 0)
+    assert result["training_tie"] > 0.1  # one combination is held out
+    return result["sources"]
+
+
+def test_a_class_that_the_site_decides_is_seen(sources: dict[str, Any]) -> None:
+    assert sources["leak"]["moved"]["beyond"]
+    assert sources["leak"]["moved"]["value"] > 2 * sources["leak"]["moved"]["limit"]
+    assert not sources["medi"]["moved"]["beyond"]
+    assert not sources["real"]["moved"]["beyond"]
+    assert sources["leak"]["asked_tie"] == pytest.approx(0, abs=1e-9)
+    assert sources["leak"]["tie"] > 2 * sources["medi"]["tie"]
+
+
+def test_an_arm_without_the_site_shows_its_verdicts_tie_alone(sources: dict[str, Any]) -> None:
+    assert sources["cls"]["asked_tie"] is None
+    assert sources["cls"]["moved"] is None
+    # Stripes are never drawn at the south, as training has none there: class and site of its samples are tied.
+    assert sources["cls"]["tie"] > sources["medi"]["tie"]
+
+
+def test_class_where_the_site_is_right_and_where_it_is_wrong(sources: dict[str, Any]) -> None:
+    swapped = sources["swapped"]
+    asked_south = swapped["n"] / 3
+    assert swapped["site_missed"]["n_patches"] == pytest.approx(asked_south, rel=0.3)
+    total = swapped["site_found"]["n_patches"] + swapped["site_missed"]["n_patches"]
+    assert total == swapped["n"]
+    low, high = swapped["site_found"]["interval"]
+    assert low <= swapped["site_found"]["value"] <= high
+
+
+def test_sites_are_reassigned_by_patient() -> None:
+    """Patients who differ, at sites that do not: patches of one patient are no independent evidence."""
+    rng = np.random.default_rng(0)
+    beyond = 0
+    for _ in range(30):
+        kind = rng.integers(0, 2, 40)  # a patient's patches all get one verdict
+        site = np.repeat(np.where(np.arange(40) % 2, "x", "y"), 10)
+        seen, units = np.repeat(np.where(kind, "a", "b"), 10), np.repeat(np.arange(40).astype(str), 10)
+        asked = np.full(400, "a")
+        moved = site_leakage._moved(asked, site, seen, units, 0)
+        beyond += moved["value"] > moved["limit"]
+    assert beyond <= 4
+
+
+def test_stain_asked_for_and_obtained(study: Study) -> None:
+    cells = {cell["name"]: cell for cell in stain.stain(study, 60, 0)["cells"]}
+    assert set(cells) == {*SITES, "stripes × south", "south × frozen"}
+    for site in SITES:
+        sources = cells[site]["sources"]
+        low, high = sources["real"]["nearest"]["interval"]
+        assert low <= sources["real"]["nearest"]["value"] <= high
+        assert sources["real"]["nearest"]["value"] > 0.9
+        assert sources["medi"]["nearest"]["value"] > 0.9
+        assert sources["medi"]["distance"] < 0.02
+        assert sources["medi"]["asked"]
+        assert not sources["cls"]["asked"]
+    south = cells["south"]["sources"]
+    assert south["swapped"]["nearest"]["value"] < 0.1
+    assert south["swapped"]["distance"] > 5 * south["medi"]["distance"]
+    # The class-only arm draws no stripes there, and stripes are what is compared.
+    assert cells["stripes × south"]["sources"]["cls"]["nearest"]["value"] < 0.1
+
+
+def test_density_is_that_of_the_tissue() -> None:
+    images = np.full((3, 8, 8, 3), 255, np.uint8)
+    images[0, :4] = (128, 64, 200)
+    images[1] = (128, 64, 200)
+    density = tissue_density(images)
+    wanted = -np.log10(np.array([128, 64, 200]) / 255)
+    assert density[0] == pytest.approx(wanted)
+    assert density[1] == pytest.approx(wanted)
+    assert np.isnan(density[2]).all()
+    stats = fit_stain(images)
+    assert stain_angles(stats, stats) == pytest.approx((0, 0), abs=1e-4)
+
+
+def test_an_unequal_mix_of_classes_is_no_other_stain(tmp_path: Path) -> None:
+    """A dark class that one side has more of moves no density, and what one side lacks is not compared."""
+    rng = np.random.default_rng(0)
+    dark = {"a": 60, "b": 150}
+    amounts = {"train": {"a": 8, "b": 8}, "probe": {"a": 2, "b": 14}, "test": {"a": 14, "b": 2}}
+    patches, split = [], {}
+    for part, counts in amounts.items():
+        for tumour, count in counts.items():
+            for site, tint in (("x", (1, 1, 1)), ("y", (1, 1.2, 1))):
+                for number in range(count):
+                    patient = f"{part}{tumour}{site}{number}"
+                    split[patient] = part
+                    image = np.clip(np.array(tint) * dark[tumour] + rng.normal(0, 3, (16, 16, 3)), 0, 255)
+                    fields = {"class": tumour, "site": site}
+                    patches.append(
+                        Patch(f"{patient}/0", image.astype(np.uint8), patient, patient, 0, 0, 0.5, fields)
+                    )  # fmt: skip
+    schema = Schema((Field("class", "class", ("a", "b")), Field("site", "categorical", ("x", "y"))))
+    write_dataset(tmp_path / "real", patches, "mix", schema, 16, 0.5, splits={"main": (split, {})})
+    samples = [
+        replace(p, key=f"s/{p.key}", patient="s", origin="synthetic") for p in patches if p.fields["class"] == "b"
+    ]
+    write_dataset(tmp_path / "b", samples, "b", schema, 16, 0.5)
+    held_out = [{"class": "b", "site": "y"}]
+    arms = {"medi": str(tmp_path / "b")}
+    settings = EvaluateSettings(real=str(tmp_path / "real"), synthetic=arms, held_out=held_out, unseen=False)
+    for cell in stain.stain(open_study(settings), 20, 0)["cells"]:
+        for source in ("real", "medi"):
+            assert cell["sources"][source]["distance"] < 0.01, (cell["name"], source)
+            assert cell["sources"][source]["nearest"]["value"] > 0.95
+
+
+def test_what_no_probe_can_tell_is_left_out(study: Study) -> None:
+    """Perfect probes, and a fifth of the sites and of the classes unknown: what is left is right throughout."""
+    rows = study.reference
+    names = (study.class_field, study.site_field)
+    truth = [study.index[name].to_numpy(str).astype(object) for name in names]
+    verdicts = {
+        name: attributes.Verdicts(sorted(set(values)), values[rows].astype(str), {}, True, 9)
+        for name, values in zip(names, truth, strict=True)
+    }
+    index = study.index.copy()
+    for name, first in zip(names, (0, 1), strict=True):
+        column = index[name].astype(str).to_numpy(object)
+        column[rows[first::5]] = "unknown"
+        index[name] = column
+    partly = replace(study, real=SimpleNamespace(index=index))  # type: ignore[arg-type]
+    found = site_leakage.leakage(partly, verdicts, 20, 0)["sources"]["real"]
+    assert found["n"] == len(rows) - len(rows[0::5]) - len(rows[1::5])
+    assert found["site_found"]["value"] == 1
+    assert found["site_missed"]["n_patches"] == 0
+
+
+def test_test_patients_of_a_site_that_no_probe_knows(study: Study) -> None:
+    """An external hospital: there is nothing to hold the samples against, and that is said."""
+    rows = study.reference
+    classes = study.index[study.class_field].to_numpy(str)
+    verdicts = {
+        study.class_field: attributes.Verdicts(sorted(set(classes)), classes[rows], {}, True, 9),
+        study.site_field: attributes.Verdicts(["elsewhere", "far away"], np.full(len(rows), "elsewhere"), {}, True, 9),
+    }
+    assert "no real test patch" in site_leakage.leakage(study, verdicts, 20, 0)["reason"]

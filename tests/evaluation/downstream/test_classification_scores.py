@@ -1,0 +1,208 @@
+"""Scores of probabilities: by hand, against scikit-learn and torchmetrics, and weights that equal repeated rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from evaluation_world import CLASSES, World
+from sklearn.metrics import balanced_accuracy_score, brier_score_loss, matthews_corrcoef, roc_auc_score
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.downstream import classification_scores
+from latent_medi.statistics.bootstrap import PatientResamples, wilson
+
+
+def _case(seed: int, n: int = 200, k: int = 3, digits: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, k, n)
+    odds = rng.gamma(1.0, size=(n, k)) + 0.7 * np.eye(k)[truth]
+    probabilities = np.round(odds / odds.sum(axis=1, keepdims=True), digits)  # few digits make ties
+    return truth, probabilities / probabilities.sum(axis=1, keepdims=True)
+
+
+def _scores(truth: np.ndarray, probabilities: np.ndarray, sites: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
+    weights = PatientResamples(patients, 40, 0).weights
+    codes = np.unique(patients, return_inverse=True)[1]
+    names = [f"c{i}" for i in range(probabilities.shape[1])]
+    return classification_scores.unit_scores(
+        probabilities, truth, sites, codes, np.ones(len(truth), int), names, weights
+    )
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_points_are_those_of_known_libraries(k: int) -> None:
+    truth, probabilities = _case(k, k=k, digits=12)  # none at the edge of a bin
+    sites = np.array(["s", "t"])[np.arange(200) % 2]
+    found = {n: m["value"] for n, m in _scores(truth, probabilities, sites, np.arange(200) // 4).items()}
+    predicted = probabilities.argmax(axis=1)
+    by_site = [balanced_accuracy_score(truth[sites == s], predicted[sites == s]) for s in ("s", "t")]
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(truth, predicted))
+    assert found["site_averaged_accuracy"] == pytest.approx(np.mean(by_site))
+    assert found["mcc"] == pytest.approx(matthews_corrcoef(truth, predicted))
+    area = roc_auc_score(truth, probabilities if k > 2 else probabilities[:, 1], multi_class="ovo")
+    assert found["auroc"] == pytest.approx(area)
+    error = multiclass_calibration_error(
+        torch.tensor(probabilities), torch.tensor(truth), k, n_bins=classification_scores.BINS
+    )
+    assert found["ece"] == pytest.approx(float(error), abs=1e-6)
+    brier = brier_score_loss(truth, probabilities, labels=range(k), scale_by_half=False)
+    assert found["brier"] == pytest.approx(brier)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_resample_equals_its_rows_repeated(k: int) -> None:
+    truth, probabilities = _case(7, 60, k)
+    predicted = probabilities.argmax(axis=1)
+    weights = np.random.default_rng(0).integers(0, 4, (5, 60)).astype(float)
+    pairs: list[tuple[np.ndarray, Any]] = [
+        (
+            classification_scores.correlations(truth, predicted, k, weights),
+            lambda r: matthews_corrcoef(truth[r], predicted[r]),
+        ),
+        (
+            classification_scores.aurocs(truth, probabilities, weights),
+            lambda r: roc_auc_score(
+                truth[r], probabilities[r] if k > 2 else probabilities[r, 1], multi_class="ovo", labels=range(k)
+            ),
+        ),
+        (
+            classification_scores.calibration_errors(probabilities, truth, weights),
+            lambda r: float(
+                classification_scores.calibration_errors(probabilities[r], truth[r], np.ones((1, len(r))))[0]
+            ),
+        ),
+    ]
+    for draws, point in pairs:
+        for draw, weight in zip(draws, weights, strict=True):
+            assert draw == pytest.approx(point(np.repeat(np.arange(60), weight.astype(int))))
+
+
+def test_scores_survive_a_missing_class_and_no_rows() -> None:
+    truth, probabilities = _case(3)
+    keep = truth != 1
+    found = _scores(truth[keep], probabilities[keep], np.full(keep.sum(), "s"), np.arange(keep.sum()) // 2)
+    one = truth[keep] == 2
+    wanted = np.mean([roc_auc_score(one, probabilities[keep, 2]), roc_auc_score(~one, probabilities[keep, 0])])
+    assert found["auroc"]["value"] == pytest.approx(wanted)
+    assert isinstance(found["mcc"]["interval"], list)
+    alone = _scores(
+        truth[truth == 0], probabilities[truth == 0], np.full((truth == 0).sum(), "s"), np.arange((truth == 0).sum())
+    )
+    assert alone["auroc"]["value"] is None
+    nothing = _scores(truth[:0], probabilities[:0], np.zeros(0, str), np.zeros(0, int))
+    assert all(m["value"] is None for m in nothing.values())
+
+
+def test_intervals_are_not_moved_by_what_resampling_does_to_an_extreme() -> None:
+    """The gaps of a resample do not cancel, and its lowest group is lower: both draws are biased, the intervals not."""
+    rng = np.random.default_rng(0)
+    outside = {"ece": 0, "worst_group": 0}
+    for _ in range(30):
+        truth = rng.integers(0, 3, 120)
+        confidence = rng.uniform(0.4, 0.95, 120)
+        guess = np.where(rng.random(120) < confidence, truth, (truth + 1) % 3)  # calibrated
+        probabilities = np.full((120, 3), 0.0) + ((1 - confidence) / 2)[:, None]
+        probabilities[np.arange(120), guess] = confidence
+        found = _scores(truth, probabilities, np.array(list("stuv"))[np.arange(120) % 4], np.arange(120))
+        for name in outside:
+            low, high = found[name]["interval"]
+            middle = (low + high) / 2
+            outside[name] += not low < found[name]["value"] < high
+            assert abs(middle - found[name]["value"]) < 0.3 * (high - low)
+    assert outside == {"ece": 0, "worst_group": 0}
+
+
+def test_patients_who_all_agree_leave_no_interval_of_no_width() -> None:
+    truth = np.repeat([0, 1], 20)
+    found = _scores(truth, np.eye(2)[truth], np.full(40, "s"), np.arange(40))
+    for name in ("balanced_accuracy", "site_averaged_accuracy", "worst_group"):
+        assert found[name]["interval"] == pytest.approx(wilson(20, 20))
+    for name in ("mcc", "auroc", "brier", "ece"):
+        assert found[name]["interval"] == "not estimable"
+
+
+def test_scores_that_weigh_classes_alike_are_as_sure_as_the_smallest() -> None:
+    truth = np.repeat([0, 1, 2], [40, 40, 9])
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), 89)
+    found = _scores(truth, probabilities, np.full(89, "s"), np.arange(89))
+    for name in ("balanced_accuracy", "site_averaged_accuracy", "auroc"):
+        assert found[name]["interval"] == "not estimable"
+        assert found[name]["smallest_group"] == 9
+    for name in ("mcc", "brier", "ece"):
+        assert isinstance(found[name]["interval"], list)
+
+
+def test_worst_group_needs_ten_patients() -> None:
+    # Group a × s: 10 patients, half right. a × t: 12 patients, 3 of 4 right. b × s: 9 patients, none right.
+    rows = [(0, "s", f"p{i}", i % 2 == 0) for i in range(10)]
+    rows += [(0, "t", f"q{i}", i % 4 != 0) for i in range(12)]
+    rows += [(1, "s", f"r{i}", False) for i in range(9)]
+    rows += [(0, "s", "p0", False)] * 3  # patient p0: 1 of 4, which is averaged over patients first
+    truth = np.array([r[0] for r in rows])
+    right = np.array([r[3] for r in rows])
+    patients = np.unique([r[2] for r in rows], return_inverse=True)[1]
+    weights = PatientResamples(np.array([r[2] for r in rows]), 50, 0).weights
+    found = classification_scores.worst_group(
+        truth, np.where(right, truth, 1 - truth), np.array([r[1] for r in rows]), patients,
+        np.ones(len(rows), int), ["a", "b"], weights,
+    )  # fmt: skip
+    assert found["group"] == "a × s"
+    assert found["value"] == pytest.approx((0.25 + 4) / 10)
+    assert found["n_groups"] == 2
+    assert found["n_patients"] == 22
+    assert found["not_estimable"] == [{"group": "b × s", "n_patients": 9}]
+    low, high = found["interval"]
+    assert 0 <= low < high <= 1
+
+
+def test_slides_and_patients_by_hand() -> None:
+    index = pd.DataFrame(
+        [("a", "s", "1", "x"), ("a", "s", "1", "x"), ("a", "s", "1", "y"), ("b", "s", "1", "y"), ("b", "t", "2", "x")],
+        columns=["class", "site", "patient", "slide"],
+    )
+    study = cast(
+        Study,
+        SimpleNamespace(index=index, site_field="site", test=np.arange(5), classes=["a", "b"]),
+    )
+    bootstrap = PatientResamples(index["patient"].to_numpy(str), 20, 0)
+    codes = np.array([0, 0, 0, 1, 1])
+    levels = classification_scores.Levels(study, codes, np.array([False] * 4 + [True]), bootstrap)
+    probabilities = np.array([[0.9, 0.1], [0.3, 0.7], [0.0, 1.0], [0.2, 0.8], [0.6, 0.4]])
+    slide, patient = levels.units["slide"], levels.units["patient"]
+    # Patient 1: slide x has class a twice, slide y one patch of each class; patient 2's slide x is another slide.
+    by_slide = {
+        (int(p), int(c), round(float(m), 6))
+        for p, c, m in zip(slide.patients, slide.truth, slide.mean(probabilities)[:, 0], strict=True)
+    }
+    assert by_slide == {(0, 0, 0.6), (0, 0, 0.0), (0, 1, 0.2), (1, 1, 0.6)}
+    by_patient = {
+        (int(p), int(c), round(float(m), 6))
+        for p, c, m in zip(patient.patients, patient.truth, patient.mean(probabilities)[:, 0], strict=True)
+    }
+    assert by_patient == {(0, 0, 0.4), (0, 1, 0.2), (1, 1, 0.6)}
+    record = levels.score(probabilities)
+    # Patients: class a is missed (0.4), class b found once of twice.
+    assert record["patient"]["all"]["balanced_accuracy"]["value"] == pytest.approx(0.25)
+    assert record["patient"]["all"]["balanced_accuracy"]["n_units"] == 3
+    assert record["patient"]["all"]["balanced_accuracy"]["n_patches"] == 5
+    assert record["patient"]["shift"]["balanced_accuracy"]["n_units"] == 1
+    assert record["slide"]["all"]["balanced_accuracy"]["value"] == pytest.approx((1 / 2 + 1 / 2) / 2)
+
+
+def test_saved_probabilities_give_the_recorded_scores(world: World, metrics: dict[str, Any]) -> None:
+    table = pd.read_csv(world.root / "full" / "predictions.csv", dtype={"patient": str})
+    table = table[table["encoder"] == "filters"]
+    truth = table["class"].map({c: i for i, c in enumerate(CLASSES)}).to_numpy()
+    for arm, entry in metrics["downstream"]["filters"]["arms"].items():
+        found = table[[f"probability_{arm}_{c}" for c in CLASSES]].to_numpy()
+        assert np.allclose(found.sum(axis=1), 1.0, atol=1e-5)
+        recorded = entry["scores"]["patch"]["all"]
+        assert recorded["mcc"]["value"] == pytest.approx(matthews_corrcoef(truth, found.argmax(axis=1)), abs=2e-3)
+        assert set(entry["scores"]) == {"patch", "slide", "patient"}
+        assert recorded["worst_group"]["group"]

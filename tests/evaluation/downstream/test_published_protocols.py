@@ -1,0 +1,182 @@
+"""The two published protocols: what goes in, and their numbers recomputed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
+
+from latent_medi.core.errors import UserError
+from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.downstream import published_protocols
+from latent_medi.evaluation.downstream.classifiers import Learned
+from latent_medi.evaluation.downstream.stage import check_downstream
+from latent_medi.evaluation.downstream.training_sets import Lesson
+from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings, MediProtocolSettings
+from latent_medi.shards.writer import write_dataset
+
+
+def _features(study: Study, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Noisy one-hot classes, and the row number last, far too small to be learnt from."""
+    rng = np.random.default_rng(seed)
+
+    def of(labels: np.ndarray) -> np.ndarray:
+        hot = np.eye(3)[[study.classes.index(v) for v in labels]] + rng.normal(0, 0.8, (len(labels), 3))
+        return np.column_stack([hot, np.arange(len(labels)) * 1e-9])
+
+    arms = {a.name: of(a.index[study.class_field].to_numpy(str)) for a in study.arms.values()}
+    return of(study.index[study.class_field].to_numpy(str)), arms
+
+
+def test_mean_and_standard_error_by_hand() -> None:
+    found = published_protocols.mean_and_sem([0.5, 0.6, 1.0])
+    assert found["mean"] == pytest.approx(0.7)
+    assert found["sem"] == pytest.approx(np.sqrt((0.04 + 0.01 + 0.09) / 2) / np.sqrt(3))
+    assert published_protocols.mean_and_sem([0.5])["sem"] is None
+
+
+def test_scores_by_hand() -> None:
+    truth = np.array(["a", "a", "a", "b", "b", "c"])
+    found = np.array(["a", "a", "b", "b", "c", "c"])
+    scores = published_protocols.classification_scores(truth, found)
+    assert scores["accuracy"] == pytest.approx(4 / 6)
+    assert scores["sensitivity"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert scores["specificity"] == pytest.approx((3 / 3 + 3 / 4 + 4 / 5) / 3)
+    f1 = [2 * 1 * (2 / 3) / (1 + 2 / 3), 0.5, 2 * 0.5 / 1.5]
+    assert scores["f1"] == pytest.approx(np.mean(f1))
+
+
+def test_medi_protocol_takes_what_it_says(world: World) -> None:
+    study = open_study(world.settings("medi-protocol"))
+    labels, sites = (study.index[f].to_numpy(str) for f in ("class", "site"))
+    for k, most in ((2, 0), (2, 7), (0, 7)):
+        rows = published_protocols.medi_real(study, k, most, 3)
+        assert set(rows) <= set(study.train)
+        assert len(set(sites[rows])) == (k or 3)
+        if most:
+            assert dict(zip(*np.unique(labels[rows], return_counts=True), strict=True)) == dict.fromkeys(
+                study.classes, 7
+            )
+    assert not np.array_equal(
+        published_protocols.medi_real(study, 2, 7, 0), published_protocols.medi_real(study, 2, 7, 1)
+    )
+
+    real, arms = _features(study)
+    settings = MediProtocolSettings(ratios=[0.0, 0.5], max_real=[9], sites=[2, 0], seeds=2)
+    record = published_protocols.medi_protocol(study, real, arms, settings)
+    assert [(r["arm"], r["sites"], r["ratio"]) for r in record["rows"]] == [
+        (arm, k, ratio) for k in (2, 3) for arm, ratio in (("real", 0.0), ("medi", 0.5), ("cls", 0.5))
+    ]
+    assert record["not_converged"] == 0
+    assert record["test"]["n_patches"] == len(study.test)
+    for row in record["rows"]:
+        assert row["n_synthetic"] == [int(row["ratio"] * n) for n in row["n_real"]]
+
+    # One number by hand: two sites, seed 1, no synthetic patch.
+    rows = published_protocols.medi_real(study, 2, 9, 1)
+    model = LogisticRegression(class_weight="balanced", max_iter=5000).fit(real[rows], labels[rows])
+    found, truth = model.predict(real[study.test]), labels[study.test]
+    here = record["rows"][0]
+    assert here["balanced_accuracy"]["by_seed"][1] == pytest.approx(balanced_accuracy_score(truth, found))
+    assert here["mcc"]["by_seed"][1] == pytest.approx(matthews_corrcoef(truth, found))
+    by_site = [
+        balanced_accuracy_score(truth[sites[study.test] == s], found[sites[study.test] == s]) for s in np.unique(sites)
+    ]
+    assert here["site_averaged_balanced_accuracy"]["by_seed"][1] == pytest.approx(np.mean(by_site))
+
+    with pytest.raises(UserError, match="asks for 9 sites; training has 3"):
+        published_protocols.medi_protocol(study, real, arms, MediProtocolSettings(sites=[9]))
+    with pytest.raises(UserError, match="seeds must be 1 or more"):
+        published_protocols.medi_protocol(study, real, arms, MediProtocolSettings(seeds=0))
+    with pytest.raises(UserError, match="negative"):
+        published_protocols.medi_protocol(study, real, arms, MediProtocolSettings(ratios=[-0.5]))
+
+
+class Keeping:
+    """A learner that keeps its lessons and answers the first class."""
+
+    random = False
+
+    def __init__(self, study: Study) -> None:
+        self.about: dict[str, Any] = {"classifier": "none"}
+        self.lessons: list[Lesson] = []
+        self.study = study
+
+    def learn(self, lesson: Lesson, seed: int) -> Learned:
+        self.lessons.append(lesson)
+        n, k = len(self.study.test), len(self.study.classes)
+        return Learned(np.full(n, self.study.classes[0]), np.full((n, k), 1 / k), True)
+
+
+def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> None:
+    patches = list(synthetic_patches(60, None, False))
+    made = write_dataset(tmp_path / "made", patches, "medi", SCHEMA, SIZE, 0.5)
+    rng = np.random.default_rng(0)
+    chosen, control = rng.random(len(made)) < 0.5, rng.random(len(made)) < 0.5
+    score = rng.random(len(made))
+    made.add_selection("best", {"": chosen, "_control": control, "_score": score}, {}, {})
+    study = open_study(world.settings("histo", synthetic={"medi": str(tmp_path / "made")}))
+    real, arms = _features(study)
+    learner = Keeping(study)
+    settings = HistoDiffusionProtocolSettings(percent=[50.0, 900.0], seeds=2)
+    record = published_protocols.histodiffusion_protocol(study, real, arms, settings, learner)
+    assert [(r["arm"], r["choice"], r["percent"]) for r in record["rows"]] == [
+        ("real", "none", 0.0), ("medi", "selected", 50.0), ("medi", "random", 50.0),
+        ("medi", "selected", 900.0), ("medi", "random", 900.0),
+    ]  # fmt: skip
+    # One lesson for what has no chance in it, one per seed for a random draw.
+    assert len(learner.lessons) == 1 + 1 + 2 + 1 + 2
+    labels = study.index["class"].to_numpy(str)[study.train]
+    classes = made.index["class"].to_numpy(str)
+    counts = {v: int((labels == v).sum()) for v in study.classes}
+    added = [np.rint(lesson.features[len(labels) :, 3] * 1e9).astype(int) for lesson in learner.lessons]
+    for value in study.classes:
+        order = [r for r in np.argsort(score) if chosen[r] and classes[r] == value]
+        mine = [r for r in added[1] if classes[r] == value]
+        assert mine == order[: counts[value] // 2]
+        most = [r for r in added[4] if classes[r] == value]
+        assert most == order  # nine times the real ones are more than there are: all, none twice
+    for rows in (added[2], added[3], added[5]):
+        assert control[rows].all()
+        assert len(set(rows)) == len(rows)
+    assert len(added[2]) == sum(n // 2 for n in counts.values())
+    assert not np.array_equal(added[2], added[3])
+    assert record["rows"][3]["n_synthetic"] == int(chosen.sum())
+    assert record["rows"][0]["accuracy"]["mean"] == pytest.approx(1 / 3)
+
+    with pytest.raises(UserError, match="no selection 'bets'; closest: 'best'"):
+        published_protocols.histodiffusion_protocol(
+            study, real, arms, HistoDiffusionProtocolSettings(selection="bets"), learner
+        )
+    plain = open_study(world.settings("histo"))
+    with pytest.raises(UserError, match="latent-medi select"):
+        published_protocols.histodiffusion_protocol(plain, real, _features(plain)[1], settings, learner)
+
+
+def test_a_protocol_is_one_setting(world: World) -> None:
+    settings = world.settings(
+        "protocol", downstream=False, downstream_protocol="medi", resamples=20,
+        medi_protocol=MediProtocolSettings(ratios=[0.0, 1.0], max_real=[20], sites=[0], seeds=2),
+    )  # fmt: skip
+    result = evaluate(settings, [filters()])
+    assert set(result["protocols"]) == {"medi"}
+    rows = result["protocols"]["medi"]["filters"]["rows"]
+    assert [r["arm"] for r in rows] == ["real", "medi", "cls"]
+    assert 0 <= rows[1]["balanced_accuracy"]["mean"] <= 1
+    assert result["downstream"] == {}
+    for match, changes in (
+        ("downstream_protocol is 'mdi'; closest: 'medi'", {"downstream_protocol": "mdi"}),
+        ("classifier is 'cn'", {"classifier": "cn"}),
+        ("regularisation is -1", {"regularisation": -1.0}),
+        ("repeats is 0", {"repeats": 0}),
+        ("stain_jitter is 1.5", {"stain_jitter": 1.5}),
+        ("Leave `selected` out", {"downstream_protocol": "histodiffusion", "selected": {"medi": "x"}}),
+    ):
+        with pytest.raises(UserError, match=match):
+            check_downstream(world.settings("wrong", **changes))

@@ -1,0 +1,247 @@
+"""Distances have the floor, the mix, the patients and the interval that they say they have."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pytest
+from evaluation_world import SCHEMA, SIZE, World, synthetic_patches
+from parts import put_index
+
+from latent_medi.evaluation.cohort.comparison_sets import Cell, _apart, class_cells
+from latent_medi.evaluation.cohort.sample_size import thin_support
+from latent_medi.evaluation.cohort.study import Matched, Study, open_study
+from latent_medi.evaluation.fidelity import distance_to_real, real_split_range
+from latent_medi.evaluation.fidelity.distance_to_real import Features, _thinned, ratio, summarise
+from latent_medi.evaluation.fidelity.real_split_range import Patches, measures_of
+from latent_medi.shards.writer import write_dataset
+from latent_medi.statistics.distances import frechet_distance, kid, pca_basis
+
+
+def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
+    """Test patients of a hospital that no other real patient and no sample comes from: no distance is a floor's."""
+    folder = world.root / "external"
+    shutil.copytree(world.real, folder)
+    table = pd.read_parquet(folder / "index.parquet")
+    test = table["split_main"] == "test"
+    table.loc[~test & (table["site"] == "east"), "site"] = "north"
+    table.loc[test & (table["site"] == "north"), "site"] = "east"  # samples are of the north alone: nothing is shared
+    put_index(folder, table)
+    made = world.root / "external-medi"
+    patches = [p for p in synthetic_patches(40, None, False) if p.fields["site"] == "north"]
+    write_dataset(made, patches, "medi", SCHEMA, SIZE, 0.5)
+    arms = {"medi": str(made), "cls": str(world.cls)}
+    study = open_study(world.settings("external-out", real=str(folder), synthetic=arms))
+    cells = class_cells(study, 0)
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(len(study.index), 4))
+    made_of = {name: rng.normal(size=(len(arm.rows), 4)) for name, arm in study.arms.items()}
+    left_out = summarise(study, Features(real, made_of, pca_basis(real)), cells, 20, 0)["left_out"]
+    for cell in cells:
+        assert left_out[cell.combination["class"]] == (f"medi: {cell.skipped['medi']}; floor: {cell.skipped['floor']}")
+        assert set(cell.rows) == {"cls"}  # what an arm was not told is not held against it
+        assert cell.skipped["floor"] == "site is east in 67% of the reference, in 0% of other real patients"
+        assert cell.skipped["medi"] == "site is east in 67% of the reference, in 0% of its samples"
+
+
+@pytest.mark.parametrize(("east", "apart"), [(20, ""), (21, "site is east in 21% of the reference, in 0%")])
+def test_a_fifth_of_the_mix_may_be_of_another_site(east: int, apart: str) -> None:
+    """Counted among what is known: patches of which the site is not told neither show nor lack one."""
+    reference = pd.DataFrame({"site": ["east"] * east + ["north"] * (100 - east) + ["unknown"] * 300})
+    theirs = pd.DataFrame({"site": ["north", "unknown", "unknown"]})
+    assert _apart(theirs, reference, ["site"]) == apart
+    assert _apart(theirs, reference[reference["site"] == "unknown"], ["site"]) == ""
+
+
+def test_values_that_never_meet_do_not_make_up_a_mix(world: World) -> None:
+    """The reference is of two kinds; a side has both sites and both preparations, but hardly together as there."""
+    folder = world.root / "crossed"
+    shutil.copytree(world.real, folder)
+    table = pd.read_parquet(folder / "index.parquet")
+    test, probe = table["split_main"] == "test", table["split_main"] == "probe"
+    north = table["site"] == "north"
+    table.loc[test, "preparation"] = np.where(north[test], "formalin", "frozen")
+    table.loc[probe, "preparation"] = np.where(north[probe], "frozen", "formalin")
+    rare = probe & north & ~table["patient"].str.endswith("-0")  # few are left of the north
+    table.loc[rare | (test & (table["site"] == "south")), "split_main"] = ""
+    put_index(folder, table)
+    study = open_study(world.settings("crossed-out", real=str(folder), held_out=[{"class": "stripes", "site": "east"}],
+                                      unseen=False))  # fmt: skip
+    for cell in class_cells(study, 0):
+        assert "of the reference, in" in cell.skipped["floor"]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_a_draw_follows_its_strata(n: int) -> None:
+    rng = np.random.default_rng(n)
+    labels = rng.choice(list("abcdx"), 200)
+    target = rng.choice(list("abcy"), 50 * bool(n))
+    pool = Matched(np.arange(1000, 1200), labels, target)
+    names = sorted(set(target))
+    assert [list(m) for m in pool.members] == [list(np.flatnonzero(labels == name)) for name in names]
+    assert pool.missing == pytest.approx(np.mean(target == "y") if n else 0.0)
+
+
+def test_thinning_keeps_the_mix_and_depends_on_nothing_else() -> None:
+    sites = np.repeat([0, 1], [9000, 1000])
+    shares = [sites[_thinned(10_000, seed, "medi")].mean() for seed in range(20)]
+    assert np.mean(shares) == pytest.approx(0.1, abs=0.005)
+    rows = _thinned(10_000, 0, "medi")
+    assert len(set(rows)) == 3000
+    np.testing.assert_array_equal(rows, _thinned(10_000, 0, "medi"))
+    assert set(rows) != set(_thinned(10_000, 0, "cls"))
+    np.testing.assert_array_equal(_thinned(3000, 0, "medi"), np.arange(3000))
+
+
+def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) -> None:
+    assert thin_support(open_study(world.settings("plenty"))) == []
+    folder = world.root / "few"
+    shutil.copytree(world.real, folder)
+    table = pd.read_parquet(folder / "index.parquet")
+    stripes = (table["split_main"] == "test") & (table["class"] == "stripes") & (table["site"] == "south")
+    keep = sorted(set(table.loc[stripes, "patient"]))[:4]
+    table.loc[stripes & ~table["patient"].isin(keep), "split_main"] = ""
+    put_index(folder, table)
+    study = open_study(world.settings("few-out", real=str(folder)))
+    assert thin_support(study) == [
+        "Accuracy under shift has no interval: of the test patients at south only 4 of stripes (10 are needed).",
+        "stripes × south has no distance: 16 patches of test patients, 20 are needed.",
+        "The distance of south × frozen has no interval: 9 test patients, 10 are needed.",
+    ]
+    assert len(thin_support(study, downstream=False)) == 2
+    table.loc[stripes & table["patient"].isin(keep), "split_main"] = "probe"
+    table.loc[table.index[stripes][-20:], "split_main"] = "test"  # of five patients
+    put_index(folder, table)
+    told = thin_support(open_study(world.settings("few-out", real=str(folder))), downstream=False)
+    assert told == [
+        "The distance of stripes × south has no interval: 5 test patients, 10 are needed.",
+        "The distance of south × frozen has no interval: 9 test patients, 10 are needed.",
+    ]
+
+
+def many_patches(patients: int) -> tuple[Study, Features, Cell]:
+    """A cell of more patches than a kernel takes: reference, and the floor of a tenth of all patients."""
+    rng = np.random.default_rng(0)
+    each = 60
+    total = patients * each
+    names = np.repeat([f"p{i:03d}" for i in range(patients)], each)
+    real = 0.3 * rng.normal(size=(patients, 4))[np.repeat(np.arange(patients), each)] + rng.normal(size=(total, 4))
+    reference, probe = np.arange(total * 9 // 10), np.arange(total * 9 // 10, total)
+    study = SimpleNamespace(
+        patients=names, index=names, reference=reference, probe=probe, arms={"cls": None, "medi": None}
+    )
+    samples = {name: rng.normal(size=(300, 4)) + shift for name, shift in (("medi", 0.5), ("cls", 1.5))}
+    rows = {"cls": np.arange(300), "medi": np.arange(300), "floor": probe}
+    return cast(Study, study), Features(real, samples, pca_basis(real)), Cell(
+        {"class": "a"}, reference, rows, dict.fromkeys(rows, 0.0)
+    )  # fmt: skip
+
+
+def test_kernel_distances_of_many_patches_have_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, features, cell = many_patches(120)
+    assert len(cell.reference) > 3000
+    monkeypatch.setattr(distance_to_real, "full_rank", lambda n, d: False)
+    summary = summarise(study, features, [cell], 100, 0)["summary"]
+    whole = kid(features.real[cell.reference], features.arms["cls"], subsets=0)[0]
+    low, high = summary["cls"]["interval"]
+    assert low < summary["cls"]["value"] < high
+    assert summary["cls"]["value"] == pytest.approx(whole, rel=0.1)
+    assert isinstance(summary["ratio"]["interval"], list)
+
+
+def test_a_floor_of_few_patients_has_no_interval_anywhere() -> None:
+    study, features, cell = many_patches(60)
+    assert len(set(study.patients[study.probe])) == 6
+    summary = summarise(study, features, [cell], 100, 0)["summary"]
+    assert summary["floor"]["n_patients"] == summary["ratio"]["n_patients"] == 6
+    assert summary["floor"]["interval"] == summary["ratio"]["interval"] == "not estimable"
+    assert isinstance(summary["cls"]["interval"], list)
+
+
+def test_only_large_frechet_distances_take_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, features, cell = many_patches(120)
+    wide = Features(np.tile(features.real, 40), {n: np.tile(x, 40) for n, x in features.arms.items()}, features.basis)
+
+    def quick(*arguments: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        numbers = {"value": 1.0, "fd": None, "kid": 1.0, "fd_pca": 1.0}
+        draws = np.ones(len(arguments[5].resamples.weights))
+        return {"arms": dict.fromkeys(cell.rows, numbers)}, dict.fromkeys(cell.rows, draws)
+
+    monkeypatch.setattr(distance_to_real, "_judge", quick)
+    for enough, expected in ((True, 50), (False, 200)):
+        monkeypatch.setattr(distance_to_real, "full_rank", lambda n, d, enough=enough: enough)
+        assert summarise(study, wide, [cell], 200, 0)["resamples"] == expected
+
+
+def test_the_ratio_is_as_unsure_as_its_distances() -> None:
+    """Resampling raises the floor's draws twice as much as an arm's, which is undone before they are divided."""
+    rng = np.random.default_rng(0)
+    value = {"medi": 4.0, "cls": 6.0, "floor": 3.0}
+    raised = {"medi": 1.2, "cls": 1.2, "floor": 2.4}
+    draws = {name: value[name] + raised[name] + 0.2 * rng.normal(size=400) for name in value}
+    support = {"n_patches": 100, "n_patients": 40, "smallest_group": 20}
+    summary = {name: {"value": v} | support for name, v in value.items()}
+    record = ratio(summary, draws)
+    # By the rule for a quotient's error: σ² = (σ_m² + r²·σ_c² + (1 − r)²·σ_f²) / gap² = 0.0831².
+    spread = 0.2 / 3 * np.sqrt(1 + (1 / 3) ** 2 + (2 / 3) ** 2)
+    assert record["value"] == pytest.approx(1 / 3)
+    assert record["interval"] == pytest.approx([1 / 3 - 1.96 * spread, 1 / 3 + 1.96 * spread], abs=0.04)
+    wild = draws | {"cls": 6.0 + 2.0 * rng.normal(size=400)}  # class alone may be no worse than real patients
+    assert ratio(summary, wild)["interval"] == "not estimable"
+    few = summary | {"floor": summary["floor"] | {"smallest_group": 9}}
+    assert ratio(few, draws)["interval"] == "not estimable"
+
+
+def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
+    """A cell of few patients has the weight of any other in the mean."""
+    study, features, large = many_patches(120)
+    arms = {n: r for n, r in large.rows.items() if n != "floor"}
+    small = Cell({"class": "b"}, large.reference[: 9 * 60], arms, dict.fromkeys(arms, 0.0))
+    large = Cell({"class": "a"}, large.reference, arms, dict.fromkeys(arms, 0.0))
+    for cells, known in (([large], True), ([large, small], False)):
+        record = summarise(study, features, cells, 100, 0)["summary"]["medi"]
+        assert record["smallest_group"] == (108 if known else 9)
+        assert record["n_patients"] == 108  # the nine of the small cell are among them
+        assert isinstance(record["interval"], list) is known
+
+
+def test_means_of_different_cells_are_not_divided() -> None:
+    study, features, cell = many_patches(120)
+    parts = [Cell({"class": name}, cell.reference, {arm: cell.rows[arm] for arm in arms}, dict.fromkeys(arms, 0.0))
+             for name, arms in (("a", ["medi", "floor"]), ("b", ["cls", "floor"]))]  # fmt: skip
+    summary = summarise(study, features, parts, 20, 0)["summary"]
+    assert summary["ratio"]["value"] is None
+    assert summary["ratio"]["reason"] == "no combination is judged for all sides"
+    assert summary["medi"]["value"] is not None
+
+
+def test_a_kernel_distance_is_that_of_the_features_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(60, 8)) + 3.0, rng.normal(size=(60, 8)) + 3.5
+    basis = pca_basis(a)
+    found = measures_of(*(Patches(x, projected=basis.project(x, 4)) for x in (a, b)))
+    assert found["kid"] == pytest.approx(kid(a, b, subsets=0)[0])  # its kernel is no function of differences alone
+    assert found["fd_pca"] == pytest.approx(frechet_distance(basis.project(a, 4), basis.project(b, 4)))
+    assert "fd" not in found
+
+
+def test_many_real_patches_are_thinned_before_they_are_dealt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = open_study(world.settings("thin"))
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(len(study.index), 6))
+    arms = {name: rng.normal(size=(len(arm.rows), 6)) for name, arm in study.arms.items()}
+    seen: list[int] = []
+
+    def noted(a: Patches, b: Patches, seed: int) -> dict[str, float]:
+        seen.extend([len(a.features), len(b.features)])
+        return {"kid": 0.0}
+
+    monkeypatch.setattr(real_split_range, "_MOST", 90)
+    monkeypatch.setattr(real_split_range, "measures_of", noted)
+    record = real_split_range.against_real(study, Features(real, arms, pca_basis(real)), 20, 0)
+    assert record["n"] == record["n_reference"] == 90
+    assert max(seen) == 90

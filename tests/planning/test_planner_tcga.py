@@ -1,0 +1,198 @@
+"""Plans for the published table of 8,726 TCGA slides, against numbers counted here with dictionaries; skipped where the
+table is absent.
+
+32 cancers at 139 institutions are 4,448 combinations, of which 621 have a slide; all institutions are linked.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latent_medi.metadata.tcga import INSTITUTIONS
+from latent_medi.planning.planner import Planned, plan_from
+from latent_medi.sampling.settings import PlanSettings
+
+LUNG = ["TCGA-LUAD", "TCGA-LUSC"]
+
+
+@pytest.fixture(scope="module")
+def tables(shared: Path) -> Path:
+    folder = shared / "data" / "tcga_metadata"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return folder
+
+
+def rows_of(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file, delimiter=delimiter))
+
+
+def plain(name: str) -> str:
+    return " ".join(re.sub(r"[^a-z0-9]+", " ", name.casefold()).split())
+
+
+@pytest.fixture(scope="module")
+def slides(tables: Path) -> list[tuple[str, str, str, str]]:
+    """Cancer, institution, patient and age of each slide."""
+    named = {}
+    for row in rows_of(INSTITUTIONS):
+        named[plain(row["institution"])] = row["institution"]
+    for row in rows_of(INSTITUTIONS):
+        named[plain(row["source_site"])] = row["institution"]
+    places = {
+        row["TSS Code"].strip(): named.get(plain(row["Source Site"]), row["Source Site"].strip())
+        for row in rows_of(tables / "tissueSourceSite.tsv", "\t")
+    }
+    return [
+        (r["project_id"], places[r["slide_submitter_id"].split("-")[1]], r["case_submitter_id"], r["age_at_index"])
+        for r in rows_of(tables / "all_slide_metadata.csv")
+    ]
+
+
+@pytest.fixture(scope="module")
+def there(slides) -> Counter[tuple[str, str]]:
+    """Slides by cancer and institution."""
+    return Counter((cancer, site) for cancer, site, _, _ in slides)
+
+
+@pytest.fixture(scope="module")
+def verdict(slides):
+    """As the audit defines them, where everything is linked."""
+    patients = defaultdict(set)
+    for cancer, site, patient, _ in slides:
+        for key in ((cancer, site), cancer, site):
+            patients[key].add(patient)
+
+    def judged(cancer: str, site: str) -> str:
+        if (cancer, site) in patients:
+            return "seen" if len(patients[cancer, site]) >= 10 else "thin"
+        return "both margins seen" if min(len(patients[cancer]), len(patients[site])) >= 10 else "thin"
+
+    return judged
+
+
+@pytest.fixture(scope="module")
+def plan(tables: Path, tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("plans") / "plan.csv"
+
+    def planned(codes: bool = False, table: str = "all_slide_metadata.csv", **settings: object) -> Planned:
+        start = time.process_time()
+        result = plan_from(
+            PlanSettings(
+                data=str(tables / table), out=str(out), class_field="project_id", site_field="tissue_source_site",
+                tss_table="" if codes else str(tables / "tissueSourceSite.tsv"), **settings,
+            )
+        )  # fmt: skip
+        assert time.process_time() - start < 10  # of the processor; others may share it
+        return result
+
+    return planned
+
+
+def counts(planned: Planned) -> dict[tuple[str, str], int]:
+    columns = planned.table[["project_id", "tissue_source_site", "count"]].to_numpy().tolist()
+    return {(cancer, site): count for cancer, site, count in columns}
+
+
+def test_union_of_lung_cancers_at_ratio_1(plan, there, verdict, slides) -> None:
+    planned = plan(goal="union", ratio=1, only={"project_id": LUNG}, continuous=["age_at_index"])
+    sites = {site for cancer, site in there if cancer in LUNG}
+    made = counts(planned)
+    # 494 + 468 slides; 962 images for 2 × 39 combinations: 12 each, and 26 more in turns over the cancers.
+    assert set(made) == {(cancer, site) for cancer in LUNG for site in sites}
+    assert len(sites) == 39
+    assert planned.facts["real"] == planned.facts["images"] == sum(made.values()) == 962
+    assert Counter(made.values()) == {12: 52, 13: 26}
+    assert [sum(n for (c, _), n in made.items() if c == cancer) for cancer in LUNG] == [481, 481]
+    # 68 of them were seen, 29 with ten patients and more; the 10 others are MeDi's extrapolation.
+    judged = Counter(verdict(*cell) for cell in made)
+    assert judged == {"seen": 29, "thin": 41, "both margins seen": 8}
+    told = planned.facts["verdicts"]
+    assert {word: told[word]["rows"] for word in told} == {**judged, "unidentifiable": 0}
+    assert sum(1 for cell in made if cell not in there) == 10
+    assert planned.facts["before_after"]["fields"] == ["project_id", "tissue_source_site"]
+    assert sum(cell["real"] for cell in planned.facts["before_after"]["cells"]) == 962
+    # Ages as at that hospital where ten patients have one, as in that cancer elsewhere.
+    ages, patients = defaultdict(list), defaultdict(set)
+    for cancer, site, patient, age in slides:
+        if age != "'--":
+            for key in ((cancer, site), cancer):
+                ages[key].append(float(age))
+                patients[key].add(patient)
+    for row in planned.table.to_dict("records"):
+        cell = row["project_id"], row["tissue_source_site"]
+        known = ages[cell if len(patients[cell]) >= 10 else cell[0]]
+        drawn = [float(word) for word in row["age_at_index_quantiles"].split()]
+        assert (drawn[0], drawn[10], drawn[-1]) == (min(known), np.median(known), max(known))
+
+
+def test_separate_mirrors_the_data_at_ratio_1(plan, there) -> None:
+    planned = plan(goal="separate", ratio=1, spread="real", only={"project_id": LUNG})
+    assert counts(planned) == {cell: n for cell, n in there.items() if cell[0] in LUNG}
+    assert planned.facts["images"] == 962
+
+
+def test_union_of_codes_is_unidentifiable_where_a_code_is_new_to_a_cancer(plan) -> None:
+    # The 22 + 22 codes of MeDi's training part, each of one cancer only.
+    planned = plan(
+        codes=True, table="train_metadata_df_complex.csv", goal="union", per_cell=100, only={"project_id": LUNG}
+    )
+    told = planned.facts["verdicts"]
+    assert told["seen"]["rows"] + told["thin"]["rows"] == 44
+    assert told["seen"]["images"] + told["thin"]["images"] == 4400
+    assert told["unidentifiable"] == {"rows": 44, "images": 0}
+    assert told["both margins seen"]["rows"] == 0
+    assert planned.facts["real"] == 812
+
+
+def test_balance_all_over_institutions(plan, there, verdict) -> None:
+    planned = plan(goal="balance")
+    cancers, sites = ({cell[i] for cell in there} for i in (0, 1))
+    # The most slides are of low-grade glioma at Case Western: 274.
+    assert max(there.values()) == there["TCGA-LGG", "Case Western - St Joes"] == 274
+    lacking = {(c, s): 274 - there[c, s] for c in cancers for s in sites if there[c, s] < 274}
+    assert counts(planned) == lacking
+    assert planned.facts["images"] == 32 * 139 * 274 - 8726 == 1_210_026
+    rows, images = Counter(), Counter()
+    for cell, n in lacking.items():
+        rows[verdict(*cell)] += 1
+        images[verdict(*cell)] += n
+    assert rows == {"seen": 205, "thin": 1936, "both margins seen": 2306}
+    assert images == {"seen": 49_373, "thin": 528_809, "both margins seen": 631_844}
+    told = planned.facts["verdicts"]
+    assert {word: (told[word]["rows"], told[word]["images"]) for word in rows} == {
+        w: (rows[w], images[w]) for w in rows
+    }
+
+
+def test_balance_all_under_a_cap_a_budget_and_a_ratio(plan, there) -> None:
+    cancers, sites = ({cell[i] for cell in there} for i in (0, 1))
+    lacking = {(c, s): 274 - there[c, s] for c in cancers for s in sites if there[c, s] < 274}
+    capped = plan(goal="balance", cap=100)
+    assert counts(capped) == {cell: min(n, 100) for cell, n in lacking.items()}
+    for planned in (plan(goal="balance", ratio=1), plan(goal="balance", max_images=8726)):
+        made = counts(planned)
+        assert sum(made.values()) == planned.facts["images"] == 8726
+        # In proportion to what is lacking, to within an image.
+        assert all(abs(made.get(cell, 0) - n * 8726 / 1_210_026) < 1 for cell, n in lacking.items())
+    floored = plan(goal="balance", max_images=10_000, floor=2, cap=3)
+    assert set(counts(floored).values()) == {2, 3}
+    assert floored.facts["images"] == 10_000
+
+
+def test_every_cancer_as_often_as_the_largest_of_its_institution(plan, there) -> None:
+    planned = plan(goal="within_site")
+    cancers, sites = ({cell[i] for cell in there} for i in (0, 1))
+    largest = {site: max(there[cancer, site] for cancer in cancers) for site in sites}
+    assert counts(planned) == {
+        (c, s): largest[s] - there[c, s] for c in cancers for s in sites if there[c, s] < largest[s]
+    }
+    assert planned.facts["images"] == 32 * sum(largest.values()) - 8726 == 124_842

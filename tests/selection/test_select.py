@@ -1,0 +1,510 @@
+"""Selection finds what was planted, chooses the best of each cell, and takes nothing away."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from latent_medi import cli
+from latent_medi.core.errors import UserError
+from latent_medi.features.encoders import ImageEncoder
+from latent_medi.features.networks import Network, Preprocessing
+from latent_medi.metadata.schema import Field, Schema
+from latent_medi.sampling.settings import SelectSettings
+from latent_medi.selection import criteria
+from latent_medi.selection import select as module
+from latent_medi.selection.select import select
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.writer import Patch, write_dataset
+
+SIZE = 16
+COLOURS = {"aster": (210, 150, 190), "birch": (170, 150, 210), "cedar": (190, 190, 140)}
+SCHEMA = Schema((Field("class", "class", ("benign", "tumour")), Field("site", "categorical", tuple(COLOURS))))
+CELLS = [(c, s) for c in ("benign", "tumour") for s in COLOURS]
+UNSEEN = ("tumour", "cedar")
+GOOD = 12  # flawless synthetic patches per cell
+
+
+class Pooled(torch.nn.Module):
+    """The mean colour of 4×4 squares: knows the class (where it is dark) and the site (the colour)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] to [N, 48]."""
+        return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+def pooled() -> ImageEncoder:
+    return ImageEncoder(Network("pooled", Pooled(), 48, Preprocessing(0, (0.5,) * 3, (0.25,) * 3), "none"))
+
+
+def draw(kind: str, site: str, rng: np.random.Generator) -> np.ndarray:
+    """Dark at the left (benign) or at the top (tumour), in the site's colour; patients differ, pixels are noisy."""
+    shade = np.linspace(0.55, 1.0, SIZE)[:, None] ** rng.uniform(0.7, 1.4)
+    shade = shade.T if kind == "benign" else shade
+    image = np.broadcast_to(shade, (SIZE, SIZE))[..., None] * np.array(COLOURS[site]) * rng.normal(1, 0.03, 3)
+    return np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8)
+
+
+def as_patch(key: str, image: np.ndarray, kind: str, site: str, patient: str, origin: str = "synthetic") -> Patch:
+    return Patch(key, image, patient, patient, 0, 0, 0.5, {"class": kind, "site": site}, origin)
+
+
+def write_real(folder: Path, patients: int = 6, cells: Sequence[tuple[str, str]] = CELLS) -> PatchDataset:
+    """Three patches a patient; the last patient of each cell tests, and only test patients show the unseen cell."""
+    rng = np.random.default_rng(0)
+    patches, parts = [], {}
+    for kind, site in cells:
+        for number in range(patients):
+            who = f"{kind}-{site}-{number}"
+            parts[who] = "test" if number == patients - 1 or (kind, site) == UNSEEN else "train"
+            patches += [as_patch(f"{who}-{i}", draw(kind, site, rng), kind, site, who, "real") for i in range(3)]
+    return write_dataset(folder, patches, "real", SCHEMA, SIZE, 0.5, splits={"main": (parts, {})})
+
+
+def planted(real: PatchDataset) -> list[Patch]:
+    """Flawless patches of every cell, called ``good``, and some of every fault. Of ``twin`` (the same pixels, turned or
+    mirrored) and ``near`` (almost the same), one in a cell is flawless."""
+    rng = np.random.default_rng(1)
+    images: list[tuple[str, np.ndarray, str, str]] = []
+    for kind, site in CELLS:
+        images += [("good", draw(kind, site, rng), kind, site) for _ in range(GOOD)]
+        other = "tumour" if kind == "benign" else "benign"
+        elsewhere = "birch" if site == "aster" else "aster"
+        images += [("wrong", draw(other, site, rng), kind, site), ("wrong", draw(kind, elsewhere, rng), kind, site)]
+        noise = rng.integers(0, 256, (SIZE // 4, SIZE // 4, 3), dtype=np.uint8)
+        images.append(("outlier", noise.repeat(4, 0).repeat(4, 1), kind, site))
+        twins, near = draw(kind, site, rng), draw(kind, site, rng)
+        images += [("twin", view, kind, site) for view in (twins, twins.copy(), twins[:, ::-1], np.rot90(twins))]
+        slightly = np.clip(near.astype(int) + rng.integers(-1, 2, near.shape), 0, 255).astype(np.uint8)
+        images += [("near", near, kind, site), ("near", slightly, kind, site)]
+        rows = real.rows({"split_main": "train", "class": kind, "site": site})
+        if len(rows):
+            image = real.read(rows[:1])[0]
+            slightly = np.clip(image.astype(int) + rng.integers(-1, 2, image.shape), 0, 255).astype(np.uint8)
+            images += [("copy", view, kind, site) for view in (image, np.rot90(image)[::-1], slightly)]
+    return [
+        as_patch(
+            f"{what}-{i:03d}", np.ascontiguousarray(image), kind, site, f"synthetic:abc:{CELLS.index((kind, site))}"
+        )
+        for i, (what, image, kind, site) in enumerate(images)
+    ]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
+    return write_real(tmp_path_factory.mktemp("select") / "real")
+
+
+@pytest.fixture
+def synthetic(real: PatchDataset, tmp_path: Path) -> PatchDataset:
+    return write_dataset(tmp_path / "synthetic", planted(real), "synthetic", SCHEMA, SIZE, 0.5, patches_per_shard=40)
+
+
+def options(synthetic: PatchDataset, teacher: PatchDataset, **changes: Any) -> SelectSettings:
+    base: dict[str, Any] = {"data": str(synthetic.folder), "real": str(teacher.folder), "workers": 0, "share": 1.0}
+    return SelectSettings(**base | {"cache": str(teacher.folder.parent / "f")} | changes)
+
+
+def chosen(synthetic: PatchDataset, column: str = "selected_best") -> set[str]:
+    reopened = PatchDataset.open(synthetic.folder)
+    return set(reopened.index["key"].iloc[reopened.rows({column: True})])
+
+
+def kinds(keys: set[str]) -> dict[str, int]:
+    names = [key.partition("-")[0] for key in keys]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*")) if f.is_file()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("criterion", "faults", "left"),
+    [("confidence", ["wrong"], 0), ("centroid", ["wrong"], 0), ("outliers", ["outlier"], 0), ("copies", ["copy"], 0),
+     ("duplicates", ["twin", "near"], len(CELLS))],
+)  # fmt: skip
+def test_each_criterion_finds_what_was_planted_for_it(
+    synthetic: PatchDataset, real: PatchDataset, criterion: Any, faults: list[str], left: int
+) -> None:
+    how: dict[str, Any] = {"criteria": [criterion], "fields": ["class", "site"], "outliers": 1.0, "confidence": 0.5}
+    result = select(options(synthetic, real, **how), pooled())
+    found = kinds(chosen(synthetic))
+    for fault in faults:  # a flawless patch may fall under a quantile by chance
+        assert max(0, left - 1) <= found.get(fault, 0) <= left
+    assert found["good"] >= 0.9 * GOOD * len(CELLS)
+    assert result["total"][f"passed_{criterion}"] == sum(found.values())
+
+
+def test_all_criteria_together_leave_the_good_ones(synthetic: PatchDataset, real: PatchDataset) -> None:
+    names = ["centroid", "confidence", "outliers", "copies", "duplicates"]
+    result = select(options(synthetic, real, criteria=names, fields=["class", "site"], outliers=1.0), pooled())
+    found = kinds(chosen(synthetic))
+    assert set(found) == {"good", "twin", "near"}
+    assert max(found["twin"], found["near"]) <= len(CELLS)
+    assert found["good"] >= 0.9 * GOOD * len(CELLS)
+    total = result["total"]
+    assert total["asked"] == len(synthetic)
+    assert all(total[f"passed_{name}"] < total["asked"] for name in names)
+    assert total["chosen"] == total["control"] == total["accepted"] == sum(found.values())
+    assert total["acceptance"] == pytest.approx(sum(found.values()) / len(synthetic))
+    assert result["exact_copies"] == 2 * (len(CELLS) - 1)
+    assert {tuple(c["cell"].values()) for c in result["cells"] if c["unseen"]} == {UNSEEN}
+    assert result["probes"]["class"]["accuracy"] > 0.9
+
+
+def test_the_class_alone_is_judged_unasked(synthetic: PatchDataset, real: PatchDataset) -> None:
+    """What ranks by class: a field that real patches hardly show would drown it."""
+    result = select(options(synthetic, real, share=0.5), pooled())
+    assert result["recipe"]["fields"] == ["class"]
+    assert set(result["probes"]) == {"class"}
+    assert result["recipe"]["cells"] == ["class", "site"]
+    by_site = select(options(synthetic, real, share=0.5, cells=["site"], name="by_site"), pooled())
+    assert by_site["recipe"]["fields"] == ["site"]
+
+
+def test_a_duplicate_of_a_bad_patch_does_not_drive_out_a_good_one(real: PatchDataset, tmp_path: Path) -> None:
+    """The same pixels, once labelled wrongly: the rightly labelled one stays."""
+    rng = np.random.default_rng(2)
+    image = draw("benign", "aster", rng)
+    patches = [as_patch("a", image, "tumour", "aster", "synthetic:a:0"), as_patch("b", image, "benign", "aster", "s")]
+    data = write_dataset(tmp_path / "s", patches, "s", SCHEMA, SIZE, 0.5)
+    select(options(data, real, criteria=["confidence", "duplicates"]), pooled())
+    assert chosen(data) == {"b"}
+
+
+def test_the_best_of_each_cell_and_as_many_at_random(synthetic: PatchDataset, real: PatchDataset) -> None:
+    how: dict[str, Any] = {"per_cell": 5, "criteria": [], "rank": "centroid"}
+    result = select(options(synthetic, real, **how, seed=3), pooled())
+    index = PatchDataset.open(synthetic.folder).index
+    for _, cell in index.groupby(["class", "site"]):
+        best = cell[cell["selected_best"]]
+        assert len(best) == cell["selected_best_control"].sum() == 5
+        assert best["selected_best_score"].max() <= cell["selected_best_score"][~cell["selected_best"]].min()
+    assert kinds(chosen(synthetic, "selected_best_control")).keys() > {"good"}  # random takes faults too
+    assert result["diversity"]["chosen"]["n"] == result["diversity"]["control"]["n"] == 5 * len(CELLS)
+    assert all(value > 0 for kind in ("pairwise", "nearest") for value in [result["diversity"]["control"][kind]])
+    select(options(synthetic, real, name="again", **how, seed=4), pooled())
+    assert chosen(synthetic, "selected_again") == chosen(synthetic)
+    assert chosen(synthetic, "selected_again_control") != chosen(synthetic, "selected_best_control")
+
+
+def test_rows_in_another_order_give_the_same_choice(real: PatchDataset, tmp_path: Path) -> None:
+    patches = planted(real)
+    found = []
+    for name, order in (("a", patches), ("b", patches[::-1])):
+        data = write_dataset(tmp_path / name, order, name, SCHEMA, SIZE, 0.5)
+        select(options(data, real, per_cell=6), pooled())
+        found.append((chosen(data), chosen(data, "selected_best_control")))
+    assert found[0] == found[1]
+
+
+def test_share_of_each_cell(synthetic: PatchDataset, real: PatchDataset) -> None:
+    result = select(options(synthetic, real, share=0.25, control=False, criteria=[]), pooled())
+    assert "selected_best_control" not in PatchDataset.open(synthetic.folder).index
+    for cell in result["cells"]:
+        assert cell["chosen"] == -(-cell["asked"] // 4)
+    assert result["warnings"] == []
+
+
+def test_nothing_is_deleted_and_a_second_run_does_nothing(
+    synthetic: PatchDataset, real: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, pixels = files(synthetic.folder), synthetic.read(np.arange(len(synthetic)))
+    first = select(options(synthetic, real, per_cell=5), pooled())
+    reopened = PatchDataset.open(synthetic.folder)
+    assert reopened.verify(images=True) == []
+    assert (reopened.read(np.arange(len(reopened))) == pixels).all()
+    after = files(synthetic.folder)
+    assert {name for name in after if after[name] != before.get(name)} == {"dataset.json", "index.parquet"}
+    assert reopened.info["selections"]["best"]["columns"]["selected_best"]["patches"] == first["total"]["chosen"]
+    assert reopened.info["selections"]["best"]["recipe"]["encoder"]["fingerprint"] == pooled().fingerprint
+
+    monkeypatch.setattr(module, "cached_features", lambda *_: pytest.fail("a finished selection was computed again"))
+    second = select(options(synthetic, real, per_cell=5, batch=7), pooled())
+    assert (first["finished"], second["finished"]) == (False, True)
+    assert {k: v for k, v in second.items() if k != "finished"} == {k: v for k, v in first.items() if k != "finished"}
+    assert files(synthetic.folder) == after
+    monkeypatch.undo()
+
+    with pytest.raises(UserError, match="made in another way"):
+        select(options(synthetic, real, per_cell=4), pooled())
+    select(options(synthetic, real, per_cell=4, replace=True), pooled())
+    assert len(chosen(synthetic)) == 4 * len(CELLS)
+    assert PatchDataset.open(synthetic.folder).verify() == []
+
+
+def test_two_runs_give_the_same_bytes(real: PatchDataset, tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        data = write_dataset(tmp_path / name / "s", planted(real), "s", SCHEMA, SIZE, 0.5)
+        select(options(data, real, per_cell=5, cache=str(tmp_path / name / "f")), pooled())
+        found.append(files(data.folder))
+    assert found[0] == found[1]
+
+
+def test_a_cell_that_training_lacks_is_judged_field_by_field(synthetic: PatchDataset, real: PatchDataset) -> None:
+    with pytest.raises(UserError, match=r"(?s)centroid cannot judge class × site 'tumour × cedar'.*one by one"):
+        select(options(synthetic, real, criteria=["centroid"], centroids=[["class", "site"]]), pooled())
+    assert "selected_best" not in PatchDataset.open(synthetic.folder).index
+    result = select(options(synthetic, real, criteria=["centroid", "confidence", "outliers"]), pooled())
+    unseen = next(cell for cell in result["cells"] if cell["unseen"])
+    assert unseen["chosen"] >= 0.8 * GOOD
+    # Patches of a cell that training lacks are farther from training patches by nature.
+    assert result["thresholds"]["outliers_unseen_cells"] > result["thresholds"]["outliers"]
+
+
+def test_bad_input_is_named(synthetic: PatchDataset, real: PatchDataset, tmp_path: Path) -> None:
+    def refuse(match: str, **changes: Any) -> None:
+        with pytest.raises(UserError, match=f"(?s){match}"):
+            select(options(synthetic, real, **changes), pooled())
+
+    refuse("needs real", real="")
+    refuse("given as data.*not synthetic.*swapped", data=str(real.folder), real=str(synthetic.folder))
+    refuse("given as real.*not real", real=str(synthetic.folder))
+    refuse("'mian'.*'main'", split="mian")
+    refuse("not from 'test'.*flatter", split_value="test")
+    refuse("no value 'train2'|no 'train2'", split_value="train2")
+    refuse("cells names 'sight'.*'site'", cells=["sight"])
+    refuse("fields names 'klass'.*'class'", fields=["klass"])
+    refuse("centroids names 'x'", centroids=[["x"]])
+    refuse("twice", cells=["site", "site"])
+    refuse("confidence is 1.5", confidence=1.5)
+    refuse("per_cell is -1", per_cell=-1)
+    refuse("share is 0", share=0.0)
+    refuse("'best_control'", name="best_control")
+    refuse("letters", name="a b")
+    refuse("No patch of .* is left.*confidence 0", confidence=1.0, criteria=["confidence"])
+    with pytest.raises(UserError, match="no encoder 'unni'"):
+        select(options(synthetic, real, encoder="unni"))
+    assert "selections" not in PatchDataset.open(synthetic.folder).info
+
+    few = write_real(tmp_path / "few", patients=2)
+    refuse("5 training patients", real=str(few.folder))
+    one_site = write_real(tmp_path / "one_site", 12, [(c, "aster") for c in ("benign", "tumour")])
+    both = ["class", "site"]
+    refuse("confidence cannot judge site 'birch': 0 training patients", real=str(one_site.folder), fields=both)
+    refuse("centroid cannot judge site 'birch'.*Leave site out", real=str(one_site.folder), criteria=["centroid"],
+           rank="centroid", fields=both)  # fmt: skip
+    small = write_dataset(tmp_path / "small", [replace(p, image=p.image[:8, :8]) for p in planted(real)][:9], "small",
+                          SCHEMA, 8, 0.5)  # fmt: skip
+    refuse("8 px.*do not compare", data=str(small.folder))
+
+
+def test_more_than_there_are_is_a_warning_with_counts(synthetic: PatchDataset, real: PatchDataset) -> None:
+    result = select(options(synthetic, real, per_cell=40), pooled())
+    assert len(result["warnings"]) == 1
+    assert "6 of 6 cells have fewer patches than wanted: benign × aster: " in result["warnings"][0]
+    assert " of 40" in result["warnings"][0]
+
+
+def test_a_probe_that_cannot_judge_is_named(synthetic: PatchDataset, real: PatchDataset) -> None:
+    class Blind(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(x), 7)
+
+    blind = ImageEncoder(Network("blind", Blind(), 7, Preprocessing(0, (0.5,) * 3, (0.25,) * 3), "none"))
+    result = select(options(synthetic, real, criteria=[], fields=["site"], share=0.5), blind)
+    assert any("site cannot be judged" in warning for warning in result["warnings"])
+
+
+def test_test_patients_teach_nothing(real: PatchDataset, tmp_path: Path) -> None:
+    """Other pixels and labels of the test patients change nothing but the hash of the real dataset."""
+    rng = np.random.default_rng(5)
+    patches, parts = [], {}
+    images = real.read(np.arange(len(real)))
+    for (_, row), image in zip(real.index.iterrows(), images, strict=True):
+        parts[row["patient"]] = row["split_main"]
+        test = row["split_main"] == "test"
+        pixels = rng.integers(0, 256, image.shape, dtype=np.uint8) if test else image
+        patches.append(as_patch(row["key"], pixels, row["class"], row["site"], row["patient"], "real"))
+    other = write_dataset(tmp_path / "other", patches, "real", SCHEMA, SIZE, 0.5, splits={"main": (parts, {})})
+    found = []
+    for name, teacher in (("a", real), ("b", other)):
+        data = write_dataset(tmp_path / name, planted(real), "s", SCHEMA, SIZE, 0.5)
+        result = select(options(data, teacher, per_cell=5, criteria=["centroid", "confidence", "copies"]), pooled())
+        found.append(
+            (chosen(data), PatchDataset.open(data.folder).index["selected_best_score"].tolist(), result["cells"])
+        )
+    assert found[0] == found[1]
+
+
+def test_the_command_prints_one_screen(
+    synthetic: PatchDataset, real: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["select", str(synthetic.folder), f"real={real.folder}", "per_cell=3", "--json", str(tmp_path / "out.json"),
+             "workers=0", "encoder=demo", "criteria=[confidence]", "confidence=0"]  # fmt: skip
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "tumour × cedar (unseen)" in text
+    assert "all cells" in text
+    assert "diversity, control" in text
+    assert max(map(len, text.splitlines()[: len(CELLS) + 2])) <= 140
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {"acceptance", "passed_confidence", "chosen", "control"} <= result["cells"][0].keys()
+    assert (synthetic.folder.parent / "features").is_dir()
+    assert cli.main(words) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+# What the criteria are made of.
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0, 1.5, 2.0, np.inf])), min_size=1, max_size=40),
+    most=st.lists(st.integers(0, 6), min_size=4, max_size=4),
+    order=st.randoms(use_true_random=False),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_best_per_cell(rows: list[tuple[int, float]], most: list[int], order: Any) -> None:
+    cells, scores = np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
+    keys, bound = np.array([f"k{i:02d}" for i in range(len(rows))]), np.array(most)
+    mask = criteria.best_per_cell(scores, keys, cells, bound)
+    for code in range(4):
+        mine = cells == code
+        usable = mine & np.isfinite(scores)
+        assert (mask & mine).sum() == min(most[code], usable.sum())  # never more, never fewer
+        ranked = sorted(zip(scores[usable], keys[usable], strict=True))
+        assert set(keys[mask & mine]) == {key for _, key in ranked[: most[code]]}  # always the best
+    shuffled = list(range(len(rows)))
+    order.shuffle(shuffled)
+    again = criteria.best_per_cell(scores[shuffled], keys[shuffled], cells[shuffled], bound)
+    assert set(keys[shuffled][again]) == set(keys[mask])
+
+
+def test_distances_in_blocks_are_the_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (criteria.normalise(rng.normal(size=(n, 6)).astype(np.float32)) for n in (41, 57))
+    of_a, of_b = rng.integers(0, 4, 41), rng.integers(0, 4, 57)
+    of_b[of_b == 3] = 2
+    whole = 1.0 - a.astype(np.float64) @ b.T.astype(np.float64)
+    monkeypatch.setattr(criteria, "_QUERIES", 7)
+    monkeypatch.setattr(criteria, "_BANK", 11)
+    assert criteria.nearest_distances(a, b) == pytest.approx(whole.min(1), abs=1e-7)
+    masked = np.where(of_a[:, None] == of_b[None], np.inf, whole)
+    assert criteria.nearest_distances(a, b, [(of_a, of_b)]) == pytest.approx(masked.min(1), abs=1e-7)
+    alone = criteria.nearest_distances(a[:3], a[:3], [(np.arange(3), np.arange(3)), (np.zeros(3), np.zeros(3))])
+    assert np.isinf(alone).all()
+    assert (criteria.nearest_distances(a, np.concatenate([b, a])) == 0).all()  # exactly: a copy is a copy
+
+    points = np.concatenate([a, a[:9] + np.float32(1e-4), b])
+    criteria.normalise(points)
+    kept: list[int] = []
+    for i in range(len(points)):
+        distances = [0.5 * ((points[i].astype(float) - points[j]) ** 2).sum() for j in kept]
+        if not distances or min(distances) >= 0.05:
+            kept.append(i)
+    assert np.flatnonzero(criteria.without_near_duplicates(points, 0.05)).tolist() == kept
+    assert len(kept) < len(points) - 9
+
+
+def test_patients_weigh_the_same() -> None:
+    labels = np.array(["a", "a", "a", "a", "b"])
+    patients = np.array(["p", "p", "p", "q", "p"])
+    assert criteria.patient_weights(labels, patients) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2, 1])
+    features = np.array([[1.0, 0], [1, 0], [1, 0], [0, 1], [0.5, 0.5]], np.float32)
+    names, centroids = criteria.class_centroids(features, labels, patients)
+    assert names == ["a", "b"]
+    assert centroids == pytest.approx(np.array([[0.5, 0.5], [0.5, 0.5]]))
+    many = np.array(["p"] * 90 + ["q"] * 5 + ["r"] * 5)
+    taken = many[criteria.evenly(many, 12, seed=0)]
+    assert sorted((taken == name).sum() for name in "pqr") == [4, 4, 4]
+
+
+def test_effects_add_up_in_combinations_that_training_lacks() -> None:
+    rng = np.random.default_rng(0)
+    cells = [cell for cell in CELLS if cell != UNSEEN]
+    rows = [(*cells[i % 5], f"p{i // 3}") for i in range(90)] + [
+        ("benign", "aster", "p0")
+    ] * 40  # and one patient is many
+    table = pd.DataFrame(rows, columns=["class", "site", "patient"])
+    of = {name: rng.normal(size=8) for name in ("benign", "tumour", *COLOURS)}
+    features = np.stack([of[row["class"]] + of[row["site"]] + 3.0 for _, row in table.iterrows()]).astype(np.float32)
+    effects = criteria.additive_effects(features, table, ["class", "site"])
+    asked = pd.DataFrame([(*cell, "s") for cell in CELLS] + [("benign", "unknown", "s")], columns=table.columns)
+    theirs = [of[row["class"]] + of.get(row["site"], 0.0) + 3.0 for _, row in asked.iterrows()]
+    apart = effects.take_out(np.stack(theirs).astype(np.float32), asked, ["site"])
+    mean = np.mean([of[site] for site in COLOURS], axis=0) + 3.0
+    for row, (kind, _) in zip(apart, CELLS, strict=False):
+        assert row == pytest.approx(of[kind] + mean, abs=1e-4)  # of the class alone, unseen or not
+    assert apart[-1] == pytest.approx(theirs[-1], abs=1e-6)  # nothing is known, nothing is taken out
+
+
+def test_a_class_is_found_where_training_never_saw_it(tmp_path: Path) -> None:
+    """Dark patches are tumour, and all training patches of cedar are dark benign ones: without adjustment, cedar speaks
+    against tumour."""
+    rng = np.random.default_rng(0)
+    shade = {("benign", "aster"): 150, ("tumour", "aster"): 130, ("benign", "cedar"): 230, ("tumour", "cedar"): 210}
+    shade |= {("benign", "birch"): 170, ("tumour", "birch"): 150}
+
+    def flat(kind: str, site: str) -> np.ndarray:
+        value = shade[kind, site] + rng.normal(0, 4)
+        return np.clip(value + rng.normal(0, 4, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+
+    patches, parts = [], {}
+    for cell in sorted(shade):
+        for number in range(8):
+            who = "-".join(cell) + f"-{number}"
+            parts[who] = "test" if cell == UNSEEN else "train"
+            patches += [as_patch(f"{who}-{i}", flat(*cell), *cell, who, "real") for i in range(3)]
+    teacher = write_dataset(tmp_path / "real", patches, "real", SCHEMA, SIZE, 0.5, splits={"main": (parts, {})})
+    made = [as_patch(f"right-{i}", flat(*UNSEEN), *UNSEEN, "s") for i in range(15)]
+    made += [as_patch(f"wrong-{i}", flat("benign", "cedar"), *UNSEEN, "s") for i in range(15)]
+    data = write_dataset(tmp_path / "synthetic", made, "s", SCHEMA, SIZE, 0.5)
+    right = {}
+    for adjust in (True, False):
+        how: dict[str, Any] = {
+            "name": f"a{adjust:d}",
+            "adjust": adjust,
+            "criteria": ["confidence"],
+            "fields": ["class"],
+        }
+        try:
+            select(options(data, teacher, **how), pooled())
+            right[adjust] = kinds(chosen(data, f"selected_a{adjust:d}"))
+        except UserError:
+            right[adjust] = {}
+    assert right[True].get("right", 0) >= 13
+    assert right[True].get("wrong", 0) <= 2
+    assert right[False].get("right", 0) <= 5
+
+
+@pytest.mark.parametrize("values", [2, 3])
+def test_log_probabilities_are_those_of_scikit_learn(values: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.array([f"v{i % values}" for i in range(120)])
+    features = rng.normal(size=(120, 5)) + 1.5 * (np.arange(120) % values)[:, None]
+    probe = criteria.fit_field_probe(features, labels, np.array([f"p{i // 6}" for i in range(120)]))
+    expected = probe.model.predict_log_proba(probe.scaler.transform(features))
+    for code, value in enumerate(probe.values):
+        found = probe.log_probability(features, np.full(120, value))
+        assert found == pytest.approx(expected[:, code], rel=1e-6, abs=1e-9)
+    far = probe.log_probability(features.max(0) * np.array([[4.0], [5.0], [6.0]]), np.full(3, probe.values[-1]))
+    assert far[0] < far[1] < far[2] < 0  # ranked on, where a probability is rounded to 1
+
+
+def test_a_probe_is_checked_on_other_patients() -> None:
+    """Features that name the patient and nothing else: right on its own patients, chance on others."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(40), 5)
+    features = rng.normal(size=(40, 30))[patients] + rng.normal(0, 0.01, (200, 30))
+    labels = np.array(["a", "b"])[patients % 2]
+    probe = criteria.fit_field_probe(features, labels, patients.astype(str), regularisation=1.0)
+    assert (probe.model.predict(probe.scaler.transform(features)) == labels).mean() > 0.95
+    assert probe.accuracy < 0.75
+    assert criteria.fit_field_probe(features, labels, patients.astype(str)).regularisation < 0.1

@@ -1,0 +1,156 @@
+"""The probe's protocol: where its C comes from, that it converges, and what fine-tuning means for it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluation_world import World, filters
+from sklearn.linear_model import LogisticRegression
+
+from latent_medi.evaluation.cohort.study import open_study
+from latent_medi.evaluation.downstream.classifiers import probe_learner
+from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.statistics import linear_probe
+from latent_medi.statistics.linear_probe import choose_regularisation, fine_tune_probe, fit_probe
+
+
+def _blobs(n: int, k: int, seed: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, k, n)
+    centres = np.random.default_rng(99).normal(size=(k, 6))
+    return centres[labels] + shift + rng.normal(size=(n, 6)), np.array([f"c{v}" for v in labels])
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_fine_tuning_from_nothing_is_fitting(k: int) -> None:
+    x, y = _blobs(300, k, 0)
+    plain = fit_probe(x, y, 0.3)
+    exact = LogisticRegression(C=0.3, class_weight="balanced", tol=1e-9, max_iter=5000).fit(
+        plain.scaler.transform(x), y
+    )
+    same = fine_tune_probe((np.zeros((0, 6)), np.zeros(0, str)), x, y, 0.3)
+    assert np.array_equal(same.model.coef_, plain.model.coef_)
+    # The optimiser itself, started from zero weights and pulled towards them, finds what scikit-learn finds.
+    scaled = plain.scaler.transform(x)
+    weights, converged = linear_probe._towards(scaled, np.unique(y, return_inverse=True)[1], np.zeros((k, 7)), 0.3)
+    assert converged
+    assert weights[:, :-1] == pytest.approx(exact.coef_, abs=1e-3)
+    assert weights[:, -1] - weights[:, -1].mean() == pytest.approx(exact.intercept_ - exact.intercept_.mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_fine_tuning_is_pulled_to_what_was_learnt_first(k: int) -> None:
+    first, (x, y) = _blobs(400, k, 1, 0.5), _blobs(60, k, 2)
+    loose, plain = fine_tune_probe(first, x, y, 1.0), fit_probe(x, y, 1.0)
+    between = fine_tune_probe(first, x, y, 1e-2)
+    start = fit_probe(*first, 1e-2, scaler=between.scaler)
+    apart = np.linalg.norm(between.model.coef_ - start.model.coef_)
+    alone = fit_probe(x, y, 1e-2)
+    assert 0 < apart < np.linalg.norm(alone.model.coef_ - start.model.coef_)
+    assert loose.converged
+    assert (loose.predict(x) == plain.predict(x)).mean() > 0.9
+    assert loose.probabilities(x, sorted(set(y))).sum(axis=1) == pytest.approx(1.0)
+
+
+def test_a_class_that_was_not_learnt_has_probability_zero() -> None:
+    x, y = _blobs(200, 3, 3)
+    keep = y != "c1"
+    found = fit_probe(x[keep], y[keep]).probabilities(x, ["c0", "c1", "c2"])
+    assert np.all(found[:, 1] == 0)
+    assert found.sum(axis=1) == pytest.approx(1.0)
+    # Pre-training may lack a class that fine-tuning has, and the other way round.
+    tuned = fine_tune_probe((x[keep], y[keep]), x, y, 1.0)
+    assert list(tuned.model.classes_) == ["c0", "c1", "c2"]
+    fewer = fine_tune_probe((x, y), x[keep], y[keep], 1.0)
+    assert list(fewer.model.classes_) == ["c0", "c2"]
+    assert (fewer.predict(x[keep]) == y[keep]).mean() > 0.8
+
+
+@pytest.mark.parametrize(("n_sites", "over"), [(2, "patients"), (4, "sites")])
+def test_folds_share_no_patient(n_sites: int, over: str) -> None:
+    rng = np.random.default_rng(0)
+    patients = rng.integers(0, 30, 400).astype(str)
+    sites = rng.integers(0, n_sites, 400).astype(str)  # patients at several sites
+    labels = rng.integers(0, 3, 400)
+    found, folds = linear_probe._folds(labels, patients, sites, 0)
+    assert found == "patients"  # each patient is at every site, so no site could be left out
+    assert len(folds) == 5
+    for learn, judge in folds:
+        assert not set(patients[learn]) & set(patients[judge])
+    clear = np.array([f"{s}-{p}" for s, p in zip(sites, patients, strict=True)])
+    found, folds = linear_probe._folds(labels, clear, sites, 0)
+    assert found == over
+    assert len(folds) == (5 if over == "patients" else 4)
+    for learn, judge in folds:
+        assert not set(clear[learn]) & set(clear[judge])
+        if over == "sites":
+            assert not set(sites[learn]) & set(sites[judge])
+
+
+def test_c_is_strong_where_patients_mislead() -> None:
+    """Few patients and many noise features: weak regularisation learns the patients by heart."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(24), 10)
+    labels = (patients % 2).astype(str)
+    own = rng.normal(size=(24, 60)) * 3
+    x = own[patients] + rng.normal(size=(240, 60))
+    x[:, 0] = patients % 2 + rng.normal(size=240) * 0.3
+    record = choose_regularisation(x, labels, patients.astype(str), np.full(240, "s"), 0)
+    assert record["over"] == "patients"
+    assert record["chosen"] is True
+    assert record["value"] == record["grid"][int(np.argmax(record["scores"]))]
+    assert record["value"] < 100
+    # Nothing to choose from: one patient.
+    alone = choose_regularisation(x[:10], np.array(["0", "1"] * 5), np.full(10, "p"), np.full(10, "s"), 0)
+    assert alone["chosen"] is False
+    assert alone["value"] == 1.0
+
+
+def test_c_knows_nothing_of_the_test_patients(world: World) -> None:
+    study = open_study(world.settings("choose"))
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(len(study.index), 4)).astype(np.float32)
+    chosen = probe_learner(study, real, 0, 0)
+    others = np.setdiff1d(np.arange(len(study.index)), study.train)
+    spoiled = real.copy()
+    spoiled[others] = np.nan  # reading any of them would fail
+    again = probe_learner(study, spoiled, 0, 0)
+    assert again.about == chosen.about
+    assert chosen.about["regularisation"]["over"] == "sites"
+    assert chosen.about["regularisation"]["n_patches"] == len(study.train)
+    assert chosen.regularisation == chosen.about["regularisation"]["value"]
+    assert probe_learner(study, real, 0.5, 0).regularisation == 0.5
+
+
+def test_one_c_for_every_arm(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latent_medi.evaluation.downstream import classifiers
+
+    used: list[float] = []
+
+    def listen(*arguments: Any) -> linear_probe.Probe:
+        used.append(arguments[2])
+        return fit_probe(*arguments)
+
+    monkeypatch.setattr(classifiers, "fit_probe", listen)
+    settings = world.settings(
+        "one-c", regularisation=0.0, repeats=1, resamples=20, downstream_arms=["real", "medi", "oversample"]
+    )
+    result = evaluate(settings, [filters()])
+    record = result["downstream"]["filters"]["regularisation"]
+    assert record["chosen"] is True
+    assert len(used) == 4
+    assert set(used) == {record["value"]}
+    assert set(result["downstream"]["filters"]["arms"]) == {"real", "medi", "oversample"}
+
+
+def test_what_does_not_converge_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(linear_probe, "MAX_ITER", 1)
+    x, y = _blobs(200, 3, 4)
+    monkeypatch.setattr(logging.getLogger("latent_medi"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert not fit_probe(x, y).converged
+    assert "did not converge in 1 iterations" in caplog.text
+    assert not fine_tune_probe((x, y), x[:50], y[:50]).converged
