@@ -28,13 +28,14 @@ from output import options, tell
 
 from latent_medi.core.files import read_json
 from latent_medi.core.progress import set_up_logging
-from latent_medi.evaluation.cohort.study import Study, among, any_match, matches, open_study
+from latent_medi.evaluation.cohort.combinations import among, any_match, matches
+from latent_medi.evaluation.cohort.study import Study, open_study
 from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
-from latent_medi.sampling.settings import SelectSettings
 from latent_medi.selection.select import select
+from latent_medi.selection.settings import SelectSettings
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
 from latent_medi.statistics.distances import kid
 from latent_medi.statistics.linear_probe import fit_probe

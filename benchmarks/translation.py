@@ -27,9 +27,10 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.sampling.settings import TranslateSettings
 from latent_medi.sampling.translate import translate_images, versions
 from latent_medi.sampling.translation_baselines import compare, measures_text, write_sheet
-from latent_medi.sampling.translation_request import choose, spread
+from latent_medi.sampling.translation_request import choose
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.linear_probe import Probe, fit_probe
+from latent_medi.statistics.subsampling import spread
 
 _PATCHES = {False: 1500, True: 400}  # training patches per probe at most; with --quick
 

@@ -245,8 +245,8 @@ def _estimate(words: list[str]) -> Printed:
 def _plan(words: list[str]) -> Printed:
     from latent_medi.metadata.heatmap import write_heat_maps
     from latent_medi.planning.planner import plan_from
+    from latent_medi.planning.settings import PlanSettings
     from latent_medi.planning.text import figure_tables, plan_text
-    from latent_medi.sampling.settings import PlanSettings
 
     settings = config.parse(PlanSettings, words, "plan", positional="data")
     planned = plan_from(settings)
@@ -279,8 +279,8 @@ def _grid(words: list[str]) -> Printed:
 
 
 def _select(words: list[str]) -> Printed:
-    from latent_medi.sampling.settings import SelectSettings
     from latent_medi.selection.select import select, selection_text
+    from latent_medi.selection.settings import SelectSettings
 
     result = select(config.parse(SelectSettings, words, "select", positional="data"))
     print(selection_text(result))

@@ -21,7 +21,8 @@ from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PATH
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
-from latent_medi.sampling.settings import GenerateSettings, PlanSettings, TranslateSettings
+from latent_medi.planning.settings import PlanSettings
+from latent_medi.sampling.settings import GenerateSettings, TranslateSettings
 
 
 def settings_classes() -> list[type]:

@@ -22,7 +22,8 @@ from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import read_sealed, refuse_foreign, write_sealed
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger, progress
-from latent_medi.evaluation.cohort.study import categorical_fields, describe, strata
+from latent_medi.evaluation.cohort.combinations import categorical_fields, describe
+from latent_medi.evaluation.cohort.matching import strata
 from latent_medi.evaluation.fidelity.real_split_range import LEAST_DEALS, deals
 from latent_medi.evaluation.provenance import finite, portable, recorded_settings, run_record
 from latent_medi.evaluation.settings import FloorsSettings

@@ -23,7 +23,8 @@ def check_study(judging: EvaluateSettings) -> Study:
         UserError: Settings that cannot be followed; a split, field or held-out combination that the dataset does not
             have; or a combination that training patches cannot tell anything of.
     """
-    from latent_medi.evaluation.cohort.study import describe, open_study
+    from latent_medi.evaluation.cohort.combinations import describe
+    from latent_medi.evaluation.cohort.study import open_study
     from latent_medi.evaluation.evaluate import check_settings
     from latent_medi.metadata.estimability import verdict
 

@@ -354,7 +354,7 @@ def _plan(settings: ExperimentSettings, folder: Path) -> None:
     """MeDi: every combination, the unseen ones more often. CLS: as many patches of each class."""
     from latent_medi.planning.plan import stable_seed, write_plan
     from latent_medi.planning.planner import make_plan
-    from latent_medi.sampling.settings import PlanSettings
+    from latent_medi.planning.settings import PlanSettings
     from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 
     dataset = PatchDataset.open(data_folder(settings, folder))

@@ -9,7 +9,7 @@ from decimal import Decimal
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.metadata.schema import Schema
 from latent_medi.planning.plan import MOST
-from latent_medi.sampling.settings import PlanSettings
+from latent_medi.planning.settings import PlanSettings
 
 EVEN_GOALS = ("fill_unseen", "each", "union", "separate")
 """Goals that want the same of every combination."""

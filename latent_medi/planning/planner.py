@@ -35,7 +35,7 @@ from latent_medi.planning.checks import (
 )
 from latent_medi.planning.continuous_fields import real_values
 from latent_medi.planning.plan import MOST, OWN_COLUMNS, REAL, stable_seed, whole_number, write_plan
-from latent_medi.sampling.settings import PlanSettings
+from latent_medi.planning.settings import PlanSettings
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 
 _MOST_CELLS = 200_000

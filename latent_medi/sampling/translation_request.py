@@ -18,6 +18,7 @@ from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.sampling.settings import TranslateSettings
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.statistics.subsampling import spread
 
 logger = get_logger("synthesis")
 
@@ -134,10 +135,3 @@ def fields_of(index: pd.DataFrame, schema: Schema) -> list[dict[str, Any]]:
         {str(n): UNKNOWN_WORD if isinstance(v, float) and np.isnan(v) else v for n, v in row.items()}
         for row in index[names].to_dict("records")
     ]
-
-
-def spread(patients: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """``count`` positions, patients in equal parts as far as they reach, drawn without replacement; ascending."""
-    order = np.random.default_rng([seed, 13]).permutation(len(patients))
-    turn = pd.Series(patients[order]).groupby(patients[order], sort=False).cumcount().to_numpy()
-    return np.sort(order[np.argsort(turn, kind="stable")[:count]])

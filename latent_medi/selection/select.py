@@ -25,21 +25,8 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.planning.plan import stable_seed
-from latent_medi.sampling.settings import SelectSettings
-from latent_medi.selection.criteria import (
-    Effects,
-    FieldProbe,
-    additive_effects,
-    best_per_cell,
-    class_centroids,
-    evenly,
-    fit_field_probe,
-    nearest_distances,
-    normalise,
-    pixel_identities,
-    squared_distances,
-    without_near_duplicates,
-)
+from latent_medi.selection.criteria import best_per_cell, class_centroids, pixel_identities
+from latent_medi.selection.settings import SelectSettings
 from latent_medi.selection.task import (
     MIN_PATIENTS_OF_VALUE,
     Task,
@@ -52,6 +39,10 @@ from latent_medi.selection.task import (
 )
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.selections import SELECTED_PREFIX
+from latent_medi.statistics.additive_effects import Effects, additive_effects
+from latent_medi.statistics.linear_probe import FieldProbe, fit_field_probe
+from latent_medi.statistics.neighbours import nearest_distances, normalise, squared_distances, without_near_duplicates
+from latent_medi.statistics.subsampling import evenly
 
 log = get_logger(__name__)
 

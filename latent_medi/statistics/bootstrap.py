@@ -101,23 +101,6 @@ def measure(
     return {"value": value, "n_patches": int(n_patches), "n_patients": int(n_patients), "interval": bounds, **extra}
 
 
-def patients_in_turn(patients: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """Positions of at most ``most`` rows, patients in turn, so that as many patients as possible take part.
-
-    Args:
-        patients: Patient of each row, [N].
-        most: How many; all rows, in their order, if there are no more.
-        rng: Chooses among a patient's rows.
-    """
-    if len(patients) <= most:
-        return np.arange(len(patients))
-    rows = rng.permutation(len(patients))
-    order = np.argsort(patients[rows], kind="stable")
-    starts = np.unique(patients[rows][order], return_index=True)[1]
-    turn = np.arange(len(rows)) - np.repeat(starts, np.diff([*starts, len(rows)]))
-    return rows[order][np.argsort(turn, kind="stable")][:most]
-
-
 def wilson(successes: int, n: int) -> list[float] | None:
     """95 % score interval of a share, for synthetic samples, which are independent draws and have no patients."""
     if n == 0:

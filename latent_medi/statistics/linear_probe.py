@@ -1,4 +1,6 @@
-"""The one linear probe that adherence and the downstream comparison share, and how its regularisation is chosen."""
+"""Linear probes: the one that adherence and the downstream comparison share, and how its regularisation is chosen; and
+the probe of a field that selection judges by.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
 from latent_medi.core.progress import get_logger
+from latent_medi.statistics.additive_effects import patient_weights
 from latent_medi.statistics.bootstrap import PatientTable
+from latent_medi.statistics.distances import BLOCK
 
 log = get_logger(__name__)
 MAX_ITER = 5000
@@ -25,6 +29,9 @@ C_GRID = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 _FOLDS = 5
 _MAX_TRAINING = 20_000  # rows that take part in the choice of C
 _MIN_SITES = 3  # with fewer, leaving a site out leaves one that cannot stand for "several hospitals"
+REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)
+"""Values of C that the cross-validation of a field's probe chooses from."""
+FOLDS = 3
 
 
 @dataclass
@@ -253,3 +260,110 @@ def _folds(
             warnings.simplefilter("ignore", UserWarning)
             folds = usable(splitter.split(rows, labels, patients))
     return "patients", folds
+
+
+@dataclass
+class FieldProbe:
+    """A probe of one field.
+
+    Args:
+        values: Values that it tells apart, in order.
+        scaler: Standardisation of the training features.
+        model: The logistic regression.
+        regularisation: C.
+        accuracy: Out of fold: mean over values of the mean over their patients, 0 to 1.
+        n_patches, n_patients: What it learned from.
+        converged: Whether every optimisation reached its tolerance.
+    """
+
+    values: list[str]
+    scaler: StandardScaler
+    model: LogisticRegression
+    regularisation: float
+    accuracy: float
+    n_patches: int
+    n_patients: int
+    converged: bool
+
+    def log_probability(self, features: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        """Log probability of the value asked for, float64 [N], exact for probabilities next to 1.
+
+        Args:
+            features: [N, d].
+            asked: One of ``values`` for each.
+        """
+        result = np.empty(len(features))
+        for start in range(0, len(features), BLOCK):
+            part = slice(start, start + BLOCK)
+            result[part] = _log_probability(self.model, self.scaler, features[part], asked[part])
+        return result
+
+
+def _log_probability(
+    model: LogisticRegression, scaler: StandardScaler, features: np.ndarray, asked: np.ndarray
+) -> np.ndarray:
+    scores = model.decision_function(scaler.transform(np.asarray(features, np.float64)))
+    if scores.ndim == 1:  # two values: the score is the log odds of the second
+        scores = np.stack([np.zeros(len(scores)), scores], 1)
+    codes = {value: i for i, value in enumerate(model.classes_)}
+    own = np.array([codes.get(value, -1) for value in asked])
+    rows = np.arange(len(own))
+    others = scores.copy()
+    others[rows, own] = -np.inf
+    largest = others.max(axis=1, keepdims=True)
+    rest = largest[:, 0] + np.log(np.exp(others - largest).sum(axis=1))
+    # A value that a fold never saw has no score: next to impossible.
+    return np.where(own >= 0, -np.logaddexp(0.0, rest - scores[rows, own]), -50.0)
+
+
+def fit_field_probe(
+    features: np.ndarray, labels: np.ndarray, patients: np.ndarray, regularisation: float = 0.0, seed: int = 0
+) -> FieldProbe:
+    """Standardisation and logistic regression (L-BFGS), values and the patients within a value weighing the same.
+
+    C is the value of ``REGULARISATIONS`` with the least log loss out of fold; folds are by patient, so that a probe
+    that recognises patients gains nothing.
+
+    Args:
+        features: [N, d].
+        labels: [N], at least two different values with at least two patients each.
+        patients: [N].
+        regularisation: C, inverse strength; 0 chooses it.
+        seed: Seed of the folds.
+    """
+    x = np.asarray(features, np.float64)
+    weights = patient_weights(labels, patients)
+    weights *= len(weights) / weights.sum()
+    choices = (regularisation,) if regularisation else REGULARISATIONS
+    fewest = min(len(set(patients[labels == value])) for value in set(labels))
+    folds = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
+    losses, right = np.zeros(len(choices)), np.zeros((len(choices), len(x)))
+    converged = True
+    for kept, left in folds.split(x, labels, patients):
+        scaler = StandardScaler().fit(x[kept])
+        model = _regression(1.0)
+        for i, c in enumerate(choices):
+            model.set_params(C=c)
+            converged &= _fit(model, scaler.transform(x[kept]), labels[kept], weights[kept])
+            losses[i] -= weights[left] @ _log_probability(model, scaler, x[left], labels[left])
+            right[i, left] = model.predict(scaler.transform(x[left])) == labels[left]
+    best = int(np.argmin(losses))
+    scaler = StandardScaler().fit(x)
+    model = _regression(choices[best])
+    converged &= _fit(model, scaler.transform(x), labels, weights)
+    if not converged:
+        log.warning("A logistic regression did not converge in %d iterations.", MAX_ITER)
+    accuracy = float((weights @ right[best]) / weights.sum())
+    values = [str(v) for v in model.classes_]
+    return FieldProbe(values, scaler, model, choices[best], accuracy, len(x), len(set(patients)), converged)
+
+
+def _regression(c: float) -> LogisticRegression:
+    return LogisticRegression(C=c, max_iter=MAX_ITER, tol=1e-4, warm_start=True)
+
+
+def _fit(model: LogisticRegression, x: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> bool:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(x, labels, sample_weight=weights)
+    return not any(issubclass(w.category, ConvergenceWarning) for w in caught)

@@ -30,7 +30,7 @@ from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.planning.plan import write_plan
 from latent_medi.planning.planner import make_plan
-from latent_medi.sampling.settings import PlanSettings
+from latent_medi.planning.settings import PlanSettings
 from latent_medi.shards.dataset import PatchDataset
 
 

@@ -21,7 +21,8 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import random_split
 from latent_medi.planning.plan import OWN_COLUMNS, QUANTILES_OF, UNKNOWN_OF
 from latent_medi.planning.planner import plan_from
-from latent_medi.sampling.settings import GenerateSettings, GridSettings, PlanSettings
+from latent_medi.planning.settings import PlanSettings
+from latent_medi.sampling.settings import GenerateSettings, GridSettings
 from latent_medi.shards.dataset import FIXED_COLUMNS, PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset
 

@@ -27,8 +27,8 @@ from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.planning.plan import check_plan, read_plan, sample_at
 from latent_medi.planning.planner import Planned, make_plan
+from latent_medi.planning.settings import PlanSettings
 from latent_medi.planning.text import plan_text
-from latent_medi.sampling.settings import PlanSettings
 from latent_medi.shards.dataset import PatchDataset
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from latent_medi.metadata.tcga import INSTITUTIONS
 from latent_medi.planning.planner import Planned, plan_from
-from latent_medi.sampling.settings import PlanSettings
+from latent_medi.planning.settings import PlanSettings
 
 LUNG = ["TCGA-LUAD", "TCGA-LUSC"]
 

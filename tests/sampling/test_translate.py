@@ -25,9 +25,10 @@ from latent_medi.sampling import translate as module
 from latent_medi.sampling.settings import TranslateSettings
 from latent_medi.sampling.translate import round_trip, translate, translate_images
 from latent_medi.sampling.translation_baselines import compare, measures_text, stain_mappings, structure_kept
-from latent_medi.sampling.translation_request import choose, spread
+from latent_medi.sampling.translation_request import choose
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.statistics.subsampling import spread
 
 SITES = ("aster", "birch", "NA")
 

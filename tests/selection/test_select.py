@@ -22,12 +22,13 @@ from latent_medi.core.errors import UserError
 from latent_medi.features.encoders import ImageEncoder
 from latent_medi.features.networks import Network, Preprocessing
 from latent_medi.metadata.schema import Field, Schema
-from latent_medi.sampling.settings import SelectSettings
 from latent_medi.selection import criteria
 from latent_medi.selection import select as module
 from latent_medi.selection.select import select
+from latent_medi.selection.settings import SelectSettings
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.statistics import additive_effects, linear_probe, neighbours, subsampling
 
 SIZE = 16
 COLOURS = {"aster": (210, 150, 190), "birch": (170, 150, 210), "cedar": (190, 190, 140)}
@@ -389,40 +390,40 @@ def test_best_per_cell(rows: list[tuple[int, float]], most: list[int], order: An
 
 def test_distances_in_blocks_are_the_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    a, b = (criteria.normalise(rng.normal(size=(n, 6)).astype(np.float32)) for n in (41, 57))
+    a, b = (neighbours.normalise(rng.normal(size=(n, 6)).astype(np.float32)) for n in (41, 57))
     of_a, of_b = rng.integers(0, 4, 41), rng.integers(0, 4, 57)
     of_b[of_b == 3] = 2
     whole = 1.0 - a.astype(np.float64) @ b.T.astype(np.float64)
-    monkeypatch.setattr(criteria, "_QUERIES", 7)
-    monkeypatch.setattr(criteria, "_BANK", 11)
-    assert criteria.nearest_distances(a, b) == pytest.approx(whole.min(1), abs=1e-7)
+    monkeypatch.setattr(neighbours, "_QUERIES", 7)
+    monkeypatch.setattr(neighbours, "_BANK", 11)
+    assert neighbours.nearest_distances(a, b) == pytest.approx(whole.min(1), abs=1e-7)
     masked = np.where(of_a[:, None] == of_b[None], np.inf, whole)
-    assert criteria.nearest_distances(a, b, [(of_a, of_b)]) == pytest.approx(masked.min(1), abs=1e-7)
-    alone = criteria.nearest_distances(a[:3], a[:3], [(np.arange(3), np.arange(3)), (np.zeros(3), np.zeros(3))])
+    assert neighbours.nearest_distances(a, b, [(of_a, of_b)]) == pytest.approx(masked.min(1), abs=1e-7)
+    alone = neighbours.nearest_distances(a[:3], a[:3], [(np.arange(3), np.arange(3)), (np.zeros(3), np.zeros(3))])
     assert np.isinf(alone).all()
-    assert (criteria.nearest_distances(a, np.concatenate([b, a])) == 0).all()  # exactly: a copy is a copy
+    assert (neighbours.nearest_distances(a, np.concatenate([b, a])) == 0).all()  # exactly: a copy is a copy
 
     points = np.concatenate([a, a[:9] + np.float32(1e-4), b])
-    criteria.normalise(points)
+    neighbours.normalise(points)
     kept: list[int] = []
     for i in range(len(points)):
         distances = [0.5 * ((points[i].astype(float) - points[j]) ** 2).sum() for j in kept]
         if not distances or min(distances) >= 0.05:
             kept.append(i)
-    assert np.flatnonzero(criteria.without_near_duplicates(points, 0.05)).tolist() == kept
+    assert np.flatnonzero(neighbours.without_near_duplicates(points, 0.05)).tolist() == kept
     assert len(kept) < len(points) - 9
 
 
 def test_patients_weigh_the_same() -> None:
     labels = np.array(["a", "a", "a", "a", "b"])
     patients = np.array(["p", "p", "p", "q", "p"])
-    assert criteria.patient_weights(labels, patients) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2, 1])
+    assert additive_effects.patient_weights(labels, patients) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2, 1])
     features = np.array([[1.0, 0], [1, 0], [1, 0], [0, 1], [0.5, 0.5]], np.float32)
     names, centroids = criteria.class_centroids(features, labels, patients)
     assert names == ["a", "b"]
     assert centroids == pytest.approx(np.array([[0.5, 0.5], [0.5, 0.5]]))
     many = np.array(["p"] * 90 + ["q"] * 5 + ["r"] * 5)
-    taken = many[criteria.evenly(many, 12, seed=0)]
+    taken = many[subsampling.evenly(many, 12, seed=0)]
     assert sorted((taken == name).sum() for name in "pqr") == [4, 4, 4]
 
 
@@ -435,7 +436,7 @@ def test_effects_add_up_in_combinations_that_training_lacks() -> None:
     table = pd.DataFrame(rows, columns=["class", "site", "patient"])
     of = {name: rng.normal(size=8) for name in ("benign", "tumour", *COLOURS)}
     features = np.stack([of[row["class"]] + of[row["site"]] + 3.0 for _, row in table.iterrows()]).astype(np.float32)
-    effects = criteria.additive_effects(features, table, ["class", "site"])
+    effects = additive_effects.additive_effects(features, table, ["class", "site"])
     asked = pd.DataFrame([(*cell, "s") for cell in CELLS] + [("benign", "unknown", "s")], columns=table.columns)
     theirs = [of[row["class"]] + of.get(row["site"], 0.0) + 3.0 for _, row in asked.iterrows()]
     apart = effects.take_out(np.stack(theirs).astype(np.float32), asked, ["site"])
@@ -489,7 +490,7 @@ def test_log_probabilities_are_those_of_scikit_learn(values: int) -> None:
     rng = np.random.default_rng(0)
     labels = np.array([f"v{i % values}" for i in range(120)])
     features = rng.normal(size=(120, 5)) + 1.5 * (np.arange(120) % values)[:, None]
-    probe = criteria.fit_field_probe(features, labels, np.array([f"p{i // 6}" for i in range(120)]))
+    probe = linear_probe.fit_field_probe(features, labels, np.array([f"p{i // 6}" for i in range(120)]))
     expected = probe.model.predict_log_proba(probe.scaler.transform(features))
     for code, value in enumerate(probe.values):
         found = probe.log_probability(features, np.full(120, value))
@@ -504,7 +505,7 @@ def test_a_probe_is_checked_on_other_patients() -> None:
     patients = np.repeat(np.arange(40), 5)
     features = rng.normal(size=(40, 30))[patients] + rng.normal(0, 0.01, (200, 30))
     labels = np.array(["a", "b"])[patients % 2]
-    probe = criteria.fit_field_probe(features, labels, patients.astype(str), regularisation=1.0)
+    probe = linear_probe.fit_field_probe(features, labels, patients.astype(str), regularisation=1.0)
     assert (probe.model.predict(probe.scaler.transform(features)) == labels).mean() > 0.95
     assert probe.accuracy < 0.75
-    assert criteria.fit_field_probe(features, labels, patients.astype(str)).regularisation < 0.1
+    assert linear_probe.fit_field_probe(features, labels, patients.astype(str)).regularisation < 0.1

@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from latent_medi.statistics.bootstrap import (
-    NOT_ESTIMABLE,
-    PatientResamples,
-    PatientTable,
-    interval,
-    measure,
-    patients_in_turn,
-    wilson,
-)
+from latent_medi.statistics.bootstrap import NOT_ESTIMABLE, PatientResamples, PatientTable, interval, measure, wilson
+from latent_medi.statistics.subsampling import patients_in_turn
 
 
 def test_balanced_mean_by_hand() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.study import Arm, Study, among, any_match, describe, matches
+from latent_medi.evaluation.cohort.combinations import among, any_match, describe, matches
+from latent_medi.evaluation.cohort.study import Arm, Study
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, measure, wilson
 from latent_medi.statistics.linear_probe import fit_probe

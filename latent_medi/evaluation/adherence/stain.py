@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.study import Combination, Study, among, describe, matches
-from latent_medi.evaluation.downstream.baselines import balanced_draw
+from latent_medi.evaluation.cohort.combinations import Combination, among, describe, matches
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.features.stain import fit_stain, stain_angles, tissue_density
 from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, measure, wilson
+from latent_medi.statistics.subsampling import balanced_draw
 
 _MOST = 160
 """Patches per site or combination and source; a stain needs no more."""

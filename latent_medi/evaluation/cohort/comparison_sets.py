@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from latent_medi.evaluation.cohort.study import UNTOLD, Arm, Combination, Matched, Study, among, matches, strata
+from latent_medi.evaluation.cohort.combinations import Combination, among, matches
+from latent_medi.evaluation.cohort.matching import Matched, strata
+from latent_medi.evaluation.cohort.study import UNTOLD, Arm, Study
 
 FLOOR = "floor"
 MIN_SAMPLES = 20

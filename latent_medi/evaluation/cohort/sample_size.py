@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from latent_medi.evaluation.cohort.combinations import among, describe, matches
 from latent_medi.evaluation.cohort.comparison_sets import MIN_SAMPLES
-from latent_medi.evaluation.cohort.study import Study, among, describe, matches
-from latent_medi.evaluation.downstream.baselines import affected_sites
+from latent_medi.evaluation.cohort.study import Study, affected_sites
 from latent_medi.statistics.bootstrap import MIN_PATIENTS
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger
+from latent_medi.evaluation.cohort.combinations import Combination, among, categorical_fields, describe, matches
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.metadata.schema import NULL, UNKNOWN_WORD, Schema
 from latent_medi.metadata.seen import patients_hash, saw
@@ -22,7 +23,6 @@ from latent_medi.shards.selections import selected_mask
 
 log = get_logger(__name__)
 
-Combination = dict[str, str]
 UNTOLD = frozenset({UNKNOWN_WORD, "null", ""})
 """What stands in a field that a generated patch's model was not given."""
 
@@ -107,38 +107,6 @@ class Study:
     def categorical(self) -> tuple[str, ...]:
         """Names of the class and categorical fields."""
         return categorical_fields(self.real.schema)
-
-
-def categorical_fields(schema: Schema) -> tuple[str, ...]:
-    """Names of the class and categorical fields of a schema."""
-    return tuple(f.name for f in schema.fields if f.kind != "continuous")
-
-
-def matches(index: pd.DataFrame, combination: Mapping[str, str]) -> np.ndarray:
-    """Which rows have all the values of a combination; keys that are no column are ignored. bool [len(index)]."""
-    keep = np.ones(len(index), bool)
-    for name, value in combination.items():
-        if name in index.columns:
-            keep &= index[name].to_numpy(dtype=str) == value
-    return keep
-
-
-def any_match(index: pd.DataFrame, combinations: Sequence[Mapping[str, str]]) -> np.ndarray:
-    """Which rows fit at least one combination, bool [len(index)]."""
-    keep = np.zeros(len(index), bool)
-    for combination in combinations:
-        keep |= matches(index, combination)
-    return keep
-
-
-def among(rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Those of ``rows`` where the mask over the whole index holds."""
-    return rows[keep[rows]]
-
-
-def describe(combination: Mapping[str, str]) -> str:
-    """A combination in words, such as "spindle × birch"; of no value, everything."""
-    return " × ".join(combination.values()) or "all patches"
 
 
 def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
@@ -329,57 +297,35 @@ def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combinati
     return []
 
 
-class Matched:
-    """Rows to subsample so that their mix of strata follows a target's.
-
-    Args:
-        rows: Row numbers to draw from.
-        strata: Stratum of each of them.
-        target: Stratum of each row of the target.
-        tolerance: Share of a sample that may lie in the wrong stratum because the right one has run out.
-    """
-
-    def __init__(self, rows: np.ndarray, strata: np.ndarray, target: np.ndarray, tolerance: float = 0.02) -> None:
-        self.rows = np.asarray(rows)
-        names, counts = np.unique(np.asarray(target, str), return_counts=True)
-        self.share = counts / max(counts.sum(), 1)
-        labels = np.asarray(strata, str)
-        place = np.searchsorted(names, labels)
-        found = np.flatnonzero(names[np.minimum(place, len(names) - 1)] == labels) if len(names) else place[:0]
-        order = found[np.argsort(place[found], kind="stable")]
-        self.members = np.split(order, np.searchsorted(place[order], np.arange(1, len(names))))[: len(names)]
-        self.available = np.array([len(m) for m in self.members])
-        self.missing = float(self.share[self.available == 0].sum())
-        low, high = 0, len(self.rows)
-        while low < high:
-            middle = (low + high + 1) // 2
-            short = np.maximum(self._quota(middle) - self.available, 0).sum() / middle
-            low, high = (middle, high) if short <= self.missing + tolerance else (low, middle - 1)
-        self.largest = low
-        """Largest sample that stays within the tolerance."""
-
-    def _quota(self, n: int) -> np.ndarray:
-        exact = n * self.share
-        quota = np.floor(exact).astype(int)
-        rest = np.argsort(-(exact - quota), kind="stable")[: n - quota.sum()]
-        quota[rest] += 1
-        return quota
-
-    def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-        """``n`` rows without repeats, and the share of them that stands in for a stratum that has run out."""
-        n = min(n, len(self.rows))
-        chosen = [
-            rng.choice(members, min(quota, len(members)), replace=False)
-            for members, quota in zip(self.members, self._quota(n), strict=True)
-        ]
-        picked = np.concatenate([np.zeros(0, int), *chosen])
-        left = np.setdiff1d(np.arange(len(self.rows)), picked)
-        fill = rng.choice(left, n - len(picked), replace=False)
-        return self.rows[np.sort(np.concatenate([picked, fill]))], (len(fill) / n if n else 0.0)
+def expand_cells(study: Study) -> list[Combination]:
+    """Held-out combinations with a class each; one without stands for all classes, what another implies is left out."""
+    expanded: list[Combination] = []
+    for combination in study.held_out:
+        if study.class_field in combination:
+            expanded.append(dict(combination))
+        else:
+            expanded += [{study.class_field: value, **combination} for value in study.classes]
+    unique: list[Combination] = []
+    for cell in expanded:
+        implied = any(other != cell and other.items() <= cell.items() for other in expanded)
+        if not implied and cell not in unique:
+            unique.append(cell)
+    return unique
 
 
-def strata(index: pd.DataFrame, rows: np.ndarray, fields: Sequence[str]) -> np.ndarray:
-    """One label per row that joins its values of several fields."""
-    if not fields:
-        return np.full(len(rows), "", dtype=object)
-    return index.iloc[rows][list(fields)].astype(str).agg("|".join, axis=1).to_numpy()
+def domain(study: Study, cell: Combination) -> Combination:
+    """A cell without its class: where and how the patch was made."""
+    return {k: v for k, v in cell.items() if k != study.class_field}
+
+
+def affected_sites(study: Study) -> set[str]:
+    """Sites that have a held-out combination; one that names no site affects each site where test patches show it."""
+    sites: set[str] = set()
+    for combination in study.held_out:
+        if study.site_field in combination:
+            sites.add(combination[study.site_field])
+        else:
+            sites |= set(
+                study.index[study.site_field].to_numpy(str)[among(study.test, matches(study.index, combination))]
+            )
+    return sites

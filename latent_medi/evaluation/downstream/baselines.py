@@ -12,62 +12,13 @@ from typing import cast
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.study import Combination, Study, among, matches
+from latent_medi.evaluation.cohort.combinations import Combination, among, matches
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.features.stain import Method, StainStats, fit_stain, jitter_stains, transfer
+from latent_medi.statistics.subsampling import balanced_draw
 
 STAIN_METHODS: tuple[Method, ...] = ("reinhard", "macenko")
 _PATCHES_PER_FIT = 240
-
-
-def expand_cells(study: Study) -> list[Combination]:
-    """Held-out combinations with a class each; one without stands for all classes, what another implies is left out."""
-    expanded: list[Combination] = []
-    for combination in study.held_out:
-        if study.class_field in combination:
-            expanded.append(dict(combination))
-        else:
-            expanded += [{study.class_field: value, **combination} for value in study.classes]
-    unique: list[Combination] = []
-    for cell in expanded:
-        implied = any(other != cell and other.items() <= cell.items() for other in expanded)
-        if not implied and cell not in unique:
-            unique.append(cell)
-    return unique
-
-
-def domain(study: Study, cell: Combination) -> Combination:
-    """A cell without its class: where and how the patch was made."""
-    return {k: v for k, v in cell.items() if k != study.class_field}
-
-
-def affected_sites(study: Study) -> set[str]:
-    """Sites that have a held-out combination; one that names no site affects each site where test patches show it."""
-    sites: set[str] = set()
-    for combination in study.held_out:
-        if study.site_field in combination:
-            sites.add(combination[study.site_field])
-        else:
-            sites |= set(
-                study.index[study.site_field].to_numpy(str)[among(study.test, matches(study.index, combination))]
-            )
-    return sites
-
-
-def balanced_draw(groups: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` positions, groups in equal parts; a group repeats its members only after all of them have been drawn."""
-    names = np.unique(groups)
-    quota = np.full(len(names), n // len(names))
-    quota[rng.permutation(len(names))[: n - quota.sum()]] += 1
-    parts = [repeated_draw(np.flatnonzero(groups == g), q, rng) for g, q in zip(names, quota, strict=True)]
-    return np.concatenate([np.zeros(0, int), *parts])
-
-
-def repeated_draw(rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` of ``rows`` in random order, each used equally often up to one."""
-    if len(rows) == 0 or n == 0:
-        return np.zeros(0, int)
-    rounds = -(-n // len(rows))
-    return np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:n]
 
 
 @dataclass

@@ -16,7 +16,8 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import progress
-from latent_medi.evaluation.cohort.study import Study, any_match, describe
+from latent_medi.evaluation.cohort.combinations import any_match, describe
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.classifiers import Learned, Learner, ProbeLearner
 from latent_medi.evaluation.downstream.shift_accuracy import Scorer
 from latent_medi.evaluation.downstream.training_sets import FIRST, ONLY, Drawer, Plan, make_plan

@@ -16,7 +16,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger, progress
-from latent_medi.evaluation.cohort.study import Arm, Study, among
+from latent_medi.evaluation.cohort.combinations import among
+from latent_medi.evaluation.cohort.study import Arm, Study
 from latent_medi.evaluation.downstream.classification_scores import quiet_balanced, site_averaged
 from latent_medi.evaluation.downstream.classifiers import Learner
 from latent_medi.evaluation.downstream.training_sets import Lesson

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.study import Combination, Study, any_match, describe, matches
-from latent_medi.evaluation.downstream.baselines import affected_sites, domain
+from latent_medi.evaluation.cohort.combinations import Combination, any_match, describe, matches
+from latent_medi.evaluation.cohort.study import Study, affected_sites, domain
 from latent_medi.evaluation.downstream.classification_scores import Levels
 from latent_medi.statistics.bootstrap import PatientResamples, PatientTable
 

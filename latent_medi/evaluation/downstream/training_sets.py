@@ -16,18 +16,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from latent_medi.core.progress import get_logger
-from latent_medi.evaluation.cohort.study import Arm, Combination, Study, among, describe, matches
+from latent_medi.evaluation.cohort.combinations import Combination, among, describe, matches
+from latent_medi.evaluation.cohort.study import Arm, Study, expand_cells
 from latent_medi.evaluation.downstream.baselines import (
     STAIN_METHODS,
     Transferred,
     alike_sources,
-    balanced_draw,
-    expand_cells,
     nearest_sites,
-    repeated_draw,
     stain_augmentation,
     stain_transfer,
 )
+from latent_medi.statistics.subsampling import balanced_draw, repeated_draw
 
 log = get_logger(__name__)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from latent_medi.evaluation.cohort.combinations import describe
 from latent_medi.evaluation.cohort.comparison_sets import FLOOR, Cell
-from latent_medi.evaluation.cohort.study import Study, describe
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.statistics.bootstrap import PatientResamples, measure
 from latent_medi.statistics.distances import (
     BLOCK,

@@ -16,14 +16,16 @@ from sklearn.cluster import KMeans
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger, progress
-from latent_medi.evaluation.cohort.study import Arm, Study, among, describe, matches
+from latent_medi.evaluation.cohort.combinations import among, describe, matches
+from latent_medi.evaluation.cohort.study import Arm, Study
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.features.pixel_copies import SIDE, VIEWS, copy_scores, invariants, small_patches
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.duplicates import LEAST_LIKENESS, likeness
-from latent_medi.statistics.bootstrap import PatientResamples, measure, patients_in_turn, wilson
+from latent_medi.statistics.bootstrap import PatientResamples, measure, wilson
 from latent_medi.statistics.distances import project, scatter
 from latent_medi.statistics.neighbours import nearest
+from latent_medi.statistics.subsampling import patients_in_turn
 
 log = get_logger(__name__)
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from latent_medi.evaluation.cohort.comparison_sets import FLOOR, make_cell
-from latent_medi.evaluation.cohort.study import Study, strata
+from latent_medi.evaluation.cohort.matching import strata
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity.distance_to_real import Features, neighbourhoods
 from latent_medi.statistics.bootstrap import LEVEL, MIN_PATIENTS
 from latent_medi.statistics.distances import frechet_distance, full_rank, kid, pca_dims

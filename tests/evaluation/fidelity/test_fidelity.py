@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_medi.core.errors import UserError
-from latent_medi.evaluation.cohort.study import Matched
+from latent_medi.evaluation.cohort.matching import Matched
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws, neighbourhoods
 from latent_medi.evaluation.fidelity.real_split_range import deals

@@ -13,8 +13,9 @@ from evaluation_world import SCHEMA, SIZE, World, synthetic_patches
 from parts import put_index
 
 from latent_medi.evaluation.cohort.comparison_sets import Cell, _apart, class_cells
+from latent_medi.evaluation.cohort.matching import Matched
 from latent_medi.evaluation.cohort.sample_size import thin_support
-from latent_medi.evaluation.cohort.study import Matched, Study, open_study
+from latent_medi.evaluation.cohort.study import Study, open_study
 from latent_medi.evaluation.fidelity import distance_to_real, real_split_range
 from latent_medi.evaluation.fidelity.distance_to_real import Features, _thinned, ratio, summarise
 from latent_medi.evaluation.fidelity.real_split_range import Patches, measures_of

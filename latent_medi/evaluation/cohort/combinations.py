@@ -1,0 +1,44 @@
+"""Combinations of class, site and other fields: which rows have one, and how it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.metadata.schema import Schema
+
+Combination = dict[str, str]
+
+
+def categorical_fields(schema: Schema) -> tuple[str, ...]:
+    """Names of the class and categorical fields of a schema."""
+    return tuple(f.name for f in schema.fields if f.kind != "continuous")
+
+
+def matches(index: pd.DataFrame, combination: Mapping[str, str]) -> np.ndarray:
+    """Which rows have all the values of a combination; keys that are no column are ignored. bool [len(index)]."""
+    keep = np.ones(len(index), bool)
+    for name, value in combination.items():
+        if name in index.columns:
+            keep &= index[name].to_numpy(dtype=str) == value
+    return keep
+
+
+def any_match(index: pd.DataFrame, combinations: Sequence[Mapping[str, str]]) -> np.ndarray:
+    """Which rows fit at least one combination, bool [len(index)]."""
+    keep = np.zeros(len(index), bool)
+    for combination in combinations:
+        keep |= matches(index, combination)
+    return keep
+
+
+def among(rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Those of ``rows`` where the mask over the whole index holds."""
+    return rows[keep[rows]]
+
+
+def describe(combination: Mapping[str, str]) -> str:
+    """A combination in words, such as "spindle × birch"; of no value, everything."""
+    return " × ".join(combination.values()) or "all patches"

@@ -1,0 +1,88 @@
+"""Settings of planning; import no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from latent_medi.core.paths import PathText
+
+
+@dataclass
+class PlanSettings:
+    """What to generate. A goal chooses combinations and how many images each wants; the number is per_cell, a ratio to
+    the real data, or whatever a budget allows; floor, cap and budget then bound it.
+
+    Args:
+        data: Dataset folder whose gaps are to be filled, or a CSV, TSV or Parquet table with a row per slide or patch.
+        out: The plan's file, .csv or .parquet.
+        goal: "fill_unseen" plans combinations without a patch; "each" all alike; "union" every class at every site that
+            any of the classes was seen at, "separate" every class at its own sites (MeDi's two modes; further fields
+            count as part of the site); "balance" tops every combination up to the same number; "within_site" tops every
+            class up to the largest one of its site; "target" reaches the numbers of a table. Empty means "target" if
+            there is such a table, otherwise "fill_unseen".
+        per_cell: Images per combination; for "balance" the number to reach, 0 meaning that of the largest combination.
+        ratio: Images in all, as a multiple of the real ones (0.5, 1, 2, …), rounded down; 0 for none. All combinations
+            of the goal share them evenly, as in MeDi's study; "balance" and "within_site" share them in proportion to
+            what each combination lacks, and evenly once nothing is lacking. Real ones are all rows that `only` leaves,
+            those with an unknown value too.
+        spread: How "separate" shares a ratio: "even", or "real" in proportion to the combination's real images, so that
+            ratio=1 mirrors the data (as for MeDi's Fréchet distances).
+        target: Table with columns of fields and `count`, the number to reach by combination (real and planned).
+        fields: Class and categorical fields to combine; empty means all, those of the target's columns, or class and
+            site of a table.
+        only: Values to plan for by field, such as {class: [LUAD, LUSC]}; fields not named keep all. Verdicts still rest
+            on all data.
+        max_images: Budget in images; 0 for none.
+        gpu_hours: Budget in hours of GPUs added up, at images_per_s each; 0 for none. The smaller budget holds.
+        images_per_s: Images per second of one GPU, as `latent-medi sample` prints it.
+        floor: Fewest images of a combination that is planned at all.
+        cap: Most images of a combination; 0 for none.
+        force_unidentifiable: Also plan combinations whose effects the data cannot tell apart; otherwise they are listed
+            with count 0.
+        draw_from: Whose values of a continuous field are drawn. "cell": those of the row's combination, if
+            thin_patients patients there have one, else of its class, else of all; written into the plan, which says
+            whose they are. "all": those of all that the model was trained on.
+        split: Named split that defines what the model has seen; empty means every row. A table without the column
+            split_main is taken whole.
+        split_value: The part of the split.
+        class_field: Class column of a table; a dataset folder says itself.
+        site_field: The site's field: what tss_table maps, and the columns of the summary.
+        continuous: Columns of numbers of a table, such as [age_at_index].
+        patient_field: Patient column of a table; empty for patient or case_submitter_id, or the TCGA barcode's.
+        slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
+        tss_table: GDC's table of TCGA tissue source sites; the site column's codes become institutions.
+        patches_per_row: Real patches that a row of a table stands for.
+        thin_patients: Combinations with fewer patients are called thin.
+        figure: PNG to write: real patches by class and site, before and after.
+        seed: Seed of the whole plan.
+    """
+
+    data: PathText = ""
+    out: PathText = ""
+    goal: Literal["", "fill_unseen", "each", "union", "separate", "balance", "within_site", "target"] = ""
+    per_cell: int = 0
+    ratio: float = 0.0
+    spread: Literal["even", "real"] = "even"
+    target: PathText = ""
+    fields: list[str] = field(default_factory=list)
+    only: dict[str, list[str]] = field(default_factory=dict)
+    max_images: int = 0
+    gpu_hours: float = 0.0
+    images_per_s: float = 0.0
+    floor: int = 0
+    cap: int = 0
+    force_unidentifiable: bool = False
+    draw_from: Literal["cell", "all"] = "cell"
+    split: str = "main"
+    split_value: str = "train"
+    class_field: str = "class"
+    site_field: str = "site"
+    continuous: list[str] = field(default_factory=list)
+    patient_field: str = ""
+    slide_field: str = ""
+    tss_table: PathText = ""
+    patches_per_row: int = 1
+    thin_patients: int = 10
+    figure: PathText = ""
+    seed: int = 0
