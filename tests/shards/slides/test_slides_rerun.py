@@ -29,7 +29,7 @@ def watch():
     os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
-if "slide_job" in " ".join(sys.orig_argv):
+if "slides.job" in " ".join(sys.orig_argv):
     threading.Thread(target=watch, daemon=True).start()
 """
 
