@@ -47,7 +47,7 @@ def inside(folder: Path, name: Any, told_in: Path) -> Path:
 
 
 def read_result(path: Path, remedy: str) -> dict[str, Any]:
-    """Read JSON of :func:`~latent_medi.core.files.write_sealed`; what has no checksum is told about once.
+    """Read JSON of :func:`~latent_medi.core.files.write_sealed`; a file without a checksum is reported once.
 
     Raises:
         UserError: It is absent, no JSON object, or damaged.

@@ -72,7 +72,7 @@ def seal_model(folder: str | Path) -> None:
 
 
 def check_model(path: Path) -> None:
-    """Compare a model folder with its checksums; one without them is told about once.
+    """Compare a model folder with its checksums; one without them is reported once.
 
     Raises:
         UserError: A file is damaged, absent, or names one outside the folder.
