@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,106 @@ _DECIDING = (
 _REVISION_FILE, _REVISION = "REVISION", re.compile(r"[0-9a-f]{40,64}")
 _PATHS = ("real", "synthetic", "data", "weights", "cache", "out")  # settings of the verbs that record their command
 _PATH = re.compile(r"(?<![\w./:<-])/[\w.@+-]+(?:/[\w.@+-]+)+")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is needed to make the numbers again.
+
+    Args:
+        command: The command line, paths relative to the result's folder.
+        git_revision: Revision of the source tree; null for an installed package.
+        seed: The seed.
+        date: UTC, ISO 8601.
+        versions: Version by package; null where one is not installed.
+    """
+
+    command: str
+    git_revision: str | None
+    seed: int
+    date: str
+    versions: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tables of class (row) × site (column) by split value.
+
+    Args:
+        patches: Patches.
+        patients: Patients.
+    """
+
+    patches: dict[str, list[list[int]]]
+    patients: dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True)
+class RealDataset:
+    """The real dataset.
+
+    Args:
+        name: Its name.
+        folder: Its folder, relative to the result's folder.
+        class_field, site_field: Names of the two fields.
+        split: Name of the split.
+        classes, sites: Their values.
+        n_patches, n_patients: Patches and patients of all splits.
+        counts: Counts by class, site and split value.
+        held_out: Held-out combinations.
+    """
+
+    name: str
+    folder: str
+    class_field: str
+    site_field: str
+    split: str
+    classes: list[str]
+    sites: list[str]
+    n_patches: int
+    n_patients: int
+    counts: Counts
+    held_out: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """One synthetic dataset.
+
+    Args:
+        folder: Its folder, relative to the result's folder.
+        name: Its name.
+        n_patches: Patches that take part.
+        fields: Its fields.
+        provenance: How it was made, as the dataset itself records it.
+        selected: Column of the selection whose patches alone take part.
+        n_unselected: Patches before that selection.
+    """
+
+    folder: str
+    name: str
+    n_patches: int
+    fields: list[str]
+    provenance: dict[str, object]
+    selected: str | None = None
+    n_unselected: int | None = None
+
+
+@dataclass(frozen=True)
+class EncoderRecord:
+    """One feature space.
+
+    Args:
+        fingerprint: Hash of weights and preprocessing.
+        dim: Dimensions.
+        preprocessing: In words.
+        license: Of the weights.
+    """
+
+    fingerprint: str
+    dim: int
+    preprocessing: str
+    license: str
 
 
 def relative_path(text: str, folder: str | Path) -> str:

@@ -1,17 +1,45 @@
-"""Numbers with their support: patient resampling, intervals, and the record that metrics.json holds for each number."""
+"""Estimates and their intervals by resampling patients."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import numpy as np
 
+from latent_medi.core.records import encode
+
 MIN_PATIENTS = 10
 """Below this many patients an interval is "not estimable"."""
-NOT_ESTIMABLE = "not estimable"
+NOT_ESTIMABLE: Final = "not estimable"
 LEVEL = 0.95
 _LEAST_KNOWN = 0.8
+
+Interval = tuple[float, float] | Literal["not estimable"] | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and what it rests on.
+
+    Args:
+        value: The number; ``None`` means not available.
+        n_patches: Patches that it rests on.
+        n_patients: Patients that it rests on; 0 for synthetic samples.
+        interval: Its 95 % interval; ``NOT_ESTIMABLE`` with too few patients; ``None`` where none is computed.
+        smallest_group: Patients of the smallest group (class, site, combination) of those that weigh the same.
+        interval_over: "samples" where the interval takes samples for independent; otherwise it is over patients.
+        reason: Why there is no value or no interval.
+    """
+
+    value: float | None
+    n_patches: int
+    n_patients: int
+    interval: Interval
+    smallest_group: int | None = None
+    interval_over: Literal["samples"] | None = None
+    reason: str | None = None
 
 
 class PatientResamples:
@@ -40,7 +68,7 @@ class PatientResamples:
 
 def interval(
     draws: np.ndarray, centre: float | None = None, lowest: float = -math.inf, highest: float = math.inf
-) -> list[float] | None:
+) -> tuple[float, float] | None:
     """95 % percentile interval of bootstrap draws; NaN draws (a class lost in the resample) are left out. None where
     fewer than 20, or than four fifths of them, are left: those that are no longer speak for all.
 
@@ -55,10 +83,10 @@ def interval(
     draws = known
     shift = 0.0 if centre is None else centre - float(np.median(draws))
     low, high = np.quantile(draws + shift, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return [float(np.clip(bound, lowest, highest)) for bound in (low, high)]
+    return float(np.clip(low, lowest, highest)), float(np.clip(high, lowest, highest))
 
 
-def measure(
+def estimate(
     value: float | None,
     n_patches: int,
     n_patients: int,
@@ -68,26 +96,26 @@ def measure(
     highest: float = math.inf,
     smallest_group: int | None = None,
     rate: bool = False,
-    **extra: Any,
-) -> dict[str, Any]:
-    """The record of one number: value, support and interval.
+    reason: str | None = None,
+) -> Estimate:
+    """An estimate with its interval.
 
     Args:
-        value: The number; None or NaN means not available.
+        value: The number; ``None`` or NaN means not available.
         n_patches: Patches that it rests on.
         n_patients: Patients that it rests on.
         draws: Bootstrap values; without them there is no interval.
         recentre: See ``centre`` in :func:`interval`.
         lowest, highest: Smallest and largest possible value.
-        smallest_group: Patients of the smallest of the groups (classes, sites, cells) that the number gives the same
-            weight: it is only as sure as that one. A group of one patient, who is in every resample that counts, would
-            add nothing to the interval. Part of the record if given.
+        smallest_group: Patients of the smallest of the groups (classes, sites, combinations) that weigh the same: the
+            number is only as sure as that one. A group of one patient, who is in every resample that counts, would add
+            nothing to the interval.
         rate: Whether the value is a mean of shares from 0 to 1. Where all patients have 0, or all 1, every resample
             has too; such a share gets Wilson's interval for the patients of the smallest group.
-        **extra: Further entries.
+        reason: Why there is no value or no interval.
     """
     value = None if value is None or not math.isfinite(value) else float(value)
-    bounds: list[float] | str | None = None
+    bounds: Interval = None
     if value is not None and draws is not None:
         fewest = n_patients if smallest_group is None else min(n_patients, smallest_group)
         if fewest < MIN_PATIENTS:
@@ -96,19 +124,33 @@ def measure(
             bounds = wilson(round(value * fewest), fewest)
         else:
             bounds = interval(draws, value if recentre else None, lowest, highest) or NOT_ESTIMABLE
-    if smallest_group is not None:
-        extra["smallest_group"] = int(smallest_group)
-    return {"value": value, "n_patches": int(n_patches), "n_patients": int(n_patients), "interval": bounds, **extra}
+    smallest = None if smallest_group is None else int(smallest_group)
+    return Estimate(value, int(n_patches), int(n_patients), bounds, smallest, None, reason)
 
 
-def wilson(successes: int, n: int) -> list[float] | None:
+def measure(*args: Any, **options: Any) -> dict[str, Any]:
+    """:func:`estimate` as a mapping, with further entries."""
+    known = {name: options.pop(name) for name in estimate.__annotations__ if name in options}
+    return encode(estimate(*args, **known)) | options
+
+
+def share_of_samples(hits: int, n: int, scale: float = 1.0) -> Estimate:
+    """The share of ``n`` synthetic samples that ``hits`` of them are, times ``scale``, with Wilson's interval: samples
+    are independent draws and have no patients.
+    """
+    bounds = wilson(hits, n)
+    scaled = bounds and (scale * bounds[0], scale * bounds[1])
+    return Estimate(scale * hits / n if n else None, n, 0, scaled, interval_over="samples")
+
+
+def wilson(successes: int, n: int) -> tuple[float, float] | None:
     """95 % score interval of a share, for synthetic samples, which are independent draws and have no patients."""
     if n == 0:
         return None
     z, p = 1.959964, successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class PatientTable:
@@ -169,11 +211,15 @@ class PatientTable:
         # A resample that lost a class says nothing about the mean over classes.
         return per_class.mean(axis=1)
 
-    def measure(self, values: np.ndarray, weights: np.ndarray, rate: bool = False, **extra: Any) -> dict[str, Any]:
-        """The record of the balanced mean of a value per row with its interval, over resamples [B, patients];
-        ``smallest_group`` is that of the classes, the rest as in :func:`measure`.
+    def estimate(self, values: np.ndarray, weights: np.ndarray, rate: bool = False) -> Estimate:
+        """The balanced mean of a value per row with its interval, over resamples [B, patients]; ``smallest_group`` is
+        that of the classes, ``rate`` as in :func:`estimate`.
         """
-        point = float(self.mean(values)[0])
-        draws = self.mean(values, weights)
+        point, draws = float(self.mean(values)[0]), self.mean(values, weights)
         smallest = self.smallest_class
-        return measure(point, self.n_patches, self.n_patients, draws, smallest_group=smallest, rate=rate, **extra)
+        return estimate(point, self.n_patches, self.n_patients, draws, smallest_group=smallest, rate=rate)
+
+    def measure(self, values: np.ndarray, weights: np.ndarray, rate: bool = False) -> dict[str, Any]:
+        """:meth:`estimate` as a mapping."""
+        found: dict[str, Any] = encode(self.estimate(values, weights, rate))
+        return found

@@ -1,0 +1,353 @@
+"""Results of the fidelity stage, as ``metrics.json`` holds them. Sources are "real", further real patients, and each
+synthetic set by its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from latent_medi.statistics.bootstrap import Estimate
+
+Metric = Literal["fd", "kid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance(Estimate):
+    """Distance of one source to the reference in one combination.
+
+    Args:
+        fd: Fréchet distance; null where there are too few patches for its covariance.
+        kid: Kernel distance.
+        fd_pca: Fréchet distance after projection to ``pca_dims`` principal components.
+        mix_mismatch: Share of the source's patches in another stratum than the reference's mix asks for, 0 to 1.
+        fd_raw: Rank-deficient Fréchet distance, with ``protocol: paper``.
+        fd_raw_label: What ``fd_raw`` may be compared with.
+    """
+
+    fd: float | None
+    kid: float
+    fd_pca: float
+    mix_mismatch: float
+    fd_raw: float | None = None
+    fd_raw_label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanDistance(Estimate):
+    """Mean of a source's distances over combinations.
+
+    Args:
+        n_combinations: Combinations in the mean.
+        n_reference: Patches of the reference in all of them.
+        fd: Mean Fréchet distance; null if any is.
+        kid: Mean kernel distance.
+        fd_pca: Mean Fréchet distance after projection.
+    """
+
+    n_combinations: int
+    n_reference: int
+    fd: float | None
+    kid: float | None
+    fd_pca: float | None
+
+
+@dataclass(frozen=True)
+class CombinationDistances:
+    """Distances of each source to one combination's real test patches.
+
+    Args:
+        combination: Value by field; empty for all patches.
+        name: The combination in words.
+        n_reference: Real test patches.
+        n_patients: Their patients.
+        sources: Distance by source.
+        skipped: Why a source has no distance; the key "" stands for all.
+    """
+
+    combination: dict[str, str]
+    name: str
+    n_reference: int
+    n_patients: int
+    sources: dict[str, Distance]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class DistanceTable:
+    """Distances in each of some combinations, and their means.
+
+    Args:
+        metric: The distance that ``value`` of each estimate is, for the whole table.
+        rule: Why it is this one.
+        dim: Dimensions of the features.
+        pca_dims: Dimensions that ``fd_pca`` is taken in.
+        resamples: Patient resamples of the intervals.
+        n_complete: Combinations that every source has; only these count in the means, if there are any.
+        combinations: Distances by combination.
+        means: Mean distance by source.
+        ratio: (medi − real) / (cls − real): 0 is as good as real patients, 1 no better than without metadata.
+        left_out: Why a combination, or a source of it, is not compared, by the combination's name.
+    """
+
+    metric: Metric
+    rule: str
+    dim: int
+    pca_dims: int
+    resamples: int
+    n_complete: int
+    combinations: list[CombinationDistances]
+    means: dict[str, MeanDistance]
+    ratio: Estimate
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    Args:
+        precision, recall, density, coverage: The four measures; null with fewer than k + 1 patches.
+        n: Patches of either set.
+        k: Neighbours.
+        coverage_lowest: Coverage of the class that is covered least, of those with 20 patches.
+    """
+
+    precision: float | None
+    recall: float | None
+    density: float | None
+    coverage: float | None
+    n: int
+    k: int
+    coverage_lowest: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverallFidelity(Neighbourhoods):
+    """Measures of one source over all combinations together.
+
+    Args:
+        fd_infinity: Fréchet distance for infinitely many samples (Chong and Forsyth 2020).
+        fd_infinity_error: Its standard error.
+        n_patients: Patients of the reference, or of the source if these are fewer.
+        mix_mismatch: Share of the source's patches in another stratum than the reference's mix asks for, 0 to 1.
+    """
+
+    fd_infinity: float | None
+    fd_infinity_error: float | None
+    n_patients: int
+    mix_mismatch: float
+
+
+@dataclass(frozen=True)
+class InRealRange:
+    """A measure of a synthetic set, and where it lies among those of real patients.
+
+    Args:
+        value: The measure.
+        real: Median over random splits of real patients.
+        range: Central 95 % of these.
+        worse: Whether the value lies beyond the end of the range at which the measure is bad.
+    """
+
+    value: float
+    real: float
+    range: tuple[float, float]
+    worse: bool
+
+
+@dataclass(frozen=True)
+class RealSplitRange:
+    """Measures of each synthetic set beside those that real patients reach.
+
+    Args:
+        synthetic: By synthetic set and measure.
+        skipped: Why a set is missing.
+        reason: Why there is nothing.
+        n: Patches of each set.
+        n_reference: Patches of the reference.
+        n_patients: Patients of the reference and of the further real patches.
+        fd_dims: Dimensions that the Fréchet distance is taken in.
+    """
+
+    synthetic: dict[str, dict[str, InRealRange]]
+    skipped: dict[str, str]
+    reason: str | None = None
+    n: int | None = None
+    n_reference: int | None = None
+    n_patients: tuple[int, int] | None = None
+    fd_dims: int | None = None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far each source is from real test patches in one encoder's features.
+
+    Args:
+        fingerprint: The encoder's.
+        unseen: Distances in each held-out combination.
+        per_class: Distances in each class.
+        per_site: Distances at each site.
+        by_fields: Distances in each combination of further fields, by the fields' names.
+        whole: Distance over all patches together.
+        overall: Further measures over all patches together, by source.
+        real_splits: Measures beside the range that random splits of real patients reach.
+    """
+
+    fingerprint: str
+    unseen: DistanceTable
+    per_class: DistanceTable
+    per_site: DistanceTable
+    by_fields: dict[str, DistanceTable]
+    whole: DistanceTable
+    overall: dict[str, OverallFidelity]
+    real_splits: RealSplitRange | None = None
+
+
+@dataclass(frozen=True)
+class ListedPair:
+    """A synthetic patch and the training patch that it is most like.
+
+    Args:
+        synthetic_key: Key of the synthetic patch.
+        train_row: Row of the training patch in the real dataset's index.
+        patient: "patient N", the place among the sorted patients; or the name, with ``patient_names``.
+        likeness: Correlation of the two, −1 to 1.
+        view: How the synthetic patch is turned or mirrored.
+        copy: Whether it counts as a copy.
+        train_key: Key of the training patch, with ``patient_names``.
+    """
+
+    synthetic_key: str
+    train_row: int
+    patient: str
+    likeness: float
+    view: str
+    copy: bool
+    train_key: str | None = None
+
+
+@dataclass(frozen=True)
+class CombinationCopies:
+    """How near the samples of one combination are to training and to held-out patients.
+
+    Args:
+        name: The combination in words.
+        combination: Value by field.
+        n: Samples.
+        copies: Those that count as copies.
+        median_train, median_held_out: Median distance to the nearest patch of training, or held-out, patients.
+        nearer_train: Share of samples that are nearer to training patients, 0 to 1.
+        n_bank: Real patches of either kind; 0 where there are too few.
+    """
+
+    name: str
+    combination: dict[str, str]
+    n: int
+    copies: int
+    median_train: float | None
+    median_held_out: float | None
+    nearer_train: float | None
+    n_bank: int
+
+
+@dataclass(frozen=True)
+class CopyTest:
+    """C_T (Meehan et al. 2020).
+
+    Args:
+        value: z-score; below −3 speaks for copying.
+        n_patches: Samples.
+        left_out: Samples in clusters with too few patches.
+    """
+
+    value: float | None
+    n_patches: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class SetMemorisation:
+    """Copies among the samples of one synthetic set.
+
+    Args:
+        copies: Samples that count as copies.
+        copy_rate: Their share, 0 to 1.
+        auth_pct: AuthPct, percent (Alaa et al. 2022).
+        ct: C_T.
+        combinations: By class and site, as far as the model was conditioned on them.
+        listed: Every copy, and the pairs most alike.
+    """
+
+    copies: int
+    copy_rate: Estimate
+    auth_pct: Estimate
+    ct: CopyTest
+    combinations: list[CombinationCopies]
+    listed: list[ListedPair]
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Whether synthetic sets repeat training patches, in one encoder's features.
+
+    Args:
+        fingerprint: The encoder's.
+        rule: What counts as a copy.
+        threshold: Correlation above which a patch is a copy.
+        threshold_patches: Real patches that the threshold comes from.
+        real_duplicates: Real patches that show the same picture as a training patch, by part; they count nowhere.
+        held_out_flagged: Share of held-out real patches that the rule calls copies, 0 to 1.
+        held_out_auth_pct: AuthPct of held-out real patches, percent.
+        synthetic: By synthetic set.
+    """
+
+    fingerprint: str
+    rule: str
+    threshold: float
+    threshold_patches: int
+    real_duplicates: dict[str, int]
+    held_out_flagged: Estimate
+    held_out_auth_pct: Estimate
+    synthetic: dict[str, SetMemorisation]
+
+
+@dataclass(frozen=True)
+class ProjectedPoints:
+    """Points of one source.
+
+    Args:
+        n: Patches of the source.
+        x, y: Coordinates of some of them.
+        class_codes: Class of each point, an index of ``classes``; −1 for none.
+        site_codes: Site of each point, an index of ``sites``; −1 for none.
+    """
+
+    n: int
+    x: list[float]
+    y: list[float]
+    class_codes: list[int]
+    site_codes: list[int]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Real test patches and samples on two principal components of real training features.
+
+    Args:
+        fingerprint: The encoder's.
+        method: How the plane was chosen.
+        n_fitted: Training patches.
+        explained: Share of their variance on each axis, 0 to 1.
+        classes: Classes that codes point to.
+        sites: Sites that codes point to.
+        sources: Points by source; "real" are real test patches.
+    """
+
+    fingerprint: str
+    method: str
+    n_fitted: int
+    explained: list[float | None]
+    classes: list[str]
+    sites: list[str]
+    sources: dict[str, ProjectedPoints] = field(default_factory=dict)

@@ -1,0 +1,114 @@
+"""``metrics.json``: its content as a dataclass, with one writer and one reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latent_medi.core.checksums import read_result
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import write_sealed
+from latent_medi.core.records import Mismatch, decode, encode
+from latent_medi.evaluation.adherence.records import Adherence, Stain
+from latent_medi.evaluation.fidelity.records import Fidelity, Memorisation, Projection
+from latent_medi.evaluation.provenance import EncoderRecord, RealDataset, RunRecord, SyntheticSet, portable
+from latent_medi.evaluation.settings import EvaluateSettings
+
+METRICS_VERSION = 2
+_AGAIN = "Run `latent-medi evaluate` again."
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Everything that an evaluation found. Sections by encoder are empty where a stage was left out.
+
+    Args:
+        run: How the numbers were made.
+        settings: The evaluation's settings, paths relative to the result's folder.
+        dataset: The real dataset.
+        synthetic: Synthetic sets by name.
+        encoders: Feature spaces by name; the first gives the headline.
+        fidelity: Distances to real patches, by encoder.
+        adherence: Recovery of the requested values, by encoder.
+        stain: Stain of the samples; null without a synthetic set.
+        memorisation: Copies of training patches, by encoder (not of the colour-free ones: the pixels are the same).
+        downstream: Accuracy of classifiers, by encoder.
+        protocols: Results of published protocols, by protocol and encoder.
+        projection: Points of the plane of principal components, by encoder.
+        notes: What a reader must know about the cohort.
+        warnings: What the verdict must not be read without.
+        seconds: Duration by stage.
+        headline: The few numbers that matter.
+        verdict: One sentence.
+    """
+
+    run: RunRecord
+    settings: EvaluateSettings
+    dataset: RealDataset
+    synthetic: dict[str, SyntheticSet]
+    encoders: dict[str, EncoderRecord]
+    fidelity: dict[str, Fidelity]
+    adherence: dict[str, Adherence]
+    stain: Stain | None
+    memorisation: dict[str, Memorisation]
+    downstream: dict[str, dict[str, Any]]
+    protocols: dict[str, dict[str, dict[str, Any]]]
+    projection: dict[str, Projection]
+    notes: list[str]
+    warnings: list[str]
+    seconds: dict[str, float]
+    headline: dict[str, Any]
+    verdict: str
+
+
+def write_metrics(path: Path, metrics: Metrics, folders: Iterable[str | Path] = ()) -> None:
+    """Write ``metrics.json`` with a checksum. Paths of this machine become relative to its folder.
+
+    Args:
+        path: The file.
+        metrics: Its content.
+        folders: As ``known`` of :func:`~latent_medi.evaluation.provenance.portable`.
+    """
+    content = {"metrics_version": METRICS_VERSION} | portable(encode(metrics), path.parent, folders)
+    metrics_of(content, path)  # nothing is written that cannot be read
+    write_sealed(path, content)
+
+
+def read_metrics(path: str | Path) -> Metrics:
+    """The content of a ``metrics.json``.
+
+    Args:
+        path: The file, or the folder of a run that has it.
+
+    Raises:
+        UserError: There is none, it is damaged, of another version, or not an evaluation's.
+    """
+    file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
+    return metrics_of(read_result(file, _AGAIN), file)
+
+
+def metrics_of(content: Mapping[str, Any], where: str | Path = "The metrics") -> Metrics:
+    """:class:`Metrics` of decoded JSON.
+
+    Raises:
+        UserError: Of another version, or a field is missing, unknown or of another type.
+    """
+    version = content.get("metrics_version")
+    if not isinstance(version, int) or not {"dataset", "encoders", "headline", "verdict"} <= content.keys():
+        raise UserError(f"{where}: these are not an evaluation's metrics.", f"Give a metrics.json. {_AGAIN}")
+    if version < METRICS_VERSION:
+        raise UserError(
+            f"{where} was made by an earlier version (metrics_version {version}, not {METRICS_VERSION}).",
+            f"{_AGAIN} The feature cache makes it quick.",
+        )
+    if version > METRICS_VERSION:
+        raise UserError(
+            f"{where} was made by a later version (metrics_version {version}, not {METRICS_VERSION}).",
+            "Update latent-medi, or run `latent-medi evaluate` again.",
+        )
+    try:
+        return decode(Metrics, {k: v for k, v in content.items() if k not in ("metrics_version", "seal")})
+    except Mismatch as problem:
+        raise UserError(f"{where} is damaged or was not written by this program: {problem}.", _AGAIN) from None
