@@ -76,6 +76,8 @@ class EvaluateSettings:
         real: Folder of the real dataset; its split column names training, probe and test patches.
         synthetic: Folder of each synthetic dataset by the name of its arm: "medi" knows the metadata, "cls" the class
             alone.
+        candidate: Name of the synthetic set that the verdict is about; empty takes "medi" if there is one, otherwise the
+            first. The others are its baselines, "cls" or the first of them that of the ratios.
         selected: By name of an arm the column of a selection, such as selected_best: only the patches that it chose
             take part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
@@ -126,6 +128,7 @@ class EvaluateSettings:
 
     real: PathText = ""
     synthetic: dict[str, PathText] = field(default_factory=dict)
+    candidate: str = ""
     selected: dict[str, str] = field(default_factory=dict)
     out: PathText = "runs/evaluation"
     held_out: list[dict[str, str]] = field(default_factory=list)

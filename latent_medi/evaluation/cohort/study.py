@@ -12,6 +12,7 @@ import pandas as pd
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.combinations import Combination, among, categorical_fields, describe, matches
+from latent_medi.evaluation.cohort.roles import Roles, synthetic_roles
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.metadata.schema import NULL, UNKNOWN_WORD, Schema
 from latent_medi.metadata.seen import patients_hash, saw
@@ -70,6 +71,7 @@ class Study:
         oracle_reason: Why there is no oracle; empty if there is one.
         notes: What a reader must know about these choices.
         warnings: What the verdict must not be read without.
+        candidate: Name of the candidate among the synthetic sets; empty for the default.
     """
 
     real: PatchDataset
@@ -86,6 +88,12 @@ class Study:
     oracle_reason: str
     notes: list[str]
     warnings: list[str] = field(default_factory=list)
+    candidate: str = ""
+
+    @property
+    def roles(self) -> Roles:
+        """Which synthetic set is the candidate and which are its baselines."""
+        return synthetic_roles(self.arms, self.candidate)
 
     @property
     def index(self) -> pd.DataFrame:
@@ -240,6 +248,7 @@ def open_study(settings: EvaluateSettings) -> Study:
         )
     if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
         raise UserError(f"selected names the arm {unknown[0]!r}; {nearest(unknown[0], settings.synthetic)}.")
+    synthetic_roles(settings.synthetic, settings.candidate)
     arms = {}
     for name, folder in settings.synthetic.items():
         dataset = PatchDataset.open(folder)
@@ -280,6 +289,7 @@ def open_study(settings: EvaluateSettings) -> Study:
         reason,
         notes,
         warnings,
+        settings.candidate,
     )
 
 
