@@ -24,7 +24,7 @@ from output import options, tell
 from latent_medi.core import config
 from latent_medi.core.progress import set_up_logging
 from latent_medi.diffusion.settings import GuidanceSettings
-from latent_medi.evaluation.cohort.comparison_sets import FLOOR, unseen_cells
+from latent_medi.evaluation.cohort.comparison_sets import FLOOR, held_out_comparisons
 from latent_medi.evaluation.cohort.study import open_study
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
@@ -66,10 +66,10 @@ def recalls(settings: EvaluateSettings, name: str, weights: str | None) -> dict[
     real[used] = cached_features(study.real, used, encoder, cache, settings.batch, settings.device)
     made = {
         arm.name: cached_features(arm.dataset, np.arange(len(arm.index)), encoder, cache, settings.batch, "cpu")
-        for arm in study.arms.values()
+        for arm in study.synthetic.values()
     }
     found: dict[str, list[float]] = {}
-    for cell in unseen_cells(study, settings.seed):
+    for cell in held_out_comparisons(study, settings.seed):
         for arm, rows in cell.rows.items():
             sample = (real if arm == FLOOR else made[arm])[rows]
             found.setdefault(arm, []).append(neighbourhoods(real[cell.reference], sample)["recall"])

@@ -139,7 +139,7 @@ def main() -> None:
         cache = arguments.cache or Path(name) / "features"
         real = str(arguments.run / "data")
         study = open_study(EvaluateSettings(real=real, synthetic={arguments.arm: str(folder)}, held_out=held_out))
-        arm = study.arms[arguments.arm].dataset
+        arm = study.synthetic[arguments.arm].dataset
         taught = real_patches(demo_run(arguments.run).seed, "probe", 4 if arguments.quick else arguments.probe_patients)
         judge = Judge(study, arm, load_encoder(arguments.judge, arguments.weights or None), taught, cache)
         chooser = load_encoder(arguments.encoder)

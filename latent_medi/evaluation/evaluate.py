@@ -92,7 +92,7 @@ def _judge(
         if settings.colour_free:
             chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
         told.reads("real", settings.real, lambda: content_hash(study.real))
-        for arm in study.arms.values():
+        for arm in study.synthetic.values():
             dataset = arm.dataset
             told.reads(f"synthetic.{arm.name}", dataset.folder, partial(content_hash, dataset))
         told.does(settings, but=("real", "synthetic", "weights", "device", "cache"))
@@ -125,10 +125,10 @@ def check_settings(settings: EvaluateSettings) -> None:
             f"max_copy_rate={settings.max_copy_rate:g} cannot be held: memorisation=false looks for no copies.",
             "Leave memorisation on, or max_copy_rate at 1.",
         )
-    if settings.deals and settings.deals < real_split_range.LEAST_DEALS:
+    if settings.deals and settings.deals < real_split_range.MIN_REAL_SPLITS:
         raise UserError(
             f"deals is {settings.deals}: too few to tell a range from.",
-            f"Give {real_split_range.LEAST_DEALS} or more, or 0.",
+            f"Give {real_split_range.MIN_REAL_SPLITS} or more, or 0.",
         )
 
 
@@ -154,13 +154,15 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     clock = _Clock()
     out = Path(settings.out)
     stage = DownstreamStage(study, settings)
-    unseen = comparison_sets.unseen_cells(study, settings.seed)
-    classes = comparison_sets.class_cells(study, settings.seed)
-    sites = comparison_sets.cells_of(study, [settings.site_field], settings.seed)
-    whole = comparison_sets.make_cell(study, {}, settings.seed)
-    more = {" × ".join(fields): comparison_sets.cells_of(study, fields, settings.seed) for fields in settings.cells}
+    unseen = comparison_sets.held_out_comparisons(study, settings.seed)
+    classes = comparison_sets.class_comparisons(study, settings.seed)
+    sites = comparison_sets.field_comparisons(study, [settings.site_field], settings.seed)
+    whole = comparison_sets.comparison_for(study, {}, settings.seed)
+    more = {
+        " × ".join(fields): comparison_sets.field_comparisons(study, fields, settings.seed) for fields in settings.cells
+    }
     clock.lap("prepare")
-    copies = memorisation.find_copies(study, device) if settings.memorisation and study.arms else None
+    copies = memorisation.find_copies(study, device) if settings.memorisation and study.synthetic else None
     clock.lap("memorisation")
 
     metrics: dict[str, Any] = {
@@ -168,11 +170,11 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         "run": run_record(settings.seed, out),
         "settings": recorded_settings(dataclasses.asdict(settings), PATHS, out),
         "dataset": dataset_record(study, settings.split, out),
-        "synthetic": {a.name: arm_record(a, settings.selected.get(a.name, ""), out) for a in study.arms.values()},
+        "synthetic": {a.name: arm_record(a, settings.selected.get(a.name, ""), out) for a in study.synthetic.values()},
         "encoders": {},
         "fidelity": {},
         "adherence": {},
-        "stain": stain.stain(study, settings.resamples, settings.seed) if study.arms else {},
+        "stain": stain.stain(study, settings.resamples, settings.seed) if study.synthetic else {},
         "memorisation": {},
         "downstream": {},
         "projection": {},
@@ -233,7 +235,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     metrics = finite(metrics)
     metrics["headline"] = headline(metrics)
     metrics["verdict"] = verdict(metrics["headline"])
-    folders = [study.real.folder, *(arm.dataset.folder for arm in study.arms.values()), Path.home(), Path.cwd()]
+    folders = [study.real.folder, *(arm.dataset.folder for arm in study.synthetic.values()), Path.home(), Path.cwd()]
     write_sealed(out / "metrics.json", portable(metrics, out, folders))
     memorisation.check_gate(metrics["memorisation"], settings.max_copy_rate)
 
@@ -269,7 +271,7 @@ def _embed(
     def features(dataset: PatchDataset, rows: np.ndarray) -> np.ndarray:
         return cached_features(dataset, rows, encoder, cache, settings.batch, device, accelerator)
 
-    return used, features(study.real, used), {a.name: features(a.dataset, a.rows) for a in study.arms.values()}
+    return used, features(study.real, used), {a.name: features(a.dataset, a.rows) for a in study.synthetic.values()}
 
 
 def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: distance_to_real.Features) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import latent_medi
-from latent_medi.evaluation.cohort.study import Arm, Study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 
 _DECIDING = (
     "torch", "torchvision", "diffusers", "transformers", "timm", "torchmetrics", "torch-fidelity", "scikit-learn",
@@ -96,7 +96,7 @@ class RealDataset:
 
 
 @dataclass(frozen=True)
-class SyntheticSet:
+class SyntheticRecord:
     """One synthetic dataset.
 
     Args:
@@ -279,7 +279,7 @@ def dataset_record(study: Study, split: str, folder: str | Path) -> dict[str, An
     }
 
 
-def arm_record(arm: Arm, selected: str, folder: str | Path) -> dict[str, Any]:
+def arm_record(arm: SyntheticSet, selected: str, folder: str | Path) -> dict[str, Any]:
     """A synthetic dataset: how many patches, and where they come from."""
     info = arm.dataset.info
     return {

@@ -24,7 +24,7 @@ from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.evaluation.cohort.combinations import categorical_fields, describe
 from latent_medi.evaluation.cohort.matching import strata
-from latent_medi.evaluation.fidelity.real_split_range import LEAST_DEALS, deals
+from latent_medi.evaluation.fidelity.real_split_range import MIN_REAL_SPLITS, deals
 from latent_medi.evaluation.provenance import finite, portable, recorded_settings, run_record
 from latent_medi.evaluation.settings import FloorsSettings
 from latent_medi.features.cache import cached_features, content_hash
@@ -122,8 +122,8 @@ def _open(settings: FloorsSettings) -> tuple[PatchDataset, list[str], np.ndarray
     Raises:
         UserError: As :func:`floors`.
     """
-    if settings.deals < LEAST_DEALS:
-        raise UserError(f"deals is {settings.deals}: too few to tell a range from.", f"Give {LEAST_DEALS} or more.")
+    if settings.deals < MIN_REAL_SPLITS:
+        raise UserError(f"deals is {settings.deals}: too few to tell a range from.", f"Give {MIN_REAL_SPLITS} or more.")
     dataset = PatchDataset.open(settings.data)
     if dataset.schema.class_field is None:
         raise UserError(f"{settings.data} has no class field.", "Name the class when the dataset folder is made.")

@@ -13,7 +13,7 @@ from latent_medi.core.files import write_sealed
 from latent_medi.core.records import Mismatch, decode, encode
 from latent_medi.evaluation.adherence.records import Adherence, Stain
 from latent_medi.evaluation.fidelity.records import Fidelity, Memorisation, Projection
-from latent_medi.evaluation.provenance import EncoderRecord, RealDataset, RunRecord, SyntheticSet, portable
+from latent_medi.evaluation.provenance import EncoderRecord, RealDataset, RunRecord, SyntheticRecord, portable
 from latent_medi.evaluation.settings import EvaluateSettings
 
 METRICS_VERSION = 2
@@ -47,7 +47,7 @@ class Metrics:
     run: RunRecord
     settings: EvaluateSettings
     dataset: RealDataset
-    synthetic: dict[str, SyntheticSet]
+    synthetic: dict[str, SyntheticRecord]
     encoders: dict[str, EncoderRecord]
     fidelity: dict[str, Fidelity]
     adherence: dict[str, Adherence]

@@ -304,7 +304,7 @@ def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, 
     bad = world.settings("seen", synthetic={"medi": str(tmp_path / "shown")})
     with pytest.raises(UserError, match=r"shown \(medi\) was trained on patches of stripes × south"):
         open_study(bad)
-    assert open_study(replace(bad, unseen=False)).arms
+    assert open_study(replace(bad, unseen=False)).synthetic
 
 
 def test_a_headline_is_not_read_without_what_limits_it(metrics: dict[str, Any]) -> None:

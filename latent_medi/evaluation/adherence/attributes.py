@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from latent_medi.evaluation.cohort.combinations import among, any_match, describe, matches
-from latent_medi.evaluation.cohort.study import Arm, Study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, measure, wilson
 from latent_medi.statistics.linear_probe import fit_probe
@@ -57,7 +57,7 @@ def look(study: Study, features: Features, regularisation: float, seed: int) -> 
             rng = np.random.default_rng([seed, 3])
             training = np.sort(rng.choice(training, _MAX_TRAINING, replace=False))
         probe = fit_probe(features.real[training], truth[training], regularisation)
-        found = {a.name: probe.predict(features.arms[a.name]) for a in study.arms.values() if len(a.index)}
+        found = {a.name: probe.predict(features.synthetic[a.name]) for a in study.synthetic.values() if len(a.index)}
         real = probe.predict(features.real[study.reference])
         result[name] = Verdicts(present, real, found, probe.converged, len(training))
     return result
@@ -92,13 +92,13 @@ def _field(study: Study, name: str, seen: Verdicts, resamples: int, seed: int) -
         tables.append(table)
         cell: dict[str, Any] = {"name": describe(combination), "combination": combination, "arms": {}}
         cell["ceiling"] = table.measure(right_real, bootstrap.weights, rate=True)
-        for arm in study.arms.values():
+        for arm in study.synthetic.values():
             share = _cell_share(arm, name, combination, values, found.get(arm.name))
             if share is not None:
                 cell["arms"][arm.name] = share
         cells.append(cell)
     arms: dict[str, Any] = {}
-    for arm in study.arms.values():
+    for arm in study.synthetic.values():
         shares = [c["arms"][arm.name] for c in cells if arm.name in c["arms"]]
         if shares:
             n = sum(s["n_patches"] for s in shares)
@@ -120,13 +120,13 @@ def _field(study: Study, name: str, seen: Verdicts, resamples: int, seed: int) -
         "confusion": {
             "ceiling": _confusion(truth[study.reference], found_real, values),
             **{a.name: _confusion(a.index[name].to_numpy(dtype=str), found[a.name], values)
-               for a in study.arms.values() if name in a.fields and a.name in found},
+               for a in study.synthetic.values() if name in a.fields and a.name in found},
         },
     }  # fmt: skip
 
 
 def _cell_share(
-    arm: Arm, name: str, combination: dict[str, str], values: list[str], found: np.ndarray | None
+    arm: SyntheticSet, name: str, combination: dict[str, str], values: list[str], found: np.ndarray | None
 ) -> dict[str, Any] | None:
     """Recovery of one field in an arm's samples of a combination; None where nothing was asked for.
 

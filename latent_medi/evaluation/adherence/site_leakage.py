@@ -52,7 +52,7 @@ def leakage(study: Study, verdicts: Mapping[str, Verdicts], resamples: int, seed
     people = PatientResamples(study.patients[rows[keep]], resamples, seed)
     real = (truth[0][rows[keep]], truth[1][rows[keep]]), (tumour.real[keep], site.real[keep])
     sources = {"real": _source(*real, seed, people)}
-    for arm in study.arms.values():
+    for arm in study.synthetic.values():
         if arm.name not in tumour.arms or study.class_field not in arm.fields:
             continue
         asked = (

@@ -54,7 +54,7 @@ def stain(study: Study, resamples: int, seed: int) -> dict[str, Any]:
         found: dict[str, _Patches] = {}
         if len(rows := among(study.probe, matches(study.index, combination))):
             found["real"] = read.real(rows)
-        for arm in study.arms.values():
+        for arm in study.synthetic.values():
             known = {k: v for k, v in combination.items() if k in arm.fields}
             if len(rows := np.flatnonzero(matches(arm.index, known))):
                 found[arm.name] = read.arm(arm.name, rows)
@@ -65,7 +65,7 @@ def stain(study: Study, resamples: int, seed: int) -> dict[str, Any]:
             if shared:
                 people = PatientResamples(study.patients[patches.rows], resamples, seed) if name == "real" else None
                 cell["sources"][name] = _source(patches, target, shared, centres, offsets, number, people) | {
-                    "asked": name == "real" or study.site_field in study.arms[name].fields
+                    "asked": name == "real" or study.site_field in study.synthetic[name].fields
                 }
         cells.append(cell)
     return {"cells": cells}
@@ -102,7 +102,7 @@ class _Reader:
         return _Patches(self.study.real.read(rows), labels[rows], rows)
 
     def arm(self, name: str, rows: np.ndarray) -> _Patches:
-        arm = self.study.arms[name]
+        arm = self.study.synthetic[name]
         labels = arm.index[self.study.class_field].to_numpy(str)
         rows = rows[self._some(labels[rows])]
         return _Patches(arm.dataset.read(arm.rows[rows]), labels[rows], rows)

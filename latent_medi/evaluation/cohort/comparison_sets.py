@@ -10,7 +10,7 @@ import pandas as pd
 
 from latent_medi.evaluation.cohort.combinations import Combination, among, matches
 from latent_medi.evaluation.cohort.matching import Matched, strata
-from latent_medi.evaluation.cohort.study import UNTOLD, Arm, Study
+from latent_medi.evaluation.cohort.study import NOT_CONDITIONED, Study, SyntheticSet
 
 FLOOR = "floor"
 MIN_SAMPLES = 20
@@ -21,7 +21,7 @@ MOST_APART = 0.2
 
 
 @dataclass
-class Cell:
+class Comparison:
     """One comparison: a reference and, per arm and for the floor, equally many samples.
 
     Args:
@@ -39,35 +39,35 @@ class Cell:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def unseen_cells(study: Study, seed: int) -> list[Cell]:
+def held_out_comparisons(study: Study, seed: int) -> list[Comparison]:
     """A cell per held-out combination."""
-    return [make_cell(study, c, seed + i) for i, c in enumerate(study.held_out)]
+    return [comparison_for(study, c, seed + i) for i, c in enumerate(study.held_out)]
 
 
-def class_cells(study: Study, seed: int) -> list[Cell]:
+def class_comparisons(study: Study, seed: int) -> list[Comparison]:
     """A cell per class, over all sites with the test patches' own mix."""
-    return [make_cell(study, {study.class_field: v}, seed + i) for i, v in enumerate(study.classes)]
+    return [comparison_for(study, {study.class_field: v}, seed + i) for i, v in enumerate(study.classes)]
 
 
-def cells_of(study: Study, fields: Sequence[str], seed: int) -> list[Cell]:
+def field_comparisons(study: Study, fields: Sequence[str], seed: int) -> list[Comparison]:
     """A cell per combination of some fields that test patches have, with the test patches' own mix of the others."""
     table = study.index.iloc[study.reference][list(fields)].astype(str).drop_duplicates()
     values = {name: {v: i for i, v in enumerate(study.real.schema.field(name).values)} for name in fields}
     rows = [dict(zip(fields, row, strict=True)) for row in table.itertuples(index=False, name=None)]
     known = [row for row in rows if all(value in values[name] for name, value in row.items())]
     known.sort(key=lambda row: [values[name][value] for name, value in row.items()])
-    return [make_cell(study, row, seed + i) for i, row in enumerate(known)]
+    return [comparison_for(study, row, seed + i) for i, row in enumerate(known)]
 
 
-def make_cell(study: Study, combination: Combination, seed: int) -> Cell:
+def comparison_for(study: Study, combination: Combination, seed: int) -> Comparison:
     """Choose rows: an arm follows the reference's mix of the fields that the arm knows and the cell leaves open."""
     rng = np.random.default_rng([seed, 1])
-    cell = Cell(combination, among(study.reference, matches(study.index, combination)))
+    cell = Comparison(combination, among(study.reference, matches(study.index, combination)))
     if len(cell.reference) < MIN_SAMPLES:
         cell.skipped[""] = f"{len(cell.reference)} reference patches, fewer than {MIN_SAMPLES}"
         return cell
     open_fields = [f for f in study.categorical() if f not in combination]
-    sides = {arm.name: _matching(cell, arm, open_fields) for arm in study.arms.values()}
+    sides = {arm.name: _matching(cell, arm, open_fields) for arm in study.synthetic.values()}
     sides[FLOOR] = study.index, among(study.probe, matches(study.index, combination)), open_fields
     pools: dict[str, Matched] = {}
     for name, (index, rows, fields) in sides.items():
@@ -89,11 +89,13 @@ def make_cell(study: Study, combination: Combination, seed: int) -> Cell:
     return cell
 
 
-def _matching(cell: Cell, arm: Arm, open_fields: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+def _matching(
+    cell: Comparison, arm: SyntheticSet, open_fields: Sequence[str]
+) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
     """An arm's index, its rows that show the cell, and the open fields that these were given: others cannot match."""
     known = {k: v for k, v in cell.combination.items() if k in arm.fields}
     rows = np.flatnonzero(matches(arm.index, known))
-    fields = [f for f in open_fields if f in arm.fields and set(arm.index[f].astype(str).iloc[rows]) - UNTOLD]
+    fields = [f for f in open_fields if f in arm.fields and set(arm.index[f].astype(str).iloc[rows]) - NOT_CONDITIONED]
     return arm.index, rows, fields
 
 
@@ -113,4 +115,4 @@ def _apart(theirs: pd.DataFrame, reference: pd.DataFrame, fields: Sequence[str])
 
 def _shares(column: pd.Series) -> pd.Series:
     values = column.astype(str)
-    return values[~values.isin(UNTOLD)].value_counts(normalize=True)
+    return values[~values.isin(NOT_CONDITIONED)].value_counts(normalize=True)

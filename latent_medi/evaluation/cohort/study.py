@@ -24,12 +24,12 @@ from latent_medi.shards.selections import selected_mask
 
 log = get_logger(__name__)
 
-UNTOLD = frozenset({UNKNOWN_WORD, "null", ""})
-"""What stands in a field that a generated patch's model was not given."""
+NOT_CONDITIONED = frozenset({UNKNOWN_WORD, "null", ""})
+"""Values of a synthetic patch's field that its model was not conditioned on."""
 
 
 @dataclass
-class Arm:
+class SyntheticSet:
     """One synthetic dataset.
 
     Args:
@@ -61,7 +61,7 @@ class Study:
         real: The real dataset.
         class_field, site_field: Names of the two fields.
         held_out: Combinations without a training patch.
-        arms: Synthetic datasets by name.
+        synthetic: Synthetic datasets by name.
         train: Training patches.
         shown: Training patches and those without a known class: all that a model may have been shown.
         probe: Real patches of other patients for the floor.
@@ -78,7 +78,7 @@ class Study:
     class_field: str
     site_field: str
     held_out: list[Combination]
-    arms: dict[str, Arm]
+    synthetic: dict[str, SyntheticSet]
     train: np.ndarray
     shown: np.ndarray
     probe: np.ndarray
@@ -119,7 +119,9 @@ class Study:
 
 def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
     index = dataset.index
-    return tuple(name for name in categorical_fields(dataset.schema) if (~index[name].astype(str).isin(UNTOLD)).any())
+    return tuple(
+        name for name in categorical_fields(dataset.schema) if (~index[name].astype(str).isin(NOT_CONDITIONED)).any()
+    )
 
 
 def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema, downstream: bool) -> list[Combination]:
@@ -272,7 +274,7 @@ def open_study(settings: EvaluateSettings) -> Study:
                 f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
                 f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
             )
-        arms[name] = Arm(name, dataset, _known_fields(dataset), rows)
+        arms[name] = SyntheticSet(name, dataset, _known_fields(dataset), rows)
         log.info("Arm %s: %d patches, fields %s", name, len(rows), ", ".join(arms[name].fields))
     return Study(
         real,
@@ -307,7 +309,7 @@ def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combinati
     return []
 
 
-def expand_cells(study: Study) -> list[Combination]:
+def held_out_with_class(study: Study) -> list[Combination]:
     """Held-out combinations with a class each; one without stands for all classes, what another implies is left out."""
     expanded: list[Combination] = []
     for combination in study.held_out:

@@ -41,7 +41,7 @@ class PatchPools:
         self._readers: list[Callable[[np.ndarray], np.ndarray]] = [study.real.read]
         self.real = _pairs(0, np.arange(len(study.index)))
         self.arms: dict[str, np.ndarray] = {}
-        for arm in study.arms.values():
+        for arm in study.synthetic.values():
             self.arms[arm.name] = _pairs(len(self._readers), arm.rows)
             self._readers.append(arm.dataset.read)
 

@@ -129,7 +129,7 @@ def _chosen(drawer: Drawer, only: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _differences(study: Study, scorer: Scorer, predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    generators = [*dict.fromkeys(["medi", "cls", *study.arms])]
+    generators = [*dict.fromkeys(["medi", "cls", *study.synthetic])]
     pairs = [(a, b) for a in (*generators, "oracle") for b in (*RIVALS, "cls") if a != b]
     pairs += [(prefix + a, b) for prefix in (ONLY, FIRST) for a in generators for b in ("real", a)]
     return {

@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.evaluation.cohort.combinations import among
-from latent_medi.evaluation.cohort.study import Arm, Study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.downstream.classification_scores import quiet_balanced, site_averaged
 from latent_medi.evaluation.downstream.classifiers import Learner
 from latent_medi.evaluation.downstream.training_sets import Lesson
@@ -82,7 +82,7 @@ def medi_protocol(
             chosen = medi_real(study, k, most, seed)
             x, y = real[chosen], labels[chosen]
             if arm != "real":
-                pool = study.arms[arm].index[study.class_field].to_numpy(str)
+                pool = study.synthetic[arm].index[study.class_field].to_numpy(str)
                 rng = np.random.default_rng([seed, 37])
                 extra = rng.permutation(len(pool))[: int(ratio * len(chosen))]
                 x, y = np.concatenate([x, arms[arm][extra]]), np.concatenate([y, pool[extra]])
@@ -150,7 +150,7 @@ def histodiffusion_protocol(
     labels = study.index[study.class_field].to_numpy(str)
     x, y = real[study.train], labels[study.train]
     counts = {value: int((y == value).sum()) for value in np.unique(y).tolist()}
-    pools = {name: _pools(study.arms[name], settings.selection) for name in arms}
+    pools = {name: _pools(study.synthetic[name], settings.selection) for name in arms}
     jobs: list[tuple[str, str, float]] = [("real", "none", 0.0)]
     jobs += [(a, c, p) for a in arms for p in settings.percent for c in ("selected", "random")]
     rows = []
@@ -161,7 +161,7 @@ def histodiffusion_protocol(
         for seed in range(settings.seeds if choice == "random" or learner.random else 1):
             lesson = Lesson(x, y)
             if arm != "real":
-                made = study.arms[arm].index[study.class_field].to_numpy(str)
+                made = study.synthetic[arm].index[study.class_field].to_numpy(str)
                 asked = {value: int(percent / 100 * n) for value, n in counts.items()}
                 extra = _first_per_class(pools[arm][choice](seed), made, asked)
                 n_synthetic = len(extra)
@@ -195,7 +195,7 @@ def classification_scores(truth: np.ndarray, found: np.ndarray) -> dict[str, flo
     }
 
 
-def _pools(arm: Arm, selection: str) -> dict[str, Callable[[int], np.ndarray]]:
+def _pools(arm: SyntheticSet, selection: str) -> dict[str, Callable[[int], np.ndarray]]:
     """Positions of an arm's samples, selected best first, and random in an order by seed."""
     index = arm.index
     known = list(arm.dataset.info.get("selections", {}))

@@ -71,7 +71,7 @@ class DownstreamStage:
             log.info("%s: the same network as before, not trained again", encoder.name)
             return
         self._trained.add(key)
-        drawer = Drawer(study, self.plan, features.real, features.arms, made) if self.plan else None
+        drawer = Drawer(study, self.plan, features.real, features.synthetic, made) if self.plan else None
         learner: Learner
         if self.pools is None:
             learner = probe_learner(study, features.real, settings.regularisation, settings.seed)
@@ -94,9 +94,9 @@ class DownstreamStage:
 
     def _protocol(self, features: Features, learner: Learner) -> dict[str, Any]:
         if self.settings.downstream_protocol == "medi":
-            return medi_protocol(self.study, features.real, features.arms, self.settings.medi_protocol)
+            return medi_protocol(self.study, features.real, features.synthetic, self.settings.medi_protocol)
         real: np.ndarray = features.real
-        arms: Mapping[str, np.ndarray] = features.arms
+        arms: Mapping[str, np.ndarray] = features.synthetic
         if self.pools is not None:
             real, arms = self.pools.real, self.pools.arms
         return histodiffusion_protocol(self.study, real, arms, self.settings.histodiffusion_protocol, learner)

@@ -17,7 +17,7 @@ import numpy as np
 
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.combinations import Combination, among, describe, matches
-from latent_medi.evaluation.cohort.study import Arm, Study, expand_cells
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet, held_out_with_class
 from latent_medi.evaluation.downstream.baselines import (
     STAIN_METHODS,
     Transferred,
@@ -100,19 +100,19 @@ class Plan:
 
 def make_plan(study: Study, added_per_cell: int, seed: int, stain_jitter: float = 0.2) -> Plan:
     """Fix cells, counts and the stain-transferred and stain-augmented patches, which are made and embedded once."""
-    cells = expand_cells(study)
+    cells = held_out_with_class(study)
     table = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str)
     typical = int(table.value_counts().median())
     counts = []
     for cell in cells:
-        available = [len(arm_rows(arm, cell)) for arm in study.arms.values() if _knows(arm, cell)]
+        available = [len(arm_rows(arm, cell)) for arm in study.synthetic.values() if _knows(arm, cell)]
         counts.append(added_per_cell or min([typical, *(a for a in available if a)]))
     plan = Plan(cells, counts)
     # A half more than needed, so that the draws of different seeds differ.
     asked = [(c, n + n // 2, seed + i) for i, (c, n) in enumerate(zip(cells, counts, strict=True))]
     plan.transferred = [stain_transfer(study, *a) for a in asked]
     plan.augmented = [stain_augmentation(study, *a, stain_jitter) for a in asked]
-    for arm in study.arms.values():
+    for arm in study.synthetic.values():
         for cell, n in zip(cells, counts, strict=True):
             here = len(arm_rows(arm, cell))
             if here == 0:
@@ -138,11 +138,11 @@ def make_plan(study: Study, added_per_cell: int, seed: int, stain_jitter: float 
     return plan
 
 
-def _knows(arm: Arm, cell: Combination) -> bool:
+def _knows(arm: SyntheticSet, cell: Combination) -> bool:
     return all(k in arm.fields for k in cell)
 
 
-def arm_rows(arm: Arm, cell: Mapping[str, str]) -> np.ndarray:
+def arm_rows(arm: SyntheticSet, cell: Mapping[str, str]) -> np.ndarray:
     """Positions of an arm's samples that have those values of a cell that its model was given."""
     return np.flatnonzero(matches(arm.index, {k: v for k, v in cell.items() if k in arm.fields}))
 
@@ -198,7 +198,7 @@ class Drawer:
 
     def variants(self) -> dict[str, list[str]]:
         """Variants of each arm that can take part; of several, the best is headlined."""
-        return {a: v for a, v in arm_variants(self.study.arms).items() if a not in self.unavailable}
+        return {a: v for a, v in arm_variants(self.study.synthetic).items() if a not in self.unavailable}
 
     def lesson(self, arm: str, variant: str, seed: int) -> Lesson:
         """What an arm's classifier learns from, with one seed."""
@@ -206,7 +206,7 @@ class Drawer:
         real = self.real[study.train]
         labels = study.index[study.class_field].to_numpy(str)[study.train]
         for prefix in (ONLY, FIRST):
-            if arm.startswith(prefix) and arm.removeprefix(prefix) in study.arms:
+            if arm.startswith(prefix) and arm.removeprefix(prefix) in study.synthetic:
                 made = self.whole(arm.removeprefix(prefix), seed)
                 if prefix == ONLY:
                     return Lesson(made.features, made.labels, None, None, made.distinct, len(made.labels))
@@ -218,7 +218,7 @@ class Drawer:
             balancing_weights(study) if variant == "balance" else None,
             None,
             added.distinct,
-            len(added.labels) if arm in study.arms else 0,
+            len(added.labels) if arm in study.synthetic else 0,
         )
 
     def whole(self, name: str, seed: int) -> Added:
@@ -228,7 +228,7 @@ class Drawer:
         samples of the class. The held-out cells get what every arm adds to them. Samples repeat only when a cell has
         used all that it has.
         """
-        study, arm = self.study, self.study.arms[name]
+        study, arm = self.study, self.study.synthetic[name]
         rng = np.random.default_rng([seed, 19])
         added = self.draw(name, name, seed)
         rows, labels = [], []
@@ -273,7 +273,7 @@ class Drawer:
             own = among(study.train, matches(study.index, {study.class_field: cell[study.class_field]}))
             sites = study.index[study.site_field].to_numpy(str)[own]
             return self.real, own[balanced_draw(sites, n, rng)] if len(own) else own
-        rows = arm_rows(study.arms[arm], cell)
+        rows = arm_rows(study.synthetic[arm], cell)
         # An arm that knows only the class serves all cells of a class from one pool: without repeats while it lasts.
         fresh = np.array([r for r in rows if r not in taken], dtype=int)
         rows = repeated_draw(fresh if len(fresh) >= n else rows, n, rng)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from latent_medi.evaluation.cohort.combinations import describe
-from latent_medi.evaluation.cohort.comparison_sets import FLOOR, Cell
+from latent_medi.evaluation.cohort.comparison_sets import FLOOR, Comparison
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.statistics.bootstrap import PatientResamples, measure
 from latent_medi.statistics.distances import (
@@ -48,12 +48,12 @@ class Features:
 
     Args:
         real: Of every row of the real index, [N, d].
-        arms: Of every row of each synthetic index, by arm.
+        synthetic: Of every row of each synthetic set, by its name.
         basis: Principal directions of the real training features.
     """
 
     real: np.ndarray
-    arms: Mapping[str, np.ndarray]
+    synthetic: Mapping[str, np.ndarray]
     basis: Basis
 
 
@@ -110,14 +110,14 @@ def kid_draws(
 
 
 def summarise(
-    study: Study, features: Features, cells: Sequence[Cell], resamples: int, seed: int, protocol: str = "default"
+    study: Study, features: Features, cells: Sequence[Comparison], resamples: int, seed: int, protocol: str = "default"
 ) -> dict[str, Any]:
     """Distances of every arm and the floor in each cell, and their means over the cells.
 
     Args:
         study: The cohort.
         features: Features of one encoder.
-        cells: From :func:`unseen_cells` or :func:`class_cells`.
+        cells: From :func:`held_out_comparisons` or :func:`class_comparisons`.
         resamples: Patient resamples for the intervals.
         seed: Their seed.
         protocol: "paper" adds raw rank-deficient Fréchet distances.
@@ -128,7 +128,7 @@ def summarise(
         that every arm and the floor have (of those that have any), so that it compares like with like. If there is no
         such cell each mean counts its own, and there is no ratio.
     """
-    names = [*study.arms, FLOOR]
+    names = [*study.synthetic, FLOOR]
     dim = features.real.shape[1]
     judged = [c for c in cells if c.rows]
     smallest = min((min(len(c.reference), *(len(r) for r in c.rows.values())) for c in judged), default=0)
@@ -242,7 +242,14 @@ class _Weights:
 
 
 def _judge(
-    study: Study, features: Features, cell: Cell, metric: str, dims: int, weights: _Weights, protocol: str, seed: int
+    study: Study,
+    features: Features,
+    cell: Comparison,
+    metric: str,
+    dims: int,
+    weights: _Weights,
+    protocol: str,
+    seed: int,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     record: dict[str, Any] = {
         "combination": cell.combination,
@@ -260,7 +267,7 @@ def _judge(
     reference_weights = weights.of(cell.reference)
     few = _thinned(len(cell.reference), seed, "")
     for name, rows in cell.rows.items():
-        sample = (features.real if name == FLOOR else features.arms[name])[rows]
+        sample = (features.real if name == FLOOR else features.synthetic[name])[rows]
         sample_weights = weights.of(rows) if name == FLOOR else None
         mine = _thinned(len(rows), seed, name)
         numbers: dict[str, Any] = {
@@ -344,14 +351,14 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squared, 0.0))
 
 
-def overall(study: Study, features: Features, cell: Cell, seed: int) -> dict[str, Any]:
+def overall(study: Study, features: Features, cell: Comparison, seed: int) -> dict[str, Any]:
     """Precision, recall, density, coverage and the Fréchet distance for endless samples of each arm and of other real
     patients, in the test patches' mix.
 
     Args:
         study: The cohort.
         features: Features of one encoder.
-        cell: Of every class and site, from :func:`latent_medi.evaluation.cohort.comparison_sets.make_cell`.
+        cell: Of every class and site, from :func:`latent_medi.evaluation.cohort.comparison_sets.comparison_for`.
         seed: Seed of the subsamples.
 
     Returns:
@@ -360,7 +367,7 @@ def overall(study: Study, features: Features, cell: Cell, seed: int) -> dict[str
     result: dict[str, Any] = {}
     people = len(_people(study, [cell.reference]))
     for name, rows in cell.rows.items():
-        sample = (features.real if name == FLOOR else features.arms[name])[rows]
+        sample = (features.real if name == FLOOR else features.synthetic[name])[rows]
         reference = features.real[cell.reference]
         result[name] = neighbourhoods(reference, sample, seed=seed)
         found = fd_infinity(reference, sample, seed=seed)

@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.evaluation.cohort.combinations import among, describe, matches
-from latent_medi.evaluation.cohort.study import Arm, Study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.features.pixel_copies import SIDE, VIEWS, copy_scores, invariants, small_patches
 from latent_medi.shards.dataset import PatchDataset
@@ -145,7 +145,7 @@ def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
         lambda places, partners: _one_picture(study.real, probe[places], study.shown[partners], batch),
     )
     copies = Copies(finder.threshold, {}, {}, {}, int((~finder.duplicates).sum()), {"probe": finder.duplicates})
-    sources = {arm.name: (arm.dataset, arm.rows) for arm in study.arms.values()}
+    sources = {arm.name: (arm.dataset, arm.rows) for arm in study.synthetic.values()}
     for name, (dataset, rows) in {**sources, "held_out": (study.real, study.reference)}.items():
         score, position, view = finder.likeness(_small(dataset, rows, batch))
         copies.scores[name], copies.partner[name], copies.view[name] = score, study.shown[position], view
@@ -223,7 +223,7 @@ def memorisation(
         else _share(study, bootstrap, 100.0 * authentic.of(held_out)),
         "arms": {},
     }
-    for arm in study.arms.values():
+    for arm in study.synthetic.values():
         if not len(arm.rows):
             continue
         copied = copies.scores[arm.name] > copies.threshold
@@ -232,8 +232,8 @@ def memorisation(
             "copies": int(copied.sum()),
             "copy_rate": measure(float(copied.mean()), n, 0)
             | {"interval": wilson(int(copied.sum()), n), "interval_over": "samples"},
-            "auth_pct": _percent_authentic(authentic, features.arms[arm.name]),
-            "ct": _ct(train, held_out, features.arms[arm.name], seed, device),
+            "auth_pct": _percent_authentic(authentic, features.synthetic[arm.name]),
+            "ct": _ct(train, held_out, features.synthetic[arm.name], seed, device),
             "cells": _cells(study, features, arm, copied, seed, device),
             "listed": _listed(study, copies, arm, names),
         }
@@ -329,7 +329,7 @@ def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int,
 
 
 def _cells(
-    study: Study, features: Features, arm: Arm, copied: np.ndarray, seed: int, device: str
+    study: Study, features: Features, arm: SyntheticSet, copied: np.ndarray, seed: int, device: str
 ) -> list[dict[str, Any]]:
     """Per combination of class and site that the arm knows: how near to training and to held-out patients.
 
@@ -352,7 +352,7 @@ def _cells(
         if n >= _MIN_CELL:
             rng = np.random.default_rng([seed, 23])
             train, held_out = (part[patients_in_turn(study.patients[part], n, rng)] for part in (train, held_out))
-            mine = features.arms[arm.name][rows]
+            mine = features.synthetic[arm.name][rows]
             near, far = (nearest(mine, features.real[part], 1, device=device)[0][:, 0] for part in (train, held_out))
             record |= {
                 "median_train": float(np.median(near)), "median_held_out": float(np.median(far)),
@@ -362,7 +362,7 @@ def _cells(
     return cells
 
 
-def _listed(study: Study, copies: Copies, arm: Arm, names: bool) -> list[dict[str, Any]]:
+def _listed(study: Study, copies: Copies, arm: SyntheticSet, names: bool) -> list[dict[str, Any]]:
     """The pairs most alike, copies or not, so that a person can see what the threshold means; every copy is listed.
 
     The training patch is a row of the real dataset's index, and its patient the place among its patients in order: who

@@ -39,7 +39,9 @@ def project(study: Study, features: Features, seed: int, most: int = MOST_POINTS
     }
     fields = {"class": study.class_field, "site": study.site_field}
     tables = {"real": (study.index.iloc[study.reference], features.real[study.reference])}
-    tables |= {arm.name: (arm.index, features.arms[arm.name]) for arm in study.arms.values() if len(arm.index)}
+    tables |= {
+        arm.name: (arm.index, features.synthetic[arm.name]) for arm in study.synthetic.values() if len(arm.index)
+    }
     sources: dict[str, Any] = {}
     for name, (index, vectors) in tables.items():
         codes = {key: _codes(index, fields[key], values[key]) for key in fields}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.comparison_sets import FLOOR, make_cell
+from latent_medi.evaluation.cohort.comparison_sets import FLOOR, comparison_for
 from latent_medi.evaluation.cohort.matching import strata
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity.distance_to_real import Features, neighbourhoods
@@ -24,7 +24,7 @@ from latent_medi.statistics.linear_probe import fit_probe
 WORSE = {"fd": 1, "fd_pca": 1, "kid": 1, "class_mix": 1, "precision": -1, "recall": -1, "density": -1, "coverage": -1,
          "coverage_lowest": -1}  # fmt: skip
 """Which way a measure is worse: 1 upwards, −1 downwards. To be better than other real patients is no fault."""
-LEAST_DEALS = 20
+MIN_REAL_SPLITS = 20
 _MOST = 2000
 
 
@@ -140,7 +140,7 @@ def judge(
     record = {}
     for name, value in measures(reference, sample).items():
         values = np.array([draw[name] for draw in draws if name in draw])
-        if len(values) < LEAST_DEALS:
+        if len(values) < MIN_REAL_SPLITS:
             continue
         low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         worse = value > high if WORSE[name] > 0 else value < low
@@ -162,7 +162,7 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
         ``arms``: a record of :func:`judge` each; ``n``, ``n_reference`` and ``n_patients``; or ``reason`` why there is
         none; and ``skipped``, why an arm is not there.
     """
-    cell = make_cell(study, {}, seed)
+    cell = comparison_for(study, {}, seed)
     if FLOOR not in cell.rows:
         return {"arms": {}, "reason": cell.skipped.get(FLOOR) or cell.skipped.get("", "no other real patients"),
                 "skipped": cell.skipped}  # fmt: skip
@@ -202,7 +202,7 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
         return measures_of(a, b, seed)
 
     arms = {
-        name: judge(base, known(features.arms[name][few(mine, name)]), pool, sides, measures)
+        name: judge(base, known(features.synthetic[name][few(mine, name)]), pool, sides, measures)
         for name, mine in cell.rows.items()
         if name != FLOOR
     }

@@ -42,7 +42,7 @@ def _lesson(study: Study, pools: PatchPools, n: int = 40, **more: Any) -> Lesson
 def test_pairs_lead_to_their_patches(study: Study, pools: PatchPools) -> None:
     made = pools.made["jitter"][0]
     assert made is not None
-    medi = study.arms["medi"]
+    medi = study.synthetic["medi"]
     pairs = np.concatenate([pools.real[[5, 900]], pools.arms["medi"][[3]], made[[2]], pools.real[[7]]]).astype(float)
     images = pools.read(pairs)
     assert np.array_equal(images[[0, 1, 4]], study.real.read([5, 900, 7]))
@@ -92,7 +92,7 @@ def test_every_arm_takes_the_same_steps(study: Study, pools: PatchPools, monkeyp
     monkeypatch.setattr(pools, "read", lambda pairs: seen.append(np.asarray(pairs)) or read(pairs))
     judged = -(-len(study.test) // 8)
     arm = pools.arms["medi"]
-    labels = study.arms["medi"].index["class"].to_numpy(str)
+    labels = study.synthetic["medi"].index["class"].to_numpy(str)
     for n, first in ((40, None), (90, None), (40, (arm, labels))):
         seen.clear()
         learner.learn(_lesson(study, pools, n, first=first), 0)

@@ -87,7 +87,7 @@ def test_every_arm_adds_the_same_number_to_each_cell(world: World) -> None:
     # stripes × south × frozen is part of stripes × south.
     assert names == [("stripes", "south"), ("blobs", "south", "frozen"), ("rings", "south", "frozen")]
     made = plan.made(lambda images: np.zeros((len(images), 2)))
-    arms = {a.name: np.arange(len(a.index), dtype=float)[:, None].repeat(2, 1) for a in study.arms.values()}
+    arms = {a.name: np.arange(len(a.index), dtype=float)[:, None].repeat(2, 1) for a in study.synthetic.values()}
     drawer = Drawer(study, plan, np.arange(len(study.index), dtype=float)[:, None].repeat(2, 1), arms, made)
     total = len(study.train) + sum(plan.counts)
     for arm, variants in drawer.variants().items():

@@ -30,7 +30,7 @@ def _features(study: Study, seed: int = 0) -> tuple[np.ndarray, dict[str, np.nda
         hot = np.eye(3)[[study.classes.index(v) for v in labels]] + rng.normal(0, 0.8, (len(labels), 3))
         return np.column_stack([hot, np.arange(len(labels)) * 1e-9])
 
-    arms = {a.name: of(a.index[study.class_field].to_numpy(str)) for a in study.arms.values()}
+    arms = {a.name: of(a.index[study.class_field].to_numpy(str)) for a in study.synthetic.values()}
     return of(study.index[study.class_field].to_numpy(str)), arms
 
 

@@ -84,7 +84,7 @@ def test_no_test_patient_is_ever_learnt_from(world: World) -> None:
     study = open_study(world.settings("leak"))
     plan = make_plan(study, 0, 0)
     made = plan.made(lambda images: np.full((len(images), 1), -1.0))
-    arms = {a.name: np.full((len(a.index), 1), -1.0) for a in study.arms.values()}
+    arms = {a.name: np.full((len(a.index), 1), -1.0) for a in study.synthetic.values()}
     drawer = Drawer(study, plan, np.arange(len(study.index), dtype=float)[:, None], arms, made)
     learner = Listening(len(study.test))
     record, table = compare(study, drawer, learner, 2, 20, 0)
@@ -108,7 +108,7 @@ def test_no_test_patient_is_ever_learnt_from(world: World) -> None:
 
 def test_an_arm_without_a_class_cannot_stand_alone(world: World) -> None:
     study = open_study(world.settings("lacking"))
-    arm = study.arms["medi"]
+    arm = study.synthetic["medi"]
     arm.rows = arm.rows[arm.index["class"].to_numpy(str) != "blobs"]
     del arm.__dict__["index"]
     study.held_out[:] = [{"class": "stripes", "site": "south"}]

@@ -20,7 +20,7 @@ from PIL import Image
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
 from latent_medi.demo.tissue import random_shape, random_stain, render
-from latent_medi.evaluation.cohort.study import Arm, Study, open_study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet, open_study
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import memorisation as module
 from latent_medi.evaluation.fidelity.distance_to_real import Features
@@ -119,7 +119,7 @@ def test_a_copy_of_a_patch_without_a_known_class_is_found(world: World, thief: P
     study = open_study(settings)
     assert len(study.train) < 0.7 * len(study.shown)
     found = find_copies(study)
-    stolen = np.array([int(key.partition("/")[2]) % 10 == 0 for key in study.arms["medi"].index["key"]])
+    stolen = np.array([int(key.partition("/")[2]) % 10 == 0 for key in study.synthetic["medi"].index["key"]])
     assert (found.scores["medi"][stolen] > found.threshold).all()
     untold = set(study.shown) - set(study.train)
     assert untold & set(found.partner["medi"][stolen].tolist())
@@ -192,7 +192,7 @@ def gate_study(images: dict[str, np.ndarray], folder: Path) -> Study:
     ]
     arm = write_dataset(folder / "made", made, "made", schema, 64, 0.5)
     rows = {part: data.rows({"split_main": part}) for part in ("train", "probe", "test")}
-    arms = {"medi": Arm("medi", arm, ("class",), np.arange(len(arm)))}
+    arms = {"medi": SyntheticSet("medi", arm, ("class",), np.arange(len(arm)))}
     return Study(
         data, "class", "site", [], arms, rows["train"], rows["train"], rows["probe"], rows["probe"], rows["test"],
         rows["test"], "", [],

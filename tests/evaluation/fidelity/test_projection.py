@@ -20,7 +20,7 @@ def test_points_are_a_pca_of_training_patches(world: World) -> None:
     pca = PCA(2, svd_solver="full").fit(np.asarray(features.real[study.train], np.float64))
     assert record["explained"] == pytest.approx(pca.explained_variance_ratio_, rel=1e-6)
     assert record["n_fitted"] == len(study.train)
-    for name, vectors in (("real", features.real[study.reference]), ("medi", features.arms["medi"])):
+    for name, vectors in (("real", features.real[study.reference]), ("medi", features.synthetic["medi"])):
         source = record["sources"][name]
         expected = pca.transform(np.asarray(vectors, np.float64))
         signs = np.sign((expected * np.column_stack([source["x"], source["y"]])).sum(axis=0))

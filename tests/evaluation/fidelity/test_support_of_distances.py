@@ -12,7 +12,7 @@ import pytest
 from evaluation_world import SCHEMA, SIZE, World, synthetic_patches
 from parts import put_index
 
-from latent_medi.evaluation.cohort.comparison_sets import Cell, _apart, class_cells
+from latent_medi.evaluation.cohort.comparison_sets import Comparison, _apart, class_comparisons
 from latent_medi.evaluation.cohort.matching import Matched
 from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study, open_study
@@ -37,10 +37,10 @@ def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
     write_dataset(made, patches, "medi", SCHEMA, SIZE, 0.5)
     arms = {"medi": str(made), "cls": str(world.cls)}
     study = open_study(world.settings("external-out", real=str(folder), synthetic=arms))
-    cells = class_cells(study, 0)
+    cells = class_comparisons(study, 0)
     rng = np.random.default_rng(0)
     real = rng.normal(size=(len(study.index), 4))
-    made_of = {name: rng.normal(size=(len(arm.rows), 4)) for name, arm in study.arms.items()}
+    made_of = {name: rng.normal(size=(len(arm.rows), 4)) for name, arm in study.synthetic.items()}
     left_out = summarise(study, Features(real, made_of, pca_basis(real)), cells, 20, 0)["left_out"]
     for cell in cells:
         assert left_out[cell.combination["class"]] == (f"medi: {cell.skipped['medi']}; floor: {cell.skipped['floor']}")
@@ -72,7 +72,7 @@ def test_values_that_never_meet_do_not_make_up_a_mix(world: World) -> None:
     put_index(folder, table)
     study = open_study(world.settings("crossed-out", real=str(folder), held_out=[{"class": "stripes", "site": "east"}],
                                       unseen=False))  # fmt: skip
-    for cell in class_cells(study, 0):
+    for cell in class_comparisons(study, 0):
         assert "of the reference, in" in cell.skipped["floor"]
 
 
@@ -124,7 +124,7 @@ def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) ->
     ]
 
 
-def many_patches(patients: int) -> tuple[Study, Features, Cell]:
+def many_patches(patients: int) -> tuple[Study, Features, Comparison]:
     """A cell of more patches than a kernel takes: reference, and the floor of a tenth of all patients."""
     rng = np.random.default_rng(0)
     each = 60
@@ -133,11 +133,11 @@ def many_patches(patients: int) -> tuple[Study, Features, Cell]:
     real = 0.3 * rng.normal(size=(patients, 4))[np.repeat(np.arange(patients), each)] + rng.normal(size=(total, 4))
     reference, probe = np.arange(total * 9 // 10), np.arange(total * 9 // 10, total)
     study = SimpleNamespace(
-        patients=names, index=names, reference=reference, probe=probe, arms={"cls": None, "medi": None}
+        patients=names, index=names, reference=reference, probe=probe, synthetic={"cls": None, "medi": None}
     )
     samples = {name: rng.normal(size=(300, 4)) + shift for name, shift in (("medi", 0.5), ("cls", 1.5))}
     rows = {"cls": np.arange(300), "medi": np.arange(300), "floor": probe}
-    return cast(Study, study), Features(real, samples, pca_basis(real)), Cell(
+    return cast(Study, study), Features(real, samples, pca_basis(real)), Comparison(
         {"class": "a"}, reference, rows, dict.fromkeys(rows, 0.0)
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ def test_kernel_distances_of_many_patches_have_intervals(monkeypatch: pytest.Mon
     assert len(cell.reference) > 3000
     monkeypatch.setattr(distance_to_real, "full_rank", lambda n, d: False)
     summary = summarise(study, features, [cell], 100, 0)["summary"]
-    whole = kid(features.real[cell.reference], features.arms["cls"], subsets=0)[0]
+    whole = kid(features.real[cell.reference], features.synthetic["cls"], subsets=0)[0]
     low, high = summary["cls"]["interval"]
     assert low < summary["cls"]["value"] < high
     assert summary["cls"]["value"] == pytest.approx(whole, rel=0.1)
@@ -165,7 +165,9 @@ def test_a_floor_of_few_patients_has_no_interval_anywhere() -> None:
 
 def test_only_large_frechet_distances_take_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     study, features, cell = many_patches(120)
-    wide = Features(np.tile(features.real, 40), {n: np.tile(x, 40) for n, x in features.arms.items()}, features.basis)
+    wide = Features(
+        np.tile(features.real, 40), {n: np.tile(x, 40) for n, x in features.synthetic.items()}, features.basis
+    )
 
     def quick(*arguments: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         numbers = {"value": 1.0, "fd": None, "kid": 1.0, "fd_pca": 1.0}
@@ -201,8 +203,8 @@ def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
     """A cell of few patients has the weight of any other in the mean."""
     study, features, large = many_patches(120)
     arms = {n: r for n, r in large.rows.items() if n != "floor"}
-    small = Cell({"class": "b"}, large.reference[: 9 * 60], arms, dict.fromkeys(arms, 0.0))
-    large = Cell({"class": "a"}, large.reference, arms, dict.fromkeys(arms, 0.0))
+    small = Comparison({"class": "b"}, large.reference[: 9 * 60], arms, dict.fromkeys(arms, 0.0))
+    large = Comparison({"class": "a"}, large.reference, arms, dict.fromkeys(arms, 0.0))
     for cells, known in (([large], True), ([large, small], False)):
         record = summarise(study, features, cells, 100, 0)["summary"]["medi"]
         assert record["smallest_group"] == (108 if known else 9)
@@ -212,7 +214,7 @@ def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
 
 def test_means_of_different_cells_are_not_divided() -> None:
     study, features, cell = many_patches(120)
-    parts = [Cell({"class": name}, cell.reference, {arm: cell.rows[arm] for arm in arms}, dict.fromkeys(arms, 0.0))
+    parts = [Comparison({"class": name}, cell.reference, {arm: cell.rows[arm] for arm in arms}, dict.fromkeys(arms, 0.0))
              for name, arms in (("a", ["medi", "floor"]), ("b", ["cls", "floor"]))]  # fmt: skip
     summary = summarise(study, features, parts, 20, 0)["summary"]
     assert summary["ratio"]["value"] is None
@@ -234,7 +236,7 @@ def test_many_real_patches_are_thinned_before_they_are_dealt(world: World, monke
     study = open_study(world.settings("thin"))
     rng = np.random.default_rng(0)
     real = rng.normal(size=(len(study.index), 6))
-    arms = {name: rng.normal(size=(len(arm.rows), 6)) for name, arm in study.arms.items()}
+    arms = {name: rng.normal(size=(len(arm.rows), 6)) for name, arm in study.synthetic.items()}
     seen: list[int] = []
 
     def noted(a: Patches, b: Patches, seed: int) -> dict[str, float]:
