@@ -107,7 +107,7 @@ class Judge:
         """Mean over the unseen combinations, at one n for all of them."""
         values = []
         for combination in self.study.held_out:
-            real = matches(self.study.index, combination)[self.reference]
+            real = self.study.having(combination)[self.reference]
             mine = chosen & matches(self.arm.index, combination)[self.rows]
             found = neighbourhoods(self.real[real], self.features[mine], NEIGHBOURS)["recall"]
             if found is not None:

@@ -86,7 +86,7 @@ def _field(study: Study, name: str, seen: Verdicts, resamples: int, seed: int) -
     cells: list[dict[str, Any]] = []
     tables: list[PatientTable] = []
     for combination in study.held_out:
-        keep = matches(study.index, combination)[study.reference] & np.isin(truth[study.reference], values)
+        keep = study.having(combination)[study.reference] & np.isin(truth[study.reference], values)
         # One group per combination: the mean over patients, not over the values within it.
         table = PatientTable(np.zeros(len(keep), int), bootstrap.codes, keep, 1, len(bootstrap.names))
         tables.append(table)

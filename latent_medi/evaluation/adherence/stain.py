@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.combinations import Combination, among, describe, matches
+from latent_medi.evaluation.cohort.combinations import Combination, describe, matches
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.features.stain import fit_stain, stain_angles, tissue_density
 from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, measure, wilson
@@ -37,7 +37,7 @@ def stain(study: Study, resamples: int, seed: int) -> dict[str, Any]:
         ``nearest``, a measure: the share of patches whose density is nearer to this site's than to another's. Without
         two sites in training, ``reason`` instead.
     """
-    sites = study.index[study.site_field].to_numpy(str)
+    sites = study.site_labels
     values = [v for v in study.real.schema.field(study.site_field).values if (sites[study.train] == v).any()]
     if len(values) < 2:
         return {"cells": [], "reason": "fewer than two sites in training"}
@@ -48,11 +48,11 @@ def stain(study: Study, resamples: int, seed: int) -> dict[str, Any]:
     cells = []
     for combination, held_out in wanted:
         number = values.index(combination[study.site_field])
-        rows = among(study.reference, matches(study.index, combination))
+        rows = study.rows_of(study.reference, combination)
         if not len(rows) or not len((target := read.real(rows)).rows):
             continue
         found: dict[str, _Patches] = {}
-        if len(rows := among(study.probe, matches(study.index, combination))):
+        if len(rows := study.rows_of(study.probe, combination)):
             found["real"] = read.real(rows)
         for arm in study.synthetic.values():
             known = {k: v for k, v in combination.items() if k in arm.fields}
@@ -97,7 +97,7 @@ class _Reader:
         self.study, self.seed = study, seed
 
     def real(self, rows: np.ndarray) -> _Patches:
-        labels = self.study.index[self.study.class_field].to_numpy(str)
+        labels = self.study.class_labels
         rows = rows[self._some(labels[rows])]
         return _Patches(self.study.real.read(rows), labels[rows], rows)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from latent_medi.evaluation.cohort.combinations import Combination, among, matches
+from latent_medi.evaluation.cohort.combinations import Combination, matches
 from latent_medi.evaluation.cohort.matching import Matched, strata
 from latent_medi.evaluation.cohort.study import NOT_CONDITIONED, Study, SyntheticSet
 
@@ -62,13 +62,13 @@ def field_comparisons(study: Study, fields: Sequence[str], seed: int) -> list[Co
 def comparison_for(study: Study, combination: Combination, seed: int) -> Comparison:
     """Choose rows: an arm follows the reference's mix of the fields that the arm knows and the cell leaves open."""
     rng = np.random.default_rng([seed, 1])
-    cell = Comparison(combination, among(study.reference, matches(study.index, combination)))
+    cell = Comparison(combination, study.rows_of(study.reference, combination))
     if len(cell.reference) < MIN_SAMPLES:
         cell.skipped[""] = f"{len(cell.reference)} reference patches, fewer than {MIN_SAMPLES}"
         return cell
     open_fields = [f for f in study.categorical() if f not in combination]
     sides = {arm.name: _matching(cell, arm, open_fields) for arm in study.synthetic.values()}
-    sides[FLOOR] = study.index, among(study.probe, matches(study.index, combination)), open_fields
+    sides[FLOOR] = study.index, study.rows_of(study.probe, combination), open_fields
     pools: dict[str, Matched] = {}
     for name, (index, rows, fields) in sides.items():
         pool = Matched(rows, strata(index, rows, fields), strata(study.index, cell.reference, fields))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.combinations import among, describe, matches
+from latent_medi.evaluation.cohort.combinations import among, describe
 from latent_medi.evaluation.cohort.comparison_sets import MIN_SAMPLES
 from latent_medi.evaluation.cohort.study import Study, affected_sites
 from latent_medi.statistics.bootstrap import MIN_PATIENTS
@@ -20,7 +20,7 @@ def thin_support(study: Study, downstream: bool = True) -> list[str]:
     """
     told = _thin_shift(study) if downstream else []
     for combination in study.held_out:
-        here = matches(study.index, combination)
+        here = study.having(combination)
         for what, rows, whose in (
             ("distance", study.reference, "test patients"), ("floor", study.probe, "other real patients")
         ):  # fmt: skip

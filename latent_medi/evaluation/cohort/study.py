@@ -89,11 +89,12 @@ class Study:
     notes: list[str]
     warnings: list[str] = field(default_factory=list)
     candidate: str = ""
+    _masks: dict[tuple[tuple[str, str], ...], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def roles(self) -> Roles:
         """Which synthetic set is the candidate and which are its baselines."""
-        return synthetic_roles(self.arms, self.candidate)
+        return synthetic_roles(self.synthetic, self.candidate)
 
     @property
     def index(self) -> pd.DataFrame:
@@ -107,10 +108,31 @@ class Study:
         present = set(self.index[self.class_field].to_numpy()[rows])
         return [v for v in self.real.schema.field(self.class_field).values if v in present]
 
-    @property
+    @cached_property
+    def class_labels(self) -> np.ndarray:
+        """Class of each row of the real index, text [N]."""
+        return self.index[self.class_field].to_numpy(str)
+
+    @cached_property
+    def site_labels(self) -> np.ndarray:
+        """Site of each row of the real index, text [N]."""
+        return self.index[self.site_field].to_numpy(str)
+
+    @cached_property
     def patients(self) -> np.ndarray:
-        """Patient of each row of the real index; those who share a picture are one."""
+        """Patient of each row of the real index, text [N]; those who share a picture are one."""
         return joined_patients(self.index).astype(str)
+
+    def having(self, combination: Mapping[str, str]) -> np.ndarray:
+        """Which rows of the real index have all the values of a combination, bool [N]."""
+        key = tuple(sorted(combination.items()))
+        if key not in self._masks:
+            self._masks[key] = matches(self.index, combination)
+        return self._masks[key]
+
+    def rows_of(self, part: np.ndarray, combination: Mapping[str, str]) -> np.ndarray:
+        """Those rows of a part, such as ``test``, that have all the values of a combination."""
+        return part[self.having(combination)[part]]
 
     def categorical(self) -> tuple[str, ...]:
         """Names of the class and categorical fields."""

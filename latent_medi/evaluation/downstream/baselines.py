@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.combinations import Combination, among, matches
+from latent_medi.evaluation.cohort.combinations import Combination, among
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.features.stain import Method, StainStats, fit_stain, jitter_stains, transfer
 from latent_medi.statistics.subsampling import balanced_draw
@@ -40,11 +40,11 @@ def alike_sources(study: Study, cell: Combination, site: str | None = None) -> n
     Those that already have the cell's other values (a frozen section, say) are preferred: the others are left out if
     there are any.
     """
-    sites = study.index[study.site_field].to_numpy(str)
-    rows = among(study.train, matches(study.index, {study.class_field: cell[study.class_field]}))
+    sites = study.site_labels
+    rows = study.rows_of(study.train, {study.class_field: cell[study.class_field]})
     rows = rows[sites[rows] == site] if site is not None else rows[sites[rows] != cell.get(study.site_field)]
     others = {k: v for k, v in cell.items() if k not in (study.class_field, study.site_field)}
-    alike = among(rows, matches(study.index, others))
+    alike = among(rows, study.having(others))
     return alike if len(alike) else rows
 
 
@@ -65,7 +65,7 @@ def stain_augmentation(study: Study, cell: Combination, n: int, seed: int, sigma
     sources = alike_sources(study, {k: v for k, v in cell.items() if k != study.site_field})
     if len(sources) == 0:
         return None
-    rows = sources[balanced_draw(study.index[study.site_field].to_numpy(str)[sources], n, rng)]
+    rows = sources[balanced_draw(study.site_labels[sources], n, rng)]
     return Transferred({"jitter": jitter_stains(study.real.read(rows), sigma, rng)}, rows)
 
 
@@ -84,8 +84,8 @@ def nearest_sites(study: Study, cells: list[Combination], features: np.ndarray) 
         None where the cell names no site, its site has no training patch, or no other site with the class shares a
         class with it.
     """
-    sites = study.index[study.site_field].to_numpy(str)[study.train]
-    classes = study.index[study.class_field].to_numpy(str)[study.train]
+    sites = study.site_labels[study.train]
+    classes = study.class_labels[study.train]
     x = np.asarray(features[study.train], np.float64)
     x = x / np.maximum(x.std(axis=0), 1e-12)
     pairs = sorted(set(zip(sites.tolist(), classes.tolist(), strict=True)))
@@ -115,7 +115,7 @@ def stain_transfer(study: Study, cell: Combination, n: int, seed: int) -> Transf
         return None
     rng = np.random.default_rng([seed, 7])
     target = cell[study.site_field]
-    sites = study.index[study.site_field].to_numpy(str)
+    sites = study.site_labels
     sources = alike_sources(study, cell)
     if len(sources) == 0 or not (sites[study.train] == target).any():
         return None
@@ -132,8 +132,8 @@ def stain_transfer(study: Study, cell: Combination, n: int, seed: int) -> Transf
 
 def site_stains(study: Study, source: str, target: str, seed: int) -> tuple[StainStats, StainStats]:
     """Stain of two sites from training patches of the classes that both have (all, if none), in equal parts."""
-    sites = study.index[study.site_field].to_numpy(str)[study.train]
-    classes = study.index[study.class_field].to_numpy(str)[study.train]
+    sites = study.site_labels[study.train]
+    classes = study.class_labels[study.train]
     shared = set(classes[sites == source]) & set(classes[sites == target])
     result = []
     for site in (source, target):

@@ -52,7 +52,7 @@ class Units:
             codes: Class code of each test patch.
             patients: Patient code of each test patch.
         """
-        sites = study.index[study.site_field].to_numpy(str)[study.test]
+        sites = study.site_labels[study.test]
         if level == "patch":
             return cls(np.arange(len(codes)), codes, sites, patients)
         names = study.index[level].to_numpy(str)[study.test]

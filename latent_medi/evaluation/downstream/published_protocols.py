@@ -60,12 +60,12 @@ def medi_protocol(
     Raises:
         UserError: More sites than there are in training, a negative number, or no seed.
     """
-    names = np.unique(study.index[study.site_field].to_numpy(str)[study.train])
+    names = np.unique(study.site_labels[study.train])
     _check(settings.seeds, [*settings.ratios, *settings.max_real, *settings.sites], "medi_protocol")
     if max(settings.sites, default=0) > len(names):
         raise UserError(f"medi_protocol.sites asks for {max(settings.sites)} sites; training has {len(names)}.")
-    labels = study.index[study.class_field].to_numpy(str)
-    sites = study.index[study.site_field].to_numpy(str)[study.test]
+    labels = study.class_labels
+    sites = study.site_labels[study.test]
     truth = labels[study.test]
     jobs = [
         (arm, k, most, ratio)
@@ -106,13 +106,13 @@ def medi_protocol(
 def medi_real(study: Study, sites: int, max_real: int, seed: int) -> np.ndarray:
     """Training rows of ``sites`` random sites (0: all), at most ``max_real`` per class (0: all), ascending."""
     rng = np.random.default_rng([seed, 31])
-    where = study.index[study.site_field].to_numpy(str)
+    where = study.site_labels
     names = np.unique(where[study.train])
     kept = names[rng.permutation(len(names))[: sites or len(names)]]
     rows = among(study.train, np.isin(where, kept))
     if not max_real:
         return rows
-    labels = study.index[study.class_field].to_numpy(str)[rows]
+    labels = study.class_labels[rows]
     parts = [rng.permutation(rows[labels == value])[:max_real] for value in np.unique(labels)]
     return np.sort(np.concatenate(parts))
 
@@ -147,7 +147,7 @@ def histodiffusion_protocol(
         UserError: A dataset has no such selection, a negative number, or no seed.
     """
     _check(settings.seeds, settings.percent, "histodiffusion_protocol")
-    labels = study.index[study.class_field].to_numpy(str)
+    labels = study.class_labels
     x, y = real[study.train], labels[study.train]
     counts = {value: int((y == value).sum()) for value in np.unique(y).tolist()}
     pools = {name: _pools(study.synthetic[name], settings.selection) for name in arms}

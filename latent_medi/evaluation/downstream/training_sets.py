@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from latent_medi.core.progress import get_logger
-from latent_medi.evaluation.cohort.combinations import Combination, among, describe, matches
+from latent_medi.evaluation.cohort.combinations import Combination, describe, matches
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet, held_out_with_class
 from latent_medi.evaluation.downstream.baselines import (
     STAIN_METHODS,
@@ -129,7 +129,7 @@ def make_plan(study: Study, added_per_cell: int, seed: int, stain_jitter: float 
         plan.unavailable["oracle"] = study.oracle_reason
     else:
         for cell in cells:
-            if not matches(study.index, cell)[study.probe].any():
+            if not study.having(cell)[study.probe].any():
                 plan.unavailable["oracle"] = f"no probe patient has {describe(cell)}"
     if not any(plan.transferred):
         plan.unavailable["stain_transfer"] = "no held-out cell names a site whose stain is known from training patches"
@@ -204,7 +204,7 @@ class Drawer:
         """What an arm's classifier learns from, with one seed."""
         study = self.study
         real = self.real[study.train]
-        labels = study.index[study.class_field].to_numpy(str)[study.train]
+        labels = study.class_labels[study.train]
         for prefix in (ONLY, FIRST):
             if arm.startswith(prefix) and arm.removeprefix(prefix) in study.synthetic:
                 made = self.whole(arm.removeprefix(prefix), seed)
@@ -264,14 +264,14 @@ class Drawer:
         if arm in ("real",) or variant == "balance":
             return self.real, np.zeros(0, int)
         if arm == "oracle":
-            return self.real, repeated_draw(among(study.probe, matches(study.index, cell)), n, rng)
+            return self.real, repeated_draw(study.rows_of(study.probe, cell), n, rng)
         if arm in ("stain_transfer", "stain_augmentation") and (features := self.transferred[variant][i]) is not None:
             return features, repeated_draw(np.arange(len(features)), n, rng)
         if arm == "nearest_site" and (site := self.nearest[i]) is not None:
             return self.real, repeated_draw(alike_sources(study, cell, site), n, rng)
         if arm in ("oversample", "stain_transfer", "stain_augmentation", "nearest_site"):
-            own = among(study.train, matches(study.index, {study.class_field: cell[study.class_field]}))
-            sites = study.index[study.site_field].to_numpy(str)[own]
+            own = study.rows_of(study.train, {study.class_field: cell[study.class_field]})
+            sites = study.site_labels[own]
             return self.real, own[balanced_draw(sites, n, rng)] if len(own) else own
         rows = arm_rows(study.synthetic[arm], cell)
         # An arm that knows only the class serves all cells of a class from one pool: without repeats while it lasts.

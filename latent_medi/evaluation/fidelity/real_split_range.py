@@ -183,7 +183,7 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
     smallest = min(len(reference), n) // 2  # a deal may give one side fewer rows
     dims = 0 if full_rank(smallest, dim) else pca_dims(smallest, dim)
 
-    classes = study.index[study.class_field].to_numpy(str)
+    classes = study.class_labels
     learn = few(study.train, "train")
     # From training patches alone: the patients that are dealt must be as new to it as the samples are.
     probe = fit_probe(features.real[learn], classes[learn]) if len(set(classes[learn])) > 1 else None

@@ -214,8 +214,10 @@ def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
 
 def test_means_of_different_cells_are_not_divided() -> None:
     study, features, cell = many_patches(120)
-    parts = [Comparison({"class": name}, cell.reference, {arm: cell.rows[arm] for arm in arms}, dict.fromkeys(arms, 0.0))
-             for name, arms in (("a", ["medi", "floor"]), ("b", ["cls", "floor"]))]  # fmt: skip
+    parts = []
+    for name, sources in (("a", ["medi", "floor"]), ("b", ["cls", "floor"])):
+        rows = {source: cell.rows[source] for source in sources}
+        parts.append(Comparison({"class": name}, cell.reference, rows, dict.fromkeys(rows, 0.0)))
     summary = summarise(study, features, parts, 20, 0)["summary"]
     assert summary["ratio"]["value"] is None
     assert summary["ratio"]["reason"] == "no combination is judged for all sides"
