@@ -16,7 +16,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.demo.cohort import Patient, patches, patients
 from latent_medi.demo.settings import CohortSettings
 from latent_medi.experiment.settings import ExperimentSettings
-from latent_medi.shards.writer import Patch
+from latent_medi.shards.writing.writer import Patch
 
 
 def demo_run(folder: Path) -> ExperimentSettings:

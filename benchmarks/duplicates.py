@@ -22,8 +22,8 @@ from PIL import Image
 
 from latent_medi.core.progress import progress, set_up_logging
 from latent_medi.demo.tissue import random_shape, random_stain, render
-from latent_medi.shards.duplicates import fingerprint, shared_pictures
-from latent_medi.shards.writer import Patch, write_shard
+from latent_medi.shards.checking.likeness import fingerprint, shared_pictures
+from latent_medi.shards.writing.writer import Patch, write_shard
 
 EDGE = 32
 _CHUNK = 4096

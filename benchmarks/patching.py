@@ -31,8 +31,8 @@ from output import options, tell
 from PIL import Image
 from scipy import ndimage
 
-from latent_medi.shards.records import finished_shards
 from latent_medi.shards.slides.job import SlideJob, run
+from latent_medi.shards.writing.records import finished_shards
 
 EDGE, TILE, MPP, PATCH = 20_480, 256, 0.75, 256
 BASE = 2048  # edge of the region that the slide repeats, mirrored

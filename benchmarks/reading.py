@@ -22,8 +22,8 @@ from scipy import ndimage
 
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.stream import PatchStream, epochs
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.reading.stream import PatchStream, epochs
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 BATCH = 64
 

@@ -48,7 +48,7 @@ from latent_medi.diffusion.settings import ModelSettings
 from latent_medi.latents.encode import encode
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.training.data import Batch, TrainingData, open_data
 from latent_medi.training.estimate.report import GIB, EstimateSettings, matmul_tflops, measure, release, stand_in_schema
 from latent_medi.training.estimate.step_cost import step_cost

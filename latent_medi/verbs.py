@@ -51,13 +51,13 @@ def _shards(words: list[str]) -> Printed:
     if what == "verify":
         return _verify(words[1:])
     if what == "info":
-        from latent_medi.shards.info import info
+        from latent_medi.shards.field_counts import info
         from latent_medi.shards.settings import InfoSettings
 
         return info(config.parse(InfoSettings, words[1:], "shards info", positional="data"))
     if what == "images":
-        from latent_medi.shards.images import import_images
-        from latent_medi.shards.rejected import incomplete
+        from latent_medi.shards.importing.images import import_images
+        from latent_medi.shards.importing.rejected import incomplete
         from latent_medi.shards.settings import ImportSettings
 
         settings = config.parse(ImportSettings, words[1:], "shards images")
@@ -95,10 +95,10 @@ def _holds(dataset: PatchDataset) -> str:
 
 
 def _verify(words: list[str]) -> Printed:
+    from latent_medi.shards.checking.duplicates import SPLIT_REMEDY, duplicates_report, duplicates_text, find_duplicates
+    from latent_medi.shards.checking.verify import picture_problems, seal
     from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-    from latent_medi.shards.duplicates import SIDES, duplicates_text, look, report
     from latent_medi.shards.settings import VerifySettings
-    from latent_medi.shards.verify import seal, side_problems
 
     settings = config.parse(VerifySettings, words, "shards verify", positional="data")
     if not settings.data:
@@ -114,14 +114,14 @@ def _verify(words: list[str]) -> Printed:
         dataset = PatchDataset.open(settings.data)
         if problems := dataset.verify():
             raise UserError(f"{dataset.folder}: {len(problems)} problems:\n  " + "\n  ".join(problems))
-        look(dataset)  # an earlier version did not
+        find_duplicates(dataset)  # an earlier version did not
         if settings.seal:
             seal(dataset)
-    duplicates = report(dataset)
+    duplicates = duplicates_report(dataset)
     if told := duplicates_text(duplicates):
         print(told)
-    if sides := side_problems(dataset):
-        raise UserError(f"{dataset.folder}: {len(sides)} problems:\n  " + "\n  ".join(sides), SIDES)
+    if sides := picture_problems(dataset):
+        raise UserError(f"{dataset.folder}: {len(sides)} problems:\n  " + "\n  ".join(sides), SPLIT_REMEDY)
     print(f"no problem: {_holds(dataset)}{', checksums added' if settings.seal else ''}")
     return {"folder": str(dataset.folder), "problems": [], "duplicates": duplicates}
 
@@ -140,8 +140,8 @@ def _audit(words: list[str]) -> Printed:
     from latent_medi.metadata.cohort import audit_index, audit_table, is_table
     from latent_medi.metadata.heatmap import write_heat_map
     from latent_medi.metadata.settings import AuditSettings
+    from latent_medi.shards.checking.duplicates import duplicates_report, duplicates_text, find_duplicates
     from latent_medi.shards.dataset import PatchDataset
-    from latent_medi.shards.duplicates import duplicates_text, look, report
 
     settings = config.parse(AuditSettings, words, "audit", positional="data")
     if is_table(settings.data):
@@ -151,8 +151,8 @@ def _audit(words: list[str]) -> Printed:
         split = (settings.split, settings.split_value) if settings.split else None
         result = audit_index(dataset.index, dataset.schema, settings, split)
         if settings.duplicates:
-            look(dataset)
-            result["duplicates"] = report(dataset)
+            find_duplicates(dataset)
+            result["duplicates"] = duplicates_report(dataset)
     print(audit_text(result))
     if told := duplicates_text(result.get("duplicates", {})):
         print(told)
@@ -165,8 +165,8 @@ def _split(words: list[str]) -> Printed:
     from latent_medi.metadata.cohort import is_table, split_table
     from latent_medi.metadata.schemes import make_split, split_summary
     from latent_medi.metadata.settings import SplitSettings
+    from latent_medi.shards.checking.duplicates import find_duplicates, patients_together
     from latent_medi.shards.dataset import PatchDataset
-    from latent_medi.shards.duplicates import look, patients_together
 
     settings = config.parse(SplitSettings, words, "split", positional="data")
     if is_table(settings.data):
@@ -174,7 +174,7 @@ def _split(words: list[str]) -> Printed:
     else:
         with output_lock(settings.data):  # from reading the index to writing it
             dataset = PatchDataset.open(settings.data)
-            look(dataset)
+            find_duplicates(dataset)
             index = dataset.index
             split = make_split(index, settings, patients_together(index, settings.allow_duplicates))
             dataset.add_split(settings.name, split.column, split.recipe, settings.replace)

@@ -19,7 +19,7 @@ from latent_medi.features.encoders import ImageEncoder
 from latent_medi.features.networks import Network, Preprocessing
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 CLASSES = ("blobs", "rings", "stripes")
 SITES = ("east", "north", "south")

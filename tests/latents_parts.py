@@ -9,7 +9,7 @@ from parts import random_images
 
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 def make_dataset(folder: Path, count: int = 10, per_shard: int = 4, size: int = 32, seed: int = 0) -> PatchDataset:

@@ -15,7 +15,7 @@ from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.taef2 import AutoencoderTAEF2
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 def put_index(folder: Path, index: pd.DataFrame) -> None:

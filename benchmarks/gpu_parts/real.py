@@ -20,7 +20,7 @@ from latent_medi.core import config
 from latent_medi.core.processes import environment, python_words
 from latent_medi.sampling.grids import contact_sheet, save_sheet
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 SEEN, UNSEEN = 200, 300  # samples per combination
 RESERVE = 110.0  # seconds for all of `run` that is neither training nor sampling, with a budget of 540

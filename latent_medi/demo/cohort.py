@@ -27,9 +27,9 @@ from latent_medi.demo.tissue import MPP, PATCH_SIZE, Shape, Stain, jitter_stain,
 from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.dispatch import dispatch
-from latent_medi.shards.records import begin
-from latent_medi.shards.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
+from latent_medi.shards.importing.workers import dispatch
+from latent_medi.shards.writing.records import begin
+from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
 SITES = {

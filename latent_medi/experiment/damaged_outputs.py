@@ -25,8 +25,8 @@ def damaged_dataset(folder: Path) -> list[Path]:
 def reopen(*folders: Path) -> None:
     """Let dataset folders that are not whole be written again: shards that are stay, and so do splits."""
     from latent_medi.shards.dataset import INFO_FILE
-    from latent_medi.shards.records import PROGRESS_FOLDER
-    from latent_medi.shards.rerun import reopen_dataset
+    from latent_medi.shards.writing.records import PROGRESS_FOLDER
+    from latent_medi.shards.writing.rewrite import reopen_dataset
 
     for folder in folders:
         if folder.is_dir() and damaged_dataset(folder):

@@ -63,7 +63,7 @@ def split_of(data: Path, name: str) -> dict[str, str]:
     import pandas as pd
 
     from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-    from latent_medi.shards.selections import column_hash
+    from latent_medi.shards.format.selections import column_hash
 
     dataset = PatchDataset.open(data)
     columns = ["patient", *dataset.schema.names, *([SPLIT_PREFIX + name] if name in dataset.splits else [])]

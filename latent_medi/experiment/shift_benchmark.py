@@ -23,8 +23,8 @@ from latent_medi.core.progress import get_logger
 from latent_medi.experiment.shift_result import SHOWN, loss, mean, write_result
 from latent_medi.experiment.shift_settings import ShiftSettings
 from latent_medi.metadata.dose import rotating_targets, tie, training_patients
+from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.shards.duplicates import allowed
 
 log = get_logger(__name__)
 

@@ -20,9 +20,9 @@ from latent_medi.core.files import remove
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.features.encoders import ImageEncoder
 from latent_medi.features.registry import DEMO_GENERATOR
-from latent_medi.shards.background_reader import ReadAhead, threads_beside
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.selections import column_hash
+from latent_medi.shards.format.selections import column_hash
+from latent_medi.shards.reading.read_ahead import ReadAhead, read_ahead_threads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -108,7 +108,7 @@ def cached_features(
         chunks = _chunks(missing, batch)
         mine = np.concatenate([missing[:0], *chunks[rank::processes]])
         where = torch.device(device) if device else encoder.device
-        with closing(ReadAhead(dataset, threads_beside(where, dataset))) as reader:
+        with closing(ReadAhead(dataset, read_ahead_threads(where, dataset))) as reader:
             batches = _batches(reader, mine, batch, f"{encoder.name} features", rank == 0)
             for part in _parts(chunks, processes, batch):
                 dealt = [np.concatenate([missing[:0], *part[r::processes]]) for r in range(processes)]

@@ -17,7 +17,7 @@ from latent_medi.metadata.schema import UNKNOWN_WORD, Field
 from latent_medi.metadata.seen import seen_in
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.shards.remote import open_dataset
+from latent_medi.shards.reading.remote import open_dataset
 from latent_medi.training.data import (
     TrainingData,
     cell_weights,

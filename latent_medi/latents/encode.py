@@ -24,10 +24,10 @@ from latent_medi.latents.reconstruction_error import floor_text, measure_floor
 from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.views import view_of
 from latent_medi.launch import make_accelerator
-from latent_medi.shards.background_reader import ReadAhead, threads_beside
 from latent_medi.shards.dataset import INFO_FILE as DATASET_FILE
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.remote import open_dataset
+from latent_medi.shards.reading.read_ahead import ReadAhead, read_ahead_threads
+from latent_medi.shards.reading.remote import open_dataset
 
 logger = get_logger("latents")
 
@@ -98,7 +98,7 @@ def _encode(
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     with agreed(accelerator) as told:
         data = open_dataset(dataset)
-        workers = threads_beside(autoencoder.device, data) if workers is None else workers
+        workers = read_ahead_threads(autoencoder.device, data) if workers is None else workers
         header = {
             "schema_version": SCHEMA_VERSION,
             "dataset": data.name,

@@ -14,8 +14,8 @@ from latent_medi.core.progress import progress
 from latent_medi.latents.autoencoder import Autoencoder, latent_shape
 from latent_medi.latents.store import Moments, channel_statistics, check_asked
 from latent_medi.latents.views import view_of
-from latent_medi.shards.background_reader import ReadAhead, threads_beside
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.reading.read_ahead import ReadAhead, read_ahead_threads
 
 _SAMPLE = 3  # the stream of random numbers that the statistics draw from
 
@@ -63,7 +63,7 @@ class StreamedLatents:
             "shape": list(self.shape),
             "views": views,
         }
-        self._reader = ReadAhead(data, threads_beside(autoencoder.device, data) if workers is None else workers)
+        self._reader = ReadAhead(data, read_ahead_threads(autoencoder.device, data) if workers is None else workers)
 
     def __len__(self) -> int:
         return len(self.data)

@@ -18,9 +18,9 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.paths import path_argument
-from latent_medi.shards.codec import CODECS
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.images import import_images
+from latent_medi.shards.format.codec import CODECS
+from latent_medi.shards.importing.images import import_images
 from latent_medi.shards.settings import ImportSettings
 
 SOURCE_MPP = 0.5

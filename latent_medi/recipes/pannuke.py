@@ -21,11 +21,11 @@ import pandas as pd
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import path_argument
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.codec import CODECS
-from latent_medi.shards.convert import convert, scaled
+from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.duplicates import allowed
-from latent_medi.shards.patch import Patch
+from latent_medi.shards.format.codec import CODECS
+from latent_medi.shards.importing.convert import convert, scaled
+from latent_medi.shards.writing.patch import Patch
 
 SOURCE_MPP = 0.25
 PARTS = {1: "train", 2: "val", 3: "test"}

@@ -22,9 +22,9 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.paths import path_argument
 from latent_medi.metadata.splits import hold_out
 from latent_medi.metadata.tables import read_table, require_columns
-from latent_medi.shards.codec import CODECS
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.images import import_images
+from latent_medi.shards.format.codec import CODECS
+from latent_medi.shards.importing.images import import_images
 from latent_medi.shards.settings import ImportSettings
 
 HELD_OUT = ({"class": "gleason4", "site": "radboud"},)

@@ -17,9 +17,9 @@ from typing import Any
 from latent_medi.core.paths import path_argument
 from latent_medi.metadata.tables import read_table, require_columns
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, institution, slide_key
-from latent_medi.shards.codec import CODECS
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.images import import_images
+from latent_medi.shards.format.codec import CODECS
+from latent_medi.shards.importing.images import import_images
 from latent_medi.shards.settings import ImportSettings
 
 SOURCE_MPP = 0.25

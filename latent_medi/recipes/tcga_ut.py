@@ -32,12 +32,12 @@ from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
-from latent_medi.shards.codec import CODECS, decode_image
-from latent_medi.shards.convert import convert, scaled
+from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.duplicates import allowed
-from latent_medi.shards.find import find_files
-from latent_medi.shards.patch import Patch
+from latent_medi.shards.format.codec import CODECS, decode_image
+from latent_medi.shards.importing.convert import convert, scaled
+from latent_medi.shards.importing.find_files import find_files
+from latent_medi.shards.writing.patch import Patch
 
 PATCH_UM = 128.0
 """Edge of every patch at scale 0, µm."""

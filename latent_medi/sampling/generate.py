@@ -34,9 +34,9 @@ from latent_medi.planning.plan import Sample, check_plan, read_plan, sample_at
 from latent_medi.sampling.grids import check_picture, samples_sheet, save_sheet
 from latent_medi.sampling.image_sampler import Maker
 from latent_medi.sampling.settings import GenerateSettings
-from latent_medi.shards.background_writer import write_behind
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
+from latent_medi.shards.writing.background_writer import write_behind
+from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_shards, write_shard
 
 logger = get_logger("synthesis")
 

@@ -33,9 +33,9 @@ from latent_medi.sampling.generate import finished_as, load_adapters
 from latent_medi.sampling.settings import GenerateSettings, TranslateSettings
 from latent_medi.sampling.translation_baselines import compare, stain_mappings, structural_similarity, write_sheet
 from latent_medi.sampling.translation_request import Request, choose, ddim_of, fields_of, part_of
-from latent_medi.shards.background_writer import write_behind
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_shard
+from latent_medi.shards.writing.background_writer import write_behind
+from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_shards, write_shard
 from latent_medi.statistics.subsampling import spread
 
 logger = get_logger("synthesis")

@@ -38,7 +38,7 @@ from latent_medi.selection.task import (
     open_task,
 )
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.selections import SELECTED_PREFIX
+from latent_medi.shards.format.selections import SELECTED_PREFIX
 from latent_medi.statistics.additive_effects import Effects, additive_effects
 from latent_medi.statistics.linear_probe import FieldProbe, fit_field_probe
 from latent_medi.statistics.neighbours import nearest_distances, normalise, squared_distances, without_near_duplicates

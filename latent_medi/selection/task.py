@@ -16,9 +16,9 @@ from latent_medi.features.encoders import ImageEncoder
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.selection.settings import SelectSettings
+from latent_medi.shards.checking.duplicates import joined_patients
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.shards.duplicates import joined_patients
-from latent_medi.shards.selections import check_selection_name
+from latent_medi.shards.format.selections import check_selection_name
 
 MIN_PATIENTS = 10
 """Fewer patients than this say nothing about distances between patients."""

@@ -19,12 +19,12 @@ from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import open_file, read_object
 from latent_medi.core.locks import output_lock
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.codec import decode_image
-from latent_medi.shards.duplicates import check_sides, look
-from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, UNITS, read_folder, write_folder
-from latent_medi.shards.layout import FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
-from latent_medi.shards.selections import selection_columns
-from latent_medi.shards.verify import problems_of
+from latent_medi.shards.checking.duplicates import check_pictures, find_duplicates
+from latent_medi.shards.checking.verify import problems_of
+from latent_medi.shards.format.codec import decode_image
+from latent_medi.shards.format.folder import INDEX_FILE, INFO_FILE, UNITS, read_folder, write_folder
+from latent_medi.shards.format.layout import FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.format.selections import selection_columns
 
 __all__ = ["FIXED_COLUMNS", "INDEX_FILE", "INFO_FILE", "RESTORE", "SPLIT_PREFIX", "UNITS", "PatchDataset"]
 
@@ -292,9 +292,9 @@ class PatchDataset:
             raise UserError(
                 f"{self.folder} already has another split {name!r}.", "Choose another name, or replace it knowingly."
             )
-        look(self)
+        find_duplicates(self)
         index = self.index.assign(**{label: values})
-        check_sides(index, index[label], name, recipe)
+        check_pictures(index, index[label], name, recipe)
         info = {**self.info, "splits": {**self.info["splits"], name: {"recipe": dict(recipe)}}}
         with output_lock(self.folder):
             self._check_unchanged()

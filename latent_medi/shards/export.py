@@ -22,10 +22,10 @@ from latent_medi.core.progress import progress
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import write_table
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.shards.names import file_names
-from latent_medi.shards.selections import selected_mask
+from latent_medi.shards.format.file_names import file_names
+from latent_medi.shards.format.selections import selected_mask
+from latent_medi.shards.format.tar import tar_end, tar_member
 from latent_medi.shards.settings import ExportSettings
-from latent_medi.shards.writer import tar_end, tar_member
 
 NO_PART = "all"
 """Part that holds every patch if no split is named."""
@@ -38,7 +38,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     ``datasets.load_dataset`` which files are which part. ``folder``: ``<part>/<class>/<key>.png`` and
     ``<part>/metadata.csv``, as ``datasets``' imagefolder and torchvision's ImageFolder read them. Patches in no part
     are left out. Files and folders are called after parts, classes and keys as far as every system takes such a name
-    (:func:`~latent_medi.shards.names.file_names`); ``metadata.csv`` and ``export.json`` have the true ones.
+    (:func:`~latent_medi.shards.format.file_names.file_names`); ``metadata.csv`` and ``export.json`` have the true ones.
 
     Returns:
         ``folder``, ``format`` and the number of patches by part.

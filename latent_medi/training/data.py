@@ -22,7 +22,7 @@ from latent_medi.latents.stream import StreamedLatents
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.metadata.seen import seen_in
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.shards.remote import open_dataset
+from latent_medi.shards.reading.remote import open_dataset
 from latent_medi.training.batch_randomness import batch_generator, draw_batch
 from latent_medi.training.finetune.transfer import Source, transferred_schema
 from latent_medi.training.sample_order import balance_weights, rank_slice, rows_at

@@ -14,7 +14,7 @@ from evaluation_world import SCHEMA, SIZE, Size, real_patches
 from latent_medi.cli import main
 from latent_medi.experiment.shift_result import SHOWN
 from latent_medi.metadata.seen import saw
-from latent_medi.shards.writer import write_dataset
+from latent_medi.shards.writing.writer import write_dataset
 
 TRAIN = {
     "max_steps": 3, "global_batch": 8, "log_every_images": 8,

@@ -95,7 +95,7 @@ def test_launched_processes_end_with_their_launcher(module: str, tiny: Path, tmp
 def test_workers_that_write_shards_end_with_their_command(tmp_path: Path) -> None:
     """They could overwrite what a rerun writes."""
     program = (
-        "import time\nfrom latent_medi.shards.dispatch import dispatch\n"
+        "import time\nfrom latent_medi.shards.importing.workers import dispatch\n"
         "list(dispatch(time.sleep, [(300,)] * 2, jobs=2))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)

@@ -35,7 +35,7 @@ from latent_medi.features.cache import dataset_hash
 from latent_medi.metadata.seen import seen_in
 from latent_medi.report.render import render_report
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import write_dataset
+from latent_medi.shards.writing.writer import write_dataset
 
 
 def _measures(value: Any) -> list[dict[str, Any]]:

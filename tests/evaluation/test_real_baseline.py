@@ -16,7 +16,7 @@ from latent_medi.evaluation import real_baseline as floors_module
 from latent_medi.evaluation.real_baseline import floors, floors_text
 from latent_medi.evaluation.settings import FloorsSettings
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 def test_planted_cohort_has_small_floors_and_high_ceilings(world: World, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.features.networks import Network, Preprocessing
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 class Means(nn.Module):
@@ -153,7 +153,7 @@ def test_patches_are_read_ahead_beside_a_gpu_and_features_are_the_same(
 
     expected = _encoder().features([dataset.read(np.arange(11))])
     monkeypatch.setattr(PatchDataset, "read", noting)
-    monkeypatch.setattr(cache_module, "threads_beside", beside)
+    monkeypatch.setattr(cache_module, "read_ahead_threads", beside)
     found = cached_features(dataset, np.arange(11), _encoder(), tmp_path / "cache", 2, "cpu")
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert asked == ["cpu"]

@@ -36,7 +36,7 @@ from latent_medi.latents.encode import encode_dataset
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.training import run_folder
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import train

@@ -20,8 +20,8 @@ from latent_medi.latents.encode import encode, encode_dataset
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.views import view_of
-from latent_medi.shards.background_reader import threads_beside
-from latent_medi.shards.remote import open_dataset
+from latent_medi.shards.reading.read_ahead import read_ahead_threads
+from latent_medi.shards.reading.remote import open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,9 @@ def test_a_url_is_encoded_like_a_folder(dataset, autoencoder, tmp_path):
 def test_threads_read_ahead_only_where_they_do_not_take_the_autoencoders_cores(dataset):
     files = fsspec.filesystem("memory")
     files.put(str(dataset.folder), "/read-ahead-of", recursive=True)
-    assert threads_beside(torch.device("cpu"), dataset) == 0
-    assert threads_beside(torch.device("cuda:1"), dataset) == 4
-    assert threads_beside(torch.device("cpu"), open_dataset("memory://read-ahead-of")) == 4
+    assert read_ahead_threads(torch.device("cpu"), dataset) == 0
+    assert read_ahead_threads(torch.device("cuda:1"), dataset) == 4
+    assert read_ahead_threads(torch.device("cpu"), open_dataset("memory://read-ahead-of")) == 4
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderTAEF2"])

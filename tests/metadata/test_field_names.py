@@ -24,7 +24,7 @@ from latent_medi.planning.planner import plan_from
 from latent_medi.planning.settings import PlanSettings
 from latent_medi.sampling.settings import GenerateSettings, GridSettings
 from latent_medi.shards.dataset import FIXED_COLUMNS, PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 def test_every_name_of_ours_is_reserved() -> None:

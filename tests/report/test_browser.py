@@ -19,7 +19,7 @@ from latent_medi.report.reading_score import score_sheet
 from latent_medi.report.reading_sheet import make_sheet
 from latent_medi.report.render import render_report
 from latent_medi.report.settings import ReadingSheetSettings
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 pytestmark = needs_chromium
 

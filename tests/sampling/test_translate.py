@@ -27,7 +27,7 @@ from latent_medi.sampling.translate import round_trip, translate, translate_imag
 from latent_medi.sampling.translation_baselines import compare, measures_text, stain_mappings, structure_kept
 from latent_medi.sampling.translation_request import choose
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.statistics.subsampling import spread
 
 SITES = ("aster", "birch", "NA")

@@ -27,7 +27,7 @@ from latent_medi.selection import select as module
 from latent_medi.selection.select import select
 from latent_medi.selection.settings import SelectSettings
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.statistics import additive_effects, linear_probe, neighbours, subsampling
 
 SIZE = 16

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.writer import Patch
+from latent_medi.shards.writing.writer import Patch
 
 
 @pytest.fixture(scope="session")

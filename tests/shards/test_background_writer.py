@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from latent_medi.core.errors import Preempted, UserError
-from latent_medi.shards.background_writer import write_behind
-from latent_medi.shards.records import finished_shards
-from latent_medi.shards.writer import Patch, write_shard
+from latent_medi.shards.writing.background_writer import write_behind
+from latent_medi.shards.writing.records import finished_shards
+from latent_medi.shards.writing.writer import Patch, write_shard
 
 LONG = 60
 

@@ -25,9 +25,9 @@ from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.metadata.schema import Schema
 from latent_medi.recipes.registry import load_recipe
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.images import import_images
+from latent_medi.shards.importing.images import import_images
 from latent_medi.shards.settings import ImportSettings
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 Make = Callable[..., list[Patch]]
 

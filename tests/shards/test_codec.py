@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_medi.core.errors import UserError
-from latent_medi.shards.codec import decode_image, encode_image, image_origin
+from latent_medi.shards.format.codec import decode_image, encode_image, image_origin
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (20, 20, 3), dtype=np.uint8)
 

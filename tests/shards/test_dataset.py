@@ -17,7 +17,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 Make = Callable[..., list[Patch]]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latent_medi.shards.checking.verify import seal
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.verify import seal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OLD = REPOSITORY / "tests" / "fixtures" / "datasets" / "png"
@@ -25,7 +25,7 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 import numpy as np
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.verify import seal
+from latent_medi.shards.checking.verify import seal
 
 what, base, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 parts = {"old": ["train"] * 8, "new": ["train"] * 4 + ["test"] * 4}

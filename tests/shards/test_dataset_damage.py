@@ -27,15 +27,15 @@ from latent_medi.core.files import read_sealed, write_json
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.seen import saw
-from latent_medi.shards import folder as folder_module
-from latent_medi.shards.codec import encode_image
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.export import export, samples
-from latent_medi.shards.records import finished_shards
-from latent_medi.shards.remote import open_dataset
+from latent_medi.shards.format import folder as folder_module
+from latent_medi.shards.format.codec import encode_image
+from latent_medi.shards.reading.remote import open_dataset
+from latent_medi.shards.reading.stream import PatchStream, epochs, webdataset_of
 from latent_medi.shards.settings import ExportSettings
-from latent_medi.shards.stream import PatchStream, epochs, webdataset_of
-from latent_medi.shards.writer import Patch, finish_dataset, write_dataset, write_shard
+from latent_medi.shards.writing.records import finished_shards
+from latent_medi.shards.writing.writer import Patch, finish_dataset, write_dataset, write_shard
 
 Make = Callable[..., list[Patch]]
 OLD = Path(__file__).resolve().parents[1] / "fixtures" / "datasets"

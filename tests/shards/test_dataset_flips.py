@@ -16,8 +16,8 @@ from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.export import samples
-from latent_medi.shards.stream import PatchStream, epochs, webdataset_of
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.reading.stream import PatchStream, epochs, webdataset_of
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 def _content(dataset: PatchDataset) -> list[Any]:

@@ -17,21 +17,14 @@ from latent_medi.cli import main
 from latent_medi.core.errors import UserError
 from latent_medi.demo.tissue import random_shape, random_stain, render
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards import duplicates
+from latent_medi.shards.checking import likeness as likeness_module
+from latent_medi.shards.checking.duplicates import duplicates_report, duplicates_text, patients_together
+from latent_medi.shards.checking.likeness import close_pairs, fingerprint, likeness, shared_pictures
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.duplicates import (
-    FINGERPRINT,
-    PICTURE,
-    close_pairs,
-    fingerprint,
-    likeness,
-    patients_together,
-    report,
-    shared_pictures,
-)
-from latent_medi.shards.images import import_images
+from latent_medi.shards.format.layout import FINGERPRINT, PICTURE
+from latent_medi.shards.importing.images import import_images
 from latent_medi.shards.settings import ImportSettings
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "datasets"
 
@@ -119,8 +112,8 @@ def test_every_pair_within_the_radius_is_compared(monkeypatch: pytest.MonkeyPatc
     shares /= np.linalg.norm(shares, axis=1, keepdims=True)
     owner = rng.integers(0, 40, 300)
     owner[:20] = -1
-    monkeypatch.setattr(duplicates, "_ROWS", 32)
-    monkeypatch.setattr(duplicates, "_COLUMNS", 48)
+    monkeypatch.setattr(likeness_module, "_ROWS", 32)
+    monkeypatch.setattr(likeness_module, "_COLUMNS", 48)
     distance = np.linalg.norm(shares[:, None].astype(float) - shares[None], axis=2)
     close = (distance <= 0.15) & ((owner[:, None] != owner) | (owner[:, None] < 0))
     sure, wanted = np.abs(distance - 0.15) > 1e-4, np.triu(close, 1)
@@ -158,7 +151,7 @@ def test_import_records_them(doubled: PatchDataset, caplog: pytest.LogCaptureFix
     assert patients_together(doubled.index) == [["p0", "p1", "p2"]]
     assert patients_together(doubled.index, ["p2"]) == [["p0", "p1"]]
     assert patients_together(doubled.index, ["*"]) == []
-    assert "p0/000 = p1/004" in caplog.text or "p0/000 = p1/004" in duplicates.duplicates_text(told)
+    assert "p0/000 = p1/004" in caplog.text or "p0/000 = p1/004" in duplicates_text(told)
 
 
 def test_a_split_keeps_who_shares_a_picture_together(doubled: PatchDataset, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +165,7 @@ def test_a_split_keeps_who_shares_a_picture_together(doubled: PatchDataset, caps
         assert set(part) == {"train", "test"}
     again = PatchDataset.open(doubled.folder)
     assert again.verify() == []
-    told = report(again)["splits"]["s0"]
+    told = duplicates_report(again)["splits"]["s0"]
     assert told["several_parts"] == 0
     assert sum(told["parts"].values()) == 4
 
@@ -190,7 +183,7 @@ def test_whole_sites_take_their_copies_along(doubled: PatchDataset) -> None:
     assert sorted(part.index[part == "test"]) == ["p0", "p1"]
     assert opened.info["splits"]["allowed"]["recipe"]["allow_duplicates"] == ["p1"]
     assert opened.verify() == []  # it was allowed by name
-    assert report(opened)["splits"]["allowed"]["several_parts"] == 1
+    assert duplicates_report(opened)["splits"]["allowed"]["several_parts"] == 1
 
 
 def test_where_they_cannot_be_kept_together_the_split_is_refused(
@@ -260,7 +253,7 @@ def test_verify_and_audit_tell_of_them(
     for words in (["shards", "verify"], ["audit"]):
         assert main([*words, str(doubled.folder), "--json", str(tmp_path / "told.json")]) == 0
         out = capsys.readouterr().out
-        assert "pictures that lie under several patients: 2 (4 patches of 3 patients; 1 with the same pixels" in out
+        assert "pictures under several patients: 2 (4 patches of 3 patients; 1 with equal pixels" in out
         assert "patches by class: a 2, b 2" in out
         assert "p0/000 = p1/004" in out
         assert "patches in split main: test 1, train 3; pictures in several parts: 1" in out

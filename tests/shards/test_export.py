@@ -17,7 +17,7 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.export import export
 from latent_medi.shards.settings import ExportSettings, InfoSettings
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_damaged_shard_stops_the_export_and_nothing_is_left(
 
 
 def test_counts_of_every_pair_and_their_heat_maps(dataset: PatchDataset, tmp_path: Path) -> None:
-    from latent_medi.shards.info import info
+    from latent_medi.shards.field_counts import info
 
     found = info(InfoSettings(str(dataset.folder), "patients", str(tmp_path / "maps")))
     assert found["counts"]["class x site"] == dataset.counts("class", "site", "patients").to_dict()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latent_medi.core.errors import UserError
-from latent_medi.shards.find import find_files
+from latent_medi.shards.importing.find_files import find_files
 
 
 def names(folder: Path, paths: list[Path]) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.images import import_images
+from latent_medi.shards.importing.images import import_images
 from latent_medi.shards.settings import ImportSettings
 
 
@@ -119,7 +119,7 @@ def test_a_shard_of_bad_images_only_is_left_out(source: Path, tmp_path: Path) ->
 def test_a_rerun_only_rewrites_shards_whose_images_changed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latent_medi.shards import images
+    from latent_medi.shards.importing import images
 
     first = run(source, tmp_path / "out")
     whole = {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}

@@ -18,9 +18,9 @@ from PIL import Image
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
-from latent_medi.shards import images as images_module
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.images import import_images
+from latent_medi.shards.importing import images as images_module
+from latent_medi.shards.importing.images import import_images
 from latent_medi.shards.settings import ImportSettings
 
 

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from latent_medi.cli import main
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.stream import PatchStream, epochs, webdataset_of
-from latent_medi.shards.rerun import reopen_dataset
-from latent_medi.shards.writer import Patch, finish_dataset, write_dataset
+from latent_medi.shards.reading.stream import PatchStream, epochs, webdataset_of
+from latent_medi.shards.writing.rewrite import reopen_dataset
+from latent_medi.shards.writing.writer import Patch, finish_dataset, write_dataset
 
 place, count, most = Path(sys.argv[1]), int(sys.argv[2]), [0]
 

@@ -6,7 +6,7 @@ from pathlib import PureWindowsPath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_medi.shards.names import file_names
+from latent_medi.shards.format.file_names import file_names
 
 _odd = [".", "..", "a/b", "a_b", "A_B", "con", "NUL.txt", "x ", "x.", "é", "e\u0301"]
 texts = st.text(max_size=12) | st.sampled_from(_odd)

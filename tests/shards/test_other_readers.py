@@ -17,7 +17,7 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slides.cut import cut_slides
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 @pytest.fixture(scope="module", params=["written", "cut from slides"])

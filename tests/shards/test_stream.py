@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.codec import decode_image
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.remote import open_dataset
-from latent_medi.shards.stream import PatchStream, epochs, webdataset_of
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.format.codec import decode_image
+from latent_medi.shards.reading.remote import open_dataset
+from latent_medi.shards.reading.stream import PatchStream, epochs, webdataset_of
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 @pytest.fixture(scope="module")

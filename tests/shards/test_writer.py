@@ -17,7 +17,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_json, sha256_file
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writer import Patch, finish_dataset, finished_shards, write_dataset, write_shard
+from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_shards, write_dataset, write_shard
 
 Make = Callable[..., list[Patch]]
 
@@ -75,7 +75,8 @@ def test_dataset_json_describes_the_folder(tmp_path: Path, make_patches: Make, s
 CHILD = """
 import os, pickle, signal, sys
 from pathlib import Path
-from latent_medi.shards import folder as dataset_folder, writer
+from latent_medi.shards.format import folder as dataset_folder
+from latent_medi.shards.writing import writer
 where, count, folder, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3], pickle.load(open(sys.argv[4], "rb"))
 def die_after(module, name, before):
     original, calls = getattr(module, name), [0]
@@ -136,7 +137,7 @@ def test_a_killed_writer_is_completed_byte_for_byte(
     assert len(finished_shards(broken)) == kept
 
     written: list[int] = []
-    from latent_medi.shards import writer
+    from latent_medi.shards.writing import writer
 
     original = writer.write_shard
     monkeypatch.setattr(
@@ -178,7 +179,7 @@ def test_a_damaged_or_changed_shard_is_written_again(
 def test_an_unfinished_shard_of_other_patches_is_not_kept(
     tmp_path: Path, make_patches: Make, schema: Schema, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latent_medi.shards import writer
+    from latent_medi.shards.writing import writer
 
     def stop(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt

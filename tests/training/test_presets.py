@@ -23,7 +23,7 @@ from latent_medi.diffusion.settings import SamplerSettings
 from latent_medi.latents.encode import encode
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.training.checkpoint import checkpoint_folders
 from latent_medi.training.estimate.report import GIB, estimate
 from latent_medi.training.log import read_log

@@ -21,8 +21,8 @@ from latent_medi.latents.autoencoder import Autoencoder, weight_hash
 from latent_medi.latents.encode import encode_dataset
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.stream import StreamedLatents
-from latent_medi.shards.background_reader import ReadAhead
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.reading.read_ahead import ReadAhead
 from latent_medi.training import data as module
 from latent_medi.training import loop
 from latent_medi.training.batch_randomness import batch_generator, draw_batch

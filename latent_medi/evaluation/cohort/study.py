@@ -17,10 +17,10 @@ from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.metadata.schema import NULL, UNKNOWN_WORD, Schema
 from latent_medi.metadata.seen import patients_hash, saw
 from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.shards.checking.duplicates import joined_patients, pictures_in_several_parts
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.duplicates import joined_patients, on_several_sides
-from latent_medi.shards.layout import PICTURE
-from latent_medi.shards.selections import selected_mask
+from latent_medi.shards.format.layout import PICTURE
+from latent_medi.shards.format.selections import selected_mask
 
 log = get_logger(__name__)
 
@@ -264,7 +264,7 @@ def open_study(settings: EvaluateSettings) -> Study:
             "the probes; fidelity and the probes' ceiling use the other half. Downstream accuracy uses all of them."
         )
     warnings: list[str] = []
-    if len(shared := on_several_sides(index, index[column])):
+    if len(shared := pictures_in_several_parts(index, index[column])):
         warnings.append(
             f"{shared[PICTURE].nunique()} pictures lie in several parts of split {settings.split!r} under different "
             f"patients, such as {' = '.join(shared['key'][shared[PICTURE] == shared[PICTURE].iloc[0]][:2])}: what is "

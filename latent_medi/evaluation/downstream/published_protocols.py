@@ -22,7 +22,7 @@ from latent_medi.evaluation.downstream.classification_scores import quiet_balanc
 from latent_medi.evaluation.downstream.classifiers import Learner
 from latent_medi.evaluation.downstream.training_sets import Lesson
 from latent_medi.evaluation.settings import EvaluateSettings, HistoDiffusionProtocolSettings, MediProtocolSettings
-from latent_medi.shards.selections import SELECTED_PREFIX
+from latent_medi.shards.format.selections import SELECTED_PREFIX
 from latent_medi.statistics.linear_probe import MAX_ITER, fit_quietly
 
 log = get_logger(__name__)

@@ -20,8 +20,8 @@ from latent_medi.evaluation.cohort.combinations import among, describe, matches
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.features.pixel_copies import SIDE, VIEWS, copy_scores, invariants, small_patches
+from latent_medi.shards.checking.likeness import LEAST_LIKENESS, likeness
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.duplicates import LEAST_LIKENESS, likeness
 from latent_medi.statistics.bootstrap import PatientResamples, measure, wilson
 from latent_medi.statistics.distances import project, scatter
 from latent_medi.statistics.neighbours import nearest

@@ -25,15 +25,14 @@ from latent_medi.core.locks import output_lock
 from latent_medi.core.processes import environment, python_words
 from latent_medi.core.progress import duration, get_logger, progress
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.codec import check_codec
+from latent_medi.shards.checking.verify import SPLIT_PREFIX
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.dispatch import dispatch
-from latent_medi.shards.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
-from latent_medi.shards.rerun import changed_patients, reopen_dataset
-from latent_medi.shards.resolution import check_mpp
+from latent_medi.shards.format.codec import check_codec
+from latent_medi.shards.importing.resolution import check_mpp
+from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.settings import SlideSettings
-from latent_medi.shards.slides.found import Listed, list_slides
 from latent_medi.shards.slides.job import SlideJob, write_job
+from latent_medi.shards.slides.list_slides import Listed, list_slides
 from latent_medi.shards.slides.quality_table import (
     QC_FOLDER,
     QC_TABLE,
@@ -44,8 +43,9 @@ from latent_medi.shards.slides.quality_table import (
     told_reasons,
     write_quality,
 )
-from latent_medi.shards.verify import SPLIT_PREFIX
-from latent_medi.shards.writer import finish_dataset, finished_dataset
+from latent_medi.shards.writing.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
+from latent_medi.shards.writing.rewrite import changed_patients, reopen_dataset
+from latent_medi.shards.writing.writer import finish_dataset, finished_dataset
 
 logger = get_logger(__name__)
 

@@ -25,10 +25,10 @@ from scipy import ndimage
 
 from latent_medi.core.files import NO_SPACE, atomic_path, write_json
 from latent_medi.core.processes import end_with
-from latent_medi.shards.patch import Patch
 from latent_medi.shards.slides.slide import LEVEL_TOLERANCE, PatchError, Slide, SlideError, SlideSkipped
 from latent_medi.shards.slides.tissue import THUMBNAIL_MPP, tissue_mask, tissue_share, why_no_tissue
-from latent_medi.shards.writer import write_shard
+from latent_medi.shards.writing.patch import Patch
+from latent_medi.shards.writing.writer import write_shard
 
 WHITE, BLACK = 235, 25
 """Brightness (0 to 255) from which a pixel is near-white, and up to which it is near-black."""
@@ -319,7 +319,7 @@ def _noting(patches: Iterable[Patch], notes: dict[str, Any], cutter: _Cutter, ro
 
 def _estimate(cutter: _Cutter, job: SlideJob) -> dict[str, Any]:
     """Patches, bytes and seconds from a few patches that are read and encoded."""
-    from latent_medi.shards.codec import encode_image
+    from latent_medi.shards.format.codec import encode_image
 
     trial = cutter.candidates[np.sort(shuffled(len(cutter.candidates), job.seed, job.key)[:_TRIAL])]
     start, sizes = time.monotonic(), []

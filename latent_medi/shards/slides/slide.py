@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from latent_medi.core.errors import needs
-from latent_medi.shards.resolution import Resolution, resolution
+from latent_medi.shards.importing.resolution import Resolution, resolution
 from latent_medi.shards.slides.tiff_tags import TiffTags, tiff_tags
 
 with needs("Cutting slides", "openslide-python openslide-bin"):

@@ -18,7 +18,7 @@ from latent_medi.evaluation.evaluate import study_features
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.stain import fit_stain, stain_angles, tissue_density
 from latent_medi.metadata.schema import Field, Schema
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 def leaking(count: int) -> Iterator[Patch]:

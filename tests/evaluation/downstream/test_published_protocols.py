@@ -19,7 +19,7 @@ from latent_medi.evaluation.downstream.stage import check_downstream
 from latent_medi.evaluation.downstream.training_sets import Lesson
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings, MediProtocolSettings
-from latent_medi.shards.writer import write_dataset
+from latent_medi.shards.writing.writer import write_dataset
 
 
 def _features(study: Study, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:

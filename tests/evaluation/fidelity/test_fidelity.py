@@ -15,7 +15,7 @@ from latent_medi.evaluation.cohort.matching import Matched
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws, neighbourhoods
 from latent_medi.evaluation.fidelity.real_split_range import deals
-from latent_medi.shards.writer import write_dataset
+from latent_medi.shards.writing.writer import write_dataset
 from latent_medi.statistics.distances import frechet_distance, mmd2
 
 

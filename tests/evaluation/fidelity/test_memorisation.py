@@ -34,8 +34,8 @@ from latent_medi.evaluation.fidelity.memorisation import (
 )
 from latent_medi.features.pixel_copies import small_patches
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.folder import write_folder
-from latent_medi.shards.writer import Patch, write_dataset
+from latent_medi.shards.format.folder import write_folder
+from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.statistics.distances import pca_basis
 
 QUIET: dict[str, Any] = {"downstream": False, "resamples": 20, "memorisation": True}

@@ -19,7 +19,7 @@ from latent_medi.evaluation.cohort.study import Study, open_study
 from latent_medi.evaluation.fidelity import distance_to_real, real_split_range
 from latent_medi.evaluation.fidelity.distance_to_real import Features, _thinned, ratio, summarise
 from latent_medi.evaluation.fidelity.real_split_range import Patches, measures_of
-from latent_medi.shards.writer import write_dataset
+from latent_medi.shards.writing.writer import write_dataset
 from latent_medi.statistics.distances import frechet_distance, kid, pca_basis
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from latent_medi.core.errors import UserError
 from latent_medi.shards.settings import SlideSettings
-from latent_medi.shards.slides.found import Listed, list_slides
+from latent_medi.shards.slides.list_slides import Listed, list_slides
 
 
 def touch(folder: Path, *names: str) -> Path:

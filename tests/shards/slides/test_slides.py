@@ -20,8 +20,8 @@ from slide_parts import GLASS, tissue, write_slide
 from latent_medi.cli import main
 from latent_medi.core.errors import Incomplete, UserError
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.images import import_images
-from latent_medi.shards.resolution import resolution
+from latent_medi.shards.importing.images import import_images
+from latent_medi.shards.importing.resolution import resolution
 from latent_medi.shards.settings import ImportSettings, SlideSettings
 from latent_medi.shards.slides.cut import cut_slides, run_slide
 from latent_medi.shards.slides.job import SlideJob, grid, run, shuffled

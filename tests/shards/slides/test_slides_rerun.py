@@ -15,10 +15,10 @@ from slide_parts import tissue, write_slide
 
 from latent_medi.core.errors import Incomplete, UserError
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
-from latent_medi.shards.patch import Patch
 from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slides.cut import cut_slides
-from latent_medi.shards.writer import write_dataset
+from latent_medi.shards.writing.patch import Patch
+from latent_medi.shards.writing.writer import write_dataset
 
 KILLER = """
 import glob, os, signal, sys, threading, time

@@ -18,7 +18,7 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.folder import INDEX_FILE, INFO_FILE, NEXT_INDEX, index_fits, read_folder
+from latent_medi.shards.format.folder import INDEX_FILE, INFO_FILE, NEXT_INDEX, index_fits, read_folder
 
 _AT_ONCE = 256  # byte ranges per request to the file system
 

@@ -18,11 +18,11 @@ from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import progress
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.image_file import check_file
-from latent_medi.shards.patch import Patch
-from latent_medi.shards.records import finished_shards
-from latent_medi.shards.rerun import make_way
-from latent_medi.shards.writer import finish_dataset, finished_dataset, write_shard
+from latent_medi.shards.importing.image_file import check_file
+from latent_medi.shards.writing.patch import Patch
+from latent_medi.shards.writing.records import finished_shards
+from latent_medi.shards.writing.rewrite import make_way
+from latent_medi.shards.writing.writer import finish_dataset, finished_dataset, write_shard
 
 C = TypeVar("C")
 
@@ -50,7 +50,7 @@ def convert(
         read: The patches of a chunk, at least one.
         files: The source files of a chunk, whose content decides whether a shard is kept.
         name, schema, patch_size, mpp, codec, provenance, splits: As for
-            :func:`~latent_medi.shards.writer.finish_dataset`.
+            :func:`~latent_medi.shards.writing.writer.finish_dataset`.
         jobs: Threads.
 
     Raises:

@@ -14,16 +14,15 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.fields import is_missing
-from latent_medi.shards.duplicates import check_sides, look
-from latent_medi.shards.folder import INFO_FILE, check_split, write_folder
-from latent_medi.shards.layout import FINGERPRINT, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
-from latent_medi.shards.records import json_member, member_at, with_sums
-from latent_medi.shards.selections import SELECTED_PREFIX, column_hash
+from latent_medi.shards.checking.duplicates import check_pictures, find_duplicates
+from latent_medi.shards.format.folder import INFO_FILE, check_split, write_folder
+from latent_medi.shards.format.layout import FINGERPRINT, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.format.selections import SELECTED_PREFIX, column_hash
+from latent_medi.shards.format.tar import BLOCK, json_member, member_at, with_sums
 
 if TYPE_CHECKING:
     from latent_medi.shards.dataset import PatchDataset
 
-_BLOCK = 512
 # Like splits and selections, what only the index has.
 _NOT_IN_MEMBERS = ("shard", "offset", "size", *SUM_COLUMNS, FINGERPRINT, PICTURE)
 
@@ -64,20 +63,20 @@ def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
         for label, entry in recorded["columns"].items():
             if entry["sha256"] != column_hash(dataset.index[label]):
                 problems.append(f"the column {label!r} of selection {name!r} is not the recorded one")
-    problems += side_problems(dataset)
+    problems += picture_problems(dataset)
     if images:
         for row in range(len(dataset)):
             problems += _attempt(dataset.read, [row])
     return problems
 
 
-def side_problems(dataset: PatchDataset) -> list[str]:
+def picture_problems(dataset: PatchDataset) -> list[str]:
     """Splits that have one picture in several parts without allowing it, in words. A dataset of which nobody knows its
     duplicates has none.
     """
     recipes = {name: recorded["recipe"] for name, recorded in dataset.info["splits"].items()}
     columns = {name: dataset.index[SPLIT_PREFIX + name] for name in recipes}
-    return [p for name in recipes for p in _attempt(check_sides, dataset.index, columns[name], name, recipes[name])]
+    return [p for name in recipes for p in _attempt(check_pictures, dataset.index, columns[name], name, recipes[name])]
 
 
 def _attempt(check: Callable[..., Any], *arguments: Any) -> list[str]:
@@ -107,7 +106,7 @@ def _misplaced(data: mmap.mmap, file: str, index: pd.DataFrame, codec: str) -> l
     problems = []
     for key, offset, size in zip(*(index[c].tolist() for c in ("key", "offset", "size")), strict=True):
         try:
-            right = member_at(data, offset - _BLOCK) == (f"{key}.{codec}", offset, size)
+            right = member_at(data, offset - BLOCK) == (f"{key}.{codec}", offset, size)
             right = right and json_member(data, offset, size)[0] == f"{key}.json"
         except ValueError:
             right = False
@@ -156,5 +155,5 @@ def seal(dataset: PatchDataset) -> None:
     """
     parts = [with_sums(dataset.folder / file, dataset.index.iloc[rows]) for file, rows in dataset.rows_of_shard.items()]
     dataset.index = pd.concat(parts).sort_index()
-    look(dataset)
+    find_duplicates(dataset)
     dataset.info = write_folder(dataset.folder, dataset.info, dataset.index)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-import mmap
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_medi.core.files import atomic_path, cannot_write, refuse_foreign, remove, sha256_bytes, sha256_file
 from latent_medi.core.progress import get_logger
-from latent_medi.shards.folder import INDEX_FILE, INFO_FILE
-from latent_medi.shards.layout import SUM_COLUMNS
+from latent_medi.shards.format.folder import INDEX_FILE, INFO_FILE
+from latent_medi.shards.format.layout import SUM_COLUMNS
+from latent_medi.shards.format.tar import with_sums
 
 logger = get_logger(__name__)
 
 PROGRESS_FOLDER = ".progress"
 
 _SUM = "content_sha256"
-_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -148,49 +145,3 @@ def finished_shards(folder: str | Path) -> dict[int, ShardRecord]:
             record = replace(record, rows=with_sums(tar, record.rows))
         found[record.number] = record
     return found
-
-
-def with_sums(tar: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one shard with the checksums of their image and JSON members, read from the shard as it is.
-
-    Args:
-        tar: A shard that is known to be whole.
-        rows: In any order, with ``offset`` and ``size``; checksums that they have are replaced.
-    """
-    sums = np.zeros((len(rows), 2), np.uint32)
-    with open(tar, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for i, (offset, size) in enumerate(zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True)):
-            _, start, length = json_member(data, offset, size)
-            sums[i] = zlib.crc32(data[offset : offset + size]), zlib.crc32(data[start : start + length])
-    rows = rows.drop(columns=[c for c in SUM_COLUMNS if c in rows])
-    place = list(rows.columns).index("size") + 1
-    for column in (1, 0):
-        rows.insert(place, SUM_COLUMNS[column], sums[:, column])
-    return rows
-
-
-def json_member(data: mmap.mmap, offset: int, size: int) -> tuple[str, int, int]:
-    """Name, offset and size in bytes of the JSON member that follows an image member in our tars.
-
-    Args:
-        data: The tar.
-        offset: Where the image's bytes lie.
-        size: Of the image, in bytes.
-
-    Raises:
-        ValueError: What follows is no tar header.
-    """
-    return member_at(data, offset + size + -size % _BLOCK)
-
-
-def member_at(data: mmap.mmap, header: int) -> tuple[str, int, int]:
-    """Name of the USTAR member whose header lies at an offset, and offset and size in bytes of its content.
-
-    Raises:
-        ValueError: No header lies there.
-    """
-    block = data[header : header + _BLOCK]
-    if len(block) < _BLOCK or block[257:262] != b"ustar":
-        raise ValueError(f"no tar header at {header}")
-    name, prefix = (part.partition(b"\0")[0] for part in (block[:100], block[345:500]))
-    return ((prefix + b"/" if prefix else b"") + name).decode(), header + _BLOCK, int(block[124:135], 8)

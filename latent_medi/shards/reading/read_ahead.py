@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.remote import RemotePatchDataset
+from latent_medi.shards.reading.remote import RemotePatchDataset
 
 
-def threads_beside(device: torch.device, data: PatchDataset) -> int:
+def read_ahead_threads(device: torch.device, data: PatchDataset) -> int:
     """How many threads should read ahead of a network on a device, if nobody says.
 
     Decoding beside a network on the same CPU cores makes its threads wait for each other, and costs more than it

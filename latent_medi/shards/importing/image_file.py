@@ -10,7 +10,7 @@ import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
-from latent_medi.shards.rejected import Rejected
+from latent_medi.shards.importing.rejected import Rejected
 
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 

@@ -19,11 +19,11 @@ from latent_medi.metadata.names import check_new_names
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.metadata.tables import require_columns, settings_of_columns
 from latent_medi.metadata.tcga import warn_of_contradictions
-from latent_medi.shards.find import find_files
-from latent_medi.shards.patch import check_key, check_length
-from latent_medi.shards.rejected import Rejected
-from latent_medi.shards.resolution import check_mpp
+from latent_medi.shards.importing.find_files import find_files
+from latent_medi.shards.importing.rejected import Rejected
+from latent_medi.shards.importing.resolution import check_mpp
 from latent_medi.shards.settings import ImportSettings
+from latent_medi.shards.writing.patch import check_key, check_length
 
 logger = get_logger(__name__)
 

@@ -7,7 +7,7 @@ from queue import Queue
 from threading import Thread
 from typing import Any
 
-from latent_medi.shards.patch import Patch
+from latent_medi.shards.writing.patch import Patch
 
 _WHOLE, _OVER = object(), object()
 
@@ -26,7 +26,7 @@ def write_behind(
 
     Args:
         shards: Number and patches of each; asked for in the caller's thread, where signals arrive.
-        write: Writes a shard, as :func:`latent_medi.shards.writer.write_shard` does.
+        write: Writes a shard, as :func:`latent_medi.shards.writing.writer.write_shard` does.
         room: Patches that may wait to be written, at least 1; then the making of more waits.
 
     Raises:

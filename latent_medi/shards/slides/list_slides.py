@@ -21,10 +21,10 @@ from latent_medi.metadata.names import check_new_names
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
-from latent_medi.shards.find import find_files
-from latent_medi.shards.patch import check_key
-from latent_medi.shards.resolution import MPP_RANGE, check_mpp
+from latent_medi.shards.importing.find_files import find_files
+from latent_medi.shards.importing.resolution import MPP_RANGE, check_mpp
 from latent_medi.shards.settings import SlideSettings
+from latent_medi.shards.writing.patch import check_key
 
 logger = get_logger(__name__)
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import Schema
-from latent_medi.shards.codec import CODECS, ORIGINS
+from latent_medi.shards.format.codec import CODECS, ORIGINS
 
 SCHEMA_VERSION = 1
 FIXED_COLUMNS = ("key", "shard", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")

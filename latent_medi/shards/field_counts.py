@@ -9,7 +9,7 @@ from typing import Any
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.heatmap import write_heat_map
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.names import file_names
+from latent_medi.shards.format.file_names import file_names
 from latent_medi.shards.settings import InfoSettings
 
 

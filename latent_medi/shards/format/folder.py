@@ -24,7 +24,7 @@ from latent_medi.core.files import atomic_path, read_sealed, remove, sha256_file
 from latent_medi.core.progress import get_logger
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
-from latent_medi.shards.layout import (
+from latent_medi.shards.format.layout import (
     SCHEMA_VERSION,
     SPLIT_PREFIX,
     SUM_COLUMNS,
@@ -32,7 +32,7 @@ from latent_medi.shards.layout import (
     check_info,
     check_shard_names,
 )
-from latent_medi.shards.selections import SELECTED_PREFIX, column_hash, recorded_selections
+from latent_medi.shards.format.selections import SELECTED_PREFIX, column_hash, recorded_selections
 
 logger = get_logger(__name__)
 

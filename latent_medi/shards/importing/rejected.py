@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import write_text
 from latent_medi.core.progress import get_logger
-from latent_medi.shards.records import PROGRESS_FOLDER
 from latent_medi.shards.settings import ImportSettings
+from latent_medi.shards.writing.records import PROGRESS_FOLDER
 
 logger = get_logger(__name__)
 

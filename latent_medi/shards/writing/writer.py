@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +20,16 @@ from latent_medi.core.files import atomic_path, remove, temporaries
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
-from latent_medi.shards.codec import check_codec, check_image, encode_image
+from latent_medi.shards.checking.duplicates import check_pictures, duplicates_text, find_duplicates
+from latent_medi.shards.checking.likeness import fingerprint
+from latent_medi.shards.checking.verify import picture_problems
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.duplicates import check_sides, duplicates_text, fingerprint, look
-from latent_medi.shards.folder import INFO_FILE, NEXT_INDEX, write_folder
-from latent_medi.shards.layout import FINGERPRINT, ROW_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
-from latent_medi.shards.patch import Patch, column_types, describe
-from latent_medi.shards.records import (
+from latent_medi.shards.format.codec import check_codec, check_image, encode_image
+from latent_medi.shards.format.folder import INFO_FILE, NEXT_INDEX, write_folder
+from latent_medi.shards.format.layout import FINGERPRINT, ROW_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.format.tar import BLOCK, tar_end, tar_member
+from latent_medi.shards.writing.patch import Patch, column_types, describe
+from latent_medi.shards.writing.records import (
     PROGRESS_FOLDER,
     ShardRecord,
     begin,
@@ -36,33 +38,11 @@ from latent_medi.shards.records import (
     shard_file,
     write_record,
 )
-from latent_medi.shards.remembered import opened_or_none, remembered_splits
-from latent_medi.shards.verify import side_problems
+from latent_medi.shards.writing.rewrite import opened_or_none, remembered_splits
 
 __all__ = ["Patch", "ShardRecord", "finish_dataset", "finished_shards", "shard_file", "write_dataset", "write_shard"]
 
 logger = get_logger(__name__)
-
-_BLOCK = 512
-_RECORD_SIZE = 10240  # tar's customary blocking: the archive is padded to a multiple of it
-
-
-def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
-    """Header and padded content of one tar member. Everything that could differ between two runs is fixed."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mtime, info.mode, info.uid, info.gid, info.uname, info.gname = len(data), 0, 0o644, 0, 0, "", ""
-    try:
-        header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
-    except ValueError as error:
-        raise UserError(
-            f"The key of {name!r} does not fit a tar header: {error}.", "Keep keys below 100 bytes."
-        ) from None
-    return header, data + bytes(-len(data) % _BLOCK)
-
-
-def tar_end(size: int) -> bytes:
-    """What closes a tar of ``size`` bytes of members: two empty blocks, padded to tar's customary record."""
-    return bytes(2 * _BLOCK + -(size + 2 * _BLOCK) % _RECORD_SIZE)
 
 
 def write_shard(
@@ -122,7 +102,7 @@ def write_shard(
             parts += tar_member(f"{patch.key}.json", text)
             sums = {"image_crc32": zlib.crc32(image), "json_crc32": zlib.crc32(text)}
             found = {FINGERPRINT: fingerprint(patch.image) if patch.origin == "real" else ""}
-            rows.append({**row, "offset": written + _BLOCK, "size": len(image), **sums, **found})
+            rows.append({**row, "offset": written + BLOCK, "size": len(image), **sums, **found})
             for part in parts:
                 file.write(part)
                 digest.update(part)
@@ -214,7 +194,7 @@ def finish_dataset(
         "shards": listed, "splits": {}, "provenance": provenance,
     }  # fmt: skip
     dataset = PatchDataset(folder, info, schema, index)
-    look(dataset)
+    find_duplicates(dataset)
     index, info = dataset.index, dataset.info
     if told := duplicates_text(info.get("duplicates", {})):
         logger.warning("%s: %s", folder, told)
@@ -232,7 +212,7 @@ def finish_dataset(
             raise UserError(f"The split {split!r} names patients that the dataset lacks: {unknown[:5]}.")
         index[SPLIT_PREFIX + split] = [by_patient.get(patient, "") for patient in index["patient"]]
         try:
-            check_sides(index, index[SPLIT_PREFIX + split], split, recipe)
+            check_pictures(index, index[SPLIT_PREFIX + split], split, recipe)
         except UserError as error:
             if split in given:
                 raise
@@ -386,7 +366,7 @@ def finished_dataset(
     same = same and [shard["made_from"] for shard in dataset.info["shards"]] == list(tokens)
     for name, (_, recipe) in (splits or {}).items():
         same = same and dataset.info["splits"].get(name, {}).get("recipe") == json.loads(json.dumps(dict(recipe)))
-    if not same or set(dataset.verify()) - set(side_problems(dataset)):
+    if not same or set(dataset.verify()) - set(picture_problems(dataset)):
         return None
     _clear(folder, {shard["file"] for shard in dataset.info["shards"]})
     return dataset

@@ -19,18 +19,18 @@ from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
-from latent_medi.shards.codec import check_codec, check_header, decode_image, opened
+from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.dispatch import dispatch
-from latent_medi.shards.duplicates import allowed
-from latent_medi.shards.image_file import check_file, image_path, read_image, unread
-from latent_medi.shards.image_table import given_split, image_rows, list_images
-from latent_medi.shards.patch import Patch
-from latent_medi.shards.records import ShardRecord, finished_shards
-from latent_medi.shards.rejected import Rejected, recorded, report_rejected, smaller_than
-from latent_medi.shards.rerun import make_way
+from latent_medi.shards.format.codec import check_codec, check_header, decode_image, opened
+from latent_medi.shards.importing.image_file import check_file, image_path, read_image, unread
+from latent_medi.shards.importing.image_table import given_split, image_rows, list_images
+from latent_medi.shards.importing.rejected import Rejected, recorded, report_rejected, smaller_than
+from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.settings import ImportSettings
-from latent_medi.shards.writer import finish_dataset, finished_dataset, write_shard
+from latent_medi.shards.writing.patch import Patch
+from latent_medi.shards.writing.records import ShardRecord, finished_shards
+from latent_medi.shards.writing.rewrite import make_way
+from latent_medi.shards.writing.writer import finish_dataset, finished_dataset, write_shard
 
 logger = get_logger(__name__)
 
@@ -58,7 +58,7 @@ def import_images(
         table: The table, if it is not to be read from ``settings.table``; cells are strings.
         schema: The fields, if the vocabulary exists already; by default made from the table.
         provenance: Where the images come from.
-        splits: Named splits by patient, as for :func:`~latent_medi.shards.writer.finish_dataset`.
+        splits: Named splits by patient, as for :func:`~latent_medi.shards.writing.writer.finish_dataset`.
 
     Raises:
         UserError: The table does not have what the settings name, a patient is in two parts of its ``split_column``, or

@@ -13,9 +13,9 @@ import numpy as np
 
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD, is_missing
-from latent_medi.shards.codec import ORIGINS
-from latent_medi.shards.layout import BAD_KEY, FINGERPRINT, FIXED_COLUMNS, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
-from latent_medi.shards.selections import SELECTED_PREFIX
+from latent_medi.shards.format.codec import ORIGINS
+from latent_medi.shards.format.layout import BAD_KEY, FINGERPRINT, FIXED_COLUMNS, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.format.selections import SELECTED_PREFIX
 
 
 @dataclass(eq=False)

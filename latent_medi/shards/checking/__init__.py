@@ -1,0 +1,1 @@
+"""Whether a dataset folder is undamaged, and which of its patches show the same picture."""
