@@ -41,8 +41,8 @@ from reading import as_files, build
 from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws, neighbourhoods
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
-from latent_medi.statistics.distances import FeatureStatistics, distances, frechet_distance, pca_basis, project
-from latent_medi.statistics.neighbours import nearest
+from latent_medi.statistics.distances import FeatureStatistics, frechet_distance, kid, pca_basis, project
+from latent_medi.statistics.neighbours import nearest_neighbours
 
 BATCH = 128
 
@@ -163,10 +163,11 @@ def _most(count: int, dim: int, out: Any) -> None:
     basis = pca_basis(reference)
     frechet_draws(reference, sample, np.ones((1, count)), None)
     kid_draws(reference[few], sample[few], np.ones((1, len(few))), None)
-    distances(reference, sample, basis)
+    frechet_distance(reference, sample)
+    kid(reference, sample)
     neighbourhoods(reference, sample)
     project(sample, basis.mean, basis.components[:64].T)
-    nearest(sample[:2048], reference)
+    nearest_neighbours(sample[:2048], reference)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out.put(((reference.nbytes + sample.nbytes) / 2**20, (after - before) / 2**10))
 

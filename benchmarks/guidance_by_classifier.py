@@ -36,7 +36,7 @@ from latent_medi.latent_classifier.network import LatentClassifier
 from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.latent_classifier.train import train_classifier
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.statistics.linear_probe import fit_probe
+from latent_medi.statistics.linear_probe import fit_linear_probe
 from latent_medi.training.loop import train
 from latent_medi.training.settings import TrainSettings
 
@@ -83,7 +83,7 @@ def judge(
     rows = dataset.rows({f"{SPLIT_PREFIX}main": JUDGE})
     features, labels = cached_features(dataset, rows, encoder, cache), dataset.index[field].to_numpy(dtype=str)[rows]
     taught, known = learn
-    probe = fit_probe(encoder.features(in_batches(taught)), known[field].to_numpy(str))
+    probe = fit_linear_probe(encoder.features(in_batches(taught)), known[field].to_numpy(str))
     found = probe.predict(features)
     wanted = sorted(next(iter(samples.values())))
     result = {f"{name}_ceiling": float(np.mean([np.mean(found[labels == v] == v) for v in wanted]))}

@@ -38,7 +38,7 @@ from latent_medi.selection.select import select
 from latent_medi.selection.settings import SelectSettings
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
 from latent_medi.statistics.distances import kid
-from latent_medi.statistics.linear_probe import fit_probe
+from latent_medi.statistics.linear_probe import fit_linear_probe
 
 CLASS, SITE = "the class field", "the site field"
 ALL = "every categorical field"
@@ -93,7 +93,7 @@ class Judge:
         self.ceiling: dict[str, float] = {}
         for name in (study.class_field, study.site_field):
             truth = study.index[name].to_numpy(str)
-            probe = fit_probe(learn, known[name].to_numpy(str))
+            probe = fit_linear_probe(learn, known[name].to_numpy(str))
             self.hits[name] = probe.predict(self.features) == arm.index[name].to_numpy(str)[self.rows]
             self.ceiling[name] = float((probe.predict(self.real) == truth[reference]).mean())
         both = np.logical_and.reduce(list(self.hits.values()))

@@ -27,10 +27,9 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.sampling.settings import TranslateSettings
 from latent_medi.sampling.translate import translate_images, versions
 from latent_medi.sampling.translation_baselines import compare, measures_text, write_sheet
-from latent_medi.sampling.translation_request import choose
+from latent_medi.sampling.translation_request import choose, some_patches
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.statistics.linear_probe import Probe, fit_probe
-from latent_medi.statistics.subsampling import spread
+from latent_medi.statistics.linear_probe import LinearProbe, fit_linear_probe
 
 _PATCHES = {False: 1500, True: 400}  # training patches per probe at most; with --quick
 
@@ -42,7 +41,7 @@ def pairs(words: list[str]) -> dict[str, str]:
 
 def drawn(data: PatchDataset, rows: np.ndarray, count: int) -> np.ndarray:
     """Up to ``count`` of some rows, patients in equal parts."""
-    return rows[spread(data.index["patient"].to_numpy(str)[rows], count, 0)]
+    return rows[some_patches(data.index["patient"].to_numpy(str)[rows], count, 0)]
 
 
 def over_patients(hit: np.ndarray, patients: np.ndarray) -> float:
@@ -74,8 +73,8 @@ class Judge:
         self.site = self._fit(data, kept, site)
         self.tissue = self._fit(data, drawn(data, train, most), class_name)
 
-    def _fit(self, data: PatchDataset, rows: np.ndarray, field: str) -> Probe:
-        return fit_probe(self.features(data.read(rows)), data.index[field].to_numpy(str)[rows])
+    def _fit(self, data: PatchDataset, rows: np.ndarray, field: str) -> LinearProbe:
+        return fit_linear_probe(self.features(data.read(rows)), data.index[field].to_numpy(str)[rows])
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Features of uint8 [N, H, W, 3], [N, d]."""
@@ -160,7 +159,7 @@ def main() -> None:
                 / measures["ways"]["round_trip"]["ssim_haematoxylin"]
             )
             if arguments.sheet:
-                shown = spread(patients, min(8, len(images)), 0)
+                shown = some_patches(patients, min(8, len(images)), 0)
                 write_sheet(
                     arguments.sheet, {"original": images[shown], **{n: w[shown] for n, w in ways.items()}},
                     [f"{data.index['key'].iloc[asked.rows[i]]}\n{source}" for i in shown], target,

@@ -35,7 +35,8 @@ from latent_medi.metadata.tables import write_for_people
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.bootstrap import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE, PatientTable
 from latent_medi.statistics.distances import Basis, frechet_distance, kid, pca_basis, pca_dims
-from latent_medi.statistics.linear_probe import fit_probe
+from latent_medi.statistics.linear_probe import fit_linear_probe
+from latent_medi.statistics.subsampling import whole_patients
 
 log = get_logger(__name__)
 
@@ -157,15 +158,6 @@ def _cells(index: pd.DataFrame, pair: list[str], patients: np.ndarray) -> list[d
     return result
 
 
-def _some_patients(rows: np.ndarray, patients: np.ndarray, seed: int) -> np.ndarray:
-    """At most so many rows that a probe is quick, patients whole and at random."""
-    if len(rows) <= _MOST_TRAINING:
-        return rows
-    names, codes = np.unique(patients[rows], return_inverse=True)
-    order = np.random.default_rng([seed, 47]).permutation(len(names))[codes]
-    return np.sort(rows[np.argsort(order, kind="stable")[:_MOST_TRAINING]])
-
-
 def _spread(values: list[float], n_patients: int) -> dict[str, Any]:
     low, middle, high = np.quantile(values, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
     few = n_patients < MIN_PATIENTS  # two patients can be dealt in one way only
@@ -228,14 +220,15 @@ def _ceiling(
     judged_values: set[str] = set()
     turns = [both[::turn] for both in sides for turn in (1, -1)]
     for number, (learn, judge) in enumerate(progress(turns, desc=f"probes of {name}", unit="probe")):
-        learn = _some_patients(learn[known[learn]], patients, number)
+        learn = learn[known[learn]]
+        learn = learn[whole_patients(patients[learn], _MOST_TRAINING, np.random.default_rng([number, 47]))]
         # A value that is on one side alone cannot be learned, so it says nothing of what can be told.
         judge = judge[known[judge] & np.isin(truth[judge], truth[learn])]
         if len(set(truth[learn])) < 2 or not len(judge):
             continue
         judged_values |= set(truth[judge])
         right = np.zeros(len(truth))
-        right[judge] = fit_probe(x[learn], truth[learn], c).predict(x[judge]) == truth[judge]
+        right[judge] = fit_linear_probe(x[learn], truth[learn], c).predict(x[judge]) == truth[judge]
 
         def mean(keep: np.ndarray, right: np.ndarray = right) -> float:
             return float(PatientTable(codes, who, keep, len(values), len(people)).mean(right)[0])

@@ -32,11 +32,10 @@ from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.sampling.generate import finished_as, load_adapters
 from latent_medi.sampling.settings import GenerateSettings, TranslateSettings
 from latent_medi.sampling.translation_baselines import compare, stain_mappings, structural_similarity, write_sheet
-from latent_medi.sampling.translation_request import Request, choose, ddim_of, fields_of, part_of
+from latent_medi.sampling.translation_request import Request, choose, ddim_of, fields_of, part_of, some_patches
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.background_writer import write_behind
 from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_shards, write_shard
-from latent_medi.statistics.subsampling import spread
 
 logger = get_logger("synthesis")
 
@@ -305,10 +304,10 @@ def show(done: PatchDataset, asked: Request, pipeline: MediPipeline, settings: T
     if not count:
         return {}
     patients = asked.data.index["patient"].to_numpy(str)[asked.rows]
-    chosen = spread(patients, count, settings.seed)
+    chosen = some_patches(patients, count, settings.seed)
     images, ways = versions(asked, chosen, done.read(chosen), pipeline, settings)
     if settings.figure:
-        shown = spread(patients[chosen], min(drawn, count), settings.seed)
+        shown = some_patches(patients[chosen], min(drawn, count), settings.seed)
         labels = []
         for i in chosen[shown]:
             was = " × ".join(str(asked.source[i].get(n, UNKNOWN_WORD)) for n in settings.to)

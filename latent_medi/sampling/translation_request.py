@@ -18,7 +18,7 @@ from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.sampling.settings import TranslateSettings
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
-from latent_medi.statistics.subsampling import spread
+from latent_medi.statistics.subsampling import patients_in_turn
 
 logger = get_logger("synthesis")
 
@@ -98,7 +98,7 @@ def choose(settings: TranslateSettings, pipeline: MediPipeline) -> Request:
         logger.info("%d of %d patches already are %s and are left out.", unchanged, len(rows), _text(settings.to))
     kept = np.flatnonzero(moved)
     if 0 < settings.limit < len(kept):
-        kept = kept[spread(data.index["patient"].to_numpy(str)[rows[kept]], settings.limit, settings.seed)]
+        kept = kept[some_patches(data.index["patient"].to_numpy(str)[rows[kept]], settings.limit, settings.seed)]
     check_guidance(GuidanceSettings(), pipeline.conditioning, before.rows(kept))
     check_guidance(settings.guidance, pipeline.conditioning, after.rows(kept))
     ddim_of(pipeline, settings)
@@ -114,6 +114,11 @@ def _value(known: Schema, name: str, value: Any) -> str | float:
 
 def _text(values: Mapping[str, Any]) -> str:
     return " × ".join(f"{name} {value}" for name, value in values.items())
+
+
+def some_patches(patients: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Positions of at most ``most`` patches, patients in turn, ascending."""
+    return patients_in_turn(patients, most, np.random.default_rng([seed, 13]))
 
 
 def part_of(settings: TranslateSettings, value: str) -> dict[str, str]:

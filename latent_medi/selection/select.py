@@ -40,9 +40,14 @@ from latent_medi.selection.task import (
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.selections import SELECTED_PREFIX
 from latent_medi.statistics.additive_effects import Effects, additive_effects
-from latent_medi.statistics.linear_probe import FieldProbe, fit_field_probe
-from latent_medi.statistics.neighbours import nearest_distances, normalise, squared_distances, without_near_duplicates
-from latent_medi.statistics.subsampling import evenly
+from latent_medi.statistics.linear_probe import ValidatedLinearProbe, fit_validated_linear_probe
+from latent_medi.statistics.neighbours import (
+    nearest_cosine_distance,
+    normalise,
+    squared_distances,
+    without_near_duplicates,
+)
+from latent_medi.statistics.subsampling import patients_in_turn
 
 log = get_logger(__name__)
 
@@ -127,7 +132,7 @@ def _choose(
     if "centroid" in settings.criteria or settings.rank == "centroid":
         passed["centroid"], ranks["centroid"] = _centroids(task, features, real_features, settings)
     if {"outliers", "copies"} & set(settings.criteria) or settings.rank == "distance":
-        ranks["distance"] = nearest_distances(features, real_features, device=settings.device)
+        ranks["distance"] = nearest_cosine_distance(features, real_features, device=settings.device)
     own, other = _between_patients(task, real_features, settings)
     if "outliers" in settings.criteria:
         limits = {False: _threshold(own, settings.outliers), True: _threshold(other, settings.outliers)}
@@ -236,9 +241,9 @@ def _confidence(
         labels, asked = column(task.real, name), column(task.synthetic.index, name)
         usable = pd.Series(labels).map(pd.Series(patients).groupby(labels).nunique()).to_numpy()
         rows = np.flatnonzero((labels != UNKNOWN_WORD) & (usable >= MIN_PATIENTS_OF_VALUE))
-        rows = rows[evenly(patients[rows], settings.most, settings.seed)]
+        rows = rows[patients_in_turn(patients[rows], settings.most, np.random.default_rng([settings.seed, 11]))]
         theirs = _apart(effects, [name], real[rows], task.real.iloc[rows])
-        probe = fit_field_probe(theirs, labels[rows], patients[rows], settings.regularisation, settings.seed)
+        probe = fit_validated_linear_probe(theirs, labels[rows], patients[rows], settings.regularisation, settings.seed)
         result["probes"][name] = _about(probe)
         if probe.accuracy < 1 / len(probe.values) + _HELD:
             result["warnings"].append(
@@ -252,7 +257,7 @@ def _confidence(
     return (np.isnan(found) | (found >= low)).all(axis=0), -_mean_known(found)
 
 
-def _about(probe: FieldProbe) -> dict[str, Any]:
+def _about(probe: ValidatedLinearProbe) -> dict[str, Any]:
     return {
         "accuracy": probe.accuracy, "chance": 1 / len(probe.values), "regularisation": probe.regularisation,
         "n_patches": probe.n_patches, "n_patients": probe.n_patients, "converged": probe.converged,
@@ -265,16 +270,16 @@ def _between_patients(task: Task, real: np.ndarray, settings: SelectSettings) ->
     """
     needed = {"outliers", "copies", "duplicates"} & set(settings.criteria)
     _, patients = np.unique(column(task.real, "patient"), return_inverse=True)
-    rows = evenly(column(task.real, "patient"), settings.most, settings.seed)
+    rows = patients_in_turn(column(task.real, "patient"), settings.most, np.random.default_rng([settings.seed, 11]))
     none = np.zeros(0)
     own = other = none
     apart = [(patients[rows], patients)]
     if needed:
-        own = nearest_distances(real[rows], real, apart, settings.device, "distances between patients")
+        own = nearest_cosine_distance(real[rows], real, apart, settings.device, "distances between patients")
     if "outliers" in needed and task.unseen.any():
         _, cells = np.unique(joined_all(task.real, task.cells), return_inverse=True)
         apart = [*apart, (cells[rows], cells)]
-        other = nearest_distances(real[rows], real, apart, settings.device, "distances between cells")
+        other = nearest_cosine_distance(real[rows], real, apart, settings.device, "distances between cells")
         other = other[np.isfinite(other)]
         if not len(other):
             raise UserError(
@@ -380,7 +385,7 @@ def _diversity(features: np.ndarray, cells: np.ndarray, mask: np.ndarray, device
         # Σ over pairs of 1 − cos, from the length of the sum of unit vectors.
         pairwise.append(1.0 - (total @ total - (mine.astype(np.float64) ** 2).sum()) / (n * (n - 1)))
         itself = np.arange(n)
-        closest.append(float(nearest_distances(mine, mine, [(itself, itself)], device).mean()))
+        closest.append(float(nearest_cosine_distance(mine, mine, [(itself, itself)], device).mean()))
         count += 1
     means = [float(np.mean(values)) if values else None for values in (pairwise, closest)]
     return {"pairwise": means[0], "nearest": means[1], "n_cells": count, "n": int(mask.sum())}

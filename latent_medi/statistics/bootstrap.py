@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
+from scipy import stats
 
 from latent_medi.core.records import encode
 
@@ -147,10 +148,8 @@ def wilson(successes: int, n: int) -> tuple[float, float] | None:
     """95 % score interval of a share, for synthetic samples, which are independent draws and have no patients."""
     if n == 0:
         return None
-    z, p = 1.959964, successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = stats.binomtest(successes, n).proportion_ci(LEVEL, "wilson")
+    return float(low), float(high)
 
 
 class PatientTable:

@@ -1,19 +1,17 @@
 """Distances between two sets of features: Fréchet distance, kernel distance, and PCA for small sets.
 
 All sums are float64. A Fréchet distance is biased upwards by roughly d²/n, so it is only comparable at equal n, and
-only defined well when n ≥ 2d on both sides; the unbiased kernel distance (KID) has no such bias.
+only well defined when n ≥ 2d in both sets; the unbiased kernel distance (KID) has no such bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-RANK_RULE = 2  # Fréchet distance needs at least this many samples per dimension, on each side
+RANK_RULE = 2  # Fréchet distance needs at least this many samples per dimension, in each set
 PCA_RULE = 4  # samples per PCA dimension
 RANK_DEFICIENT = "rank-deficient: compare only at equal n"
 _CHUNK = 8192  # rows that are taken to float64 at once
@@ -41,7 +39,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: np.ndarray) -> FeatureStatistics:
-        """Statistics of one array [N, d]; what that takes in memory beside it does not grow with N."""
+        """Statistics of one array [N, d]; the memory it takes does not grow with N."""
         statistics = cls(features.shape[1])
         for start in range(0, len(features), _CHUNK):
             statistics.update(features[start : start + _CHUNK])
@@ -63,23 +61,11 @@ class FeatureStatistics:
         x = np.array(features, np.float64)
         mean = x.mean(axis=0)
         x -= mean
-        self._add(len(x), mean, x.T @ x)
-
-    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Statistics of both sets together."""
-        both = FeatureStatistics(self.dim)
-        both._add(self.n, self.mean, self._scatter)
-        both._add(other.n, other.mean, other._scatter)
-        return both
-
-    def _add(self, n: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        if n == 0:
-            return
-        total = self.n + n
+        total = self.n + len(x)
         delta = mean - self.mean
-        self._scatter += scatter
-        self._scatter += np.outer(delta, delta) * (self.n * n / total)
-        self.mean = self.mean + delta * (n / total)
+        self._scatter += x.T @ x
+        self._scatter += np.outer(delta, delta) * (self.n * len(x) / total)
+        self.mean = self.mean + delta * (len(x) / total)
         self.n = total
 
 
@@ -127,9 +113,9 @@ def frechet_distance(a: FeatureStatistics | np.ndarray, b: FeatureStatistics | n
 def fd_infinity(
     reference: np.ndarray, sample: np.ndarray, points: int = 15, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Fréchet distance for endlessly many samples: the intercept of a line through FD over 1/N (Chong & Forsyth 2020).
+    """FD∞, the Fréchet distance for infinitely many samples: intercept of FD over 1/N (Chong & Forsyth 2020).
 
-    The reference stays as it is, so its own share of the bias stays too: compare with the floor's.
+    The reference is not extrapolated, so its own share of the bias stays: compare with the real-vs-real distance.
 
     Args:
         reference: Real features [M, d].
@@ -138,8 +124,8 @@ def fd_infinity(
         seed: Seed of the subsamples.
 
     Returns:
-        The intercept, which is noisy and may lie below 0, and the line's standard error of it (of the subsampling
-        alone, so the least that it can be); None where there are fewer than 4d samples.
+        The intercept, which is noisy and may be below 0, and its standard error (of the subsampling alone, so a lower
+        bound); None where there are fewer than 4d samples.
     """
     n, dim = sample.shape
     if n < 2 * RANK_RULE * dim or len(reference) < RANK_RULE * dim:
@@ -166,10 +152,10 @@ def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def mmd2(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy with the cubic kernel; each side needs two samples."""
+    """Unbiased squared maximum mean discrepancy with the cubic kernel; each set needs two samples."""
     n, m = len(a), len(b)
     if min(n, m) < 2:
-        raise ValueError(f"the kernel distance needs two samples per side, there are {n} and {m}")
+        raise ValueError(f"the kernel distance needs two samples per set, there are {n} and {m}")
     within_a, within_b = polynomial_kernel(a, a), polynomial_kernel(b, b)
     return float(
         (within_a.sum() - np.trace(within_a)) / (n * (n - 1))
@@ -186,7 +172,7 @@ def kid(
     Args:
         a, b: Features [N, d] and [M, d].
         subsets: Number of subsets; 0 takes all samples at once, which has the least variance.
-        subset_size: Samples per side in a subset, at most min(N, M).
+        subset_size: Samples per set in a subset, at most min(N, M).
         seed: Seed of the subsets.
 
     Returns:
@@ -248,63 +234,10 @@ def pca_basis(features: np.ndarray) -> Basis:
 
 
 def full_rank(n: int, dim: int) -> bool:
-    """Whether a Fréchet distance over ``dim`` features may be headlined with ``n`` samples on the smaller side."""
+    """Whether a Fréchet distance over ``dim`` features may be reported with ``n`` samples in the smaller set."""
     return n >= RANK_RULE * dim
 
 
 def pca_dims(n: int, dim: int) -> int:
-    """Dimensions left after PCA for ``n`` samples on the smaller side: at most n/4, at least 1."""
+    """Dimensions left after PCA for ``n`` samples in the smaller set: at most n/4, at least 1."""
     return max(1, min(dim, n // PCA_RULE))
-
-
-def distances(a: np.ndarray, b: np.ndarray, basis: Basis, protocol: str = "default") -> dict[str, Any]:
-    """Every distance that may be reported between two feature sets.
-
-    Args:
-        a, b: Features [N, d] and [M, d].
-        basis: Directions for the reduced Fréchet distance.
-        protocol: "paper" adds the raw Fréchet distance, with its label, where it is rank-deficient.
-
-    Returns:
-        ``metric`` ("fd" or "kid": the one to headline), ``value`` of it, ``fd`` (None when rank-deficient), ``kid``,
-        ``fd_pca``, ``pca_dims``, ``n`` of both sides, and with "paper" perhaps ``fd_raw`` and ``fd_raw_label``.
-    """
-    n, dim = min(len(a), len(b)), a.shape[1]
-    dims = pca_dims(n, dim)
-    valid = full_rank(n, dim)
-    raw = frechet_distance(a, b) if valid or protocol == "paper" else None
-    result: dict[str, Any] = {
-        "metric": "fd" if valid else "kid",
-        "fd": raw if valid else None,
-        "kid": kid(a, b, subsets=0)[0] if n <= 5000 else kid(a, b)[0],
-        "fd_pca": frechet_distance(basis.project(a, dims), basis.project(b, dims)),
-        "pca_dims": dims,
-        "n": [len(a), len(b)],
-    }
-    if raw is not None and not valid:
-        result |= {"fd_raw": raw, "fd_raw_label": RANK_DEFICIENT}
-    result["value"] = result[result["metric"]]
-    return result
-
-
-def fd_with_floor(
-    reference: np.ndarray, samples: Mapping[str, np.ndarray], floor: np.ndarray, basis: Basis, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Distances of several sample sets, and of other real patches, to one reference at one n.
-
-    Args:
-        reference: Real features [N, d].
-        samples: Features by name.
-        floor: Features of real patches of other patients.
-        basis: As in :func:`distances`.
-        seed: Seed of the subsampling to the smallest set.
-
-    Returns:
-        :func:`distances` for each name and for "floor".
-    """
-    sets = dict(samples) | {"floor": floor}
-    n = min(len(s) for s in sets.values())
-    rng = np.random.default_rng(seed)
-    return {
-        name: distances(reference, s[np.sort(rng.choice(len(s), n, replace=False))], basis) for name, s in sets.items()
-    }

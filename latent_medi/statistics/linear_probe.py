@@ -1,13 +1,12 @@
-"""Linear probes: the one that adherence and the downstream comparison share, and how its regularisation is chosen; and
-the probe of a field that selection judges by.
-"""
+"""The linear probe: standardisation and logistic regression on frozen features, fitted, fine-tuned, cross-validated."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize
@@ -21,22 +20,24 @@ from sklearn.utils.class_weight import compute_sample_weight
 from latent_medi.core.progress import get_logger
 from latent_medi.statistics.additive_effects import patient_weights
 from latent_medi.statistics.bootstrap import PatientTable
-from latent_medi.statistics.distances import BLOCK
+from latent_medi.statistics.distances import blocks
+from latent_medi.statistics.subsampling import whole_patients
 
 log = get_logger(__name__)
 MAX_ITER = 5000
 C_GRID = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
-_FOLDS = 5
+"""Values of C that :func:`choose_regularisation` compares."""
+C_GRID_WEIGHTED = (0.001, 0.01, 0.1, 1.0)
+"""Values of C that :func:`fit_validated_linear_probe` compares."""
+_FOLDS, _FOLDS_WEIGHTED = 5, 3
 _MAX_TRAINING = 20_000  # rows that take part in the choice of C
 _MIN_SITES = 3  # with fewer, leaving a site out leaves one that cannot stand for "several hospitals"
-REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)
-"""Values of C that the cross-validation of a field's probe chooses from."""
-FOLDS = 3
+_NEVER_SEEN = -50.0  # log probability of a value that the training rows lack
 
 
 @dataclass
-class Probe:
-    """A fitted probe.
+class LinearProbe:
+    """A fitted linear probe.
 
     Args:
         scaler: Standardisation of the training features.
@@ -48,24 +49,71 @@ class Probe:
     model: LogisticRegression
     converged: bool
 
+    @property
+    def values(self) -> list[str]:
+        """Labels that the probe distinguishes, in order."""
+        return [str(value) for value in self.model.classes_]
+
+    def _standardised(self, features: np.ndarray) -> np.ndarray:
+        return self.scaler.transform(np.asarray(features, np.float64))
+
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Predicted label of each row of [N, d]."""
-        return self.model.predict(self.scaler.transform(np.asarray(features, np.float64)))
+        return self.model.predict(self._standardised(features))
 
     def probabilities(self, features: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-        """Probability of each class, [N, len(classes)]; 0 for a class that the probe has not seen."""
-        found = self.model.predict_proba(self.scaler.transform(np.asarray(features, np.float64)))
-        known = {str(c): i for i, c in enumerate(self.model.classes_)}
+        """Probability of each class, [N, len(classes)]; 0 for a class that the training rows lack."""
+        found = self.model.predict_proba(self._standardised(features))
+        known = {value: i for i, value in enumerate(self.values)}
         return np.stack([found[:, known[c]] if c in known else np.zeros(len(found)) for c in classes], axis=1)
 
+    def log_probability(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Log probability of one label per row, float64 [N], exact also where the probability is next to 1.
 
-def fit_probe(
+        Args:
+            features: [N, d].
+            labels: The label whose probability is returned, [N]. One that the training rows lack gets −50.
+        """
+        codes = {value: i for i, value in enumerate(self.model.classes_)}
+        own = np.array([codes.get(label, -1) for label in labels], np.int64)
+        result = np.empty(len(features))
+        for part in blocks(len(features)):
+            scores = self.model.decision_function(self._standardised(features[part]))
+            if scores.ndim == 1:  # two classes: the score is the log odds of the second
+                scores = np.stack([np.zeros(len(scores)), scores], 1)
+            rows = np.arange(len(scores))
+            others = scores.copy()
+            others[rows, own[part]] = -np.inf
+            largest = others.max(axis=1, keepdims=True)
+            rest = largest[:, 0] + np.log(np.exp(others - largest).sum(axis=1))
+            result[part] = -np.logaddexp(0.0, rest - scores[rows, own[part]])
+        return np.where(own >= 0, result, _NEVER_SEEN)
+
+
+@dataclass
+class ValidatedLinearProbe(LinearProbe):
+    """A linear probe with its accuracy on patients that it did not learn from.
+
+    Args:
+        regularisation: C.
+        accuracy: Out of fold, 0 to 1: mean over values of the mean over the value's patients.
+        n_patches, n_patients: Training rows and their patients.
+    """
+
+    regularisation: float
+    accuracy: float
+    n_patches: int
+    n_patients: int
+
+
+def fit_linear_probe(
     features: np.ndarray,
     labels: np.ndarray,
     regularisation: float = 1.0,
     sample_weight: np.ndarray | None = None,
     scaler: StandardScaler | None = None,
-) -> Probe:
+    start: LinearProbe | None = None,
+) -> LinearProbe:
     """StandardScaler and LogisticRegression (L-BFGS) with balanced classes: Σ loss·C + ½‖W‖².
 
     Classes are weighted equally, so that adding patches of a class is never rewarded for moving its prior.
@@ -76,20 +124,23 @@ def fit_probe(
         regularisation: C.
         sample_weight: Weight per row; then classes are balanced only by these weights.
         scaler: Standardisation of other patches, instead of one fitted to these.
+        start: A linear probe of the same classes, whose weights the optimiser starts from.
     """
     x = np.asarray(features, np.float64)
     scaler = scaler or StandardScaler().fit(x)
-    model = LogisticRegression(
-        C=regularisation, max_iter=MAX_ITER, tol=1e-4, class_weight="balanced" if sample_weight is None else None
-    )
+    if start is None:
+        balance = "balanced" if sample_weight is None else None
+        model = LogisticRegression(C=regularisation, max_iter=MAX_ITER, tol=1e-4, class_weight=balance)
+    else:
+        model = copy.copy(start.model).set_params(C=regularisation, warm_start=True)
     converged = fit_quietly(model, scaler.transform(x), labels, sample_weight)
-    return Probe(scaler, model, converged)
+    return LinearProbe(scaler, model, converged)
 
 
 def fit_quietly(
     model: LogisticRegression, x: np.ndarray, labels: np.ndarray, sample_weight: np.ndarray | None = None
 ) -> bool:
-    """Fit a logistic regression; whether it converged. What did not is logged."""
+    """Fit a logistic regression. Returns whether it converged, and logs a warning if not."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x, labels, sample_weight=sample_weight)
@@ -99,15 +150,15 @@ def fit_quietly(
     return converged
 
 
-def fine_tune_probe(
+def fine_tune_linear_probe(
     first: tuple[np.ndarray, np.ndarray], features: np.ndarray, labels: np.ndarray, regularisation: float = 1.0
-) -> Probe:
-    """A probe pre-trained on some patches and fine-tuned on others.
+) -> LinearProbe:
+    """A linear probe pre-trained on some patches and fine-tuned on others.
 
-    The pre-trained weights W₀ are those of :func:`fit_probe` on the first patches; fine-tuning starts there and
+    The pre-trained weights W₀ are those of :func:`fit_linear_probe` on the first patches; fine-tuning starts there and
     minimises Σ loss·C + ½‖W − W₀‖² over the second, so it leaves W₀ only where they say so. A class that the first
     patches lack starts from zero. Both use the standardisation of the second patches. Without first patches, this is
-    :func:`fit_probe`.
+    :func:`fit_linear_probe`.
 
     Args:
         first: Features [M, d] and labels [M] to learn from first; fewer than two classes count as none.
@@ -116,10 +167,10 @@ def fine_tune_probe(
         regularisation: C, the same for both.
     """
     if len(np.unique(first[1])) < 2:
-        return fit_probe(features, labels, regularisation)
+        return fit_linear_probe(features, labels, regularisation)
     x = np.asarray(features, np.float64)
     scaler = StandardScaler().fit(x)
-    before = fit_probe(first[0], first[1], regularisation, scaler=scaler)
+    before = fit_linear_probe(first[0], first[1], regularisation, scaler=scaler)
     classes = np.unique(labels)
     start = np.zeros((len(classes), x.shape[1] + 1))
     rows = _symmetric(before.model)
@@ -132,7 +183,7 @@ def fine_tune_probe(
     model.coef_, model.intercept_ = weights[:, :-1], weights[:, -1]
     if not converged:
         log.warning("Fine-tuning a logistic regression did not converge in %d iterations.", MAX_ITER)
-    return Probe(scaler, model, before.converged and converged)
+    return LinearProbe(scaler, model, before.converged and converged)
 
 
 def _symmetric(model: LogisticRegression) -> np.ndarray:
@@ -179,6 +230,30 @@ def _towards(x: np.ndarray, codes: np.ndarray, start: np.ndarray, regularisation
     return result.x.reshape(start.shape), result.status != 1
 
 
+@dataclass(frozen=True)
+class RegularisationChoice:
+    """How C was chosen.
+
+    Args:
+        value: C.
+        chosen: False if no fold could be made; C is 1 then.
+        over: What the folds hold out.
+        folds: Number of folds.
+        grid: Values of C that were compared.
+        scores: Balanced accuracy of each, averaged over the folds; NaN without folds.
+        n_patches, n_patients: Rows that took part and their patients.
+    """
+
+    value: float
+    chosen: bool
+    over: Literal["sites", "patients"]
+    folds: int
+    grid: list[float]
+    scores: list[float]
+    n_patches: int
+    n_patients: int
+
+
 def choose_regularisation(
     features: np.ndarray,
     labels: np.ndarray,
@@ -186,12 +261,12 @@ def choose_regularisation(
     sites: np.ndarray,
     seed: int,
     grid: Sequence[float] = C_GRID,
-) -> dict[str, Any]:
-    """C of the probe by cross-validation over patients, and over sites where there are three or more.
+) -> RegularisationChoice:
+    """Choose C by cross-validation over sites where there are three or more, otherwise over patients.
 
-    Only training patches may be given. With three or more sites each fold judges sites that it has not learnt from (up
-    to five folds), and its patients' patches elsewhere are left out of its training; with fewer, each fold judges
-    patients. The score is the balanced accuracy over classes of patient means; of equal ones the stronger
+    Only training patches may be given. With three or more sites each of up to five folds scores sites that it did not
+    learn from, and leaves out of its training the other patches of the patients that it scores; with fewer, each fold
+    scores patients. The score is the balanced accuracy over classes of patient means; of equal ones the stronger
     regularisation wins.
 
     Args:
@@ -201,128 +276,32 @@ def choose_regularisation(
         sites: Site of each row, [N].
         seed: Seed of the folds, and of the subsample of patients beyond 20,000 rows.
         grid: Candidates, ascending.
-
-    Returns:
-        ``value``, ``chosen`` (False if no fold could be made: 1.0 then), ``over`` ("sites" or "patients"), ``folds``,
-        ``grid``, ``scores`` (mean over folds per candidate), ``n_patches`` and ``n_patients``.
     """
-    rows = np.arange(len(labels))
-    if len(rows) > _MAX_TRAINING:
-        names, first = np.unique(patients, return_inverse=True)
-        order = np.random.default_rng([seed, 23]).permutation(len(names))[first]
-        rows = np.sort(np.argsort(order, kind="stable")[:_MAX_TRAINING])
+    rows = whole_patients(patients, _MAX_TRAINING, np.random.default_rng([seed, 23]))
     x, y, who, where = (np.asarray(v)[rows] for v in (features, labels, patients, sites))
     over, folds = _folds(y, who, where, seed)
     classes, codes = np.unique(y, return_inverse=True)
     names, people = np.unique(who, return_inverse=True)
     scores = np.full((len(folds), len(grid)), np.nan)
-    for i, (learn, judge) in enumerate(folds):
-        table = PatientTable(codes, people, np.isin(np.arange(len(y)), judge), len(classes), len(names))
-        for j, c in enumerate(grid):
-            right = np.zeros(len(y))
-            right[judge] = fit_probe(x[learn], y[learn], c).predict(x[judge]) == y[judge]
-            scores[i, j] = table.mean(right)[0]
+    for i, j, held_out, probe in _out_of_fold(x, y, folds, grid):
+        table = PatientTable(codes, people, np.isin(np.arange(len(y)), held_out), len(classes), len(names))
+        right = np.zeros(len(y))
+        right[held_out] = probe.predict(x[held_out]) == y[held_out]
+        scores[i, j] = table.mean(right)[0]
     mean = scores.mean(axis=0) if len(folds) else np.full(len(grid), np.nan)
-    return {
-        "value": float(grid[int(np.argmax(mean))]) if len(folds) else 1.0,
-        "chosen": bool(len(folds)),
-        "over": over,
-        "folds": len(folds),
-        "grid": list(grid),
-        "scores": mean.tolist(),
-        "n_patches": len(rows),
-        "n_patients": len(names),
-    }
+    value = float(grid[int(np.argmax(mean))]) if len(folds) else 1.0
+    return RegularisationChoice(
+        value, bool(len(folds)), over, len(folds), list(grid), mean.tolist(), len(rows), len(names)
+    )
 
 
-def _folds(
-    labels: np.ndarray, patients: np.ndarray, sites: np.ndarray, seed: int
-) -> tuple[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Rows to learn from and rows to judge, of other patients, per fold; folds with one class to learn are left out."""
-    rows = np.arange(len(labels))
-    n_sites, n_patients = len(np.unique(sites)), len(np.unique(patients))
-
-    def usable(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        apart = [(learn[~np.isin(patients[learn], patients[judge])], judge) for learn, judge in pairs]
-        return [(a, b) for a, b in apart if len(b) and len(np.unique(labels[a])) >= 2]
-
-    if n_sites >= _MIN_SITES:
-        wanted = min(_FOLDS, n_sites)
-        folds = usable(GroupKFold(wanted).split(rows, labels, sites))
-        # Patients with patches at several sites leave little to learn from once they are taken out.
-        if len(folds) == wanted and min(len(learn) for learn, _ in folds) >= len(rows) / 3:
-            return "sites", folds
-    # Also where patients with patches at every site leave nothing to learn from.
-    folds = []
-    if n_patients >= 2:
-        splitter = StratifiedGroupKFold(min(_FOLDS, n_patients), shuffle=True, random_state=seed)
-        with warnings.catch_warnings():  # a class with fewer patches than folds is in some folds only, which is fine
-            warnings.simplefilter("ignore", UserWarning)
-            folds = usable(splitter.split(rows, labels, patients))
-    return "patients", folds
-
-
-@dataclass
-class FieldProbe:
-    """A probe of one field.
-
-    Args:
-        values: Values that it tells apart, in order.
-        scaler: Standardisation of the training features.
-        model: The logistic regression.
-        regularisation: C.
-        accuracy: Out of fold: mean over values of the mean over their patients, 0 to 1.
-        n_patches, n_patients: What it learned from.
-        converged: Whether every optimisation reached its tolerance.
-    """
-
-    values: list[str]
-    scaler: StandardScaler
-    model: LogisticRegression
-    regularisation: float
-    accuracy: float
-    n_patches: int
-    n_patients: int
-    converged: bool
-
-    def log_probability(self, features: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        """Log probability of the value asked for, float64 [N], exact for probabilities next to 1.
-
-        Args:
-            features: [N, d].
-            asked: One of ``values`` for each.
-        """
-        result = np.empty(len(features))
-        for start in range(0, len(features), BLOCK):
-            part = slice(start, start + BLOCK)
-            result[part] = _log_probability(self.model, self.scaler, features[part], asked[part])
-        return result
-
-
-def _log_probability(
-    model: LogisticRegression, scaler: StandardScaler, features: np.ndarray, asked: np.ndarray
-) -> np.ndarray:
-    scores = model.decision_function(scaler.transform(np.asarray(features, np.float64)))
-    if scores.ndim == 1:  # two values: the score is the log odds of the second
-        scores = np.stack([np.zeros(len(scores)), scores], 1)
-    codes = {value: i for i, value in enumerate(model.classes_)}
-    own = np.array([codes.get(value, -1) for value in asked])
-    rows = np.arange(len(own))
-    others = scores.copy()
-    others[rows, own] = -np.inf
-    largest = others.max(axis=1, keepdims=True)
-    rest = largest[:, 0] + np.log(np.exp(others - largest).sum(axis=1))
-    # A value that a fold never saw has no score: next to impossible.
-    return np.where(own >= 0, -np.logaddexp(0.0, rest - scores[rows, own]), -50.0)
-
-
-def fit_field_probe(
+def fit_validated_linear_probe(
     features: np.ndarray, labels: np.ndarray, patients: np.ndarray, regularisation: float = 0.0, seed: int = 0
-) -> FieldProbe:
-    """Standardisation and logistic regression (L-BFGS), values and the patients within a value weighing the same.
+) -> ValidatedLinearProbe:
+    """Fit a linear probe in which values weigh the same, and the patients within a value; validate it on patients.
 
-    C is the value of ``REGULARISATIONS`` with the least log loss out of fold; folds are by patient, so that a probe
-    that recognises patients gains nothing.
+    C is the value of :data:`C_GRID_WEIGHTED` with the least log loss out of fold. Folds are by patient, so that a
+    probe gains nothing by recognising patients.
 
     Args:
         features: [N, d].
@@ -334,36 +313,67 @@ def fit_field_probe(
     x = np.asarray(features, np.float64)
     weights = patient_weights(labels, patients)
     weights *= len(weights) / weights.sum()
-    choices = (regularisation,) if regularisation else REGULARISATIONS
+    grid = (regularisation,) if regularisation else C_GRID_WEIGHTED
     fewest = min(len(set(patients[labels == value])) for value in set(labels))
-    folds = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
-    losses, right = np.zeros(len(choices)), np.zeros((len(choices), len(x)))
+    splitter = StratifiedGroupKFold(min(_FOLDS_WEIGHTED, fewest), shuffle=True, random_state=seed)
+    losses, right = np.zeros(len(grid)), np.zeros((len(grid), len(x)))
     converged = True
-    for kept, left in folds.split(x, labels, patients):
-        scaler = StandardScaler().fit(x[kept])
-        model = _regression(1.0)
-        for i, c in enumerate(choices):
-            model.set_params(C=c)
-            converged &= _fit(model, scaler.transform(x[kept]), labels[kept], weights[kept])
-            losses[i] -= weights[left] @ _log_probability(model, scaler, x[left], labels[left])
-            right[i, left] = model.predict(scaler.transform(x[left])) == labels[left]
+    for _, j, held_out, probe in _out_of_fold(x, labels, splitter.split(x, labels, patients), grid, weights):
+        losses[j] -= weights[held_out] @ probe.log_probability(x[held_out], labels[held_out])
+        right[j, held_out] = probe.predict(x[held_out]) == labels[held_out]
+        converged &= probe.converged
     best = int(np.argmin(losses))
-    scaler = StandardScaler().fit(x)
-    model = _regression(choices[best])
-    converged &= _fit(model, scaler.transform(x), labels, weights)
-    if not converged:
-        log.warning("A logistic regression did not converge in %d iterations.", MAX_ITER)
+    probe = fit_linear_probe(x, labels, grid[best], weights)
     accuracy = float((weights @ right[best]) / weights.sum())
-    values = [str(v) for v in model.classes_]
-    return FieldProbe(values, scaler, model, choices[best], accuracy, len(x), len(set(patients)), converged)
+    converged &= probe.converged
+    return ValidatedLinearProbe(probe.scaler, probe.model, converged, grid[best], accuracy, len(x), len(set(patients)))
 
 
-def _regression(c: float) -> LogisticRegression:
-    return LogisticRegression(C=c, max_iter=MAX_ITER, tol=1e-4, warm_start=True)
+def _out_of_fold(
+    x: np.ndarray,
+    labels: np.ndarray,
+    folds: Iterable[tuple[np.ndarray, np.ndarray]],
+    grid: Sequence[float],
+    weights: np.ndarray | None = None,
+) -> Iterator[tuple[int, int, np.ndarray, LinearProbe]]:
+    """Number of the fold and of the candidate, rows that are held out, and the linear probe fitted to the others.
+
+    With weights, the fit of a candidate starts from that of the one before.
+    """
+    for i, (training, held_out) in enumerate(folds):
+        scaler = StandardScaler().fit(x[training])
+        weight = None if weights is None else weights[training]
+        before = None
+        for j, c in enumerate(grid):
+            probe = fit_linear_probe(x[training], labels[training], c, weight, scaler, before)
+            before = None if weights is None else probe
+            yield i, j, held_out, probe
 
 
-def _fit(model: LogisticRegression, x: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> bool:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(x, labels, sample_weight=weights)
-    return not any(issubclass(w.category, ConvergenceWarning) for w in caught)
+def _folds(
+    labels: np.ndarray, patients: np.ndarray, sites: np.ndarray, seed: int
+) -> tuple[Literal["sites", "patients"], list[tuple[np.ndarray, np.ndarray]]]:
+    """What the folds hold out, and for each fold the rows to learn from and those to score, which share no patient.
+
+    A fold with a single class to learn is left out.
+    """
+    rows = np.arange(len(labels))
+    n_sites, n_patients = len(np.unique(sites)), len(np.unique(patients))
+
+    def usable(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        disjoint = [(learn[~np.isin(patients[learn], patients[held])], held) for learn, held in pairs]
+        return [(a, b) for a, b in disjoint if len(b) and len(np.unique(labels[a])) >= 2]
+
+    if n_sites >= _MIN_SITES:
+        wanted = min(_FOLDS, n_sites)
+        folds = usable(GroupKFold(wanted).split(rows, labels, sites))
+        # Once patients with patches at several sites are taken out, little may be left to learn from.
+        if len(folds) == wanted and min(len(learn) for learn, _ in folds) >= len(rows) / 3:
+            return "sites", folds
+    folds = []
+    if n_patients >= 2:
+        splitter = StratifiedGroupKFold(min(_FOLDS, n_patients), shuffle=True, random_state=seed)
+        with warnings.catch_warnings():  # a class with fewer patches than folds is in some folds only, which is fine
+            warnings.simplefilter("ignore", UserWarning)
+            folds = usable(splitter.split(rows, labels, patients))
+    return "patients", folds

@@ -1,4 +1,4 @@
-"""Subsamples: groups or patients in turn, so that no large one crowds out the others."""
+"""Subsamples that no large group dominates: equal parts of each group, or patients in turn."""
 
 from __future__ import annotations
 
@@ -6,55 +6,57 @@ import numpy as np
 import pandas as pd
 
 
-def balanced_draw(groups: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` positions, groups in equal parts; a group repeats its members only after all of them have been drawn."""
+def balanced_draw(groups: np.ndarray, n: int, rng: np.random.Generator, repeat: bool = True) -> np.ndarray:
+    """Positions of ``n`` rows, groups in equal parts.
+
+    Args:
+        groups: Group of each row, [N].
+        n: How many rows to draw.
+        rng: Draws the rows, and the groups that give one more where ``n`` cannot be divided evenly.
+        repeat: A small group repeats its rows once each has been drawn. If False, no row is drawn twice: small groups
+            give fewer rows, and every group may give n / groups, rounded up.
+    """
     names = np.unique(groups)
-    quota = np.full(len(names), n // len(names))
-    quota[rng.permutation(len(names))[: n - quota.sum()]] += 1
-    parts = [repeated_draw(np.flatnonzero(groups == g), q, rng) for g, q in zip(names, quota, strict=True)]
-    return np.concatenate([np.zeros(0, int), *parts])
+    quota = np.full(len(names), n // len(names) if repeat else -(-n // len(names)))
+    if repeat:
+        quota[rng.permutation(len(names))[: n - quota.sum()]] += 1
+    members = [np.flatnonzero(groups == name) for name in names]
+    drawn = [repeated_draw(m, q if repeat else min(q, len(m)), rng) for m, q in zip(members, quota, strict=True)]
+    return np.concatenate([np.zeros(0, int), *drawn])
 
 
 def repeated_draw(rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` of ``rows`` in random order, each used equally often up to one."""
+    """``n`` of ``rows`` in random order; how often two rows are drawn differs by one at most."""
     if len(rows) == 0 or n == 0:
         return np.zeros(0, int)
     rounds = -(-n // len(rows))
     return np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:n]
 
 
-def patients_in_turn(patients: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """Positions of at most ``most`` rows, patients in turn, so that as many patients as possible take part.
+def patients_in_turn(
+    patients: np.ndarray, most: int, rng: np.random.Generator, last_by_name: bool = False
+) -> np.ndarray:
+    """Positions of at most ``most`` rows, ascending: one of each patient, then a second of each, and so on.
 
     Args:
         patients: Patient of each row, [N].
-        most: How many; all rows, in their order, if there are no more.
-        rng: Chooses among a patient's rows.
+        most: Number of rows to draw; with no more rows than that, all are taken.
+        rng: Draws among a patient's rows, and among the patients of the last turn, which not all may reach.
+        last_by_name: Take the patients of the last turn in the order of their names instead.
     """
     if len(patients) <= most:
         return np.arange(len(patients))
-    rows = rng.permutation(len(patients))
-    order = np.argsort(patients[rows], kind="stable")
-    starts = np.unique(patients[rows][order], return_index=True)[1]
-    turn = np.arange(len(rows)) - np.repeat(starts, np.diff([*starts, len(rows)]))
-    return rows[order][np.argsort(turn, kind="stable")][:most]
+    drawn = rng.permutation(len(patients))
+    order = pd.DataFrame({"patient": patients[drawn], "row": drawn})
+    order["turn"] = order.groupby("patient").cumcount()
+    by = ["turn", "patient"] if last_by_name else ["turn"]
+    return np.sort(order.sort_values(by, kind="stable")["row"].to_numpy()[:most])
 
 
-def evenly(patients: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """At most ``most`` positions, ascending, taken from the patients in turn. int64."""
+def whole_patients(patients: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions of at most ``most`` rows, ascending: all rows of patients in random order, until there are enough."""
     if len(patients) <= most:
         return np.arange(len(patients))
-    order = np.random.default_rng([seed, 11]).permutation(len(patients))
-    _, codes = np.unique(patients.astype(str), return_inverse=True)
-    turn = np.empty(len(patients), np.int64)  # how many of the same patient came before
-    by_patient = order[np.argsort(codes[order], kind="stable")]
-    starts = np.r_[0, np.cumsum(np.bincount(codes))[:-1]]
-    turn[by_patient] = np.arange(len(patients)) - starts[codes[by_patient]]
-    return np.sort(order[np.argsort(turn[order], kind="stable")][:most])
-
-
-def spread(patients: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """``count`` positions, patients in equal parts as far as they reach, drawn without replacement; ascending."""
-    order = np.random.default_rng([seed, 13]).permutation(len(patients))
-    turn = pd.Series(patients[order]).groupby(patients[order], sort=False).cumcount().to_numpy()
-    return np.sort(order[np.argsort(turn, kind="stable")[:count]])
+    names, codes = np.unique(patients, return_inverse=True)
+    place = rng.permutation(len(names))[codes]
+    return np.sort(np.argsort(place, kind="stable")[:most])

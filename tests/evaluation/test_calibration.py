@@ -21,7 +21,7 @@ from latent_medi.evaluation.fidelity.real_split_range import Patches, deals, jud
 from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.features.pixel_copies import small_patches
 from latent_medi.features.stain import fit_stain, transfer
-from latent_medi.statistics.linear_probe import Probe, fit_probe
+from latent_medi.statistics.linear_probe import LinearProbe, fit_linear_probe
 
 COHORT = CohortSettings(seed=11, probe_patients=20, test_patients=60)
 SIDE = 40
@@ -39,7 +39,7 @@ class Pool:
     patient: np.ndarray
     tumour: np.ndarray
     site: np.ndarray
-    probe: Probe
+    probe: LinearProbe
 
     def seen(self, features: np.ndarray) -> np.ndarray:
         """The class that the probe sees."""
@@ -67,7 +67,7 @@ def pool() -> Pool:
     images = np.stack([image for images in drawn for image in images])
     encoder = load_encoder("demo")
     features, n = embed(encoder, images), len(people) * EACH
-    probe = fit_probe(features[n:], np.repeat([p.tumour for p in teachers], EACH))
+    probe = fit_linear_probe(features[n:], np.repeat([p.tumour for p in teachers], EACH))
     named = {key: np.repeat([getattr(p, key) for p in people], EACH) for key in ("name", "tumour", "site")}
     return Pool(encoder, images[:n], features[:n], named["name"], named["tumour"], named["site"], probe)
 

@@ -6,14 +6,10 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from latent_medi.demo.tissue import random_shape, random_stain, render
 from latent_medi.features.pixel_copies import VIEWS, copy_scores, invariants, small_patches
-from latent_medi.statistics import neighbours
-from latent_medi.statistics.neighbours import nearest
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +64,3 @@ def test_empty_patches_are_nobodys_copies() -> None:
     empty = np.clip(240 + rng.normal(0, 0.5, (3, 64, 64, 3)), 0, 255).astype(np.uint8)
     small = small_patches(empty)
     assert copy_scores(small, small, np.array([[1, 2], [0, 2], [0, 1]]))[0].max() == 0.0
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 6), st.booleans(), st.integers(0, 2**32 - 1))
-def test_neighbours_in_blocks_are_the_neighbours(n: int, m: int, k: int, groups: bool, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    a, b = (rng.normal(100, 1, (size, 5)).astype(np.float32) for size in (n, m))
-    apart = (rng.integers(0, 3, n), rng.integers(0, 3, m)) if groups else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "_QUERIES", 7)
-        patch.setattr(neighbours, "_BANK", 6)
-        distance, position = nearest(a, b, k, apart)
-    full = np.sqrt(((a[:, None].astype(float) - b[None]) ** 2).sum(2))
-    if apart is not None:
-        full[apart[0][:, None] == apart[1][None]] = np.inf
-    expected = np.sort(full, axis=1)[:, : min(k, m)]
-    np.testing.assert_allclose(distance, expected, rtol=1e-4)
-    there = np.isfinite(distance)
-    np.testing.assert_allclose(np.take_along_axis(full, position, 1)[there], distance[there], rtol=1e-6)

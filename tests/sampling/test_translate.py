@@ -28,7 +28,6 @@ from latent_medi.sampling.translation_baselines import compare, measures_text, s
 from latent_medi.sampling.translation_request import choose
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.writer import Patch, write_dataset
-from latent_medi.statistics.subsampling import spread
 
 SITES = ("aster", "birch", "NA")
 
@@ -337,15 +336,6 @@ def test_structure_is_measured_on_haematoxylin() -> None:
     told = compare(np.concatenate([images, glass]), {"same": np.concatenate([images, glass])}, np.array(list("aabb")))
     assert told["ways"]["same"]["correlation_haematoxylin"] == pytest.approx(1)
     assert compare(glass, {"same": glass}, np.array(["a", "b"]))["ways"]["same"]["correlation_haematoxylin"] is None
-
-
-def test_patients_come_in_equal_parts() -> None:
-    patients = np.array(["a"] * 50 + ["b"] * 2 + ["c"] * 10)
-    chosen = spread(patients, 14, 0)
-    assert chosen.tolist() == sorted(set(chosen.tolist()))
-    assert pd.Series(patients[chosen]).value_counts().to_dict() == {"a": 6, "c": 6, "b": 2}
-    assert np.array_equal(chosen, spread(patients, 14, 0))
-    assert not np.array_equal(chosen, spread(patients, 14, 1))
 
 
 @pytest.mark.parametrize(

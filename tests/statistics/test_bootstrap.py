@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from latent_medi.statistics.bootstrap import NOT_ESTIMABLE, PatientResamples, PatientTable, interval, measure, wilson
-from latent_medi.statistics.subsampling import patients_in_turn
 
 
 def test_balanced_mean_by_hand() -> None:
@@ -94,11 +93,3 @@ def test_resamples_that_are_mostly_lost_give_no_interval() -> None:
     draws = np.random.default_rng(0).normal(0.5, 0.1, 200)
     assert interval(np.where(np.arange(200) < 150, draws, np.nan)) is None
     assert interval(np.where(np.arange(200) < 170, draws, np.nan)) is not None
-
-
-def test_patients_take_turns() -> None:
-    patients = np.repeat([f"p{i}" for i in range(10)], [1, 1, 1, 1, 1, 1, 1, 1, 1, 991])
-    rows = patients_in_turn(patients, 30, np.random.default_rng(0))
-    assert len(set(rows)) == 30
-    assert set(patients[rows]) == set(patients)  # drawn at random, most of the nine would be lost
-    np.testing.assert_array_equal(patients_in_turn(patients, 1000, np.random.default_rng(0)), np.arange(1000))

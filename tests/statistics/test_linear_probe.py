@@ -14,7 +14,12 @@ from latent_medi.evaluation.cohort.study import open_study
 from latent_medi.evaluation.downstream.classifiers import probe_learner
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.statistics import linear_probe
-from latent_medi.statistics.linear_probe import choose_regularisation, fine_tune_probe, fit_probe
+from latent_medi.statistics.linear_probe import (
+    choose_regularisation,
+    fine_tune_linear_probe,
+    fit_linear_probe,
+    fit_validated_linear_probe,
+)
 
 
 def _blobs(n: int, k: int, seed: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -27,11 +32,11 @@ def _blobs(n: int, k: int, seed: int, shift: float = 0.0) -> tuple[np.ndarray, n
 @pytest.mark.parametrize("k", [2, 3])
 def test_fine_tuning_from_nothing_is_fitting(k: int) -> None:
     x, y = _blobs(300, k, 0)
-    plain = fit_probe(x, y, 0.3)
+    plain = fit_linear_probe(x, y, 0.3)
     exact = LogisticRegression(C=0.3, class_weight="balanced", tol=1e-9, max_iter=5000).fit(
         plain.scaler.transform(x), y
     )
-    same = fine_tune_probe((np.zeros((0, 6)), np.zeros(0, str)), x, y, 0.3)
+    same = fine_tune_linear_probe((np.zeros((0, 6)), np.zeros(0, str)), x, y, 0.3)
     assert np.array_equal(same.model.coef_, plain.model.coef_)
     # The optimiser itself, started from zero weights and pulled towards them, finds what scikit-learn finds.
     scaled = plain.scaler.transform(x)
@@ -44,11 +49,11 @@ def test_fine_tuning_from_nothing_is_fitting(k: int) -> None:
 @pytest.mark.parametrize("k", [2, 3])
 def test_fine_tuning_is_pulled_to_what_was_learnt_first(k: int) -> None:
     first, (x, y) = _blobs(400, k, 1, 0.5), _blobs(60, k, 2)
-    loose, plain = fine_tune_probe(first, x, y, 1.0), fit_probe(x, y, 1.0)
-    between = fine_tune_probe(first, x, y, 1e-2)
-    start = fit_probe(*first, 1e-2, scaler=between.scaler)
+    loose, plain = fine_tune_linear_probe(first, x, y, 1.0), fit_linear_probe(x, y, 1.0)
+    between = fine_tune_linear_probe(first, x, y, 1e-2)
+    start = fit_linear_probe(*first, 1e-2, scaler=between.scaler)
     apart = np.linalg.norm(between.model.coef_ - start.model.coef_)
-    alone = fit_probe(x, y, 1e-2)
+    alone = fit_linear_probe(x, y, 1e-2)
     assert 0 < apart < np.linalg.norm(alone.model.coef_ - start.model.coef_)
     assert loose.converged
     assert (loose.predict(x) == plain.predict(x)).mean() > 0.9
@@ -58,13 +63,13 @@ def test_fine_tuning_is_pulled_to_what_was_learnt_first(k: int) -> None:
 def test_a_class_that_was_not_learnt_has_probability_zero() -> None:
     x, y = _blobs(200, 3, 3)
     keep = y != "c1"
-    found = fit_probe(x[keep], y[keep]).probabilities(x, ["c0", "c1", "c2"])
+    found = fit_linear_probe(x[keep], y[keep]).probabilities(x, ["c0", "c1", "c2"])
     assert np.all(found[:, 1] == 0)
     assert found.sum(axis=1) == pytest.approx(1.0)
     # Pre-training may lack a class that fine-tuning has, and the other way round.
-    tuned = fine_tune_probe((x[keep], y[keep]), x, y, 1.0)
+    tuned = fine_tune_linear_probe((x[keep], y[keep]), x, y, 1.0)
     assert list(tuned.model.classes_) == ["c0", "c1", "c2"]
-    fewer = fine_tune_probe((x, y), x[keep], y[keep], 1.0)
+    fewer = fine_tune_linear_probe((x, y), x[keep], y[keep], 1.0)
     assert list(fewer.model.classes_) == ["c0", "c2"]
     assert (fewer.predict(x[keep]) == y[keep]).mean() > 0.8
 
@@ -98,15 +103,15 @@ def test_c_is_strong_where_patients_mislead() -> None:
     own = rng.normal(size=(24, 60)) * 3
     x = own[patients] + rng.normal(size=(240, 60))
     x[:, 0] = patients % 2 + rng.normal(size=240) * 0.3
-    record = choose_regularisation(x, labels, patients.astype(str), np.full(240, "s"), 0)
-    assert record["over"] == "patients"
-    assert record["chosen"] is True
-    assert record["value"] == record["grid"][int(np.argmax(record["scores"]))]
-    assert record["value"] < 100
+    choice = choose_regularisation(x, labels, patients.astype(str), np.full(240, "s"), 0)
+    assert choice.over == "patients"
+    assert choice.chosen
+    assert choice.value == choice.grid[int(np.argmax(choice.scores))]
+    assert choice.value < 100
     # Nothing to choose from: one patient.
     alone = choose_regularisation(x[:10], np.array(["0", "1"] * 5), np.full(10, "p"), np.full(10, "s"), 0)
-    assert alone["chosen"] is False
-    assert alone["value"] == 1.0
+    assert not alone.chosen
+    assert alone.value == 1.0
 
 
 def test_c_knows_nothing_of_the_test_patients(world: World) -> None:
@@ -130,11 +135,11 @@ def test_one_c_for_every_arm(world: World, monkeypatch: pytest.MonkeyPatch) -> N
 
     used: list[float] = []
 
-    def listen(*arguments: Any) -> linear_probe.Probe:
+    def listen(*arguments: Any) -> linear_probe.LinearProbe:
         used.append(arguments[2])
-        return fit_probe(*arguments)
+        return fit_linear_probe(*arguments)
 
-    monkeypatch.setattr(classifiers, "fit_probe", listen)
+    monkeypatch.setattr(classifiers, "fit_linear_probe", listen)
     settings = world.settings(
         "one-c", regularisation=0.0, repeats=1, resamples=20, downstream_arms=["real", "medi", "oversample"]
     )
@@ -151,6 +156,32 @@ def test_what_does_not_converge_is_named(monkeypatch: pytest.MonkeyPatch, caplog
     x, y = _blobs(200, 3, 4)
     monkeypatch.setattr(logging.getLogger("latent_medi"), "propagate", True)
     with caplog.at_level(logging.WARNING):
-        assert not fit_probe(x, y).converged
+        assert not fit_linear_probe(x, y).converged
     assert "did not converge in 1 iterations" in caplog.text
-    assert not fine_tune_probe((x, y), x[:50], y[:50]).converged
+    assert not fine_tune_linear_probe((x, y), x[:50], y[:50]).converged
+
+
+@pytest.mark.parametrize("values", [2, 3])
+def test_log_probabilities_are_those_of_scikit_learn(values: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.array([f"v{i % values}" for i in range(120)])
+    features = rng.normal(size=(120, 5)) + 1.5 * (np.arange(120) % values)[:, None]
+    probe = fit_validated_linear_probe(features, labels, np.array([f"p{i // 6}" for i in range(120)]))
+    expected = probe.model.predict_log_proba(probe.scaler.transform(features))
+    for code, value in enumerate(probe.values):
+        found = probe.log_probability(features, np.full(120, value))
+        assert found == pytest.approx(expected[:, code], rel=1e-6, abs=1e-9)
+    far = probe.log_probability(features.max(0) * np.array([[4.0], [5.0], [6.0]]), np.full(3, probe.values[-1]))
+    assert far[0] < far[1] < far[2] < 0  # ranked on, where a probability is rounded to 1
+
+
+def test_a_probe_is_checked_on_other_patients() -> None:
+    """Features that name the patient and nothing else: right on its own patients, chance on others."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(40), 5)
+    features = rng.normal(size=(40, 30))[patients] + rng.normal(0, 0.01, (200, 30))
+    labels = np.array(["a", "b"])[patients % 2]
+    probe = fit_validated_linear_probe(features, labels, patients.astype(str), regularisation=1.0)
+    assert (probe.predict(features) == labels).mean() > 0.95
+    assert probe.accuracy < 0.75
+    assert fit_validated_linear_probe(features, labels, patients.astype(str)).regularisation < 0.1

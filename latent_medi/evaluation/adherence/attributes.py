@@ -16,7 +16,7 @@ from latent_medi.evaluation.cohort.combinations import among, any_match, describ
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, measure, wilson
-from latent_medi.statistics.linear_probe import fit_probe
+from latent_medi.statistics.linear_probe import fit_linear_probe
 
 _MAX_TRAINING = 20_000
 
@@ -56,7 +56,7 @@ def look(study: Study, features: Features, regularisation: float, seed: int) -> 
         if len(training) > _MAX_TRAINING:
             rng = np.random.default_rng([seed, 3])
             training = np.sort(rng.choice(training, _MAX_TRAINING, replace=False))
-        probe = fit_probe(features.real[training], truth[training], regularisation)
+        probe = fit_linear_probe(features.real[training], truth[training], regularisation)
         found = {a.name: probe.predict(features.synthetic[a.name]) for a in study.synthetic.values() if len(a.index)}
         real = probe.predict(features.real[study.reference])
         result[name] = Verdicts(present, real, found, probe.converged, len(training))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.training_sets import Lesson
-from latent_medi.statistics.linear_probe import choose_regularisation, fine_tune_probe, fit_probe
+from latent_medi.statistics.linear_probe import choose_regularisation, fine_tune_linear_probe, fit_linear_probe
 
 
 @dataclass
@@ -65,9 +65,9 @@ class ProbeLearner:
     def learn(self, lesson: Lesson, seed: int) -> Learned:
         """Train on a lesson and judge the test patches; the seed has no part in it."""
         if lesson.first is not None:
-            probe = fine_tune_probe(lesson.first, lesson.features, lesson.labels, self.regularisation)
+            probe = fine_tune_linear_probe(lesson.first, lesson.features, lesson.labels, self.regularisation)
         else:
-            probe = fit_probe(lesson.features, lesson.labels, self.regularisation, lesson.weights)
+            probe = fit_linear_probe(lesson.features, lesson.labels, self.regularisation, lesson.weights)
         return Learned(
             probe.predict(self.test).astype(str), probe.probabilities(self.test, self.classes), probe.converged
         )
@@ -86,6 +86,6 @@ def probe_learner(study: Study, real: np.ndarray, regularisation: float, seed: i
     if regularisation == 0:
         rows = study.train
         labels, sites = (study.index[f].to_numpy(str)[rows] for f in (study.class_field, study.site_field))
-        about = choose_regularisation(real[rows], labels, study.patients[rows], sites, seed)
-        regularisation = about["value"]
+        choice = choose_regularisation(real[rows], labels, study.patients[rows], sites, seed)
+        about, regularisation = asdict(choice), choice.value
     return ProbeLearner(real[study.test], study.classes, regularisation, about)

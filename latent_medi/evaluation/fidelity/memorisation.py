@@ -24,7 +24,7 @@ from latent_medi.shards.checking.likeness import LEAST_LIKENESS, likeness
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.bootstrap import PatientResamples, measure, wilson
 from latent_medi.statistics.distances import project, scatter
-from latent_medi.statistics.neighbours import nearest
+from latent_medi.statistics.neighbours import nearest_neighbours
 from latent_medi.statistics.subsampling import patients_in_turn
 
 log = get_logger(__name__)
@@ -102,7 +102,7 @@ class CopyFinder:
     def likeness(self, small: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Correlation of each patch with the most similar training patch [N], that one's row in the bank [N], and how
         it is turned, an index of ``VIEWS`` [N]."""
-        candidates = nearest(invariants(small), self.table, CANDIDATES, device=self.device)[1]
+        candidates = nearest_neighbours(invariants(small), self.table, CANDIDATES, device=self.device)[1]
         return copy_scores(small, self.bank, candidates, self.device)
 
 
@@ -284,11 +284,11 @@ class _Authentic:
         self.train, self.device = features.real[study.train], device
         names, codes = np.unique(study.patients[study.train], return_inverse=True)
         self.alone = len(names) < 2  # nobody else's patch could be nearer
-        self.own = nearest(self.train, self.train, 1, (codes, codes), device)[0][:, 0]
+        self.own = nearest_neighbours(self.train, self.train, 1, [(codes, codes)], device)[0][:, 0]
 
     def of(self, samples: np.ndarray) -> np.ndarray:
         """bool [N]."""
-        distance, position = nearest(samples, self.train, 1, device=self.device)
+        distance, position = nearest_neighbours(samples, self.train, 1, device=self.device)
         return distance[:, 0] > self.own[position[:, 0]]
 
 
@@ -320,7 +320,7 @@ def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int,
         if min(len(bank), len(theirs), len(ours)) < _CT_LEAST:
             left_out += len(ours)
             continue
-        a, b = (nearest(part, bank, 1, device=device)[0][:, 0] for part in (ours, theirs))
+        a, b = (nearest_neighbours(part, bank, 1, device=device)[0][:, 0] for part in (ours, theirs))
         u = stats.mannwhitneyu(a, b).statistic
         n, m = len(a), len(b)
         total += m * (u - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
@@ -351,9 +351,13 @@ def _cells(
         n = min(len(train), len(held_out))
         if n >= _MIN_CELL:
             rng = np.random.default_rng([seed, 23])
-            train, held_out = (part[patients_in_turn(study.patients[part], n, rng)] for part in (train, held_out))
+            train, held_out = (
+                part[patients_in_turn(study.patients[part], n, rng, last_by_name=True)] for part in (train, held_out)
+            )
             mine = features.synthetic[arm.name][rows]
-            near, far = (nearest(mine, features.real[part], 1, device=device)[0][:, 0] for part in (train, held_out))
+            near, far = (
+                nearest_neighbours(mine, features.real[part], 1, device=device)[0][:, 0] for part in (train, held_out)
+            )
             record |= {
                 "median_train": float(np.median(near)), "median_held_out": float(np.median(far)),
                 "nearer_train": float((near < far).mean()), "n_bank": n,

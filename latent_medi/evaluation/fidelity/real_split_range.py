@@ -19,7 +19,7 @@ from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity.distance_to_real import Features, neighbourhoods
 from latent_medi.statistics.bootstrap import LEVEL, MIN_PATIENTS
 from latent_medi.statistics.distances import frechet_distance, full_rank, kid, pca_dims
-from latent_medi.statistics.linear_probe import fit_probe
+from latent_medi.statistics.linear_probe import fit_linear_probe
 
 WORSE = {"fd": 1, "fd_pca": 1, "kid": 1, "class_mix": 1, "precision": -1, "recall": -1, "density": -1, "coverage": -1,
          "coverage_lowest": -1}  # fmt: skip
@@ -186,7 +186,7 @@ def against_real(study: Study, features: Features, count: int, seed: int) -> dic
     classes = study.class_labels
     learn = few(study.train, "train")
     # From training patches alone: the patients that are dealt must be as new to it as the samples are.
-    probe = fit_probe(features.real[learn], classes[learn]) if len(set(classes[learn])) > 1 else None
+    probe = fit_linear_probe(features.real[learn], classes[learn]) if len(set(classes[learn])) > 1 else None
 
     def known(x: np.ndarray, truth: np.ndarray | None = None) -> Patches:
         seen = None if probe is None else probe.predict(x)

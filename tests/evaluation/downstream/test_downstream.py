@@ -17,7 +17,6 @@ from latent_medi.evaluation.downstream.shift_accuracy import Scorer
 from latent_medi.evaluation.downstream.training_sets import Drawer, balancing_weights, make_plan
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.statistics import subsampling
 
 
 def _hand_study() -> Study:
@@ -152,16 +151,6 @@ def test_balancing_weights_equalise_cells(world: World) -> None:
     sums = pd.Series(weights).groupby([table["class"].to_numpy(), table["site"].to_numpy()]).sum()
     assert sums.max() == pytest.approx(sums.min())
     assert weights.mean() == pytest.approx(1.0)
-
-
-def test_draws_repeat_only_when_all_are_used() -> None:
-    rng = np.random.default_rng(0)
-    assert sorted(subsampling.repeated_draw(np.arange(5), 12, rng).tolist()).count(0) in (2, 3)
-    groups = np.array(["a"] * 2 + ["b"] * 30)
-    drawn = subsampling.balanced_draw(groups, 20, rng)
-    assert (groups[drawn] == "a").sum() == 10
-    assert len(set(drawn[groups[drawn] == "b"])) == 10
-    assert len(subsampling.repeated_draw(np.zeros(0, int), 3, rng)) == 0
 
 
 def test_predictions_reproduce_the_headline(world: World, metrics: dict[str, Any]) -> None:
