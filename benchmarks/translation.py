@@ -27,7 +27,7 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.sampling.settings import TranslateSettings
 from latent_medi.sampling.translate import translate_images, versions
 from latent_medi.sampling.translation_baselines import compare, measures_text, write_sheet
-from latent_medi.sampling.translation_request import choose, some_patches
+from latent_medi.sampling.translation_request import make_request, some_patches
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.linear_probe import LinearProbe, fit_linear_probe
 
@@ -129,7 +129,7 @@ def main() -> None:
                 data=str(data.folder), to=dict(to), where=dict(where), split=arguments.split, limit=count,
                 split_value=arguments.split_value, strength=strength, steps=arguments.steps, guidance=guidance,
             )  # fmt: skip
-            asked = choose(settings, pipeline)
+            asked = make_request(settings, pipeline)
             began = time.perf_counter()
             made = translate_images(
                 data.read(asked.rows), pipeline.conditions(asked.source), pipeline.conditions(asked.target),

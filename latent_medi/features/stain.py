@@ -6,6 +6,7 @@ is decadic: OD = −log10(I), with I the transmitted share of light.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -13,12 +14,16 @@ from typing import Literal
 import numpy as np
 import torch
 
+from latent_medi.statistics.subsampling import balanced_draw
+
 HAEMATOXYLIN = (0.65, 0.70, 0.29)  # optical density of red, green and blue, Ruifrok & Johnston 2001, table 2
 EOSIN = (0.07, 0.99, 0.11)
 Method = Literal["reinhard", "macenko"]
+STAIN_METHODS: tuple[Method, ...] = ("reinhard", "macenko")
 
 _DARKEST = 1.0 / 256.0  # 8-bit zero is read as half a level or so, never as infinite density
 _MAX_PIXELS = 200_000
+_PATCHES_PER_FIT = 240
 _TISSUE = 0.065  # mean decadic density below which a pixel counts as glass (0.15 in natural units, Macenko 2009)
 
 
@@ -168,13 +173,58 @@ def transfer(images: np.ndarray, source: StainStats, target: StainStats, method:
     if method == "reinhard":
         lab = (_lab(flat) - source.mean) * (target.std / source.std) + target.mean
         return _to_uint8(_from_lab(lab)).reshape(images.shape)
-    if method == "macenko":
-        density = _density(flat)
-        concentrations = density @ np.linalg.pinv(source.stains)
-        residual = density - concentrations @ source.stains
-        mapped = (concentrations * (target.strength / source.strength)) @ target.stains + residual
-        return _to_uint8(np.power(10.0, -mapped) * 255.0).reshape(images.shape)
-    raise ValueError(f"unknown stain transfer {method!r}: 'reinhard' or 'macenko'")
+    density = _density(flat)
+    concentrations = density @ np.linalg.pinv(source.stains)
+    residual = density - concentrations @ source.stains
+    mapped = (concentrations * (target.strength / source.strength)) @ target.stains + residual
+    return _to_uint8(np.power(10.0, -mapped) * 255.0).reshape(images.shape)
+
+
+@dataclass(frozen=True)
+class SiteStains:
+    """Measures the stain of sites on real patches, and maps patches of one site to the stain of another.
+
+    Args:
+        read: Reads patches, uint8 [n, H, W, 3], by their positions among the N that stains are measured on.
+        sites: Site of each of these patches, [N]; any other field whose values differ in stain serves as well.
+        classes: Class of each, [N].
+        seed: Seed of the choice of up to 240 patches per stain.
+        repeat: How classes share these, see :func:`~latent_medi.statistics.subsampling.balanced_draw`; patches that are
+            drawn twice count once.
+    """
+
+    read: Callable[[np.ndarray], np.ndarray]
+    sites: np.ndarray
+    classes: np.ndarray
+    seed: int
+    repeat: bool = True
+
+    def pair(self, source: str, target: str) -> tuple[StainStats, StainStats]:
+        """Stains of two sites, each from patches of the classes that both have (of all, if none), in equal parts."""
+        shared = set(self.classes[self.sites == source]) & set(self.classes[self.sites == target])
+        return self._fit(source, list(shared)), self._fit(target, list(shared))
+
+    def _fit(self, site: str, classes: list[str]) -> StainStats:
+        rows = np.flatnonzero((self.sites == site) & (np.isin(self.classes, classes) if classes else True))
+        count = min(_PATCHES_PER_FIT, len(rows)) if self.repeat else _PATCHES_PER_FIT
+        drawn = balanced_draw(self.classes[rows], count, np.random.default_rng([self.seed, 11]), self.repeat)
+        return fit_stain(self.read(rows[np.unique(drawn)]))
+
+    def transferred(self, images: np.ndarray, sites: np.ndarray, target: str) -> dict[str, np.ndarray]:
+        """Patches in the stain of the target site, by method, uint8 [N, H, W, 3].
+
+        Args:
+            images: uint8 [N, H, W, 3].
+            sites: Site of each, [N].
+            target: Site to imitate.
+        """
+        result: dict[str, np.ndarray] = {method: np.empty_like(images) for method in STAIN_METHODS}
+        for site in np.unique(sites):
+            here = sites == site
+            own, wanted = self.pair(str(site), target)
+            for method in STAIN_METHODS:
+                result[method][here] = transfer(images[here], own, wanted, method)
+        return result
 
 
 def jitter_stains(images: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:

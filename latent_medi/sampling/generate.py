@@ -8,9 +8,7 @@ which others.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +19,9 @@ import pandas as pd
 from accelerate import Accelerator
 
 from latent_medi.core.agreement import agreed
-from latent_medi.core.errors import Preempted, UserError
+from latent_medi.core.errors import UserError
 from latent_medi.core.locks import output_lock
-from latent_medi.core.preemption import Notice, listening
-from latent_medi.core.progress import get_logger, progress
+from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.guidance import check_guidance
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import make_sampler
@@ -32,11 +29,11 @@ from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.planning.plan import Sample, check_plan, read_plan, sample_at
 from latent_medi.sampling.grids import check_picture, samples_sheet, save_sheet
-from latent_medi.sampling.image_sampler import Maker
+from latent_medi.sampling.image_sampler import ImageSampler
 from latent_medi.sampling.settings import GenerateSettings
-from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.writing.background_writer import write_behind
-from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_shards, write_shard
+from latent_medi.sampling.synthetic_dataset import SyntheticDataset, load_adapters, model_provenance
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.writing.writer import Patch
 
 logger = get_logger("synthesis")
 
@@ -127,168 +124,101 @@ def generate_plan(
 
 
 def _generate(
-    plan: pd.DataFrame | str | Path, model: MediPipeline | str | Path, out: str | Path, settings: GenerateSettings,
+    plan: pd.DataFrame | str | Path,
+    model: MediPipeline | str | Path,
+    out: str | Path,
+    settings: GenerateSettings,
     accelerator: Accelerator,
-) -> PatchDataset:  # fmt: skip
+) -> PatchDataset:
     with agreed(accelerator) as told:
+        is_loaded = isinstance(model, MediPipeline)
         pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
-        load_adapters(pipeline, settings, loaded=isinstance(model, MediPipeline))
+        load_adapters(pipeline, settings.adapters, settings.adapter_scales, is_loaded)
         pipeline.to(accelerator.device)
-        maker = Maker(pipeline, settings)
+        sampler = ImageSampler(pipeline, settings)
         checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
-        checked = check_plan(checked, maker.schema, ignore=settings.ignore)
-        maker.check_wanted(checked)
+        checked = check_plan(checked, sampler.schema, ignore=settings.ignore)
+        sampler.check_classifier_values(checked)
         ends = np.cumsum(checked["count"].to_numpy(np.int64))
         if not len(ends) or not ends[-1]:
             raise UserError("The plan asks for no image: every count is 0.")
         mpp = settings.mpp or float(pipeline.provenance.get("mpp", 0))
         if not mpp > 0:
             raise UserError("The model does not say how many µm a pixel is.", "Set mpp.")
-        check_requests(checked, pipeline, settings)
-        folder, name = Path(out), settings.name or Path(out).name
+        check_conditions(checked, pipeline, settings)
         model_hash = pipeline.model_hash
-        provenance = describe(checked, maker, model_hash)
-        done = finished_as(folder, name, provenance)
-        told.reads("model", "" if isinstance(model, MediPipeline) else model, lambda: model_hash)
-        told.reads("plan", plan if isinstance(plan, (str, Path)) else "", lambda: provenance["plan"]["sha256"])
+        synthetic = SyntheticDataset(
+            Path(out),
+            settings.name or Path(out).name,
+            sampler.schema,
+            pipeline.patch_size,
+            mpp,
+            settings.codec,
+            _provenance(checked, sampler, model_hash),
+            int(ends[-1]),
+            settings.patches_per_shard,
+        )
+        done = synthetic.finished()
+        told.reads("model", "" if is_loaded else model, lambda: model_hash)
+        plan_hash = synthetic.provenance["plan"]["sha256"]
+        told.reads("plan", plan if isinstance(plan, (str, Path)) else "", lambda: plan_hash)
         told.does(settings, but=("plan", "model", "adapters", "autoguidance", "classifier"))
-        told.does(provenance, but=("model", "plan"))
+        told.does(synthetic.provenance, but=("model", "plan"))
         told.does({"out": str(out), "mpp": mpp, "finished": done is not None})
     if done is not None:
         return done
-    token = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
-    size = settings.patches_per_shard
-    shards = range(-(-int(ends[-1]) // size))
-    whole = {number for number, record in finished_shards(folder).items() if record.token == token}
-    mine = [n for n in shards if n not in whole and n % accelerator.num_processes == accelerator.process_index]
-    positions = {n: range(n * size, min((n + 1) * size, int(ends[-1]))) for n in mine}
-    count, start = sum(map(len, positions.values())), time.monotonic()
-    first = accelerator.is_main_process
-    ticks = iter(progress(range(count), desc="generating", unit="image") if first else range(count))
-    if first and count:
-        logger.info("%d of %d images here: %s", count, ends[-1], maker.told())
-    with listening() as notice:
-
-        def patches(number: int) -> Iterator[Patch]:
-            samples = [sample_at(checked, maker.schema, position, ends) for position in positions[number]]
-            return observed(patches_of(samples, maker, mpp, model_hash), ticks, notice)
-
-        def write(number: int, its: Iterator[Patch]) -> None:
-            write_shard(folder, number, its, settings.codec, token)
-
-        write_behind(((number, patches(number)) for number in mine), write, 2 * settings.device_batch)
-    if first and count:
-        logger.info("%.3g images/s in each process", count / (time.monotonic() - start))
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_dataset(folder, name, maker.schema, pipeline.patch_size, mpp, settings.codec, provenance, shards=shards)
-    accelerator.wait_for_everyone()
-    return PatchDataset.open(folder)
+        logger.info("%d images: %s", ends[-1], sampler.cost_text())
+
+    def patches(positions: range) -> Iterator[Patch]:
+        samples = [sample_at(checked, sampler.schema, position, ends) for position in positions]
+        return _patches(samples, sampler, mpp, model_hash)
+
+    return synthetic.write(patches, accelerator, "generating", 2 * settings.device_batch)
 
 
-def finished_as(folder: Path, name: str, provenance: dict[str, Any]) -> PatchDataset | None:
-    """The dataset in a folder if it is finished and the one that is to be made there; ``None`` if there is none.
-
-    Raises:
-        UserError: The folder holds another dataset.
-    """
-    if not (folder / INFO_FILE).exists():
-        return None
-    done = PatchDataset.open(folder)
-    if done.info["provenance"] != provenance or done.name != name:
-        raise UserError(f"{folder} holds another dataset.", "Choose another folder, or remove this one first.")
-    logger.info("%s is finished.", folder)
-    return done
-
-
-def load_adapters(pipeline: MediPipeline, settings: GenerateSettings, loaded: bool = False) -> None:
-    """Stack the settings' adapters on a model that was just read.
-
-    Args:
-        pipeline: The model.
-        settings: Names the adapters and their scales.
-        loaded: Whether it is a pipeline of the caller's, which is left as it is.
-
-    Raises:
-        UserError: Scales that do not match the adapters, adapters for a pipeline of the caller's, or an adapter that
-            does not fit.
-    """
-    folders, scales = settings.adapters, settings.adapter_scales or [1.0] * len(settings.adapters)
-    if len(scales) != len(folders):
-        raise UserError(f"There are {len(folders)} adapters and {len(scales)} adapter_scales.", "Give one for each.")
-    if folders and loaded:
-        raise UserError(
-            "Adapters are loaded onto a model folder, and a pipeline is given.", "Call its load_adapter() instead."
-        )
-    for folder, scale in zip(folders, scales, strict=True):
-        pipeline.load_adapter(folder, scale)
-
-
-def patches_of(samples: list[Sample], maker: Maker, mpp: float, model_hash: str) -> Iterator[Patch]:
-    """The patches of some samples."""
-    fields = maker.schema.fields
-    for sample, image in maker.images(samples):
-        who = f"synthetic:{model_hash[:12]}:{sample.row}"
+def _patches(samples: list[Sample], sampler: ImageSampler, mpp: float, model_hash: str) -> Iterator[Patch]:
+    for sample, image in sampler.images(samples):
+        patient = f"synthetic:{model_hash[:12]}:{sample.row}"
         yield Patch(
             key=f"synthetic-{model_hash[:8]}-{sample.row:05d}-{sample.seed:016x}",
             image=image,
-            patient=who,
-            slide=who,
+            patient=patient,
+            slide=patient,
             x=-1,
             y=-1,
             source_mpp=mpp,
-            fields={f.name: sample.fields.get(f.name, UNKNOWN_WORD) for f in fields},
+            fields={name: sample.fields.get(name, UNKNOWN_WORD) for name in sampler.schema.names},
             origin="synthetic",
             extra={"plan_row": sample.row, "sample_seed": sample.seed},
         )
 
 
-def observed(patches: Iterator[Patch], ticks: Iterator[int], notice: Notice) -> Iterator[Patch]:
-    """The same patches, with progress; ended by a notice.
+def check_conditions(plan: pd.DataFrame, pipeline: MediPipeline, settings: GenerateSettings) -> None:
+    """Check, before anything is generated, that the model supports the sampler, the guidance and every condition.
 
     Raises:
-        Preempted: SIGTERM or SIGUSR1 came; the shard that is being written is given up.
-    """
-    for patch in patches:
-        if notice.given:
-            raise Preempted(
-                f"{notice.given}: the shards that were finished are kept; the same command makes the others."
-            )
-        next(ticks, None)
-        yield patch
-
-
-def check_requests(plan: pd.DataFrame, pipeline: MediPipeline, settings: GenerateSettings) -> None:
-    """Refuse, before anything is generated, a sampler, guidance or condition that the model does not support.
-
-    Raises:
-        UserError: Says which and why.
+        UserError: Names what it does not support, and why.
     """
     make_sampler(pipeline.scheduler.config, settings.sampler)
     fields = [f for f in pipeline.schema.fields if f.name in plan.columns]
-    rows = plan[plan["count"] > 0]
-    # What a continuous cell holds does not matter here, only that it is given.
+    # Of a continuous field only matters whether it is given, not its value.
     given = [
         {f.name: UNKNOWN_WORD if f.continuous else row[f.name] for f in fields if row[f.name]}
-        for row in rows.to_dict("records")
+        for row in plan[plan["count"] > 0].to_dict("records")
     ]
     check_guidance(settings.guidance, pipeline.conditioning, pipeline.conditions(given))
 
 
-def describe(plan: pd.DataFrame, maker: Maker, model_hash: str) -> dict[str, Any]:
+def _provenance(plan: pd.DataFrame, sampler: ImageSampler, model_hash: str) -> dict[str, Any]:
     """Everything that the images depend on, JSON-able."""
-    pipeline, settings = maker.pipeline, maker.settings
+    settings = sampler.settings
     table = plan.drop(columns="verdict").to_csv(index=False, lineterminator="\n")
-    stacked = [{"hash": digest, "scale": scale} for digest, scale in pipeline.adapters]
     return {
         "kind": "synthetic",
-        "model": model_hash,  # of the model with its adapters
-        **({"adapters": stacked} if stacked else {}),
-        "autoencoder": pipeline.autoencoder.hash,
-        "trained_on": pipeline.provenance.get("name", ""),
-        **({"seen": maker.seen} if maker.seen["parts"] else {}),
+        **model_provenance(sampler.pipeline, model_hash, sampler.seen if sampler.seen["parts"] else None),
         "plan": {"sha256": hashlib.sha256(table.encode()).hexdigest(), "rows": plan.to_dict("records")},
-        **maker.description(),
+        **sampler.description(),
         "device_batch": settings.device_batch,
         "patches_per_shard": settings.patches_per_shard,
         "codec": settings.codec,

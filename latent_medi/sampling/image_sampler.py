@@ -1,4 +1,4 @@
-"""From samples to images: batches, guides, and what happens when a device's memory is full."""
+"""From samples of a plan to images: batches, guidance models, and smaller batches when a device's memory is full."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from latent_medi.planning.plan import Sample
 from latent_medi.sampling.settings import GenerateSettings
 
 
-class Maker:
-    """Makes the images of samples, each a function of the model, the settings, its condition and its own seed.
+class ImageSampler:
+    """Generates images of samples. Each depends on the model, the settings, its condition and its own seed alone.
 
     Args:
         pipeline: The model, on its device.
         settings: Sampler, guidance, batch and precision.
 
     Attributes:
-        seen: Which combinations the model and what guides it were shown, see :mod:`latent_medi.metadata.seen`.
+        seen: Combinations that the model and its guidance models were trained on, see :mod:`latent_medi.metadata.seen`.
 
     Raises:
-        UserError: A guide that does not go with the model, or a precision that the GPU does not have.
+        UserError: A guidance model does not fit the model, or the GPU does not have the precision.
     """
 
     def __init__(self, pipeline: MediPipeline, settings: GenerateSettings) -> None:
@@ -60,7 +60,7 @@ class Maker:
             self.classifier = LatentClassifier.from_pretrained(settings.classifier.model, pipeline.unet.device)
             self.classifier.check_model(pipeline)
             shown.append(self.classifier.provenance.get("seen"))
-            self._guide(self.classifier.values[:1])  # a wrong interval is told now
+            self._guidance(self.classifier.values[:1])  # refuses a wrong interval now
 
         self.seen = together(*shown)
 
@@ -73,16 +73,16 @@ class Maker:
         kind: Literal["class", "categorical"] = "categorical" if known.class_field else "class"
         return Schema((Field(self.classifier.field, kind, self.classifier.values), *known.fields))
 
-    def _guide(self, wanted: Sequence[str]) -> ClassifierGuidance:
+    def _guidance(self, values: Sequence[str]) -> ClassifierGuidance:
         assert self.classifier is not None
         chosen = self.settings.classifier
-        return ClassifierGuidance(self.classifier.log_probability(wanted), chosen.scale, chosen.interval)
+        return ClassifierGuidance(self.classifier.log_probability(values), chosen.scale, chosen.interval)
 
-    def check_wanted(self, plan: pd.DataFrame) -> None:
-        """Refuse a plan whose rows do not say what the classifier is to guide to.
+    def check_classifier_values(self, plan: pd.DataFrame) -> None:
+        """Check that each row of a plan has a value that the classifier can guide to.
 
         Raises:
-            UserError: Names the first such row.
+            UserError: Names the first row without one.
         """
         if self.classifier is None:
             return
@@ -97,10 +97,10 @@ class Maker:
                 )
 
     def description(self) -> dict[str, Any]:
-        """What the images depend on beside the plan and the model, JSON-able."""
-        guidance = json.loads(json.dumps(asdict(self.settings.guidance)))  # with lists, as it will be read again
+        """Everything but the plan and the model that the images depend on, JSON-able."""
+        guidance = json.loads(json.dumps(asdict(self.settings.guidance)))  # lists instead of tuples, as JSON is read
         if not guidance["rescale"]:
-            del guidance["rescale"]  # as it was before there was one: a folder that was begun then goes on
+            del guidance["rescale"]  # earlier versions had none; their unfinished folders can still be completed
         described: dict[str, Any] = {"sampler": asdict(self.settings.sampler), "guidance": guidance}
         if self.weak is not None:
             interval = list(self.weak.interval)
@@ -108,12 +108,14 @@ class Maker:
         if self.classifier is not None:
             chosen = self.settings.classifier
             described["classifier"] = {
-                "model": self.classifier.hash, "field": self.classifier.field, "scale": chosen.scale,
+                "model": self.classifier.hash,
+                "field": self.classifier.field,
+                "scale": chosen.scale,
                 "interval": list(chosen.interval),
-            }  # fmt: skip
+            }
         return described
 
-    def told(self) -> str:
+    def cost_text(self) -> str:
         """The work per image, in words."""
         sampler, guidance = self.settings.sampler, self.settings.guidance
         branches = evaluations(guidance, self.pipeline.schema)
@@ -127,11 +129,11 @@ class Maker:
     def images(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
         """Each sample with its image, uint8 [H, W, 3], in their order.
 
-        A full memory halves the batch, and the same samples are made again. In fp32 they then differ by a grey level
-        at most; in bf16 and fp16 they look alike.
+        When memory is full, the batch is halved and its samples are generated again. In fp32 they then differ by one
+        grey level at most; in bf16 and fp16 by more, though not visibly.
 
         Raises:
-            UserError: The memory is too small for a single image.
+            UserError: Memory is too small for a single image.
         """
         for part, images in self._batches.over(len(samples), lambda part, size: self._batch(samples[part], size)):
             yield from zip(samples[part], images, strict=True)
@@ -139,13 +141,13 @@ class Maker:
     def _batch(self, part: Sequence[Sample], size: int) -> np.ndarray:
         pipeline, settings = self.pipeline, self.settings
         noise, generators = draw_noise([sample.seed for sample in part], pipeline.latent_shape)
-        names, guide = pipeline.schema.names, None
+        names, guidance = pipeline.schema.names, None
         if self.classifier is not None:
-            wanted = [str(sample.fields[self.classifier.field]) for sample in part]
-            guide = self._guide([*wanted, *wanted[-1:] * (size - len(part))])
-        told = [{name: value for name, value in sample.fields.items() if name in names} for sample in part]
+            values = [str(sample.fields[self.classifier.field]) for sample in part]
+            guidance = self._guidance([*values, *values[-1:] * (size - len(part))])
+        conditions = [{name: value for name, value in sample.fields.items() if name in names} for sample in part]
         latents = pipeline.generate_latents(
-            pipeline.conditions(told),
+            pipeline.conditions(conditions),
             noise,
             settings.sampler,
             settings.guidance,
@@ -154,15 +156,15 @@ class Maker:
             pad=True,
             precision=settings.precision,
             weak=self.weak,
-            classifier=guide,
+            classifier=guidance,
         )
-        # The decoder, too, is given full batches: a kernel may round differently for another batch size.
+        # The decoder also gets full batches, since a kernel may round differently for another batch size.
         filled = latents[torch.arange(size).clamp(max=len(part) - 1)]
         return pipeline.decode(filled.to(pipeline.unet.device))[: len(part)]
 
 
 def check_weaker(strong: MediPipeline, weak: MediPipeline, name: str) -> None:
-    """Refuse a weaker model that does not speak of the same latents and conditions.
+    """Check that a weaker model has the same latents, noise schedule and fields as the model that it guides.
 
     Raises:
         UserError: Names what differs.

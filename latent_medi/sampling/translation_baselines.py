@@ -1,4 +1,4 @@
-"""What a translation is shown beside: stain mapping between sites, how much structure each way keeps, and the sheet."""
+"""Baselines of a translation: stain mapping, the structure that each version of a patch keeps, and the figure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import torch
 from latent_medi.core.errors import needs
 from latent_medi.core.files import atomic_path
 from latent_medi.core.progress import get_logger
-from latent_medi.features.stain import Method, StainStats, fit_stain, haematoxylin, transfer
+from latent_medi.features.stain import STAIN_METHODS, SiteStains, haematoxylin
 from latent_medi.shards.dataset import PatchDataset
 
 logger = get_logger("synthesis")
 
-STAIN_METHODS: tuple[Method, ...] = ("reinhard", "macenko")
 TITLES = {
     "original": "original",
     "round_trip": "autoencoder\nround trip",
@@ -27,7 +26,6 @@ TITLES = {
     "macenko": "Macenko",
     "translated": "translated",
 }
-_PATCHES_PER_FIT = 240
 _BATCH = 256
 _LARGEST = 256  # pixels of a patch on the sheet, beyond which it is thinned
 
@@ -42,48 +40,29 @@ def stain_mappings(
 ) -> dict[str, np.ndarray]:
     """Patches mapped to the stain of another site (or of another value of any categorical field).
 
-    The stain of either side is that of up to 240 patches of the pool, of the classes that both sides have (all, if
-    none), in equal parts.
+    A stain is that of up to 240 patches of the pool, of the classes that own and wanted value share (all, if none), in
+    equal parts.
 
     Args:
         data: The dataset.
         rows: Row numbers of the patches, [N].
         images: The patches, uint8 [N, H, W, 3].
-        to: Wanted value by field; a patch's side is the combination of its own values of these fields.
+        to: Wanted value by field.
         pool: Row numbers of the patches that stains are measured on.
         seed: Seed of their choice.
 
     Returns:
-        By method, uint8 [N, H, W, 3]; nothing if the pool lacks the target, or a patch's own side.
+        By method, uint8 [N, H, W, 3]; empty if the pool has no patch with the wanted values, or with a patch's own.
     """
-    sides = data.index[list(to)].astype(str).agg("\x1f".join, axis=1).to_numpy(str)
+    values = data.index[list(to)].astype(str).agg("\x1f".join, axis=1).to_numpy(str)
     target, known = "\x1f".join(to.values()), data.schema.class_field
     classes = data.index[known.name].to_numpy(str) if known else np.full(len(data), "")
-    there = set(sides[pool])
-    if lacking := sorted({target, *sides[rows]} - there):
-        names = ", ".join(side.replace("\x1f", " × ") for side in lacking)
-        logger.warning("No stain mapping beside: there is no patch of %s to measure a stain on.", names)
+    if lacking := sorted({target, *values[rows]} - set(values[pool])):
+        names = ", ".join(value.replace("\x1f", " × ") for value in lacking)
+        logger.warning("No patches to measure the stain of %s on: the stain mappings are left out.", names)
         return {}
-
-    def stain(side: str, shared: set[str]) -> StainStats:
-        own = pool[(sides[pool] == side) & (np.isin(classes[pool], list(shared)) if shared else True)]
-        return fit_stain(data.read(_balanced(own, classes[own], _PATCHES_PER_FIT, seed)))
-
-    mapped = {method: np.empty_like(images) for method in STAIN_METHODS}
-    for side in np.unique(sides[rows]):
-        shared = set(classes[pool][sides[pool] == side]) & set(classes[pool][sides[pool] == target])
-        ours, theirs, here = stain(side, shared), stain(target, shared), sides[rows] == side
-        for method in STAIN_METHODS:
-            mapped[method][here] = transfer(images[here], ours, theirs, method)
-    return {str(method): made for method, made in mapped.items()}
-
-
-def _balanced(rows: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Up to ``count`` of ``rows``, groups in equal parts as far as they reach, ascending."""
-    names = np.unique(groups)
-    rng = np.random.default_rng([seed, 11])
-    each = math.ceil(count / len(names))
-    return np.sort(np.concatenate([rng.permutation(rows[groups == name])[:each] for name in names]))
+    stains = SiteStains(lambda found: data.read(pool[found]), values[pool], classes[pool], seed, repeat=False)
+    return stains.transferred(images, values[rows], target)
 
 
 def structural_similarity() -> Callable[..., Any]:
@@ -98,10 +77,10 @@ def structural_similarity() -> Callable[..., Any]:
 
 
 def structure_kept(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of each patch's structure another version of it has, both on the haematoxylin channel, float64 [N] each.
+    """Structure of each patch that another version of it keeps, in the haematoxylin channel: two measures, float64 [N].
 
-    The structural similarity (Wang et al. 2004; window of 11 px, σ = 1.5) of the channel's light, and the correlation
-    of its optical density. A site with stronger haematoxylin lowers the former and leaves the latter.
+    The first is the structural similarity (Wang et al. 2004; window of 11 px, σ = 1.5) of the channel's light, the
+    second the correlation of its optical density. Stronger haematoxylin lowers the first and not the second.
 
     Args:
         images, others: uint8 [N, H, W, 3].
@@ -110,29 +89,29 @@ def structure_kept(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, 
         UserError: torchmetrics is not installed.
     """
     similarity = structural_similarity()
-    similar, together = [], []
+    similarities, correlations = [], []
     for start in range(0, len(images), _BATCH):
         a, b = (
             haematoxylin(torch.from_numpy(np.array(x[start : start + _BATCH])).permute(0, 3, 1, 2).float() / 255.0)
             for x in (images, others)
         )
         found = similarity(b, a, data_range=1.0, reduction="none")
-        similar.append(torch.atleast_1d(torch.as_tensor(found)).double().numpy())
+        similarities.append(torch.atleast_1d(torch.as_tensor(found)).double().numpy())
         p, q = ((-x.double().log10()).flatten(1) for x in (a, b))
         p, q = p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True)
         spread = (p.square().sum(1) * q.square().sum(1)).sqrt()
-        # A patch of glass has no structure to keep: nothing is said of it, rather than 0/0.
-        together.append(torch.where(spread > 1e-12, (p * q).sum(1) / spread, torch.nan).numpy())
-    return np.concatenate(similar), np.concatenate(together)
+        # A patch of glass has no structure; its correlation would be 0/0.
+        correlations.append(torch.where(spread > 1e-12, (p * q).sum(1) / spread, torch.nan).numpy())
+    return np.concatenate(similarities), np.concatenate(correlations)
 
 
-def compare(images: np.ndarray, ways: Mapping[str, np.ndarray], patients: np.ndarray) -> dict[str, Any]:
-    """Structure kept and colour by each way, averaged over patients.
+def compare(images: np.ndarray, versions: Mapping[str, np.ndarray], patients: np.ndarray) -> dict[str, Any]:
+    """Structure and colour of each version of some patches, averaged over patients.
 
     Args:
         images: The originals, uint8 [N, H, W, 3].
-        ways: By name, what became of them, uint8 [N, H, W, 3].
-        patients: Of each patch, [N].
+        versions: Their versions by name, uint8 [N, H, W, 3].
+        patients: Patient of each patch, [N].
 
     Returns:
         ``patches`` and ``patients`` (numbers), ``original`` with ``rgb`` (mean grey levels), and ``ways``: by name
@@ -149,15 +128,15 @@ def compare(images: np.ndarray, ways: Mapping[str, np.ndarray], patients: np.nda
         each = version.reshape(len(version), -1, 3).mean(axis=1, dtype=np.float64)
         return [round(float(np.mean([each[patients == p, c].mean() for p in names])), 2) for c in range(3)]
 
-    told = {}
-    for name, version in ways.items():
-        similar, together = structure_kept(images, version)
-        told[name] = {
-            "ssim_haematoxylin": over_patients(similar),
-            "correlation_haematoxylin": over_patients(together),
+    measures = {}
+    for name, version in versions.items():
+        similarity, correlation = structure_kept(images, version)
+        measures[name] = {
+            "ssim_haematoxylin": over_patients(similarity),
+            "correlation_haematoxylin": over_patients(correlation),
             "rgb": colour(version),
         }
-    return {"patches": len(images), "patients": len(names), "original": {"rgb": colour(images)}, "ways": told}
+    return {"patches": len(images), "patients": len(names), "original": {"rgb": colour(images)}, "ways": measures}
 
 
 def measures_text(measures: Mapping[str, Any]) -> str:
@@ -175,22 +154,22 @@ def measures_text(measures: Mapping[str, Any]) -> str:
         f"{'original':12}{'':36}    {rgb(measures['original']['rgb'])}",
     ]
     for name, found in measures["ways"].items():
-        similar, together = (number(found[f"{what}_haematoxylin"]) for what in ("ssim", "correlation"))
-        lines.append(f"{name:12}{similar:>22}{together:>14}    {rgb(found['rgb'])}")
+        similarity, correlation = (number(found[f"{what}_haematoxylin"]) for what in ("ssim", "correlation"))
+        lines.append(f"{name:12}{similarity:>22}{correlation:>14}    {rgb(found['rgb'])}")
     return "\n".join(lines)
 
 
 def write_sheet(
     path: str | Path, columns: Mapping[str, np.ndarray], rows: Sequence[str], target: str, remark: str = ""
 ) -> None:
-    """Write a PNG with a row per patch and a column per way.
+    """Write a PNG with a row per patch and a column per version.
 
     Args:
         path: PNG to write.
-        columns: By way, uint8 [N, H, W, 3]; "original" and "translated" are labelled with what they show.
+        columns: Versions by name, uint8 [N, H, W, 3].
         rows: Label of each row.
-        target: What the patches were mapped or translated to.
-        remark: Shown below.
+        target: Values that the patches were mapped or translated to.
+        remark: Text below the patches.
     """
     with needs("The sheet of comparisons", "matplotlib"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg

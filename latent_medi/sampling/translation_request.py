@@ -1,4 +1,4 @@
-"""Which real patches are to be translated into what, checked before any of it is done."""
+"""Which patches are translated to which conditions, checked before the first is translated."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from latent_medi.statistics.subsampling import patients_in_turn
 logger = get_logger("synthesis")
 
 _SAME_MPP = 0.02
-"""Relative difference of resolutions that is called rounding."""
+"""Relative difference of resolutions that counts as rounding."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Which patches are to become what.
+    """Patches to translate and their conditions.
 
     Args:
-        data: Where they are.
+        data: Their dataset.
         rows: Their row numbers, ascending, int64 [N].
-        source: What they are, N values by field of the model; a field that the dataset lacks is left out.
-        target: What they are to become.
-        unchanged: Selected patches that were left out.
+        source: Their conditions, N values by field of the model; a field that the dataset lacks is left out.
+        target: Conditions to translate them to, likewise.
+        unchanged: Selected patches that already have the target's conditions, and are left out.
     """
 
     data: PatchDataset
@@ -45,16 +45,16 @@ class Request:
     unchanged: int
 
 
-def choose(settings: TranslateSettings, pipeline: MediPipeline) -> Request:
-    """The patches that the settings select, what they are and what they are to become.
+def make_request(settings: TranslateSettings, pipeline: MediPipeline) -> Request:
+    """The patches that the settings select, with their conditions before and after.
 
     Raises:
-        UserError: As for :func:`translate`.
+        UserError: As for :func:`~latent_medi.sampling.translate.translate`.
     """
     if pipeline.conditioning is None:
         raise UserError(
-            "The model is unconditional: it cannot tell one hospital from another.",
-            "Use one that was trained with the fields to change.",
+            "The model is unconditional: it has no field to change.",
+            "Use a model that was trained with the fields of `to`.",
         )
     known = pipeline.schema
     for name in settings.to:
@@ -62,51 +62,51 @@ def choose(settings: TranslateSettings, pipeline: MediPipeline) -> Request:
             raise UserError(f"The model does not know the field {name!r}; {nearest(name, known.names)}.")
     wanted = {name: _value(known, name, value) for name, value in settings.to.items()}
     data = PatchDataset.open(settings.data)
-    Schema.merge(known, data.schema)  # a field of another kind or unit is told here, before anything is made
+    Schema.merge(known, data.schema)  # refuses a field of another kind or unit
     if data.patch_size != pipeline.patch_size:
         raise UserError(
-            f"{data.folder} has patches of {data.patch_size} px, and the model makes {pipeline.patch_size} px.",
+            f"{data.folder} has patches of {data.patch_size} px, and the model generates {pipeline.patch_size} px.",
             "Cut or convert the patches to the model's size and resolution.",
         )
     mpp, trained = float(data.info["mpp"]), float(pipeline.provenance.get("mpp", 0))
     if trained > 0 and abs(mpp / trained - 1) > _SAME_MPP:
         raise UserError(
             f"{data.folder} has {mpp} µm per pixel, and the model was trained at {trained}.",
-            "Cut the patches at the model's resolution: it has seen tissue at no other scale.",
+            "Cut the patches at the model's resolution.",
         )
-    chosen: dict[str, Any] = {**part_of(settings, settings.split_value), **settings.where}
-    rows = data.rows(chosen)
+    selection: dict[str, Any] = {**split_filter(settings, settings.split_value), **settings.where}
+    rows = data.rows(selection)
     if not len(rows):
-        raise UserError(f"{data.folder} has no patch with {', '.join(f'{k}={v}' for k, v in chosen.items())}.")
-    made = int((data.index["origin"].iloc[rows] == "synthetic").sum())
-    if made and not settings.synthetic:
+        raise UserError(f"{data.folder} has no patch with {', '.join(f'{k}={v}' for k, v in selection.items())}.")
+    synthetic = int((data.index["origin"].iloc[rows] == "synthetic").sum())
+    if synthetic and not settings.synthetic:
         raise UserError(
-            f"{made} of the {len(rows)} selected patches of {data.folder} are synthetic.",
-            "Select real ones with where.origin=real, or set synthetic=true if that is meant.",
+            f"{synthetic} of the {len(rows)} selected patches of {data.folder} are synthetic.",
+            "Select real ones with where.origin=real, or set synthetic=true.",
         )
     source = fields_of(data.index.iloc[rows], known)
     target = [{**row, **wanted} for row in source]
     before, after = pipeline.conditions(source), pipeline.conditions(target)
     assert before is not None
     assert after is not None
-    moved = ((before.codes != after.codes) | (before.values != after.values)).any(dim=1).numpy()
-    if not moved.any():
+    changed = ((before.codes != after.codes) | (before.values != after.values)).any(dim=1).numpy()
+    if not changed.any():
         raise UserError(
             f"All {len(rows)} selected patches already are {_text(settings.to)}.", "Choose others with where.<field>."
         )
-    if unchanged := int((~moved).sum()):
+    if unchanged := int((~changed).sum()):
         logger.info("%d of %d patches already are %s and are left out.", unchanged, len(rows), _text(settings.to))
-    kept = np.flatnonzero(moved)
+    kept = np.flatnonzero(changed)
     if 0 < settings.limit < len(kept):
         kept = kept[some_patches(data.index["patient"].to_numpy(str)[rows[kept]], settings.limit, settings.seed)]
     check_guidance(GuidanceSettings(), pipeline.conditioning, before.rows(kept))
     check_guidance(settings.guidance, pipeline.conditioning, after.rows(kept))
-    ddim_of(pipeline, settings)
+    ddim_sampler(pipeline, settings)
     return Request(data, rows[kept], [source[i] for i in kept], [target[i] for i in kept], unchanged)
 
 
 def _value(known: Schema, name: str, value: Any) -> str | float:
-    """A wanted value in the vocabulary's spelling; the field names the closest ones of a wrong value."""
+    """A value in the vocabulary's spelling. An unknown one is refused with the closest ones."""
     field = known.field(name)
     code = field.code(value)
     return field.value(code) if not field.continuous else value
@@ -121,13 +121,13 @@ def some_patches(patients: np.ndarray, most: int, seed: int) -> np.ndarray:
     return patients_in_turn(patients, most, np.random.default_rng([seed, 13]))
 
 
-def part_of(settings: TranslateSettings, value: str) -> dict[str, str]:
-    """What a part of the split is asked for with, as :meth:`PatchDataset.rows` takes it."""
+def split_filter(settings: TranslateSettings, value: str) -> dict[str, str]:
+    """Selects a part of the split, as :meth:`PatchDataset.rows` takes it."""
     return {SPLIT_PREFIX + settings.split: value} if settings.split else {}
 
 
-def ddim_of(pipeline: MediPipeline, settings: TranslateSettings) -> Any:
-    """The sampler that runs in both directions."""
+def ddim_sampler(pipeline: MediPipeline, settings: TranslateSettings) -> Any:
+    """The DDIM sampler, which runs in both directions."""
     return make_sampler(pipeline.scheduler.config, SamplerSettings("ddim", settings.steps))
 
 

@@ -33,7 +33,7 @@ from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.features.encoders import load_encoder
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.launch import make_accelerator
-from latent_medi.sampling.image_sampler import Maker
+from latent_medi.sampling.image_sampler import ImageSampler
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training.loop import train
 from latent_medi.training.settings import TrainSettings
@@ -243,7 +243,7 @@ def test_emulated_bf16_is_refused_wherever_precision_is_taken(
     for call in (
         lambda: load_autoencoder("demo", "cuda", torch.bfloat16),  # encode, and training from a stream
         lambda: make_accelerator(mixed_precision="bf16"),  # train, classifier
-        lambda: Maker(pipeline, GenerateSettings(precision="bf16")),
+        lambda: ImageSampler(pipeline, GenerateSettings(precision="bf16")),
         lambda: pipeline.generate_latents(None, torch.zeros(1, 4, 8, 8), precision="bf16"),
         lambda: run(ExperimentSettings(**values, encode={"precision": "bf16"})),
         lambda: run(ExperimentSettings(**values, train={"precision": "bf16"})),

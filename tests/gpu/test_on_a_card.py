@@ -36,7 +36,7 @@ from latent_medi.diffusion.settings import SamplerSettings
 from latent_medi.features.encoders import load_encoder
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.planning.plan import Sample
-from latent_medi.sampling.image_sampler import Maker
+from latent_medi.sampling.image_sampler import ImageSampler
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training.checkpoint import newest_checkpoint
 from latent_medi.training.data import TrainingData
@@ -260,7 +260,7 @@ def images_of(pipeline: MediPipeline, count: int = 4, **values: Any) -> np.ndarr
     fields: dict[str, str | float] = {"class": "tumour", "site": "aster", "age": 50.0}
     settings = GenerateSettings(**{"sampler": SamplerSettings(steps=8), "device_batch": 4, **values})
     samples = [Sample(0, i, i, fields) for i in range(count)]
-    return np.stack([image for _, image in Maker(pipeline, settings).images(samples)])
+    return np.stack([image for _, image in ImageSampler(pipeline, settings).images(samples)])
 
 
 @pytest.mark.parametrize("form", FORMS)

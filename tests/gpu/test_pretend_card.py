@@ -36,7 +36,7 @@ from latent_medi.latents.settings import EncodeSettings, FloorSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.planning.plan import Sample
 from latent_medi.sampling.generate import generate
-from latent_medi.sampling.image_sampler import Maker
+from latent_medi.sampling.image_sampler import ImageSampler
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training.loop import train
 from latent_medi.training.settings import EmaSettings, StreamSettings
@@ -176,7 +176,7 @@ def images_of(pipeline: MediPipeline, settings: GenerateSettings) -> np.ndarray:
     fields: dict[str, str | float] = {"class": "tumour", "site": "aster", "age": 50.0}
     samples = [Sample(0, i, i, fields) for i in range(3)]
     assert pipeline.autoencoder.device == pipeline.unet.device  # or images are decoded on the CPU
-    return np.stack([image for _, image in Maker(pipeline, settings).images(samples)])
+    return np.stack([image for _, image in ImageSampler(pipeline, settings).images(samples)])
 
 
 def assert_same_images(there: np.ndarray, here: np.ndarray) -> None:

@@ -31,7 +31,7 @@ from latent_medi.latent_classifier.network_settings import EncoderSettings
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.seen import saw
 from latent_medi.planning.plan import write_plan
-from latent_medi.sampling import generate as module
+from latent_medi.sampling import synthetic_dataset as module
 from latent_medi.sampling.generate import generate, generate_plan
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.shards.dataset import PatchDataset

@@ -21,11 +21,11 @@ from latent_medi.core.errors import UserError
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.metadata.schema import Schema
-from latent_medi.sampling import translate as module
+from latent_medi.sampling import synthetic_dataset as module
 from latent_medi.sampling.settings import TranslateSettings
 from latent_medi.sampling.translate import round_trip, translate, translate_images
 from latent_medi.sampling.translation_baselines import compare, measures_text, stain_mappings, structure_kept
-from latent_medi.sampling.translation_request import choose
+from latent_medi.sampling.translation_request import make_request
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.writer import Patch, write_dataset
 
@@ -163,7 +163,7 @@ def test_a_patch_does_not_depend_on_the_others(settings: TranslateSettings, tmp_
 
 def test_to_what_it_is_gives_the_autoencoder_s_round_trip(settings: TranslateSettings, cohort: PatchDataset) -> None:
     pipeline = MediPipeline.from_pretrained(settings.model)
-    asked = choose(settings, pipeline)
+    asked = make_request(settings, pipeline)
     images, source = cohort.read(asked.rows[:5]), pipeline.conditions(asked.source[:5])
     plain = round_trip(images, pipeline, 4).astype(int)
     off = []
@@ -179,7 +179,7 @@ def test_to_what_it_is_gives_the_autoencoder_s_round_trip(settings: TranslateSet
 
 def test_patches_that_already_are_what_is_asked_for_are_left_out(settings: TranslateSettings) -> None:
     pipeline = MediPipeline.from_pretrained(settings.model)
-    asked = choose(replace(settings, where={}), pipeline)
+    asked = make_request(replace(settings, where={}), pipeline)
     sites = asked.data.index["site"].to_numpy(str)
     assert set(sites[asked.rows]) == {"aster", "NA"}
     assert asked.unchanged == (sites[asked.data.rows({"split_main": "train"})] == "birch").sum() > 0

@@ -8,17 +8,13 @@ variants the better one on the test patients is headlined.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
 from latent_medi.evaluation.cohort.combinations import Combination, among
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.features.stain import Method, StainStats, fit_stain, jitter_stains, transfer
+from latent_medi.features.stain import SiteStains, jitter_stains
 from latent_medi.statistics.subsampling import balanced_draw
-
-STAIN_METHODS: tuple[Method, ...] = ("reinhard", "macenko")
-_PATCHES_PER_FIT = 240
 
 
 @dataclass
@@ -121,24 +117,6 @@ def stain_transfer(study: Study, cell: Combination, n: int, seed: int) -> Transf
         return None
     rows = sources[balanced_draw(sites[sources], n, rng)]
     images = study.real.read(rows)
-    mapped = {m: np.empty_like(images) for m in STAIN_METHODS}
-    for source in np.unique(sites[rows]):
-        here = sites[rows] == source
-        source_stats, target_stats = site_stains(study, str(source), target, seed)
-        for method in STAIN_METHODS:
-            mapped[method][here] = transfer(images[here], source_stats, target_stats, method)
-    return Transferred(cast(dict[str, np.ndarray], mapped), rows)
-
-
-def site_stains(study: Study, source: str, target: str, seed: int) -> tuple[StainStats, StainStats]:
-    """Stain of two sites from training patches of the classes that both have (all, if none), in equal parts."""
-    sites = study.site_labels[study.train]
     classes = study.class_labels[study.train]
-    shared = set(classes[sites == source]) & set(classes[sites == target])
-    result = []
-    for site in (source, target):
-        rows = np.flatnonzero((sites == site) & (np.isin(classes, list(shared)) if shared else True))
-        rng = np.random.default_rng([seed, 11])
-        chosen = np.unique(balanced_draw(classes[rows], min(_PATCHES_PER_FIT, len(rows)), rng))
-        result.append(fit_stain(study.real.read(study.train[rows[chosen]])))
-    return result[0], result[1]
+    stains = SiteStains(lambda positions: study.real.read(study.train[positions]), sites[study.train], classes, seed)
+    return Transferred(stains.transferred(images, sites[rows], target), rows)

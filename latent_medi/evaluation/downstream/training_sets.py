@@ -19,13 +19,13 @@ from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.combinations import Combination, describe, matches
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet, held_out_with_class
 from latent_medi.evaluation.downstream.baselines import (
-    STAIN_METHODS,
     Transferred,
     alike_sources,
     nearest_sites,
     stain_augmentation,
     stain_transfer,
 )
+from latent_medi.features.stain import STAIN_METHODS
 from latent_medi.statistics.subsampling import balanced_draw, repeated_draw
 
 log = get_logger(__name__)

@@ -1,0 +1,168 @@
+"""A synthetic dataset folder: written shard by shard by all processes, and completed by a second run after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from latent_medi.core.errors import Preempted, UserError
+from latent_medi.core.preemption import listening
+from latent_medi.core.progress import get_logger, progress
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.dataset import INFO_FILE, PatchDataset
+from latent_medi.shards.writing.background_writer import write_behind
+from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_shards, write_shard
+
+logger = get_logger("synthesis")
+
+
+@dataclass(frozen=True)
+class SyntheticDataset:
+    """A dataset folder to write.
+
+    Args:
+        folder: The folder.
+        name: The dataset's name.
+        schema: Its fields.
+        patch_size: Edge of a patch in pixels.
+        mpp: µm per pixel.
+        codec: "png", "jpg" or "webp".
+        provenance: JSON-able: everything that the patches depend on. Shards with another provenance are written again.
+        patches: Number of patches.
+        patches_per_shard: Patches per tar.
+    """
+
+    folder: Path
+    name: str
+    schema: Schema
+    patch_size: int
+    mpp: float
+    codec: str
+    provenance: dict[str, Any]
+    patches: int
+    patches_per_shard: int
+
+    def finished(self) -> PatchDataset | None:
+        """The dataset if an earlier run has finished it; ``None`` if there is none.
+
+        Raises:
+            UserError: The folder holds another dataset.
+        """
+        if not (self.folder / INFO_FILE).exists():
+            return None
+        done = PatchDataset.open(self.folder)
+        if done.info["provenance"] != self.provenance or done.name != self.name:
+            raise UserError(f"{self.folder} holds another dataset.", "Choose another folder, or remove this one first.")
+        logger.info("%s is finished.", self.folder)
+        return done
+
+    def write(
+        self,
+        patches: Callable[[range], Iterator[Patch]],
+        accelerator: Accelerator,
+        desc: str,
+        waiting: int,
+    ) -> PatchDataset:
+        """Write the shards that are not finished, and then the index.
+
+        Args:
+            patches: Makes the patches of a range of positions, from 0 to the number of patches.
+            accelerator: Its processes share the shards; the first one writes the index.
+            desc: Name of the progress display.
+            waiting: Patches that may wait to be written while further ones are made.
+
+        Raises:
+            Preempted: SIGTERM or SIGUSR1 came; finished shards are kept.
+        """
+        token = digest(self.provenance)
+        size = self.patches_per_shard
+        shards = range(-(-self.patches // size))
+        finished = {number for number, record in finished_shards(self.folder).items() if record.token == token}
+        own = [n for n in shards if n not in finished and n % accelerator.num_processes == accelerator.process_index]
+        positions = {n: range(n * size, min((n + 1) * size, self.patches)) for n in own}
+        count, start = sum(map(len, positions.values())), time.monotonic()
+        shown = accelerator.is_main_process
+        ticks = iter(progress(range(count), desc=desc, unit="image") if shown else range(count))
+        with listening() as notice:
+
+            def counted(part: range) -> Iterator[Patch]:
+                for patch in patches(part):
+                    if notice.given:
+                        raise Preempted(f"{notice.given}: finished shards are kept. The same command makes the others.")
+                    next(ticks, None)
+                    yield patch
+
+            def write(number: int, made: Iterator[Patch]) -> None:
+                write_shard(self.folder, number, made, self.codec, token)
+
+            write_behind(((number, counted(part)) for number, part in positions.items()), write, waiting)
+        if shown and count:
+            logger.info("%.3g images/s in each process", count / (time.monotonic() - start))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish_dataset(
+                self.folder,
+                self.name,
+                self.schema,
+                self.patch_size,
+                self.mpp,
+                self.codec,
+                self.provenance,
+                shards=shards,
+            )
+        accelerator.wait_for_everyone()
+        return PatchDataset.open(self.folder)
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def model_provenance(pipeline: MediPipeline, model_hash: str, seen: Any) -> dict[str, Any]:
+    """What a dataset's provenance records of the model.
+
+    Args:
+        pipeline: The model.
+        model_hash: Its hash, adapters included.
+        seen: Combinations that the model was trained on, see :mod:`latent_medi.metadata.seen`; left out if empty.
+    """
+    adapters = [{"hash": digest, "scale": scale} for digest, scale in pipeline.adapters]
+    return {
+        "model": model_hash,
+        **({"adapters": adapters} if adapters else {}),
+        "autoencoder": pipeline.autoencoder.hash,
+        "trained_on": pipeline.provenance.get("name", ""),
+        **({"seen": seen} if seen else {}),
+    }
+
+
+def load_adapters(pipeline: MediPipeline, folders: list[str], scales: list[float], is_loaded: bool) -> None:
+    """Stack adapters on a model that was just read.
+
+    Args:
+        pipeline: The model.
+        folders: Adapter folders, in order.
+        scales: Scale of each; none means 1 for each.
+        is_loaded: Whether the caller gave the pipeline, which then is not changed.
+
+    Raises:
+        UserError: Another number of scales, adapters for a pipeline of the caller, or an adapter that does not fit.
+    """
+    scales = scales or [1.0] * len(folders)
+    if len(scales) != len(folders):
+        raise UserError(f"There are {len(folders)} adapters and {len(scales)} adapter_scales.", "Give one for each.")
+    if folders and is_loaded:
+        raise UserError(
+            "Adapters are loaded onto a model folder, and a pipeline is given.", "Call its load_adapter() instead."
+        )
+    for folder, scale in zip(folders, scales, strict=True):
+        pipeline.load_adapter(folder, scale)
