@@ -44,13 +44,13 @@ CLASS, SITE = "the class field", "the site field"
 ALL = "every categorical field"
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
-    "histodiffusion": {"criteria": ["centroid"], "rank": "centroid", "centroids": [[CLASS]], "adjust": False},
-    "class": {"criteria": []},
-    "class_and_site": {"criteria": [], "fields": [CLASS, SITE]},
-    "all_fields": {"criteria": [], "fields": ALL},
-    "class_unadjusted": {"criteria": [], "adjust": False},
-    "class_centroid": {"criteria": [], "rank": "centroid", "centroids": [[CLASS]]},
-    "distance": {"criteria": [], "rank": "distance"},
+    "histodiffusion": {"filters": ["centroid"], "rank": "centroid", "centroids": [[CLASS]], "adjust": False},
+    "class": {"filters": []},
+    "class_and_site": {"filters": [], "fields": [CLASS, SITE]},
+    "all_fields": {"filters": [], "fields": ALL},
+    "class_unadjusted": {"filters": [], "adjust": False},
+    "class_centroid": {"filters": [], "rank": "centroid", "centroids": [[CLASS]]},
+    "distance": {"filters": [], "rank": "distance"},
 }
 NEIGHBOURS = 5
 
@@ -152,10 +152,10 @@ def main() -> None:
             settings = SelectSettings(
                 data=str(folder), real=real, name=way, share=arguments.share, cache=str(cache), **changes
             )
-            chosen_cells = select(settings, chooser)
+            selection = select(settings, chooser)
             made = PatchDataset.open(folder)
             chosen = made.index[f"selected_{way}"].to_numpy(bool)[judge.rows]
-            cells = made.index[chosen_cells["recipe"]["cells"]].astype(str).agg("|".join, axis=1).to_numpy(str)
+            cells = made.index[selection.recipe["cells"]].astype(str).agg("|".join, axis=1).to_numpy(str)
             cells = cells[judge.rows]
             # The control of the selection itself, and many like it: luck is part of the comparison.
             draws = [made.index[f"selected_{way}_control"].to_numpy(bool)[judge.rows]]
@@ -164,7 +164,7 @@ def main() -> None:
             recovery = judge.recovery(chosen)
             random = {key: np.array([judge.recovery(draw)[key] for draw in draws]) for key in recovery}
             result[f"{way}_selected"] = int(chosen.sum())
-            result[f"{way}_accepted_share"] = chosen_cells["total"]["acceptance"]
+            result[f"{way}_accepted_share"] = selection.result.total.acceptance
             for key, value in recovery.items():
                 result[f"{way}_{key}_recovery"] = value
                 result[f"{way}_{key}_recovery_random"] = float(random[key].mean())
@@ -176,7 +176,7 @@ def main() -> None:
             result[f"{way}_kid"] = judge.kid(chosen)
             result[f"{way}_kid_random"] = float(np.mean([judge.kid(draw) for draw in draws[:20]]))
             for kind in ("pairwise", "nearest"):
-                own, other = (chosen_cells["diversity"][who][kind] for who in ("chosen", "control"))
+                own, other = (getattr(selection.result.diversity[who], kind) for who in ("chosen", "control"))
                 result[f"{way}_{kind}_distance_over_random"] = own / other
     tell(result, arguments.json)
 

@@ -279,12 +279,13 @@ def _grid(words: list[str]) -> Printed:
 
 
 def _select(words: list[str]) -> Printed:
-    from latent_medi.selection.select import select, selection_text
+    from latent_medi.selection.result import selection_text
+    from latent_medi.selection.select import select
     from latent_medi.selection.settings import SelectSettings
 
-    result = select(config.parse(SelectSettings, words, "select", positional="data"))
-    print(selection_text(result))
-    return result
+    selection = select(config.parse(SelectSettings, words, "select", positional="data"))
+    print(selection_text(selection))
+    return selection.to_json()
 
 
 def _translate(words: list[str]) -> Printed:

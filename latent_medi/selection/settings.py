@@ -7,53 +7,56 @@ from typing import Literal
 
 from latent_medi.core.paths import PathText
 
-Criterion = Literal["centroid", "confidence", "outliers", "copies", "duplicates"]
+Filter = Literal["centroid", "confidence", "outliers", "copies", "duplicates"]
+Score = Literal["confidence", "centroid", "distance"]
 
 
 @dataclass
 class SelectSettings:
-    """Which patches of a synthetic dataset are worth keeping, judged by what real training patches look like.
+    """Which patches of a synthetic dataset to keep, judged by real training patches.
 
     Args:
         data: Folder of the synthetic dataset. It gains columns, and loses nothing.
         real: Folder of the real dataset.
         name: Name of the selection: the columns are selected_NAME, selected_NAME_control and selected_NAME_score.
         split: Named split of the real dataset.
-        split_value: Its part to learn from; a training part, test patients are refused.
-        cells: Fields whose combinations are the cells to choose from; empty means every class and categorical field
-            that the synthetic patches state.
-        fields: Fields that centroids and confidence judge; empty means the class alone, or those of cells where they
-            lack it. A field that real patches hardly show drowns the others in noise.
-        criteria: What a patch must pass. "centroid": in each group of fields, the nearest centroid of real patches is
-            that of its own values. "confidence": a probe of each field finds the value asked for. "outliers": not too
-            far from every real patch. "copies": not too near to one, and no real patch turned or mirrored.
-            "duplicates": not too near to a better synthetic one, and not one turned or mirrored.
-        centroids: Groups of fields; a centroid belongs to a combination of a group's values. Empty means each of fields
-            by itself. A combination without real training patches has no centroid, so a group must not hold it.
-        adjust: Take what the other fields do to the features (least squares over real training patches) out of them
-            before a field is judged. Without it, combinations that training lacks are refused for their rarity:
-            a probe of the class that never saw it at a site takes the site for evidence against it.
-        confidence: Least probability of each value asked for, 0 to 1, for the criterion of that name.
+        split_value: Its part to learn from, a training part.
+        cells: Fields whose combinations patches are chosen from; empty means every class and categorical field that the
+            synthetic patches state.
+        fields: Fields that centroids and confidence score; empty means the class alone, or those of cells where they
+            lack it. A field that hardly shows in real patches adds noise.
+        filters: What a patch must pass. "centroid": in each group of fields, the nearest centroid of real patches is
+            that of its own values. "confidence": a linear probe of each field finds the stated value probable.
+            "outliers": a real patch is near enough. "copies": no real patch is too near, or has the same pixels, also
+            rotated or mirrored. "duplicates": the same of better synthetic patches.
+        centroids: Groups of fields; each combination of a group's values has a centroid. Empty means each of fields by
+            itself. Every combination of a group needs real training patches.
+        adjust: Subtract the effects of the other fields from the features (least squares over real training patches)
+            before a field is scored. Without it, combinations that training lacks are rejected for being rare: a probe
+            of the class that never saw the class at a site takes the site for evidence against it.
+        confidence: Least probability of each stated value, 0 to 1, for the filter of that name.
         outliers: Quantile, 0 to 1, of the distances of real patches to the nearest one of another patient (and, for a
-            cell without real patches, of another cell): a patch farther from the nearest real one is an outlier.
+            combination without real patches, of another combination): a patch farther from the nearest real one is an
+            outlier.
         copies: Quantile of the distances between patients: a patch nearer to a real one is a copy.
         duplicates: Quantile of the distances between patients: of two synthetic patches nearer to each other, the worse
             one is a duplicate.
-        rank: What "best" means: "confidence" (mean log probability over fields), "centroid" (mean squared distance to
-            the own centroids) or "distance" (to the nearest real patch). selected_NAME_score holds it, lower is better.
-        per_cell: Patches to choose per cell at most; 0 for no such bound.
-        share: Share of a cell's patches, above 0 to 1, to choose at most, rounded up.
-        control: Also choose as many per cell at random, from all of its patches.
+        rank: Score that orders patches, lower is better: "confidence" (minus the mean log probability over fields),
+            "centroid" (mean squared distance to the own centroids) or "distance" (to the nearest real patch).
+            selected_NAME_score holds it.
+        per_cell: Patches to choose per combination at most; 0 for no such bound.
+        share: Share of a combination's patches, above 0 to 1, to choose at most, rounded up.
+        control: Also choose as many per combination at random, from all of its patches.
         encoder: Name of an encoder (docs/evaluation.md lists them), a folder with one, or ``module:callable``.
         weights: Weight file or folder for encoders that need one; empty means the hub's cache.
-        colour_free: Judge by the haematoxylin channel alone.
-        regularisation: C of the probes (inverse strength, standardised features); 0 chooses it by cross-validation over
-            patients.
-        most: Real patches that a probe learns from, and whose distances give the quantiles, at most; evenly by patient.
+        colour_free: Use the haematoxylin channel alone.
+        regularisation: C of the linear probes (inverse strength, standardised features); 0 chooses it by
+            cross-validation over patients.
+        most: Real patches that train a linear probe, and whose distances give the quantiles, at most; patients in turn.
         seed: Seed of the control and of every subsample.
         batch: Patches per forward pass.
         device: Torch device, such as "cpu" or "cuda"; empty takes a GPU if there is one.
-        workers: Threads that decode patches for the comparison of pixels; 0 decodes in the main thread.
+        workers: Threads that decode patches to compare pixels; 0 decodes in the main thread.
         cache: Folder of the feature cache; empty means "features" beside the synthetic dataset.
         replace: Whether another selection of that name may be overwritten.
     """
@@ -65,14 +68,14 @@ class SelectSettings:
     split_value: str = "train"
     cells: list[str] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
-    criteria: list[Criterion] = field(default_factory=lambda: ["outliers", "copies", "duplicates"])
+    filters: list[Filter] = field(default_factory=lambda: ["outliers", "copies", "duplicates"])
     centroids: list[list[str]] = field(default_factory=list)
     adjust: bool = True
     confidence: float = 0.5
     outliers: float = 0.99
     copies: float = 0.001
     duplicates: float = 0.001
-    rank: Literal["confidence", "centroid", "distance"] = "confidence"
+    rank: Score = "confidence"
     per_cell: int = 0
     share: float = 0.5
     control: bool = True

@@ -104,7 +104,7 @@ def test_what_judges_is_compared_too(tmp_path: Path) -> None:
         yaml.safe_dump({"synthetic": {"medi": str(world.medi)}, "held_out": HELD_OUT, "encoders": ["demo"]})
     )
     judged = ["evaluate", "--config", str(tmp_path / "settings.yaml"), f"real={world.real}", f"out={tmp_path / 'out'}"]
-    chosen = ["select", f"data={world.medi}", f"real={world.real}", "encoder=demo", "criteria=[copies]"]
+    chosen = ["select", f"data={world.medi}", f"real={world.real}", "encoder=demo", "filters=[copies]"]
     chosen += ["cells=[class]", "rank=distance"]
     away = {str(world.real): str(tmp_path / "real2")}
     first, second = told([(judged, away), (chosen, away), (chosen, {})], tmp_path)

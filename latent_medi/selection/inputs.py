@@ -1,4 +1,4 @@
-"""What a selection judges, and by what: two datasets opened and checked, cells and fields found, the recipe of it."""
+"""What a selection starts from: two datasets opened and checked, their fields and combinations, and its recipe."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.format.selections import check_selection_name
 
 MIN_PATIENTS = 10
-"""Fewer patients than this say nothing about distances between patients."""
+"""Patients that distances between patients need at least."""
 MIN_PATIENTS_OF_VALUE = 2
-"""A probe is checked on patients that it did not learn from, so each value needs two."""
+"""A linear probe is validated on patients that it did not learn from, so each value needs two."""
 _NO_EFFECT = ("data", "real", "batch", "device", "workers", "cache", "replace", "encoder", "weights")
 
 
 @dataclass
-class Task:
-    """What is judged, and by what.
+class Inputs:
+    """Synthetic patches to choose from, and real training patches to judge them by.
 
     Args:
         synthetic: The synthetic dataset.
-        real: Index of the real training patches.
-        real_rows: Their row numbers in their dataset.
-        cells: Fields that make a cell.
-        fields: Fields that are judged.
+        real_dataset: The real dataset.
+        real_rows: Row numbers of its training patches.
+        real: Index of these, [M].
+        cells: Fields whose combinations are chosen from.
+        fields: Fields that are scored.
         groups: Groups of fields with a centroid per combination.
-        names: Values of each cell, in the order of the cells' codes.
-        cell: Cell code of each synthetic row, int64.
-        unseen: Whether a cell has no real training patch, by code.
+        names: Values of each combination, in the order of the codes.
+        cell: Code of each synthetic row's combination, int64 [N].
+        unseen: Whether a combination has no real training patch, by code.
     """
 
     synthetic: PatchDataset
-    real: pd.DataFrame
+    real_dataset: PatchDataset
     real_rows: np.ndarray
+    real: pd.DataFrame
     cells: list[str]
     fields: list[str]
     groups: list[list[str]]
@@ -55,7 +57,7 @@ class Task:
 
 
 def check_settings(settings: SelectSettings) -> None:
-    """Refuse numbers out of range and a part of the split that is not for learning.
+    """Check that numbers are in range and that the part of the split is a training part.
 
     Raises:
         UserError: Names the setting.
@@ -74,33 +76,30 @@ def check_settings(settings: SelectSettings) -> None:
     if not settings.split_value.startswith("train"):
         raise UserError(
             f"A selection learns from a training part of a split, not from {settings.split_value!r}.",
-            "What test patients taught would flatter every score on them. Set split_value=train.",
+            "Set split_value=train, or every score on the test patients is biased.",
         )
 
 
-def open_task(settings: SelectSettings) -> tuple[Task, PatchDataset]:
-    """Open both datasets and find out what there is to judge.
-
-    Returns:
-        The task and the real dataset.
+def open_inputs(settings: SelectSettings) -> Inputs:
+    """Open both datasets, and find the fields to score and the combinations to choose from.
 
     Raises:
-        UserError: A folder of the wrong kind, a split or field that is not there, a value that a criterion cannot
-            judge, or too few patients.
+        UserError: A folder of the wrong kind, a missing split or field, a value that a filter cannot judge, or too few
+            patients.
     """
     synthetic, real = PatchDataset.open(settings.data), PatchDataset.open(settings.real)
     for dataset, setting, origin in ((synthetic, "data", "synthetic"), (real, "real", "real")):
         if wrong := int((dataset.index["origin"] != origin).sum()):
             raise UserError(
                 f"{dataset.folder} is given as {setting}, but {wrong} of its {len(dataset)} patches are not {origin}.",
-                "data=SYNTHETIC real=REAL; are the two swapped?",
+                "Give data=SYNTHETIC real=REAL; the two may be swapped.",
             )
     ours, theirs = ((d.patch_size, d.info["mpp"]) for d in (synthetic, real))
     if ours != theirs:
         raise UserError(
             f"{settings.data} has patches of {ours[0]} px at {ours[1]:g} µm per pixel, {settings.real} of "
-            f"{theirs[0]} px at {theirs[1]:g}: their features do not compare.",
-            "Give the real dataset that the model learned from.",
+            f"{theirs[0]} px at {theirs[1]:g}: their features cannot be compared.",
+            "Give the real dataset that the model was trained on.",
         )
     if settings.split not in real.splits:
         raise UserError(
@@ -113,7 +112,7 @@ def open_task(settings: SelectSettings) -> tuple[Task, PatchDataset]:
     if not len(rows):
         raise UserError(f"Split {settings.split!r} of {settings.real} has no {settings.split_value!r} patches.")
     table = real.index.iloc[rows].reset_index(drop=True)
-    # Who shares a picture is one patient: a distance of 0 between patients would let every copy pass.
+    # Patients with the same picture count as one: their distance of 0 would let every copy pass.
     table = table.assign(patient=joined_patients(table))
     patients = table["patient"].nunique()
     if patients < MIN_PATIENTS:
@@ -128,30 +127,28 @@ def open_task(settings: SelectSettings) -> tuple[Task, PatchDataset]:
     names = sorted(set(labels))
     codes = {name: code for code, name in enumerate(names)}
     seen = set(map(tuple, table[cells].astype(str).to_numpy()))
-    task = Task(
-        synthetic, table, rows, cells, fields, groups, names,
-        np.array([codes[label] for label in labels]), np.array([name not in seen for name in names]),
-    )  # fmt: skip
-    _check_values(task, settings)
-    return task, real
+    cell, unseen = np.array([codes[label] for label in labels]), np.array([name not in seen for name in names])
+    inputs = Inputs(synthetic, real, rows, table, cells, fields, groups, names, cell, unseen)
+    _check_values(inputs, settings)
+    return inputs
 
 
 def _stated(synthetic: PatchDataset) -> list[str]:
-    """Class and categorical fields that at least one patch has a value of."""
+    """Class and categorical fields with a known value in at least one patch."""
     index = synthetic.index
     return [f.name for f in synthetic.schema.fields if not f.continuous and index[f.name].isin(f.values).any()]
 
 
 def _class_of(synthetic: PatchDataset, cells: Sequence[str]) -> list[str]:
-    """The class field, if it is among the cells' fields."""
+    """The class field, if the combinations have it."""
     class_field = synthetic.schema.class_field
     return [class_field.name] if class_field is not None and class_field.name in cells else []
 
 
 def _known(names: Sequence[str], synthetic: PatchDataset, real: PatchDataset, setting: str) -> list[str]:
-    """The fields of a setting, each checked to be one that both datasets have and that has values."""
+    """The fields of a setting, checked to be class or categorical fields of both datasets."""
     if not names:
-        raise UserError(f"{synthetic.folder} states no class and no categorical field: there is nothing to judge by.")
+        raise UserError(f"{synthetic.folder} states no class and no categorical field to judge by.")
     for name in names:
         for dataset in (synthetic, real):
             able = [f.name for f in dataset.schema.fields if not f.continuous]
@@ -165,37 +162,35 @@ def _known(names: Sequence[str], synthetic: PatchDataset, real: PatchDataset, se
     return list(names)
 
 
-def _check_values(task: Task, settings: SelectSettings) -> None:
-    """Refuse what a criterion would have to judge without ever having seen it."""
-    if "confidence" in settings.criteria or settings.rank == "confidence":
-        for name in task.fields:
-            patients = task.real.groupby(name)["patient"].nunique()
-            asked = set(column(task.synthetic.index, name).tolist()) - {UNKNOWN_WORD}
-            for value in sorted(asked):
-                count = int(patients.get(value, 0))
-                if count < MIN_PATIENTS_OF_VALUE:
-                    raise UserError(
-                        f"The criterion confidence cannot judge {name} {value!r}: {count} training patients of "
-                        f"{settings.real} have it, and a probe needs {MIN_PATIENTS_OF_VALUE}.",
-                        f"Judge other fields: fields=[…] without {name}; or leave confidence out of criteria and rank.",
-                    )
-            if len(set(column(task.real, name)) - {UNKNOWN_WORD}) < 2:
+def _check_values(inputs: Inputs, settings: SelectSettings) -> None:
+    """Check that training patches have every value that a filter is to recognise."""
+    needed = {*settings.filters, settings.rank}
+    for name in inputs.fields if "confidence" in needed else []:
+        patients = inputs.real.groupby(name)["patient"].nunique()
+        stated = set(column(inputs.synthetic.index, name).tolist()) - {UNKNOWN_WORD}
+        for value in sorted(stated):
+            count = int(patients.get(value, 0))
+            if count < MIN_PATIENTS_OF_VALUE:
                 raise UserError(
-                    f"The criterion confidence needs two values of {name}; the training patients have one.",
-                    f"Judge other fields: fields=[…] without {name}.",
+                    f"The filter confidence cannot judge {name} {value!r}: {count} training patients of "
+                    f"{settings.real} have it, and a linear probe needs {MIN_PATIENTS_OF_VALUE}.",
+                    f"Set fields to others than {name}, or leave confidence out of filters and rank.",
                 )
-    if "centroid" in settings.criteria or settings.rank == "centroid":
-        for group in task.groups:
-            there = set(joined(task.real, group))
-            asked = {label for label in joined(task.synthetic.index, group) if label is not None}
-            if lacking := sorted(asked - there):
-                raise UserError(
-                    f"The criterion centroid cannot judge {' × '.join(group)} {lacking[0]!r}: no training patch of "
-                    f"{settings.real} has it ({len(lacking)} such combinations).",
-                    f"Judge the fields one by one: centroids={[[name] for name in group]}."
-                    if len(group) > 1
-                    else f"Leave {group[0]} out of centroids.",
-                )
+        if len(set(column(inputs.real, name)) - {UNKNOWN_WORD}) < 2:
+            raise UserError(
+                f"The filter confidence needs two values of {name}; the training patients have one.",
+                f"Set fields to others than {name}.",
+            )
+    for group in inputs.groups if "centroid" in needed else []:
+        known = set(joined(inputs.real, group))
+        stated = {label for label in joined(inputs.synthetic.index, group) if label is not None}
+        if lacking := sorted(stated - known):
+            one_by_one = f"Score the fields one by one: centroids={[[name] for name in group]}."
+            raise UserError(
+                f"The filter centroid cannot judge {' × '.join(group)} {lacking[0]!r}: no training patch of "
+                f"{settings.real} has it ({len(lacking)} such combinations).",
+                one_by_one if len(group) > 1 else f"Leave {group[0]} out of centroids.",
+            )
 
 
 def column(index: pd.DataFrame, name: str) -> np.ndarray:
@@ -211,21 +206,25 @@ def joined(index: pd.DataFrame, group: Sequence[str]) -> np.ndarray:
     return labels
 
 
-def make_recipe(settings: SelectSettings, task: Task, real: PatchDataset, encoder: ImageEncoder) -> dict[str, Any]:
-    """All that the choice depends on."""
-    kept = {k: v for k, v in asdict(settings).items() if k not in _NO_EFFECT}
-    resolved = {"cells": task.cells, "fields": task.fields, "centroids": task.groups, "criteria": settings.criteria}
-    about_real = sorted({"key", "patient", *task.cells, *task.fields, *(f for g in task.groups for f in g)})
+def make_recipe(settings: SelectSettings, inputs: Inputs, encoder: ImageEncoder) -> dict[str, Any]:
+    """All that the choice depends on; entries are named as in the first version of the format."""
+    kept = {k: v for k, v in asdict(settings).items() if k not in (*_NO_EFFECT, "filters")}
+    compared = sorted({"key", "patient", *inputs.cells, *inputs.fields, *(f for g in inputs.groups for f in g)})
     return {
         **kept,
-        **resolved,
+        "cells": inputs.cells,
+        "fields": inputs.fields,
+        "centroids": inputs.groups,
+        "criteria": settings.filters,
         "encoder": {"name": encoder.name, "fingerprint": encoder.fingerprint},
-        "synthetic": _hash(dataset_hash(task.synthetic), task.synthetic.index[about_real]),
+        "synthetic": _hash(dataset_hash(inputs.synthetic), inputs.synthetic.index[compared]),
         "real": {
-            "name": real.name, "patches": len(task.real), "patients": int(task.real["patient"].nunique()),
-            "sha256": _hash(dataset_hash(real), task.real[about_real]),
+            "name": inputs.real_dataset.name,
+            "patches": len(inputs.real),
+            "patients": int(inputs.real["patient"].nunique()),
+            "sha256": _hash(dataset_hash(inputs.real_dataset), inputs.real[compared]),
         },
-    }  # fmt: skip
+    }
 
 
 def _hash(content: str, table: pd.DataFrame) -> str:
