@@ -81,9 +81,3 @@ def test_white_patches_do_not_break_the_fit() -> None:
     white = np.full((2, 16, 16, 3), 255, np.uint8)
     mapped = transfer(white, fit_stain(white), fit_stain(_tissue(4)), "macenko")
     assert (mapped == 255).all()
-
-
-def test_unknown_method_is_refused() -> None:
-    stats = fit_stain(_tissue(0))
-    with pytest.raises(ValueError, match="vahadane"):
-        transfer(_tissue(0), stats, stats, "vahadane")  # type: ignore[arg-type]
