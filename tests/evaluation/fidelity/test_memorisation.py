@@ -78,13 +78,13 @@ def test_copies_are_counted_and_listed_with_their_originals(
     world: World, thief: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices: list[str] = []
-    search = module.nearest
+    search = module.nearest_neighbours
 
     def noting(*arguments: Any, device: Any = "unsaid", **named: Any) -> Any:
         devices.append(str(arguments[4] if len(arguments) > 4 else device))
         return search(*arguments[:4], **named)
 
-    monkeypatch.setattr(module, "nearest", noting)
+    monkeypatch.setattr(module, "nearest_neighbours", noting)
     settings = world.settings("thief", synthetic={"medi": str(thief)}, device="cpu:0", **QUIET)
     found = evaluate(settings, [filters()])["memorisation"]["filters"]["arms"]["medi"]
     assert set(devices) == {"cpu:0"}  # the evaluation's own
