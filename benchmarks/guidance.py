@@ -24,7 +24,7 @@ from output import options, tell
 from latent_medi.core import config
 from latent_medi.core.progress import set_up_logging
 from latent_medi.diffusion.settings import GuidanceSettings
-from latent_medi.evaluation.cohort.comparison_sets import FLOOR, held_out_comparisons
+from latent_medi.evaluation.cohort.comparison_sets import REAL, held_out_comparisons
 from latent_medi.evaluation.cohort.study import open_study
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
@@ -71,8 +71,9 @@ def recalls(settings: EvaluateSettings, name: str, weights: str | None) -> dict[
     found: dict[str, list[float]] = {}
     for cell in held_out_comparisons(study, settings.seed):
         for arm, rows in cell.rows.items():
-            sample = (real if arm == FLOOR else made[arm])[rows]
-            found.setdefault(arm, []).append(neighbourhoods(real[cell.reference], sample)["recall"])
+            sample = (real if arm == REAL else made[arm])[rows]
+            recall = neighbourhoods(real[cell.reference], sample).recall
+            found.setdefault(arm, []).append(np.nan if recall is None else recall)
     return {arm: float(np.mean(values)) for arm, values in found.items()}
 
 
@@ -108,17 +109,15 @@ def main() -> None:
         downstream=False, memorisation=False, deals=0, seed=run.seed, **judging,
     )  # fmt: skip
     metrics = evaluate(settings)
-    fidelity = metrics["fidelity"][arguments.encoder]["unseen"]["summary"]
-    fields = metrics["adherence"][arguments.encoder]["fields"]
+    means = metrics.fidelity[arguments.encoder].unseen.means
+    fields = metrics.adherence[arguments.encoder].fields
     variety = recalls(settings, arguments.encoder, arguments.weights)
-    judged: dict[str, dict[str, float]] = {}
-    for name in (*chosen, FLOOR):
-        recovered = {"site": fields[run.site_field], "class": fields[first]}
-        judged[name] = {
-            what: (record["ceiling"] if name == FLOOR else record["arms"][name])["value"]
-            for what, record in recovered.items()
-        }
-        judged[name] |= {"recall": variety[name], **{what: fidelity[name][what] for what in ("fd_pca", "kid")}}
+    judged: dict[str, dict[str, float | None]] = {}
+    for name in (*chosen, REAL):
+        found = {"site": fields[run.site_field], "class": fields[first]}
+        row = {k: (f.real if name == REAL else f.synthetic[name]).value for k, f in found.items()}
+        row |= {"recall": variety[name], "fd_pca": means[name].fd_pca, "kid": means[name].kid}
+        judged["floor" if name == REAL else name] = row
     print(pd.DataFrame(judged).T.round(3).to_string(), file=sys.stderr)
     tell({f"{name}_{what}": value for name, row in judged.items() for what, value in row.items()}, arguments.json)
 

@@ -26,11 +26,11 @@ import pandas as pd
 from demo_tissue import demo_run, in_batches, real_patches
 from output import options, tell
 
-from latent_medi.core.files import read_json
 from latent_medi.core.progress import set_up_logging
 from latent_medi.evaluation.cohort.combinations import among, any_match, matches
 from latent_medi.evaluation.cohort.study import Study, open_study
 from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
+from latent_medi.evaluation.results import read_metrics
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
@@ -109,7 +109,7 @@ class Judge:
         for combination in self.study.held_out:
             real = self.study.having(combination)[self.reference]
             mine = chosen & matches(self.arm.index, combination)[self.rows]
-            found = neighbourhoods(self.real[real], self.features[mine], NEIGHBOURS)["recall"]
+            found = neighbourhoods(self.real[real], self.features[mine], NEIGHBOURS).recall
             if found is not None:
                 values.append(found)
         return float(np.mean(values)) if values else float("nan")
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder of features; a temporary one unless named")
     arguments = parser.parse_args()
     set_up_logging()
-    held_out = read_json(arguments.run / "metrics.json")["settings"]["held_out"]
+    held_out = read_metrics(arguments.run).settings.held_out
     with tempfile.TemporaryDirectory() as name:
         folder = columns_only(arguments.run / "synthetic" / arguments.arm, Path(name) / "synthetic")
         cache = arguments.cache or Path(name) / "features"

@@ -302,15 +302,16 @@ def _translate(words: list[str]) -> Printed:
 
 def _evaluate(words: list[str]) -> Printed:
     from latent_medi.evaluation.evaluate import evaluate
+    from latent_medi.evaluation.results import metrics_json
     from latent_medi.evaluation.settings import EvaluateSettings
     from latent_medi.evaluation.summary import headline_text
 
     settings = config.parse(EvaluateSettings, words, "evaluate")
     metrics = evaluate(settings)
     if os.environ.get("RANK", "0") == "0":
-        print(headline_text(metrics["headline"]))
+        print(headline_text(metrics.headline))
         print(f"\nThe page: latent-medi report metrics={Path(settings.out) / 'metrics.json'}")
-    return metrics
+    return metrics_json(metrics)
 
 
 def _floors(words: list[str]) -> Printed:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.results import metrics_json
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.encoders import ImageEncoder
 from latent_medi.features.networks import Network, Preprocessing
@@ -103,8 +106,8 @@ def synthetic_patches(count: int, site_of: dict[str, str] | None, class_only: bo
                     if not class_only:
                         fields |= {"site": site, "preparation": preparation, "age": "unknown"}
                     image = render(tumour, drawn_site, drawn_preparation, rng)
-                    yield Patch(f"s{row}/{i}", image, f"synthetic:abc:{row}", f"synthetic:abc:{row}", 0, 0, 0.5, fields,
-                                origin="synthetic")  # fmt: skip
+                    name = f"synthetic:abc:{row}"
+                    yield Patch(f"s{row}/{i}", image, name, name, 0, 0, 0.5, fields, origin="synthetic")
                 row += 1
 
 
@@ -120,11 +123,17 @@ class World:
     def settings(self, name: str, **changes: object) -> EvaluateSettings:
         """Settings that write into a folder of their own; features are cached for all."""
         base: dict[str, object] = {
-            "real": str(self.real), "synthetic": {"medi": str(self.medi), "cls": str(self.cls)},
-            "out": str(self.root / name), "held_out": HELD_OUT, "resamples": 60, "repeats": 2, "deals": 0,
+            "real": str(self.real),
+            "synthetic": {"medi": str(self.medi), "cls": str(self.cls)},
+            "out": str(self.root / name),
+            "held_out": HELD_OUT,
+            "resamples": 60,
+            "repeats": 2,
+            "deals": 0,
             "memorisation": False,
-            "cache": str(self.root / "features"), "colour_free": False,
-        }  # fmt: skip
+            "cache": str(self.root / "features"),
+            "colour_free": False,
+        }
         return EvaluateSettings(**(base | changes))  # type: ignore[arg-type]
 
 
@@ -133,9 +142,10 @@ def write_real(
 ) -> PatchDataset:
     """The real dataset with its split "main"; ``merge_probe`` leaves the probe patients out."""
     patches = [
-        p for p in real_patches(size, seed)
+        p
+        for p in real_patches(size, seed)
         if p.fields["class"] in classes and not (merge_probe and p.patient.startswith("probe"))
-    ]  # fmt: skip
+    ]
     split = {p.patient: p.patient.split("-")[0] for p in patches}
     return write_dataset(folder, patches, "planted", SCHEMA, SIZE, 0.5, splits={"main": (split, {"kind": "planted"})})
 
@@ -144,8 +154,8 @@ def build_world(root: Path, size: Size | None = None, count: int = 40) -> World:
     """Write real, medi (perfect) and cls datasets."""
     world = World(root, root / "real", root / "medi", root / "cls")
     write_real(world.real, size or Size())
-    write_dataset(world.medi, list(synthetic_patches(count, None, False)), "medi", SCHEMA, SIZE, 0.5,
-                  provenance={"model": "perfect"})  # fmt: skip
+    perfect = list(synthetic_patches(count, None, False))
+    write_dataset(world.medi, perfect, "medi", SCHEMA, SIZE, 0.5, provenance={"model": "perfect"})
     write_dataset(world.cls, list(synthetic_patches(count, None, True)), "cls", CLASS_SCHEMA, SIZE, 0.5)
     return world
 
@@ -164,6 +174,11 @@ class Filters(torch.nn.Module):
         y = torch.nn.functional.conv2d(x, self.kernels).abs().flatten(2)
         z = x.flatten(2)
         return torch.cat([y.mean(2), y.std(2), z.mean(2), z.std(2)], 1)
+
+
+def evaluated(settings: EvaluateSettings, encoders: list[ImageEncoder]) -> dict[str, Any]:
+    """What an evaluation writes."""
+    return metrics_json(evaluate(settings, encoders))
 
 
 def filters(dim: int = 16) -> ImageEncoder:

@@ -181,6 +181,7 @@ def _evaluate(context: Context) -> None:
     test_parts()
     from evaluation_world import Size, build_world
 
+    from latent_medi.core.records import encode
     from latent_medi.evaluation.evaluate import evaluate
 
     root = context.work / "world"
@@ -202,7 +203,7 @@ def _evaluate(context: Context) -> None:
         )
         found.append(evaluate(settings))
     fresh_accelerator()
-    sides = [dict(numbers(metrics["fidelity"])) for metrics in found]
+    sides = [dict(numbers(encode(metrics.fidelity))) for metrics in found]
     context.require(sides[0].keys() == sides[1].keys(), "the two do not judge the same")
     worst, where, compared = 0.0, "", 0
     for place in sides[0].keys() & sides[1].keys():

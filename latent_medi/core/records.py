@@ -84,10 +84,10 @@ def _decode(annotation: Any, value: Any, at: str) -> Any:
         raise _mismatch(at, value, "one of " + ", ".join(map(repr, inner)))
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    accepted = (list, tuple) if origin in (list, tuple) else origin
-    if not isinstance(value, accepted) or (isinstance(value, bool) and origin is not bool):
+    kinds = (list, tuple) if origin in (list, tuple) else (origin,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and origin is not bool):
         raise _mismatch(at, value, _WORDS[origin])
-    if origin is dict:
+    if isinstance(value, dict):
         return {str(key): _decode(inner[1], entry, f"{at}.{key}" if at else str(key)) for key, entry in value.items()}
     if origin is list:
         return [_decode(inner[0], entry, f"{at}[{i}]") for i, entry in enumerate(value)]

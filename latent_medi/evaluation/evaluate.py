@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,28 @@ from threadpoolctl import threadpool_limits
 import latent_medi
 from latent_medi.core.agreement import agreed
 from latent_medi.core.errors import UserError, nearest
-from latent_medi.core.files import atomic_path, read_sealed, refuse_foreign, write_sealed
+from latent_medi.core.files import atomic_path, refuse_foreign
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.adherence import attributes, site_leakage, stain
+from latent_medi.evaluation.adherence.records import Adherence
 from latent_medi.evaluation.cohort import comparison_sets
+from latent_medi.evaluation.cohort.comparison_sets import Comparison
 from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study, open_study
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range
+from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity
 from latent_medi.evaluation.provenance import (
-    arm_record,
+    EncoderRecord,
     dataset_record,
-    finite,
     git_revision,
-    portable,
     recorded_settings,
     run_record,
+    synthetic_record,
 )
+from latent_medi.evaluation.results import Metrics, read_metrics, write_metrics
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.summary import headline, verdict
 from latent_medi.features.cache import cached_features, content_hash, dataset_hash
@@ -47,14 +51,13 @@ from latent_medi.statistics.distances import FeatureStatistics, pca_basis
 
 log = get_logger(__name__)
 
-METRICS_VERSION = 1
 PATHS = ("real", "synthetic", "weights", "cache", "out")
 """Settings that are paths."""
 PROTOCOLS = ("default", "paper")
 
 
-def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> dict[str, Any]:
-    """Judge synthetic datasets against real held-out patients.
+def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> Metrics:
+    """Compare synthetic datasets with real held-out patients.
 
     Several launched processes share the embedding; the first one does the rest, and all return the same.
 
@@ -63,10 +66,7 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
         encoders: Encoders that are loaded already, instead of ``settings.encoders``; the first gives the headline.
 
     Returns:
-        The content of ``metrics.json``: ``run``, ``settings``, ``dataset``, ``synthetic``, ``stain``, ``encoders``, per
-        encoder name ``fidelity``, ``adherence``, ``memorisation`` (not of the colour-free ones), ``projection`` and
-        ``downstream``, ``protocols`` if one is asked for, then ``notes``, ``warnings``, ``seconds``, ``headline`` and
-        ``verdict``.
+        The content of ``metrics.json``, as it was written.
 
     Raises:
         UserError: See :func:`latent_medi.evaluation.cohort.study.open_study` and
@@ -76,25 +76,25 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = settings.device or str(accelerator.device)
     with output_lock(settings.out, accelerator):
-        return _judge(settings, encoders, accelerator, device)
+        return _run(settings, encoders, accelerator, device)
 
 
-def _judge(
+def _run(
     settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None, accelerator: Accelerator, device: str
-) -> dict[str, Any]:
+) -> Metrics:
     out = Path(settings.out)
     with agreed(accelerator) as told:
         check_settings(settings)
         signs = {"metrics.json": "metrics_version", "reference": "", "features": ""}
         refuse_foreign(out, signs, ["metrics.json", "predictions.csv"])
         study = open_study(settings)
-        chosen = _apart(encoders) if encoders else load_encoders(settings, device)
+        chosen = _with_different_names(encoders) if encoders else load_encoders(settings, device)
         if settings.colour_free:
             chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
         told.reads("real", settings.real, lambda: content_hash(study.real))
-        for arm in study.synthetic.values():
-            dataset = arm.dataset
-            told.reads(f"synthetic.{arm.name}", dataset.folder, partial(content_hash, dataset))
+        for synthetic in study.synthetic.values():
+            dataset = synthetic.dataset
+            told.reads(f"synthetic.{synthetic.name}", dataset.folder, partial(content_hash, dataset))
         told.does(settings, but=("real", "synthetic", "weights", "device", "cache"))
         told.does({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
     if accelerator.num_processes > 1:
@@ -105,7 +105,7 @@ def _judge(
         with threadpool_limits(1, user_api="blas"):
             _evaluate(settings, study, chosen, device)
     accelerator.wait_for_everyone()
-    return read_sealed(out / "metrics.json", "Run `latent-medi evaluate` again.")[0]
+    return read_metrics(out / "metrics.json")
 
 
 def check_settings(settings: EvaluateSettings) -> None:
@@ -122,31 +122,29 @@ def check_settings(settings: EvaluateSettings) -> None:
         raise UserError(f"max_copy_rate is {settings.max_copy_rate}; it is a share from 0 to 1.")
     if settings.max_copy_rate < 1 and not settings.memorisation:
         raise UserError(
-            f"max_copy_rate={settings.max_copy_rate:g} cannot be held: memorisation=false looks for no copies.",
-            "Leave memorisation on, or max_copy_rate at 1.",
+            f"max_copy_rate={settings.max_copy_rate:g} cannot be checked: memorisation=false finds no copies.",
+            "Set memorisation=true, or max_copy_rate=1.",
         )
     if settings.deals and settings.deals < real_split_range.MIN_REAL_SPLITS:
         raise UserError(
-            f"deals is {settings.deals}: too few to tell a range from.",
+            f"deals is {settings.deals}: too few for a range.",
             f"Give {real_split_range.MIN_REAL_SPLITS} or more, or 0.",
         )
 
 
 def load_encoders(settings: EvaluateSettings, device: str = "cpu") -> list[ImageEncoder]:
-    """The encoders that judge, in order.
+    """The encoders of the settings, in order.
 
     Raises:
-        UserError: One cannot be loaded, or two are called alike.
+        UserError: One cannot be loaded, or two have the same name.
     """
-    return _apart([load_encoder(name, settings.weights.get(name), device) for name in settings.encoders])
+    return _with_different_names([load_encoder(name, settings.weights.get(name), device) for name in settings.encoders])
 
 
-def _apart(chosen: Sequence[ImageEncoder]) -> list[ImageEncoder]:
-    if len({encoder.name for encoder in chosen}) < len(chosen):
-        raise UserError(
-            f"Two of the encoders are called alike: {', '.join(encoder.name for encoder in chosen)}.",
-            "Results stand under the name: name the folders apart.",
-        )
+def _with_different_names(chosen: Sequence[ImageEncoder]) -> list[ImageEncoder]:
+    names = [encoder.name for encoder in chosen]
+    if len(set(names)) < len(names):
+        raise UserError(f"Two encoders have the same name: {', '.join(names)}.", "Rename the folder of one.")
     return list(chosen)
 
 
@@ -154,90 +152,114 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     clock = _Clock()
     out = Path(settings.out)
     stage = DownstreamStage(study, settings)
-    unseen = comparison_sets.held_out_comparisons(study, settings.seed)
-    classes = comparison_sets.class_comparisons(study, settings.seed)
-    sites = comparison_sets.field_comparisons(study, [settings.site_field], settings.seed)
-    whole = comparison_sets.comparison_for(study, {}, settings.seed)
-    more = {
-        " × ".join(fields): comparison_sets.field_comparisons(study, fields, settings.seed) for fields in settings.cells
-    }
+    comparisons = _Comparisons.of(study, settings)
     clock.lap("prepare")
     copies = memorisation.find_copies(study, device) if settings.memorisation and study.synthetic else None
     clock.lap("memorisation")
-
-    metrics: dict[str, Any] = {
-        "metrics_version": METRICS_VERSION,
-        "run": run_record(settings.seed, out),
-        "settings": recorded_settings(dataclasses.asdict(settings), PATHS, out),
-        "dataset": dataset_record(study, settings.split, out),
-        "synthetic": {a.name: arm_record(a, settings.selected.get(a.name, ""), out) for a in study.synthetic.values()},
-        "encoders": {},
-        "fidelity": {},
-        "adherence": {},
-        "stain": stain.stain(study, settings.resamples, settings.seed) if study.synthetic else {},
-        "memorisation": {},
-        "downstream": {},
-        "projection": {},
-        "notes": list(study.notes),
-        "warnings": [*study.warnings, *thin_support(study, settings.downstream)],
-    }
+    metrics = _begun(settings, study, chosen)
+    classifiers: dict[str, Any] = {"downstream": metrics.downstream, "protocols": metrics.protocols}
     for encoder in chosen:
         log.info("Evaluating with %s", encoder.name)
+        name, fingerprint = encoder.name, encoder.fingerprint
         features = study_features(study, encoder, settings, device)
         _write_reference(out / "reference", study, encoder, features)
         made = stage.embed(encoder)
         clock.lap("embed")
-        metrics["encoders"][encoder.name] = {
-            "fingerprint": encoder.fingerprint,
-            "dim": encoder.dim,
-            "preprocessing": encoder.preprocessing.text,
-            "license": encoder.license,
-        }
-        arguments = (settings.resamples, settings.seed)
-        metrics["fidelity"][encoder.name] = {
-            "fingerprint": encoder.fingerprint,
-            "unseen": distance_to_real.summarise(study, features, unseen, *arguments, settings.protocol),
-            "per_class": distance_to_real.summarise(study, features, classes, *arguments, settings.protocol),
-            "per_site": distance_to_real.summarise(study, features, sites, *arguments, settings.protocol),
-            "cells": {
-                name: distance_to_real.summarise(study, features, chosen_cells, *arguments, settings.protocol)
-                for name, chosen_cells in more.items()
-            },
-            "whole": distance_to_real.summarise(study, features, [whole], *arguments, settings.protocol),
-            "overall": distance_to_real.overall(study, features, whole, settings.seed),
-            **(
-                {"against_real": real_split_range.against_real(study, features, settings.deals, settings.seed)}
-                if settings.deals
-                else {}
-            ),
-        }
-        fingerprint = {"fingerprint": encoder.fingerprint}
-        metrics["projection"][encoder.name] = fingerprint | projection.project(study, features, settings.seed)
+        metrics.fidelity[name] = _fidelity(settings, study, features, comparisons, fingerprint)
+        metrics.projection[name] = projection.project(study, features, fingerprint, settings.seed)
         clock.lap("fidelity")
-        verdicts = attributes.look(study, features, settings.regularisation or 1.0, settings.seed)
-        metrics["adherence"][encoder.name] = {
-            "fingerprint": encoder.fingerprint,
-            "fields": attributes.recovery(study, verdicts, *arguments),
-            "leakage": site_leakage.leakage(study, verdicts, *arguments),
-        }
+        predictions = attributes.predict_fields(study, features, settings.regularisation or 1.0, settings.seed)
+        metrics.adherence[name] = Adherence(
+            fingerprint,
+            attributes.recovery(study, predictions, settings.resamples, settings.seed),
+            site_leakage.leakage(study, predictions, settings.resamples, settings.seed),
+        )
         clock.lap("adherence")
         if copies is not None and encoder.preprocessing.channel == "rgb":
-            metrics["memorisation"][encoder.name] = {
-                "fingerprint": encoder.fingerprint,
-                **memorisation.memorisation(study, features, copies, *arguments, settings.patient_names, device),
-            }
+            metrics.memorisation[name] = memorisation.memorisation(
+                study, features, copies, fingerprint, settings.resamples, settings.seed, settings.patient_names, device
+            )
             clock.lap("memorisation")
-        stage.judge(encoder, features, made, metrics)
+        stage.judge(encoder, features, made, classifiers)
         clock.lap("downstream")
     if stage.tables:
         write_for_people(pd.concat(stage.tables), out / "predictions.csv")
-    metrics["seconds"] = clock.seconds
-    metrics = finite(metrics)
-    metrics["headline"] = headline(metrics)
-    metrics["verdict"] = verdict(metrics["headline"])
-    folders = [study.real.folder, *(arm.dataset.folder for arm in study.synthetic.values()), Path.home(), Path.cwd()]
-    write_sealed(out / "metrics.json", portable(metrics, out, folders))
-    memorisation.check_gate(metrics["memorisation"], settings.max_copy_rate)
+    metrics.seconds.update(clock.seconds)
+    metrics = replace(metrics, headline=headline(metrics))
+    metrics = replace(metrics, verdict=verdict(metrics.headline))
+    folders = [study.real.folder, *(s.dataset.folder for s in study.synthetic.values()), Path.home(), Path.cwd()]
+    write_metrics(out / "metrics.json", metrics, folders)
+    memorisation.check_copy_rate(metrics.memorisation, settings.max_copy_rate)
+
+
+@dataclass(frozen=True)
+class _Comparisons:
+    """The rows that are compared, the same for every encoder."""
+
+    unseen: list[Comparison]
+    per_class: list[Comparison]
+    per_site: list[Comparison]
+    by_fields: dict[str, list[Comparison]]
+    whole: Comparison
+
+    @classmethod
+    def of(cls, study: Study, settings: EvaluateSettings) -> _Comparisons:
+        seed = settings.seed
+        return cls(
+            comparison_sets.held_out_comparisons(study, seed),
+            comparison_sets.class_comparisons(study, seed),
+            comparison_sets.field_comparisons(study, [settings.site_field], seed),
+            {" × ".join(f): comparison_sets.field_comparisons(study, f, seed) for f in settings.cells},
+            comparison_sets.comparison_for(study, {}, seed),
+        )
+
+
+def _begun(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncoder]) -> Metrics:
+    """The metrics as far as they do not depend on features; sections by encoder are empty."""
+    out = Path(settings.out)
+    selected = settings.selected
+    return Metrics(
+        run=run_record(settings.seed, out),
+        settings=recorded_settings(settings, PATHS, out),
+        dataset=dataset_record(study, settings.split, out),
+        synthetic={s.name: synthetic_record(s, selected.get(s.name, ""), out) for s in study.synthetic.values()},
+        encoders={e.name: EncoderRecord(e.fingerprint, e.dim, e.preprocessing.text, e.license) for e in chosen},
+        fidelity={},
+        adherence={},
+        stain=stain.stain(study, settings.resamples, settings.seed) if study.synthetic else None,
+        memorisation={},
+        downstream={},
+        protocols={},
+        projection={},
+        notes=list(study.notes),
+        warnings=[*study.warnings, *thin_support(study, settings.downstream)],
+        seconds={},
+        headline={},
+        verdict="",
+    )
+
+
+def _fidelity(
+    settings: EvaluateSettings, study: Study, features: Features, comparisons: _Comparisons, fingerprint: str
+) -> Fidelity:
+    def table(chosen: Sequence[Comparison]) -> DistanceTable:
+        return distance_to_real.distance_table(
+            study, features, chosen, settings.resamples, settings.seed, settings.protocol
+        )
+
+    ranges = None
+    if settings.deals:
+        ranges = real_split_range.real_split_range(study, features, settings.deals, settings.seed)
+    return Fidelity(
+        fingerprint=fingerprint,
+        unseen=table(comparisons.unseen),
+        per_class=table(comparisons.per_class),
+        per_site=table(comparisons.per_site),
+        by_fields={name: table(chosen) for name, chosen in comparisons.by_fields.items()},
+        whole=table([comparisons.whole]),
+        overall=distance_to_real.overall(study, features, comparisons.whole, settings.seed),
+        real_splits=ranges,
+    )
 
 
 class _Clock:
@@ -251,30 +273,28 @@ class _Clock:
         self._last = now
 
 
-def study_features(
-    study: Study, encoder: ImageEncoder, settings: EvaluateSettings, device: str
-) -> distance_to_real.Features:
+def study_features(study: Study, encoder: ImageEncoder, settings: EvaluateSettings, device: str) -> Features:
     """Features of every patch that takes part, from the cache as far as it has them."""
-    used, of_real, arms = _embed(study, encoder, settings, device)
+    used, of_real, synthetic = _embed(study, encoder, settings, device)
     real = np.zeros((len(study.index), encoder.dim), np.float32)
     real[used] = of_real
-    return distance_to_real.Features(real, arms, pca_basis(real[study.train]))
+    return Features(real, synthetic, pca_basis(real[study.train]))
 
 
 def _embed(
     study: Study, encoder: ImageEncoder, settings: EvaluateSettings, device: str, accelerator: Accelerator | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Rows of the real index that take part, their features, and those of each arm."""
+    """Rows of the real index that take part, their features, and those of each synthetic set."""
     cache = Path(settings.cache) if settings.cache else Path(settings.out) / "features"
     used = np.unique(np.concatenate([study.train, study.probe, study.probe_train, study.reference, study.test]))
 
     def features(dataset: PatchDataset, rows: np.ndarray) -> np.ndarray:
         return cached_features(dataset, rows, encoder, cache, settings.batch, device, accelerator)
 
-    return used, features(study.real, used), {a.name: features(a.dataset, a.rows) for a in study.synthetic.values()}
+    return used, features(study.real, used), {s.name: features(s.dataset, s.rows) for s in study.synthetic.values()}
 
 
-def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: distance_to_real.Features) -> None:
+def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: Features) -> None:
     """Statistics of the test reference and the PCA basis: enough to compare another set without the real patches."""
     statistics = FeatureStatistics.of(features.real[study.reference])
     tensors = {
@@ -284,11 +304,16 @@ def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features
         "pca_mean": features.basis.mean,
         "pca_components": np.ascontiguousarray(features.basis.components),
     }
-    made_from = {
-        "encoder": encoder.name, "fingerprint": encoder.fingerprint, "dataset": study.real.info.get("name", ""),
-        "dataset_sha256": dataset_hash(study.real), "patches": "test reference", "n_patches": str(statistics.n),
-        "n_patients": str(len(set(study.patients[study.reference]))), "latent_medi": latent_medi.__version__,
+    metadata = {
+        "encoder": encoder.name,
+        "fingerprint": encoder.fingerprint,
+        "dataset": study.real.info.get("name", ""),
+        "dataset_sha256": dataset_hash(study.real),
+        "patches": "test reference",
+        "n_patches": str(statistics.n),
+        "n_patients": str(len(set(study.patients[study.reference]))),
+        "latent_medi": latent_medi.__version__,
         "git_revision": git_revision() or "",
-    }  # fmt: skip
+    }
     with atomic_path(folder / f"{encoder.name.replace(':', '-').replace('@', '-')}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata=made_from)
+        save_file(tensors, temporary, metadata=metadata)

@@ -1,12 +1,11 @@
 """What is recorded with a result: how it was made and from what, in a form that can be handed on.
 
-A result is sent to colleagues and published; the names of folders and patients are nobody else's business. Paths are
-relative to the result's own folder, and patients are numbers unless their names are asked for.
+Results are sent to colleagues and published, so they do not name folders or patients: paths are relative to the
+result's own folder, and patients are numbers unless ``patient_names`` is set.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
@@ -14,21 +13,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
 import latent_medi
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
+from latent_medi.evaluation.settings import EvaluateSettings, FloorsSettings
 
+Settings = TypeVar("Settings", EvaluateSettings, FloorsSettings)
 _DECIDING = (
-    "torch", "torchvision", "diffusers", "transformers", "timm", "torchmetrics", "torch-fidelity", "scikit-learn",
-    "numpy", "scipy",
-)  # fmt: skip
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "timm",
+    "torchmetrics",
+    "torch-fidelity",
+    "scikit-learn",
+    "numpy",
+    "scipy",
+)
 """Packages whose versions can change a number."""
 _REVISION_FILE, _REVISION = "REVISION", re.compile(r"[0-9a-f]{40,64}")
 _PATHS = ("real", "synthetic", "data", "weights", "cache", "out")  # settings of the verbs that record their command
@@ -172,22 +181,22 @@ def _of_this_machine(path: str, folder: str | Path) -> str:
     return relative_path(path, folder) if os.path.isdir("/" + path.split("/")[1]) and path.count("/") > 1 else path
 
 
-def recorded_settings(settings: Mapping[str, Any], paths: Iterable[str], folder: str | Path) -> dict[str, Any]:
-    """Settings with their paths as they are reached from ``folder``.
+def recorded_settings(settings: Settings, paths: Iterable[str], folder: str | Path) -> Settings:
+    """Settings with their paths relative to ``folder``.
 
     Args:
-        settings: By name.
-        paths: Names of those that are a path, or a mapping to paths.
+        settings: A dataclass.
+        paths: Names of the settings that are a path, or a mapping to paths.
         folder: The result's folder.
     """
-    result = dict(settings)
+    changes: dict[str, Any] = {}
     for name in paths:
-        value = result[name]
+        value = getattr(settings, name)
         if isinstance(value, Mapping):
-            result[name] = {key: relative_path(str(entry), folder) for key, entry in value.items()}
+            changes[name] = {key: relative_path(str(entry), folder) for key, entry in value.items()}
         else:
-            result[name] = relative_path(str(value), folder)
-    return result
+            changes[name] = relative_path(str(value), folder)
+    return replace(settings, **changes)
 
 
 def _command(folder: str | Path) -> str:
@@ -211,24 +220,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def run_record(seed: int, folder: str | Path) -> dict[str, Any]:
+def run_record(seed: int, folder: str | Path) -> RunRecord:
     """What is needed to make the numbers again: command, git revision, versions, seed, date.
 
     Args:
         seed: The seed.
         folder: The result's folder, which paths of the command are relative to.
     """
-    return {
-        "command": _command(folder),
-        "git_revision": git_revision(),
-        "seed": seed,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {
-            "latent-medi": latent_medi.__version__,
-            "python": sys.version.split()[0],
-            **{name: _version(name) for name in _DECIDING},
-        },
-    }
+    own = {"latent-medi": latent_medi.__version__, "python": sys.version.split()[0]}
+    return RunRecord(
+        command=_command(folder),
+        git_revision=git_revision(),
+        seed=seed,
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        versions={**own, **{name: _version(name) for name in _DECIDING}},
+    )
 
 
 def git_revision() -> str | None:
@@ -240,70 +246,52 @@ def git_revision() -> str | None:
         text = packed.read_text(encoding="utf-8", errors="replace").strip() if packed.is_file() else ""
         return text if _REVISION.fullmatch(text) else None
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip() or None
 
 
-def dataset_record(study: Study, split: str, folder: str | Path) -> dict[str, Any]:
-    """Counts of the real dataset by class, site and split, and which cells are held out."""
+def dataset_record(study: Study, split: str, folder: str | Path) -> RealDataset:
+    """Counts of the real dataset by class, site and split, and the held-out combinations."""
     index = study.index
     column = index[f"split_{split}"].to_numpy(str)
-    classes = list(study.real.schema.field(study.class_field).values)
-    sites = list(study.real.schema.field(study.site_field).values)
-    counts: dict[str, Any] = {"patches": {}, "patients": {}}
-    for value in sorted(set(column) - {""}):
-        part = index[column == value]
-        for unit in counts:
-            distinct = (
-                part if unit == "patches" else part.drop_duplicates([study.class_field, study.site_field, "patient"])
-            )
-            table = pd.crosstab(distinct[study.class_field].astype(str), distinct[study.site_field].astype(str))
-            counts[unit][value] = table.reindex(index=classes, columns=sites, fill_value=0).to_numpy().tolist()
-    return {
-        "name": study.real.info.get("name", ""),
-        "folder": relative_path(str(study.real.folder), folder),
-        "class_field": study.class_field,
-        "site_field": study.site_field,
-        "split": split,
-        "classes": classes,
-        "sites": sites,
-        "n_patches": len(index),
-        "n_patients": int(index["patient"].nunique()),
-        "counts": counts,
-        "held_out": study.held_out,
-    }
+    classes, sites = (list(study.real.schema.field(name).values) for name in (study.class_field, study.site_field))
+    is_first = ~index.duplicated([f"split_{split}", study.class_field, study.site_field, "patient"]).to_numpy()
+
+    def counts(rows: np.ndarray) -> dict[str, list[list[int]]]:
+        tables = {}
+        for value in sorted(set(column) - {""}):
+            here = rows & (column == value)
+            table = pd.crosstab(study.class_labels[here], study.site_labels[here])
+            tables[value] = table.reindex(index=classes, columns=sites, fill_value=0).to_numpy().tolist()
+        return tables
+
+    return RealDataset(
+        name=study.real.info.get("name", ""),
+        folder=relative_path(str(study.real.folder), folder),
+        class_field=study.class_field,
+        site_field=study.site_field,
+        split=split,
+        classes=classes,
+        sites=sites,
+        n_patches=len(index),
+        n_patients=int(index["patient"].nunique()),
+        counts=Counts(counts(np.ones(len(index), bool)), counts(is_first)),
+        held_out=study.held_out,
+    )
 
 
-def arm_record(arm: SyntheticSet, selected: str, folder: str | Path) -> dict[str, Any]:
+def synthetic_record(synthetic: SyntheticSet, selected: str, folder: str | Path) -> SyntheticRecord:
     """A synthetic dataset: how many patches, and where they come from."""
-    info = arm.dataset.info
-    return {
-        "folder": relative_path(str(arm.dataset.folder), folder),
-        "name": info.get("name", ""),
-        "n_patches": len(arm.rows),
-        "fields": list(arm.dataset.schema.names),
-        **({"selected": selected, "n_asked": len(arm.dataset)} if selected else {}),
-        "provenance": info.get("provenance", {}),
-    }
-
-
-def finite(value: Any) -> Any:
-    """The same structure in plain Python types; NaN and infinity become None, since JSON has neither."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    if isinstance(value, np.ndarray):
-        return finite(value.tolist())
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value
+    dataset = synthetic.dataset
+    return SyntheticRecord(
+        folder=relative_path(str(dataset.folder), folder),
+        name=dataset.info.get("name", ""),
+        n_patches=len(synthetic.rows),
+        fields=list(dataset.schema.names),
+        provenance=dataset.info.get("provenance", {}),
+        selected=selected or None,
+        n_unselected=len(dataset) if selected else None,
+    )

@@ -63,6 +63,11 @@ class Metrics:
     verdict: str
 
 
+def metrics_json(metrics: Metrics) -> dict[str, Any]:
+    """The content of ``metrics.json`` as JSON."""
+    return {"metrics_version": METRICS_VERSION} | encode(metrics)
+
+
 def write_metrics(path: Path, metrics: Metrics, folders: Iterable[str | Path] = ()) -> None:
     """Write ``metrics.json`` with a checksum. Paths of this machine become relative to its folder.
 
@@ -71,9 +76,14 @@ def write_metrics(path: Path, metrics: Metrics, folders: Iterable[str | Path] = 
         metrics: Its content.
         folders: As ``known`` of :func:`~latent_medi.evaluation.provenance.portable`.
     """
-    content = {"metrics_version": METRICS_VERSION} | portable(encode(metrics), path.parent, folders)
+    content = portable(metrics_json(metrics), path.parent, folders)
     metrics_of(content, path)  # nothing is written that cannot be read
     write_sealed(path, content)
+
+
+def metrics_file(path: str | Path) -> Path:
+    """The ``metrics.json`` of a run's folder, or the file itself."""
+    return Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
 
 
 def read_metrics(path: str | Path) -> Metrics:
@@ -85,7 +95,7 @@ def read_metrics(path: str | Path) -> Metrics:
     Raises:
         UserError: There is none, it is damaged, of another version, or not an evaluation's.
     """
-    file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
+    file = metrics_file(path)
     return metrics_of(read_result(file, _AGAIN), file)
 
 

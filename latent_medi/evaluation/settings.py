@@ -76,8 +76,8 @@ class EvaluateSettings:
         real: Folder of the real dataset; its split column names training, probe and test patches.
         synthetic: Folder of each synthetic dataset by the name of its arm: "medi" knows the metadata, "cls" the class
             alone.
-        candidate: Name of the synthetic set that the verdict is about; empty takes "medi" if there is one, otherwise the
-            first. The others are its baselines, "cls" or the first of them that of the ratios.
+        candidate: Name of the synthetic set that the verdict is about; empty takes "medi" if there is one, otherwise
+            the first. The others are its baselines, "cls" or the first of them that of the ratios.
         selected: By name of an arm the column of a selection, such as selected_best: only the patches that it chose
             take part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.evaluation.fidelity.records import DistanceTable
+from latent_medi.evaluation.results import Metrics
 
 ARMS = ("real", "oversample", "stain_transfer", "cls", "medi", "oracle")
 FURTHER_RIVALS = {
@@ -16,11 +20,11 @@ CLASSIFIERS = {"probe": "a linear probe", "cnn": "a small network"}
 _SUFFIX = ":haematoxylin"
 
 
-def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
+def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The headline record of ``metrics.json``.
 
     Args:
-        metrics: From :func:`latent_medi.evaluation.evaluate.evaluate`.
+        metrics: Its content as far as it is known.
         seconds: Times of all stages; the evaluation's own total is added if it is not among them.
 
     Returns:
@@ -34,7 +38,7 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
         without. What is not available is None. The distances also have ``left_out``: the combinations of which a side
         is not judged, and why.
     """
-    names = list(metrics["encoders"])
+    names = list(metrics.encoders)
     plain = next(n for n in names if not n.endswith(_SUFFIX))
     colour_free = plain + _SUFFIX
     record: dict[str, Any] = {
@@ -42,7 +46,7 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
         "fd_unseen_colour_free": _distances(metrics, colour_free, "unseen"),
         "fd_per_class": _distances(metrics, plain, "per_class"),
     }
-    comparison = metrics.get("downstream", {}).get(plain, {})
+    comparison = metrics.downstream.get(plain, {})
     for score in ("accuracy_shift", "accuracy_in_distribution", "accuracy_seen", "accuracy_unseen"):
         record[score] = {arm: _value(comparison, "arms", arm, score) for arm in ARMS}
     record["accuracy_shift_difference"] = {
@@ -62,18 +66,20 @@ def headline(metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = N
         for arm, entry in comparison.get("arms", {}).items()
         if arm not in ARMS
     }
-    fields = metrics.get("adherence", {}).get(plain, {}).get("fields", {})
-    keys = {"site": metrics["dataset"]["site_field"], "class": metrics["dataset"]["class_field"]}
-    record["recovery_unseen"] = {k: _value(fields, f, "arms", "medi") for k, f in keys.items()}
-    record["recovery_ceiling"] = {k: _value(fields, f, "ceiling") for k, f in keys.items()}
+    found = metrics.adherence.get(plain)
+    fields = {"site": metrics.dataset.site_field, "class": metrics.dataset.class_field}
+    recoveries = {k: found.fields[f] for k, f in fields.items() if found and f in found.fields}
+    samples = {k: r.synthetic["medi"].value for k, r in recoveries.items() if "medi" in r.synthetic}
+    record["recovery_unseen"] = {k: samples.get(k) for k in fields}
+    record["recovery_ceiling"] = {k: recoveries[k].real.value if k in recoveries else None for k in fields}
     shift = comparison.get("arms", {}).get("real", {}).get("accuracy_shift", {})
     record["n"] = {"test_patches": shift.get("n_patches"), "test_patients": shift.get("n_patients")}
     record["encoder"] = plain
     record["classifier"] = CLASSIFIERS[comparison.get("classifier", "probe")]
-    own = {} if "evaluate" in (seconds or {}) else {"evaluate": round(sum(metrics.get("seconds", {}).values()), 3)}
+    own = {} if "evaluate" in (seconds or {}) else {"evaluate": round(sum(metrics.seconds.values()), 3)}
     record["seconds"] = dict(seconds or {}) | own
-    chances = {k: fields.get(f, {}).get("chance") for k, f in keys.items()}
-    record["warnings"] = [*metrics.get("warnings", []), *_unlike(record, chances)]
+    chances: dict[str, float | None] = {k: recoveries[k].chance if k in recoveries else None for k in fields}
+    record["warnings"] = [*metrics.warnings, *_unlike(record, chances)]
     return record
 
 
@@ -102,11 +108,14 @@ def _interval_of(comparison: Mapping[str, Any], pair: str) -> Any:
     return comparison.get("differences", {}).get(pair, {}).get("accuracy_shift", {}).get("interval")
 
 
-def _distances(metrics: Mapping[str, Any], encoder: str, section: str) -> dict[str, Any]:
-    part = metrics.get("fidelity", {}).get(encoder, {}).get(section, {})
-    summary = part.get("summary", {})
-    values = {k: _value(summary, k) for k in ("medi", "cls", "floor", "ratio")}
-    return values | {"metric": part.get("metric"), "left_out": part.get("left_out", {})}
+def _distances(metrics: Metrics, encoder: str, section: Literal["unseen", "per_class"]) -> dict[str, Any]:
+    found = metrics.fidelity.get(encoder)
+    if found is None:
+        return dict.fromkeys(("medi", "cls", "floor", "ratio", "metric")) | {"left_out": {}}
+    table: DistanceTable = getattr(found, section)
+    sources = {"medi": "medi", "cls": "cls", "floor": REAL}
+    values = {k: table.means[source].value if source in table.means else None for k, source in sources.items()}
+    return values | {"ratio": table.ratio.value, "metric": table.metric, "left_out": table.left_out}
 
 
 def useful(record: Mapping[str, Any]) -> bool | None:

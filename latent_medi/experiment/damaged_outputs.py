@@ -78,10 +78,12 @@ def damaged_model(folder: Path) -> list[Path]:
     return [] if whole else [folder]
 
 
-def damaged_json(path: Path) -> list[Path]:
-    """A JSON file, if it cannot be read."""
+def damaged_metrics(path: Path) -> list[Path]:
+    """A ``metrics.json``, if it cannot be read or an earlier version wrote it."""
+    from latent_medi.evaluation.results import read_metrics
+
     try:
-        read_object(path)
+        read_metrics(path)
     except UserError:
         return [path]
     return []

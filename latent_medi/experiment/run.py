@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi.core import config
-from latent_medi.core.checksums import read_result
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import write_json, write_text
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import duration, get_logger
 from latent_medi.diffusion.settings import GuidanceSettings
-from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_json, damaged_latents, damaged_model, reopen
+from latent_medi.experiment.damaged_outputs import (
+    damaged_dataset,
+    damaged_latents,
+    damaged_metrics,
+    damaged_model,
+    reopen,
+)
 from latent_medi.experiment.inputs import (
     ARMS,
     data_folder,
@@ -38,7 +43,6 @@ from latent_medi.training.settings import TrainSettings
 
 log = get_logger(__name__)
 
-_EVALUATE = "Remove it and repeat the command, which evaluates again."
 
 STAGES = ("shards", "audit", "encode", "train", "plan", "sample", "evaluate", "report")
 _FILES = ("settings.yaml", "headline.json", "encode.yaml", "train-*.yaml", "sample-*.yaml")
@@ -102,6 +106,7 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
 
 
 def _run(settings: ExperimentSettings) -> dict[str, Any]:
+    from latent_medi.evaluation.results import read_metrics
     from latent_medi.evaluation.summary import headline, headline_text
 
     experiment = _Experiment(settings)
@@ -121,7 +126,7 @@ def _run(settings: ExperimentSettings) -> dict[str, Any]:
     config.save_settings(replace(settings, replace=False), folder / "settings.yaml")
     stages.run(*STAGES[1:])
 
-    record = headline(read_result(folder / "metrics.json", _EVALUATE), stages.seconds)
+    record = headline(read_metrics(folder), stages.seconds)
     write_json(folder / "headline.json", record)
     total = duration(sum(stages.seconds.values()))
     print(f"\n{headline_text(record)}\n\n{total} in all. Report: {folder / 'report.html'}")
@@ -204,7 +209,7 @@ class _Experiment:
             # The features that it caches are found by content, and stay.
             "evaluate": Stage(
                 self.evaluate, judged, ("sample",), ("metrics.json",), ("predictions.csv", "reference"),
-                damaged=lambda: damaged_json(self.folder / "metrics.json"),
+                damaged=lambda: damaged_metrics(self.folder / "metrics.json"),
             ),
             "report": Stage(
                 self.report, {key: plain[key] for key in ("title", "report_cells")}, ("evaluate",), ("report.html",)
@@ -320,10 +325,11 @@ class _Experiment:
 
     def report(self) -> None:
         """Write the page."""
+        from latent_medi.evaluation.results import read_metrics
         from latent_medi.report.render import render_report
 
         render_report(
-            read_result(self.folder / "metrics.json", _EVALUATE), self.folder / "report.html",
+            read_metrics(self.folder), self.folder / "report.html",
             title=self.settings.title, real=self.data, synthetic=self.synthetic, per_cell=self.settings.report_cells,
         )  # fmt: skip
 

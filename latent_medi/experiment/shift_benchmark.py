@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from latent_medi.core.checksums import read_result
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
+from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.evaluation.results import read_metrics
 from latent_medi.experiment.shift_result import SHOWN, loss, mean, write_result
 from latent_medi.experiment.shift_settings import ShiftSettings
 from latent_medi.metadata.dose import rotating_targets, tie, training_patients
@@ -135,9 +136,9 @@ def _short(settings: ShiftSettings, targets: list[dict[str, str]], levels: list[
 
 def _result(folder: Path) -> dict[str, Any]:
     """What one level's experiment found, with its first encoder."""
-    metrics = read_result(folder / "metrics.json", "Remove it and repeat the command, which evaluates again.")
-    encoder = next(iter(metrics["downstream"]))
-    compared = metrics["downstream"][encoder]["arms"]
+    metrics = read_metrics(folder)
+    encoder = next(iter(metrics.downstream))
+    compared = metrics.downstream[encoder]["arms"]
     arms = {}
     for name in SHOWN:
         if name not in compared:
@@ -149,14 +150,15 @@ def _result(folder: Path) -> dict[str, Any]:
             "interval": entry["accuracy_shift"]["interval"],
             **{what: mean(cell[what]["value"] for cell in cells) for what in ("recall", "false_positive_rate")},
         }
-    part = metrics["fidelity"][encoder]["unseen"]
-    # Not the headlined one, which is Fréchet's where there are samples enough: one metric for all levels.
-    distance = {name: part["summary"][name]["kid"] for name in ("medi", "cls", "floor") if name in part["summary"]}
-    fields = metrics["adherence"][encoder]["fields"]
-    keys = {"class": metrics["dataset"]["class_field"], "site": metrics["dataset"]["site_field"]}
+    # The kernel distance at every level, though the Fréchet distance is the metric where there are samples enough.
+    means = metrics.fidelity[encoder].unseen.means
+    keys = {"medi": "medi", "cls": "cls", "floor": REAL}
+    distance = {key: means[source].kid for key, source in keys.items() if source in means}
+    fields = metrics.adherence[encoder].fields
+    names = {"class": metrics.dataset.class_field, "site": metrics.dataset.site_field}
     recovery = {
-        what: {arm: entry["value"] for arm, entry in fields[name]["arms"].items()}
-        for what, name in keys.items()
+        what: {source: found.value for source, found in fields[name].synthetic.items()}
+        for what, name in names.items()
         if name in fields
     }
     return {"encoder": encoder, "arms": arms, "distance": {"metric": "kid", **distance}, "recovery": recovery}

@@ -1,63 +1,87 @@
-"""Which part of a gain survives without colour: each number beside its twin on the haematoxylin channel."""
+"""Numbers in colour beside those on the haematoxylin channel alone: which part of a gain survives without colour."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
+from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary import RIVALS
-from latent_medi.report.page import TWIN, number
+from latent_medi.report.page import TWIN, differences, number
+from latent_medi.statistics.bootstrap import Estimate
 
-Rows = list[dict[str, Any]]
 
-
-def side_by_side(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of (name, kind, with colour, without) and one sentence; empty if there is no colour-free twin.
+@dataclass(frozen=True)
+class ColourRow:
+    """One number.
 
     Args:
-        metrics: Content of ``metrics.json``; the first encoder that has a twin is shown.
+        name: What it is.
+        kind: How it is written.
+        colour, without: The number in colour and without; ``None`` where it has no value.
     """
-    plain = next((n for n in metrics["encoders"] if n + TWIN in metrics["encoders"]), None)
+
+    name: str
+    kind: Literal["number", "signed", "percent"]
+    colour: Estimate | None
+    without: Estimate | None
+
+
+@dataclass(frozen=True)
+class ColourTable:
+    """Numbers of one encoder.
+
+    Args:
+        encoder: Its name.
+        rows: The numbers.
+        sentence: What of the gains is left without colour.
+    """
+
+    encoder: str
+    rows: list[ColourRow]
+    sentence: str
+
+
+def colour_table(metrics: Metrics) -> ColourTable | None:
+    """Numbers of the first encoder that was also used on the haematoxylin channel alone; ``None`` if there is none."""
+    plain = next((n for n in metrics.encoders if n + TWIN in metrics.encoders), None)
     if plain is None:
-        return {}
-    lead = next((r for r in RIVALS if _pair(metrics, plain, *_gain(r))[0]), "real")
-    wanted = [
-        ("unseen combinations: ratio (0 real, 1 as class alone)", "number", _ratio("unseen")),
-        ("per class: ratio", "number", _ratio("per_class")),
-        ("per site: ratio", "number", _ratio("per_site")),
-        *((f"accuracy under shift: MeDi − {RIVALS[r]}", "signed", _gain(r)) for r in RIVALS),
-        ("site found in samples", "percent", _found(metrics, "site_field", "arms", "medi")),
-        ("class found in samples", "percent", _found(metrics, "class_field", "arms", "medi")),
+        return None
+    gains = {f"accuracy under shift: MeDi − {RIVALS[r]}": _gain(metrics, plain, r) for r in RIVALS}
+    rows = [
+        ColourRow("unseen combinations: ratio (0 real, 1 as class alone)", "number", *_ratio(metrics, plain, "unseen")),
+        ColourRow("per class: ratio", "number", *_ratio(metrics, plain, "per_class")),
+        ColourRow("per site: ratio", "number", *_ratio(metrics, plain, "per_site")),
+        *(ColourRow(name, "signed", *pair) for name, pair in gains.items()),
+        ColourRow("site found in samples", "percent", *_found(metrics, plain, metrics.dataset.site_field)),
+        ColourRow("class found in samples", "percent", *_found(metrics, plain, metrics.dataset.class_field)),
     ]
-    rows: Rows = []
-    for name, kind, path in wanted:
-        colour, without = _pair(metrics, plain, *path)
-        if colour or without:
-            rows.append({"name": name, "kind": kind, "colour": colour, "without": without})
-    return {"encoder": plain, "rows": rows, "sentence": sentence(metrics, plain, lead)} if rows else {}
+    rows = [row for row in rows if row.colour or row.without]
+    first = next((r for r in RIVALS if _gain(metrics, plain, r)[0]), "real")
+    return ColourTable(plain, rows, sentence(metrics, plain, first)) if rows else None
 
 
-def sentence(metrics: Mapping[str, Any], encoder: str, rival: str) -> str:
+def sentence(metrics: Metrics, encoder: str, baseline: str) -> str:
     """What of the gain in fidelity and of that in accuracy is left without colour."""
     parts = []
-    ratio, twin = (_value(r) for r in _pair(metrics, encoder, *_ratio("unseen")))
-    if ratio is not None and twin is not None:
+    colour, without = _ratio(metrics, encoder, "unseen")
+    if colour and without and colour.value is not None and without.value is not None:
+        gain, left = 1 - colour.value, 1 - without.value
         parts.append(
-            f"on unseen combinations MeDi closes {number(100 * (1 - ratio), 0)} % of the distance between a class-only "
-            f"model and real patches in colour and {number(100 * (1 - twin), 0)} % without: "
-            f"{_verdict(1 - ratio, 1 - twin)}"
+            f"on unseen combinations MeDi closes {number(100 * gain, 0)} % of the distance between a class-only "
+            f"model and real patches in colour and {number(100 * left, 0)} % without: {_in_words(gain, left)}"
         )
-    colour, without = (_value(r) for r in _pair(metrics, encoder, *_gain(rival)))
-    if colour is not None and without is not None:
+    colour, without = _gain(metrics, encoder, baseline)
+    if colour and without and colour.value is not None and without.value is not None:
         parts.append(
-            f"in accuracy under shift MeDi's difference to {RIVALS[rival]} is {number(colour, sign=True)} in colour "
-            f"and {number(without, sign=True)} without: {_verdict(colour, without)}"
+            f"in accuracy under shift MeDi's difference to {RIVALS[baseline]} is {number(colour, sign=True)} in colour "
+            f"and {number(without, sign=True)} without: {_in_words(colour.value, without.value)}"
         )
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def _verdict(gain: float, left: float) -> str:
+def _in_words(gain: float, left: float) -> str:
     if gain <= 0:
         return "no gain in colour that could be lost" if left <= 0 else "a gain only without colour"
     if left <= 0:
@@ -65,28 +89,25 @@ def _verdict(gain: float, left: float) -> str:
     return "all of the gain survives" if left >= gain else f"{100 * left / gain:.0f} % of the gain survives"
 
 
-def _ratio(part: str) -> tuple[str, ...]:
-    return ("fidelity", part, "summary", "ratio")
+Pair = tuple[Estimate | None, Estimate | None]
 
 
-def _gain(rival: str) -> tuple[str, ...]:
-    return ("downstream", "differences", f"medi - {rival}", "accuracy_shift")
+def _pair(colour: Estimate | None, without: Estimate | None) -> Pair:
+    return tuple(e if e is not None and e.value is not None else None for e in (colour, without))  # type: ignore[return-value]
 
 
-def _found(metrics: Mapping[str, Any], field: str, *path: str) -> tuple[str, ...]:
-    return ("adherence", "fields", metrics["dataset"][field], *path)
+def _ratio(metrics: Metrics, encoder: str, table: Literal["unseen", "per_class", "per_site"]) -> Pair:
+    found = [metrics.fidelity.get(name) for name in (encoder, encoder + TWIN)]
+    ratios = [None if fidelity is None else getattr(fidelity, table).ratio for fidelity in found]
+    return _pair(*ratios)
 
 
-def _pair(metrics: Mapping[str, Any], encoder: str, section: str, *path: str) -> tuple[Any, Any]:
-    """The record at a path in a section, of an encoder and of its twin; None where it has no value."""
-    found = []
-    for name in (encoder, encoder + TWIN):
-        record: Any = metrics.get(section, {}).get(name, {})
-        for key in path:
-            record = record.get(key) if isinstance(record, Mapping) else None
-        found.append(record if _value(record) is not None else None)
-    return found[0], found[1]
+def _gain(metrics: Metrics, encoder: str, baseline: str) -> Pair:
+    pair = f"medi - {baseline}"
+    return _pair(*(differences(metrics, name).get(pair) for name in (encoder, encoder + TWIN)))
 
 
-def _value(record: Any) -> float | None:
-    return record.get("value") if isinstance(record, Mapping) else None
+def _found(metrics: Metrics, encoder: str, field: str) -> Pair:
+    records = [metrics.adherence.get(name) for name in (encoder, encoder + TWIN)]
+    fields = [None if record is None else record.fields.get(field) for record in records]
+    return _pair(*(None if found is None else found.synthetic.get("medi") for found in fields))

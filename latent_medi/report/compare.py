@@ -1,50 +1,97 @@
-"""Two or more evaluations side by side, and which of their numbers may be compared at all."""
+"""Two or more evaluations in columns, and which of their numbers may be compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import HTML, check_file, write_text
+from latent_medi.core.records import encode
+from latent_medi.evaluation.results import Metrics, metrics_file, read_metrics
 from latent_medi.evaluation.summary import RIVALS
 from latent_medi.report import figures
 from latent_medi.report.page import (
     DASH,
+    accuracies,
     bounds,
+    differences,
     distance,
     encoder_name,
     environment,
     flat,
     number,
     percent,
-    read_metrics,
     share,
 )
+from latent_medi.statistics.bootstrap import Estimate
 
 _LONGEST = 160  # characters of a setting on the page
-
-
 MISSING = "missing in one run"
 
 
 @dataclass(frozen=True)
-class Side:
-    """One number of one run.
+class Number:
+    """One number of a run.
 
     Args:
-        run: Content of its ``metrics.json``.
-        encoder: The encoder that it was taken in.
-        record: The number's measure; None if it is not there.
-        metric: "fd" or "kid" of a distance.
+        kind: How it is written.
+        estimate: The number.
+        metric: "fd" or "kid" of a distance or a ratio of distances.
+        headline: Whether it belongs to the headline.
     """
 
-    run: Mapping[str, Any]
-    encoder: str
-    record: Any
-    metric: str | None
+    kind: Literal["distance", "ratio", "number", "percent"]
+    estimate: Estimate
+    metric: str | None = None
+    headline: bool = True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A number as a table shows it.
+
+    Args:
+        value: The number.
+        bounds: Its interval.
+        n: Its patches and patients.
+        difference: The difference to the first run; empty for the first run, or where there is a reason.
+        reason: Why the number is not compared with the first run's.
+    """
+
+    value: str
+    bounds: str
+    n: str
+    difference: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of all runs.
+
+    Args:
+        name: What it is.
+        entries: One per run.
+    """
+
+    name: str
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers of all runs.
+
+    Args:
+        title: What they have in common.
+        rows: The numbers.
+    """
+
+    title: str
+    rows: list[Row]
 
 
 def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str = "") -> Path:
@@ -66,23 +113,21 @@ def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str
     """
     if len(metrics) < 2:
         raise UserError("A comparison takes two runs or more.", "latent-medi report --compare runs/a runs/b")
-    read = [read_metrics(m) for m in metrics]
-    runs = [content for content, _ in read]
-    names = run_names([file for _, file in read if file is not None])
+    runs = [read_metrics(path) for path in metrics]
+    names = run_names([metrics_file(path) for path in metrics])
     tables = compare(runs)
-    warnings = _warnings(runs, names, tables)
     page = (
         environment()
         .get_template("compare.html")
         .render(
-            title=title or "Evaluations side by side",
+            title=title or "Comparison of evaluations",
             names=names,
-            verdicts=[(n, m["verdict"]) for n, m in zip(names, runs, strict=True)],
+            verdicts=[(n, m.verdict) for n, m in zip(names, runs, strict=True)],
             tables=tables,
-            warnings=warnings,
+            warnings=_warnings(runs, names, tables),
             figures=_figures(runs, names),
             differences=differing(runs),
-            runs=[m["run"] for m in runs],
+            runs=[m.run for m in runs],
         )
     )
     write_text(check_file(out, "page", HTML), page)
@@ -90,7 +135,7 @@ def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str
 
 
 def run_names(files: Sequence[Path]) -> list[str]:
-    """Short names of runs: their folders' names, with as many parents as it takes to tell them apart."""
+    """Short names of runs: their folders' names, with as many parents as it takes to make them different."""
     parts = [f.resolve().parent.parts if f.name == "metrics.json" else f.resolve().with_suffix("").parts for f in files]
     for depth in range(1, max(len(p) for p in parts) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
@@ -99,211 +144,189 @@ def run_names(files: Sequence[Path]) -> list[str]:
     return [f"{names[0]} ({i + 1})" for i in range(len(files))]  # the same file twice
 
 
-def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Tables of rows with each run's number, interval and n, and the difference to the first run.
+def numbers(run: Metrics, encoder: str) -> dict[str, Number]:
+    """The numbers of one encoder that are compared between runs, by what they are."""
+    found: dict[str, Number] = {}
+    if fidelity := run.fidelity.get(encoder):
+        tables = {
+            "unseen combinations": fidelity.unseen,
+            "per class": fidelity.per_class,
+            "per site": fidelity.per_site,
+        }
+        for title, table in tables.items():
+            headline = table is not fidelity.per_site
+            for source, mean in table.means.items():
+                name = f"distance, {title}: {figures.source_name(source)}"
+                found[name] = Number("distance", mean, table.metric, headline)
+            found[f"ratio, {title}"] = Number("ratio", table.ratio, table.metric, headline)
+    for name, accuracy in accuracies(run, encoder).items():
+        found[f"accuracy under shift: {figures.name_of(name)}"] = Number("number", accuracy)
+    gains = differences(run, encoder)
+    for baseline in RIVALS:
+        if gain := gains.get(f"medi - {baseline}"):
+            found[f"accuracy under shift: MeDi − {figures.name_of(baseline)}"] = Number("number", gain)
+    if adherence := run.adherence.get(encoder):
+        for field, recovery in adherence.fields.items():
+            for name, share_found in recovery.synthetic.items():
+                found[f"{field} found: {figures.name_of(name)}"] = Number("percent", share_found, headline=False)
+            found[f"{field} found: real patches"] = Number("percent", recovery.real, headline=False)
+    if memorisation := run.memorisation.get(encoder):
+        for name, copies in memorisation.synthetic.items():
+            found[f"copy rate: {figures.name_of(name)}"] = Number("percent", copies.copy_rate)
+    return {name: each for name, each in found.items() if each.estimate.value is not None}
 
-    The first table has the headline numbers, in the feature space that each run judges by; one more follows for each
-    encoder that several runs have.
 
-    Args:
-        runs: Contents of ``metrics.json``.
+def compare(runs: Sequence[Metrics]) -> list[Table]:
+    """Tables with each run's number, interval and n, and the difference to the first run.
 
-    Returns:
-        Per table ``title`` and ``rows``; per row ``name`` and ``cells`` (``value``, ``bounds``, ``n``, ``difference``,
-        ``reason``: why there is none).
+    The first table has the headline numbers, in the feature space of each run's own headline. Another one follows for
+    each encoder that several runs have.
     """
-    own = [m["headline"].get("encoder") or next(iter(m["encoders"]), "") for m in runs]
-    headline = [w for w in _wanted(runs, own) if w[2][0] != "adherence" and "per_site" not in w[2]]
-    tables = [
-        {"title": "the headline, in the feature space that each run judges by", "rows": _rows(runs, own, headline)}
-    ]
-    for encoder in dict.fromkeys(n for m in runs for n in m["encoders"]):
-        if sum(encoder in m["encoders"] for m in runs) > 1:
-            names = [encoder] * len(runs)
-            tables.append(
-                {"title": f"features: {encoder_name(encoder)}", "rows": _rows(runs, names, _wanted(runs, names))}
-            )
-    return [t for t in tables if t["rows"]]
+    own = [str(m.headline.get("encoder") or next(iter(m.encoders), "")) for m in runs]
+    tables = [Table("the headline, in the feature space of each run's own headline", _rows(runs, own, headline=True))]
+    for encoder in dict.fromkeys(n for m in runs for n in m.encoders):
+        if sum(encoder in m.encoders for m in runs) > 1:
+            tables.append(Table(f"features: {encoder_name(encoder)}", _rows(runs, [encoder] * len(runs))))
+    return [t for t in tables if t.rows]
 
 
-def _rows(
-    runs: Sequence[Mapping[str, Any]], encoders: Sequence[str], wanted: Sequence[tuple[str, str, tuple[str, ...]]]
-) -> list[dict[str, Any]]:
+def _rows(runs: Sequence[Metrics], encoders: Sequence[str], headline: bool = False) -> list[Row]:
+    found = [numbers(run, encoder) for run, encoder in zip(runs, encoders, strict=True)]
+    names = dict.fromkeys(n for each in found for n, one in each.items() if one.headline or not headline)
     rows = []
-    for name, kind, path in wanted:
-        records = [_at(m, path[0], e, *path[1:]) for m, e in zip(runs, encoders, strict=True)]
-        if all(_value(r) is None for r in records):
-            continue
-        metrics = [
-            _at(m, path[0], e, path[1], "metric") if path[0] == "fidelity" else None
-            for m, e in zip(runs, encoders, strict=True)
-        ]
-        sides = [Side(*side) for side in zip(runs, encoders, records, metrics, strict=True)]
-        cells = [_cell(kind, side, None if i == 0 else reasons(sides[0], side), _value(records[0]))
-                 for i, side in enumerate(sides)]  # fmt: skip
-        rows.append({"name": name, "cells": cells})
+    for name in names:
+        columns = [each.get(name) for each in found]
+        entries = []
+        for i, (run, encoder, one) in enumerate(zip(runs, encoders, columns, strict=True)):
+            why = reasons(runs[0], encoders[0], columns[0], run, encoder, one) if i else None
+            entries.append(_entry(one, columns[0], why))
+        rows.append(Row(name, entries))
     return rows
 
 
-def reasons(first: Side, other: Side) -> list[str]:
-    """Why two numbers cannot be compared; empty if they can."""
-    run_a, a, run_b, b = first.run, first.record, other.run, other.record
-    if _value(a) is None or _value(b) is None:
+def reasons(
+    first_run: Metrics, first_encoder: str, first: Number | None, run: Metrics, encoder: str, other: Number | None
+) -> list[str]:
+    """Why a number cannot be compared with the first run's; empty if it can."""
+    if first is None or other is None:
         return [MISSING]
     found = []
-    prints = [side.run["encoders"].get(side.encoder, {}).get("fingerprint") for side in (first, other)]
-    if prints[0] != prints[1]:
+    if first_run.encoders[first_encoder].fingerprint != run.encoders[encoder].fingerprint:
         found.append("another encoder")
     if first.metric != other.metric:
         found.append(f"{(other.metric or '').upper()} instead of {(first.metric or '').upper()}")
-    for key, unit in (("n_patches", "patches"), ("n_patients", "patients")):
-        if a.get(key) != b.get(key):
-            found.append(f"n = {b.get(key)} instead of {a.get(key)} {unit}")
-    if _real_data(run_a) != _real_data(run_b):
+    a, b = first.estimate, other.estimate
+    for before, after, unit in ((a.n_patches, b.n_patches, "patches"), (a.n_patients, b.n_patients, "patients")):
+        if before != after:
+            found.append(f"n = {after} instead of {before} {unit}")
+    if _real_data(first_run) != _real_data(run):
         found.append("other real data")
     return found
 
 
-def differing(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def differing(runs: Sequence[Metrics]) -> list[tuple[str, list[str]]]:
     """Settings, encoders, data, models and versions that are not the same in all runs: name and text per run."""
     described = [_described(m) for m in runs]
     keys = list(dict.fromkeys(k for d in described for k in d))
-    rows = [(k, [_clip(d.get(k, DASH)) for d in described]) for k in keys if len({d.get(k) for d in described}) > 1]
-    return rows
+    return [(k, [_clip(d.get(k, DASH)) for d in described]) for k in keys if len({d.get(k) for d in described}) > 1]
 
 
-def _described(run: Mapping[str, Any]) -> dict[str, str]:
-    parts: dict[str, Any] = {
-        "settings": run.get("settings", {}),
-        "real data": _real_data(run) | {"folder": run["dataset"].get("folder")},
-        "encoder": {n: {k: e.get(k) for k in ("fingerprint", "preprocessing", "dim")}
-                    for n, e in run["encoders"].items()},
-        "samples": {n: {"n": a.get("n_patches"), "fields": a.get("fields"), **a.get("provenance", {})}
-                    for n, a in run["synthetic"].items()},
-        "run": run["run"] or {},
-    }  # fmt: skip
+def _described(run: Metrics) -> dict[str, str]:
+    encoders = {
+        n: {"fingerprint": e.fingerprint, "preprocessing": e.preprocessing, "dim": e.dim}
+        for n, e in run.encoders.items()
+    }
+    samples = {n: {"n": s.n_patches, "fields": s.fields, **s.provenance} for n, s in run.synthetic.items()}
+    parts = {
+        "settings": encode(run.settings),
+        "real data": _real_data(run) | {"folder": run.dataset.folder},
+        "encoder": encoders,
+        "samples": samples,
+        "run": encode(run.run),
+    }
     return flat(parts)
 
 
-def _real_data(run: Mapping[str, Any]) -> dict[str, Any]:
-    info = run["dataset"]
+def _real_data(run: Metrics) -> dict[str, Any]:
     # As text, so that tables of counts are compared whole instead of being counted.
-    counts = str(info.get("counts"))
-    return {k: info.get(k) for k in ("name", "classes", "sites", "split", "n_patches", "n_patients", "held_out")} | {
-        "counts": counts
-    }
+    data = {k: v for k, v in asdict(run.dataset).items() if k not in ("folder", "class_field", "site_field")}
+    return data | {"counts": str(data["counts"])}
 
 
 def _clip(text: str) -> str:
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
-def _wanted(runs: Sequence[Mapping[str, Any]], encoders: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Name, kind and path of each number that is set side by side."""
-    wanted: list[tuple[str, str, tuple[str, ...]]] = []
-    for part, title in (("unseen", "unseen combinations"), ("per_class", "per class"), ("per_site", "per site")):
-        for arm in _names(runs, encoders, "fidelity", part, "summary"):
-            kind = "ratio" if arm == "ratio" else "distance"
-            name = f"distance, {title}: {figures.name_of(arm)}" if arm != "ratio" else f"ratio, {title}"
-            wanted.append((name, kind, ("fidelity", part, "summary", arm)))
-    for arm in _names(runs, encoders, "downstream", "arms"):
-        name = f"accuracy under shift: {figures.name_of(arm)}"
-        wanted.append((name, "number", ("downstream", "arms", arm, "accuracy_shift")))
-    for rival in RIVALS:
-        name = f"accuracy under shift: MeDi − {figures.name_of(rival)}"
-        wanted.append((name, "number", ("downstream", "differences", f"medi - {rival}", "accuracy_shift")))
-    for field in _names(runs, encoders, "adherence", "fields"):
-        for arm in _names(runs, encoders, "adherence", "fields", field, "arms"):
-            wanted.append((f"{field} found: {figures.name_of(arm)}", "percent",
-                           ("adherence", "fields", field, "arms", arm)))  # fmt: skip
-        wanted.append((f"{field} found: ceiling", "percent", ("adherence", "fields", field, "ceiling")))
-    for arm in _names(runs, encoders, "memorisation", "arms"):
-        name = f"copy rate: {figures.name_of(arm)}"
-        wanted.append((name, "percent", ("memorisation", "arms", arm, "copy_rate")))
-    return wanted
+def _entry(one: Number | None, first: Number | None, reason: list[str] | None) -> Entry:
+    """A number as text.
 
-
-def _at(run: Mapping[str, Any], *path: str) -> Any:
-    record: Any = run
-    for key in path:
-        record = record.get(key) if isinstance(record, Mapping) else None
-    return record
-
-
-def _names(runs: Sequence[Mapping[str, Any]], encoders: Sequence[str], section: str, *path: str) -> list[str]:
-    """Keys at a path in a section, over all runs."""
-    both = zip(runs, encoders, strict=True)
-    return list(dict.fromkeys(k for run, encoder in both for k in (_at(run, section, encoder, *path) or {})))
-
-
-def _value(record: Any) -> float | None:
-    return record.get("value") if isinstance(record, Mapping) else None
-
-
-def _cell(kind: str, side: Side, reason: list[str] | None, first: float | None) -> dict[str, Any]:
-    record, metric, value = side.record, side.metric, _value(side.record)
-    texts = {"distance": distance(value), "ratio": number(value, 2), "percent": percent(value, 1)}
-    interval = share(record) if kind == "percent" else bounds(record, {"distance": None, "ratio": 2}.get(kind, 3))
-    difference = ""
-    if value is not None and first is not None and reason == []:
-        gap = value - first
-        sign = "+" if gap > 0 else ""
-        difference = {
-            "distance": sign + distance(gap),
-            "ratio": number(gap, 2, sign=True),
-            "percent": f"{number(100 * gap, 1, sign=True)} points",
-        }.get(kind, number(gap, sign=True))
-    n = f"n = {record['n_patches']}" if value is not None and record.get("n_patches") else ""
-    if n and record.get("n_patients"):
-        n += f", {record['n_patients']} patients"
-    label = f" {metric.upper()}" if kind == "distance" and metric and value is not None else ""
-    return {
-        "value": texts.get(kind, number(value)) + label,
-        "bounds": interval,
-        "n": n,
-        "difference": difference,
-        "reason": ", ".join(reason or []),
+    Args:
+        one: The number; ``None`` if the run does not have it.
+        first: The first run's.
+        reason: Why the two cannot be compared; ``None`` for the first run itself.
+    """
+    why = ", ".join(reason or [])
+    if one is None:
+        return Entry(DASH, "", "", "", why)
+    record = one.estimate
+    metric = f" {one.metric.upper()}" if one.metric else ""
+    texts = {
+        "distance": (distance(record) + metric, bounds(record, None)),
+        "ratio": (number(record, 2), bounds(record, 2)),
+        "number": (number(record), bounds(record)),
+        "percent": (percent(record, 1), share(record)),
     }
+    value, interval = texts[one.kind]
+    difference = ""
+    if reason == [] and first is not None and record.value is not None and first.estimate.value is not None:
+        gap = record.value - first.estimate.value
+        difference = {
+            "distance": ("+" if gap > 0 else "") + distance(gap),
+            "ratio": number(gap, 2, sign=True),
+            "number": number(gap, sign=True),
+            "percent": f"{number(100 * gap, 1, sign=True)} points",
+        }[one.kind]
+    n = f"n = {record.n_patches}" if record.n_patches else ""
+    if n and record.n_patients:
+        n += f", {record.n_patients} patients"
+    return Entry(value, interval, n, difference, why)
 
 
-def _warnings(
-    runs: Sequence[Mapping[str, Any]], names: Sequence[str], tables: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """One sentence per run that tells what keeps numbers from being compared with those of the first run."""
+def _warnings(runs: Sequence[Metrics], names: Sequence[str], tables: Sequence[Table]) -> list[str]:
+    """One sentence per run on what keeps numbers from being compared with those of the first run."""
     texts = []
+    rows = [row for table in tables for row in table.rows]
+    prints = [{e.fingerprint for e in run.encoders.values()} for run in runs]
     for i, name in enumerate(names[1:], 1):
-        rows = [row for table in tables for row in table["rows"]]
-        barred = [row for row in rows if row["cells"][i]["reason"]]
-        why = dict.fromkeys(part for row in barred for part in row["cells"][i]["reason"].split(", "))
-        kinds = list(dict.fromkeys("another n" if w.startswith("n = ") else w for w in why))
-        if barred:
+        why = [row.entries[i].reason for row in rows if row.entries[i].reason]
+        parts = dict.fromkeys(part for reason in why for part in reason.split(", "))
+        kinds = dict.fromkeys("another n" if part.startswith("n = ") else part for part in parts)
+        if why:
             texts.append(
-                f"{name} and {names[0]}: {len(barred)} of {len(rows)} numbers cannot be compared "
+                f"{name} and {names[0]}: {len(why)} of {len(rows)} numbers cannot be compared "
                 f"({', '.join(kinds)}); they are shown without a difference."
             )
-        prints = [{e.get("fingerprint") for e in run["encoders"].values()} for run in (runs[0], runs[i])]
-        if not prints[0] & prints[1]:
+        if not prints[0] & prints[i]:
             texts.append(f"{name} and {names[0]} have no encoder in common: distances and accuracies are of two kinds.")
     return texts
 
 
-def _figures(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, str]]:
+def _figures(runs: Sequence[Metrics], names: Sequence[str]) -> list[dict[str, str]]:
     """Accuracy under shift of each run, a plot per encoder."""
     result = []
-    prints = dict.fromkeys((n, e.get("fingerprint")) for m in runs for n, e in m["encoders"].items())
+    prints = dict.fromkeys((n, e.fingerprint) for m in runs for n, e in m.encoders.items())
     for encoder, fingerprint in prints:
         rows = []
         for name, run in zip(names, runs, strict=True):
             # Two sets of weights under one name are two encoders, whose accuracies have no axis in common.
-            if run["encoders"].get(encoder, {}).get("fingerprint") != fingerprint:
+            if encoder not in run.encoders or run.encoders[encoder].fingerprint != fingerprint:
                 continue
-            for arm in ("real", "stain_transfer", "cls", "medi"):
-                record = _at(run, "downstream", encoder, "arms", arm, "accuracy_shift")
-                if _value(record) is not None:
-                    rows.append((name, arm, record))
+            found = accuracies(run, encoder)
+            chosen = [n for n in ("real", "stain_transfer", "cls", "medi") if n in found]
+            rows += [(name, n, found[n]) for n in chosen]
         uri = figures.runs(rows, "balanced accuracy under shift")
         if uri:
             alone = sum(name == encoder for name, _ in prints) == 1
-            weights = "" if alone else f" (weights {str(fingerprint)[:8]})"
+            weights = "" if alone else f" (weights {fingerprint[:8]})"
             result.append({"encoder": encoder_name(encoder) + weights, "uri": uri})
     return result

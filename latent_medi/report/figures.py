@@ -5,12 +5,16 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from latent_medi.core.errors import needs
+from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.evaluation.fidelity.records import DistanceTable, Projection
+from latent_medi.statistics.bootstrap import Estimate
 
 with needs("The report", "matplotlib"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,20 +25,18 @@ INK, MUTED, GRID = "#1b1f24", "#59616b", "#d9dde2"
 COLOURS = {
     "medi": "#0072b2",
     "cls": "#d55e00",
-    "floor": "#59616b",
     "real": "#59616b",
     "oversample": "#8a6d00",
     "stain_transfer": "#a8467f",
     "oracle": "#00785a",
 }
-MARKERS = {"medi": "o", "cls": "s", "floor": "|", "oracle": "D", "stain_transfer": "^", "oversample": "v", "real": "|"}
+MARKERS = {"medi": "o", "cls": "s", "oracle": "D", "stain_transfer": "^", "oversample": "v", "real": "|"}
 # For values of a field: eight colours in eight shapes, so that neither alone carries the meaning.
 SERIES = ("#0072b2", "#d55e00", "#00785a", "#a8467f", "#8a6d00", "#2f9bd6", "#59616b", "#1b1f24")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
 NAMES = {
     "medi": "MeDi",
     "cls": "CLS",
-    "floor": "real vs real",
     "real": "real only",
     "oversample": "oversampling",
     "stain_transfer": "stain transfer",
@@ -49,12 +51,17 @@ _LONGEST = 24  # characters of a name in a plot
 _MOST_ROWS = 40
 
 
-def name_of(arm: str) -> str:
-    """An arm's name for people."""
+def name_of(name: str) -> str:
+    """The name of a training set or a synthetic set for people."""
     for prefix, words in (("synthetic_only_", "{} alone"), ("pretrain_finetune_", "{}, then real")):
-        if arm.startswith(prefix):
-            return words.format(name_of(arm.removeprefix(prefix)))
-    return NAMES.get(arm, arm)
+        if name.startswith(prefix):
+            return words.format(name_of(name.removeprefix(prefix)))
+    return NAMES.get(name, name)
+
+
+def source_name(name: str) -> str:
+    """The name of a source of distances for people."""
+    return "real vs real" if name == REAL else name_of(name)
 
 
 def short(name: str, longest: int = _LONGEST) -> str:
@@ -101,185 +108,191 @@ def _style(axes: Any) -> None:
         label.set_parse_math(False)  # a name may hold a dollar sign
 
 
-def _point(axes: Any, y: float, record: Mapping[str, Any], arm: str, label: str | None = None) -> None:
-    value, bounds = record["value"], record.get("interval")
-    colour = COLOURS.get(arm, INK)
-    if isinstance(bounds, Sequence) and not isinstance(bounds, str):
-        axes.plot(bounds, [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", alpha=0.75)
-    size = 9 if MARKERS.get(arm) == "|" else 5.5
-    axes.plot(
-        [value],
-        [y],
-        MARKERS.get(arm, "o"),
-        color=colour,
-        markersize=size,
-        markeredgewidth=1.8,
-        label=label,
-        linestyle="",
-    )
+def _point(axes: Any, y: float, found: Estimate, name: str, label: str | None = None) -> None:
+    """An estimate with its interval, in the colour and shape of its name."""
+    colour, marker = COLOURS.get(name, INK), MARKERS.get(name, "o")
+    if isinstance(found.interval, tuple):
+        axes.plot(found.interval, [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", alpha=0.75)
+    style = {"color": colour, "markersize": 9 if marker == "|" else 5.5, "markeredgewidth": 1.8, "linestyle": ""}
+    axes.plot([found.value], [y], marker, label=label, **style)
 
 
-def distances(part: Mapping[str, Any]) -> str | None:
-    """Distance of each arm and of real patients, per cell and as a mean, with intervals; None if nothing is there.
-
-    Args:
-        part: "unseen", "per_class" or "per_site" of one encoder in ``metrics.json``.
-    """
-    summary = {k: v for k, v in part["summary"].items() if k != "ratio"}
-    rows = [(c["name"], c["arms"]) for c in part["cells"] if c["arms"]]
+def distances(table: DistanceTable) -> str | None:
+    """Distance of each source in each combination and as a mean, with intervals; ``None`` if there is none."""
+    rows: list[tuple[str, Mapping[str, Estimate]]] = [(c.name, c.sources) for c in table.combinations if c.sources]
     if len(rows) > 1:
-        rows = [*rows[:_MOST_ROWS], ("mean", summary)]
+        rows = [*rows[:_MOST_ROWS], ("mean", table.means)]
     if not rows:
         return None
-    arms = [a for a in summary if any(a in r and r[a]["value"] is not None for _, r in rows)]
+    names = [n for n in table.means if any(n in found and found[n].value is not None for _, found in rows)]
     figure = _figure(0.9 + 0.44 * len(rows))
     axes = figure.subplots()
-    for i, (_, records) in enumerate(rows):
-        for j, arm in enumerate(arms):
-            if arm in records and records[arm]["value"] is not None:
-                y = i + (j - (len(arms) - 1) / 2) * 0.24
-                _point(axes, y, records[arm], arm, name_of(arm) if i == len(rows) - 1 else None)
+    for i, (_, found) in enumerate(rows):
+        for j, name in enumerate(names):
+            if name in found and found[name].value is not None:
+                y = i + (j - (len(names) - 1) / 2) * 0.24
+                _point(axes, y, found[name], name, source_name(name) if i == len(rows) - 1 else None)
     axes.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    metric = {"fd": "Fréchet distance", "kid": "KID"}[part["metric"]]
+    metric = {"fd": "Fréchet distance", "kid": "KID"}[table.metric]
     axes.set_xlabel(f"{metric} (left is better)")
     _style(axes)
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
     figure.legend(
-        loc="outside upper left", ncols=len(arms), frameon=False, fontsize=_FONT, handletextpad=0.3, columnspacing=1.2
+        loc="outside upper left", ncols=len(names), frameon=False, fontsize=_FONT, handletextpad=0.3, columnspacing=1.2
     )
     return _uri(figure)
 
 
-def forest(arms: Mapping[str, Any], score: str) -> str | None:
-    """A score per arm with its interval; the dashed line is the arm without added patches.
+@dataclass(frozen=True)
+class _Line:
+    """One line of a list of estimates.
 
     Args:
-        arms: "arms" of one encoder's downstream record.
-        score: Such as "accuracy_shift".
+        label: At its left.
+        name: Of its colour and shape.
+        estimate: The number.
     """
-    order = [a for a in ("real", "oversample", "stain_transfer", "cls", "medi", "oracle") if a in arms]
-    order += [a for a in arms if a not in order]
-    order = [a for a in order if arms[a][score]["value"] is not None]
-    if not order:
-        return None
-    figure = _figure(0.55 + 0.33 * len(order))
+
+    label: str
+    name: str
+    estimate: Estimate
+
+
+def _list_of_estimates(lines: Sequence[_Line], xlabel: str, number: str, height: float = 0.55) -> tuple[Figure, Any]:
+    """A line per estimate with its interval, and the number at its right.
+
+    Args:
+        lines: From top to bottom.
+        xlabel: What the axis shows.
+        number: Format of the numbers.
+        height: Of what surrounds the lines, inches.
+    """
+    figure = _figure(height + 0.33 * len(lines))
     axes = figure.subplots()
-    for i, arm in enumerate(order):
-        _point(axes, i, arms[arm][score], arm)
+    for i, line in enumerate(lines):
+        _point(axes, i, line.estimate, line.name)
         axes.annotate(
-            f"{arms[arm][score]['value']:.3f}", (1.0, i), xycoords=("axes fraction", "data"), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=_FONT, color=INK, annotation_clip=False,
-        )  # fmt: skip
-    if "real" in order:
-        axes.axvline(arms["real"][score]["value"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set_yticks(range(len(order)), [short(name_of(a)) for a in order])
-    axes.set_ylim(len(order) - 0.5, -0.5)
-    axes.set_xlabel("balanced accuracy (right is better)")
+            format(line.estimate.value, number),
+            (1.0, i),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=_FONT,
+            color=INK,
+            annotation_clip=False,
+        )
+    axes.set_yticks(range(len(lines)), [line.label for line in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
     _style(axes)
+    return figure, axes
+
+
+def forest(accuracies: Mapping[str, Estimate]) -> str | None:
+    """Accuracy of each training set with its interval; the dashed line is that of the real patches alone."""
+    first = [n for n in ("real", "oversample", "stain_transfer", "cls", "medi", "oracle") if n in accuracies]
+    order = [*first, *(n for n in accuracies if n not in first)]
+    lines = [_Line(short(name_of(n)), n, accuracies[n]) for n in order if accuracies[n].value is not None]
+    if not lines:
+        return None
+    figure, axes = _list_of_estimates(lines, "balanced accuracy (right is better)", ".3f")
+    if "real" in order and accuracies["real"].value is not None:
+        axes.axvline(accuracies["real"].value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     return _uri(figure)
 
 
-def differences(record: Mapping[str, Any], score: str) -> str | None:
-    """Paired differences of a score between arms, with intervals over patients; zero means no difference."""
-    rows = [(n, d[score]) for n, d in record.items() if d[score]["value"] is not None]
-    rows = [(n, d) for n, d in rows if n.startswith("medi - ")] + [(n, d) for n, d in rows if n == "oracle - real"]
-    if not rows:
+def differences(found: Mapping[str, Estimate]) -> str | None:
+    """Paired differences of a score between training sets, with intervals over patients; zero means no difference."""
+    chosen = [n for n in found if n.startswith("medi - ")] + [n for n in found if n == "oracle - real"]
+    names = [n.split(" - ") for n in chosen if found[n].value is not None]
+    lines = [_Line(" − ".join(map(name_of, pair)), pair[0], found[" - ".join(pair)]) for pair in names]
+    if not lines:
         return None
-    figure = _figure(0.55 + 0.33 * len(rows))
-    axes = figure.subplots()
-    for i, (name, value) in enumerate(rows):
-        _point(axes, i, value, name.split(" - ")[0])
-        axes.annotate(
-            f"{value['value']:+.3f}", (1.0, i), xycoords=("axes fraction", "data"), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=_FONT, color=INK, annotation_clip=False,
-        )  # fmt: skip
+    figure, axes = _list_of_estimates(lines, "difference in balanced accuracy", "+.3f")
     axes.axvline(0.0, color=MUTED, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [" − ".join(name_of(a) for a in n.split(" - ")) for n, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("difference in balanced accuracy")
-    _style(axes)
     return _uri(figure)
 
 
-def runs(rows: Sequence[tuple[str, str, Mapping[str, Any]]], label: str) -> str | None:
+def runs(rows: Sequence[tuple[str, str, Estimate]], xlabel: str) -> str | None:
     """One number of several runs with its interval, a line each.
 
     Args:
-        rows: Name of the run, arm and measure.
-        label: What the axis shows.
+        rows: Name of the run, of the training set, and estimate.
+        xlabel: What the axis shows.
     """
-    rows = [r for r in rows if r[2].get("value") is not None]
+    rows = [r for r in rows if r[2].value is not None]
     if not rows:
         return None
-    figure = _figure(0.6 + 0.34 * len(rows))
-    axes = figure.subplots()
-    for i, (_, arm, record) in enumerate(rows):
-        _point(axes, i, record, arm)
-        axes.annotate(
-            f"{record['value']:.3f}", (1.0, i), xycoords=("axes fraction", "data"), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=_FONT, color=INK, annotation_clip=False,
-        )  # fmt: skip
-        if i and rows[i - 1][0] != rows[i][0]:
+    lines = [_Line(f"{short(run, 14)}: {short(name_of(name), 14)}", name, found) for run, name, found in rows]
+    figure, axes = _list_of_estimates(lines, xlabel, ".3f", height=0.6)
+    for i in range(1, len(rows)):
+        if rows[i - 1][0] != rows[i][0]:
             axes.axhline(i - 0.5, color=MUTED, linewidth=0.6)
-    axes.set_yticks(range(len(rows)), [f"{short(run, 14)}: {short(name_of(arm), 14)}" for run, arm, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(label)
-    _style(axes)
     return _uri(figure)
 
 
-def projection(record: Mapping[str, Any], key: str, most: int = 12) -> str | None:
+def projection(record: Projection, key: Literal["class", "site"], most: int = 12) -> str | None:
     """Points of each source on two principal components, a panel each with the same axes, by class or by site.
 
     Args:
-        record: "projection" of one encoder.
-        key: "class" or "site": what colour and shape stand for.
+        record: Of one encoder.
+        key: What colour and shape stand for.
         most: Values with a colour of their own, the most frequent; the rest is grey dots.
     """
-    sources = {n: s for n, s in record["sources"].items() if s["x"]}
-    names = record["classes" if key == "class" else "sites"]
-    codes = [c for s in sources.values() for c in s[key] if c >= 0]
-    if not codes:
+    sources = {n: s for n, s in record.sources.items() if s.x}
+    by_class = key == "class"
+    labels = record.classes if by_class else record.sites
+    codes = {n: np.asarray(s.class_codes if by_class else s.site_codes) for n, s in sources.items()}
+    known = [c for found in codes.values() for c in found.tolist() if c >= 0]
+    if not known:
         return None
-    used = sorted(set(codes), key=lambda c: (-codes.count(c), c))[:most]
-    order = sorted(used)
+    order = sorted(sorted(set(known), key=lambda c: (-known.count(c), c))[:most])
     columns = 2 if len(sources) > 1 else 1
     rows = -(-len(sources) // columns)
     figure = _figure(1.95 * rows + 0.55 + 0.22 * -(-(len(order) + 1) // 2))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, (name, source) in zip(panels, sources.items(), strict=False):
-        x, y, values = (np.asarray(source[k]) for k in ("x", "y", key))
-        rest = ~np.isin(values, order)
-        panel.plot(x[rest], y[rest], ".", color="#a3abb4", markersize=3, label="other or not given")
-        for i, code in enumerate(order):
-            mine = values == code
-            panel.plot(
-                x[mine], y[mine], SHAPES[i % len(SHAPES)], color=SERIES[(i + i // len(SHAPES)) % len(SERIES)],
-                markersize=3.6, markeredgewidth=0, alpha=0.75, label=short(names[code], 20),
-            )  # fmt: skip
-        panel.set_title("real test patches" if name == "real" else short(name_of(name)), fontsize=_FONT, color=INK)
-        panel.set_xticks([])
-        panel.set_yticks([])
-        for spine in panel.spines.values():
-            spine.set_color(GRID)
+        _panel(panel, np.asarray(source.x), np.asarray(source.y), codes[name], {c: labels[c] for c in order})
+        panel.set_title("real test patches" if name == REAL else short(name_of(name)), fontsize=_FONT, color=INK)
     for panel in panels[len(sources) :]:
         panel.set_visible(False)
-    share = [f" ({100 * e:.0f} %)" if e is not None else "" for e in record["explained"]] + [" ", " "]
+    share = [f" ({100 * e:.0f} %)" if e is not None else "" for e in record.explained] + [" ", " "]
     figure.supxlabel(f"first component{share[0]}", fontsize=_FONT, color=MUTED)
     figure.supylabel(f"second component{share[1]}", fontsize=_FONT, color=MUTED)
     handles: dict[str, Any] = {}
     for panel in panels[: len(sources)]:
         handles |= {text: h for h, text in zip(*panel.get_legend_handles_labels(), strict=True) if len(h.get_xdata())}
     legend = figure.legend(
-        # Above, since below lies the label of the axis.
-        list(handles.values()), list(handles), loc="outside upper center", ncols=2, frameon=False, fontsize=_FONT,
-        handletextpad=0.2, columnspacing=1.2, markerscale=1.7,
-    )  # fmt: skip
+        list(handles.values()),
+        list(handles),
+        loc="outside upper center",  # since the label of the axis is below
+        ncols=2,
+        frameon=False,
+        fontsize=_FONT,
+        handletextpad=0.2,
+        columnspacing=1.2,
+        markerscale=1.7,
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     return _uri(figure)
+
+
+def _panel(panel: Any, x: np.ndarray, y: np.ndarray, codes: np.ndarray, labels: Mapping[int, str]) -> None:
+    """Points of one source, with a colour and a shape for each labelled code."""
+    rest = ~np.isin(codes, list(labels))
+    panel.plot(x[rest], y[rest], ".", color="#a3abb4", markersize=3, label="other or not given")
+    for i, (code, label) in enumerate(labels.items()):
+        here = codes == code
+        style = {"color": SERIES[(i + i // len(SHAPES)) % len(SERIES)], "markersize": 3.6, "markeredgewidth": 0}
+        panel.plot(x[here], y[here], SHAPES[i % len(SHAPES)], alpha=0.75, label=short(label, 20), **style)
+    panel.set_xticks([])
+    panel.set_yticks([])
+    for spine in panel.spines.values():
+        spine.set_color(GRID)
 
 
 def matrix(values: Sequence[str], shares: Mapping[str, Sequence[Sequence[float | None]]]) -> str:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from latent_medi.core.checksums import read_result
-from latent_medi.core.errors import UserError
-from latent_medi.core.files import read_sealed
 from latent_medi.core.progress import duration
+from latent_medi.core.records import decode
+from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary import distance_text
 from latent_medi.report import figures
+from latent_medi.statistics.bootstrap import Estimate
 
 TWIN = ":haematoxylin"
-"""What follows an encoder's name where it saw the haematoxylin channel alone."""
-BY_ENCODER = ("fidelity", "downstream", "adherence", "memorisation", "projection")
-"""Sections of ``metrics.json`` that have a record per encoder."""
+"""Suffix of an encoder's name on the haematoxylin channel alone."""
 DASH = "–"
 
 
@@ -40,7 +38,8 @@ def environment() -> jinja2.Environment:
         "percent": percent,
         "share": share,
         "duration": duration,
-        "arm": figures.name_of,
+        "label": figures.name_of,
+        "source": figures.source_name,
         "encoder": encoder_name,
         "short": figures.short,
         "flat": flat,
@@ -48,65 +47,49 @@ def environment() -> jinja2.Environment:
     return result
 
 
-def read_metrics(metrics: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], Path | None]:
-    """The content of ``metrics.json``, with empty sections for what an evaluation left out, and where it lies.
-
-    Args:
-        metrics: The content, the path of the file, or the folder of a run that has it.
-
-    Raises:
-        UserError: These are not an evaluation's.
-    """
-    file: Path | None = None
-    content: Any = metrics
-    if not isinstance(metrics, Mapping):
-        file = Path(metrics) / "metrics.json" if Path(metrics).is_dir() else Path(metrics)
-        content = read_result(file, "Run `latent-medi evaluate` again.")
-    if not isinstance(content, Mapping) or not {"dataset", "encoders", "headline", "verdict"} <= content.keys():
-        where = f"{file}: these" if file else "The metrics"
-        raise UserError(f"{where} are not those of an evaluation.", "Give the metrics.json that `evaluate` wrote.")
-    absent: dict[str, Any] = {"run": None, "notes": []}
-    absent |= {part: {} for part in ("synthetic", *BY_ENCODER)}
-    return absent | dict(content), file
+def _estimate(record: Mapping[str, Any]) -> Estimate:
+    return decode(Estimate, {f.name: record[f.name] for f in fields(Estimate) if f.name in record})
 
 
-@contextmanager
-def foreign(*files: Path) -> Iterator[None]:
-    """Tell in one message that files which have no checksum are not what ``evaluate`` wrote, if reading them fails;
-    where all have one, the failure is ours and stays as it is.
+def accuracies(metrics: Metrics, encoder: str) -> dict[str, Estimate]:
+    """Accuracy under shift by training set, in one encoder's features."""
+    found = metrics.downstream.get(encoder, {}).get("arms", {})
+    return {name: _estimate(entry["accuracy_shift"]) for name, entry in found.items()}
 
-    Raises:
-        UserError: See above.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever an entry of another type leads to
-        for file in files:
-            if not read_sealed(file, "")[1]:
-                raise UserError(
-                    f"{file} is damaged or was not written by `latent-medi evaluate`: {error!r}.",
-                    "Run `latent-medi evaluate` again.",
-                ) from error
-        raise
+
+def differences(metrics: Metrics, encoder: str) -> dict[str, Estimate]:
+    """Paired differences in accuracy under shift, by "a - b", in one encoder's features."""
+    found = metrics.downstream.get(encoder, {}).get("differences", {})
+    return {name: _estimate(entry["accuracy_shift"]) for name, entry in found.items()}
+
+
+def value_of(record: Any) -> float | None:
+    """A number, or that of an estimate; ``None`` if it is not available."""
+    if isinstance(record, Mapping):
+        return record.get("value")
+    return getattr(record, "value", record)
+
+
+def interval_of(record: Any) -> Any:
+    """The interval of an estimate."""
+    return record.get("interval") if isinstance(record, Mapping) else getattr(record, "interval", None)
 
 
 def number(value: Any, digits: int = 3, sign: bool = False) -> str:
-    """A number (or a measure's value) with fixed decimals and a true minus sign; a dash if it is not available."""
-    value = value.get("value") if isinstance(value, Mapping) else value
+    """A number, or that of an estimate, with fixed decimals and a true minus sign; a dash if it is not available."""
+    value = value_of(value)
     return DASH if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def distance(value: Any) -> str:
-    """A distance (or a measure of one) with three significant digits and a true minus sign; a dash if not available."""
-    value = value.get("value") if isinstance(value, Mapping) else value
-    return distance_text(value).replace("-", "−")
+    """A distance, or that of an estimate, with three significant digits and a true minus sign; a dash if not
+    available."""
+    return distance_text(value_of(value)).replace("-", "−")
 
 
 def bounds(record: Any, digits: int | None = 3) -> str:
-    """A measure's interval in words, with three significant digits where ``digits`` is None; empty if it has none."""
-    interval = record.get("interval") if isinstance(record, Mapping) else None
+    """An estimate's interval in words, with three significant digits where ``digits`` is None; empty if it has none."""
+    interval = interval_of(record)
     if interval is None:
         return ""
     if isinstance(interval, str):
@@ -116,14 +99,14 @@ def bounds(record: Any, digits: int | None = 3) -> str:
 
 
 def percent(value: Any, digits: int = 0) -> str:
-    """A share as a percentage; a dash if it is not available."""
-    value = value.get("value") if isinstance(value, Mapping) else value
+    """A share, or that of an estimate, as a percentage; a dash if it is not available."""
+    value = value_of(value)
     return DASH if value is None else f"{100 * value:.{digits}f} %"
 
 
 def share(record: Any, digits: int = 1) -> str:
-    """A measure's interval as percentages; empty if it has none."""
-    interval = record.get("interval") if isinstance(record, Mapping) else None
+    """An estimate's interval as percentages; empty if it has none."""
+    interval = interval_of(record)
     if interval is None or isinstance(interval, str):
         return interval or ""
     return f"{percent(interval[0], digits)} to {percent(interval[1], digits)}"

@@ -1,4 +1,5 @@
-"""Images of the report, read from the datasets: real beside synthetic patches, and copies beside their originals."""
+"""Images of the report, read from the datasets: real and synthetic patches, and samples with the training patches that
+they are most like."""
 
 from __future__ import annotations
 
@@ -7,13 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
+from latent_medi.evaluation.fidelity.records import ListedPair, Memorisation
+from latent_medi.evaluation.provenance import RealDataset
+from latent_medi.evaluation.results import Metrics
 from latent_medi.report.figures import image_uri, name_of
 from latent_medi.shards.dataset import PatchDataset
 
@@ -46,7 +49,7 @@ class Grid:
 
     Args:
         tumour: The class.
-        columns: Headings: real and each arm.
+        columns: Headings: real and each synthetic set.
         rows: Its rows, held-out combinations first.
         omitted: Rows left out for space.
     """
@@ -85,13 +88,13 @@ def open_or_none(folder: str | Path) -> PatchDataset | None:
 
 
 def locate(folder: str, made_in: str, metrics_file: Path) -> str:
-    """Where a folder that the metrics name lies now: as it is reached from them, as it is called, or as it lay to the
-    metrics that moved with it (earlier versions named folders as the command did).
+    """Where a folder that the metrics name is now: relative to them, relative to the working folder, or, for metrics
+    that were moved, as it was relative to their old folder.
 
     Args:
         folder: As ``metrics.json`` has it.
         made_in: The folder of ``metrics.json`` as that file itself has it; empty if unknown.
-        metrics_file: Where that file lies now.
+        metrics_file: Where that file is now.
     """
     if not os.path.isabs(folder) and (metrics_file.parent / folder).exists():
         return str(metrics_file.parent / folder)
@@ -107,70 +110,63 @@ class CopyPair:
 
     Args:
         synthetic, train: Data URIs.
-        arm: Name of the arm.
-        caption: Distance and view.
-        combination: What was asked for.
+        source: Name of the synthetic set.
+        caption: Likeness and view.
+        combination: Requested values.
     """
 
     synthetic: str
     train: str
-    arm: str
+    source: str
     caption: str
     combination: str
 
 
 def pairs(
-    record: Mapping[str, Any],
+    record: Memorisation,
     real: PatchDataset | None,
-    arms: Mapping[str, PatchDataset],
+    synthetic: Mapping[str, PatchDataset],
     fields: Sequence[str],
     most: int = 12,
 ) -> tuple[list[CopyPair], int]:
     """The synthetic patches that an evaluation listed, each with the training patch that it is most like, copies first.
 
     Args:
-        record: "memorisation" of one encoder in ``metrics.json``.
+        record: Of one encoder.
         real: The real dataset.
-        arms: Synthetic datasets by arm.
+        synthetic: Synthetic sets by name.
         fields: Fields that name the combination.
-        most: Pairs per arm.
+        most: Pairs per set.
 
     Returns:
         The pairs, and how many listed ones are not shown: for space, or since a patch is not on this machine.
     """
     result: list[CopyPair] = []
     hidden = 0
-    for arm, found in record.get("arms", {}).items():
-        listed = sorted(found.get("listed", []), key=lambda item: -item["likeness"])
+    for name, found in record.synthetic.items():
         shown = 0
-        for item in listed:
-            images = [_by_key(arms.get(arm), item["synthetic_key"]), _trained_on(real, item)]
-            if shown == most or images[0] is None or images[1] is None:
+        for pair in sorted(found.listed, key=lambda pair: -pair.likeness):
+            sample, trained = _by_key(synthetic.get(name), pair.synthetic_key), _trained_on(real, pair)
+            if shown == most or sample is None or trained is None:
                 hidden += 1
                 continue
             shown += 1
-            row = images[0][1]
-            asked = " × ".join(str(row[f]) for f in fields if f in row.index)
-            result.append(
-                CopyPair(
-                    image_uri(montage(images[0][0])), image_uri(montage(images[1][0])), arm,
-                    f"{'copy' if item['copy'] else 'no copy'}, likeness {item['likeness']:.2f}, {item['view']}", asked,
-                )
-            )  # fmt: skip
+            combination = " × ".join(str(sample[1][f]) for f in fields if f in sample[1].index)
+            caption = f"{'copy' if pair.copy else 'no copy'}, likeness {pair.likeness:.2f}, {pair.view}"
+            images = [image_uri(montage(patch)) for patch in (sample[0], trained[0])]
+            result.append(CopyPair(images[0], images[1], name, caption, combination))
     return result, hidden
 
 
-def _trained_on(real: PatchDataset | None, item: Mapping[str, Any]) -> tuple[np.ndarray, pd.Series] | None:
+def _trained_on(real: PatchDataset | None, pair: ListedPair) -> tuple[np.ndarray, pd.Series] | None:
     """The training patch of a listed pair; ``None`` if the dataset is not the one that was evaluated."""
-    if "train_row" not in item:  # as earlier versions wrote it
-        return _by_key(real, item["train_key"])
-    row = int(item["train_row"])
-    if real is None or not 0 <= row < len(real):
+    if real is None or not 0 <= pair.train_row < len(real):
         return None
     patients, number = np.unique(real.index["patient"].to_numpy(dtype=str), return_inverse=True)
-    if item["patient"] not in (f"patient {number[row] + 1}", patients[number[row]]):
+    of_row = number[pair.train_row]
+    if pair.patient not in (f"patient {of_row + 1}", patients[of_row]):
         return None
-    return real.read([row]), real.index.iloc[row]
+    return real.read([pair.train_row]), real.index.iloc[pair.train_row]
 
 
 def _by_key(dataset: PatchDataset | None, key: str) -> tuple[np.ndarray, pd.Series] | None:
@@ -182,9 +178,9 @@ def _by_key(dataset: PatchDataset | None, key: str) -> tuple[np.ndarray, pd.Seri
 
 
 def grids(
-    metrics: Mapping[str, Any],
+    metrics: Metrics,
     real: PatchDataset | None,
-    arms: Mapping[str, PatchDataset],
+    synthetic: Mapping[str, PatchDataset],
     per_cell: int = 4,
     rows_per_class: int = 8,
     seed: int = 0,
@@ -194,27 +190,25 @@ def grids(
     Args:
         metrics: For the classes, sites, counts and held-out combinations.
         real: The real dataset; its test patches are shown.
-        arms: Synthetic datasets by arm.
+        synthetic: Synthetic sets by name.
         per_cell: Patches of each kind in a cell.
         rows_per_class: Rows at most.
         seed: Seed of the choice.
     """
-    info = metrics["dataset"]
-    if real is None and not arms:
+    info, settings = metrics.dataset, metrics.settings
+    if real is None and not synthetic:
         return []
-    settings = metrics.get("settings", {})
     sources: list[tuple[str, PatchDataset, dict[str, str]]] = []
     if real is not None:
-        column = f"split_{info['split']}"
-        split = {column: settings.get("test_value", "test")} if column in real.index.columns else {}
-        sources.append((name_of("real").removesuffix(" only"), real, split))
-    chosen = settings.get("selected", {})
-    for name, dataset in sorted(arms.items(), key=lambda item: item[0] != "medi"):
-        sources.append((name_of(name), dataset, {chosen[name]: "True"} if name in chosen else {}))
-    train = info["counts"]["patches"].get(settings.get("train_value", "train"))
+        column = f"split_{info.split}"
+        sources.append(("real", real, {column: settings.test_value} if column in real.index.columns else {}))
+    selected = settings.selected
+    for name, dataset in sorted(synthetic.items(), key=lambda item: item[0] != "medi"):
+        sources.append((name_of(name), dataset, {selected[name]: "True"} if name in selected else {}))
+    train = info.counts.patches.get(settings.train_value)
     result = []
-    for number, tumour in enumerate(info["classes"]):
-        counts = dict(zip(info["sites"], train[number] if train else [0] * len(info["sites"]), strict=True))
+    for number, tumour in enumerate(info.classes):
+        counts = dict(zip(info.sites, train[number] if train else [0] * len(info.sites), strict=True))
         combinations = _combinations(info, tumour, counts)
         rows = []
         for combination, unseen in combinations[:rows_per_class]:
@@ -226,21 +220,20 @@ def grids(
     return result
 
 
-def _combinations(info: Mapping[str, Any], tumour: str, counts: Mapping[str, int]) -> list[tuple[dict[str, str], bool]]:
+def _combinations(info: RealDataset, tumour: str, counts: Mapping[str, int]) -> list[tuple[dict[str, str], bool]]:
     """Combinations of a class without the class: held-out ones, then every other site."""
-    class_field, site_field = info["class_field"], info["site_field"]
     held = [
-        {k: v for k, v in c.items() if k != class_field}
-        for c in info["held_out"]
-        if c.get(class_field, tumour) == tumour
+        {k: v for k, v in c.items() if k != info.class_field}
+        for c in info.held_out
+        if c.get(info.class_field, tumour) == tumour
     ]
     held = [c for i, c in enumerate(held) if c and c not in held[:i]]
-    rest = sorted((s for s in info["sites"] if {site_field: s} not in held), key=lambda s: -counts[s])
-    return [(c, True) for c in held] + [({site_field: s}, counts[s] == 0) for s in rest]
+    rest = sorted((s for s in info.sites if {info.site_field: s} not in held), key=lambda s: -counts[s])
+    return [(c, True) for c in held] + [({info.site_field: s}, counts[s] == 0) for s in rest]
 
 
 def _row(
-    info: Mapping[str, Any],
+    info: RealDataset,
     tumour: str,
     combination: Mapping[str, str],
     unseen: bool,
@@ -252,7 +245,7 @@ def _row(
     images: list[str | None] = []
     alt: list[str] = []
     for title, dataset, extra in sources:
-        wanted = {info["class_field"]: tumour, **combination, **extra}
+        wanted = {info.class_field: tumour, **combination, **extra}
         keep = np.ones(len(dataset.index), bool)
         for column, value in wanted.items():
             # A dataset that lacks the field shows what it has of the class.

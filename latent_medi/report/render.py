@@ -3,33 +3,149 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import HTML, check_file, write_text
+from latent_medi.core.records import encode
+from latent_medi.evaluation.adherence.records import Adherence, FieldRecovery
+from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity, Memorisation, Projection
+from latent_medi.evaluation.results import Metrics, metrics_file, read_metrics
 from latent_medi.report import figures, patches
-from latent_medi.report.colour import side_by_side
+from latent_medi.report.colour import colour_table
 from latent_medi.report.compare import render_comparison
-from latent_medi.report.page import BY_ENCODER, environment, foreign, read_metrics, shade
+from latent_medi.report.page import accuracies, differences, environment, shade
 from latent_medi.report.settings import SECTIONS, ReportSettings
+from latent_medi.statistics.bootstrap import Estimate
 
 _MOST_SITES = 40
-_PARTS = {
-    "unseen": (
-        "unseen combinations",
-        "Unseen combinations: distance to real test patches of the same combination, every arm and the real patients "
-        "at one n.",
-    ),
-    "per_class": ("each class", "Each class over all sites; MeDi's samples have the test patches' mix of sites."),
-    "per_site": ("each site", "Each site over all classes."),
-    "whole": ("all patches", "Every class and site together; samples have the test patches' mix."),
+_CAPTIONS = {
+    "unseen combinations": "Unseen combinations: distance to real test patches of the same combination, with equally "
+    "many patches of every source.",
+    "each class": "Each class over all sites; MeDi's samples have the test patches' mix of sites.",
+    "each site": "Each site over all classes.",
+    "all patches": "All classes and sites; samples have the test patches' mix.",
 }
 _MOST_MATRIX = 6  # values of a field whose matrix still fits a telephone as a table
 
 
+@dataclass(frozen=True)
+class PageEncoder:
+    """What the page shows of one encoder.
+
+    Args:
+        name: Its name.
+        fidelity: Distances; ``None`` if the section is not shown. Likewise the sections that follow.
+        tables: Plots and numbers of the distances.
+        downstream: Accuracies.
+        forest: Plot of the accuracies.
+        differences: Plot of their differences.
+        adherence: Recovery of the requested values.
+        matrices: Requested and found values of each field.
+        memorisation: Copies.
+        pairs: Samples and the training patches that they are most like.
+        hidden_pairs: Listed pairs that are not shown.
+        projection: Points.
+        projections: Plot of the points by field.
+    """
+
+    name: str
+    fidelity: Fidelity | None
+    tables: list[PageDistances]
+    downstream: dict[str, Any] | None
+    forest: str | None
+    differences: str | None
+    adherence: Adherence | None
+    matrices: list[Matrix]
+    memorisation: Memorisation | None
+    pairs: list[patches.CopyPair]
+    hidden_pairs: int
+    projection: Projection | None
+    projections: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PageDistances:
+    """One table of distances.
+
+    Args:
+        title: What the combinations are.
+        metric: "fd" or "kid".
+        figure: Plot.
+        alt: Description of the plot.
+        caption: Below the plot.
+        rows: Combination, source and distance.
+        skipped: What is not compared, and why.
+    """
+
+    title: str
+    metric: str
+    figure: str | None
+    alt: str
+    caption: str
+    rows: list[tuple[str, str, Estimate]]
+    skipped: list[str]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Requested and found values of a field.
+
+    Args:
+        field: The field.
+        values: Its values.
+        panels: Title and shares of each set of patches, real test patches last.
+        figure: Plot, where there are too many values for tables.
+    """
+
+    field: str
+    values: list[str]
+    panels: list[tuple[str, list[list[float | None]]]]
+    figure: str | None
+
+
+@dataclass(frozen=True)
+class TrainingCell:
+    """Training patches of one class at one site.
+
+    Args:
+        patches, patients: How many.
+        colour: Background.
+        light: Whether the text is light.
+        held_out: Whether it is a held-out combination.
+    """
+
+    patches: int
+    patients: int
+    colour: str
+    light: bool
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class TrainingTable:
+    """Training patches by class and site.
+
+    Args:
+        sites: Headings.
+        rows: Class and cells.
+        omitted: Sites that are not shown.
+        none_shown: Whether training has no patch of the held-out combinations.
+        other: Held-out combinations of other fields.
+    """
+
+    sites: list[str]
+    rows: list[tuple[str, list[TrainingCell]]]
+    omitted: int
+    none_shown: bool
+    other: list[str]
+
+
 def render_report(
-    metrics: Mapping[str, Any] | str | Path,
+    metrics: Metrics | str | Path,
     out: str | Path,
     title: str = "",
     real: str | Path | None = None,
@@ -39,16 +155,16 @@ def render_report(
     rows_per_class: int = 8,
     seed: int = 0,
 ) -> Path:
-    """Write the report of an evaluation. What the metrics lack is left out; nothing is computed.
+    """Write the report of an evaluation. Stages that were left out are left out of the page; nothing is computed.
 
     Args:
         metrics: The content or the path of ``metrics.json``.
         out: The HTML file.
         title: Heading; the dataset's name if empty.
-        real: Folder of the real dataset, by default the evaluated one; no images of it if it is not there.
-        synthetic: Folder of each arm's dataset, likewise.
+        real: Folder of the real dataset, by default the evaluated one; without it there are no images of it.
+        synthetic: Folder of each synthetic set, likewise.
         sections: Parts to show, from :data:`latent_medi.report.settings.SECTIONS`.
-        per_cell: Patches beside each other in the image grids.
+        per_cell: Patches in each image of the grids.
         rows_per_class: Rows of the image grid of a class.
         seed: Seed of the choice of patches.
 
@@ -58,24 +174,27 @@ def render_report(
     Raises:
         UserError: The metrics are no evaluation's, or there is no such section.
     """
-    content, file = read_metrics(metrics)
+    # Without a file, folders are relative to the page's.
+    file = Path(out).with_name("metrics.json") if isinstance(metrics, Metrics) else metrics_file(metrics)
+    content = metrics if isinstance(metrics, Metrics) else read_metrics(metrics)
     if unknown := sorted(set(sections) - set(SECTIONS)):
         raise UserError(f"There is no report section {unknown[0]!r}.", f"Sections: {', '.join(SECTIONS)}.")
     pictured = {"patches", "memorisation"} & set(sections)
-    # A record without a file has its folders as they are reached from the page, which lies where the file would.
-    where = file or Path(out).with_name("metrics.json")
-    opened = _datasets(content, where, real, synthetic or {}) if pictured else (None, {})
-    page = environment().get_template("page.html").render(
-        title=title or content["dataset"].get("name") or "Evaluation",
+    opened = _datasets(content, file, real, synthetic or {}) if pictured else (None, {})
+    grids = patches.grids(content, *opened, per_cell, rows_per_class, seed) if "patches" in sections else []
+    template = environment().get_template("page.html")
+    page = template.render(
+        title=title or content.dataset.name or "Evaluation",
         metrics=content,
-        headline=content["headline"],
-        verdict=content["verdict"],
+        settings=encode(content.settings),
+        headline=content.headline,
+        verdict=content.verdict,
         sections=list(sections),
-        colour=side_by_side(content),
-        encoders=_encoders(content, sections, *opened),
-        counts=_counts(content),
-        grids=patches.grids(content, *opened, per_cell, rows_per_class, seed) if "patches" in sections else [],
-    )  # fmt: skip
+        colour=colour_table(content),
+        encoders=[_encoder(content, name, sections, *opened) for name in content.encoders],
+        counts=_training_table(content),
+        grids=grids,
+    )
     write_text(check_file(out, "page", HTML), page)
     return Path(out)
 
@@ -85,161 +204,134 @@ def render(settings: ReportSettings) -> Path:
     if settings.compare:
         if settings.metrics:
             raise UserError("Both metrics and compare are given.", "A page shows one evaluation or compares several.")
-        files = [file for each in settings.compare if (file := read_metrics(each)[1]) is not None]
-        out = settings.out or files[0].with_name("comparison.html")
-        with foreign(*files):
-            return render_comparison(settings.compare, out, settings.title)
+        out = settings.out or metrics_file(settings.compare[0]).with_name("comparison.html")
+        return render_comparison(settings.compare, out, settings.title)
     if not settings.metrics:
         raise UserError("No metrics are given.", "Set metrics to the metrics.json of an evaluation.")
-    file = read_metrics(settings.metrics)[1]
-    assert file is not None
-    with foreign(file):
-        return render_report(
-            settings.metrics, settings.out or file.with_name("report.html"), settings.title, settings.real or None,
-            dict(settings.synthetic), settings.sections, settings.patches_per_cell, settings.rows_per_class,
-            settings.seed,
-        )  # fmt: skip
+    return render_report(
+        settings.metrics,
+        settings.out or metrics_file(settings.metrics).with_name("report.html"),
+        settings.title,
+        settings.real or None,
+        dict(settings.synthetic),
+        settings.sections,
+        settings.patches_per_cell,
+        settings.rows_per_class,
+        settings.seed,
+    )
 
 
-def _encoders(
-    metrics: Mapping[str, Any],
+def _encoder(
+    metrics: Metrics,
+    name: str,
     sections: Sequence[str],
     real: patches.PatchDataset | None,
-    arms: Mapping[str, patches.PatchDataset],
-) -> list[dict[str, Any]]:
-    """What each encoder found, with the plots of the sections that are shown."""
-    info = metrics["dataset"]
-    result = []
-    for name in metrics["encoders"]:
-        found = {part: metrics[part].get(name, {}) if part in sections else {} for part in BY_ENCODER}
-        downstream = found["downstream"].get("arms", {})
-        projection = found["projection"]
-        fields = found["adherence"].get("fields", {})
-        memorisation = found["memorisation"]
-        pairs, hidden = (
-            patches.pairs(memorisation, real, arms, [info["class_field"], info["site_field"]])
-            if memorisation
-            else ([], 0)
-        )
-        result.append(
-            {
-                "name": name,
-                "fidelity": {"unseen": None, "per_class": None, "overall": None} | dict(found["fidelity"]),
-                "parts": [_part(key, found["fidelity"][key]) for key in _PARTS if found["fidelity"].get(key)],
-                "downstream": found["downstream"] if downstream else None,
-                "forest": figures.forest(downstream, "accuracy_shift") if downstream else None,
-                "differences": figures.differences(found["downstream"].get("differences", {}), "accuracy_shift"),
-                "adherence": fields,
-                "leakage": found["adherence"].get("leakage"),
-                "matrices": [_matrix(field, record) for field, record in fields.items()],
-                "memorisation": _with_absent(memorisation) if memorisation else None,
-                "pairs": pairs,
-                "hidden_pairs": hidden,
-                "projection": projection,
-                "projections": {
-                    info[f"{key}_field"]: uri
-                    for key in ("class", "site")
-                    if projection and (uri := figures.projection(projection, key))
-                },
-            }
-        )
-    return result
+    synthetic: Mapping[str, patches.PatchDataset],
+) -> PageEncoder:
+    """What one encoder found, with the plots of the sections that are shown."""
+    fidelity = metrics.fidelity.get(name) if "fidelity" in sections else None
+    downstream = metrics.downstream.get(name) if "downstream" in sections else None
+    adherence = metrics.adherence.get(name) if "adherence" in sections else None
+    memorisation = metrics.memorisation.get(name) if "memorisation" in sections else None
+    projection = metrics.projection.get(name) if "projection" in sections else None
+    fields = [metrics.dataset.class_field, metrics.dataset.site_field]
+    pairs, hidden = patches.pairs(memorisation, real, synthetic, fields) if memorisation else ([], 0)
+    plots = {}
+    if projection:
+        plots = {fields[0]: figures.projection(projection, "class"), fields[1]: figures.projection(projection, "site")}
+    return PageEncoder(
+        name=name,
+        fidelity=fidelity,
+        tables=_distance_tables(fidelity) if fidelity else [],
+        downstream=downstream,
+        forest=figures.forest(accuracies(metrics, name)) if downstream else None,
+        differences=figures.differences(differences(metrics, name)) if downstream else None,
+        adherence=adherence,
+        matrices=[_matrix(field, found) for field, found in adherence.fields.items()] if adherence else [],
+        memorisation=memorisation,
+        pairs=pairs,
+        hidden_pairs=hidden,
+        projection=projection,
+        projections={field: uri for field, uri in plots.items() if uri},
+    )
 
 
-def _part(key: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    """One comparison of the fidelity section: plot, caption, what was left out, and every number."""
-    title, caption = _PARTS[key]
-    n = max((m["n_patches"] for m in part["summary"].values()), default=0)
-    rows = [
-        {"name": c["name"], "arm": arm, "record": record} for c in part["cells"] for arm, record in c["arms"].items()
-    ]
+def _distance_tables(fidelity: Fidelity) -> list[PageDistances]:
+    tables = {
+        "unseen combinations": fidelity.unseen,
+        "each class": fidelity.per_class,
+        "each site": fidelity.per_site,
+        "all patches": fidelity.whole,
+    }
+    return [_distances(title, table) for title, table in tables.items()]
+
+
+def _distances(title: str, table: DistanceTable) -> PageDistances:
+    """Plot, caption, what was left out, and every number."""
+    n = max((mean.n_patches for mean in table.means.values()), default=0)
     skipped = [
-        f"{c['name']}: " + "; ".join(f"{figures.name_of(a)}: {why}" if a else why for a, why in c["skipped"].items())
-        for c in part["cells"]
-        if c.get("skipped")
+        f"{c.name}: " + "; ".join(f"{figures.source_name(n)}: {why}" if n else why for n, why in c.skipped.items())
+        for c in table.combinations
+        if c.skipped
     ]
-    return {
-        "title": title,
-        "metric": part["metric"],
-        "figure": figures.distances(part),
-        "alt": f"distance of MeDi, CLS and real patients to real test patches, {title}; the numbers are listed below",
-        "caption": f"{caption} n = {n} samples per arm over all. {part['rule']}.",
-        "rows": rows,
-        "skipped": skipped,
-    }
+    return PageDistances(
+        title=title,
+        metric=table.metric,
+        figure=figures.distances(table),
+        alt=f"distance of MeDi, CLS and real patches to real test patches, {title}; the numbers are listed below",
+        caption=f"{_CAPTIONS[title]} n = {n} samples per source over all. {table.rule}.",
+        rows=[(c.name, source, found) for c in table.combinations for source, found in c.sources.items()],
+        skipped=skipped,
+    )
 
 
-def _matrix(field: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Requested and found values of a field: each arm, and beside them the real patches as the ceiling."""
-    confusion = record.get("confusion", {})
-    panels = [
-        {"source": figures.name_of(a), "title": f"{figures.name_of(a)}, all samples", "rows": rows}
-        for a, rows in confusion.items()
-        if a != "ceiling"
-    ]
-    if panels and "ceiling" in confusion:
-        rows = confusion["ceiling"]
-        panels.append({"source": "real patches", "title": "real patches (ceiling)", "rows": rows})
-    values = list(record["values"])
-    large = panels and len(values) > _MOST_MATRIX
-    figure = figures.matrix(values, {p["source"]: p["rows"] for p in panels}) if large else None
-    return {"field": field, "values": values, "panels": panels, "figure": figure}
+def _matrix(field: str, recovery: FieldRecovery) -> Matrix:
+    """Requested and found values of a field, by synthetic set and for real patches."""
+    shares = {figures.name_of(n): rows for n, rows in recovery.confusion.items() if n != REAL}
+    panels = [(f"{name}, all samples", rows) for name, rows in shares.items()]
+    if panels:
+        shares["real patches"] = recovery.confusion[REAL]
+        panels.append(("real test patches, all combinations", recovery.confusion[REAL]))
+    large = panels and len(recovery.values) > _MOST_MATRIX
+    return Matrix(field, recovery.values, panels, figures.matrix(recovery.values, shares) if large else None)
 
 
-def _with_absent(memorisation: Mapping[str, Any]) -> dict[str, Any]:
-    """The memorisation record with None for what an evaluation may not have."""
-    arms: dict[str, Any] = {
-        name: {"auth_pct": None, "ct": None, "cells": [], "copies": 0} | dict(arm)
-        for name, arm in memorisation.get("arms", {}).items()
-    }
-    return {"rule": "", "threshold": None, "held_out_flagged": None} | dict(memorisation) | {"arms": arms}
-
-
-def _counts(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Training counts per class and site, ready to be drawn: share of the fullest cell, and what is held out."""
-    info = metrics["dataset"]
-    split = metrics.get("settings", {}).get("train_value", "train")
-    patch_counts, patient_counts = (info["counts"][unit].get(split) for unit in ("patches", "patients"))
-    if patch_counts is None:
-        return {}
-    totals = [sum(row[i] for row in patch_counts) for i in range(len(info["sites"]))]
-    held = [c for c in info["held_out"] if set(c) == {info["class_field"], info["site_field"]}]
-    held_pairs = {(c[info["class_field"]], c[info["site_field"]]) for c in held}
+def _training_table(metrics: Metrics) -> TrainingTable | None:
+    """Training counts by class and site, ready to be drawn; ``None`` if the split has no training patches."""
+    info, split = metrics.dataset, metrics.settings.train_value
+    if split not in info.counts.patches:
+        return None
+    patch_counts, patient_counts = info.counts.patches[split], info.counts.patients[split]
+    totals = [sum(row[i] for row in patch_counts) for i in range(len(info.sites))]
+    held = [c for c in info.held_out if set(c) == {info.class_field, info.site_field}]
+    held_pairs = {(c[info.class_field], c[info.site_field]) for c in held}
     held_sites = {site for _, site in held_pairs}
-    order = sorted(range(len(totals)), key=lambda i: (info["sites"][i] not in held_sites, -totals[i]))[:_MOST_SITES]
+    order = sorted(range(len(totals)), key=lambda i: (info.sites[i] not in held_sites, -totals[i]))[:_MOST_SITES]
     order = sorted(order) if len(totals) <= _MOST_SITES else order
-    most = max((patch_counts[r][i] for r in range(len(patch_counts)) for i in order), default=0) or 1
+    most = max((row[i] for row in patch_counts for i in order), default=0) or 1
     rows = []
-    for r, tumour in enumerate(info["classes"]):
+    for tumour, patch_row, patient_row in zip(info.classes, patch_counts, patient_counts, strict=True):
         cells = []
         for i in order:
-            # The square root, so that a rare cell differs from an empty one.
-            share = (patch_counts[r][i] / most) ** 0.5
-            cells.append(
-                {
-                    "patches": patch_counts[r][i],
-                    "patients": patient_counts[r][i],
-                    "colour": shade(share),
-                    "light": share > 0.55,
-                    "held_out": (tumour, info["sites"][i]) in held_pairs,
-                }
-            )
-        rows.append({"name": tumour, "cells": cells})
-    return {
-        "sites": [info["sites"][i] for i in order],
-        "rows": rows,
-        "omitted": len(totals) - len(order),
-        "none_shown": not any(c["patches"] for row in rows for c in row["cells"] if c["held_out"]),
-        "other": [" × ".join(c.values()) for c in info["held_out"] if c not in held],
-    }
+            share = (patch_row[i] / most) ** 0.5  # so that a rare cell differs from an empty one
+            held_out = (tumour, info.sites[i]) in held_pairs
+            cells.append(TrainingCell(patch_row[i], patient_row[i], shade(share), share > 0.55, held_out))
+        rows.append((tumour, cells))
+    return TrainingTable(
+        sites=[info.sites[i] for i in order],
+        rows=rows,
+        omitted=len(totals) - len(order),
+        none_shown=not any(c.patches for _, cells in rows for c in cells if c.held_out),
+        other=[" × ".join(c.values()) for c in info.held_out if c not in held],
+    )
 
 
 def _datasets(
-    metrics: Mapping[str, Any], file: Path, real: str | Path | None, synthetic: Mapping[str, str | Path]
+    metrics: Metrics, file: Path, real: str | Path | None, synthetic: Mapping[str, str | Path]
 ) -> tuple[patches.PatchDataset | None, dict[str, patches.PatchDataset]]:
-    """The real dataset and each arm's, as far as they are on this machine."""
-    made_in = metrics.get("settings", {}).get("out", "")
-    named = {"": metrics["dataset"].get("folder")} | {n: a.get("folder") for n, a in metrics["synthetic"].items()}
+    """The real dataset and each synthetic set, as far as they are on this machine."""
+    made_in = metrics.settings.out
+    named = {"": metrics.dataset.folder} | {n: s.folder for n, s in metrics.synthetic.items()}
     folders = {n: patches.locate(f, made_in, file) for n, f in named.items() if f} | dict(synthetic)
     if real:
         folders[""] = real

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from evaluation_world import World, filters, world
-
-from latent_medi.evaluation.evaluate import evaluate
+from evaluation_world import World, evaluated, filters, world
 
 __all__ = ["metrics", "world"]
 
 
 @pytest.fixture(scope="session")
 def metrics(world: World) -> dict[str, Any]:
-    return evaluate(world.settings("full", colour_free=True, deals=30, memorisation=True), [filters()])
+    return evaluated(world.settings("full", colour_free=True, deals=30, memorisation=True), [filters()])

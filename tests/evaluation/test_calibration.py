@@ -17,7 +17,7 @@ from PIL import Image
 from latent_medi.demo.cohort import Patient, patches, patients
 from latent_medi.demo.settings import CohortSettings
 from latent_medi.evaluation.fidelity.memorisation import CopyFinder
-from latent_medi.evaluation.fidelity.real_split_range import Patches, deals, judge
+from latent_medi.evaluation.fidelity.real_split_range import Patches, compare_with_splits, real_splits
 from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.features.pixel_copies import small_patches
 from latent_medi.features.stain import fit_stain, transfer
@@ -101,12 +101,12 @@ def trial(pool: Pool, number: int) -> Trial:
 def alarms(pool: Pool, t: Trial, sample: np.ndarray, number: int) -> dict[str, bool]:
     """Which measures call the sample worse than real patients."""
     real = np.concatenate([t.reference, t.other])
-    sides = deals(pool.patient[real], pool.cell[real], 0.5, 100, number)
+    splits = real_splits(pool.patient[real], pool.cell[real], 0.5, 100, number)
     reference, both = (
         Patches(pool.features[r], pool.tumour[r], pool.seen(pool.features[r])) for r in (t.reference, real)
     )
-    record = judge(reference, Patches(sample, None, pool.seen(sample)), both, sides)
-    return {name: entry["worse"] for name, entry in record.items()}
+    record = compare_with_splits(reference, Patches(sample, None, pool.seen(sample)), both, splits)
+    return {name: entry.worse for name, entry in record.items()}
 
 
 def test_real_patients_raise_few_alarms(pool: Pool) -> None:

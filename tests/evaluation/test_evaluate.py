@@ -19,6 +19,7 @@ from evaluation_world import (
     SIZE,
     Size,
     World,
+    evaluated,
     filters,
     real_patches,
     synthetic_patches,
@@ -29,7 +30,8 @@ from safetensors import safe_open
 
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.study import open_study
-from latent_medi.evaluation.evaluate import evaluate, finite
+from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.results import metrics_of
 from latent_medi.evaluation.summary import headline, headline_text, useful, verdict
 from latent_medi.features.cache import dataset_hash
 from latent_medi.metadata.seen import seen_in
@@ -92,8 +94,8 @@ def test_headline_has_the_promised_shape(metrics: dict[str, Any]) -> None:
     assert set(record["recovery_unseen"]) == {"site", "class"}
     assert record["recovery_unseen"]["site"] > 0.9
     assert abs(record["recovery_unseen"]["class"] - record["recovery_ceiling"]["class"]) < 0.2
-    assert headline(metrics, {"train": 12.0})["seconds"].keys() == {"train", "evaluate"}
-    assert headline(metrics, {"evaluate": 12.0})["seconds"] == {"evaluate": 12.0}
+    assert headline(metrics_of(metrics), {"train": 12.0})["seconds"].keys() == {"train", "evaluate"}
+    assert headline(metrics_of(metrics), {"evaluate": 12.0})["seconds"] == {"evaluate": 12.0}
     text = headline_text(record)
     assert record["warnings"] == []
     assert "Warning" not in text
@@ -105,9 +107,9 @@ def test_headline_has_the_promised_shape(metrics: dict[str, Any]) -> None:
 def test_adherence_has_ceiling_chance_and_confusion(metrics: dict[str, Any]) -> None:
     site = metrics["adherence"]["filters"]["fields"]["site"]
     assert site["chance"] == pytest.approx(1 / 3)
-    assert site["ceiling"]["value"] > 0.9
-    assert site["arms"]["cls"]["asked"] is False
-    assert site["arms"]["cls"]["value"] < 0.5
+    assert site["real"]["value"] > 0.9
+    assert site["synthetic"]["cls"]["conditioned"] is False
+    assert site["synthetic"]["cls"]["value"] < 0.5
     assert np.sum(site["confusion"]["medi"][0]) == pytest.approx(1.0)
     assert "preparation" in metrics["adherence"]["filters"]["fields"]
 
@@ -133,7 +135,7 @@ def test_medi_is_useful_only_where_it_beats_stain_transfer(metrics: dict[str, An
 def test_a_second_run_gives_the_same_numbers(world: World) -> None:
     arms = ["real", "stain_transfer", "medi", "reweight"]
     runs = [
-        evaluate(
+        evaluated(
             world.settings("again", repeats=1, resamples=40, deals=20, memorisation=True, downstream_arms=arms),
             [filters()],
         )
@@ -147,21 +149,21 @@ def test_a_second_run_gives_the_same_numbers(world: World) -> None:
 def test_without_probe_patients(world: World) -> None:
     folder = world.root / "no-probe"
     write_real(folder, Size(train=8, test=6, patches=10), merge_probe=True)
-    result = evaluate(world.settings("no-probe-out", real=str(folder), repeats=1), [filters()])
+    result = evaluated(world.settings("no-probe-out", real=str(folder), repeats=1), [filters()])
     assert result["headline"]["accuracy_shift"]["oracle"] is None
     assert "probe" in result["downstream"]["filters"]["unavailable"]["oracle"]
-    assert result["fidelity"]["filters"]["unseen"]["summary"]["floor"]["value"] is not None
+    assert result["fidelity"]["filters"]["unseen"]["means"]["real"]["value"] is not None
     assert "half of the test patients" in result["notes"][0]
     study = open_study(world.settings("x", real=str(folder)))
     assert set(study.patients[study.reference]).isdisjoint(study.patients[study.probe])
     assert set(study.patients[study.train]).isdisjoint(study.patients[study.test])
-    cell = result["fidelity"]["filters"]["unseen"]["cells"][0]
+    cell = result["fidelity"]["filters"]["unseen"]["combinations"][0]
     assert cell["n_patients"] == 3
-    assert cell["arms"]["medi"]["interval"] == "not estimable"
+    assert cell["sources"]["medi"]["interval"] == "not estimable"
 
 
 def test_rivals_can_be_judged_without_samples(world: World) -> None:
-    result = evaluate(world.settings("rivals", synthetic={}, repeats=1), [filters()])
+    result = evaluated(world.settings("rivals", synthetic={}, repeats=1), [filters()])
     assert result["headline"]["accuracy_shift"]["oracle"] > result["headline"]["accuracy_shift"]["real"]
     assert result["headline"]["accuracy_shift"]["medi"] is None
     assert result["headline"]["fd_unseen"]["ratio"] is None
@@ -169,12 +171,12 @@ def test_rivals_can_be_judged_without_samples(world: World) -> None:
 
 def test_patches_can_be_judged_where_nothing_is_held_out(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     settings = world.settings("whole", held_out=[], downstream=False, memorisation=True)
-    result = evaluate(settings, [filters()])
-    whole = result["fidelity"]["filters"]["whole"]["summary"]
+    result = evaluated(settings, [filters()])
+    whole = result["fidelity"]["filters"]["whole"]["means"]
     assert whole["medi"]["value"] < whole["cls"]["value"]
-    assert whole["floor"]["n_patients"] > 10
-    assert whole["floor"]["interval"][0] < whole["floor"]["value"] < whole["floor"]["interval"][1]
-    assert result["memorisation"]["filters"]["arms"]["medi"]["copies"] is not None
+    assert whole["real"]["n_patients"] > 10
+    assert whole["real"]["interval"][0] < whole["real"]["value"] < whole["real"]["interval"][1]
+    assert result["memorisation"]["filters"]["synthetic"]["medi"]["copies"] is not None
     text = headline_text(result["headline"])
     assert "per class, all sites" in text
     assert "unseen" not in text
@@ -192,11 +194,11 @@ def test_only_what_a_selection_chose_takes_part(world: World, tmp_path: Path) ->
     runs = []
     for folder, column in (("both", {"medi": "selected_best"}), ("right", {}), ("both", {})):
         settings = world.settings("selected", repeats=1, synthetic={"medi": str(tmp_path / folder)}, selected=column)
-        runs.append(evaluate(settings, [filters()]))
+        runs.append(evaluated(settings, [filters()]))
     for part in ("fidelity", "adherence", "downstream"):
         assert runs[0][part] == runs[1][part]
     assert runs[0]["synthetic"]["medi"]["n_patches"] == int(right.sum())
-    assert runs[0]["synthetic"]["medi"]["n_asked"] == len(patches)
+    assert runs[0]["synthetic"]["medi"]["n_unselected"] == len(patches)
     assert runs[0]["headline"]["recovery_unseen"]["site"] > runs[2]["headline"]["recovery_unseen"]["site"] + 0.2
 
 
@@ -215,7 +217,7 @@ def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
     refuse("no 'training' patches", train_value="training")
     refuse("holds real patches", synthetic={"medi": str(world.real)})
     refuse("no selection 'selected_best'", selected={"medi": "selected_best"})
-    refuse("the arm 'media'; closest: 'medi'", selected={"media": "selected_best"})
+    refuse("'media'.*closest: 'medi'", selected={"media": "selected_best"})
 
     mixed = list(real_patches(Size(2, 2, 2, 1))) + list(synthetic_patches(1, None, False))
     split = {p.patient: p.patient.split("-")[0] if p.origin == "real" else "" for p in mixed}
@@ -231,7 +233,7 @@ def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
 def test_without_stain_transfer_nobody_is_called_useful(world: World) -> None:
     """Only what was asked for is trained, and what was trained is what MeDi is held against."""
     arms = ["medi", "reweight"]
-    result = evaluate(world.settings("few-arms", repeats=1, downstream_arms=arms), [filters()])
+    result = evaluated(world.settings("few-arms", repeats=1, downstream_arms=arms), [filters()])
     assert "against reweighting" in result["verdict"]
     assert result["verdict"].startswith("Whether MeDi is useful cannot be said, since stain transfer was not tried")
     assert useful(result["headline"]) is None
@@ -246,7 +248,7 @@ def test_patches_without_a_class_take_no_part(world: World) -> None:
     gone = table["patient"].isin([table["patient"].iloc[0], table["patient"].iloc[-1]])
     table.loc[gone, "class"] = "unknown"
     put_index(copied, table)
-    result = evaluate(world.settings("no-class-out", real=str(folder), repeats=1), [filters()])
+    result = evaluated(world.settings("no-class-out", real=str(folder), repeats=1), [filters()])
     assert (
         f"{gone.sum()} real patches without a known class take no part, but copies of them are looked for."
         in result["notes"]
@@ -257,21 +259,16 @@ def test_patches_without_a_class_take_no_part(world: World) -> None:
 def test_one_class_alone_can_be_judged_but_not_told_apart(world: World) -> None:
     folder = world.root / "stripes"
     write_real(folder, Size(), classes=["stripes"])
-    with pytest.raises(UserError, match=r"All training patches show class = stripes.*\n.*downstream=false"):
+    with pytest.raises(UserError, match=r"class = stripes.*\n.*downstream=false"):
         evaluate(world.settings("stripes-out", real=str(folder), held_out=HELD_OUT[:1]), [filters()])
     settings = world.settings("stripes-out", real=str(folder), held_out=HELD_OUT[:1], downstream=False, deals=20)
-    result = evaluate(settings, [filters()])
-    assert "class_mix" not in result["fidelity"]["filters"]["against_real"]["arms"]["medi"]
+    result = evaluated(settings, [filters()])
+    assert "class_mix" not in result["fidelity"]["filters"]["real_splits"]["synthetic"]["medi"]
 
 
 def test_two_encoders_of_one_name_are_refused(world: World) -> None:
-    with pytest.raises(UserError, match="Two of the encoders are called alike: filters, filters"):
+    with pytest.raises(UserError, match="filters, filters"):
         evaluate(world.settings("twice"), [filters(), filters(60)])
-
-
-def test_finite_makes_json() -> None:
-    value = {"a": np.float64("nan"), 1: (np.int64(3), np.array([1.5, np.inf])), "b": np.bool_(True)}
-    assert finite(value) == {"a": None, "1": [3, [1.5, None]], "b": True}
 
 
 def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, tmp_path: Path) -> None:
@@ -280,10 +277,10 @@ def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, 
     honest = seen_in(train, SCHEMA)
     shown = seen_in(pd.concat([train, index[index["class"].eq("stripes") & index["site"].eq("south")]]), SCHEMA)
     for name, record in (("honest", honest), ("shown", shown)):
-        write_dataset(tmp_path / name, list(synthetic_patches(2, None, False)), name, SCHEMA, SIZE, 0.5,
-                      provenance={"seen": record})  # fmt: skip
+        patches, seen = list(synthetic_patches(2, None, False)), {"seen": record}
+        write_dataset(tmp_path / name, patches, name, SCHEMA, SIZE, 0.5, provenance=seen)
     arms = {"medi": str(tmp_path / "honest")}
-    assert not [note for note in open_study(world.settings("seen", synthetic=arms)).notes if "do not say" in note]
+    assert not [note for note in open_study(world.settings("seen", synthetic=arms)).notes if "do not record" in note]
     of_others = "trained on other patients than the 'train' part of split 'main'"
     assert open_study(world.settings("seen", synthetic=arms)).warnings == []
     again = tmp_path / "again"  # divided anew after the model was trained
@@ -294,13 +291,13 @@ def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, 
     warned = open_study(world.settings("seen", real=str(again), synthetic=arms)).warnings
     assert [text for text in warned if of_others in text]
     before = {**honest, "parts": [{k: v for k, v in part.items() if k != "patients"} for part in honest["parts"]]}
-    write_dataset(tmp_path / "before", list(synthetic_patches(2, None, False)), "before", SCHEMA, SIZE, 0.5,
-                  provenance={"seen": before})  # fmt: skip
+    patches = list(synthetic_patches(2, None, False))
+    write_dataset(tmp_path / "before", patches, "before", SCHEMA, SIZE, 0.5, provenance={"seen": before})
     earlier = open_study(world.settings("seen", real=str(again), synthetic={"medi": str(tmp_path / "before")}))
     assert earlier.warnings == []
-    assert "The samples of medi do not say which patients their model was trained on." in earlier.notes
+    assert "The samples of medi do not record which patients their model was trained on." in earlier.notes
     unknown = open_study(world.settings("seen", synthetic={"cls": str(world.cls)}))
-    assert [note for note in unknown.notes if "cls do not say" in note]
+    assert [note for note in unknown.notes if "cls do not record" in note]
     bad = world.settings("seen", synthetic={"medi": str(tmp_path / "shown")})
     with pytest.raises(UserError, match=r"shown \(medi\) was trained on patches of stripes × south"):
         open_study(bad)
@@ -313,21 +310,21 @@ def test_a_headline_is_not_read_without_what_limits_it(metrics: dict[str, Any]) 
     changed["warnings"] = ["Accuracy under shift has no interval: …"]
     changed["fidelity"][encoder]["per_class"]["left_out"] = {"rings": "medi: 12 samples match, fewer than 20"}
     fields = changed["adherence"][encoder]["fields"]["class"]
-    halfway = (fields["chance"] + fields["ceiling"]["value"]) / 2
-    fields["arms"]["medi"]["value"] = halfway - 0.01
-    record = headline(changed)
+    halfway = (fields["chance"] + fields["real"]["value"]) / 2
+    fields["synthetic"]["medi"]["value"] = halfway - 0.01
+    record = headline(metrics_of(changed))
     assert [text.split(":")[0] for text in record["warnings"]] == [
         "Accuracy under shift has no interval",
         f"MeDi's samples of unseen combinations show the class that was asked for in {halfway - 0.01:.0%}, real "
-        f"patches in {fields['ceiling']['value']:.0%}",
+        f"patches in {fields['real']['value']:.0%}",
     ]
     text = headline_text(record)
     assert all(warning in text for warning in record["warnings"])
     assert "not judged: rings (medi: 12 samples match, fewer than 20)" in text
-    fields["arms"]["medi"]["value"] = halfway + 0.01
-    assert len(headline(changed)["warnings"]) == 1
-    fields["arms"]["medi"]["value"], fields["ceiling"]["value"] = 0.0, fields["chance"] + 0.05  # it cannot tell
-    assert len(headline(changed)["warnings"]) == 1
+    fields["synthetic"]["medi"]["value"] = halfway + 0.01
+    assert len(headline(metrics_of(changed))["warnings"]) == 1
+    fields["synthetic"]["medi"]["value"], fields["real"]["value"] = 0.0, fields["chance"] + 0.05  # it cannot tell
+    assert len(headline(metrics_of(changed))["warnings"]) == 1
 
 
 def _texts(value: Any) -> list[str]:
@@ -355,7 +352,7 @@ def test_no_folder_of_this_machine_and_no_patient_is_named(
     assert record["settings"]["out"] == "."
     assert record["run"]["command"].startswith("latent-medi evaluate real=../../real synthetic.medi=../../")
     page = render_report(out / "metrics.json", out / "report.html").read_text()
-    assert "Real beside synthetic" in page
+    assert "Real and synthetic patches" in page
     index = PatchDataset.open(world.real).index
     named = {*index["patient"], *index["key"]}
     for content in (text, page):
@@ -363,4 +360,4 @@ def test_no_folder_of_this_machine_and_no_patient_is_named(
         assert str(world.root.parent) not in content
         assert not [name for name in named if name in content]
     assert not [found for found in _texts(record) if found.startswith("/")]
-    assert record["memorisation"]["filters"]["arms"]["medi"]["listed"]
+    assert record["memorisation"]["filters"]["synthetic"]["medi"]["listed"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from browser import Browser, browser
 from evaluation_world import Size, World, build_world, filters
+from evaluation_world import evaluated as evaluate
 
-from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.shards.dataset import PatchDataset
 
 
@@ -32,18 +32,25 @@ def evaluated(small_world: World) -> dict[str, Any]:
 def full(evaluated: dict[str, Any], small_world: World) -> dict[str, Any]:
     """The same with what an evaluation may add: memorisation with copies, distances per site."""
     metrics = copy.deepcopy(evaluated) | {"memorisation": {}}
-    real, medi = PatchDataset.open(small_world.real).index["key"], PatchDataset.open(small_world.medi).index["key"]
+    real, medi = PatchDataset.open(small_world.real).index, PatchDataset.open(small_world.medi).index["key"]
     listed = [
-        {"synthetic_key": medi[i], "train_key": real[i], "patient": "p", "likeness": 0.99 - 0.01 * i,
-         "view": "mirrored", "copy": True}
+        {
+            "synthetic_key": medi[i],
+            "train_row": i,
+            "patient": str(real["patient"][i]),
+            "likeness": 0.99 - 0.01 * i,
+            "view": "mirrored",
+            "copy": True,
+        }
         for i in range(14)
-    ]  # fmt: skip
-    cells = [
-        {"name": "stripes × south", "combination": {"class": "stripes", "site": "south"}, "n": 30, "copies": 14,
-         "median_train": 0.5, "median_held_out": 0.75},
-        {"name": "rings × east", "combination": {}, "n": 30, "copies": 0, "median_train": None,
-         "median_held_out": None},
-    ]  # fmt: skip
+    ]
+    none = {"n": 30, "copies": 0, "median_train": None, "median_held_out": None, "nearer_train": None, "n_bank": 0}
+    known = {"copies": 14, "median_train": 0.5, "median_held_out": 0.75, "nearer_train": 0.6, "n_bank": 20}
+    combinations = [
+        none | known | {"name": "stripes × south", "combination": {"class": "stripes", "site": "south"}},
+        none | {"name": "rings × east", "combination": {}},
+    ]
+    ct = {"value": None, "n_patches": 60, "left_out": 0}
     clean = {"value": 0.0, "n_patches": 60, "n_patients": 0, "interval": [0.0, 0.06]}
     rate = {"value": 14 / 60, "n_patches": 60, "n_patients": 0, "interval": [0.14, 0.35]}
     for name, fidelity in metrics["fidelity"].items():
@@ -52,13 +59,29 @@ def full(evaluated: dict[str, Any], small_world: World) -> dict[str, Any]:
             "fingerprint": fidelity["fingerprint"],
             "rule": "nearer than the nearest held-out patient",
             "threshold": 0.2,
-            "arms": {
-                "medi": {"copy_rate": rate, "auth_pct": rate | {"value": 81.5, "interval": None}, "ct": -1.5,
-                         "cells": cells, "copies": 14, "listed": listed},
-                "cls": {"copy_rate": clean, "auth_pct": clean, "ct": None, "cells": [], "copies": 0, "listed": []},
+            "threshold_patches": 500,
+            "real_duplicates": {},
+            "synthetic": {
+                "medi": {
+                    "copies": 14,
+                    "copy_rate": rate,
+                    "auth_pct": rate | {"value": 81.5, "interval": None},
+                    "ct": ct | {"value": -1.5},
+                    "combinations": combinations,
+                    "listed": listed,
+                },
+                "cls": {
+                    "copies": 0,
+                    "copy_rate": clean,
+                    "auth_pct": clean,
+                    "ct": ct,
+                    "combinations": [],
+                    "listed": [],
+                },
             },
             "held_out_flagged": {"value": 0.008, "n_patches": 500, "n_patients": 20, "interval": [0.0, 0.02]},
-        }  # fmt: skip
+            "held_out_auth_pct": clean,
+        }
     return metrics
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from browser import Browser, needs_chromium
 from evaluation_world import World
 
+from latent_medi.evaluation.results import metrics_of
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.report.compare import render_comparison
 from latent_medi.report.reading_score import score_sheet
@@ -70,14 +71,14 @@ def check(tab: Browser, page: Path, figures: int) -> None:
 
 
 def test_the_report(full: dict[str, Any], tab: Browser, tmp_path: Path) -> None:
-    page = render_report(full, tmp_path / "report.html")
+    page = render_report(metrics_of(full), tmp_path / "report.html")
     # Per encoder: distances of unseen, classes and sites, forest, differences, two projections.
     check(tab, page, 2 * 7)
     assert tab.value("document.querySelectorAll('.pairs figure').length") == 2 * 12
 
 
 def test_hostile_names_in_the_report(full: dict[str, Any], tab: Browser, tmp_path: Path) -> None:
-    page = render_report(renamed(full), tmp_path / "report.html")
+    page = render_report(metrics_of(renamed(full)), tmp_path / "report.html")
     check(tab, page, 2 * 7)
     assert tab.value("document.scripts.length") == 0
     assert SCRIPT in tab.value("document.body.innerText")
@@ -86,7 +87,7 @@ def test_hostile_names_in_the_report(full: dict[str, Any], tab: Browser, tmp_pat
 def test_the_comparison(full: dict[str, Any], tab: Browser, tmp_path: Path) -> None:
     other = renamed(copy.deepcopy(full))
     other["encoders"]["filters"]["fingerprint"] = SCRIPT
-    other["settings"]["title"] = SCRIPT + LONG
+    other["settings"]["cache"] = SCRIPT + LONG
     for name, metrics in (("a", full), ("b" + "b" * 199, other)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 
 from latent_medi import cli
 from latent_medi.core.errors import UserError
+from latent_medi.evaluation.results import metrics_of
 from latent_medi.report.compare import compare, differing, render_comparison, run_names
 
 
 def _row(runs: list[dict[str, Any]], name: str, table: int = 0) -> list[dict[str, Any]]:
-    return next(r for r in compare(runs)[table]["rows"] if r["name"] == name)["cells"]
+    rows = compare([metrics_of(run) for run in runs])[table].rows
+    return [asdict(entry) for entry in next(row for row in rows if row.name == name).entries]
 
 
 SHIFT = "accuracy under shift: MeDi"
@@ -47,8 +50,8 @@ def test_what_cannot_be_compared_has_no_difference(evaluated: dict[str, Any]) ->
     swapped = "kid" if unseen["metric"] == "fd" else "fd"
     changed = second(lambda m: m["fidelity"]["filters"]["unseen"].update(metric=swapped))
     assert changed["reason"] == f"{swapped.upper()} instead of {unseen['metric'].upper()}"
-    n = unseen["summary"]["medi"]["n_patches"]
-    changed = second(lambda m: m["fidelity"]["filters"]["unseen"]["summary"]["medi"].update(n_patches=n - 1))
+    n = unseen["means"]["medi"]["n_patches"]
+    changed = second(lambda m: m["fidelity"]["filters"]["unseen"]["means"]["medi"].update(n_patches=n - 1))
     assert changed["reason"] == f"n = {n - 1} instead of {n} patches"
     assert second(lambda m: m["dataset"].update(n_patients=1), SHIFT)["reason"] == "other real data"
     assert second(lambda m: m["downstream"].clear(), SHIFT)["reason"] == "missing in one run"
@@ -58,9 +61,9 @@ def test_runs_with_other_encoders_meet_in_the_headline_alone(evaluated: dict[str
     other = json.loads(json.dumps(evaluated).replace("filters", "others"))
     for encoder in other["encoders"].values():
         encoder["fingerprint"] = "x"
-    tables = compare([evaluated, other])
+    tables = compare([metrics_of(evaluated), metrics_of(other)])
     assert len(tables) == 1
-    assert all(row["cells"][1]["reason"] for row in tables[0]["rows"])
+    assert all(row.entries[1].reason for row in tables[0].rows)
     for name, metrics in (("a", evaluated), ("b", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(metrics))
     text = render_comparison([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "c.html").read_text()
@@ -72,11 +75,11 @@ def test_what_differs_is_listed(evaluated: dict[str, Any]) -> None:
     other = copy.deepcopy(evaluated)
     other["settings"]["seed"] = 7
     other["synthetic"]["medi"]["provenance"]["model"] = "another"
-    rows = dict(differing([evaluated, other]))
+    rows = dict(differing([metrics_of(evaluated), metrics_of(other)]))
     assert rows["settings.seed"] == ["0", "7"]
     assert rows["samples.medi.model"] == ["perfect", "another"]
     assert len(rows) == 2
-    assert differing([evaluated, evaluated]) == []
+    assert differing([metrics_of(evaluated)] * 2) == []
 
 
 def test_compare_as_typed(evaluated: dict[str, Any], tmp_path: Path) -> None:
@@ -99,7 +102,7 @@ def test_bad_input_is_refused(evaluated: dict[str, Any], tmp_path: Path) -> None
     with pytest.raises(UserError, match="does not exist"):
         cli.run_verb(["report", "--compare", str(tmp_path / "a"), str(tmp_path / "b")])
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(UserError, match="not those of an evaluation"):
+    with pytest.raises(UserError, match=r"metrics\.json"):
         cli.run_verb(["report", "--compare", str(tmp_path), str(tmp_path)])
 
 

@@ -124,9 +124,15 @@ def _answer(key: pd.DataFrame, file: Path, right: int, missing: int = 0, reader:
     said = [o if i < right else other[o] for i, o in enumerate(key["origin"])]
     said[len(said) - missing :] = [""] * missing
     table = pd.DataFrame(
-        {"sheet": key["sheet"], "reader": reader, "image": key["image"], "answer": said, "confidence": "2",
-         "seconds": "1.0"}
-    )  # fmt: skip
+        {
+            "sheet": key["sheet"],
+            "reader": reader,
+            "image": key["image"],
+            "answer": said,
+            "confidence": "2",
+            "seconds": "1.0",
+        }
+    )
     table.sample(frac=1, random_state=0).to_csv(file, index=False)
     return str(file)
 
@@ -137,8 +143,12 @@ def test_the_score_of_one_reader(made: tuple[Path, Path], tmp_path: Path) -> Non
     result = score_sheet(ReadingSheetSettings(score=[file], key=str(made[1])))
     reader = result["readers"][0]
     assert {k: reader[k] for k in ("reader", "n", "answered", "missing", "correct")} == {
-        "reader": "A", "n": 36, "answered": 32, "missing": 4, "correct": 26,
-    }  # fmt: skip
+        "reader": "A",
+        "n": 36,
+        "answered": 32,
+        "missing": 4,
+        "correct": 26,
+    }
     assert reader["accuracy"]["value"] == pytest.approx(26 / 32)
     synthetic = (key["origin"] == "synthetic").to_numpy()
     assert reader["sensitivity"]["value"] == pytest.approx(synthetic[:26].sum() / synthetic[:32].sum())

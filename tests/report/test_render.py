@@ -18,9 +18,10 @@ from flips import flips
 from PIL import Image
 
 from latent_medi.core.errors import UserError
-from latent_medi.report.colour import sentence, side_by_side
+from latent_medi.evaluation.results import metrics_of, read_metrics
+from latent_medi.report.colour import colour_table, sentence
 from latent_medi.report.figures import image_uri, short
-from latent_medi.report.page import bounds, distance, flat, number, percent, read_metrics, share
+from latent_medi.report.page import bounds, distance, flat, number, percent, share
 from latent_medi.report.patches import montage
 from latent_medi.report.render import render, render_report
 from latent_medi.report.settings import SECTIONS, ReportSettings
@@ -113,7 +114,7 @@ def test_what_training_has_of_a_combination_is_not_hidden(evaluated: dict[str, A
     info["counts"]["patches"]["train"][row][column] = 1234
     changed["headline"]["warnings"] = ["Look out: <b>."]
     changed["headline"]["fd_per_class"]["left_out"] = {"rings": "medi: 12 samples match, fewer than 20"}
-    text = render_report(changed, tmp_path / "report.html").read_text()
+    text = render_report(metrics_of(changed), tmp_path / "report.html").read_text()
     page = " ".join(_Page(text).text.split())
     assert "1234" in page
     assert "training has none" not in page
@@ -131,79 +132,84 @@ def test_it_fits_a_telephone_and_paper(page_text: str) -> None:
 
 
 def test_colour_and_colour_free_stand_side_by_side(evaluated: dict[str, Any]) -> None:
-    shown = side_by_side(evaluated)
-    for row in shown["rows"]:
-        assert row["colour"] or row["without"]
-    unseen = shown["rows"][0]
-    for key, name in (("colour", "filters"), ("without", "filters:haematoxylin")):
-        assert unseen[key] == evaluated["fidelity"][name]["unseen"]["summary"]["ratio"]
+    metrics = metrics_of(evaluated)
+    shown = colour_table(metrics)
+    assert shown is not None
+    for row in shown.rows:
+        assert row.colour or row.without
+    assert shown.rows[0].colour == metrics.fidelity["filters"].unseen.ratio
+    assert shown.rows[0].without == metrics.fidelity["filters:haematoxylin"].unseen.ratio
     alone = copy.deepcopy(evaluated)
     del alone["encoders"]["filters:haematoxylin"]
-    assert side_by_side(alone) == {}
+    assert colour_table(metrics_of(alone)) is None
 
 
 @pytest.mark.parametrize(
     ("colour", "without", "said"),
     [
-        (0.2, 0.6, "closes 80 % of the distance between a class-only model and real patches in colour and 40 % "
-                   "without: 50 % of the gain survives"),
+        (
+            0.2,
+            0.6,
+            "closes 80 % of the distance between a class-only model and real patches in colour and 40 % "
+            "without: 50 % of the gain survives",
+        ),
         (0.2, 0.1, "in colour and 90 % without: all of the gain survives"),
         (0.5, 1.1, "in colour and −10 % without: none of the gain survives"),
         (1.2, 1.1, "no gain in colour that could be lost"),
         (1.2, 0.9, "a gain only without colour"),
     ],
-)  # fmt: skip
+)
 def test_what_survives_without_colour_in_words(
     evaluated: dict[str, Any], colour: float, without: float, said: str
 ) -> None:
     metrics = copy.deepcopy(evaluated)
     for name, value in (("filters", colour), ("filters:haematoxylin", without)):
-        metrics["fidelity"][name]["unseen"]["summary"]["ratio"]["value"] = value
-    assert said in sentence(metrics, "filters", "stain_transfer")
+        metrics["fidelity"][name]["unseen"]["ratio"]["value"] = value
+    assert said in sentence(metrics_of(metrics), "filters", "stain_transfer")
 
 
 def test_memorised_pairs_are_the_patches_that_the_metrics_name(
     full: dict[str, Any], small_world: World, tmp_path: Path
 ) -> None:
-    page = render_report(full, tmp_path / "r.html").read_text()
+    page = render_report(metrics_of(full), tmp_path / "r.html").read_text()
     text = " ".join(_Page(page).text.split())
     assert "23.3 %" in text  # the copy rate
     assert "14.0 % to 35.0 %" in text
     assert "By the same rule 0.8 % of the patches of real patients" in text
     assert "2 further pairs are not shown" in text
     real, medi = PatchDataset.open(small_world.real), PatchDataset.open(small_world.medi)
-    listed = full["memorisation"]["filters"]["arms"]["medi"]["listed"]
+    listed = full["memorisation"]["filters"]["synthetic"]["medi"]["listed"]
     for item in listed[:12]:
-        for dataset, key in ((medi, "synthetic_key"), (real, "train_key")):
-            row = np.flatnonzero(dataset.index["key"] == item[key])
-            assert image_uri(dataset.read(row)[0]) in page
+        row = np.flatnonzero(medi.index["key"] == item["synthetic_key"])
+        assert image_uri(medi.read(row)[0]) in page
+        assert image_uri(real.read([item["train_row"]])[0]) in page
     assert image_uri(medi.read(np.flatnonzero(medi.index["key"] == listed[12]["synthetic_key"]))[0]) not in page
     gone = copy.deepcopy(full)
     gone["dataset"]["folder"] = "gone"
     assert "14 listed pairs cannot be shown" in " ".join(
-        _Page(render_report(gone, tmp_path / "g.html").read_text()).text.split()
+        _Page(render_report(metrics_of(gone), tmp_path / "g.html").read_text()).text.split()
     )
 
 
-def test_requested_and_found_stand_beside_the_ceiling(
+def test_requested_and_found_values_are_shown_with_those_of_real_patches(
     evaluated: dict[str, Any], page_text: str, tmp_path: Path
 ) -> None:
     text = " ".join(_Page(page_text).text.split())
-    assert text.count("real patches (ceiling)") == 2 * 3  # encoders × fields
+    assert text.count("real test patches, all combinations") == 2 * 3  # encoders × fields
     for arm in ("MeDi", "CLS"):
         assert f"{arm}, all samples" in text
     large = copy.deepcopy(evaluated)
     field = large["adherence"]["filters"]["fields"]["site"]
     field["values"] = [f"hospital {i}" for i in range(30)]
     field["confusion"] = {k: np.eye(30).tolist() for k in field["confusion"]}
-    page = _Page(render_report(large, tmp_path / "large.html").read_text())
+    page = _Page(render_report(metrics_of(large), tmp_path / "large.html").read_text())
     assert any("found, per requested value" in str(a["alt"]) for a in page.all("img"))
 
 
 def test_numbers_of_each_site_and_without_bias(full: dict[str, Any], tmp_path: Path) -> None:
-    text = " ".join(_Page(render_report(full, tmp_path / "r.html").read_text()).text.split())
+    text = " ".join(_Page(render_report(metrics_of(full), tmp_path / "r.html").read_text()).text.split())
     assert "Each site over all classes." in text
-    assert "Every class and site together" in text
+    assert "All classes and sites" in text
     medi = full["fidelity"]["filters"]["overall"]["medi"]
     assert "FD∞" in text
     assert f"{distance(medi['fd_infinity'])} ± {distance(medi['fd_infinity_error'])}" in text
@@ -222,7 +228,7 @@ def test_a_moved_run_finds_its_datasets(evaluated: dict[str, Any], small_world: 
     (tmp_path / "moved" / "metrics.json").write_text(json.dumps(metrics))
     page = render(ReportSettings(metrics=str(tmp_path / "moved")))
     assert page == tmp_path / "moved" / "report.html"
-    assert "Real beside synthetic" in page.read_text()
+    assert "Real and synthetic patches" in page.read_text()
 
 
 def test_settings_and_provenance_are_listed(evaluated: dict[str, Any], page_text: str) -> None:
@@ -243,7 +249,7 @@ def test_everything_from_the_data_is_escaped(evaluated: dict[str, Any], tmp_path
     metrics["verdict"] = nasty
     metrics["run"]["command"] = nasty
     metrics["synthetic"]["medi"]["provenance"] = {nasty: nasty}
-    page = _Page(render_report(metrics, tmp_path / "r.html").read_text())
+    page = _Page(render_report(metrics_of(metrics), tmp_path / "r.html").read_text())
     assert not page.all("script")
     assert all(str(a["src"]).startswith("data:") for a in page.all("img"))
     assert not any("onerror" in a for _, a in page.tags)
@@ -251,47 +257,50 @@ def test_everything_from_the_data_is_escaped(evaluated: dict[str, Any], tmp_path
 
 
 def test_missing_parts_are_left_out(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    for absent in ("fidelity", "adherence", "downstream", "projection", "run", "notes", "synthetic", "settings"):
+    for absent in ("fidelity", "adherence", "downstream", "projection", "notes", "synthetic", "memorisation"):
         metrics = copy.deepcopy(evaluated)
-        del metrics[absent]
-        _Page(render_report(metrics, tmp_path / "r.html").read_text())
+        metrics[absent] = [] if absent == "notes" else {}
+        _Page(render_report(metrics_of(metrics), tmp_path / "r.html").read_text())
     metrics = copy.deepcopy(evaluated)
     metrics["dataset"]["folder"] = str(tmp_path / "gone")
     for arm in metrics["synthetic"].values():
         arm["folder"] = str(tmp_path / "gone")
-    text = _Page(render_report(metrics, tmp_path / "r.html").read_text()).text
-    assert "Real beside synthetic" not in text
+    text = _Page(render_report(metrics_of(metrics), tmp_path / "r.html").read_text()).text
+    assert "Real and synthetic patches" not in text
     assert "Does it help?" in text
     for section in SECTIONS:
-        _Page(render_report(evaluated, tmp_path / "r.html", sections=[section]).read_text())
+        page = render_report(metrics_of(evaluated), tmp_path / "r.html", sections=[section])
+        _Page(page.read_text())
 
 
 def test_leakage_and_stain_are_shown_and_a_reason_alone_is_not(
     evaluated: dict[str, Any], page_text: str, tmp_path: Path
 ) -> None:
     assert "Does the site change the class?" in page_text
-    assert "Stain asked for and obtained" in page_text
+    assert "Stain, without a network" in page_text
     metrics = copy.deepcopy(evaluated)
-    metrics["stain"] = {"cells": [], "reason": "fewer than two sites in training"}
+    metrics["stain"] = {"combinations": [], "reason": "fewer than two sites in training"}
     for found in metrics["adherence"].values():
-        found["leakage"] = {"reason": "no probe of site"}
-    text = render_report(metrics, tmp_path / "reasons.html").read_text()
+        found["leakage"] = {"training_association": None, "sources": {}, "reason": "no probe of site"}
+    text = render_report(metrics_of(metrics), tmp_path / "reasons.html").read_text()
     assert "Does the site change the class?" not in text
-    assert "Stain asked for and obtained" not in text
+    assert "Stain, without a network" not in text
 
 
 def test_folders_can_be_given(evaluated: dict[str, Any], small_world: World, tmp_path: Path) -> None:
     metrics = copy.deepcopy(evaluated)
     metrics["dataset"]["folder"] = "gone"
     metrics["synthetic"] = {}
-    page = render_report(metrics, tmp_path / "r.html", real=small_world.real, synthetic={"medi": small_world.medi})
+    page = render_report(
+        metrics_of(metrics), tmp_path / "r.html", real=small_world.real, synthetic={"medi": small_world.medi}
+    )
     text = _Page(page.read_text()).text
-    assert "Real beside synthetic" in text
+    assert "Real and synthetic patches" in text
 
 
 def test_the_same_metrics_give_the_same_page(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    a = render_report(evaluated, tmp_path / "a.html").read_bytes()
-    assert a == render_report(evaluated, tmp_path / "b.html").read_bytes()
+    a = render_report(metrics_of(evaluated), tmp_path / "a.html").read_bytes()
+    assert a == render_report(metrics_of(evaluated), tmp_path / "b.html").read_bytes()
 
 
 def test_settings_name_the_page(small_world: World, evaluated: dict[str, Any]) -> None:
@@ -304,10 +313,11 @@ def test_settings_name_the_page(small_world: World, evaluated: dict[str, Any]) -
 def test_bad_input_is_refused(evaluated: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         render_report(tmp_path / "absent.json", tmp_path / "r.html")
-    with pytest.raises(UserError, match="not those of an evaluation"):
-        render_report({"a": 1}, tmp_path / "r.html")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"other\.json"):
+        render_report(tmp_path / "other.json", tmp_path / "r.html")
     with pytest.raises(UserError, match="headlines"):
-        render_report(evaluated, tmp_path / "r.html", sections=["headlines"])
+        render_report(metrics_of(evaluated), tmp_path / "r.html", sections=["headlines"])
     with pytest.raises(UserError, match="metrics"):
         render(ReportSettings())
 
@@ -346,4 +356,4 @@ def test_names_are_shortened_and_settings_flattened() -> None:
 
 def test_a_flipped_bit_of_metrics_is_refused_by_name(small_world: World, evaluated: dict[str, Any]) -> None:
     file = small_world.root / "full" / "metrics.json"
-    flips(file, lambda: read_metrics(file)[0], 100, names="metrics.json").check()
+    flips(file, lambda: read_metrics(file), 100, names="metrics.json").check()

@@ -1,51 +1,52 @@
-"""Whether synthetic samples of unseen combinations show the class, hospital and other attributes that were asked for.
+"""Whether synthetic samples of unseen combinations show the class, hospital and other attributes that were requested.
 
-Probes learn the attributes from real patches of other patients, held-out combinations included; their accuracy on
-real test patches of the same combinations is the ceiling.
+Linear probes are trained on real patches of other patients, held-out combinations included. Their accuracy on real test
+patches of the same combinations is what samples are compared with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.combinations import among, any_match, describe, matches
+from latent_medi.evaluation.adherence.records import CombinationRecovery, FieldRecovery, Recovery
+from latent_medi.evaluation.cohort.combinations import Combination, among, any_match, describe, matches
+from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.distance_to_real import Features
-from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, measure, wilson
+from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, estimate, share_of_samples, wilson
 from latent_medi.statistics.linear_probe import fit_linear_probe
 
 _MAX_TRAINING = 20_000
 
 
-@dataclass
-class Verdicts:
-    """What the probe of one field sees.
+@dataclass(frozen=True)
+class FieldPredictions:
+    """What the linear probe of one field predicts.
 
     Args:
-        values: Values that it can tell.
-        real: In each real test patch of ``study.reference``, [N].
-        arms: In each sample, by arm.
+        values: Values that it knows.
+        real: For each real test patch of ``study.reference``, [N].
+        synthetic: For each sample, by synthetic set.
         converged: Whether its optimiser reached its tolerance.
-        n_training: Real patches that it learned from.
+        n_training: Real patches that it was trained on.
     """
 
     values: list[str]
     real: np.ndarray
-    arms: dict[str, np.ndarray]
+    synthetic: dict[str, np.ndarray]
     converged: bool
     n_training: int
 
 
-def look(study: Study, features: Features, regularisation: float, seed: int) -> dict[str, Verdicts]:
-    """Let a probe of each categorical field judge the samples and the real test patches.
+def predict_fields(study: Study, features: Features, regularisation: float, seed: int) -> dict[str, FieldPredictions]:
+    """Predictions of a linear probe of each categorical field, for the samples and the real test patches.
 
-    A field with fewer than two values among the probes' training patches has none.
+    A field with fewer than two values among the training patches has none.
     """
-    result: dict[str, Verdicts] = {}
+    result: dict[str, FieldPredictions] = {}
     for name in study.categorical():
         values = study.real.schema.field(name).values
         truth = study.index[name].to_numpy(dtype=str)
@@ -57,103 +58,115 @@ def look(study: Study, features: Features, regularisation: float, seed: int) -> 
             rng = np.random.default_rng([seed, 3])
             training = np.sort(rng.choice(training, _MAX_TRAINING, replace=False))
         probe = fit_linear_probe(features.real[training], truth[training], regularisation)
-        found = {a.name: probe.predict(features.synthetic[a.name]) for a in study.synthetic.values() if len(a.index)}
+        synthetic = {
+            s.name: probe.predict(features.synthetic[s.name]) for s in study.synthetic.values() if len(s.index)
+        }
         real = probe.predict(features.real[study.reference])
-        result[name] = Verdicts(present, real, found, probe.converged, len(training))
+        result[name] = FieldPredictions(present, real, synthetic, probe.converged, len(training))
     return result
 
 
-def recovery(study: Study, verdicts: Mapping[str, Verdicts], resamples: int, seed: int) -> dict[str, Any]:
-    """Share of samples in which a probe finds the requested value, per field.
-
-    Returns:
-        Per field: ``arms`` (a measure each; the interval is over samples, which have no patients), ``ceiling``
-        (patients first), ``chance``, ``values``, per-combination ``cells``, and ``confusion`` per arm over all its
-        samples (row: requested, column: found, as shares of the row).
-    """
-    return {
-        name: _field(study, name, seen, resamples, seed)
-        | {"converged": seen.converged, "n_training": seen.n_training}
-        for name, seen in verdicts.items()
-    }  # fmt: skip
+def recovery(
+    study: Study, predictions: Mapping[str, FieldPredictions], resamples: int, seed: int
+) -> dict[str, FieldRecovery]:
+    """Share of samples in which the linear probe finds the requested value, by field."""
+    return {name: _field(study, name, found, resamples, seed) for name, found in predictions.items()}
 
 
-def _field(study: Study, name: str, seen: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
-    values, found_real, found = seen.values, seen.real, seen.arms
-    truth = study.index[name].to_numpy(dtype=str)
-    right_real = (found_real == truth[study.reference]).astype(float)
-    bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
-    cells: list[dict[str, Any]] = []
-    tables: list[PatientTable] = []
+def _field(study: Study, name: str, predictions: FieldPredictions, resamples: int, seed: int) -> FieldRecovery:
+    values, reference = predictions.values, study.reference
+    truth = study.index[name].to_numpy(dtype=str)[reference]
+    right = (predictions.real == truth).astype(float)
+    bootstrap = PatientResamples(study.patients[reference], resamples, seed)
+    combinations: list[CombinationRecovery] = []
+    draws: list[np.ndarray] = []
     for combination in study.held_out:
-        keep = study.having(combination)[study.reference] & np.isin(truth[study.reference], values)
+        keep = study.having(combination)[reference] & np.isin(truth, values)
         # One group per combination: the mean over patients, not over the values within it.
         table = PatientTable(np.zeros(len(keep), int), bootstrap.codes, keep, 1, len(bootstrap.names))
-        tables.append(table)
-        cell: dict[str, Any] = {"name": describe(combination), "combination": combination, "arms": {}}
-        cell["ceiling"] = table.measure(right_real, bootstrap.weights, rate=True)
-        for arm in study.synthetic.values():
-            share = _cell_share(arm, name, combination, values, found.get(arm.name))
-            if share is not None:
-                cell["arms"][arm.name] = share
-        cells.append(cell)
-    arms: dict[str, Any] = {}
-    for arm in study.synthetic.values():
-        shares = [c["arms"][arm.name] for c in cells if arm.name in c["arms"]]
-        if shares:
-            n = sum(s["n_patches"] for s in shares)
-            value = float(np.mean([s["value"] for s in shares]))
-            arms[arm.name] = measure(value, n, 0, n_cells=len(shares), asked=name in arm.fields)
-            arms[arm.name] |= {"interval": wilson(round(value * n), n), "interval_over": "samples"}
-    ceilings = [t.mean(right_real, bootstrap.weights) for t in tables if t.n_patches]
-    points = [c["ceiling"]["value"] for c in cells if c["ceiling"]["value"] is not None]
-    rows = among(study.reference, any_match(study.index, study.held_out))
-    return {
-        "values": values,
-        "chance": 1.0 / len(values),
-        "arms": arms,
-        "ceiling": measure(
-            float(np.mean(points)) if points else None, len(rows), len(set(study.patients[rows])),
-            np.mean(ceilings, axis=0) if ceilings else None, n_cells=len(points),
-        ),
-        "cells": cells,
-        "confusion": {
-            "ceiling": _confusion(truth[study.reference], found_real, values),
-            **{a.name: _confusion(a.index[name].to_numpy(dtype=str), found[a.name], values)
-               for a in study.synthetic.values() if name in a.fields and a.name in found},
+        if table.n_patches:
+            draws.append(table.mean(right, bootstrap.weights))
+        shares = {s.name: _recovery(s, name, combination, predictions) for s in study.synthetic.values()}
+        found = {n: share for n, share in shares.items() if share is not None}
+        real = table.estimate(right, bootstrap.weights, rate=True)
+        combinations.append(CombinationRecovery(describe(combination), combination, found, real))
+    points = [c.real.value for c in combinations if c.real.value is not None]
+    rows = among(reference, any_match(study.index, study.held_out))
+    real = estimate(
+        float(np.mean(points)) if points else None,
+        len(rows),
+        len(set(study.patients[rows])),
+        np.mean(draws, axis=0) if draws else None,
+    )
+    return FieldRecovery(
+        values=values,
+        chance=1.0 / len(values),
+        synthetic=_means(study, name, combinations),
+        real=real,
+        combinations=combinations,
+        confusion={
+            REAL: _confusion(truth, predictions.real, values),
+            **{
+                s.name: _confusion(s.index[name].to_numpy(dtype=str), predictions.synthetic[s.name], values)
+                for s in study.synthetic.values()
+                if name in s.fields and s.name in predictions.synthetic
+            },
         },
-    }  # fmt: skip
+        converged=predictions.converged,
+        n_training=predictions.n_training,
+    )
 
 
-def _cell_share(
-    arm: SyntheticSet, name: str, combination: dict[str, str], values: list[str], found: np.ndarray | None
-) -> dict[str, Any] | None:
-    """Recovery of one field in an arm's samples of a combination; None where nothing was asked for.
+def _means(study: Study, name: str, combinations: list[CombinationRecovery]) -> dict[str, Recovery]:
+    """Mean over the combinations, by synthetic set."""
+    result: dict[str, Recovery] = {}
+    for synthetic in study.synthetic.values():
+        shares = [c.synthetic[synthetic.name] for c in combinations if synthetic.name in c.synthetic]
+        values = [share.value for share in shares if share.value is not None]
+        if values:
+            n, value = sum(share.n_patches for share in shares), float(np.mean(values))
+            result[synthetic.name] = Recovery(
+                value=value,
+                n_patches=n,
+                n_patients=0,
+                interval=wilson(round(value * n), n),
+                interval_over="samples",
+                conditioned=name in synthetic.fields,
+                n_combinations=len(shares),
+            )
+    return result
 
-    An arm without the field is still held against the combination's value: its score is what class alone achieves.
+
+def _recovery(
+    synthetic: SyntheticSet, name: str, combination: Combination, predictions: FieldPredictions
+) -> Recovery | None:
+    """Recovery of one field in a set's samples of a combination; ``None`` where nothing was requested.
+
+    A set whose model was not conditioned on the field is compared with the combination's value all the same: its share
+    is what class alone achieves.
     """
+    found = predictions.synthetic.get(synthetic.name)
     if found is None:
         return None
-    known = {k: v for k, v in combination.items() if k in arm.fields}
-    rows = np.flatnonzero(matches(arm.index, known))
-    if name in arm.fields:
-        asked = arm.index[name].to_numpy(dtype=str)[rows]
+    known = {k: v for k, v in combination.items() if k in synthetic.fields}
+    rows = np.flatnonzero(matches(synthetic.index, known))
+    if name in synthetic.fields:
+        requested = synthetic.index[name].to_numpy(dtype=str)[rows]
     elif name in combination:
-        asked = np.full(len(rows), combination[name])
+        requested = np.full(len(rows), combination[name])
     else:
         return None
-    asked_for = np.isin(asked, values)
-    rows, asked = rows[asked_for], asked[asked_for]
+    kept = np.isin(requested, predictions.values)
+    rows, requested = rows[kept], requested[kept]
     if len(rows) == 0:
         return None
-    hits = int((found[rows] == asked).sum())
-    share = measure(hits / len(rows), len(rows), 0, asked=name in arm.fields)
-    return share | {"interval": wilson(hits, len(rows)), "interval_over": "samples"}
+    share = share_of_samples(int((found[rows] == requested).sum()), len(rows))
+    return Recovery(**vars(share), conditioned=name in synthetic.fields)
 
 
-def _confusion(asked: np.ndarray, found: np.ndarray, values: list[str]) -> list[list[float | None]]:
+def _confusion(requested: np.ndarray, found: np.ndarray, values: list[str]) -> list[list[float | None]]:
     matrix: list[list[float | None]] = []
-    for a in values:
-        rows = asked == a
-        matrix.append([float((found[rows] == f).mean()) if rows.any() else None for f in values])
+    for value in values:
+        rows = requested == value
+        matrix.append([float((found[rows] == other).mean()) if rows.any() else None for other in values])
     return matrix

@@ -1,134 +1,160 @@
-"""Whether class and site, which were asked for apart, come apart: does a sample's site change its class?
+"""Whether the site of a sample changes its class.
 
-Two probes that learned from real patients judge the samples. Where a generator has taken the site for a sign of the
-class, as the classifiers that it is to help do, the verdicts on its samples hang together although nothing that was
-asked for does, and the class is found less often where the site is not the one that it was trained at.
+Two linear probes, of class and of site, are trained on real patches and applied to the samples. If a generator mistook
+the site for a sign of the class, as the classifiers do that it is to help, the two predictions are associated although
+the requested values are not, and the class is found less often where the site is another than in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
-from latent_medi.evaluation.adherence.attributes import Verdicts
+from latent_medi.evaluation.adherence.attributes import FieldPredictions
+from latent_medi.evaluation.adherence.records import ClassShift, Leakage, SourceLeakage
+from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.metadata.audit import cramers_v
-from latent_medi.statistics.bootstrap import LEVEL, PatientResamples, PatientTable, measure, wilson
+from latent_medi.statistics.bootstrap import LEVEL, Estimate, PatientResamples, PatientTable, share_of_samples
 
 _PERMUTATIONS = 200
 
 
-def leakage(study: Study, verdicts: Mapping[str, Verdicts], resamples: int, seed: int) -> dict[str, Any]:
-    """Class verdicts held against site verdicts and against the sites that were asked for.
+@dataclass(frozen=True)
+class _Patches:
+    """Values of class and site that the patches of a source should show, and those that the linear probes predict.
+
+    Args:
+        classes: Requested (real patches: true) class, [N].
+        sites: Requested site, [N]; ``None`` where none was requested.
+        predicted_classes, predicted_sites: Predictions, [N].
+    """
+
+    classes: np.ndarray
+    sites: np.ndarray | None
+    predicted_classes: np.ndarray
+    predicted_sites: np.ndarray
+
+    def known(self, classes: list[str], sites: list[str]) -> np.ndarray:
+        """Which patches have a class and a site that the linear probes know, bool [N]. The others, missing values among
+        them, say nothing of whether the site changes the class.
+        """
+        return np.isin(self.classes, classes) & (True if self.sites is None else np.isin(self.sites, sites))
+
+    def take(self, keep: np.ndarray) -> _Patches:
+        """Some of them."""
+        sites = None if self.sites is None else self.sites[keep]
+        return _Patches(self.classes[keep], sites, self.predicted_classes[keep], self.predicted_sites[keep])
+
+
+def leakage(study: Study, predictions: Mapping[str, FieldPredictions], resamples: int, seed: int) -> Leakage:
+    """Class predictions by site prediction and by requested site.
 
     Args:
         study: The cohort.
-        verdicts: What the probes of class and site see in the samples and in the real test patches.
+        predictions: Predictions of the linear probes of class and site for samples and real test patches.
         resamples: Patient resamples for the intervals of the real patches.
         seed: Seed of the permutations and resamples.
-
-    Returns:
-        ``training_tie``: Cramér's V, 0 to 1, of class and site over training patients. ``sources``: "real", the test
-        patches, and each arm, with ``n`` (patches of values that the probes can tell); ``tie``, Cramér's V of the two
-        verdicts; ``asked_tie``, of what was asked for (real: is true), None if no site was (then the others are, too);
-        ``site_found`` and ``site_missed``, a measure each: how often the class is found where the site is, and where it
-        is not; and ``moved``: the mean total variation distance, 0 to 1, of the class verdicts at a site from those
-        over all sites, both of one asked class, with ``limit``, which 97.5 % of random assignments of sites stay below,
-        and ``beyond``, whether it is above that and above the real patches'. Or ``reason`` alone.
     """
     names = (study.class_field, study.site_field)
-    if missing := [name for name in names if name not in verdicts]:
-        return {"reason": f"no probe of {missing[0]}"}
-    tumour, site = (verdicts[name] for name in names)
-    truth = [study.index[name].to_numpy(str) for name in names]
+    if missing := [name for name in names if name not in predictions]:
+        return Leakage(None, {}, f"no probe of {missing[0]}")
+    of_class, of_site = (predictions[name] for name in names)
     rows = study.reference
-    # What a probe cannot tell, missing values among it, says nothing of whether class and site come apart.
-    keep = np.isin(truth[0][rows], tumour.values) & np.isin(truth[1][rows], site.values)
+    real = _Patches(study.class_labels[rows], study.site_labels[rows], of_class.real, of_site.real)
+    keep = real.known(of_class.values, of_site.values)
     if not keep.any():
-        return {"reason": "no real test patch has a class and a site that the probes can tell"}
+        return Leakage(None, {}, "no real test patch has a class and a site that the probes can tell")
     people = PatientResamples(study.patients[rows[keep]], resamples, seed)
-    real = (truth[0][rows[keep]], truth[1][rows[keep]]), (tumour.real[keep], site.real[keep])
-    sources = {"real": _source(*real, seed, people)}
-    for arm in study.synthetic.values():
-        if arm.name not in tumour.arms or study.class_field not in arm.fields:
+    sources = {REAL: _source(real.take(keep), seed, people)}
+    for synthetic in study.synthetic.values():
+        if synthetic.name not in of_class.synthetic or study.class_field not in synthetic.fields:
             continue
-        asked = (
-            arm.index[names[0]].to_numpy(str),
-            arm.index[names[1]].to_numpy(str) if names[1] in arm.fields else None,
+        patches = _Patches(
+            synthetic.index[names[0]].to_numpy(str),
+            synthetic.index[names[1]].to_numpy(str) if names[1] in synthetic.fields else None,
+            of_class.synthetic[synthetic.name],
+            of_site.synthetic[synthetic.name],
         )
-        keep = np.isin(asked[0], tumour.values) & (True if asked[1] is None else np.isin(asked[1], site.values))
-        if not keep.any():
-            continue
-        wanted = (asked[0][keep], None if asked[1] is None else asked[1][keep])
-        sources[arm.name] = _source(wanted, (tumour.arms[arm.name][keep], site.arms[arm.name][keep]), seed)
-    for record in sources.values():
-        if record["moved"]:
-            bound = max(record["moved"]["limit"], sources["real"]["moved"]["value"])
-            record["moved"]["beyond"] = record["moved"]["value"] > bound
-    training = cramers_v(study.index.iloc[study.train], *names)
-    return {"training_tie": training, "sources": sources}
+        keep = patches.known(of_class.values, of_site.values)
+        if keep.any():
+            sources[synthetic.name] = _source(patches.take(keep), seed)
+    of_real = sources[REAL].class_shift
+    for name, source in sources.items():
+        if (shift := source.class_shift) and of_real:
+            beyond = shift.value > max(shift.limit, of_real.value)
+            sources[name] = replace(source, class_shift=replace(shift, beyond=beyond))
+    return Leakage(cramers_v(study.index.iloc[study.train], *names), sources)
 
 
-def _tie(a: np.ndarray, b: np.ndarray) -> float | None:
+def _association(a: np.ndarray, b: np.ndarray) -> float | None:
     """Cramér's V over patches."""
     return cramers_v(pd.DataFrame({"patient": range(len(a)), "a": a, "b": b}), "a", "b")
 
 
-def _source(
-    asked: tuple[np.ndarray, np.ndarray | None],
-    found: tuple[np.ndarray, np.ndarray],
-    seed: int,
-    people: PatientResamples | None = None,
-) -> dict[str, Any]:
+def _source(patches: _Patches, seed: int, people: PatientResamples | None = None) -> SourceLeakage:
     """One source of patches: real ones with their patients, or samples, which are independent draws."""
-    (tumour, site), (seen_tumour, seen_site) = asked, found
-    record: dict[str, Any] = {"n": len(tumour), "tie": _tie(seen_tumour, seen_site), "asked_tie": None,
-                              "site_found": None, "site_missed": None, "moved": None}  # fmt: skip
-    if site is None:
-        return record
-    record["asked_tie"] = _tie(tumour, site)
-    right = seen_tumour == tumour
-    for name, here in (("site_found", seen_site == site), ("site_missed", seen_site != site)):
+    n, association = len(patches.classes), _association(patches.predicted_classes, patches.predicted_sites)
+    if patches.sites is None:
+        return SourceLeakage(n, association)
+    right = patches.predicted_classes == patches.classes
+    site_right = patches.predicted_sites == patches.sites
+
+    def found(here: np.ndarray) -> Estimate:
         if people is None:
-            n, hits = int(here.sum()), int(right[here].sum())
-            share = measure(hits / n if n else None, n, 0)
-            record[name] = share | {"interval": wilson(hits, n), "interval_over": "samples"}
-        else:
-            table = PatientTable(np.zeros(len(here), int), people.codes, here, 1, len(people.names))
-            record[name] = table.measure(right.astype(float), people.weights)
-    units = np.arange(len(tumour)) if people is None else people.codes
-    return record | {"moved": _moved(tumour, site, seen_tumour, units.astype(str), seed)}
+            return share_of_samples(int(right[here].sum()), int(here.sum()))
+        table = PatientTable(np.zeros(len(here), int), people.codes, here, 1, len(people.names))
+        return table.estimate(right.astype(float), people.weights)
+
+    units = np.arange(n) if people is None else people.codes
+    return SourceLeakage(
+        n=n,
+        association=association,
+        requested_association=_association(patches.classes, patches.sites),
+        site_found=found(site_right),
+        site_missed=found(~site_right),
+        class_shift=_class_shift(patches.classes, patches.sites, patches.predicted_classes, units.astype(str), seed),
+    )
 
 
-def _moved(tumour: np.ndarray, site: np.ndarray, seen: np.ndarray, units: np.ndarray, seed: int) -> dict[str, Any]:
-    _, classes = np.unique(tumour, return_inverse=True)
-    _, verdicts = np.unique(seen, return_inverse=True)
-    _, places = np.unique(site, return_inverse=True)
-    # A patient's patches stay together; one who was seen at two sites counts as two.
-    _, first, who = np.unique(
-        np.char.add(np.char.add(units, "\x1f"), np.char.add(np.char.add(tumour, "\x1f"), site)),
-        return_index=True, return_inverse=True,
-    )  # fmt: skip
+def _class_shift(
+    classes: np.ndarray, sites: np.ndarray, predicted: np.ndarray, units: np.ndarray, seed: int
+) -> ClassShift:
+    """How far class predictions of a site are from those of all sites; ``beyond`` compares with chance alone.
+
+    Args:
+        classes, sites: Requested (real patches: true) values of each patch, [N].
+        predicted: Predicted class of each, [N].
+        units: What is exchanged between sites as a whole, such as the patient of each patch, [N].
+        seed: Seed of the permutations.
+    """
+    _, class_codes = np.unique(classes, return_inverse=True)
+    _, predictions = np.unique(predicted, return_inverse=True)
+    _, places = np.unique(sites, return_inverse=True)
+    # A patient's patches stay together; a patient at two sites counts as two.
+    joined = np.char.add(np.char.add(units, "\x1f"), np.char.add(np.char.add(classes, "\x1f"), sites))
+    _, first, who = np.unique(joined, return_index=True, return_inverse=True)
     rng = np.random.default_rng([seed, 41])
 
     def distance(at: np.ndarray) -> float:
-        counts = np.zeros((classes.max() + 1, places.max() + 1, verdicts.max() + 1))
-        np.add.at(counts, (classes, at, verdicts), 1.0)
+        counts = np.zeros((class_codes.max() + 1, places.max() + 1, predictions.max() + 1))
+        np.add.at(counts, (class_codes, at, predictions), 1.0)
         of_site = counts.sum(axis=2, keepdims=True)
         overall = counts.sum(axis=1, keepdims=True)
         overall = overall / overall.sum(axis=2, keepdims=True)
         shares = np.divide(counts, of_site, out=np.zeros_like(counts), where=of_site > 0)
-        apart = np.abs(shares - overall).sum(axis=2, keepdims=True) / 2
-        return float((apart * of_site).sum() / of_site.sum())
+        variation = np.abs(shares - overall).sum(axis=2, keepdims=True) / 2
+        return float((variation * of_site).sum() / of_site.sum())
 
     draws = []
     for _ in range(_PERMUTATIONS):
         mixed = places[first].copy()
-        for value in np.unique(classes):
-            here = np.flatnonzero(classes[first] == value)
+        for value in np.unique(class_codes):
+            here = np.flatnonzero(class_codes[first] == value)
             mixed[here] = mixed[rng.permutation(here)]
         draws.append(distance(mixed[who]))
-    return {"value": distance(places), "limit": float(np.quantile(draws, (1 + LEVEL) / 2))}
+    value, limit = distance(places), float(np.quantile(draws, (1 + LEVEL) / 2))
+    return ClassShift(value, limit, value > limit)

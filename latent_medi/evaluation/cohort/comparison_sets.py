@@ -1,4 +1,4 @@
-"""Which patches are held against which: combinations, and for each side equally many patches in the reference's mix."""
+"""Which patches are compared: per combination a reference, and equally many patches of each source in its mix."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from latent_medi.evaluation.cohort.combinations import Combination, matches
 from latent_medi.evaluation.cohort.matching import Matched, strata
 from latent_medi.evaluation.cohort.study import NOT_CONDITIONED, Study, SyntheticSet
 
-FLOOR = "floor"
+REAL = "real"
+"""The source of further real patches; the other sources are the synthetic sets, by their names."""
 MIN_SAMPLES = 20
-"""A cell with fewer patches than this on a side is listed, not judged."""
-MOST_APART = 0.2
-"""A side whose mix of sites, or of another field's values, is further than this from the reference's (total variation,
-0 to 1) is listed, not judged."""
+"""With fewer patches than this in the reference or the source, there is no distance."""
+MAX_MISMATCH = 0.2
+"""Nor is there where the source's mix of a field's values is further than this from the reference's (total variation,
+0 to 1)."""
+
+
+def seed_name(source: str) -> bytes:
+    """What the name of a source adds to a seed, so that the other sources do not change its draw."""
+    return b"floor" if source == REAL else source.encode()
 
 
 @dataclass
 class Comparison:
-    """One comparison: a reference and, per arm and for the floor, equally many samples.
+    """A reference and, by source, equally many patches.
 
     Args:
-        combination: What the cell shows.
+        combination: Values that all patches have.
         reference: Rows of the real index.
-        rows: Rows by arm (of its own index) or floor (of the real index).
-        mismatch: Share of each sample in a wrong stratum, see :class:`Matched`.
-        skipped: Why there is no number, by arm; "" as key stands for the whole cell.
+        rows: Rows by source: of the synthetic set's index, or of the real index.
+        mismatch: Share of each source's rows in a wrong stratum, see :class:`Matched`.
+        skipped: Why a source is missing; the key "" stands for all.
     """
 
     combination: Combination
@@ -40,17 +46,17 @@ class Comparison:
 
 
 def held_out_comparisons(study: Study, seed: int) -> list[Comparison]:
-    """A cell per held-out combination."""
+    """One per held-out combination."""
     return [comparison_for(study, c, seed + i) for i, c in enumerate(study.held_out)]
 
 
 def class_comparisons(study: Study, seed: int) -> list[Comparison]:
-    """A cell per class, over all sites with the test patches' own mix."""
+    """One per class, over all sites in the test patches' mix."""
     return [comparison_for(study, {study.class_field: v}, seed + i) for i, v in enumerate(study.classes)]
 
 
 def field_comparisons(study: Study, fields: Sequence[str], seed: int) -> list[Comparison]:
-    """A cell per combination of some fields that test patches have, with the test patches' own mix of the others."""
+    """One per combination of some fields that test patches have, in the test patches' mix of the other fields."""
     table = study.index.iloc[study.reference][list(fields)].astype(str).drop_duplicates()
     values = {name: {v: i for i, v in enumerate(study.real.schema.field(name).values)} for name in fields}
     rows = [dict(zip(fields, row, strict=True)) for row in table.itertuples(index=False, name=None)]
@@ -60,53 +66,59 @@ def field_comparisons(study: Study, fields: Sequence[str], seed: int) -> list[Co
 
 
 def comparison_for(study: Study, combination: Combination, seed: int) -> Comparison:
-    """Choose rows: an arm follows the reference's mix of the fields that the arm knows and the cell leaves open."""
+    """Choose the rows of one combination. A source follows the reference's mix of the other fields, as far as its model
+    was conditioned on them.
+    """
     rng = np.random.default_rng([seed, 1])
-    cell = Comparison(combination, study.rows_of(study.reference, combination))
-    if len(cell.reference) < MIN_SAMPLES:
-        cell.skipped[""] = f"{len(cell.reference)} reference patches, fewer than {MIN_SAMPLES}"
-        return cell
-    open_fields = [f for f in study.categorical() if f not in combination]
-    sides = {arm.name: _matching(cell, arm, open_fields) for arm in study.synthetic.values()}
-    sides[FLOOR] = study.index, study.rows_of(study.probe, combination), open_fields
+    result = Comparison(combination, study.rows_of(study.reference, combination))
+    if len(result.reference) < MIN_SAMPLES:
+        result.skipped[""] = f"{len(result.reference)} reference patches, fewer than {MIN_SAMPLES}"
+        return result
+    other_fields = [f for f in study.categorical() if f not in combination]
+    sources = {s.name: _candidates(combination, s, other_fields) for s in study.synthetic.values()}
+    sources[REAL] = study.index, study.rows_of(study.probe, combination), other_fields
     pools: dict[str, Matched] = {}
-    for name, (index, rows, fields) in sides.items():
-        pool = Matched(rows, strata(index, rows, fields), strata(study.index, cell.reference, fields))
+    for name, (index, rows, fields) in sources.items():
+        pool = Matched(rows, strata(index, rows, fields), strata(study.index, result.reference, fields))
         if pool.largest < MIN_SAMPLES:
-            cell.skipped[name] = f"{pool.largest} samples match, fewer than {MIN_SAMPLES}"
+            result.skipped[name] = f"{pool.largest} samples match, fewer than {MIN_SAMPLES}"
             continue
         drawn, _ = pool.draw(pool.largest, np.random.default_rng([seed, 2]))
-        if apart := _apart(index.iloc[drawn], study.index.iloc[cell.reference], fields):
-            whose = "of other real patients" if name == FLOOR else "of its samples"
-            cell.skipped[name] = f"{apart} {whose}"
+        if mismatch := _mismatch(index.iloc[drawn], study.index.iloc[result.reference], fields):
+            whose = "of other real patients" if name == REAL else "of its samples"
+            result.skipped[name] = f"{mismatch} {whose}"
         else:
             pools[name] = pool
     if not pools:
-        return cell
+        return result
     n = min(pool.largest for pool in pools.values())
     for name, pool in pools.items():
-        cell.rows[name], cell.mismatch[name] = pool.draw(n, rng)
-    return cell
+        result.rows[name], result.mismatch[name] = pool.draw(n, rng)
+    return result
 
 
-def _matching(
-    cell: Comparison, arm: SyntheticSet, open_fields: Sequence[str]
+def _candidates(
+    combination: Combination, synthetic: SyntheticSet, other_fields: Sequence[str]
 ) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
-    """An arm's index, its rows that show the cell, and the open fields that these were given: others cannot match."""
-    known = {k: v for k, v in cell.combination.items() if k in arm.fields}
-    rows = np.flatnonzero(matches(arm.index, known))
-    fields = [f for f in open_fields if f in arm.fields and set(arm.index[f].astype(str).iloc[rows]) - NOT_CONDITIONED]
-    return arm.index, rows, fields
+    """A synthetic set's index, its rows of the combination, and the other fields that these can be matched by: those
+    that their model was conditioned on.
+    """
+    known = {k: v for k, v in combination.items() if k in synthetic.fields}
+    index, rows = synthetic.index, np.flatnonzero(matches(synthetic.index, known))
+    fields = [
+        f for f in other_fields if f in synthetic.fields and set(index[f].astype(str).iloc[rows]) - NOT_CONDITIONED
+    ]
+    return index, rows, fields
 
 
-def _apart(theirs: pd.DataFrame, reference: pd.DataFrame, fields: Sequence[str]) -> str:
-    """Where a side's mix is too far from the reference's, field by field; empty if nowhere. Patches of which a field is
-    not known say nothing of it.
+def _mismatch(source: pd.DataFrame, reference: pd.DataFrame, fields: Sequence[str]) -> str:
+    """The first field in which a source's mix is too far from the reference's; empty if there is none. Patches without
+    a value of the field do not count.
     """
     for name in fields:
-        wanted, found = (_shares(table[name]) for table in (reference, theirs))
+        wanted, found = (_shares(table[name]) for table in (reference, source))
         short = wanted.sub(found, fill_value=0.0)
-        if wanted.empty or short.abs().sum() / 2 <= MOST_APART + 1e-9:
+        if wanted.empty or short.abs().sum() / 2 <= MAX_MISMATCH + 1e-9:
             continue
         value = str(short.idxmax())
         return f"{name} is {value} in {wanted[value]:.0%} of the reference, in {found.get(value, 0.0):.0%}"

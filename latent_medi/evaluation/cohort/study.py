@@ -1,4 +1,4 @@
-"""The cohort of one evaluation: which real rows play which part, the held-out combinations, and the synthetic arms."""
+"""The cohort of one evaluation: the parts of the real rows, the held-out combinations, and the synthetic sets."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class SyntheticSet:
     """One synthetic dataset.
 
     Args:
-        name: "medi", "cls" or another name.
+        name: Its name, such as "medi".
         dataset: Its patches.
-        fields: The class and categorical fields that its model was given; values unknown throughout do not count.
+        fields: The class and categorical fields that its model was conditioned on: those with a known value.
         rows: Row numbers of the dataset that take part, ascending.
     """
 
@@ -64,9 +64,9 @@ class Study:
         synthetic: Synthetic datasets by name.
         train: Training patches.
         shown: Training patches and those without a known class: all that a model may have been shown.
-        probe: Real patches of other patients for the floor.
-        probe_train: What the probes of the adherence learn from.
-        reference: Test patches for fidelity and for the probes' ceiling.
+        probe: Further real patches of other patients, for real-vs-real distances.
+        probe_train: Real patches that the linear probes of the adherence are trained on.
+        reference: Test patches for fidelity and for the linear probes' accuracy on real patches.
         test: Test patches for the downstream comparison.
         oracle_reason: Why there is no oracle; empty if there is one.
         notes: What a reader must know about these choices.
@@ -150,7 +150,7 @@ def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema, downs
     if not held_out and downstream:
         raise UserError(
             "No held-out combination is given.",
-            "Set held_out, e.g. [{class: spindle, site: birch}], or downstream=false to judge the patches alone.",
+            "Set held_out, e.g. [{class: spindle, site: birch}], or downstream=false to evaluate the patches alone.",
         )
     names = categorical_fields(schema)
     for combination in held_out:
@@ -191,9 +191,48 @@ def open_study(settings: EvaluateSettings) -> Study:
         UserError: No class field, an unknown split or field, synthetic rows among the real ones, a combination that is
             not held out or that has no test patch.
     """
+    real = _open_real(settings)
+    held_out = _check_held_out(settings.held_out, real.schema, settings.downstream)
+    synthetic_roles(settings.synthetic, settings.candidate)
+    split = _Split.of(real, settings)
+    _check_combinations(settings, real, split, held_out)
+    study = Study(
+        real=real,
+        class_field=split.class_field,
+        site_field=settings.site_field,
+        held_out=held_out,
+        synthetic={},
+        train=split.train,
+        shown=split.shown,
+        probe=split.probe,
+        probe_train=split.probe,
+        reference=split.test,
+        test=split.test,
+        oracle_reason="",
+        notes=[],
+        candidate=settings.candidate,
+    )
+    if split.dropped:
+        study.notes.append(
+            f"{split.dropped} real patches without a known {split.class_field} take no part, but copies of them are "
+            "looked for."
+        )
+    if not len(split.probe):
+        _halve_reference(study, settings)
+    _warn_of_shared_pictures(study, settings.split)
+    if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
+        close = nearest(unknown[0], settings.synthetic)
+        raise UserError(f"selected names {unknown[0]!r}, which is no synthetic set; {close}.")
+    trained = patients_hash(real.index["patient"].iloc[split.shown])
+    for name, folder in settings.synthetic.items():
+        study.synthetic[name] = _open_synthetic(study, settings, name, folder, trained)
+    return study
+
+
+def _open_real(settings: EvaluateSettings) -> PatchDataset:
+    """The real dataset, if it has the class, site and split and no synthetic patch."""
     real = PatchDataset.open(settings.real)
-    index = real.index
-    column = f"split_{settings.split}"
+    index, column = real.index, f"split_{settings.split}"
     if real.schema.class_field is None:
         raise UserError(f"The dataset {settings.real} has no class field.", "An evaluation needs one.")
     if column not in index.columns:
@@ -204,121 +243,142 @@ def open_study(settings: EvaluateSettings) -> Study:
     if settings.site_field not in real.schema.names:
         close = nearest(settings.site_field, real.schema.names)
         raise UserError(f"The dataset {settings.real} has no field {settings.site_field!r}; {close}.")
-    synthetic = int((index["origin"] != "real").sum())
-    if synthetic:
+    if synthetic := int((index["origin"] != "real").sum()):
         raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
     assert_patient_disjoint(index, column)
-    held_out = _check_held_out(settings.held_out, real.schema, settings.downstream)
-    for name in dict.fromkeys(name for fields in settings.cells for name in fields):
-        if name not in categorical_fields(real.schema):
-            close = nearest(name, categorical_fields(real.schema))
-            raise UserError(f"cells names {name!r}, no class or categorical field; {close}.")
+    known = categorical_fields(real.schema)
+    for name in (name for fields in settings.cells for name in fields):
+        if name not in known:
+            raise UserError(f"cells names {name!r}, no class or categorical field; {nearest(name, known)}.")
+    return real
 
-    class_field = real.schema.class_field.name
-    notes: list[str] = []
-    split = index[column].to_numpy(dtype=str).copy()
-    trained = patients_hash(index["patient"][split == settings.train_value])
-    shown = np.flatnonzero(split == settings.train_value)
-    named = index[class_field].isin(real.schema.class_field.values).to_numpy(bool)
-    if dropped := int(((split != "") & ~named).sum()):
-        split[~named] = ""
-        notes.append(
-            f"{dropped} real patches without a known {class_field} take no part, but copies of them are looked for."
-        )
-    parts = {v: np.flatnonzero(split == v) for v in (settings.train_value, settings.probe_value, settings.test_value)}
-    train, probe, test = parts.values()
-    for name, rows in ((settings.train_value, train), (settings.test_value, test)):
-        if len(rows) == 0:
-            raise UserError(f"Split {settings.split!r} has no {name!r} patches; it has {sorted(set(split))}.")
+
+@dataclass(frozen=True)
+class _Split:
+    """Rows of the real index by split value, of patches with a known class.
+
+    Args:
+        class_field: Name of the class field.
+        train, probe, test: Rows with that value.
+        shown: Training patches and those without a known class.
+        dropped: Patches of the split without a known class.
+    """
+
+    class_field: str
+    train: np.ndarray
+    probe: np.ndarray
+    test: np.ndarray
+    shown: np.ndarray
+    dropped: int
+
+    @classmethod
+    def of(cls, real: PatchDataset, settings: EvaluateSettings) -> _Split:
+        """The split that the settings name.
+
+        Raises:
+            UserError: There is no training or no test patch.
+        """
+        field = real.schema.class_field
+        assert field is not None
+        split = real.index[f"split_{settings.split}"].to_numpy(dtype=str)
+        known = real.index[field.name].isin(field.values).to_numpy(bool)
+        values = np.where(known, split, "")
+        names = (settings.train_value, settings.probe_value, settings.test_value)
+        train, probe, test = (np.flatnonzero(values == name) for name in names)
+        for name, rows in ((settings.train_value, train), (settings.test_value, test)):
+            if len(rows) == 0:
+                raise UserError(f"Split {settings.split!r} has no {name!r} patches; it has {sorted(set(values))}.")
+        shown = np.flatnonzero(split == settings.train_value)
+        return cls(field.name, train, probe, test, shown, int(((split != "") & ~known).sum()))
+
+
+def _check_combinations(
+    settings: EvaluateSettings, real: PatchDataset, split: _Split, held_out: Sequence[Combination]
+) -> None:
+    """Refuse a combination that training has or that test patches lack, and a training set of one class."""
     for combination in held_out:
-        keep = matches(index, combination)
-        if settings.unseen and keep[train].any():
+        keep = matches(real.index, combination)
+        if settings.unseen and keep[split.train].any():
             raise UserError(
-                f"{describe(combination)} is not held out: {int(keep[train].sum())} training patches have it.",
+                f"{describe(combination)} is not held out: {int(keep[split.train].sum())} training patches have it.",
                 f"Name combinations that training lacks, or {_MAY_BE_SEEN}.",
             )
-        if not keep[test].any():
+        if not keep[split.test].any():
             raise UserError(f"{describe(combination)} has no test patch, so nothing can be said about it.")
-
-    taught = sorted(set(index[class_field].to_numpy(str)[train]))
-    if settings.downstream and len(taught) < 2:
+    classes = sorted(set(real.index[split.class_field].to_numpy(str)[split.train]))
+    if settings.downstream and len(classes) < 2:
         raise UserError(
-            f"All training patches show {class_field} = {taught[0]}: a classifier has nothing to tell apart.",
-            "Set downstream=false to judge the patches alone.",
+            f"All training patches have {split.class_field} = {classes[0]}: a classifier needs two classes.",
+            "Set downstream=false to evaluate the patches alone.",
         )
-    if len(probe):
-        reference, probe_train, reason = test, probe, ""
-    else:
-        fields = (class_field, settings.site_field)
-        others = [name for name in categorical_fields(real.schema) if name not in fields]
-        half = _halve_test(index, test, fields, others, settings.seed)
-        probe, reference = test[half], test[~half]
-        probe_train = np.concatenate([train, probe])
-        reason = (
-            f"the split {settings.split!r} has no {settings.probe_value!r} patients, so no real patch of a held-out "
-            "combination is free for training"
-        )
-        notes.append(
-            f"There is no {settings.probe_value!r} split: half of the test patients of each class and site "
-            f"({len(set(index['patient'].iloc[probe]))} patients) give the floor and, with the training patches, train "
-            "the probes; fidelity and the probes' ceiling use the other half. Downstream accuracy uses all of them."
-        )
-    warnings: list[str] = []
-    if len(shared := pictures_in_several_parts(index, index[column])):
-        warnings.append(
-            f"{shared[PICTURE].nunique()} pictures lie in several parts of split {settings.split!r} under different "
-            f"patients, such as {' = '.join(shared['key'][shared[PICTURE] == shared[PICTURE].iloc[0]][:2])}: what is "
-            "judged has been seen in training. `latent-medi split` keeps such patients together."
-        )
-    if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
-        raise UserError(f"selected names the arm {unknown[0]!r}; {nearest(unknown[0], settings.synthetic)}.")
-    synthetic_roles(settings.synthetic, settings.candidate)
-    arms = {}
-    for name, folder in settings.synthetic.items():
-        dataset = PatchDataset.open(folder)
-        if dataset.schema.class_field is None or dataset.schema.class_field.name != class_field:
-            raise UserError(f"The synthetic dataset {folder} ({name}) has no class field {class_field!r}.")
-        if (dataset.index["origin"] != "synthetic").any():
-            raise UserError(
-                f"The synthetic dataset {folder} ({name}) holds real patches.", "An arm must be wholly synthetic."
-            )
-        rows = np.arange(len(dataset))
-        if name in settings.selected:
-            rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
-        if settings.unseen and held_out:
-            notes += _check_unseen(name, dataset, held_out)
-        record = dataset.info.get("provenance", {}).get("seen") or {"complete": False, "parts": []}
-        hashes = [part.get("patients") for part in record["parts"]]
-        if not record["complete"] or None in hashes:
-            notes.append(f"The samples of {name} do not say which patients their model was trained on.")
-        if any(known not in (None, trained) for known in hashes):
-            warnings.append(
-                f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
-                f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
-            )
-        arms[name] = SyntheticSet(name, dataset, _known_fields(dataset), rows)
-        log.info("Arm %s: %d patches, fields %s", name, len(rows), ", ".join(arms[name].fields))
-    return Study(
-        real,
-        class_field,
-        settings.site_field,
-        held_out,
-        arms,
-        train,
-        shown,
-        probe,
-        probe_train,
-        reference,
-        test,
-        reason,
-        notes,
-        warnings,
-        settings.candidate,
+
+
+def _halve_reference(study: Study, settings: EvaluateSettings) -> None:
+    """Let half of the test patients stand in for the probe split, for real-vs-real distances and linear probes."""
+    fields = (study.class_field, study.site_field)
+    others = [name for name in study.categorical() if name not in fields]
+    half = _halve_test(study.index, study.test, fields, others, settings.seed)
+    study.probe, study.reference = study.test[half], study.test[~half]
+    study.probe_train = np.concatenate([study.train, study.probe])
+    study.oracle_reason = (
+        f"the split {settings.split!r} has no {settings.probe_value!r} patients, so no real patch of a held-out "
+        "combination is free for training"
+    )
+    study.notes.append(
+        f"There is no {settings.probe_value!r} split: half of the test patients of each class and site "
+        f"({len(set(study.index['patient'].iloc[study.probe]))} patients) give the real-vs-real distances and, with "
+        "the training patches, train the linear probes; fidelity and the linear probes' accuracy on real patches use "
+        "the other half. Downstream accuracy uses all of them."
     )
 
 
+def _warn_of_shared_pictures(study: Study, split: str) -> None:
+    shared = pictures_in_several_parts(study.index, study.index[f"split_{split}"])
+    if len(shared):
+        first = shared["key"][shared[PICTURE] == shared[PICTURE].iloc[0]][:2]
+        study.warnings.append(
+            f"{shared[PICTURE].nunique()} pictures are in several parts of split {split!r} under different patients, "
+            f"such as {' = '.join(first)}: test patches were seen in training. `latent-medi split` keeps such patients "
+            "together."
+        )
+
+
+def _open_synthetic(study: Study, settings: EvaluateSettings, name: str, folder: str, trained: str) -> SyntheticSet:
+    """One synthetic dataset; what it does not record is added to the study's notes and warnings.
+
+    Args:
+        study: The cohort.
+        settings: The evaluation's.
+        name: The set's name.
+        folder: Its folder.
+        trained: Hash of the training patients.
+    """
+    dataset = PatchDataset.open(folder)
+    if dataset.schema.class_field is None or dataset.schema.class_field.name != study.class_field:
+        raise UserError(f"The synthetic dataset {folder} ({name}) has no class field {study.class_field!r}.")
+    if (dataset.index["origin"] != "synthetic").any():
+        raise UserError(f"The synthetic dataset {folder} ({name}) holds real patches.", "Name one without them.")
+    rows = np.arange(len(dataset))
+    if name in settings.selected:
+        rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
+    if settings.unseen and study.held_out:
+        study.notes += _check_unseen(name, dataset, study.held_out)
+    record = dataset.info.get("provenance", {}).get("seen") or {"complete": False, "parts": []}
+    hashes = [part.get("patients") for part in record["parts"]]
+    if not record["complete"] or None in hashes:
+        study.notes.append(f"The samples of {name} do not record which patients their model was trained on.")
+    if any(known not in (None, trained) for known in hashes):
+        study.warnings.append(
+            f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
+            f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
+        )
+    fields = _known_fields(dataset)
+    log.info("Synthetic set %s: %d patches, fields %s", name, len(rows), ", ".join(fields))
+    return SyntheticSet(name, dataset, fields, rows)
+
+
 def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combination]) -> list[str]:
-    """Refuse samples of a model that was shown a held-out combination; a note where that cannot be told."""
+    """Refuse samples of a model that was trained on a held-out combination; a note where there is no record of it."""
     record = dataset.info.get("provenance", {}).get("seen")
     for combination in held_out:
         if saw(record, combination):
@@ -327,7 +387,7 @@ def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combinati
                 f"Train one without them, name combinations that it did not see, or {_MAY_BE_SEEN}.",
             )
     if any(saw(record, combination) is None for combination in held_out):
-        return [f"The samples of {name} do not say whether their model was trained on the held-out combinations."]
+        return [f"The samples of {name} do not record whether their model was trained on the held-out combinations."]
     return []
 
 

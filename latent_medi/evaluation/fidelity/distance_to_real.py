@@ -1,22 +1,30 @@
-"""How far synthetic patches lie from real ones, beside how far real patients lie from each other at the same n.
+"""Distances of synthetic sets to real patches, compared with the distance between real patients at the same n.
 
-Every arm and the floor face the same reference with the same number of samples. One rule decides the headline for a
-whole summary, so that its mean never mixes metrics: the Fréchet distance if each side of each cell has n ≥ 2d,
-otherwise KID.
+All sources, the synthetic sets and further real patients, are compared with the same reference by equally many
+patches. One rule chooses the metric of a whole table, so that no mean mixes metrics: the Fréchet distance if reference
+and sources have n ≥ 2d in each combination, otherwise KID.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from latent_medi.evaluation.cohort.combinations import describe
-from latent_medi.evaluation.cohort.comparison_sets import FLOOR, Comparison
+from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, seed_name
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.statistics.bootstrap import PatientResamples, measure
+from latent_medi.evaluation.fidelity.records import (
+    CombinationDistances,
+    Distance,
+    DistanceTable,
+    MeanDistance,
+    Metric,
+    Neighbourhoods,
+    OverallFidelity,
+)
+from latent_medi.statistics.bootstrap import Estimate, PatientResamples, estimate
 from latent_medi.statistics.distances import (
     BLOCK,
     RANK_DEFICIENT,
@@ -35,7 +43,7 @@ from latent_medi.statistics.distances import (
 )
 
 _MAX_KERNEL = 3000
-"""Patches of a side that a kernel distance looks at; the kernel of all would grow with their square."""
+"""Patches of either set in a kernel distance; the kernel of all would grow with their square."""
 _NO_GAP = 0.005
 """Largest share of draws that may leave a ratio without a denominator."""
 _MOST_EIGEN = 50
@@ -109,127 +117,167 @@ def kid_draws(
     )
 
 
-def summarise(
-    study: Study, features: Features, cells: Sequence[Comparison], resamples: int, seed: int, protocol: str = "default"
-) -> dict[str, Any]:
-    """Distances of every arm and the floor in each cell, and their means over the cells.
+@dataclass(frozen=True)
+class _Options:
+    """How the distances of a table are taken.
+
+    Args:
+        metric: The distance that estimates have as value.
+        pca_dims: Dimensions of the Fréchet distance after projection.
+        raw: Whether to add rank-deficient Fréchet distances.
+        seed: Seed of subsamples.
+    """
+
+    metric: Metric
+    pca_dims: int
+    raw: bool
+    seed: int
+
+    @property
+    def lowest(self) -> float:
+        """Smallest value that the metric can have."""
+        return 0.0 if self.metric == "fd" else -np.inf
+
+
+Draws = dict[str, np.ndarray]
+
+
+def distance_table(
+    study: Study,
+    features: Features,
+    comparisons: Sequence[Comparison],
+    resamples: int,
+    seed: int,
+    protocol: str = "default",
+) -> DistanceTable:
+    """Distances of every source in each combination, and their means over the combinations.
+
+    A mean counts the combinations that every source has (of the sources that have any), so that it compares like with
+    like. If there is none, each mean counts its own combinations, and there is no ratio.
 
     Args:
         study: The cohort.
         features: Features of one encoder.
-        cells: From :func:`held_out_comparisons` or :func:`class_comparisons`.
+        comparisons: From :mod:`latent_medi.evaluation.cohort.comparison_sets`.
         resamples: Patient resamples for the intervals.
         seed: Their seed.
         protocol: "paper" adds raw rank-deficient Fréchet distances.
-
-    Returns:
-        ``metric``, ``rule``, ``dim``, ``pca_dims``, ``cells`` and ``summary`` (per arm and floor a measure, and
-        ``ratio``), ``resamples``, ``left_out`` (why cells, or sides of them, are not judged). A mean counts the cells
-        that every arm and the floor have (of those that have any), so that it compares like with like. If there is no
-        such cell each mean counts its own, and there is no ratio.
     """
-    names = [*study.synthetic, FLOOR]
+    names = [*study.synthetic, REAL]
     dim = features.real.shape[1]
-    judged = [c for c in cells if c.rows]
-    smallest = min((min(len(c.reference), *(len(r) for r in c.rows.values())) for c in judged), default=0)
-    valid, dims = full_rank(smallest, dim), pca_dims(smallest, dim)
-    metric = "fd" if valid else "kid"
+    smallest = min((len(rows) for c in comparisons if c.rows for rows in (c.reference, *c.rows.values())), default=0)
+    valid = full_rank(smallest, dim)
     resamples = min(resamples, _MOST_EIGEN) if valid and dim > 128 else resamples
-    draws_by_patient = _Weights(study, seed, resamples)
-    records: list[dict[str, Any]] = []
-    draws: dict[str, list[np.ndarray]] = {n: [] for n in names}
-    complete: list[int] = []
-    anywhere = [n for n in names if any(n in c.rows for c in cells)]
-    for number, cell in enumerate(cells):
-        record, cell_draws = _judge(study, features, cell, metric, dims, draws_by_patient, protocol, seed)
-        records.append(record)
-        if cell.rows and all(n in cell.rows for n in anywhere):
-            complete.append(number)
-            for n in anywhere:
-                draws[n].append(cell_draws[n])
-    summary: dict[str, Any] = {}
-    means: dict[str, np.ndarray] = {}
+    options = _Options("fd" if valid else "kid", pca_dims(smallest, dim), protocol == "paper", seed)
+    weights = _Weights(study, seed, resamples)
+    results = [_compare(study, features, c, options, weights) for c in comparisons]
+    present = [n for n in names if any(n in c.rows for c in comparisons)]
+    complete = [i for i, c in enumerate(comparisons) if c.rows and all(n in c.rows for n in present)]
+    means: dict[str, MeanDistance] = {}
+    draws: Draws = {}
     for n in names:
-        numbers = complete if complete else [i for i, c in enumerate(cells) if n in c.rows]
-        numbers = [i for i in numbers if n in cells[i].rows]
-        values = [records[i]["arms"][n]["value"] for i in numbers]
-        if draws[n]:
-            means[n] = np.mean(draws[n], axis=0)
-        sides = [[cells[i].reference for i in numbers], *([[cells[i].rows[n] for i in numbers]] if n == FLOOR else [])]
-        summary[n] = measure(
-            float(np.mean(values)) if values else None,
-            sum(len(cells[i].rows[n]) for i in numbers),
-            min(len(_people(study, side)) for side in sides),
-            means.get(n),
-            recentre=True,
-            smallest_group=min((len(_people(study, [rows])) for side in sides for rows in side), default=0),
-            lowest=0.0 if metric == "fd" else -np.inf,
-            n_cells=len(numbers),
-            n_reference=sum(len(cells[i].reference) for i in numbers),
-        )
-        for key in ("fd", "kid", "fd_pca"):
-            parts = [records[i]["arms"][n][key] for i in numbers]
-            summary[n][key] = float(np.mean(parts)) if parts and None not in parts else None
-    apart = "no combination is judged for all sides"  # their means are of different combinations
-    summary["ratio"] = ratio(summary, means) if complete else measure(None, 0, 0, reason=apart)
-    return {
-        "metric": metric,
-        "resamples": resamples,
-        "left_out": {
-            describe(cell.combination): "; ".join(f"{n}: {why}" if n else why for n, why in cell.skipped.items())
-            for cell in cells
-            if cell.skipped
+        numbers = complete or [i for i, c in enumerate(comparisons) if n in c.rows]
+        numbers = [i for i in numbers if n in comparisons[i].rows]
+        if complete and n in present:
+            draws[n] = np.mean([results[i][1][n] for i in numbers], axis=0)
+        found = [(comparisons[i], results[i][0].sources[n]) for i in numbers]
+        means[n] = _mean_distance(study, n, found, draws.get(n), options)
+    return DistanceTable(
+        metric=options.metric,
+        rule=f"Fréchet distance needs n ≥ 2d = {2 * dim} in either set; the smallest has {smallest}"
+        + ("" if valid else f", so the metric is KID. fd_pca has {options.pca_dims} dimensions"),
+        dim=dim,
+        pca_dims=options.pca_dims,
+        resamples=resamples,
+        n_complete=len(complete),
+        combinations=[record for record, _ in results],
+        means=means,
+        ratio=distance_ratio(study, means, draws)
+        if complete
+        else estimate(None, 0, 0, reason="no combination has all sources, so their means are of different ones"),
+        left_out={
+            describe(c.combination): "; ".join(f"{n}: {why}" if n else why for n, why in c.skipped.items())
+            for c in comparisons
+            if c.skipped
         },
-        "rule": f"Fréchet distance needs n ≥ 2d = {2 * dim} on each side; the smallest side has {smallest}"
-        + (
-            ""
-            if valid
-            else f", so KID is the headline and the Fréchet distance is taken after PCA to {dims} dimensions"
-        ),
-        "dim": dim,
-        "pca_dims": dims,
-        "complete": len(complete),
-        "cells": records,
-        "summary": summary,
-    }
-
-
-def _people(study: Study, sides: Sequence[np.ndarray]) -> set[str]:
-    return set(study.patients[np.concatenate(sides)]) if sides else set()
-
-
-def ratio(summary: Mapping[str, Any], draws: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """(medi − floor) / (cls − floor): 0 is as good as real, 1 is no better than without metadata.
-
-    Drawing patients with replacement raises a distance, once where the reference alone is drawn and twice where both
-    sides are, so the draws of each distance are moved to its value before they are divided. A ratio whose denominator
-    may be nothing has no end: where more than 0.5 % of the draws leave the class-only arm no gap above the floor, there
-    is no interval.
-    """
-    sides = [summary.get(n, {}) for n in ("medi", "cls", FLOOR)]
-    people = [min(side.get(key, 0) for side in sides) for key in ("n_patches", "n_patients", "smallest_group")]
-    values = [side.get("value") for side in sides]
-    if None in values:
-        return measure(None, 0, people[1], reason="an arm or the floor is missing")
-    medi, cls, floor = values
-    if cls <= floor:
-        return measure(None, 0, people[1], reason="the class-only arm is not above the floor")
-    bootstrap, told = None, dict[str, Any]()
-    if all(n in draws for n in ("medi", "cls", FLOOR)):
-        moved = [draws[n] - np.nanmedian(draws[n]) + v for n, v in zip(("medi", "cls", FLOOR), values, strict=True)]
-        below = moved[1] - moved[2]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            bootstrap = (moved[0] - moved[2]) / below
-        if (below <= 0).sum() > _NO_GAP * np.isfinite(below).sum():
-            bootstrap[:] = np.nan
-            told = {"reason": "the class-only arm is not surely above the floor"}
-    return measure(
-        (medi - floor) / (cls - floor), people[0], people[1], bootstrap, True, smallest_group=people[2], **told
     )
 
 
+def _mean_distance(
+    study: Study,
+    name: str,
+    found: Sequence[tuple[Comparison, Distance]],
+    draws: np.ndarray | None,
+    options: _Options,
+) -> MeanDistance:
+    """Mean of a source's distances over the comparisons that it has."""
+    # A synthetic set has no patients of its own: its distance is as sure as the reference is.
+    groups = [[c.reference for c, _ in found], *([[c.rows[name] for c, _ in found]] if name == REAL else [])]
+    n_patches = sum(len(c.rows[name]) for c, _ in found)
+    mean = estimate(
+        _mean([d.value for _, d in found]),
+        n_patches,
+        min(len(_people(study, rows)) for rows in groups),
+        draws,
+        recentre=True,
+        smallest_group=min((len(_people(study, [rows])) for group in groups for rows in group), default=0),
+        lowest=options.lowest,
+    )
+    return MeanDistance(
+        **vars(mean),
+        n_combinations=len(found),
+        n_reference=sum(len(c.reference) for c, _ in found),
+        fd=_mean([d.fd for _, d in found]),
+        kid=_mean([d.kid for _, d in found]),
+        fd_pca=_mean([d.fd_pca for _, d in found]),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def _people(study: Study, parts: Sequence[np.ndarray]) -> set[str]:
+    return set(study.patients[np.concatenate(parts)]) if parts else set()
+
+
+def distance_ratio(study: Study, means: Mapping[str, Estimate], draws: Mapping[str, np.ndarray]) -> Estimate:
+    """(candidate − real) / (baseline − real): 0 is as good as real, 1 is no better than the baseline.
+
+    Drawing patients with replacement raises a distance, once where the reference alone is drawn and twice where both
+    sets are, so the draws of each distance are moved to its value before they are divided. A ratio whose denominator
+    may be nothing has no end: where more than 0.5 % of the draws leave the baseline no gap above the real patients,
+    there is no interval.
+    """
+    names = (study.roles.candidate, study.roles.baseline, REAL)
+    parts = [means[n] for n in names if n in means]
+    missing = len(parts) < len(names)
+    n_patches, n_patients, smallest = (
+        0 if missing else min(int(getattr(part, key) or 0) for part in parts)
+        for key in ("n_patches", "n_patients", "smallest_group")
+    )
+    candidate, baseline, real = (part.value for part in parts) if not missing else (None, None, None)
+    if candidate is None or baseline is None or real is None:
+        return estimate(None, 0, n_patients, reason="a synthetic set or the real patients have no distance")
+    if baseline <= real:
+        return estimate(None, 0, n_patients, reason="the baseline is not farther than real patients are")
+    bootstrap, reason = None, None
+    if all(n in draws for n in names):
+        values = (candidate, baseline, real)
+        moved = [draws[n] - np.nanmedian(draws[n]) + v for n, v in zip(names, values, strict=True)]
+        gap = moved[1] - moved[2]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bootstrap = (moved[0] - moved[2]) / gap
+        if (gap <= 0).sum() > _NO_GAP * np.isfinite(gap).sum():
+            bootstrap[:] = np.nan
+            reason = "the baseline may be no farther than real patients are"
+    value = (candidate - real) / (baseline - real)
+    return estimate(value, n_patches, n_patients, bootstrap, True, smallest_group=smallest, reason=reason)
+
+
 class _Weights:
-    """Row weights of reference and floor rows from one bootstrap of all patients, so that cells and arms are paired."""
+    """Row weights from one bootstrap of all real patients, so that combinations and sources are paired."""
 
     def __init__(self, study: Study, seed: int, resamples: int) -> None:
         rows = np.union1d(study.reference, study.probe)
@@ -241,64 +289,56 @@ class _Weights:
         return self.resamples.row_weights(self.position[rows])
 
 
-def _judge(
-    study: Study,
-    features: Features,
-    cell: Comparison,
-    metric: str,
-    dims: int,
-    weights: _Weights,
-    protocol: str,
-    seed: int,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    record: dict[str, Any] = {
-        "combination": cell.combination,
-        "name": describe(cell.combination),
-        "n_reference": len(cell.reference),
-        "n_patients": len(set(study.patients[cell.reference])),
-        "arms": {},
-        "skipped": cell.skipped,
-    }
-    draws: dict[str, np.ndarray] = {}
-    if not cell.rows:
-        return record, draws
-    # As they are: whoever needs float64 takes a block at a time there.
-    reference = features.real[cell.reference]
-    reference_weights = weights.of(cell.reference)
-    few = _thinned(len(cell.reference), seed, "")
-    for name, rows in cell.rows.items():
-        sample = (features.real if name == FLOOR else features.synthetic[name])[rows]
-        sample_weights = weights.of(rows) if name == FLOOR else None
-        mine = _thinned(len(rows), seed, name)
-        numbers: dict[str, Any] = {
-            "fd": frechet_distance(reference, sample) if metric == "fd" else None,
-            "kid": kid(reference[few], sample[mine], subsets=0)[0],
-            "fd_pca": frechet_distance(features.basis.project(reference, dims), features.basis.project(sample, dims)),
-        }
-        if protocol == "paper" and metric == "kid":
-            numbers |= {"fd_raw": frechet_distance(reference, sample), "fd_raw_label": RANK_DEFICIENT}
-        if metric == "fd":
+def _compare(
+    study: Study, features: Features, comparison: Comparison, options: _Options, weights: _Weights
+) -> tuple[CombinationDistances, Draws]:
+    """The distances of one combination with their bootstrap values by source."""
+    reference_rows = comparison.reference
+    n_patients = len(_people(study, [reference_rows]))
+    sources: dict[str, Distance] = {}
+    draws: Draws = {}
+    # Not copied to float64: what needs it takes a block at a time.
+    reference = features.real[reference_rows]
+    few = _thinned(len(reference_rows), options.seed, "")
+    reference_weights = weights.of(reference_rows)
+    for name, rows in comparison.rows.items():
+        is_real = name == REAL
+        sample = (features.real if is_real else features.synthetic[name])[rows]
+        sample_weights = weights.of(rows) if is_real else None
+        kept = _thinned(len(rows), options.seed, name)
+        full = frechet_distance(reference, sample) if options.metric == "fd" or options.raw else None
+        fd = full if options.metric == "fd" else None
+        kernel = kid(reference[few], sample[kept], subsets=0)[0]
+        if options.metric == "fd":
             draws[name] = frechet_draws(reference, sample, reference_weights, sample_weights)
         else:
-            drawn = None if sample_weights is None else sample_weights[:, mine]
-            draws[name] = kid_draws(reference[few], sample[mine], reference_weights[:, few], drawn)
-        n_patients = record["n_patients"]
-        if name == FLOOR:
-            n_patients = min(n_patients, len(set(study.patients[rows])))
-        record["arms"][name] = measure(
-            numbers[metric], len(rows), n_patients, draws[name], recentre=True,
-            lowest=0.0 if metric == "fd" else -np.inf, mix_mismatch=cell.mismatch[name], **numbers,
-        )  # fmt: skip
+            drawn = None if sample_weights is None else sample_weights[:, kept]
+            draws[name] = kid_draws(reference[few], sample[kept], reference_weights[:, few], drawn)
+        people = min(n_patients, len(_people(study, [rows]))) if is_real else n_patients
+        value = kernel if fd is None else fd
+        found = estimate(value, len(rows), people, draws[name], recentre=True, lowest=options.lowest)
+        projected = [features.basis.project(x, options.pca_dims) for x in (reference, sample)]
+        sources[name] = Distance(
+            **vars(found),
+            fd=fd,
+            kid=kernel,
+            fd_pca=frechet_distance(*projected),
+            mix_mismatch=comparison.mismatch[name],
+            fd_raw=full if fd is None else None,
+            fd_raw_label=RANK_DEFICIENT if options.raw and fd is None else None,
+        )
+    combination, name = comparison.combination, describe(comparison.combination)
+    record = CombinationDistances(combination, name, len(reference_rows), n_patients, sources, comparison.skipped)
     return record, draws
 
 
 def _thinned(n: int, seed: int, name: str) -> np.ndarray:
-    """Positions of at most 3,000 of n rows, each as likely as any other so that their mix stays; whatever else is
-    judged does not change them.
+    """Positions of at most 3,000 of n rows, each as likely as any other so that their mix stays. The other sources do
+    not change them.
     """
     if n <= _MAX_KERNEL:
         return np.arange(n)
-    return np.sort(np.random.default_rng([seed, 53, *name.encode()]).choice(n, _MAX_KERNEL, replace=False))
+    return np.sort(np.random.default_rng([seed, 53, *seed_name(name)]).choice(n, _MAX_KERNEL, replace=False))
 
 
 def neighbourhoods(
@@ -308,14 +348,14 @@ def neighbourhoods(
     most: int = 2000,
     seed: int = 0,
     groups: np.ndarray | None = None,
-) -> dict[str, Any]:
+) -> Neighbourhoods:
     """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) with k neighbours.
 
     Args:
         reference: Real features [N, d].
         sample: Features [M, d].
         k: Neighbours.
-        most: Both sides are subsampled to at most this many.
+        most: Both sets are subsampled to at most this many.
         seed: Seed of that.
         groups: Group of each real row, such as its class [N]. With these ``coverage_lowest`` is the coverage of the
             group that is covered least (of those with 20 rows): a mode that is never drawn shows there first.
@@ -323,7 +363,7 @@ def neighbourhoods(
     rng = np.random.default_rng(seed)
     n = min(len(reference), len(sample), most)
     if n <= k:
-        return {"precision": None, "recall": None, "density": None, "coverage": None, "n": n, "k": k}
+        return Neighbourhoods(None, None, None, None, n, k)
     chosen = [np.sort(rng.choice(len(x), n, replace=False)) for x in (reference, sample)]
     real, fake = (np.asarray(x[rows], np.float64) for x, rows in zip((reference, sample), chosen, strict=True))
     between = _distances(real, fake)
@@ -331,19 +371,20 @@ def neighbourhoods(
     radius_fake = np.partition(_distances(fake, fake), k, axis=1)[:, k]
     inside = between <= radius_real[:, None]
     covered = np.asarray(inside.any(axis=1))
-    lowest: dict[str, float] = {}
+    lowest: float | None = None
     if groups is not None:
         mine = groups[chosen[0]].astype(str)
         shares = [float(covered[mine == g].mean()) for g in np.unique(mine) if (mine == g).sum() >= 20]
-        lowest = {"coverage_lowest": min(shares)} if shares else {}
-    return lowest | {
-        "precision": float(inside.any(axis=0).mean()),
-        "recall": float((between <= radius_fake[None, :]).any(axis=1).mean()),
-        "density": float(inside.sum(axis=0).mean() / k),
-        "coverage": float(covered.mean()),
-        "n": n,
-        "k": k,
-    }
+        lowest = min(shares, default=None)
+    return Neighbourhoods(
+        precision=float(inside.any(axis=0).mean()),
+        recall=float((between <= radius_fake[None, :]).any(axis=1).mean()),
+        density=float(inside.sum(axis=0).mean() / k),
+        coverage=float(covered.mean()),
+        n=n,
+        k=k,
+        coverage_lowest=lowest,
+    )
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -351,27 +392,26 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squared, 0.0))
 
 
-def overall(study: Study, features: Features, cell: Comparison, seed: int) -> dict[str, Any]:
-    """Precision, recall, density, coverage and the Fréchet distance for endless samples of each arm and of other real
-    patients, in the test patches' mix.
+def overall(study: Study, features: Features, comparison: Comparison, seed: int) -> dict[str, OverallFidelity]:
+    """Neighbourhood measures and the Fréchet distance for infinitely many samples, by source.
 
     Args:
         study: The cohort.
         features: Features of one encoder.
-        cell: Of every class and site, from :func:`latent_medi.evaluation.cohort.comparison_sets.comparison_for`.
+        comparison: Of all patches, in the test patches' mix.
         seed: Seed of the subsamples.
-
-    Returns:
-        A record by arm and floor, of those that the cell has.
     """
-    result: dict[str, Any] = {}
-    people = len(_people(study, [cell.reference]))
-    for name, rows in cell.rows.items():
-        sample = (features.real if name == FLOOR else features.synthetic[name])[rows]
-        reference = features.real[cell.reference]
-        result[name] = neighbourhoods(reference, sample, seed=seed)
-        found = fd_infinity(reference, sample, seed=seed)
-        result[name] |= {"fd_infinity": found and found[0], "fd_infinity_error": found and found[1]}
-        result[name]["n_patients"] = min(people, len(_people(study, [rows]))) if name == FLOOR else people
-        result[name]["mix_mismatch"] = cell.mismatch[name]
+    result: dict[str, OverallFidelity] = {}
+    people = len(_people(study, [comparison.reference]))
+    reference = features.real[comparison.reference]
+    for name, rows in comparison.rows.items():
+        sample = (features.real if name == REAL else features.synthetic[name])[rows]
+        value, error = fd_infinity(reference, sample, seed=seed) or (None, None)
+        result[name] = OverallFidelity(
+            **vars(neighbourhoods(reference, sample, seed=seed)),
+            fd_infinity=value,
+            fd_infinity_error=error,
+            n_patients=min(people, len(_people(study, [rows]))) if name == REAL else people,
+            mix_mismatch=comparison.mismatch[name],
+        )
     return result

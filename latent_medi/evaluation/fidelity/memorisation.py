@@ -1,14 +1,13 @@
 """Whether a generator repeats its training patients: copies by their pixels, and nearness in feature space.
 
-Everything is held against real patients that the model has not seen, since these lie at some distance from training
-patches too, and some of them nearer than others.
+Every number is compared with that of real patients that the model has not seen: some of their patches are near to
+training patches, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
@@ -16,13 +15,20 @@ from sklearn.cluster import KMeans
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger, progress
-from latent_medi.evaluation.cohort.combinations import among, describe, matches
+from latent_medi.evaluation.cohort.combinations import describe
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.records import (
+    CombinationCopies,
+    CopyTest,
+    ListedPair,
+    Memorisation,
+    SetMemorisation,
+)
 from latent_medi.features.pixel_copies import SIDE, VIEWS, copy_scores, invariants, small_patches
 from latent_medi.shards.checking.likeness import LEAST_LIKENESS, likeness
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.statistics.bootstrap import PatientResamples, measure, wilson
+from latent_medi.statistics.bootstrap import Estimate, PatientResamples, estimate, share_of_samples
 from latent_medi.statistics.distances import project, scatter
 from latent_medi.statistics.neighbours import nearest_neighbours
 from latent_medi.statistics.subsampling import patients_in_turn
@@ -40,8 +46,8 @@ _SPREADS = 8.55
 _QUARTILES_FROM = 20
 _LISTED = 24
 _CALIBRATION = 4000
-_MIN_CELL = 20
-_CT_DIMS, _CT_CELLS, _CT_LEAST = 64, 8, 20
+_MIN_BANK = 20
+_CT_DIMS, _CT_CLUSTERS, _CT_LEAST = 64, 8, 20
 
 
 @dataclass
@@ -50,11 +56,11 @@ class Copies:
 
     Args:
         threshold: Correlation above which a patch is a copy.
-        scores: Correlation with the most similar training patch, by arm (each of its rows) and for "held_out" (the
-            study's reference).
+        scores: Correlation with the most similar training patch, by synthetic set (each of its rows) and for
+            "held_out" (the study's reference).
         partner: Real row of that training patch, likewise.
         view: How it is turned, an index of ``VIEWS``, likewise.
-        judged_by: Probe patches that the threshold comes from.
+        n_threshold: Probe patches that the threshold comes from.
         duplicates: Real patches of other patients that show the same picture as a training patch: of the "probe" part,
             left out of the threshold, and of "held_out", not counted as flagged.
     """
@@ -63,7 +69,7 @@ class Copies:
     scores: dict[str, np.ndarray]
     partner: dict[str, np.ndarray]
     view: dict[str, np.ndarray]
-    judged_by: int = 0
+    n_threshold: int = 0
     duplicates: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -74,8 +80,8 @@ class CopyFinder:
         bank: Training patches, made small (:func:`latent_medi.features.pixel_copies.small_patches`), [M, S, S].
         others: Patches of other real patients, [N, S, S]: no more than one in a thousand of these is called a copy.
         device: Torch device of the correlations.
-        one_picture: Tells of some others and of the training patches most like them, by their places, which pairs are
-            the same picture: such others say nothing of how alike different pictures are.
+        one_picture: Takes positions of others and of the training patches most like them, and returns which pairs are
+            the same picture. Such others do not count in the threshold, which is about different pictures.
 
     Attributes:
         threshold: See :func:`copy_threshold`.
@@ -109,8 +115,8 @@ class CopyFinder:
 def copy_threshold(scores: np.ndarray) -> float:
     """The correlation above which a patch is a copy, from those of patches that are none.
 
-    It is the largest but one in a thousand, but no further out than the middle half of them lets expect one in a
-    million: a few copies among them, such as real patches that are there twice and shifted, must not hide all others.
+    One in a thousand of them exceeds it, but it is no larger than what their quartiles predict for one in a million: a
+    few copies among them, such as real patches that occur twice and shifted, must not hide all others.
 
     Args:
         scores: Largest correlation of each patch with a training patch, [N]; of no patch, the threshold is the least.
@@ -128,7 +134,7 @@ def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
     """Compare every synthetic patch, and every held-out one, with the training patches that may be its original.
 
     The threshold comes from the study's probe part, without the patches in it that show the same picture as a training
-    patch; how many of the reference's patches it flags is told beside.
+    patch; the record also has the share of the reference's patches that it flags.
 
     Args:
         study: The cohort.
@@ -145,7 +151,7 @@ def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
         lambda places, partners: _one_picture(study.real, probe[places], study.shown[partners], batch),
     )
     copies = Copies(finder.threshold, {}, {}, {}, int((~finder.duplicates).sum()), {"probe": finder.duplicates})
-    sources = {arm.name: (arm.dataset, arm.rows) for arm in study.synthetic.values()}
+    sources = {s.name: (s.dataset, s.rows) for s in study.synthetic.values()}
     for name, (dataset, rows) in {**sources, "held_out": (study.real, study.reference)}.items():
         score, position, view = finder.likeness(_small(dataset, rows, batch))
         copies.scores[name], copies.partner[name], copies.view[name] = score, study.shown[position], view
@@ -178,99 +184,108 @@ def memorisation(
     study: Study,
     features: Features,
     copies: Copies,
+    fingerprint: str,
     resamples: int,
     seed: int,
     names: bool = False,
     device: str = "cpu",
-) -> dict[str, Any]:
+) -> Memorisation:
     """The record of one encoder.
 
     Args:
         study: The cohort.
         features: Features of one encoder.
         copies: From :func:`find_copies`; they do not depend on the encoder.
+        fingerprint: The encoder's.
         resamples: Patient resamples for the intervals.
-        seed: Seed of these, of the subsamples and of the cells of C_T.
+        seed: Seed of these, of the subsamples and of the clusters of C_T.
         names: Whether listed pairs have the names of patients and training patches, instead of numbers.
         device: Torch device of the distances.
-
-    Returns:
-        ``rule``, ``threshold``, ``threshold_patches`` (how many it comes from), ``real_duplicates`` (by part, patches
-        of probe and held-out patients that show the same picture as a training patch, which count in no number),
-        ``held_out_flagged`` (share of the reference's patches that count as copies),
-        ``held_out_auth_pct``, and ``arms``: ``copy_rate``, ``copies``, ``listed`` (the most alike first), ``auth_pct``
-        (Alaa et al. 2022, percent), ``ct`` (Meehan et al. 2020; below −3 speaks for copying) and ``cells``.
     """
     flagged = (copies.scores["held_out"] > copies.threshold) & ~copies.duplicates["held_out"]
-    twice = {part: int(mask.sum()) for part, mask in copies.duplicates.items()}
+    duplicates = {part: int(mask.sum()) for part, mask in copies.duplicates.items()}
     bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
     authentic = _Authentic(study, features, device)
-    train, held_out = features.real[study.train], features.real[study.reference]
-    record: dict[str, Any] = {
-        "rule": "A copy correlates with a training patch, turned, mirrored or shifted by up to an eighth of its side, "
-        f"more than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}."
-        + (
-            f" {twice['probe']} of these patches show the same picture as a training patch and do not count."
-            if twice["probe"]
-            else ""
-        ),
-        "threshold": copies.threshold,
-        "threshold_patches": copies.judged_by,
-        "real_duplicates": twice,
-        "held_out_flagged": _share(study, bootstrap, flagged.astype(float)),
-        "held_out_auth_pct": measure(None, 0, 0)
+    held_out = features.real[study.reference]
+    rule = (
+        "A copy correlates with a training patch, turned, mirrored or shifted by up to an eighth of its side, more "
+        f"than {_QUANTILE:.1%} of the patches of other real patients do, and by at least {LEAST_COPY:g}."
+    )
+    if duplicates["probe"]:
+        rule += f" {duplicates['probe']} of these patches show the same picture as a training patch and do not count."
+    return Memorisation(
+        fingerprint=fingerprint,
+        rule=rule,
+        threshold=copies.threshold,
+        threshold_patches=copies.n_threshold,
+        real_duplicates=duplicates,
+        held_out_flagged=_share(bootstrap, flagged.astype(float)),
+        held_out_auth_pct=estimate(None, 0, 0)
         if authentic.alone
-        else _share(study, bootstrap, 100.0 * authentic.of(held_out)),
-        "arms": {},
-    }
-    for arm in study.synthetic.values():
-        if not len(arm.rows):
-            continue
-        copied = copies.scores[arm.name] > copies.threshold
-        n = len(arm.rows)
-        record["arms"][arm.name] = {
-            "copies": int(copied.sum()),
-            "copy_rate": measure(float(copied.mean()), n, 0)
-            | {"interval": wilson(int(copied.sum()), n), "interval_over": "samples"},
-            "auth_pct": _percent_authentic(authentic, features.synthetic[arm.name]),
-            "ct": _ct(train, held_out, features.synthetic[arm.name], seed, device),
-            "cells": _cells(study, features, arm, copied, seed, device),
-            "listed": _listed(study, copies, arm, names),
-        }
-    return record
+        else _share(bootstrap, 100.0 * authentic.of(held_out)),
+        synthetic={
+            s.name: _set_memorisation(study, features, copies, s, authentic, seed, names)
+            for s in study.synthetic.values()
+            if len(s.rows)
+        },
+    )
+
+
+def _set_memorisation(
+    study: Study,
+    features: Features,
+    copies: Copies,
+    synthetic: SyntheticSet,
+    authentic: _Authentic,
+    seed: int,
+    names: bool,
+) -> SetMemorisation:
+    copied = copies.scores[synthetic.name] > copies.threshold
+    samples = features.synthetic[synthetic.name]
+    train, held_out = features.real[study.train], features.real[study.reference]
+    hits = None if authentic.alone else int(authentic.of(samples).sum())
+    return SetMemorisation(
+        copies=int(copied.sum()),
+        copy_rate=share_of_samples(int(copied.sum()), len(synthetic.rows)),
+        auth_pct=estimate(None, 0, 0) if hits is None else share_of_samples(hits, len(samples), 100.0),
+        ct=_copy_test(train, held_out, samples, seed, authentic.device),
+        combinations=_combinations(study, features, synthetic, copied, seed, authentic.device),
+        listed=_listed(study, copies, synthetic, names),
+    )
 
 
 class TooManyCopies(UserError):
     """More copies of training patches than are allowed; the metrics are written."""
 
 
-def check_gate(record: Mapping[str, Any], most: float) -> None:
+def check_copy_rate(record: Mapping[str, Memorisation], most: float) -> None:
     """Refuse a generator that copies more than it may.
 
     Args:
-        record: ``metrics["memorisation"]``.
-        most: Largest share of copies allowed.
+        record: The section of the metrics, by encoder.
+        most: Largest share of copies allowed, 0 to 1.
 
     Raises:
-        TooManyCopies: Names the arm, how many copies there are, and the first pair.
+        TooManyCopies: Names the synthetic set, how many copies there are, and the first pair.
     """
-    for one in record.values():
-        for name, arm in one["arms"].items():
-            if arm["copy_rate"]["value"] > most:
-                first = arm["listed"][0]
+    for found in record.values():
+        for name, one in found.synthetic.items():
+            rate = one.copy_rate
+            if rate.value is not None and rate.value > most:
+                first = one.listed[0]
                 raise TooManyCopies(
-                    f"{arm['copies']} of {arm['copy_rate']['n_patches']} patches of {name} are copies of training "
-                    f"patches ({arm['copy_rate']['value']:.2%}, allowed {most:.2%}); the most alike is "
-                    f"{first['synthetic_key']} of row {first['train_row']} of the real dataset ({first['patient']}).",
+                    f"{one.copies} of {rate.n_patches} patches of {name} are copies of training patches "
+                    f"({rate.value:.2%}, allowed {most:.2%}); the most alike is {first.synthetic_key} of row "
+                    f"{first.train_row} of the real dataset ({first.patient}).",
                     "Do not share these patches or this model. metrics.json lists the pairs; train with more patients "
                     "or for fewer images, or drop copies with `latent-medi select`.",
                 )
 
 
-def _share(study: Study, bootstrap: PatientResamples, values: np.ndarray) -> dict[str, Any]:
+def _share(bootstrap: PatientResamples, values: np.ndarray) -> Estimate:
     weights = bootstrap.row_weights(np.arange(len(values)))
     draws = weights @ values / weights.sum(axis=1)
-    return measure(float(values.mean()), len(values), len(bootstrap.names), draws)
+    return estimate(float(values.mean()), len(values), len(bootstrap.names), draws)
 
 
 class _Authentic:
@@ -292,101 +307,93 @@ class _Authentic:
         return distance[:, 0] > self.own[position[:, 0]]
 
 
-def _percent_authentic(authentic: _Authentic, samples: np.ndarray) -> dict[str, Any]:
-    if authentic.alone:
-        return measure(None, 0, 0)
-    n, hits = len(samples), int(authentic.of(samples).sum())
-    return measure(100.0 * hits / n, n, 0) | {
-        "interval": [100.0 * x for x in wilson(hits, n) or []], "interval_over": "samples",
-    }  # fmt: skip
+def _copy_test(
+    train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int, device: str = "cpu"
+) -> CopyTest:
+    """Whether samples are nearer to training patches than held-out ones are.
 
-
-def _ct(train: np.ndarray, held_out: np.ndarray, samples: np.ndarray, seed: int, device: str = "cpu") -> dict[str, Any]:
-    """Whether samples lie nearer to training patches than held-out ones do, in cells of the feature space.
-
-    Distances to the nearest training patch of the same cell (k-means on training features) are ranked against those of
-    held-out patches (Mann–Whitney, as a z-score); the mean over cells is weighted by held-out patches. The
-    z-score takes patches for independent, so it says in which direction, not how surely.
+    Distances to the nearest training patch of the same cluster (k-means on training features) are ranked against those
+    of held-out patches (Mann–Whitney, as a z-score); the mean over clusters is weighted by held-out patches. The
+    z-score takes patches for independent: its sign has a meaning, its size overstates the certainty.
     """
     mean = train.mean(axis=0, dtype=np.float64)
     dims = min(_CT_DIMS, train.shape[1])
     directions = np.linalg.eigh(scatter(train, mean))[1][:, ::-1][:, :dims]
     x, real, made = (project(part, mean, directions) for part in (train, held_out, samples))
-    clusters = KMeans(min(_CT_CELLS, max(1, len(x) // 100)), n_init=3, random_state=seed).fit(x)
-    cells = [clusters.predict(part) for part in (x, real, made)]
+    clusters = KMeans(min(_CT_CLUSTERS, max(1, len(x) // 100)), n_init=3, random_state=seed).fit(x)
+    labels = [clusters.predict(part) for part in (x, real, made)]
     total, weight, left_out = 0.0, 0, 0
-    for cell in range(clusters.n_clusters):
-        bank, theirs, ours = (part[of == cell] for part, of in zip((x, real, made), cells, strict=True))
-        if min(len(bank), len(theirs), len(ours)) < _CT_LEAST:
-            left_out += len(ours)
+    for cluster in range(clusters.n_clusters):
+        bank, others, own = (part[label == cluster] for part, label in zip((x, real, made), labels, strict=True))
+        if min(len(bank), len(others), len(own)) < _CT_LEAST:
+            left_out += len(own)
             continue
-        a, b = (nearest_neighbours(part, bank, 1, device=device)[0][:, 0] for part in (ours, theirs))
+        a, b = (nearest_neighbours(part, bank, 1, device=device)[0][:, 0] for part in (own, others))
         u = stats.mannwhitneyu(a, b).statistic
         n, m = len(a), len(b)
         total += m * (u - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
         weight += m
-    return {"value": total / weight if weight else None, "n_patches": len(samples), "left_out": left_out}
+    return CopyTest(float(total / weight) if weight else None, len(samples), left_out)
 
 
-def _cells(
-    study: Study, features: Features, arm: SyntheticSet, copied: np.ndarray, seed: int, device: str
-) -> list[dict[str, Any]]:
-    """Per combination of class and site that the arm knows: how near to training and to held-out patients.
+def _combinations(
+    study: Study, features: Features, synthetic: SyntheticSet, copied: np.ndarray, seed: int, device: str
+) -> list[CombinationCopies]:
+    """Per combination of class and site, as far as the model was conditioned on them: how near samples are to training
+    and to held-out patients.
 
-    Both banks have as many patches, from as many patients where possible; a generator that has learned the combination
-    and not its patients is as near to one as to the other.
+    Both banks have as many patches, from as many patients where possible. Samples of a generator that has learned the
+    combination and not its patients are as near to one as to the other.
     """
-    fields = [f for f in (study.class_field, study.site_field) if f in arm.fields]
-    index = study.index
-    cells = []
-    for values, rows in sorted(arm.index.groupby(fields, observed=True).indices.items()):
+    fields = [f for f in (study.class_field, study.site_field) if f in synthetic.fields]
+    result = []
+    for values, rows in sorted(synthetic.index.groupby(fields, observed=True).indices.items()):
         combination = dict(zip(fields, values if isinstance(values, tuple) else (values,), strict=True))
-        here = matches(index, combination)
-        train, held_out = among(study.train, here), among(study.reference, here)
-        record: dict[str, Any] = {
-            "name": describe(combination), "combination": combination, "n": len(rows),
-            "copies": int(copied[rows].sum()), "median_train": None, "median_held_out": None, "nearer_train": None,
-            "n_bank": 0,
-        }  # fmt: skip
+        train, held_out = (study.rows_of(part, combination) for part in (study.train, study.reference))
+        record = CombinationCopies(
+            describe(combination), combination, len(rows), int(copied[rows].sum()), None, None, None, 0
+        )
         n = min(len(train), len(held_out))
-        if n >= _MIN_CELL:
+        if n >= _MIN_BANK:
             rng = np.random.default_rng([seed, 23])
-            train, held_out = (
-                part[patients_in_turn(study.patients[part], n, rng, last_by_name=True)] for part in (train, held_out)
+            samples = features.synthetic[synthetic.name][rows]
+            distances = []
+            for part in (train, held_out):
+                bank = part[patients_in_turn(study.patients[part], n, rng, last_by_name=True)]
+                distances.append(nearest_neighbours(samples, features.real[bank], 1, device=device)[0][:, 0])
+            near, far = distances
+            record = replace(
+                record,
+                median_train=float(np.median(near)),
+                median_held_out=float(np.median(far)),
+                nearer_train=float((near < far).mean()),
+                n_bank=n,
             )
-            mine = features.synthetic[arm.name][rows]
-            near, far = (
-                nearest_neighbours(mine, features.real[part], 1, device=device)[0][:, 0] for part in (train, held_out)
-            )
-            record |= {
-                "median_train": float(np.median(near)), "median_held_out": float(np.median(far)),
-                "nearer_train": float((near < far).mean()), "n_bank": n,
-            }  # fmt: skip
-        cells.append(record)
-    return cells
+        result.append(record)
+    return result
 
 
-def _listed(study: Study, copies: Copies, arm: SyntheticSet, names: bool) -> list[dict[str, Any]]:
+def _listed(study: Study, copies: Copies, synthetic: SyntheticSet, names: bool) -> list[ListedPair]:
     """The pairs most alike, copies or not, so that a person can see what the threshold means; every copy is listed.
 
-    The training patch is a row of the real dataset's index, and its patient the place among its patients in order: who
-    has the dataset can find them, nobody else.
+    The training patch is a row of the real dataset's index, and its patient a number, the place among the sorted
+    patients: only who has the dataset can find them.
     """
-    score = copies.scores[arm.name]
+    score = copies.scores[synthetic.name]
     order = np.argsort(-score, kind="stable")
     most = max(_LISTED, int((score > copies.threshold).sum()))
-    keys, partner = arm.index["key"].to_numpy(str), copies.partner[arm.name]
+    keys, partner = synthetic.index["key"].to_numpy(str), copies.partner[synthetic.name]
     real_keys, patients = study.index["key"].to_numpy(str), study.patients
     number = np.unique(patients, return_inverse=True)[1] + 1
     return [
-        {
-            "synthetic_key": keys[row],
-            "train_row": int(partner[row]),
-            "patient": str(patients[partner[row]]) if names else f"patient {number[partner[row]]}",
-            **({"train_key": str(real_keys[partner[row]])} if names else {}),
-            "likeness": float(score[row]),
-            "view": VIEWS[copies.view[arm.name][row]],
-            "copy": bool(score[row] > copies.threshold),
-        }
+        ListedPair(
+            synthetic_key=str(keys[row]),
+            train_row=int(partner[row]),
+            patient=str(patients[partner[row]]) if names else f"patient {number[partner[row]]}",
+            likeness=float(score[row]),
+            view=VIEWS[copies.view[synthetic.name][row]],
+            copy=bool(score[row] > copies.threshold),
+            train_key=str(real_keys[partner[row]]) if names else None,
+        )
         for row in order[:most]
     ]

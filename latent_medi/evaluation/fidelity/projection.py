@@ -2,65 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
+from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.records import ProjectedPoints, Projection
 from latent_medi.statistics.distances import BLOCK, FeatureStatistics, blocks
 
 MOST_POINTS = 400
 
 
-def project(study: Study, features: Features, seed: int, most: int = MOST_POINTS) -> dict[str, Any]:
-    """Coordinates of a few patches of each source on the first two principal components of real training features.
+def project(study: Study, features: Features, fingerprint: str, seed: int, most: int = MOST_POINTS) -> Projection:
+    """Coordinates of some patches of each source on the first two principal components of real training features.
 
     The components are those of the patches that the models were trained on, so neither the test patches nor the samples
-    choose the view. A source with more than ``most`` patches is thinned evenly over class and site.
+    choose the plane. A source with more than ``most`` patches is thinned evenly over class and site.
 
     Args:
         study: The cohort.
         features: Features of one encoder.
+        fingerprint: The encoder's.
         seed: Seed of the order within a combination.
         most: Points per source at most.
-
-    Returns:
-        ``method``, ``n_fitted`` (training patches), ``explained`` (share of their variance on each axis), ``classes``
-        and ``sites`` (the values that the codes point to) and ``sources``: for "real" (test patches) and each arm ``n``
-        (patches there are), ``x``, ``y``, and ``class`` and ``site`` as codes, -1 where it has none.
     """
     fitted = features.basis.project(features.real[study.train], 2)
     total = _variance(features.real, study.train)
-    values = {
-        "class": list(study.real.schema.field(study.class_field).values),
-        "site": list(study.real.schema.field(study.site_field).values),
-    }
-    fields = {"class": study.class_field, "site": study.site_field}
-    tables = {"real": (study.index.iloc[study.reference], features.real[study.reference])}
-    tables |= {
-        arm.name: (arm.index, features.synthetic[arm.name]) for arm in study.synthetic.values() if len(arm.index)
-    }
-    sources: dict[str, Any] = {}
+    classes, sites = (list(study.real.schema.field(name).values) for name in (study.class_field, study.site_field))
+    tables = {REAL: (study.index.iloc[study.reference], features.real[study.reference])}
+    tables |= {s.name: (s.index, features.synthetic[s.name]) for s in study.synthetic.values() if len(s.index)}
+    sources = {}
     for name, (index, vectors) in tables.items():
-        codes = {key: _codes(index, fields[key], values[key]) for key in fields}
-        rows = evenly(codes["class"], codes["site"], most, seed)
+        class_codes, site_codes = _codes(index, study.class_field, classes), _codes(index, study.site_field, sites)
+        rows = evenly(class_codes, site_codes, most, seed)
         points = features.basis.project(vectors[rows], 2)
-        sources[name] = {
-            "n": len(index),
-            "x": _rounded(points[:, 0]),
-            "y": _rounded(points[:, 1]) if points.shape[1] > 1 else [0.0] * len(rows),
-            **{key: codes[key][rows].tolist() for key in fields},
-        }
-    return {
-        "method": "principal components of real training features",
-        "n_fitted": len(study.train),
-        "explained": [float(v) / total if total else None for v in fitted.var(axis=0)],
-        "classes": values["class"],
-        "sites": values["site"],
-        "sources": sources,
-    }
+        sources[name] = ProjectedPoints(
+            n=len(index),
+            x=_rounded(points[:, 0]),
+            y=_rounded(points[:, 1]) if points.shape[1] > 1 else [0.0] * len(rows),
+            class_codes=class_codes[rows].tolist(),
+            site_codes=site_codes[rows].tolist(),
+        )
+    return Projection(
+        fingerprint=fingerprint,
+        method="principal components of real training features",
+        n_fitted=len(study.train),
+        explained=[float(v) / total if total else None for v in fitted.var(axis=0)],
+        classes=classes,
+        sites=sites,
+        sources=sources,
+    )
 
 
 def _variance(features: np.ndarray, rows: np.ndarray) -> float:

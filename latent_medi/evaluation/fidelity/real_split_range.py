@@ -1,53 +1,56 @@
-"""Would other real patients do as well? Every measure of fidelity beside the range that real patients themselves reach.
+"""The range of each measure over random splits of real patients, and where each synthetic set lies in it.
 
-The patients of the reference and those of the probe part are dealt anew into two sides, many times; each time one side
-plays the generator. A generator whose measure is worse than 97.5 % of these is worse than real patients, whatever the
-number of patches and patients is.
+The patients of the reference and those of the probe part are split at random into group A, which plays the reference,
+and group B, which plays the synthetic set, many times. A synthetic set whose measure is worse than 97.5 % of these is
+worse than real patients, whatever the number of patches and patients is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.comparison_sets import FLOOR, comparison_for
+from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, comparison_for, seed_name
 from latent_medi.evaluation.cohort.matching import strata
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity.distance_to_real import Features, neighbourhoods
+from latent_medi.evaluation.fidelity.records import InRealRange, RealSplitRange
 from latent_medi.statistics.bootstrap import LEVEL, MIN_PATIENTS
 from latent_medi.statistics.distances import frechet_distance, full_rank, kid, pca_dims
 from latent_medi.statistics.linear_probe import fit_linear_probe
 
-WORSE = {"fd": 1, "fd_pca": 1, "kid": 1, "class_mix": 1, "precision": -1, "recall": -1, "density": -1, "coverage": -1,
-         "coverage_lowest": -1}  # fmt: skip
-"""Which way a measure is worse: 1 upwards, −1 downwards. To be better than other real patients is no fault."""
+_DISTANCES = ("fd", "fd_pca", "kid", "class_mix")
+"""Measures that are worse upwards."""
+_NEIGHBOURHOODS = ("precision", "recall", "density", "coverage", "coverage_lowest")
+"""Measures that are worse downwards. To be better than real patients is no fault."""
 MIN_REAL_SPLITS = 20
 _MOST = 2000
+
+Groups = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
 class Patches:
-    """What is known of some patches.
+    """Patches to compare.
 
     Args:
         features: [N, d].
-        classes: The class of each, [N]; of the real ones only.
-        seen: The class that a probe sees in each, [N].
-        projected: The features in the few dimensions that the Fréchet distance is taken in where there are too few
-            patches for all, [N, k].
+        classes: Class of each, [N]; of real patches only.
+        predicted: Class that a linear probe predicts for each, [N].
+        projected: Features after projection, [N, k]; the Fréchet distance is taken in these where there are too few
+            patches for the features themselves.
     """
 
     features: np.ndarray
     classes: np.ndarray | None = None
-    seen: np.ndarray | None = None
+    predicted: np.ndarray | None = None
     projected: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> Patches:
         """Some of them."""
-        parts = (self.features, self.classes, self.seen, self.projected)
+        parts = (self.features, self.classes, self.predicted, self.projected)
         return Patches(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 
 
@@ -55,17 +58,17 @@ Measures = Callable[[Patches, Patches], dict[str, float]]
 
 
 def measures_of(reference: Patches, sample: Patches, seed: int = 0) -> dict[str, float]:
-    """All measures of one sample set.
+    """All measures of one set of patches.
 
     Args:
         reference: Real patches.
-        sample: Patches to judge.
+        sample: Patches to compare with them.
         seed: Seed of subsamples above 2,000.
 
     Returns:
         Distances (``fd_pca`` instead of ``fd`` where features are projected), neighbourhood measures, and
-        ``class_mix``: the total variation distance, 0 to 1, between the classes that one probe sees in the two sets. A
-        class that is hardly drawn, whatever was asked for, raises it.
+        ``class_mix``: the total variation distance, 0 to 1, between the classes that a linear probe predicts in the two
+        sets. A class that is hardly generated, whatever was requested, raises it.
     """
     a, b = reference.features, sample.features
     result: dict[str, float] = {}
@@ -74,24 +77,23 @@ def measures_of(reference: Patches, sample: Patches, seed: int = 0) -> dict[str,
     else:
         result["fd"] = frechet_distance(a, b)
     result["kid"] = kid(a, b, subsets=0)[0]
-    if reference.seen is not None and sample.seen is not None:
-        names = np.union1d(reference.seen, sample.seen)
-        shares = [np.array([(seen == name).mean() for name in names]) for seen in (reference.seen, sample.seen)]
+    if reference.predicted is not None and sample.predicted is not None:
+        names = np.union1d(reference.predicted, sample.predicted)
+        shares = [np.array([(found == n).mean() for n in names]) for found in (reference.predicted, sample.predicted)]
         result["class_mix"] = float(np.abs(shares[0] - shares[1]).sum() / 2)
     near = neighbourhoods(a, b, most=_MOST, seed=seed, groups=reference.classes)
-    return result | {name: near[name] for name in WORSE if near.get(name) is not None}
+    found = {name: getattr(near, name) for name in _NEIGHBOURHOODS}
+    return result | {name: value for name, value in found.items() if value is not None}
 
 
-def deals(
-    patients: np.ndarray, strata: np.ndarray, share: float, count: int, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows of two sides, patients dealt at random within each stratum and never on both sides.
+def real_splits(patients: np.ndarray, strata: np.ndarray, share: float, count: int, seed: int) -> list[Groups]:
+    """Random splits of real patients: rows of group A and of group B, no patient in both.
 
     Args:
         patients: Patient of each row, [N].
-        strata: Stratum of each row, [N]; a patient's first row says where they belong.
-        share: Share of each stratum's patients on the first side, 0 to 1.
-        count: How many times.
+        strata: Stratum of each row, [N]; each stratum is split, and a patient belongs to that of their first row.
+        share: Share of each stratum's patients in group A, 0 to 1.
+        count: Number of splits.
         seed: Seed.
     """
     names, first, code = np.unique(patients.astype(str), return_index=True, return_inverse=True)
@@ -99,114 +101,114 @@ def deals(
     rng = np.random.default_rng([seed, 31])
     result = []
     for _ in range(count):
-        left = np.zeros(len(names), bool)
+        in_a = np.zeros(len(names), bool)
         for stratum in np.unique(of_patient):
             here = rng.permutation(np.flatnonzero(of_patient == stratum))
-            wanted = share * len(here)  # the broken patient is dealt by chance, so that the mean share is right
-            left[here[: int(wanted) + (rng.random() < wanted % 1)]] = True
-        result.append((np.flatnonzero(left[code]), np.flatnonzero(~left[code])))
+            wanted = share * len(here)  # a fraction of a patient is rounded at random, so that the mean share is right
+            in_a[here[: int(wanted) + (rng.random() < wanted % 1)]] = True
+        result.append((np.flatnonzero(in_a[code]), np.flatnonzero(~in_a[code])))
     return result
 
 
-def judge(
+def compare_with_splits(
     reference: Patches,
     sample: Patches,
     pool: Patches,
-    sides: Sequence[tuple[np.ndarray, np.ndarray]],
+    splits: Sequence[Groups],
     measures: Measures = measures_of,
-) -> dict[str, dict[str, Any]]:
-    """Measures of a sample set, and where they lie among those of real patients.
+) -> dict[str, InRealRange]:
+    """Measures of a synthetic set, and where they lie among those of real patients.
 
     Args:
         reference: Real patches.
-        sample: Patches to judge.
-        pool: All the real patches that are dealt.
-        sides: From :func:`deals`: rows of ``pool`` that play reference and sample.
+        sample: Synthetic patches.
+        pool: All real patches that are split.
+        splits: From :func:`real_splits`: rows of ``pool``.
         measures: What is measured.
-
-    Returns:
-        By measure: ``value``; ``real``, the median of the deals; ``range``, their central 95 %; ``worse``, whether the
-        value lies beyond the end of the range at which the measure is bad.
     """
     sizes = len(reference.features), len(sample.features)
     rng = np.random.default_rng(sizes)
     draws: list[dict[str, float]] = []
-    for first, second in sides:
-        theirs, mine = (
+    for groups in splits:
+        a, b = (
             rng.choice(rows, size, replace=False) if len(rows) > size else rows
-            for rows, size in zip((first, second), sizes, strict=True)
+            for rows, size in zip(groups, sizes, strict=True)
         )
-        draws.append(measures(pool.take(theirs), pool.take(mine)))
-    record = {}
+        draws.append(measures(pool.take(a), pool.take(b)))
+    result = {}
     for name, value in measures(reference, sample).items():
         values = np.array([draw[name] for draw in draws if name in draw])
         if len(values) < MIN_REAL_SPLITS:
             continue
         low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        worse = value > high if WORSE[name] > 0 else value < low
-        record[name] = {"value": value, "real": float(np.median(values)), "range": [float(low), float(high)],
-                        "worse": bool(worse)}  # fmt: skip
-    return record
+        worse = value > high if name in _DISTANCES else value < low
+        result[name] = InRealRange(value, float(np.median(values)), (float(low), float(high)), bool(worse))
+    return result
 
 
-def against_real(study: Study, features: Features, count: int, seed: int) -> dict[str, Any]:
-    """Each arm over the whole mix of the test patches, held against real patients.
+def real_split_range(study: Study, features: Features, count: int, seed: int) -> RealSplitRange:
+    """Each synthetic set over all patches, in the test patches' mix, compared with splits of real patients.
 
     Args:
         study: The cohort.
         features: Features of one encoder.
-        count: How often the real patients are dealt.
-        seed: Seed of the deals and of the choice of samples.
-
-    Returns:
-        ``arms``: a record of :func:`judge` each; ``n``, ``n_reference`` and ``n_patients``; or ``reason`` why there is
-        none; and ``skipped``, why an arm is not there.
+        count: Number of splits.
+        seed: Seed of the splits and of the choice of samples.
     """
-    cell = comparison_for(study, {}, seed)
-    if FLOOR not in cell.rows:
-        return {"arms": {}, "reason": cell.skipped.get(FLOOR) or cell.skipped.get("", "no other real patients"),
-                "skipped": cell.skipped}  # fmt: skip
-    reference, other = cell.reference, cell.rows[FLOOR]
-
-    def few(rows: np.ndarray, name: str) -> np.ndarray:
-        # By name: which arms are judged does not change what is looked at of each.
-        rng = np.random.default_rng([seed, 37, *name.encode()])
-        return rows if len(rows) <= _MOST else np.sort(rng.choice(rows, _MOST, replace=False))
-
-    reference, other = few(reference, ""), few(other, FLOOR)
-    patients = [set(study.patients[rows]) for rows in (reference, other)]
-    if min(map(len, patients)) < MIN_PATIENTS:
-        return {"arms": {}, "reason": f"fewer than {MIN_PATIENTS} patients on one side", "skipped": cell.skipped}
-    n = len(other)
+    comparison = comparison_for(study, {}, seed)
+    skipped = comparison.skipped
+    if REAL not in comparison.rows:
+        reason = skipped.get(REAL) or skipped.get("", "no other real patients")
+        return RealSplitRange({}, skipped, reason)
+    reference, other = _some(comparison.reference, b"", seed), _some(comparison.rows[REAL], seed_name(REAL), seed)
+    n_patients = len(set(study.patients[reference])), len(set(study.patients[other]))
+    if min(n_patients) < MIN_PATIENTS:
+        return RealSplitRange({}, skipped, f"fewer than {MIN_PATIENTS} patients in the reference or the other patches")
     rows = np.concatenate([reference, other])
     dim = features.real.shape[1]
-    smallest = min(len(reference), n) // 2  # a deal may give one side fewer rows
+    smallest = min(len(reference), len(other)) // 2  # a split may give one group fewer rows
     dims = 0 if full_rank(smallest, dim) else pca_dims(smallest, dim)
-
-    classes = study.class_labels
-    learn = few(study.train, "train")
-    # From training patches alone: the patients that are dealt must be as new to it as the samples are.
-    probe = fit_linear_probe(features.real[learn], classes[learn]) if len(set(classes[learn])) > 1 else None
-
-    def known(x: np.ndarray, truth: np.ndarray | None = None) -> Patches:
-        seen = None if probe is None else probe.predict(x)
-        return Patches(np.asarray(x, np.float64), truth, seen, features.basis.project(x, dims) if dims else None)
-
-    sides = deals(
-        study.patients[rows], strata(study.index, rows, [study.class_field, study.site_field]),
-        len(reference) / len(rows), count, seed,
-    )  # fmt: skip
-    pool, base = (known(features.real[part], classes[part]) for part in (rows, reference))
+    prepare = _preparation(study, features, dims, seed)
+    share = len(reference) / len(rows)
+    strata_of_rows = strata(study.index, rows, [study.class_field, study.site_field])
+    splits = real_splits(study.patients[rows], strata_of_rows, share, count, seed)
+    pool, base = (prepare(features.real[part], study.class_labels[part]) for part in (rows, reference))
 
     def measures(a: Patches, b: Patches) -> dict[str, float]:
         return measures_of(a, b, seed)
 
-    arms = {
-        name: judge(base, known(features.synthetic[name][few(mine, name)]), pool, sides, measures)
-        for name, mine in cell.rows.items()
-        if name != FLOOR
-    }
-    return {
-        "arms": arms, "n": n, "n_reference": len(reference), "n_patients": [len(p) for p in patients],
-        "fd_dims": dims or dim, "skipped": cell.skipped,
-    }  # fmt: skip
+    synthetic = {}
+    for name, samples in _synthetic_rows(comparison, seed).items():
+        patches = prepare(features.synthetic[name][samples], None)
+        synthetic[name] = compare_with_splits(base, patches, pool, splits, measures)
+    return RealSplitRange(
+        synthetic, skipped, None, n=len(other), n_reference=len(reference), n_patients=n_patients, fd_dims=dims or dim
+    )
+
+
+def _some(rows: np.ndarray, name: bytes, seed: int) -> np.ndarray:
+    """At most 2,000 of some rows. The name is part of the seed, so that other sources do not change the choice."""
+    rng = np.random.default_rng([seed, 37, *name])
+    return rows if len(rows) <= _MOST else np.sort(rng.choice(rows, _MOST, replace=False))
+
+
+def _synthetic_rows(comparison: Comparison, seed: int) -> dict[str, np.ndarray]:
+    return {n: _some(rows, seed_name(n), seed) for n, rows in comparison.rows.items() if n != REAL}
+
+
+def _preparation(
+    study: Study, features: Features, dims: int, seed: int
+) -> Callable[[np.ndarray, np.ndarray | None], Patches]:
+    """What turns features and classes into :class:`Patches`. Its linear probe is trained on training patches alone: the
+    patients that are split must be as new to it as the samples are.
+    """
+    labels = study.class_labels
+    training = _some(study.train, b"train", seed)
+    probe = fit_linear_probe(features.real[training], labels[training]) if len(set(labels[training])) > 1 else None
+
+    def prepare(x: np.ndarray, classes: np.ndarray | None) -> Patches:
+        predicted = None if probe is None else probe.predict(x)
+        projected = features.basis.project(x, dims) if dims else None
+        return Patches(np.asarray(x, np.float64), classes, predicted, projected)
+
+    return prepare

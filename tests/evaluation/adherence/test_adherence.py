@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from evaluation_world import CLASSES, SCHEMA, SITES, SIZE, World, filters, render, synthetic_patches
 
+from latent_medi.core.records import encode
 from latent_medi.evaluation.adherence import attributes, site_leakage, stain
 from latent_medi.evaluation.cohort.study import Study, open_study
 from latent_medi.evaluation.evaluate import study_features
@@ -40,34 +41,34 @@ def study(world: World, tmp_path_factory: pytest.TempPathFactory) -> Study:
     swapped = synthetic_patches(20, {"south": "north"}, False)
     write_dataset(folder / "leak", list(leaking(40)), "leak", SCHEMA, SIZE, 0.5)
     write_dataset(folder / "swapped", list(swapped), "swapped", SCHEMA, SIZE, 0.5)
-    arms = {"medi": str(world.medi), "cls": str(world.cls), "leak": str(folder / "leak"),
-            "swapped": str(folder / "swapped")}  # fmt: skip
-    return open_study(world.settings("adherence", synthetic=arms))
+    own = {name: str(folder / name) for name in ("leak", "swapped")}
+    synthetic = {"medi": str(world.medi), "cls": str(world.cls), **own}
+    return open_study(world.settings("adherence", synthetic=synthetic))
 
 
 @pytest.fixture(scope="module")
 def sources(study: Study, world: World) -> dict[str, Any]:
     settings = world.settings("adherence")
-    verdicts = attributes.look(study, study_features(study, filters(), settings, "cpu"), 1.0, 0)
-    result = site_leakage.leakage(study, verdicts, 60, 0)
-    assert result["training_tie"] > 0.1  # one combination is held out
-    return result["sources"]
+    predictions = attributes.predict_fields(study, study_features(study, filters(), settings, "cpu"), 1.0, 0)
+    result = site_leakage.leakage(study, predictions, 60, 0)
+    assert result.training_association is not None
+    assert result.training_association > 0.1  # one combination is held out
+    return encode(result.sources)
 
 
 def test_a_class_that_the_site_decides_is_seen(sources: dict[str, Any]) -> None:
-    assert sources["leak"]["moved"]["beyond"]
-    assert sources["leak"]["moved"]["value"] > 2 * sources["leak"]["moved"]["limit"]
-    assert not sources["medi"]["moved"]["beyond"]
-    assert not sources["real"]["moved"]["beyond"]
-    assert sources["leak"]["asked_tie"] == pytest.approx(0, abs=1e-9)
-    assert sources["leak"]["tie"] > 2 * sources["medi"]["tie"]
+    assert sources["leak"]["class_shift"]["beyond"]
+    assert sources["leak"]["class_shift"]["value"] > 2 * sources["leak"]["class_shift"]["limit"]
+    assert not sources["medi"]["class_shift"]["beyond"]
+    assert not sources["real"]["class_shift"]["beyond"]
+    assert sources["leak"]["requested_association"] == pytest.approx(0, abs=1e-9)
+    assert sources["leak"]["association"] > 2 * sources["medi"]["association"]
 
 
 def test_an_arm_without_the_site_shows_its_verdicts_tie_alone(sources: dict[str, Any]) -> None:
-    assert sources["cls"]["asked_tie"] is None
-    assert sources["cls"]["moved"] is None
+    assert not {"requested_association", "class_shift"} & sources["cls"].keys()
     # Stripes are never drawn at the south, as training has none there: class and site of its samples are tied.
-    assert sources["cls"]["tie"] > sources["medi"]["tie"]
+    assert sources["cls"]["association"] > sources["medi"]["association"]
 
 
 def test_class_where_the_site_is_right_and_where_it_is_wrong(sources: dict[str, Any]) -> None:
@@ -89,13 +90,12 @@ def test_sites_are_reassigned_by_patient() -> None:
         site = np.repeat(np.where(np.arange(40) % 2, "x", "y"), 10)
         seen, units = np.repeat(np.where(kind, "a", "b"), 10), np.repeat(np.arange(40).astype(str), 10)
         asked = np.full(400, "a")
-        moved = site_leakage._moved(asked, site, seen, units, 0)
-        beyond += moved["value"] > moved["limit"]
+        beyond += site_leakage._class_shift(asked, site, seen, units, 0).beyond
     assert beyond <= 4
 
 
 def test_stain_asked_for_and_obtained(study: Study) -> None:
-    cells = {cell["name"]: cell for cell in stain.stain(study, 60, 0)["cells"]}
+    cells = {cell["name"]: cell for cell in encode(stain.stain(study, 60, 0).combinations)}
     assert set(cells) == {*SITES, "stripes × south", "south × frozen"}
     for site in SITES:
         sources = cells[site]["sources"]
@@ -104,8 +104,8 @@ def test_stain_asked_for_and_obtained(study: Study) -> None:
         assert sources["real"]["nearest"]["value"] > 0.9
         assert sources["medi"]["nearest"]["value"] > 0.9
         assert sources["medi"]["distance"] < 0.02
-        assert sources["medi"]["asked"]
-        assert not sources["cls"]["asked"]
+        assert sources["medi"]["conditioned"]
+        assert not sources["cls"]["conditioned"]
     south = cells["south"]["sources"]
     assert south["swapped"]["nearest"]["value"] < 0.1
     assert south["swapped"]["distance"] > 5 * south["medi"]["distance"]
@@ -140,9 +140,8 @@ def test_an_unequal_mix_of_classes_is_no_other_stain(tmp_path: Path) -> None:
                     split[patient] = part
                     image = np.clip(np.array(tint) * dark[tumour] + rng.normal(0, 3, (16, 16, 3)), 0, 255)
                     fields = {"class": tumour, "site": site}
-                    patches.append(
-                        Patch(f"{patient}/0", image.astype(np.uint8), patient, patient, 0, 0, 0.5, fields)
-                    )  # fmt: skip
+                    pixels = image.astype(np.uint8)
+                    patches.append(Patch(f"{patient}/0", pixels, patient, patient, 0, 0, 0.5, fields))
     schema = Schema((Field("class", "class", ("a", "b")), Field("site", "categorical", ("x", "y"))))
     write_dataset(tmp_path / "real", patches, "mix", schema, 16, 0.5, splits={"main": (split, {})})
     samples = [
@@ -152,7 +151,7 @@ def test_an_unequal_mix_of_classes_is_no_other_stain(tmp_path: Path) -> None:
     held_out = [{"class": "b", "site": "y"}]
     arms = {"medi": str(tmp_path / "b")}
     settings = EvaluateSettings(real=str(tmp_path / "real"), synthetic=arms, held_out=held_out, unseen=False)
-    for cell in stain.stain(open_study(settings), 20, 0)["cells"]:
+    for cell in encode(stain.stain(open_study(settings), 20, 0).combinations):
         for source in ("real", "medi"):
             assert cell["sources"][source]["distance"] < 0.01, (cell["name"], source)
             assert cell["sources"][source]["nearest"]["value"] > 0.95
@@ -163,8 +162,8 @@ def test_what_no_probe_can_tell_is_left_out(study: Study) -> None:
     rows = study.reference
     names = (study.class_field, study.site_field)
     truth = [study.index[name].to_numpy(str).astype(object) for name in names]
-    verdicts = {
-        name: attributes.Verdicts(sorted(set(values)), values[rows].astype(str), {}, True, 9)
+    predictions = {
+        name: attributes.FieldPredictions(sorted(set(values)), values[rows].astype(str), {}, True, 9)
         for name, values in zip(names, truth, strict=True)
     }
     index = study.index.copy()
@@ -173,7 +172,7 @@ def test_what_no_probe_can_tell_is_left_out(study: Study) -> None:
         column[rows[first::5]] = "unknown"
         index[name] = column
     partly = replace(study, real=SimpleNamespace(index=index))  # type: ignore[arg-type]
-    found = site_leakage.leakage(partly, verdicts, 20, 0)["sources"]["real"]
+    found = encode(site_leakage.leakage(partly, predictions, 20, 0).sources["real"])
     assert found["n"] == len(rows) - len(rows[0::5]) - len(rows[1::5])
     assert found["site_found"]["value"] == 1
     assert found["site_missed"]["n_patches"] == 0
@@ -183,8 +182,10 @@ def test_test_patients_of_a_site_that_no_probe_knows(study: Study) -> None:
     """An external hospital: there is nothing to hold the samples against, and that is said."""
     rows = study.reference
     classes = study.index[study.class_field].to_numpy(str)
-    verdicts = {
-        study.class_field: attributes.Verdicts(sorted(set(classes)), classes[rows], {}, True, 9),
-        study.site_field: attributes.Verdicts(["elsewhere", "far away"], np.full(len(rows), "elsewhere"), {}, True, 9),
+    predictions = {
+        study.class_field: attributes.FieldPredictions(sorted(set(classes)), classes[rows], {}, True, 9),
+        study.site_field: attributes.FieldPredictions(
+            ["elsewhere", "far away"], np.full(len(rows), "elsewhere"), {}, True, 9
+        ),
     }
-    assert "no real test patch" in site_leakage.leakage(study, verdicts, 20, 0)["reason"]
+    assert "no real test patch" in str(site_leakage.leakage(study, predictions, 20, 0).reason)

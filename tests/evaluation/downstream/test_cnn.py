@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_world import World, filters
+from evaluation_world import World, evaluated, filters
 from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -16,7 +16,6 @@ from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.study import Study, open_study
 from latent_medi.evaluation.downstream.cnn import CnnLearner, PatchPools, _batches, _turned, lesson_count
 from latent_medi.evaluation.downstream.training_sets import Lesson, make_plan
-from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.settings import CnnSettings
 
 SMALL = "shufflenet_v2_x0_5"
@@ -140,7 +139,7 @@ def test_a_network_takes_the_probe_s_place(world: World) -> None:
         "network", classifier="cnn", cnn=cnn,
         downstream_arms=["real", "medi", "pretrain_finetune_medi"], resamples=20, colour_free=True,
     )  # fmt: skip
-    result = evaluate(settings, [filters()])
+    result = evaluated(settings, [filters()])
     assert set(result["downstream"]) == {"filters", "filters:haematoxylin"}
     record = result["downstream"]["filters"]
     assert (record["classifier"], record["network"], record["steps"]) == ("cnn", "filters", 150)

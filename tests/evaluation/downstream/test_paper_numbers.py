@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latent_medi.core.records import encode
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -94,10 +95,10 @@ def test_the_papers_protocol_gives_torch_fidelitys_numbers(inception: Path, tmp_
         held_out=[{"class": "a", "site": "y"}], encoders=["inception"], weights={"inception": str(inception)},
         colour_free=False, protocol="paper", downstream=False, resamples=10, batch=50,
     )  # fmt: skip
-    metrics = evaluate(settings)
-    (cell,) = [c for c in metrics["fidelity"]["inception"]["per_class"]["cells"] if c["combination"] == {"class": "a"}]
-    ours = cell["arms"]["medi"]
-    assert (cell["n_reference"], ours["n_patches"]) == (count, count)  # every image, so both judge the same
+    table = evaluate(settings).fidelity["inception"].per_class
+    (found,) = [c for c in table.combinations if c.combination == {"class": "a"}]
+    ours = encode(found.sources["medi"])
+    assert (found.n_reference, ours["n_patches"]) == (count, count)  # every image, so both judge the same
     assert ours["fd"] is None  # fewer than 2 × 2048
     theirs = _theirs(tmp_path / "png", real, made, inception)
     assert ours["fd_raw"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
@@ -178,8 +179,8 @@ def test_neighbourhoods_equal_a_count_one_by_one(fixture: object, k: int) -> Non
     real, fake = fixture()  # type: ignore[operator]
     found = neighbourhoods(real, fake, k=k)
     for name, expected in _one_by_one(real, fake, k).items():
-        assert found[name] == expected, name
-    assert found["n"] == len(real)
+        assert getattr(found, name) == expected, name
+    assert found.n == len(real)
 
 
 def _nuclear(a: np.ndarray, b: np.ndarray) -> float:

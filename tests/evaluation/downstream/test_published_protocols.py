@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
+from evaluation_world import SCHEMA, SIZE, World, evaluated, filters, synthetic_patches
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 
@@ -17,7 +17,6 @@ from latent_medi.evaluation.downstream import published_protocols
 from latent_medi.evaluation.downstream.classifiers import Learned
 from latent_medi.evaluation.downstream.stage import check_downstream
 from latent_medi.evaluation.downstream.training_sets import Lesson
-from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings, MediProtocolSettings
 from latent_medi.shards.writing.writer import write_dataset
 
@@ -164,7 +163,7 @@ def test_a_protocol_is_one_setting(world: World) -> None:
         "protocol", downstream=False, downstream_protocol="medi", resamples=20,
         medi_protocol=MediProtocolSettings(ratios=[0.0, 1.0], max_real=[20], sites=[0], seeds=2),
     )  # fmt: skip
-    result = evaluate(settings, [filters()])
+    result = evaluated(settings, [filters()])
     assert set(result["protocols"]) == {"medi"}
     rows = result["protocols"]["medi"]["filters"]["rows"]
     assert [r["arm"] for r in rows] == ["real", "medi", "cls"]

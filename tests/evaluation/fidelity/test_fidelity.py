@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
+from evaluation_world import SCHEMA, SIZE, World, evaluated, filters, synthetic_patches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,36 +14,36 @@ from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.matching import Matched
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws, neighbourhoods
-from latent_medi.evaluation.fidelity.real_split_range import deals
+from latent_medi.evaluation.fidelity.real_split_range import real_splits
 from latent_medi.shards.writing.writer import write_dataset
 from latent_medi.statistics.distances import frechet_distance, mmd2
 
 
-def test_every_arm_and_the_floor_have_one_n(metrics: dict[str, Any]) -> None:
+def test_every_source_has_one_n(metrics: dict[str, Any]) -> None:
     for encoder in metrics["fidelity"].values():
         for section in ("unseen", "per_class"):
-            for cell in encoder[section]["cells"]:
-                assert set(cell["arms"]) == {"medi", "cls", "floor"}
-                assert len({a["n_patches"] for a in cell["arms"].values()}) == 1
-                assert all(a["mix_mismatch"] <= 0.021 for a in cell["arms"].values())
+            for combination in encoder[section]["combinations"]:
+                assert set(combination["sources"]) == {"medi", "cls", "real"}
+                assert len({found["n_patches"] for found in combination["sources"].values()}) == 1
+                assert all(found["mix_mismatch"] <= 0.021 for found in combination["sources"].values())
 
 
 def test_a_perfect_generator_lies_near_the_floor(metrics: dict[str, Any]) -> None:
     for encoder in metrics["fidelity"].values():
-        unseen = encoder["unseen"]["summary"]
+        unseen = encoder["unseen"]["means"]
         assert encoder["unseen"]["metric"] == "fd"
-        assert unseen["floor"]["value"] < unseen["cls"]["value"]
-        assert unseen["ratio"]["value"] < 0.3
+        assert unseen["real"]["value"] < unseen["cls"]["value"]
+        assert encoder["unseen"]["ratio"]["value"] < 0.3
         assert unseen["cls"]["interval"][0] > unseen["medi"]["interval"][1]
-        assert encoder["per_class"]["summary"]["ratio"]["value"] < 0.5
+        assert encoder["per_class"]["ratio"]["value"] < 0.5
         assert encoder["overall"]["medi"]["coverage"] > encoder["overall"]["cls"]["coverage"]
 
 
 def test_only_what_real_patients_do_not_do_is_called_worse(metrics: dict[str, Any]) -> None:
-    record = metrics["fidelity"]["filters"]["against_real"]
+    record = metrics["fidelity"]["filters"]["real_splits"]
     assert record["fd_dims"] == 16
     assert min(record["n_patients"]) >= 100
-    perfect, blind = record["arms"]["medi"], record["arms"]["cls"]
+    perfect, blind = record["synthetic"]["medi"], record["synthetic"]["cls"]
     assert {"fd", "kid", "class_mix", "precision", "recall", "density", "coverage", "coverage_lowest"} == set(perfect)
     assert sum(entry["worse"] for entry in perfect.values()) <= 1
     assert all(entry["range"][0] <= entry["real"] <= entry["range"][1] for entry in perfect.values())
@@ -54,16 +54,16 @@ def test_only_what_real_patients_do_not_do_is_called_worse(metrics: dict[str, An
 
 def test_sites_are_judged_like_classes(metrics: dict[str, Any]) -> None:
     record = metrics["fidelity"]["filters"]["per_site"]
-    assert [cell["name"] for cell in record["cells"]] == ["east", "north", "south"]
-    assert record["summary"]["medi"]["value"] < record["summary"]["cls"]["value"]
+    assert [each["name"] for each in record["combinations"]] == ["east", "north", "south"]
+    assert record["means"]["medi"]["value"] < record["means"]["cls"]["value"]
 
 
 def test_any_cell_is_judged_by_itself(world: World) -> None:
     settings = world.settings("cells", cells=[["class", "site"]], downstream=False)
-    cells = evaluate(settings, [filters()])["fidelity"]["filters"]["cells"]["class × site"]["cells"]
-    assert [cell["name"] for cell in cells][:4] == ["blobs × east", "blobs × north", "blobs × south", "rings × east"]
-    assert len(cells) == 9
-    assert all({"medi", "floor"} <= set(cell["arms"]) for cell in cells)
+    found = evaluated(settings, [filters()])["fidelity"]["filters"]["by_fields"]["class × site"]["combinations"]
+    assert [each["name"] for each in found][:4] == ["blobs × east", "blobs × north", "blobs × south", "rings × east"]
+    assert len(found) == 9
+    assert all({"medi", "real"} <= set(each["sources"]) for each in found)
     with pytest.raises(UserError, match=r"cells names 'sites', no class or categorical field.*'site'"):
         evaluate(world.settings("cells", cells=[["sites"]]), [filters()])
 
@@ -71,7 +71,7 @@ def test_any_cell_is_judged_by_itself(world: World) -> None:
 def test_patients_are_dealt_whole_and_by_stratum() -> None:
     patients, strata = np.repeat([f"p{i}" for i in range(30)], 3), np.repeat(["a", "b", "b"], 30)
     counts = []
-    for first, second in deals(patients, strata, 0.45, 60, 1):
+    for first, second in real_splits(patients, strata, 0.45, 60, 1):
         assert not set(patients[first]) & set(patients[second])
         assert sorted([*first, *second]) == list(range(90))
         counts.append([len(set(patients[first][strata[first] == name])) for name in "ab"])
@@ -83,24 +83,24 @@ def test_a_generator_without_the_site_is_no_better_than_class_alone(world: World
     folder = world.root / "wrong"
     write_dataset(folder, list(synthetic_patches(40, {"south": "east"}, False)), "wrong", SCHEMA, SIZE, 0.5)
     changed = world.settings("wrong", synthetic={"medi": str(folder), "cls": str(world.cls)}, downstream=False)
-    result = evaluate(changed, [filters()])
-    assert result["fidelity"]["filters"]["unseen"]["summary"]["ratio"]["value"] > 0.7
+    result = evaluated(changed, [filters()])
+    assert result["fidelity"]["filters"]["unseen"]["ratio"]["value"] > 0.7
     assert result["headline"]["recovery_unseen"]["site"] < 0.1
     assert result["downstream"] == {}
     assert "cannot be said" in result["verdict"]
 
 
 def test_rank_deficient_sets_headline_kid(world: World) -> None:
-    result = evaluate(world.settings("deficient", downstream=False, protocol="paper"), [filters(60)])
+    result = evaluated(world.settings("deficient", downstream=False, protocol="paper"), [filters(60)])
     unseen = result["fidelity"]["filters"]["unseen"]
     assert unseen["metric"] == "kid"
     assert result["headline"]["fd_unseen"]["metric"] == "kid"
-    for cell in unseen["cells"]:
-        for arm in cell["arms"].values():
-            assert arm["value"] == arm["kid"]
-            assert arm["fd"] is None
-            assert unseen["pca_dims"] <= min(arm["n_patches"], cell["n_reference"]) / 4
-            assert arm["fd_raw_label"] == "rank-deficient: compare only at equal n"
+    for combination in unseen["combinations"]:
+        for found in combination["sources"].values():
+            assert found["value"] == found["kid"]
+            assert found["fd"] is None
+            assert unseen["pca_dims"] <= min(found["n_patches"], combination["n_reference"]) / 4
+            assert found["fd_raw_label"] == "rank-deficient: compare only at equal n"
 
 
 def test_unit_weights_give_the_point_estimates() -> None:
@@ -124,16 +124,16 @@ def test_neighbourhoods_see_collapse_and_absence() -> None:
     rng = np.random.default_rng(0)
     real = rng.normal(size=(300, 4))
     same = neighbourhoods(real, rng.normal(size=(300, 4)))
-    assert same["precision"] > 0.8
-    assert same["recall"] > 0.8
-    assert same["density"] == pytest.approx(1.0, abs=0.25)
-    assert same["coverage"] > 0.8
+    assert same.precision > 0.8
+    assert same.recall > 0.8
+    assert same.density == pytest.approx(1.0, abs=0.25)
+    assert same.coverage > 0.8
     collapsed = neighbourhoods(real, rng.normal(size=(300, 4)) * 0.01)
-    assert collapsed["precision"] == 1.0
-    assert collapsed["coverage"] < 0.2
-    assert collapsed["recall"] < 0.1
-    assert neighbourhoods(real, real + 100)["precision"] == 0.0
-    assert neighbourhoods(real[:4], real)["precision"] is None
+    assert collapsed.precision == 1.0
+    assert collapsed.coverage < 0.2
+    assert collapsed.recall < 0.1
+    assert neighbourhoods(real, real + 100).precision == 0.0
+    assert neighbourhoods(real[:4], real).precision is None
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
+from evaluation_world import SCHEMA, SIZE, World, evaluated, filters, synthetic_patches
 from parts import put_index
 from PIL import Image
 
@@ -27,11 +26,11 @@ from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.evaluation.fidelity.memorisation import (
     CopyFinder,
     _Authentic,
-    _percent_authentic,
     copy_threshold,
     find_copies,
     memorisation,
 )
+from latent_medi.evaluation.results import read_metrics
 from latent_medi.features.pixel_copies import small_patches
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.folder import write_folder
@@ -59,7 +58,7 @@ def test_an_honest_generator_copies_nothing(metrics: dict[str, Any]) -> None:
     record = metrics["memorisation"]["filters"]
     assert set(metrics["memorisation"]) == {"filters"}  # not of the colour-free encoder: the same pixels
     for arm in ("medi", "cls"):
-        found = record["arms"][arm]
+        found = record["synthetic"][arm]
         # Stripes are alike wherever their angle is: a few patches of other real patients count as copies too.
         assert found["copy_rate"]["value"] < 0.03
         assert found["copy_rate"]["interval"][1] < 0.05
@@ -68,9 +67,9 @@ def test_an_honest_generator_copies_nothing(metrics: dict[str, Any]) -> None:
         assert abs(found["auth_pct"]["value"] - record["held_out_auth_pct"]["value"]) < 15
         assert found["ct"]["value"] > -3
     assert record["held_out_flagged"]["value"] <= 0.01
-    seen = [cell for cell in record["arms"]["medi"]["cells"] if cell["n_bank"]]
+    seen = [cell for cell in record["synthetic"]["medi"]["combinations"] if cell["n_bank"]]
     assert 0.3 < np.mean([cell["nearer_train"] for cell in seen]) < 0.7
-    unseen = next(c for c in record["arms"]["medi"]["cells"] if c["name"] == "stripes × south")
+    unseen = next(c for c in record["synthetic"]["medi"]["combinations"] if c["name"] == "stripes × south")
     assert (unseen["n_bank"], unseen["nearer_train"]) == (0, None)
 
 
@@ -86,13 +85,13 @@ def test_copies_are_counted_and_listed_with_their_originals(
 
     monkeypatch.setattr(module, "nearest_neighbours", noting)
     settings = world.settings("thief", synthetic={"medi": str(thief)}, device="cpu:0", **QUIET)
-    found = evaluate(settings, [filters()])["memorisation"]["filters"]["arms"]["medi"]
+    found = evaluated(settings, [filters()])["memorisation"]["filters"]["synthetic"]["medi"]
     assert set(devices) == {"cpu:0"}  # the evaluation's own
     assert len(devices) > 3 + 2 + 2 + 2  # copies, authenticity, C_T, cells
     assert 72 <= found["copies"] <= 72 + 7
     copies = [pair for pair in found["listed"] if pair["copy"]]
     assert len(copies) == found["copies"]
-    assert sum(cell["copies"] for cell in found["cells"]) == found["copies"]
+    assert sum(cell["copies"] for cell in found["combinations"]) == found["copies"]
     made, real = PatchDataset.open(thief), PatchDataset.open(world.real)
     place = {key: row for row, key in enumerate(made.index["key"])}
     patients = sorted(set(real.index["patient"]))
@@ -103,7 +102,9 @@ def test_copies_are_counted_and_listed_with_their_originals(
         assert np.array_equal(copy, source[:, ::-1])
         assert pair["patient"] == f"patient {patients.index(real.index['patient'][pair['train_row']]) + 1}"
         assert "train_key" not in pair
-    named = evaluate(replace(settings, patient_names=True), [filters()])["memorisation"]["filters"]["arms"]["medi"]
+    named = evaluated(replace(settings, patient_names=True), [filters()])["memorisation"]["filters"]["synthetic"][
+        "medi"
+    ]
     for pair in named["listed"]:
         assert pair["train_key"] == real.index["key"][pair["train_row"]]
         assert pair["patient"] == real.index["patient"][pair["train_row"]]
@@ -132,7 +133,7 @@ def test_the_gate_fails_the_command_and_keeps_the_metrics(
     evaluate(settings, [filters()])  # not more than allowed
     with pytest.raises(UserError, match=r"7\d of 720 patches of medi are copies .*1\d\.\d\d%, allowed 9\.00%"):
         evaluate(replace(settings, max_copy_rate=0.09), [filters()])
-    with pytest.raises(UserError, match="memorisation=false looks for no copies"):
+    with pytest.raises(UserError, match="memorisation=false finds no copies"):
         evaluate(replace(settings, max_copy_rate=0.09, memorisation=False), [filters()])
     with pytest.raises(UserError, match=r"max_copy_rate is 1\.5"):
         evaluate(replace(settings, max_copy_rate=1.5), [filters()])
@@ -141,7 +142,7 @@ def test_the_gate_fails_the_command_and_keeps_the_metrics(
     words += ["held_out=[{class: stripes, site: south}]", "downstream=false", "colour_free=false", "resamples=20"]
     assert main([*words, "--max-copy-rate", "0.05"]) == 2
     assert "are copies of training patches" in capsys.readouterr().err
-    assert json.loads((out / "metrics.json").read_text("utf-8"))["memorisation"]["demo"]["arms"]["medi"]["copies"] >= 72
+    assert read_metrics(out).memorisation["demo"].synthetic["medi"].copies >= 72
 
 
 def test_a_threshold_comes_from_other_real_patients(world: World) -> None:
@@ -159,9 +160,9 @@ def test_authenticity_needs_two_training_patients() -> None:
         names = np.repeat([f"p{i}" for i in range(people)], 10)
         study = SimpleNamespace(patients=names, train=np.arange(len(names)))
         features = Features(rng.normal(size=(len(names), 4)), {}, pca_basis(rng.normal(size=(20, 4))))
-        found = _percent_authentic(_Authentic(cast(Study, study), features), rng.normal(size=(5, 4)) + 20)
-        assert (found["value"] is not None) is known
-        assert not known or found["value"] == 100.0
+        authentic = _Authentic(cast(Study, study), features)
+        assert authentic.alone is not known
+        assert not known or authentic.of(rng.normal(size=(5, 4)) + 20).all()
 
 
 def planted(tissue: np.ndarray, quality: int | None, view: int = 3) -> np.ndarray:
@@ -193,10 +194,8 @@ def gate_study(images: dict[str, np.ndarray], folder: Path) -> Study:
     arm = write_dataset(folder / "made", made, "made", schema, 64, 0.5)
     rows = {part: data.rows({"split_main": part}) for part in ("train", "probe", "test")}
     arms = {"medi": SyntheticSet("medi", arm, ("class",), np.arange(len(arm)))}
-    return Study(
-        data, "class", "site", [], arms, rows["train"], rows["train"], rows["probe"], rows["probe"], rows["test"],
-        rows["test"], "", [],
-    )  # fmt: skip
+    train, probe, test = rows.values()
+    return Study(data, "class", "site", [], arms, train, train, probe, probe, test, test, "", [])
 
 
 @pytest.fixture(scope="module")
@@ -225,16 +224,14 @@ def test_duplicates_among_forty_probe_patches_hide_no_copy(
     assert not flagged[120:].any()
     assert found.duplicates["probe"].sum() == (0 if shift else twice)  # a shift is left to the quartiles
     assert found.duplicates["held_out"].sum() == twice
-    features = Features(
-        np.random.default_rng(0).normal(size=(240, 4)), {"medi": np.random.default_rng(1).normal(size=(280, 4))},
-        pca_basis(np.random.default_rng(0).normal(size=(20, 4))),
-    )  # fmt: skip
-    record = memorisation(study, features, found, 10, 0)
-    assert record["arms"]["medi"]["copies"] == 120
-    assert record["held_out_flagged"]["value"] == 0
-    assert record["real_duplicates"] == {"probe": 0 if shift else twice, "held_out": twice}
-    assert record["threshold_patches"] == 40 - record["real_duplicates"]["probe"]
-    assert ("same picture as a training patch" in record["rule"]) is (twice > 0 and not shift)
+    real, made = (np.random.default_rng(seed).normal(size=(n, 4)) for seed, n in enumerate((240, 280)))
+    features = Features(real, {"medi": made}, pca_basis(np.random.default_rng(0).normal(size=(20, 4))))
+    record = memorisation(study, features, found, "fingerprint", 10, 0)
+    assert record.synthetic["medi"].copies == 120
+    assert record.held_out_flagged.value == 0
+    assert record.real_duplicates == {"probe": 0 if shift else twice, "held_out": twice}
+    assert record.threshold_patches == 40 - record.real_duplicates["probe"]
+    assert ("same picture as a training patch" in record.rule) is (twice > 0 and not shift)
 
 
 def test_where_real_patches_are_alike_more_is_asked() -> None:
@@ -258,5 +255,5 @@ def test_an_evaluation_says_that_a_picture_was_seen_in_training(world: World, tm
     index = real.index.assign(shared_picture=picture)
     write_folder(copied, real.info, index)
     study = open_study(world.settings("seen", real=str(copied)))
-    assert any("1 pictures lie in several parts of split 'main'" in text for text in study.warnings)
+    assert any("1 pictures are in several parts of split 'main'" in text for text in study.warnings)
     assert len(set(study.patients[rows])) == 1

@@ -16,25 +16,25 @@ def test_points_are_a_pca_of_training_patches(world: World) -> None:
     settings = world.settings("projection")
     study = open_study(settings)
     features = study_features(study, filters(), settings, "cpu")
-    record = project(study, features, seed=0, most=10_000)
+    record = project(study, features, "fingerprint", seed=0, most=10_000)
     pca = PCA(2, svd_solver="full").fit(np.asarray(features.real[study.train], np.float64))
-    assert record["explained"] == pytest.approx(pca.explained_variance_ratio_, rel=1e-6)
-    assert record["n_fitted"] == len(study.train)
+    assert record.explained == pytest.approx(pca.explained_variance_ratio_, rel=1e-6)
+    assert record.n_fitted == len(study.train)
     for name, vectors in (("real", features.real[study.reference]), ("medi", features.synthetic["medi"])):
-        source = record["sources"][name]
+        source = record.sources[name]
         expected = pca.transform(np.asarray(vectors, np.float64))
-        signs = np.sign((expected * np.column_stack([source["x"], source["y"]])).sum(axis=0))
+        signs = np.sign((expected * np.column_stack([source.x, source.y])).sum(axis=0))
         # PCA leaves the sign of an axis open; it must be the same for all sources.
-        assert np.allclose(np.column_stack([source["x"], source["y"]]), expected * signs, rtol=2e-3, atol=1e-3)
-        assert source["n"] == len(vectors) == len(source["x"])
+        assert np.allclose(np.column_stack([source.x, source.y]), expected * signs, rtol=2e-3, atol=1e-3)
+        assert source.n == len(vectors) == len(source.x)
     reference = study.index.iloc[study.reference]
-    classes = [record["classes"][c] for c in record["sources"]["real"]["class"]]
-    sites = [record["sites"][c] for c in record["sources"]["real"]["site"]]
+    classes = [record.classes[c] for c in record.sources["real"].class_codes]
+    sites = [record.sites[c] for c in record.sources["real"].site_codes]
     assert classes == list(reference["class"].astype(str))
     assert sites == list(reference["site"].astype(str))
-    assert set(record["sources"]["cls"]["site"]) == {-1}  # it knows the class alone
-    thinned = project(study, features, seed=0, most=25)
-    assert {len(s["x"]) for s in thinned["sources"].values()} == {25}
+    assert set(record.sources["cls"].site_codes) == {-1}  # it knows the class alone
+    thinned = project(study, features, "fingerprint", seed=0, most=25)
+    assert {len(s.x) for s in thinned.sources.values()} == {25}
 
 
 def test_thinning_is_even_over_combinations() -> None:

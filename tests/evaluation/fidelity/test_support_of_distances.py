@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,14 +13,18 @@ import pytest
 from evaluation_world import SCHEMA, SIZE, World, synthetic_patches
 from parts import put_index
 
-from latent_medi.evaluation.cohort.comparison_sets import Comparison, _apart, class_comparisons
+from latent_medi.core.records import encode
+from latent_medi.evaluation.cohort.comparison_sets import Comparison, _mismatch, class_comparisons
 from latent_medi.evaluation.cohort.matching import Matched
+from latent_medi.evaluation.cohort.roles import synthetic_roles
 from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study, open_study
 from latent_medi.evaluation.fidelity import distance_to_real, real_split_range
-from latent_medi.evaluation.fidelity.distance_to_real import Features, _thinned, ratio, summarise
+from latent_medi.evaluation.fidelity.distance_to_real import Features, _thinned, distance_ratio, distance_table
 from latent_medi.evaluation.fidelity.real_split_range import Patches, measures_of
+from latent_medi.evaluation.fidelity.records import CombinationDistances, Distance
 from latent_medi.shards.writing.writer import write_dataset
+from latent_medi.statistics.bootstrap import Estimate
 from latent_medi.statistics.distances import frechet_distance, kid, pca_basis
 
 
@@ -41,11 +46,11 @@ def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
     rng = np.random.default_rng(0)
     real = rng.normal(size=(len(study.index), 4))
     made_of = {name: rng.normal(size=(len(arm.rows), 4)) for name, arm in study.synthetic.items()}
-    left_out = summarise(study, Features(real, made_of, pca_basis(real)), cells, 20, 0)["left_out"]
+    left_out = distance_table(study, Features(real, made_of, pca_basis(real)), cells, 20, 0).left_out
     for cell in cells:
-        assert left_out[cell.combination["class"]] == (f"medi: {cell.skipped['medi']}; floor: {cell.skipped['floor']}")
+        assert left_out[cell.combination["class"]] == f"medi: {cell.skipped['medi']}; real: {cell.skipped['real']}"
         assert set(cell.rows) == {"cls"}  # what an arm was not told is not held against it
-        assert cell.skipped["floor"] == "site is east in 67% of the reference, in 0% of other real patients"
+        assert cell.skipped["real"] == "site is east in 67% of the reference, in 0% of other real patients"
         assert cell.skipped["medi"] == "site is east in 67% of the reference, in 0% of its samples"
 
 
@@ -54,8 +59,8 @@ def test_a_fifth_of_the_mix_may_be_of_another_site(east: int, apart: str) -> Non
     """Counted among what is known: patches of which the site is not told neither show nor lack one."""
     reference = pd.DataFrame({"site": ["east"] * east + ["north"] * (100 - east) + ["unknown"] * 300})
     theirs = pd.DataFrame({"site": ["north", "unknown", "unknown"]})
-    assert _apart(theirs, reference, ["site"]) == apart
-    assert _apart(theirs, reference[reference["site"] == "unknown"], ["site"]) == ""
+    assert _mismatch(theirs, reference, ["site"]) == apart
+    assert _mismatch(theirs, reference[reference["site"] == "unknown"], ["site"]) == ""
 
 
 def test_values_that_never_meet_do_not_make_up_a_mix(world: World) -> None:
@@ -70,10 +75,10 @@ def test_values_that_never_meet_do_not_make_up_a_mix(world: World) -> None:
     rare = probe & north & ~table["patient"].str.endswith("-0")  # few are left of the north
     table.loc[rare | (test & (table["site"] == "south")), "split_main"] = ""
     put_index(folder, table)
-    study = open_study(world.settings("crossed-out", real=str(folder), held_out=[{"class": "stripes", "site": "east"}],
-                                      unseen=False))  # fmt: skip
+    held_out = [{"class": "stripes", "site": "east"}]
+    study = open_study(world.settings("crossed-out", real=str(folder), held_out=held_out, unseen=False))
     for cell in class_comparisons(study, 0):
-        assert "of the reference, in" in cell.skipped["floor"]
+        assert "of the reference, in" in cell.skipped["real"]
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
@@ -133,20 +138,25 @@ def many_patches(patients: int) -> tuple[Study, Features, Comparison]:
     real = 0.3 * rng.normal(size=(patients, 4))[np.repeat(np.arange(patients), each)] + rng.normal(size=(total, 4))
     reference, probe = np.arange(total * 9 // 10), np.arange(total * 9 // 10, total)
     study = SimpleNamespace(
-        patients=names, index=names, reference=reference, probe=probe, synthetic={"cls": None, "medi": None}
+        patients=names,
+        index=names,
+        reference=reference,
+        probe=probe,
+        synthetic={"cls": None, "medi": None},
+        roles=synthetic_roles(["cls", "medi"]),
     )
     samples = {name: rng.normal(size=(300, 4)) + shift for name, shift in (("medi", 0.5), ("cls", 1.5))}
-    rows = {"cls": np.arange(300), "medi": np.arange(300), "floor": probe}
-    return cast(Study, study), Features(real, samples, pca_basis(real)), Comparison(
-        {"class": "a"}, reference, rows, dict.fromkeys(rows, 0.0)
-    )  # fmt: skip
+    rows = {"cls": np.arange(300), "medi": np.arange(300), "real": probe}
+    comparison = Comparison({"class": "a"}, reference, rows, dict.fromkeys(rows, 0.0))
+    return cast(Study, study), Features(real, samples, pca_basis(real)), comparison
 
 
 def test_kernel_distances_of_many_patches_have_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     study, features, cell = many_patches(120)
     assert len(cell.reference) > 3000
     monkeypatch.setattr(distance_to_real, "full_rank", lambda n, d: False)
-    summary = summarise(study, features, [cell], 100, 0)["summary"]
+    table = distance_table(study, features, [cell], 100, 0)
+    summary = encode(table.means) | {"ratio": encode(table.ratio)}
     whole = kid(features.real[cell.reference], features.synthetic["cls"], subsets=0)[0]
     low, high = summary["cls"]["interval"]
     assert low < summary["cls"]["value"] < high
@@ -157,9 +167,10 @@ def test_kernel_distances_of_many_patches_have_intervals(monkeypatch: pytest.Mon
 def test_a_floor_of_few_patients_has_no_interval_anywhere() -> None:
     study, features, cell = many_patches(60)
     assert len(set(study.patients[study.probe])) == 6
-    summary = summarise(study, features, [cell], 100, 0)["summary"]
-    assert summary["floor"]["n_patients"] == summary["ratio"]["n_patients"] == 6
-    assert summary["floor"]["interval"] == summary["ratio"]["interval"] == "not estimable"
+    table = distance_table(study, features, [cell], 100, 0)
+    summary = encode(table.means) | {"ratio": encode(table.ratio)}
+    assert summary["real"]["n_patients"] == summary["ratio"]["n_patients"] == 6
+    assert summary["real"]["interval"] == summary["ratio"]["interval"] == "not estimable"
     assert isinstance(summary["cls"]["interval"], list)
 
 
@@ -169,59 +180,59 @@ def test_only_large_frechet_distances_take_fewer_resamples(monkeypatch: pytest.M
         np.tile(features.real, 40), {n: np.tile(x, 40) for n, x in features.synthetic.items()}, features.basis
     )
 
-    def quick(*arguments: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        numbers = {"value": 1.0, "fd": None, "kid": 1.0, "fd_pca": 1.0}
-        draws = np.ones(len(arguments[5].resamples.weights))
-        return {"arms": dict.fromkeys(cell.rows, numbers)}, dict.fromkeys(cell.rows, draws)
+    def quick(*arguments: Any) -> tuple[CombinationDistances, dict[str, np.ndarray]]:
+        found = Distance(1.0, 10, 10, None, fd=None, kid=1.0, fd_pca=1.0, mix_mismatch=0.0)
+        record = CombinationDistances({}, "", 10, 10, dict.fromkeys(cell.rows, found), {})
+        return record, dict.fromkeys(cell.rows, np.ones(len(arguments[4].resamples.weights)))
 
-    monkeypatch.setattr(distance_to_real, "_judge", quick)
+    monkeypatch.setattr(distance_to_real, "_compare", quick)
     for enough, expected in ((True, 50), (False, 200)):
         monkeypatch.setattr(distance_to_real, "full_rank", lambda n, d, enough=enough: enough)
-        assert summarise(study, wide, [cell], 200, 0)["resamples"] == expected
+        assert distance_table(study, wide, [cell], 200, 0).resamples == expected
 
 
 def test_the_ratio_is_as_unsure_as_its_distances() -> None:
     """Resampling raises the floor's draws twice as much as an arm's, which is undone before they are divided."""
     rng = np.random.default_rng(0)
-    value = {"medi": 4.0, "cls": 6.0, "floor": 3.0}
-    raised = {"medi": 1.2, "cls": 1.2, "floor": 2.4}
+    study, _, _ = many_patches(12)
+    value = {"medi": 4.0, "cls": 6.0, "real": 3.0}
+    raised = {"medi": 1.2, "cls": 1.2, "real": 2.4}
     draws = {name: value[name] + raised[name] + 0.2 * rng.normal(size=400) for name in value}
-    support = {"n_patches": 100, "n_patients": 40, "smallest_group": 20}
-    summary = {name: {"value": v} | support for name, v in value.items()}
-    record = ratio(summary, draws)
+    means = {name: Estimate(v, 100, 40, None, smallest_group=20) for name, v in value.items()}
+    record = distance_ratio(study, means, draws)
     # By the rule for a quotient's error: σ² = (σ_m² + r²·σ_c² + (1 − r)²·σ_f²) / gap² = 0.0831².
     spread = 0.2 / 3 * np.sqrt(1 + (1 / 3) ** 2 + (2 / 3) ** 2)
-    assert record["value"] == pytest.approx(1 / 3)
-    assert record["interval"] == pytest.approx([1 / 3 - 1.96 * spread, 1 / 3 + 1.96 * spread], abs=0.04)
+    assert record.value == pytest.approx(1 / 3)
+    assert record.interval == pytest.approx([1 / 3 - 1.96 * spread, 1 / 3 + 1.96 * spread], abs=0.04)
     wild = draws | {"cls": 6.0 + 2.0 * rng.normal(size=400)}  # class alone may be no worse than real patients
-    assert ratio(summary, wild)["interval"] == "not estimable"
-    few = summary | {"floor": summary["floor"] | {"smallest_group": 9}}
-    assert ratio(few, draws)["interval"] == "not estimable"
+    assert distance_ratio(study, means, wild).interval == "not estimable"
+    few = means | {"real": replace(means["real"], smallest_group=9)}
+    assert distance_ratio(study, few, draws).interval == "not estimable"
 
 
 def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
     """A cell of few patients has the weight of any other in the mean."""
     study, features, large = many_patches(120)
-    arms = {n: r for n, r in large.rows.items() if n != "floor"}
+    arms = {n: r for n, r in large.rows.items() if n != "real"}
     small = Comparison({"class": "b"}, large.reference[: 9 * 60], arms, dict.fromkeys(arms, 0.0))
     large = Comparison({"class": "a"}, large.reference, arms, dict.fromkeys(arms, 0.0))
     for cells, known in (([large], True), ([large, small], False)):
-        record = summarise(study, features, cells, 100, 0)["summary"]["medi"]
-        assert record["smallest_group"] == (108 if known else 9)
-        assert record["n_patients"] == 108  # the nine of the small cell are among them
-        assert isinstance(record["interval"], list) is known
+        mean = distance_table(study, features, cells, 100, 0).means["medi"]
+        assert mean.smallest_group == (108 if known else 9)
+        assert mean.n_patients == 108  # the nine of the small one are among them
+        assert isinstance(mean.interval, tuple) is known
 
 
 def test_means_of_different_cells_are_not_divided() -> None:
     study, features, cell = many_patches(120)
     parts = []
-    for name, sources in (("a", ["medi", "floor"]), ("b", ["cls", "floor"])):
+    for name, sources in (("a", ["medi", "real"]), ("b", ["cls", "real"])):
         rows = {source: cell.rows[source] for source in sources}
         parts.append(Comparison({"class": name}, cell.reference, rows, dict.fromkeys(rows, 0.0)))
-    summary = summarise(study, features, parts, 20, 0)["summary"]
-    assert summary["ratio"]["value"] is None
-    assert summary["ratio"]["reason"] == "no combination is judged for all sides"
-    assert summary["medi"]["value"] is not None
+    table = distance_table(study, features, parts, 20, 0)
+    assert table.ratio.value is None
+    assert table.ratio.reason
+    assert table.means["medi"].value is not None
 
 
 def test_a_kernel_distance_is_that_of_the_features_as_they_are() -> None:
@@ -247,6 +258,6 @@ def test_many_real_patches_are_thinned_before_they_are_dealt(world: World, monke
 
     monkeypatch.setattr(real_split_range, "_MOST", 90)
     monkeypatch.setattr(real_split_range, "measures_of", noted)
-    record = real_split_range.against_real(study, Features(real, arms, pca_basis(real)), 20, 0)
-    assert record["n"] == record["n_reference"] == 90
+    record = real_split_range.real_split_range(study, Features(real, arms, pca_basis(real)), 20, 0)
+    assert record.n == record.n_reference == 90
     assert max(seen) == 90
