@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from reading import as_files, build
 
-from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws, neighbourhoods
+from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws
+from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.statistics.distances import FeatureStatistics, frechet_distance, kid, pca_basis, project

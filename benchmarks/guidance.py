@@ -25,9 +25,9 @@ from latent_medi.core import config
 from latent_medi.core.progress import set_up_logging
 from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.evaluation.cohort.comparison_sets import REAL, held_out_comparisons
-from latent_medi.evaluation.cohort.study import open_study
+from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
+from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.features.cache import cached_features

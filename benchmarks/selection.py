@@ -28,8 +28,9 @@ from output import options, tell
 
 from latent_medi.core.progress import set_up_logging
 from latent_medi.evaluation.cohort.combinations import among, any_match, matches
-from latent_medi.evaluation.cohort.study import Study, open_study
-from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
+from latent_medi.evaluation.cohort.open_study import open_study
+from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.results import read_metrics
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.cache import cached_features

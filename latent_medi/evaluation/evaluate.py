@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 import latent_medi
 from latent_medi.core.agreement import agreed
-from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, refuse_foreign
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
@@ -25,8 +25,9 @@ from latent_medi.evaluation.adherence import attributes, site_leakage, stain
 from latent_medi.evaluation.adherence.records import Adherence
 from latent_medi.evaluation.cohort import comparison_sets
 from latent_medi.evaluation.cohort.comparison_sets import Comparison
+from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.sample_size import thin_support
-from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range
 from latent_medi.evaluation.fidelity.distance_to_real import Features
@@ -53,7 +54,6 @@ log = get_logger(__name__)
 
 PATHS = ("real", "synthetic", "weights", "cache", "out")
 """Settings that are paths."""
-PROTOCOLS = ("default", "paper")
 
 
 def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> Metrics:
@@ -62,14 +62,14 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
     Several launched processes share the embedding; the first one does the rest, and all return the same.
 
     Args:
-        settings: What is compared with what.
+        settings: The datasets and what is computed.
         encoders: Encoders that are loaded already, instead of ``settings.encoders``; the first gives the headline.
 
     Returns:
         The content of ``metrics.json``, as it was written.
 
     Raises:
-        UserError: See :func:`latent_medi.evaluation.cohort.study.open_study` and
+        UserError: See :func:`latent_medi.evaluation.cohort.open_study.open_study` and
             :func:`latent_medi.features.encoders.load_encoder`.
         TooManyCopies: More copies than ``max_copy_rate``, after ``metrics.json`` was written.
     """
@@ -115,9 +115,6 @@ def check_settings(settings: EvaluateSettings) -> None:
         UserError: Names the value and what it may be.
     """
     check_downstream(settings)
-    if settings.protocol not in PROTOCOLS:
-        close = nearest(settings.protocol, PROTOCOLS)
-        raise UserError(f"protocol is {settings.protocol!r}; {close}.", f"Choose one of {', '.join(PROTOCOLS)}.")
     if not 0.0 <= settings.max_copy_rate <= 1.0:
         raise UserError(f"max_copy_rate is {settings.max_copy_rate}; it is a share from 0 to 1.")
     if settings.max_copy_rate < 1 and not settings.memorisation:

@@ -1,4 +1,4 @@
-"""What is recorded with a result: how it was made and from what, in a form that can be handed on.
+"""What is recorded with a result: its command, versions and data, without paths or patients' names.
 
 Results are sent to colleagues and published, so they do not name folders or patients: paths are relative to the
 result's own folder, and patients are numbers unless ``patient_names`` is set.
@@ -145,19 +145,19 @@ class EncoderRecord:
 
 
 def relative_path(text: str, folder: str | Path) -> str:
-    """A path as it is reached from ``folder``; what is no path of this machine (an address, a hub's name) stays."""
+    """A path relative to ``folder``; anything else (an address, a name on the hub) unchanged."""
     if not text or "://" in text or not (os.path.isabs(text) or os.path.exists(text)):
         return text
     return Path(os.path.relpath(os.path.realpath(text), os.path.realpath(folder))).as_posix()
 
 
 def portable(value: Any, folder: str | Path, known: Iterable[str | Path] = ()) -> Any:
-    """The same structure without a path that begins at the root of this machine.
+    """The same structure with relative paths instead of absolute ones.
 
     Args:
         value: JSON-able.
         folder: The folder that paths become relative to.
-        known: Folders that texts may name within a sentence, where a path with blanks has no end to be seen.
+        known: Folders that sentences may name; elsewhere in a sentence, a path ends at the first blank.
     """
     roots = sorted({str(Path(k)) for k in known if len(Path(k).parts) > 1 and os.path.isabs(k)}, key=len, reverse=True)
 
@@ -200,7 +200,7 @@ def recorded_settings(settings: Settings, paths: Iterable[str], folder: str | Pa
 
 
 def _command(folder: str | Path) -> str:
-    """The command line, paths that it names as they are reached from ``folder``."""
+    """The command line, its paths relative to ``folder``."""
 
     def plain(word: str) -> str:
         name, equals, value = word.partition("=")
@@ -213,7 +213,7 @@ def _command(folder: str | Path) -> str:
 
 
 def _version(package: str) -> str | None:
-    """The version of a package; ``None`` where it is not installed, as nothing that was done can have needed it."""
+    """The version of a package; ``None`` where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

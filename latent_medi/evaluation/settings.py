@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from latent_medi.core.paths import PathText
 
@@ -70,46 +71,46 @@ class HistoDiffusionProtocolSettings:
 
 @dataclass
 class EvaluateSettings:
-    """What is compared with what.
+    """The datasets of an evaluation and what is computed.
 
     Args:
         real: Folder of the real dataset; its split column names training, probe and test patches.
-        synthetic: Folder of each synthetic dataset by the name of its arm: "medi" knows the metadata, "cls" the class
-            alone.
+        synthetic: Folder of each synthetic set by its name. The model of "medi" is conditioned on the metadata, that of
+            "cls" on the class alone.
         candidate: Name of the synthetic set that the verdict is about; empty takes "medi" if there is one, otherwise
             the first. The others are its baselines, "cls" or the first of them that of the ratios.
-        selected: By name of an arm the column of a selection, such as selected_best: only the patches that it chose
-            take part.
+        selected: Column of a selection by synthetic set, such as selected_best: only the patches that it chose take
+            part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
         held_out: Combinations without a training patch, each a mapping of field to value. May be empty with
             downstream=false.
-        unseen: Whether the combinations of held_out must be without a training patch; false to judge combinations that
-            training has few of.
-        cells: Further combinations of fields to judge each by itself, such as [[class, site]].
+        unseen: Whether the combinations of held_out must be without a training patch; false to evaluate combinations
+            that training has few of.
+        cells: Fields whose combinations are compared one by one, such as [[class, site]].
         encoders: Names or folders of encoders; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
         colour_free: Also use each encoder on the haematoxylin channel alone.
         split: Name of the split column, without "split_".
         train_value: Split value of training patches (seen combinations only).
-        probe_value: Split value of further real patients, held-out combinations included: they train the probes and the
-            oracle, and give the floor.
-        test_value: Split value of the patients that everything is judged on.
+        probe_value: Split value of further real patients, held-out combinations included: they train the linear probes
+            and the oracle, and give the real-vs-real distances.
+        test_value: Split value of the test patients.
         site_field: Field that names the hospital.
-        protocol: "default", or "paper" to add raw Fréchet distances where they are rank-deficient, labelled so.
+        protocol: "default", or "paper" to add raw Fréchet distances where they are rank-deficient, with a label.
         seed: Seed of every subsample and resample.
         repeats: Draws of added patches per downstream arm; those without a draw are the same each time.
         resamples: Patient resamples for the intervals.
-        deals: How often real patients are dealt into two sides, for the range of each measure that they reach;
-            0 leaves that out.
+        deals: Random splits of real patients into two groups, for the range of each measure between real patients; 0
+            leaves that out.
         regularisation: C of the logistic regressions (inverse strength, standardised features). 0 chooses it per
             encoder by cross-validation on the real training patches alone, the same for every downstream arm; the
             probes of the adherence then use 1.
         added_per_cell: Patches added per held-out cell in every downstream arm; 0 takes as many as the synthetic arms
             have, at most the median count of the seen cells.
         downstream: Train and compare the downstream classifiers.
-        memorisation: Look for copies of training patches, and for samples too near to training patients.
-        max_copy_rate: Largest share, 0 to 1, of an arm's patches that may be copies of training patches; with more the
-            command fails, after everything is written. 1 lets all pass.
+        memorisation: Find copies of training patches, and samples that are too near to training patients.
+        max_copy_rate: Largest share, 0 to 1, of a synthetic set's patches that may be copies of training patches. With
+            more the command fails, after everything is written. 1 never fails.
         downstream_arms: Names of the arms to train; empty for all that can take part.
         stain_jitter: σ of the stain augmentation: each stain's concentration is multiplied by 1 ± σ and shifted by
             ± σ/10 in decadic optical density.
@@ -119,8 +120,8 @@ class EvaluateSettings:
             metrics["protocols"].
         medi_protocol: Sizes for "medi".
         histodiffusion_protocol: Sizes for "histodiffusion".
-        patient_names: Name real patients and patches in metrics.json and the report as the dataset does; otherwise they
-            are numbers, by which only who has the dataset can find them. predictions.csv has the names either way.
+        patient_names: Use the dataset's names of real patients and patches in metrics.json and the report; otherwise
+            numbers, which only the dataset's owner can resolve. predictions.csv has the names either way.
         device: Torch device of the encoders; empty takes a GPU if there is one.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
@@ -142,7 +143,7 @@ class EvaluateSettings:
     probe_value: str = "probe"
     test_value: str = "test"
     site_field: str = "site"
-    protocol: str = "default"
+    protocol: Literal["default", "paper"] = "default"
     seed: int = 0
     repeats: int = 5
     resamples: int = 200
@@ -167,7 +168,7 @@ class EvaluateSettings:
 
 @dataclass
 class FloorsSettings:
-    """What real patients alone are measured for.
+    """What is measured on real patients alone.
 
     Args:
         data: Folder of the real dataset; all its patches take part, whatever their split.
@@ -176,10 +177,10 @@ class FloorsSettings:
         weights: Weight file or folder by encoder name, for encoders that need one.
         colour_free: Also use each encoder on the haematoxylin channel alone.
         site_field: Field that names the hospital.
-        fields: Further categorical fields that probes are tried on; class and site always are.
-        deals: How often patients are dealt into two sides, 20 or more.
-        seed: Seed of the deals.
-        regularisation: C of the probes (inverse strength, standardised features).
+        fields: Categorical fields for further linear probes, besides class and site.
+        deals: Random splits of patients into two groups, 20 or more.
+        seed: Seed of the splits.
+        regularisation: C of the linear probes (inverse strength, standardised features).
         device: Torch device of the encoders; empty takes a GPU if there is one.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.

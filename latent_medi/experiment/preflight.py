@@ -24,7 +24,7 @@ def check_study(judging: EvaluateSettings) -> Study:
             have; or a combination that training patches cannot tell anything of.
     """
     from latent_medi.evaluation.cohort.combinations import describe
-    from latent_medi.evaluation.cohort.study import open_study
+    from latent_medi.evaluation.cohort.open_study import open_study
     from latent_medi.evaluation.evaluate import check_settings
     from latent_medi.metadata.estimability import verdict
 

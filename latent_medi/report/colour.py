@@ -1,4 +1,4 @@
-"""Numbers in colour beside those on the haematoxylin channel alone: which part of a gain survives without colour."""
+"""Numbers in colour and on the haematoxylin channel alone: which part of a gain survives without colour."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ with needs("The report", "matplotlib"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-# Okabe & Ito 2008: told apart with any colour vision; every series also has a marker of its own.
+# Okabe & Ito 2008: distinct for any colour vision; every series also has a marker of its own.
 INK, MUTED, GRID = "#1b1f24", "#59616b", "#d9dde2"
 COLOURS = {
     "medi": "#0072b2",

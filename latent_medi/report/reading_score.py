@@ -1,4 +1,6 @@
-"""The score of a reading sheet: how often readers told real from synthetic, and whether that is better than chance."""
+"""The score of a reading sheet: how often readers recognised real and synthetic patches, and whether that is better
+than chance.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,10 @@ def score_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
     Returns:
         ``readers``: per reader ``n`` (pictures), ``answered``, ``missing``, ``correct``, ``accuracy``, ``sensitivity``
         (synthetic called synthetic) and ``specificity`` (real called real), each a share with its 95 % Wilson interval
-        and n, and ``p_value``: one-sided binomial test of half right. ``majority``: the same for what most readers
-        said, ties left out, where there is more than one; readers see the same pictures, so their answers do not add
-        up. ``cells`` and ``confidence``: accuracy over all readers' answers. ``better_than_chance`` and ``verdict``.
+        and n, and ``p_value``: one-sided binomial test of half right. ``majority``: the same for the answer of most
+        readers, ties left out, if there are several; readers see the same pictures, so their answers are no
+        independent evidence. ``cells`` and ``confidence``: accuracy over all readers' answers.
+        ``better_than_chance`` and ``verdict``.
 
     Raises:
         UserError: The key or the answers cannot be read, are of another sheet, or name an unknown picture.
@@ -47,8 +50,8 @@ def score_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
     if given.empty:
         raise UserError("No picture is answered in these files.", "Ask the readers for the file that they downloaded.")
     majority = _majority(given) if len(readers) > 1 else None
-    judged = majority or readers[0]
-    better = judged["p_value"] is not None and judged["p_value"] < ALPHA
+    deciding = majority or readers[0]
+    better = deciding["p_value"] is not None and deciding["p_value"] < ALPHA
     result = {
         "n": len(key),
         "readers": readers,
@@ -62,7 +65,7 @@ def score_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
         else [],
         "confidence": _confidence(given),
         "better_than_chance": better,
-        "verdict": _verdict(judged, better, len(readers)),
+        "verdict": _verdict(deciding, better, len(readers)),
     }
     if settings.out and Path(settings.out).suffix == ".csv":
         write_for_people(_flat(readers + ([{"reader": "majority"} | majority] if majority else [])), settings.out)
@@ -77,7 +80,7 @@ def _read(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _answers(files: Sequence[str], key: pd.DataFrame) -> pd.DataFrame:
-    """Every reader's answers, checked against the key; a reader without a name is called after the file."""
+    """Every reader's answers, checked against the key; a reader without a name gets the file's."""
     tables = []
     for file in files:
         table = _read(file, _ANSWERS)
@@ -124,7 +127,7 @@ def _record(table: pd.DataFrame, n: int) -> dict[str, Any]:
 
 
 def _majority(given: pd.DataFrame) -> dict[str, Any]:
-    """What most readers said of each picture; one answer per picture, so that a binomial test holds."""
+    """The answer of most readers for each picture; one answer per picture, so that a binomial test holds."""
     votes = given.groupby("image").agg(
         votes=("answer", lambda a: (a == "synthetic").mean()), origin=("origin", "first")
     )
@@ -153,11 +156,11 @@ def _verdict(record: Mapping[str, Any], better: bool, readers: int) -> str:
         return f"{who} gave no answer that counts."
     p = f"p = {record['p_value']:.2g}" if record["p_value"] >= 1e-4 else "p < 0.0001"
     if better:
-        return f"{who} told real from synthetic better than chance: {text}, {p}."
+        return f"{who} recognised synthetic patches better than chance: {text}, {p}."
     # The fewest right answers that the test would have called better than chance.
     needed = int(binom.isf(ALPHA, n, 0.5)) + 1
-    bar = f"less than {percent(needed / n)} right cannot be told from chance with {n} pictures"
-    return f"{who} did not do better than chance: {text}, {p}; {bar if needed <= n else 'too few pictures to tell'}."
+    bar = f"with {n} pictures, {percent(needed / n)} right would be better than chance"
+    return f"{who} did not do better than chance: {text}, {p}; {bar if needed <= n else 'there are too few pictures'}."
 
 
 def _flat(readers: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A blinded sheet on which a pathologist says which patches are real: one HTML file, and a key kept apart from it."""
+"""A blinded sheet on which a pathologist marks which patches are real: one HTML file, and a key in another file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = get_logger(__name__)
 KEY_COLUMNS = ("sheet", "image", "number", "origin", "key")
 """Columns of the key file before those of the fields."""
 FIELD = "field:"
-"""What the column of a field begins with there, since a dataset may call its fields as it likes."""
+"""Prefix of the columns of fields in the key file: a dataset may give its fields any name."""
 _SCRIPT = Path(__file__).parent / "templates" / "sheet.js"
 
 
@@ -36,13 +36,13 @@ def make_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
 
     The sheet holds pixels in random order under names that are hashes of the pixels: no key, field or origin. Real and
     synthetic pictures take one path, from the decoded patch to a PNG without metadata. Each combination has equally
-    many of both, and real ones come from as many patients as there are.
+    many of both, and real ones come from as many patients as possible.
 
     Returns:
         ``sheet`` and ``key`` (paths), ``n``, ``patients`` (of the real ones) and ``cells`` (pairs of each combination).
 
     Raises:
-        UserError: A folder that is none, patches of different size, or no combination that both sides have.
+        UserError: A folder that is no dataset, patches of different size, or no combination that both datasets have.
     """
     if not settings.data or not settings.synthetic or not settings.out:
         raise UserError(
@@ -82,25 +82,25 @@ def make_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
 
 
 def key_file(settings: ReadingSheetSettings) -> Path:
-    """The file that knows which picture is which."""
+    """The file with the origin of each picture."""
     return Path(settings.key) if settings.key else Path(settings.out).with_suffix(".key.csv")
 
 
 def _check_alike(real: PatchDataset, synthetic: PatchDataset) -> None:
-    """Refuse, or warn of, what would tell real from synthetic without a look at the tissue."""
+    """Refuse, or warn of, differences that reveal the origin of a patch without its tissue."""
     if real.patch_size != synthetic.patch_size:
         raise UserError(
-            f"Real patches have {real.patch_size} px and synthetic ones {synthetic.patch_size} px: the size would tell "
-            "them apart.",
+            f"Real patches have {real.patch_size} px and synthetic ones {synthetic.patch_size} px: the size would "
+            "reveal the origin.",
             "Cut both at one size.",
         )
     codecs = [d.info.get("codec") for d in (real, synthetic)]
     if codecs[0] != codecs[1]:
-        log.warning("Real patches are stored as %s, synthetic ones as %s: traces of it may tell them apart.", *codecs)
+        log.warning("Real patches are stored as %s, synthetic ones as %s: traces of it may reveal the origin.", *codecs)
 
 
 def _fields(settings: ReadingSheetSettings, real: PatchDataset, synthetic: PatchDataset) -> list[str]:
-    """Fields whose combinations are balanced: those asked for, or class and site as far as both datasets know them."""
+    """Fields whose combinations are balanced: those of the settings, or class and site if both datasets have values."""
     if settings.fields:
         for name in settings.fields:
             real.schema.field(name)

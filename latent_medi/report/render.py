@@ -78,7 +78,7 @@ class PageDistances:
         alt: Description of the plot.
         caption: Below the plot.
         rows: Combination, source and distance.
-        skipped: What is not compared, and why.
+        skipped: Sources that are not compared, and why.
     """
 
     title: str

@@ -27,15 +27,15 @@ class ReportSettings:
 
     Args:
         metrics: The ``metrics.json`` of an evaluation, or the folder of a run that has one.
-        compare: Instead of one evaluation, two or more to set side by side; each a ``metrics.json`` or the folder of a
-            run. The differences are to the first.
-        out: The HTML file to write; empty means ``report.html`` beside the metrics, or ``comparison.html`` beside those
-            of the first run.
+        compare: Instead of one evaluation, two or more to compare; each a ``metrics.json`` or the folder of a run. The
+            differences are to the first.
+        out: The HTML file to write; empty means ``report.html`` in the folder of the metrics, or ``comparison.html`` in
+            that of the first run.
         title: Heading of the page; empty means the dataset's name.
         real: Folder of the real dataset; empty means the one that was evaluated.
-        synthetic: Folder of each arm's dataset by its name; those not given are the ones that were evaluated.
+        synthetic: Folder of each synthetic set by its name; those not given are the ones that were evaluated.
         sections: Parts to show.
-        patches_per_cell: Patches beside each other in the image grids.
+        patches_per_cell: Patches in each image of the grids.
         rows_per_class: Rows of the image grid of a class, held-out combinations first.
         seed: Seed of the choice of patches.
     """
@@ -54,21 +54,21 @@ class ReportSettings:
 
 @dataclass
 class ReadingSheetSettings:
-    """A blinded sheet on which a pathologist says which patches are real, or the score of what was answered.
+    """A blinded sheet on which a pathologist marks which patches are real, or the score of the answers.
 
     Args:
         data: Folder of the real dataset; its test patches are shown.
         synthetic: Folder of the synthetic dataset.
-        out: The HTML file to write. It holds the pictures in random order, and nothing that tells them apart.
-        key: The file that knows which picture is which, to be written, or read with ``score``; empty means beside
-            ``out`` with the ending ``.key.csv``. It is not to be sent to readers.
+        out: The HTML file to write. It holds the pictures in random order and nothing of their origin.
+        key: The file with the origin of each picture, to be written, or read with ``score``; empty means ``out`` with
+            the ending ``.key.csv``. Do not send it to readers.
         n: Pictures on the sheet, half real and half synthetic, equally many of each combination.
         fields: Fields whose combinations are balanced; empty means the class and the site.
         site_field: Field that names the hospital.
         split: Name of the split column of the real dataset, without "split_".
         split_value: Split value of the real patches to show: patients that no model saw.
         selected: Column of a selection of the synthetic dataset, such as selected_best: only its choice is shown.
-        seed: Seed of the choice and the order; who knows it and has the data can tell the pictures apart.
+        seed: Seed of the choice and the order. Whoever knows it and has the data can find the origins.
         confidence: Also ask how sure the reader is.
         score: Answers to score instead, one CSV file or several; nothing is written but ``out``, if it is given with
             the ending ``.csv``: the score of each reader.

@@ -46,7 +46,7 @@ class Estimate:
 class PatientResamples:
     """Bootstrap of patients: how often each patient occurs in each resample.
 
-    One object serves a whole evaluation, so that differences between arms are paired.
+    One object serves a whole evaluation, so that differences between training sets are paired.
 
     Args:
         patients: Patient of each row, any order.
@@ -75,7 +75,7 @@ def interval(
 
     Args:
         draws: Bootstrap values, [B].
-        centre: Shift the draws so that their median lies here: resampling with repeats biases a distance upwards.
+        centre: Shift the draws so that this is their median: resampling with repeats biases a distance upwards.
         lowest, highest: Smallest and largest value that the quantity can have.
     """
     known = draws[np.isfinite(draws)]

@@ -29,7 +29,7 @@ from parts import put_index
 from safetensors import safe_open
 
 from latent_medi.core.errors import UserError
-from latent_medi.evaluation.cohort.study import open_study
+from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.results import metrics_of
 from latent_medi.evaluation.summary import headline, headline_text, useful, verdict

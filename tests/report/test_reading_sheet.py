@@ -237,5 +237,5 @@ def test_both_ways_on_the_command_line(small_world: World, tmp_path: Path, capsy
     assert cli.run_verb(["reading-sheet", *words]) == 0
     files = [_answer(_key(key), tmp_path / f"{r}.csv", right=8, reader=r) for r in "AB"]
     assert cli.run_verb(["reading-sheet", "--score", *files, f"key={key}", "--json", str(tmp_path / "s.json")]) == 0
-    assert "The majority of 2 readers told real from synthetic better than chance" in capsys.readouterr().out
+    assert "The majority of 2 readers recognised synthetic patches better than chance" in capsys.readouterr().out
     assert (tmp_path / "s.json").is_file()

@@ -10,7 +10,7 @@ import pytest
 from evaluation_world import World, filters
 from sklearn.linear_model import LogisticRegression
 
-from latent_medi.evaluation.cohort.study import open_study
+from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.downstream.classifiers import probe_learner
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.statistics import linear_probe

@@ -1,1 +1,1 @@
-"""Whether samples show what was asked for: class, site and other attributes, and stain."""
+"""Whether samples show the requested class, site and other attributes, and the site's stain."""

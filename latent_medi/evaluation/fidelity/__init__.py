@@ -1,1 +1,1 @@
-"""How far synthetic patches lie from real ones, beside how far real patients lie from each other."""
+"""Distances of synthetic patches to real ones, compared with those between real patients."""

@@ -1,4 +1,4 @@
-"""The range of each measure over random splits of real patients, and where each synthetic set lies in it.
+"""The range of each measure over random splits of real patients, and whether each synthetic set is inside it.
 
 The patients of the reference and those of the probe part are split at random into group A, which plays the reference,
 and group B, which plays the synthetic set, many times. A synthetic set whose measure is worse than 97.5 % of these is
@@ -15,7 +15,8 @@ import numpy as np
 from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, comparison_for, seed_name
 from latent_medi.evaluation.cohort.matching import strata
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.fidelity.distance_to_real import Features, neighbourhoods
+from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.fidelity.records import InRealRange, RealSplitRange
 from latent_medi.statistics.bootstrap import LEVEL, MIN_PATIENTS
 from latent_medi.statistics.distances import frechet_distance, full_rank, kid, pca_dims
@@ -117,7 +118,7 @@ def compare_with_splits(
     splits: Sequence[Groups],
     measures: Measures = measures_of,
 ) -> dict[str, InRealRange]:
-    """Measures of a synthetic set, and where they lie among those of real patients.
+    """Measures of a synthetic set, and their ranges over splits of real patients.
 
     Args:
         reference: Real patches.
@@ -199,8 +200,8 @@ def _synthetic_rows(comparison: Comparison, seed: int) -> dict[str, np.ndarray]:
 def _preparation(
     study: Study, features: Features, dims: int, seed: int
 ) -> Callable[[np.ndarray, np.ndarray | None], Patches]:
-    """What turns features and classes into :class:`Patches`. Its linear probe is trained on training patches alone: the
-    patients that are split must be as new to it as the samples are.
+    """A function that makes :class:`Patches` of features and classes. Its linear probe is trained on training patches
+    alone: the patients that are split must be as new to it as the samples are.
     """
     labels = study.class_labels
     training = _some(study.train, b"train", seed)

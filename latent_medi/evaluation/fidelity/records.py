@@ -141,13 +141,13 @@ class OverallFidelity(Neighbourhoods):
 
 @dataclass(frozen=True)
 class InRealRange:
-    """A measure of a synthetic set, and where it lies among those of real patients.
+    """A measure of a synthetic set, and the range of the same measure between real patients.
 
     Args:
         value: The measure.
         real: Median over random splits of real patients.
         range: Central 95 % of these.
-        worse: Whether the value lies beyond the end of the range at which the measure is bad.
+        worse: Whether the value is outside the range on the bad side.
     """
 
     value: float
@@ -158,7 +158,7 @@ class InRealRange:
 
 @dataclass(frozen=True)
 class RealSplitRange:
-    """Measures of each synthetic set beside those that real patients reach.
+    """Measures of each synthetic set, compared with random splits of real patients.
 
     Args:
         synthetic: By synthetic set and measure.
@@ -191,7 +191,7 @@ class Fidelity:
         by_fields: Distances in each combination of further fields, by the fields' names.
         whole: Distance over all patches together.
         overall: Further measures over all patches together, by source.
-        real_splits: Measures beside the range that random splits of real patients reach.
+        real_splits: Measures of synthetic sets, compared with random splits of real patients.
     """
 
     fingerprint: str

@@ -14,7 +14,8 @@ from evaluation_world import CLASSES, SCHEMA, SITES, SIZE, World, filters, rende
 
 from latent_medi.core.records import encode
 from latent_medi.evaluation.adherence import attributes, site_leakage, stain
-from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.cohort.open_study import open_study
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.evaluate import study_features
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.stain import fit_stain, stain_angles, tissue_density

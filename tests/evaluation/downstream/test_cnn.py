@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from latent_medi.core.errors import UserError
-from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.cohort.open_study import open_study
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.cnn import CnnLearner, PatchPools, _batches, _turned, lesson_count
 from latent_medi.evaluation.downstream.training_sets import Lesson, make_plan
 from latent_medi.evaluation.settings import CnnSettings

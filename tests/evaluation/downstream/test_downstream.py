@@ -11,7 +11,8 @@ import pytest
 from evaluation_world import HELD_OUT, World
 
 from latent_medi.evaluation.cohort.combinations import among, matches
-from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.cohort.open_study import open_study
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream import baselines
 from latent_medi.evaluation.downstream.shift_accuracy import Scorer
 from latent_medi.evaluation.downstream.training_sets import Drawer, balancing_weights, make_plan

@@ -13,7 +13,7 @@ from PIL import Image
 
 from latent_medi.core.records import encode
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.fidelity.distance_to_real import neighbourhoods
+from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.encoders import load_encoder
 from latent_medi.metadata.schema import Field, Schema

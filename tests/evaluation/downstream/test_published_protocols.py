@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 
 from latent_medi.core.errors import UserError
-from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.cohort.open_study import open_study
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream import published_protocols
 from latent_medi.evaluation.downstream.classifiers import Learned
 from latent_medi.evaluation.downstream.stage import check_downstream

@@ -9,7 +9,7 @@ import pytest
 from evaluation_world import World
 
 from latent_medi.core.errors import UserError
-from latent_medi.evaluation.cohort.study import open_study
+from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.downstream import baselines
 from latent_medi.evaluation.downstream.classifiers import Learned
 from latent_medi.evaluation.downstream.compare import compare

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.matching import Matched
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws, neighbourhoods
+from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws
+from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.fidelity.real_split_range import real_splits
 from latent_medi.shards.writing.writer import write_dataset
 from latent_medi.statistics.distances import frechet_distance, mmd2

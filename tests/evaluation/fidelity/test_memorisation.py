@@ -19,7 +19,8 @@ from PIL import Image
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
 from latent_medi.demo.tissue import random_shape, random_stain, render
-from latent_medi.evaluation.cohort.study import Study, SyntheticSet, open_study
+from latent_medi.evaluation.cohort.open_study import open_study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import memorisation as module
 from latent_medi.evaluation.fidelity.distance_to_real import Features

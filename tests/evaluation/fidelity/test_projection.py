@@ -7,7 +7,7 @@ import pytest
 from evaluation_world import World, filters
 from sklearn.decomposition import PCA
 
-from latent_medi.evaluation.cohort.study import open_study
+from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.evaluate import study_features
 from latent_medi.evaluation.fidelity.projection import evenly, project
 

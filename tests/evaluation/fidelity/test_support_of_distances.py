@@ -16,9 +16,10 @@ from parts import put_index
 from latent_medi.core.records import encode
 from latent_medi.evaluation.cohort.comparison_sets import Comparison, _mismatch, class_comparisons
 from latent_medi.evaluation.cohort.matching import Matched
+from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.roles import synthetic_roles
 from latent_medi.evaluation.cohort.sample_size import thin_support
-from latent_medi.evaluation.cohort.study import Study, open_study
+from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity import distance_to_real, real_split_range
 from latent_medi.evaluation.fidelity.distance_to_real import Features, _thinned, distance_ratio, distance_table
 from latent_medi.evaluation.fidelity.real_split_range import Patches, measures_of

@@ -1,0 +1,279 @@
+"""Opening the datasets of an evaluation: every check, and the part of every real row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.progress import get_logger
+from latent_medi.evaluation.cohort.combinations import Combination, categorical_fields, describe, matches
+from latent_medi.evaluation.cohort.roles import synthetic_roles
+from latent_medi.evaluation.cohort.study import NOT_CONDITIONED, Study, SyntheticSet
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.metadata.schema import NULL, Schema
+from latent_medi.metadata.seen import patients_hash, saw
+from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.shards.checking.duplicates import pictures_in_several_parts
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.format.layout import PICTURE
+from latent_medi.shards.format.selections import selected_mask
+
+log = get_logger(__name__)
+
+_MAY_BE_SEEN = "set unseen=false (evaluate.unseen=false of `latent-medi run`)"
+
+
+def open_study(settings: EvaluateSettings) -> Study:
+    """Open the datasets, check them, and give every real row its part.
+
+    Raises:
+        UserError: No class field, an unknown split or field, synthetic rows among the real ones, a combination that is
+            not held out or that has no test patch.
+    """
+    real = _open_real(settings)
+    held_out = _check_held_out(settings.held_out, real.schema, settings.downstream)
+    synthetic_roles(settings.synthetic, settings.candidate)
+    split = _Split.of(real, settings)
+    _check_combinations(settings, real, split, held_out)
+    study = Study(
+        real=real,
+        class_field=split.class_field,
+        site_field=settings.site_field,
+        held_out=held_out,
+        synthetic={},
+        train=split.train,
+        shown=split.shown,
+        probe=split.probe,
+        probe_train=split.probe,
+        reference=split.test,
+        test=split.test,
+        oracle_reason="",
+        notes=[],
+        candidate=settings.candidate,
+    )
+    if split.dropped:
+        study.notes.append(
+            f"{split.dropped} real patches without a known {split.class_field} take no part, but copies of them are "
+            "looked for."
+        )
+    if not len(split.probe):
+        _halve_reference(study, settings)
+    _warn_of_shared_pictures(study, settings.split)
+    if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
+        close = nearest(unknown[0], settings.synthetic)
+        raise UserError(f"selected names {unknown[0]!r}, which is no synthetic set; {close}.")
+    trained = patients_hash(real.index["patient"].iloc[split.shown])
+    for name, folder in settings.synthetic.items():
+        study.synthetic[name] = _open_synthetic(study, settings, name, folder, trained)
+    return study
+
+
+def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
+    index = dataset.index
+    return tuple(
+        name for name in categorical_fields(dataset.schema) if (~index[name].astype(str).isin(NOT_CONDITIONED)).any()
+    )
+
+
+def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema, downstream: bool) -> list[Combination]:
+    if not held_out and downstream:
+        raise UserError(
+            "No held-out combination is given.",
+            "Set held_out, e.g. [{class: spindle, site: birch}], or downstream=false to evaluate the patches alone.",
+        )
+    names = categorical_fields(schema)
+    for combination in held_out:
+        for name, value in combination.items():
+            if name not in names:
+                known = nearest(name, names)
+                raise UserError(f"A held-out combination uses {name!r}, no class or categorical field; {known}.")
+            if schema.field(name).code(value) <= NULL + 1:
+                raise UserError(f"A held-out combination needs a value of {name!r}, not {value!r}.")
+    return [dict(c) for c in held_out]
+
+
+def _halve_test(
+    index: pd.DataFrame, test: np.ndarray, fields: Sequence[str], others: Sequence[str], seed: int
+) -> np.ndarray:
+    """Which test rows stand in for a probe split, bool over ``test``: half of the patients of each combination of the
+    fields, with about the same mix of the other fields in both halves.
+    """
+    first = index.iloc[test].drop_duplicates("patient").sort_values("patient").astype(str)
+    rng = np.random.default_rng(seed)
+    chosen: set[str] = set()
+    for _, group in first.groupby(list(fields), sort=True):
+        odd = 0
+        mixed = group.iloc[rng.permutation(len(group))]
+        kinds = [alike for _, alike in mixed.groupby(list(others), sort=True)] if others else [mixed]
+        # In an order by chance: the reference keeps the first kind's odd patient, the other half gets the second's.
+        for which in rng.permutation(len(kinds)) if len(kinds) > 1 else [0]:
+            taken, odd = divmod(len(kinds[which]) + odd, 2)
+            chosen.update(kinds[which]["patient"].to_numpy()[:taken])
+    table = index.iloc[test]
+    return table["patient"].astype(str).isin(chosen).to_numpy()
+
+
+def _open_real(settings: EvaluateSettings) -> PatchDataset:
+    """The real dataset, if it has the class, site and split and no synthetic patch."""
+    real = PatchDataset.open(settings.real)
+    index, column = real.index, f"split_{settings.split}"
+    if real.schema.class_field is None:
+        raise UserError(f"The dataset {settings.real} has no class field.", "An evaluation needs one.")
+    if column not in index.columns:
+        raise UserError(
+            f"The dataset {settings.real} has no split {settings.split!r}; {nearest(settings.split, real.splits)}.",
+            f"`latent-medi split {settings.real} name={settings.split} …` makes one.",
+        )
+    if settings.site_field not in real.schema.names:
+        close = nearest(settings.site_field, real.schema.names)
+        raise UserError(f"The dataset {settings.real} has no field {settings.site_field!r}; {close}.")
+    if synthetic := int((index["origin"] != "real").sum()):
+        raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
+    assert_patient_disjoint(index, column)
+    known = categorical_fields(real.schema)
+    for name in (name for fields in settings.cells for name in fields):
+        if name not in known:
+            raise UserError(f"cells names {name!r}, no class or categorical field; {nearest(name, known)}.")
+    return real
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Rows of the real index by split value, of patches with a known class.
+
+    Args:
+        class_field: Name of the class field.
+        train, probe, test: Rows with that value.
+        shown: Training patches and those without a known class.
+        dropped: Patches of the split without a known class.
+    """
+
+    class_field: str
+    train: np.ndarray
+    probe: np.ndarray
+    test: np.ndarray
+    shown: np.ndarray
+    dropped: int
+
+    @classmethod
+    def of(cls, real: PatchDataset, settings: EvaluateSettings) -> _Split:
+        """The split that the settings name.
+
+        Raises:
+            UserError: There is no training or no test patch.
+        """
+        field = real.schema.class_field
+        assert field is not None
+        split = real.index[f"split_{settings.split}"].to_numpy(dtype=str)
+        known = real.index[field.name].isin(field.values).to_numpy(bool)
+        values = np.where(known, split, "")
+        names = (settings.train_value, settings.probe_value, settings.test_value)
+        train, probe, test = (np.flatnonzero(values == name) for name in names)
+        for name, rows in ((settings.train_value, train), (settings.test_value, test)):
+            if len(rows) == 0:
+                raise UserError(f"Split {settings.split!r} has no {name!r} patches; it has {sorted(set(values))}.")
+        shown = np.flatnonzero(split == settings.train_value)
+        return cls(field.name, train, probe, test, shown, int(((split != "") & ~known).sum()))
+
+
+def _check_combinations(
+    settings: EvaluateSettings, real: PatchDataset, split: _Split, held_out: Sequence[Combination]
+) -> None:
+    """Refuse a combination that training has or that test patches lack, and a training set of one class."""
+    for combination in held_out:
+        keep = matches(real.index, combination)
+        if settings.unseen and keep[split.train].any():
+            raise UserError(
+                f"{describe(combination)} is not held out: {int(keep[split.train].sum())} training patches have it.",
+                f"Name combinations that training lacks, or {_MAY_BE_SEEN}.",
+            )
+        if not keep[split.test].any():
+            raise UserError(f"{describe(combination)} has no test patch, so nothing can be said about it.")
+    classes = sorted(set(real.index[split.class_field].to_numpy(str)[split.train]))
+    if settings.downstream and len(classes) < 2:
+        raise UserError(
+            f"All training patches have {split.class_field} = {classes[0]}: a classifier needs two classes.",
+            "Set downstream=false to evaluate the patches alone.",
+        )
+
+
+def _halve_reference(study: Study, settings: EvaluateSettings) -> None:
+    """Let half of the test patients stand in for the probe split, for real-vs-real distances and linear probes."""
+    fields = (study.class_field, study.site_field)
+    others = [name for name in study.categorical() if name not in fields]
+    half = _halve_test(study.index, study.test, fields, others, settings.seed)
+    study.probe, study.reference = study.test[half], study.test[~half]
+    study.probe_train = np.concatenate([study.train, study.probe])
+    study.oracle_reason = (
+        f"the split {settings.split!r} has no {settings.probe_value!r} patients, so no real patch of a held-out "
+        "combination is free for training"
+    )
+    study.notes.append(
+        f"There is no {settings.probe_value!r} split: half of the test patients of each class and site "
+        f"({len(set(study.index['patient'].iloc[study.probe]))} patients) give the real-vs-real distances and, with "
+        "the training patches, train the linear probes; fidelity and the linear probes' accuracy on real patches use "
+        "the other half. Downstream accuracy uses all of them."
+    )
+
+
+def _warn_of_shared_pictures(study: Study, split: str) -> None:
+    shared = pictures_in_several_parts(study.index, study.index[f"split_{split}"])
+    if len(shared):
+        first = shared["key"][shared[PICTURE] == shared[PICTURE].iloc[0]][:2]
+        study.warnings.append(
+            f"{shared[PICTURE].nunique()} pictures are in several parts of split {split!r} under different patients, "
+            f"such as {' = '.join(first)}: test patches were seen in training. `latent-medi split` keeps such patients "
+            "together."
+        )
+
+
+def _open_synthetic(study: Study, settings: EvaluateSettings, name: str, folder: str, trained: str) -> SyntheticSet:
+    """One synthetic dataset; what it does not record is added to the study's notes and warnings.
+
+    Args:
+        study: The cohort.
+        settings: The evaluation's.
+        name: The set's name.
+        folder: Its folder.
+        trained: Hash of the training patients.
+    """
+    dataset = PatchDataset.open(folder)
+    if dataset.schema.class_field is None or dataset.schema.class_field.name != study.class_field:
+        raise UserError(f"The synthetic dataset {folder} ({name}) has no class field {study.class_field!r}.")
+    if (dataset.index["origin"] != "synthetic").any():
+        raise UserError(f"The synthetic dataset {folder} ({name}) holds real patches.", "Name one without them.")
+    rows = np.arange(len(dataset))
+    if name in settings.selected:
+        rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
+    if settings.unseen and study.held_out:
+        study.notes += _check_unseen(name, dataset, study.held_out)
+    record = dataset.info.get("provenance", {}).get("seen") or {"complete": False, "parts": []}
+    hashes = [part.get("patients") for part in record["parts"]]
+    if not record["complete"] or None in hashes:
+        study.notes.append(f"The samples of {name} do not record which patients their model was trained on.")
+    if any(known not in (None, trained) for known in hashes):
+        study.warnings.append(
+            f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
+            f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
+        )
+    fields = _known_fields(dataset)
+    log.info("Synthetic set %s: %d patches, fields %s", name, len(rows), ", ".join(fields))
+    return SyntheticSet(name, dataset, fields, rows)
+
+
+def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combination]) -> list[str]:
+    """Refuse samples of a model that was trained on a held-out combination; a note where there is no record of it."""
+    record = dataset.info.get("provenance", {}).get("seen")
+    for combination in held_out:
+        if saw(record, combination):
+            raise UserError(
+                f"The model that made {dataset.folder} ({name}) was trained on patches of {describe(combination)}.",
+                f"Train one without them, name combinations that it did not see, or {_MAY_BE_SEEN}.",
+            )
+    if any(saw(record, combination) is None for combination in held_out):
+        return [f"The samples of {name} do not record whether their model was trained on the held-out combinations."]
+    return []
