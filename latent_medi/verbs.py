@@ -243,18 +243,19 @@ def _estimate(words: list[str]) -> Printed:
 
 
 def _plan(words: list[str]) -> Printed:
+    from latent_medi.core.records import encode
     from latent_medi.metadata.heatmap import write_heat_maps
     from latent_medi.planning.planner import plan_from
     from latent_medi.planning.settings import PlanSettings
-    from latent_medi.planning.text import figure_tables, plan_text
+    from latent_medi.planning.summary import figure_tables, plan_text
 
     settings = config.parse(PlanSettings, words, "plan", positional="data")
-    planned = plan_from(settings)
-    print(plan_text(planned))
+    plan = plan_from(settings)
+    print(plan_text(plan))
     print(f"written to {settings.out}")
     if settings.figure:
-        write_heat_maps(figure_tables(planned), settings.figure)
-    return {"plan": settings.out, **planned.facts}
+        write_heat_maps(figure_tables(plan), settings.figure)
+    return {"plan": settings.out, **encode(plan.summary)}
 
 
 def _sample(words: list[str]) -> Printed:

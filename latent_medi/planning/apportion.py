@@ -7,27 +7,29 @@ from collections.abc import Mapping
 from fractions import Fraction
 from math import floor
 
-Cell = tuple[str, ...]
-"""A combination: values of the combined fields, in order."""
+Combination = tuple[str, ...]
+"""Values of the combined fields, in order."""
 
 
-def apportion(weights: Mapping[Cell, int], total: int, low: int = 0, high: int | None = None) -> dict[Cell, int]:
+def apportion(
+    weights: Mapping[Combination, int], total: int, low: int = 0, high: int | None = None
+) -> dict[Combination, int]:
     """Shares of ``total`` in proportion to the weights, each between ``low`` and ``high``, by largest remainder.
 
     The exact shares are min(max(λ·weight, low), high), with the λ at which they sum to ``total``; each is rounded down,
     and what is left goes to the largest remainders (Hamilton's method). Equal remainders take turns over the first
-    value of their cells (the class), so that rounding favours no class; the order of ``weights`` does not matter. All
-    arithmetic is exact.
+    value of their combinations (the class), so that rounding favours no class; the order of ``weights`` does not
+    matter. All arithmetic is exact.
 
     Args:
-        weights: Weight > 0 by cell.
+        weights: Weight > 0 by combination.
         total: Images to divide.
-        low: Least images of a cell.
-        high: Most images of a cell; ``None`` for no bound.
+        low: Least images of a combination.
+        high: Most images of a combination; ``None`` for no bound.
 
     Returns:
-        Images by cell in the order of ``weights``; they sum to ``total``. A larger weight never gets fewer images, and
-        equal weights differ by one image at most.
+        Images by combination in the order of ``weights``; they sum to ``total``. A larger weight never gets fewer
+        images, and equal weights differ by one image at most.
 
     Raises:
         ValueError: A weight that is not above 0, or no division keeps to the bounds.
@@ -36,10 +38,10 @@ def apportion(weights: Mapping[Cell, int], total: int, low: int = 0, high: int |
         raise ValueError("every weight must be above 0")
     count = len(weights)
     if low < 0 or total < low * count or (high is not None and (high < low or total > high * count)):
-        raise ValueError(f"{total} images cannot be divided among {count} cells of {low} to {high}")
+        raise ValueError(f"{total} images cannot be divided among {count} combinations of {low} to {high}")
     if not count:
         if total:
-            raise ValueError(f"there is no cell for {total} images")
+            raise ValueError(f"there is no combination for {total} images")
         return {}
     scale = _scale(Counter(weights.values()), total, low, high)
     exact: dict[int, Fraction] = {}
@@ -47,7 +49,7 @@ def apportion(weights: Mapping[Cell, int], total: int, low: int = 0, high: int |
         share = max(scale * weight, Fraction(low))
         exact[weight] = share if high is None else min(share, Fraction(high))
     shares = {cell: floor(exact[weight]) for cell, weight in weights.items()}
-    remainders: dict[Fraction, list[Cell]] = defaultdict(list)
+    remainders: dict[Fraction, list[Combination]] = defaultdict(list)
     for cell, weight in weights.items():
         remainders[exact[weight] - shares[cell]].append(cell)
     left = total - sum(shares.values())
@@ -71,11 +73,11 @@ def _scale(numbers: Mapping[int, int], total: int, low: int, high: int | None) -
     return at + (total - reached) / slope if slope else at
 
 
-def _in_turns(cells: list[Cell]) -> list[Cell]:
-    """Cells in an order that depends on nothing but their names: one of each first value, then another of each."""
+def _in_turns(combinations: list[Combination]) -> list[Combination]:
+    """Combinations in an order that depends on their names alone: one of each first value, then another of each."""
     order = []
     before: Counter[str] = Counter()
-    for cell in sorted(cells):
-        order.append((before[cell[0]], cell))
-        before[cell[0]] += 1
-    return [cell for _, cell in sorted(order)]
+    for combination in sorted(combinations):
+        order.append((before[combination[0]], combination))
+        before[combination[0]] += 1
+    return [combination for _, combination in sorted(order)]

@@ -1,4 +1,4 @@
-"""What is wrong with the settings of a plan, all of it at once."""
+"""Every problem of a plan's settings, reported at once."""
 
 from __future__ import annotations
 
@@ -11,33 +11,23 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.planning.plan import MOST
 from latent_medi.planning.settings import PlanSettings
 
-EVEN_GOALS = ("fill_unseen", "each", "union", "separate")
-"""Goals that want the same of every combination."""
+EVEN_GOALS = ("fill_unseen", "each", "all_sites_of_classes", "own_sites")
+"""Goals that want the same number for every combination."""
 LACK_GOALS = ("balance", "within_site", "target")
-"""Goals that want of every combination what it lacks."""
-SITE_GOALS = ("union", "separate", "within_site")
+"""Goals that want for every combination what it lacks."""
+SITE_GOALS = ("all_sites_of_classes", "own_sites", "within_site")
 """Goals that need a class and a site."""
 
 
 def goal_of(settings: PlanSettings) -> str:
-    """The goal; where none is named, that of the target table or to fill what is unseen."""
+    """The goal; by default "target" with a target table, otherwise "fill_unseen"."""
     return settings.goal or ("target" if settings.target else "fill_unseen")
 
 
 def problems_of(settings: PlanSettings) -> list[str]:
-    """What is wrong with the settings, whatever the data."""
-    goal, found = goal_of(settings), []
-    if goal not in EVEN_GOALS + LACK_GOALS:
-        return [f"there is no goal {goal!r}; {nearest(goal, EVEN_GOALS + LACK_GOALS)}"]
-    for name in ("per_cell", "max_images", "floor", "cap"):
-        if not 0 <= (value := getattr(settings, name)) < MOST:
-            found.append(f"{name} is {value}; it is a number from 0 to {MOST - 1}")
-    for name in ("ratio", "gpu_hours", "images_per_s"):
-        if not (math.isfinite(value := getattr(settings, name)) and value >= 0):
-            found.append(f"{name} is {value}; it is a finite number, at least 0")
-    for name in ("thin_patients", "patches_per_row"):
-        if (value := getattr(settings, name)) < 1:
-            found.append(f"{name} is {value}; it is at least 1")
+    """Problems of the settings that do not depend on the data."""
+    goal = goal_of(settings)
+    found = _numbers_out_of_range(settings)
     if goal == "target" and not settings.target:
         found.append("the goal 'target' needs a target table: target=wanted.csv")
     if goal != "target" and settings.target:
@@ -51,20 +41,34 @@ def problems_of(settings: PlanSettings) -> list[str]:
         found.append("the goal 'within_site' reaches the largest class of each site, so per_cell contradicts it")
     if goal in EVEN_GOALS and not (settings.per_cell or settings.ratio or settings.max_images or settings.gpu_hours):
         found.append(f"the goal {goal!r} needs a number: per_cell, ratio, or a budget to be spread evenly")
-    if settings.spread == "real" and not (goal == "separate" and settings.ratio):
-        found.append("spread=real shares a ratio among the combinations there are: it needs goal=separate and ratio")
+    if settings.spread == "real" and not (goal == "own_sites" and settings.ratio):
+        found.append("spread=real shares a ratio among the real combinations: it needs goal=own_sites and ratio")
     if settings.gpu_hours and not settings.images_per_s:
-        found.append("gpu_hours needs images_per_s, the images that one GPU makes in a second")
+        found.append("gpu_hours needs images_per_s, the images that one GPU generates in a second")
     elif 0 < settings.gpu_hours * settings.images_per_s < math.inf and not allowed_images(settings):
         found.append(f"{settings.gpu_hours} GPU-hours are not one image at {settings.images_per_s} images/s")
-    if settings.cap and settings.floor > settings.cap:
-        found.append(f"floor = {settings.floor} is above cap = {settings.cap}")
+    if settings.max_per_cell and settings.min_per_cell > settings.max_per_cell:
+        found.append(f"min_per_cell = {settings.min_per_cell} is above max_per_cell = {settings.max_per_cell}")
     found += [f"only names no value of {name!r}" for name, values in settings.only.items() if not values]
     return found
 
 
+def _numbers_out_of_range(settings: PlanSettings) -> list[str]:
+    found = []
+    for name in ("per_cell", "max_images", "min_per_cell", "max_per_cell"):
+        if not 0 <= (value := getattr(settings, name)) < MOST:
+            found.append(f"{name} is {value}; it is a number from 0 to {MOST - 1}")
+    for name in ("ratio", "gpu_hours", "images_per_s"):
+        if not (math.isfinite(value := getattr(settings, name)) and value >= 0):
+            found.append(f"{name} is {value}; it is a finite number, at least 0")
+    for name in ("thin_patients", "patches_per_row"):
+        if (value := getattr(settings, name)) < 1:
+            found.append(f"{name} is {value}; it is at least 1")
+    return found
+
+
 def problems_with(settings: PlanSettings, schema: Schema) -> list[str]:
-    """What is wrong with the settings for data with that schema."""
+    """Problems of the settings with data of that schema."""
     plain = [f.name for f in schema.fields if not f.continuous]
     found = []
     for what, names in (("fields", settings.fields), ("only", list(settings.only))):
@@ -98,7 +102,7 @@ def problems_with(settings: PlanSettings, schema: Schema) -> list[str]:
 
 
 def refusal(problems: Sequence[str]) -> UserError:
-    """The error that lists them."""
+    """The error that lists some problems."""
     if len(problems) == 1:
         return UserError(f"There can be no such plan: {problems[0]}.")
     return UserError(f"There can be no such plan, for {len(problems)} reasons:\n  " + "\n  ".join(problems))

@@ -1,5 +1,5 @@
-"""What ``real`` means in each row of a plan: the distribution of a continuous field among the patients that the row is
-about, written into the row so that the plan needs no dataset.
+"""The distribution of ``real`` in each row of a plan: that of a continuous field among the patients of the row's
+combination. It is written into the row, so that the plan needs no dataset.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from latent_medi.metadata.schema import QUANTILES, Schema
 from latent_medi.planning.plan import DRAWN_FROM, QUANTILES_OF, UNKNOWN_OF
 
 LEVELS = ("cell", "class", "all")
-"""Whose values are drawn, the narrowest first."""
+"""Groups of patients whose values are drawn, the narrowest first."""
 
 
 def real_values(
@@ -22,15 +22,16 @@ def real_values(
     """Quantiles and shares of unknown values for the rows of a plan.
 
     Quantiles are those of the rows of the index with the same combination, if at least ``patients`` patients there
-    have a value; otherwise of those of the same class, however few; of all only if nobody of the class has one, or no
-    class is combined. The share of rows without a value is taken likewise from the narrowest that has patients enough.
+    have a value; otherwise of those of the same class, however few; of all only if no patient of the class has one, or
+    no class is combined. The share of rows without a value likewise is that of the narrowest group with enough
+    patients.
 
     Args:
         index: Patient and fields, NaN where a continuous field has no value.
         schema: Its fields.
         table: The plan's rows; the combined fields are read.
         combined: Class and categorical fields that the plan combines.
-        patients: Fewer do not make a combination's own distribution.
+        patients: Patients that the distribution of a combination needs.
 
     Returns:
         Columns for the plan, such as ``age_quantiles`` (21 numbers of 6 digits; ``""`` where nobody has a value),
@@ -41,7 +42,7 @@ def real_values(
     keys = {"cell": [*combined], "class": own, "all": []}
     if own in ([], [*combined]):
         del keys["class"]
-    # A class's few patients say more of its ages than all others do; so they do where the class is the combination.
+    # A few patients of a class represent its ages better than all others do, also where the class is the combination.
     least = {level: patients if level == "cell" and own != [*combined] else 1 for level in keys}
     columns: dict[str, list[str]] = {}
     levels: dict[str, dict[str, int]] = {}
@@ -66,7 +67,7 @@ def real_values(
 
 
 def _enough(index: pd.DataFrame, names: list[str], patients: int) -> dict[tuple[str, ...], pd.DataFrame]:
-    """The rows by combination, where there are patients enough; without names, all rows however few."""
+    """The rows by combination, where there are enough patients; without names, all rows however few."""
     if not names:
         return {(): index} if len(index) else {}
     counts = index[[*names, "patient"]].drop_duplicates().groupby(names, observed=True).size()

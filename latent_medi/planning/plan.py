@@ -1,12 +1,11 @@
-"""The plan: a table with a row per combination to generate, edited by a person, checked before use.
+"""The plan: a table with a row per combination to generate, which a person may edit. It is checked before use.
 
-Columns: a column per field, ``count``, ``verdict`` and ``seed``. A cell of a field holds a value, ``unknown``, or
-    nothing (the model is not told);
-a continuous field may also hold ``real``: drawn for each sample from the distribution of the training data. Two
-columns more say from which, such as ``age_quantiles`` ("41 55 62 70 88": evenly spaced quantiles, from the least to
-the largest value) and ``age_unknown`` (share of samples without a value, 0 to 1; nothing means none). Where both are
-empty or absent, the values are those of the model's schema. A third, ``age_from``, tells a reader whose they are
-(``cell``, ``class`` or ``all``), and is not looked at.
+Columns: one per field, ``count``, ``verdict`` and ``seed``. A field holds a value, ``unknown``, or nothing (the model
+is not conditioned on it). A continuous field may also hold ``real``: drawn for each sample from the distribution of the
+training data. Two more columns hold that distribution, such as ``age_quantiles`` ("41 55 62 70 88": evenly spaced
+quantiles, from the least to the largest value) and ``age_unknown`` (share of samples without a value, 0 to 1; empty
+means none). Where both are empty or absent, the distribution is that of the model's schema. A third column,
+``age_from``, informs the reader whose values these are (``cell``, ``class`` or ``all``); the program ignores it.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from latent_medi.metadata.schema import UNKNOWN_WORD, Field, Schema
 from latent_medi.metadata.tables import read_table, write_for_people, written_for_people
 
 REAL = "real"
-"""Cell of a continuous field: draw a realistic value for each sample."""
+"""Entry of a continuous field: draw a realistic value for each sample."""
 OWN_COLUMNS = ("count", "verdict", "seed")
 QUANTILES_OF, UNKNOWN_OF = "_quantiles", "_unknown"
-"""Endings of the columns that say what ``real`` means in a row."""
+"""Endings of the columns that define ``real`` in a row."""
 DRAWN_FROM = "_from"
-"""Ending of the column that says whose values these are: those of the row's combination, its class, or all."""
-MOST = 10**8  # more images than any run makes; a slip of the keyboard is caught here
+"""Ending of the column that names whose values these are: those of the row's combination, its class, or all."""
+MOST = 10**8  # more images than any run generates; catches typing errors
 
 
 def stable_seed(*parts: Any, bits: int = 31) -> int:
@@ -47,10 +46,10 @@ def stable_seed(*parts: Any, bits: int = 31) -> int:
 
 
 def check_plan_file(path: str | Path) -> Path:
-    """The path of a plan to write; an older plan is replaced, nothing else.
+    """The path of a plan to write. It may replace an older plan, and no other file.
 
     Raises:
-        UserError: It cannot be written, or another file is there.
+        UserError: It cannot be written, or another file has that path.
     """
     return check_file(path, "plan", rb"PAR1|[^\n]*\bcount\b")
 
@@ -79,19 +78,19 @@ def read_plan(path: str | Path, schema: Schema | None = None) -> pd.DataFrame:
 def check_plan(
     plan: pd.DataFrame, schema: Schema | None = None, where: str = "The plan", ignore: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """A plan with counts and seeds as integers, everything else as strings, and seeds filled in where they are left
-    out; the columns on ``real`` come last, without :data:`DRAWN_FROM`.
+    """A plan with counts and seeds as integers, everything else as strings, and missing seeds filled in. The columns
+    that define ``real`` come last, without :data:`DRAWN_FROM`.
 
     Args:
         plan: The table.
-        schema: The model's schema; every column and value is looked up in it. Without one, only counts and seeds are
+        schema: The model's schema, which must have every column and value. Without one, only counts and seeds are
             checked.
-        where: How messages call the plan.
-        ignore: Field columns that are left out of the result, with what they say on ``real``.
+        where: Name of the plan in messages.
+        ignore: Fields that are left out of the result.
 
     Raises:
         UserError: No count column; a count that is negative, no whole number or too large; an unknown column or value;
-            quantiles that do not rise or a share that is none; two equal rows.
+            quantiles that do not rise, a share outside 0 to 1; two equal rows.
     """
     columns = [str(c) for c in plan.columns]
     if "count" not in columns:
@@ -141,7 +140,7 @@ def check_plan(
 
 
 def _columns_on_real(columns: Sequence[str], schema: Schema | None) -> dict[str, str]:
-    """The field by column of those that say what ``real`` means; a field of such a name stays a field."""
+    """The columns that define ``real``, each with its field; a field with such a name stays a field."""
     found = {}
     for column in columns:
         for ending in (QUANTILES_OF, UNKNOWN_OF, DRAWN_FROM):
@@ -156,7 +155,7 @@ def _columns_on_real(columns: Sequence[str], schema: Schema | None) -> dict[str,
 
 
 def _on_real(name: str, columns: Mapping[str, Any] | pd.DataFrame, row: int, schema: Schema) -> tuple[str, str]:
-    """What a row says on a field's ``real``: quantiles and share of unknown, each maybe empty."""
+    """Quantiles and share of unknown values that a row gives for a field's ``real``, each maybe empty."""
     quantiles, unknown = (
         columns[column][row] if column in columns and column not in schema.names else ""
         for column in (name + QUANTILES_OF, name + UNKNOWN_OF)
@@ -169,12 +168,12 @@ def _cell(value: Any) -> str:
 
 
 def whole_number(value: Any, bound: int, what: str) -> int:
-    """A whole number from 0 to ``bound`` - 1 out of a cell; ``100.0`` is 100.
+    """A whole number from 0 to ``bound`` - 1 from a table's entry; ``100.0`` is 100.
 
     Args:
-        value: The cell.
-        bound: The number that is too large.
-        what: How the message calls it.
+        value: The entry.
+        bound: The least number that is too large.
+        what: Name of the entry in messages.
 
     Raises:
         UserError: It is empty, has a fraction or an exponent, is no number, or is out of bounds.
@@ -205,10 +204,10 @@ def _check_cell(known: Field, cell: str, quantiles: str, unknown: str) -> None:
 
 
 def _distribution(known: Field, quantiles: str, unknown: str) -> tuple[tuple[float, ...], float]:
-    """Quantiles and share of unknown that ``real`` stands for; the schema's where a row says neither.
+    """Quantiles and share of unknown values of ``real``; the schema's where a row has neither.
 
     Raises:
-        UserError: Quantiles that are no rising numbers, or a share that is not from 0 to 1.
+        UserError: Quantiles that do not rise, or a share outside 0 to 1.
     """
     values = known.quantiles
     if quantiles:
@@ -245,7 +244,7 @@ class Sample:
         row: Row of the plan, from 0.
         number: Which of the row's images, from 0.
         seed: Seed of its noise and of drawn values, 63 bits.
-        fields: What the model is told: value by field name; a field not given is absent.
+        fields: Conditions, value by field; fields that the model is not conditioned on are absent.
     """
 
     row: int
@@ -270,16 +269,16 @@ def sample_at(plan: pd.DataFrame, schema: Schema, position: int, ends: np.ndarra
     for known in schema.fields:
         cell = plan[known.name].iloc[row] if known.name in plan.columns else ""
         if known.continuous and cell == REAL:
-            told = _on_real(known.name, plan, row, schema)
-            fields[known.name] = _drawn(known, seed, *_distribution(known, *told))
+            quantiles, unknown = _on_real(known.name, plan, row, schema)
+            fields[known.name] = _drawn(known, seed, *_distribution(known, quantiles, unknown))
         elif cell:
             fields[known.name] = cell
     return Sample(row, number, seed, fields)
 
 
 def _drawn(known: Field, seed: int, quantiles: Sequence[float], share_missing: float) -> str | float:
-    """A value of a continuous field as the data have it: missing as often, and spread like the quantiles."""
-    # The name keeps two fields of one sample independent of each other.
+    """A random value of a continuous field, with the distribution of the quantiles, or "unknown"."""
+    # With the name, two fields of one sample are independent of each other.
     missing, position = np.random.default_rng(stable_seed(known.name, seed)).random(2)
     if missing < share_missing or not quantiles:
         return UNKNOWN_WORD

@@ -11,23 +11,23 @@ from latent_medi.core.paths import PathText
 @dataclass
 class PlanSettings:
     """What to generate. A goal chooses combinations and how many images each wants; the number is per_cell, a ratio to
-    the real data, or whatever a budget allows; floor, cap and budget then bound it.
+    the real data, or whatever a budget allows; min_per_cell, max_per_cell and the budget then bound it.
 
     Args:
-        data: Dataset folder whose gaps are to be filled, or a CSV, TSV or Parquet table with a row per slide or patch.
+        data: Dataset folder whose gaps to fill, or a CSV, TSV or Parquet table with a row per slide or patch.
         out: The plan's file, .csv or .parquet.
-        goal: "fill_unseen" plans combinations without a patch; "each" all alike; "union" every class at every site that
-            any of the classes was seen at, "separate" every class at its own sites (MeDi's two modes; further fields
-            count as part of the site); "balance" tops every combination up to the same number; "within_site" tops every
-            class up to the largest one of its site; "target" reaches the numbers of a table. Empty means "target" if
+        goal: "fill_unseen" plans combinations without a patch; "each" all alike; "all_sites_of_classes" every class at
+            every site of any of the classes, "own_sites" every class at its own sites (MeDi's two modes; further fields
+            count as part of the site); "balance" raises every combination to the same number; "within_site" raises
+            every class to the largest one of its site; "target" reaches the numbers of a table. Empty means "target" if
             there is such a table, otherwise "fill_unseen".
         per_cell: Images per combination; for "balance" the number to reach, 0 meaning that of the largest combination.
         ratio: Images in all, as a multiple of the real ones (0.5, 1, 2, …), rounded down; 0 for none. All combinations
             of the goal share them evenly, as in MeDi's study; "balance" and "within_site" share them in proportion to
             what each combination lacks, and evenly once nothing is lacking. Real ones are all rows that `only` leaves,
             those with an unknown value too.
-        spread: How "separate" shares a ratio: "even", or "real" in proportion to the combination's real images, so that
-            ratio=1 mirrors the data (as for MeDi's Fréchet distances).
+        spread: How "own_sites" shares a ratio: "even", or "real" in proportion to the combination's real images, so
+            that ratio=1 mirrors the data (as for MeDi's Fréchet distances).
         target: Table with columns of fields and `count`, the number to reach by combination (real and planned).
         fields: Class and categorical fields to combine; empty means all, those of the target's columns, or class and
             site of a table.
@@ -36,9 +36,9 @@ class PlanSettings:
         max_images: Budget in images; 0 for none.
         gpu_hours: Budget in hours of GPUs added up, at images_per_s each; 0 for none. The smaller budget holds.
         images_per_s: Images per second of one GPU, as `latent-medi sample` prints it.
-        floor: Fewest images of a combination that is planned at all.
-        cap: Most images of a combination; 0 for none.
-        force_unidentifiable: Also plan combinations whose effects the data cannot tell apart; otherwise they are listed
+        min_per_cell: Least images of a combination that is planned at all.
+        max_per_cell: Most images of a combination; 0 for no limit.
+        force_unidentifiable: Also plan combinations whose effects the data cannot separate; otherwise they are listed
             with count 0.
         draw_from: Whose values of a continuous field are drawn. "cell": those of the row's combination, if
             thin_patients patients there have one, else of its class, else of all; written into the plan, which says
@@ -60,7 +60,9 @@ class PlanSettings:
 
     data: PathText = ""
     out: PathText = ""
-    goal: Literal["", "fill_unseen", "each", "union", "separate", "balance", "within_site", "target"] = ""
+    goal: Literal[
+        "", "fill_unseen", "each", "all_sites_of_classes", "own_sites", "balance", "within_site", "target"
+    ] = ""
     per_cell: int = 0
     ratio: float = 0.0
     spread: Literal["even", "real"] = "even"
@@ -70,8 +72,8 @@ class PlanSettings:
     max_images: int = 0
     gpu_hours: float = 0.0
     images_per_s: float = 0.0
-    floor: int = 0
-    cap: int = 0
+    min_per_cell: int = 0
+    max_per_cell: int = 0
     force_unidentifiable: bool = False
     draw_from: Literal["cell", "all"] = "cell"
     split: str = "main"

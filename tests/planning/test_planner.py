@@ -24,11 +24,12 @@ import pytest
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
+from latent_medi.core.records import encode
 from latent_medi.metadata.schema import Schema
 from latent_medi.planning.plan import check_plan, read_plan, sample_at
-from latent_medi.planning.planner import Planned, make_plan
+from latent_medi.planning.planner import make_plan
 from latent_medi.planning.settings import PlanSettings
-from latent_medi.planning.text import plan_text
+from latent_medi.planning.summary import Budget, PlanResult, VerdictCount, plan_text
 from latent_medi.shards.dataset import PatchDataset
 
 
@@ -36,13 +37,13 @@ from latent_medi.shards.dataset import PatchDataset
 def ask(index: pd.DataFrame, schema: Schema):
     """Plan for the table above; combinations of two patients are not thin."""
 
-    def asked(**settings: object) -> Planned:
+    def asked(**settings: object) -> PlanResult:
         return make_plan(index, schema, PlanSettings(**{"thin_patients": 2, **settings}))
 
     return asked
 
 
-def counts(planned: Planned) -> dict[tuple[str, str], int]:
+def counts(planned: PlanResult) -> dict[tuple[str, str], int]:
     return {(row["class"], row["site"]): row["count"] for row in planned.table.to_dict("records")}
 
 
@@ -57,10 +58,10 @@ EACH = [(c, s) for c in (B, T) for s in ("NA", "aster", "birch")]
         # Birch is known from benign patches, which the verdict rests on too.
         ({"per_cell": 7, "only": {"class": [T]}}, {(T, "birch"): 7}),
         ({"goal": "each", "per_cell": 3}, dict.fromkeys(EACH, 3)),
-        ({"goal": "union", "per_cell": 5}, dict.fromkeys(EACH, 5)),
-        ({"goal": "separate", "per_cell": 5}, dict.fromkeys([c for c in EACH if c != (T, "birch")], 5)),
+        ({"goal": "all_sites_of_classes", "per_cell": 5}, dict.fromkeys(EACH, 5)),
+        ({"goal": "own_sites", "per_cell": 5}, dict.fromkeys([c for c in EACH if c != (T, "birch")], 5)),
         # No tumour at birch: with the tumours alone, birch is nobody's site.
-        ({"goal": "union", "per_cell": 5, "only": {"class": [T]}}, {(T, "NA"): 5, (T, "aster"): 5}),
+        ({"goal": "all_sites_of_classes", "per_cell": 5, "only": {"class": [T]}}, {(T, "NA"): 5, (T, "aster"): 5}),
         ({"goal": "balance"}, {(B, "NA"): 4, (B, "birch"): 2, (T, "NA"): 3, (T, "aster"): 3, (T, "birch"): 6}),
         ({"goal": "balance", "per_cell": 4}, {(B, "NA"): 2, (T, "NA"): 1, (T, "aster"): 1, (T, "birch"): 4}),
         ({"goal": "balance", "only": {"site": ["birch", "NA"]}}, {(B, "NA"): 2, (T, "NA"): 1, (T, "birch"): 4}),
@@ -71,11 +72,11 @@ EACH = [(c, s) for c in (B, T) for s in ("NA", "aster", "birch")]
             {(B, "NA"): 2, (B, "aster"): 2, (B, "birch"): 1, (T, "NA"): 2, (T, "aster"): 1, (T, "birch"): 1},
         ),
         ({"goal": "each", "ratio": 1}, dict.fromkeys(EACH, 3)),
-        ({"goal": "union", "ratio": 2, "only": {"class": [T]}}, {(T, "NA"): 6, (T, "aster"): 6}),
+        ({"goal": "all_sites_of_classes", "ratio": 2, "only": {"class": [T]}}, {(T, "NA"): 6, (T, "aster"): 6}),
         ({"ratio": 0.25}, {(T, "birch"): 4}),  # 4.5 rounded down, as by MeDi
         # As many as there are, spread as they are.
         (
-            {"goal": "separate", "ratio": 1, "spread": "real"},
+            {"goal": "own_sites", "ratio": 1, "spread": "real"},
             {(B, "NA"): 2, (B, "aster"): 6, (B, "birch"): 4, (T, "NA"): 3, (T, "aster"): 3},
         ),
         # All that is lacking is 18: half of it, 2 + 1 + 1.5 + 1.5 + 3; ...
@@ -98,26 +99,26 @@ EACH = [(c, s) for c in (B, T) for s in ("NA", "aster", "birch")]
         ({"gpu_hours": 0.001, "images_per_s": 2.0, "max_images": 50}, {(T, "birch"): 7}),
         ({"per_cell": 3, "max_images": 100}, {(T, "birch"): 3}),  # a budget is no target
         (
-            {"goal": "balance", "cap": 3},
+            {"goal": "balance", "max_per_cell": 3},
             {(B, "NA"): 3, (B, "birch"): 2, (T, "NA"): 3, (T, "aster"): 3, (T, "birch"): 3},
         ),
         (
-            {"goal": "balance", "floor": 2, "max_images": 12},
+            {"goal": "balance", "min_per_cell": 2, "max_images": 12},
             {(B, "NA"): 2, (B, "birch"): 2, (T, "NA"): 2, (T, "aster"): 2, (T, "birch"): 4},
         ),
-        ({"goal": "within_site", "floor": 4}, {(B, "NA"): 4, (T, "aster"): 4, (T, "birch"): 4}),
-        ({"goal": "each", "ratio": 100, "cap": 5}, dict.fromkeys(EACH, 5)),
+        ({"goal": "within_site", "min_per_cell": 4}, {(B, "NA"): 4, (T, "aster"): 4, (T, "birch"): 4}),
+        ({"goal": "each", "ratio": 100, "max_per_cell": 5}, dict.fromkeys(EACH, 5)),
     ],
 )
 def test_counts_by_hand(settings: dict, wanted: dict, ask) -> None:
     planned = ask(**settings)
     assert counts(planned) == wanted
-    assert planned.facts["images"] == sum(wanted.values())
+    assert planned.summary.images == sum(wanted.values())
 
 
 def test_a_ratio_is_a_decimal_number(index: pd.DataFrame, schema: Schema) -> None:
     hundred = pd.concat([index] * 6).iloc[:100]
-    assert make_plan(hundred, schema, PlanSettings(goal="each", ratio=0.29)).facts["images"] == 29  # not 28.999…
+    assert make_plan(hundred, schema, PlanSettings(goal="each", ratio=0.29)).summary.images == 29  # not 28.999…
 
 
 def test_one_field_and_what_the_others_hold(ask) -> None:
@@ -154,9 +155,9 @@ def test_seeds_depend_on_the_combination_and_the_plans_seed(ask) -> None:
 
 def test_unknown_values_count_for_the_ratio_and_for_no_combination(index: pd.DataFrame, schema: Schema) -> None:
     index = index.assign(site=index["site"].where(index["site"] != "NA", "unknown"))  # 5 rows
-    planned = make_plan(index, schema, PlanSettings(goal="separate", ratio=1, thin_patients=2))
+    planned = make_plan(index, schema, PlanSettings(goal="own_sites", ratio=1, thin_patients=2))
     assert counts(planned) == {(B, "aster"): 6, (B, "birch"): 6, (T, "aster"): 6}
-    assert planned.facts["real"] == 18
+    assert planned.summary.real == 18
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def apart(index: pd.DataFrame) -> pd.DataFrame:
 def test_unidentifiable_combinations_get_nothing_unless_forced(apart: pd.DataFrame, schema: Schema) -> None:
     planned = make_plan(apart, schema, PlanSettings(goal="fill_unseen", per_cell=5, thin_patients=1))
     assert counts(planned) == dict.fromkeys([(B, "NA"), (B, "birch"), (T, "aster"), (T, "birch")], 0)
-    assert planned.facts["verdicts"]["unidentifiable"] == {"rows": 4, "images": 0}
+    assert planned.summary.verdicts["unidentifiable"] == VerdictCount(4, 0)
     assert "4 combinations are left at 0" in plan_text(planned)
     settings = PlanSettings(goal="balance", ratio=1, thin_patients=1)
     # Only tumours at NA can be topped up, by 3; the other 6 of 9 are shared with benign ones at aster.
@@ -178,24 +179,23 @@ def test_unidentifiable_combinations_get_nothing_unless_forced(apart: pd.DataFra
     settings.force_unidentifiable, settings.ratio = True, 0
     planned = make_plan(apart, schema, settings)
     assert counts(planned) == {(B, "NA"): 6, (B, "birch"): 6, (T, "NA"): 3, (T, "aster"): 6, (T, "birch"): 6}
-    assert planned.facts["verdicts"]["unidentifiable"] == {"rows": 4, "images": 24}
+    assert planned.summary.verdicts["unidentifiable"] == VerdictCount(4, 24)
     assert Counter(planned.table["verdict"]) == {"unidentifiable": 4, "seen": 1}
 
 
-def test_facts(ask) -> None:
-    facts = ask(goal="balance", max_images=9, images_per_s=0.5).facts
-    assert (facts["real"], facts["asked"], facts["wanted"], facts["images"], facts["rows"]) == (18, 18, 18, 9, 5)
-    assert facts["budget"] == {"images": 9, "used": 9, "gpu_hours": 0.005}
-    assert facts["verdicts"]["both margins seen"] == {"rows": 1, "images": 3}
-    assert facts["verdicts"]["seen"] == {"rows": 4, "images": 6}
-    before_after = facts["before_after"]
-    assert before_after["fields"] == ["class", "site"]
-    cells = {(c["class"], c["site"]): (c["real"], c["planned"]) for c in before_after["cells"]}
+def test_summary(ask) -> None:
+    summary = ask(goal="balance", max_images=9, images_per_s=0.5).summary
+    assert (summary.real, summary.asked, summary.wanted, summary.images, summary.rows) == (18, 18, 18, 9, 5)
+    assert summary.budget == Budget(9, 9, 0.005)
+    assert summary.verdicts["both margins seen"] == VerdictCount(1, 3)
+    assert summary.verdicts["seen"] == VerdictCount(4, 6)
+    assert summary.before_after.fields == ["class", "site"]
+    cells = {(c["class"], c["site"]): (c["real"], c["planned"]) for c in summary.before_after.cells}
     assert cells == {
         (B, "NA"): (2, 2), (B, "aster"): (6, 0), (B, "birch"): (4, 1),
         (T, "NA"): (3, 2), (T, "aster"): (3, 1), (T, "birch"): (0, 3),
     }  # fmt: skip
-    json.dumps(facts, allow_nan=False)
+    json.dumps(encode(summary), allow_nan=False)
 
 
 def test_a_table_of_numbers_to_reach(ask, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_table_of_numbers_to_reach(ask, tmp_path: Path) -> None:
     path.write_text("site,class,count\nNA,benign,5\nbirch,tumour,2.0\naster,benign,4\n")
     planned = ask(target=str(path))
     assert counts(planned) == {(B, "NA"): 3, (T, "birch"): 2}
-    assert planned.facts["goal"] == "target"
+    assert planned.summary.goal == "target"
     path.write_text("class,count\ntumour,10\n")  # six there are
     table = ask(target=str(path), max_images=3).table
     assert table[["class", "site", "count"]].to_numpy().tolist() == [[T, "", 3]]
@@ -237,7 +237,6 @@ def test_targets_that_cannot_be_meant(text: str, words: str, ask, tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"goal": "fill_unsen", "per_cell": 1}, "fill_unseen"),
         ({"goal": "each"}, "per_cell, ratio, or a budget"),
         ({"goal": "each", "per_cell": -3}, "per_cell is -3"),
         ({"goal": "each", "per_cell": 10**9}, "per_cell is 1000000000"),
@@ -251,15 +250,21 @@ def test_targets_that_cannot_be_meant(text: str, words: str, ask, tmp_path: Path
         ({"goal": "each", "per_cell": 1, "only": {"site": ["astor"]}}, "closest: 'aster'"),
         ({"goal": "each", "per_cell": 1, "only": {"site": []}}, "no value of 'site'"),
         ({"goal": "each", "per_cell": 1, "only": {"site": ["NA"]}, "fields": ["class"]}, "not among the fields"),
-        ({"goal": "union", "per_cell": 1, "fields": ["site"]}, "the class with a site"),
+        ({"goal": "all_sites_of_classes", "per_cell": 1, "fields": ["site"]}, "the class with a site"),
         ({"goal": "each", "gpu_hours": 2.0}, "gpu_hours needs images_per_s"),
         ({"goal": "each", "gpu_hours": 1e-6, "images_per_s": 1.0}, "not one image"),
-        ({"goal": "each", "per_cell": 1, "floor": 5, "cap": 4}, "floor = 5 is above cap = 4"),
-        ({"goal": "balance", "floor": 5, "max_images": 12}, "floor = 5 for 5 combinations is 25 images, and 12"),
+        (
+            {"goal": "each", "per_cell": 1, "min_per_cell": 5, "max_per_cell": 4},
+            "min_per_cell = 5 is above max_per_cell = 4",
+        ),
+        (
+            {"goal": "balance", "min_per_cell": 5, "max_images": 12},
+            "min_per_cell = 5 for 5 combinations is 25 images.*12",
+        ),
         ({"goal": "target"}, "needs a target table"),
         ({"goal": "balance", "target": "wanted.csv"}, "contradicts"),
         ({"target": "wanted.csv", "ratio": 1.0}, "ratio contradicts"),
-        ({"goal": "each", "ratio": 1.0, "spread": "real"}, "goal=separate"),
+        ({"goal": "each", "ratio": 1.0, "spread": "real"}, "goal=own_sites"),
         ({"goal": "each", "per_cell": 1, "thin_patients": 0}, "thin_patients is 0"),
     ],
 )
@@ -271,10 +276,18 @@ def test_settings_that_mean_nothing(settings: dict, words: str, ask) -> None:
 def test_everything_that_is_wrong_is_said_at_once(index: pd.DataFrame, schema: Schema, capsys, tmp_path: Path) -> None:
     path = tmp_path / "slides.csv"
     index.to_csv(path, index=False)
-    words = ["goal=each", "gpu_hours=1", "floor=9", "cap=3", "max_images=-1", "fields=[cite]", f"out={path}.txt"]
+    words = [
+        "goal=each",
+        "gpu_hours=1",
+        "min_per_cell=9",
+        "max_per_cell=3",
+        "max_images=-1",
+        "fields=[cite]",
+        f"out={path}.txt",
+    ]
     assert main(["plan", str(path), *words]) == 2
     told = capsys.readouterr().err
-    for part in ("images_per_s", "floor = 9", "must end in .csv or .parquet", "cite", "max_images is -1"):
+    for part in ("images_per_s", "min_per_cell = 9", "must end in .csv or .parquet", "cite", "max_images is -1"):
         assert part in told
     assert main(["plan", str(path), "goal=each", "per_cell=2", "only.class=[tumor]", f"out={tmp_path}/p.csv"]) == 2
     assert "closest: 'tumour'" in capsys.readouterr().err
@@ -303,7 +316,7 @@ def test_a_bare_table_with_codes_from_the_command_line(cohort: Path, capsys) -> 
     words = ["plan", str(cohort / "slides.csv"), "class_field=project_id", "site_field=tissue_source_site"]
     words += [
         "continuous=[age_at_index]",
-        "goal=union",
+        "goal=all_sites_of_classes",
         "ratio=1",
         f"out={cohort}/plan.csv",
         f"figure={cohort}/plan.png",
@@ -348,7 +361,7 @@ def test_where_nobody_of_a_class_has_a_value_all_are_drawn_from(cohort: Path) ->
 
 def test_drawn_values_follow_the_plan_without_the_dataset(cohort: Path) -> None:
     words = ["plan", str(cohort / "slides.csv"), "class_field=project_id", "site_field=tissue_source_site"]
-    words += ["continuous=[age_at_index]", "goal=separate", "per_cell=400", f"out={cohort}/plan.csv"]
+    words += ["continuous=[age_at_index]", "goal=own_sites", "per_cell=400", f"out={cohort}/plan.csv"]
     assert main([*words, f"tss_table={cohort}/codes.tsv"]) == 0
     plan = read_plan(cohort / "plan.csv")
     sites = sorted(set(plan["tissue_source_site"]))
@@ -390,7 +403,7 @@ def test_a_dataset_folder_is_planned_from_its_training_part(
 
 def test_patches_per_row(cohort: Path) -> None:
     words = ["plan", str(cohort / "slides.csv"), "class_field=project_id", "site_field=tissue_source_site"]
-    words += [f"tss_table={cohort}/codes.tsv", "goal=separate", "ratio=0.5", "patches_per_row=30", "spread=real"]
+    words += [f"tss_table={cohort}/codes.tsv", "goal=own_sites", "ratio=0.5", "patches_per_row=30", "spread=real"]
     assert main([*words, f"out={cohort}/plan.csv"]) == 0
     assert read_plan(cohort / "plan.csv")["count"].tolist() == [180, 30, 210]  # 12, 2 and 14 rows
 
@@ -415,4 +428,4 @@ def test_one_screen_however_many_sites(schema: Schema) -> None:
     assert max(map(len, lines)) <= 170
     assert any("133 others" in line for line in lines)
     added = re.findall(r"\d\+([\d,]+)", "\n".join(lines))
-    assert sum(int(number.replace(",", "")) for number in added) == planned.facts["images"]
+    assert sum(int(number.replace(",", "")) for number in added) == planned.summary.images

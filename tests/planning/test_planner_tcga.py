@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from latent_medi.metadata.tcga import INSTITUTIONS
-from latent_medi.planning.planner import Planned, plan_from
+from latent_medi.planning.planner import plan_from
 from latent_medi.planning.settings import PlanSettings
+from latent_medi.planning.summary import PlanResult, VerdictCount
 
 LUNG = ["TCGA-LUAD", "TCGA-LUSC"]
 
@@ -83,7 +84,7 @@ def verdict(slides):
 def plan(tables: Path, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("plans") / "plan.csv"
 
-    def planned(codes: bool = False, table: str = "all_slide_metadata.csv", **settings: object) -> Planned:
+    def planned(codes: bool = False, table: str = "all_slide_metadata.csv", **settings: object) -> PlanResult:
         start = time.process_time()
         result = plan_from(
             PlanSettings(
@@ -97,29 +98,29 @@ def plan(tables: Path, tmp_path_factory: pytest.TempPathFactory):
     return planned
 
 
-def counts(planned: Planned) -> dict[tuple[str, str], int]:
+def counts(planned: PlanResult) -> dict[tuple[str, str], int]:
     columns = planned.table[["project_id", "tissue_source_site", "count"]].to_numpy().tolist()
     return {(cancer, site): count for cancer, site, count in columns}
 
 
 def test_union_of_lung_cancers_at_ratio_1(plan, there, verdict, slides) -> None:
-    planned = plan(goal="union", ratio=1, only={"project_id": LUNG}, continuous=["age_at_index"])
+    planned = plan(goal="all_sites_of_classes", ratio=1, only={"project_id": LUNG}, continuous=["age_at_index"])
     sites = {site for cancer, site in there if cancer in LUNG}
     made = counts(planned)
     # 494 + 468 slides; 962 images for 2 × 39 combinations: 12 each, and 26 more in turns over the cancers.
     assert set(made) == {(cancer, site) for cancer in LUNG for site in sites}
     assert len(sites) == 39
-    assert planned.facts["real"] == planned.facts["images"] == sum(made.values()) == 962
+    assert planned.summary.real == planned.summary.images == sum(made.values()) == 962
     assert Counter(made.values()) == {12: 52, 13: 26}
     assert [sum(n for (c, _), n in made.items() if c == cancer) for cancer in LUNG] == [481, 481]
     # 68 of them were seen, 29 with ten patients and more; the 10 others are MeDi's extrapolation.
     judged = Counter(verdict(*cell) for cell in made)
     assert judged == {"seen": 29, "thin": 41, "both margins seen": 8}
-    told = planned.facts["verdicts"]
-    assert {word: told[word]["rows"] for word in told} == {**judged, "unidentifiable": 0}
+    verdicts = planned.summary.verdicts
+    assert {word: count.rows for word, count in verdicts.items()} == {**judged, "unidentifiable": 0}
     assert sum(1 for cell in made if cell not in there) == 10
-    assert planned.facts["before_after"]["fields"] == ["project_id", "tissue_source_site"]
-    assert sum(cell["real"] for cell in planned.facts["before_after"]["cells"]) == 962
+    assert planned.summary.before_after.fields == ["project_id", "tissue_source_site"]
+    assert sum(cell["real"] for cell in planned.summary.before_after.cells) == 962
     # Ages as at that hospital where ten patients have one, as in that cancer elsewhere.
     ages, patients = defaultdict(list), defaultdict(set)
     for cancer, site, patient, age in slides:
@@ -135,22 +136,26 @@ def test_union_of_lung_cancers_at_ratio_1(plan, there, verdict, slides) -> None:
 
 
 def test_separate_mirrors_the_data_at_ratio_1(plan, there) -> None:
-    planned = plan(goal="separate", ratio=1, spread="real", only={"project_id": LUNG})
+    planned = plan(goal="own_sites", ratio=1, spread="real", only={"project_id": LUNG})
     assert counts(planned) == {cell: n for cell, n in there.items() if cell[0] in LUNG}
-    assert planned.facts["images"] == 962
+    assert planned.summary.images == 962
 
 
 def test_union_of_codes_is_unidentifiable_where_a_code_is_new_to_a_cancer(plan) -> None:
     # The 22 + 22 codes of MeDi's training part, each of one cancer only.
     planned = plan(
-        codes=True, table="train_metadata_df_complex.csv", goal="union", per_cell=100, only={"project_id": LUNG}
+        codes=True,
+        table="train_metadata_df_complex.csv",
+        goal="all_sites_of_classes",
+        per_cell=100,
+        only={"project_id": LUNG},
     )
-    told = planned.facts["verdicts"]
-    assert told["seen"]["rows"] + told["thin"]["rows"] == 44
-    assert told["seen"]["images"] + told["thin"]["images"] == 4400
-    assert told["unidentifiable"] == {"rows": 44, "images": 0}
-    assert told["both margins seen"]["rows"] == 0
-    assert planned.facts["real"] == 812
+    verdicts = planned.summary.verdicts
+    assert verdicts["seen"].rows + verdicts["thin"].rows == 44
+    assert verdicts["seen"].images + verdicts["thin"].images == 4400
+    assert verdicts["unidentifiable"] == VerdictCount(44, 0)
+    assert verdicts["both margins seen"].rows == 0
+    assert planned.summary.real == 812
 
 
 def test_balance_all_over_institutions(plan, there, verdict) -> None:
@@ -160,15 +165,15 @@ def test_balance_all_over_institutions(plan, there, verdict) -> None:
     assert max(there.values()) == there["TCGA-LGG", "Case Western - St Joes"] == 274
     lacking = {(c, s): 274 - there[c, s] for c in cancers for s in sites if there[c, s] < 274}
     assert counts(planned) == lacking
-    assert planned.facts["images"] == 32 * 139 * 274 - 8726 == 1_210_026
+    assert planned.summary.images == 32 * 139 * 274 - 8726 == 1_210_026
     rows, images = Counter(), Counter()
     for cell, n in lacking.items():
         rows[verdict(*cell)] += 1
         images[verdict(*cell)] += n
     assert rows == {"seen": 205, "thin": 1936, "both margins seen": 2306}
     assert images == {"seen": 49_373, "thin": 528_809, "both margins seen": 631_844}
-    told = planned.facts["verdicts"]
-    assert {word: (told[word]["rows"], told[word]["images"]) for word in rows} == {
+    verdicts = planned.summary.verdicts
+    assert {word: (verdicts[word].rows, verdicts[word].images) for word in rows} == {
         w: (rows[w], images[w]) for w in rows
     }
 
@@ -176,16 +181,16 @@ def test_balance_all_over_institutions(plan, there, verdict) -> None:
 def test_balance_all_under_a_cap_a_budget_and_a_ratio(plan, there) -> None:
     cancers, sites = ({cell[i] for cell in there} for i in (0, 1))
     lacking = {(c, s): 274 - there[c, s] for c in cancers for s in sites if there[c, s] < 274}
-    capped = plan(goal="balance", cap=100)
+    capped = plan(goal="balance", max_per_cell=100)
     assert counts(capped) == {cell: min(n, 100) for cell, n in lacking.items()}
     for planned in (plan(goal="balance", ratio=1), plan(goal="balance", max_images=8726)):
         made = counts(planned)
-        assert sum(made.values()) == planned.facts["images"] == 8726
+        assert sum(made.values()) == planned.summary.images == 8726
         # In proportion to what is lacking, to within an image.
         assert all(abs(made.get(cell, 0) - n * 8726 / 1_210_026) < 1 for cell, n in lacking.items())
-    floored = plan(goal="balance", max_images=10_000, floor=2, cap=3)
+    floored = plan(goal="balance", max_images=10_000, min_per_cell=2, max_per_cell=3)
     assert set(counts(floored).values()) == {2, 3}
-    assert floored.facts["images"] == 10_000
+    assert floored.summary.images == 10_000
 
 
 def test_every_cancer_as_often_as_the_largest_of_its_institution(plan, there) -> None:
@@ -195,4 +200,4 @@ def test_every_cancer_as_often_as_the_largest_of_its_institution(plan, there) ->
     assert counts(planned) == {
         (c, s): largest[s] - there[c, s] for c in cancers for s in sites if there[c, s] < largest[s]
     }
-    assert planned.facts["images"] == 32 * sum(largest.values()) - 8726 == 124_842
+    assert planned.summary.images == 32 * sum(largest.values()) - 8726 == 124_842
