@@ -1,4 +1,4 @@
-"""The command line: one verb per step, each reads a folder and writes a folder. How it begins, fails and ends."""
+"""The command line: starts a verb, explains errors, and returns an exit code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from latent_medi.core.processes import Output, follow_parent, read_by_somebody, 
 from latent_medi.core.progress import set_up_logging
 from latent_medi.verbs import VERBS, Printed
 
-_HELPED = frozenset({
-    "train", "encode", "classifier", "average", "grid", "evaluate", "floors", "split", "audit", "export",
-    "benchmark-shift",
-})  # fmt: skip
-"""Verbs that have nothing to do without words, and show their settings then."""
+_NEED_SETTINGS = {"train", "encode", "classifier", "average", "grid", "evaluate", "floors"}
+_NEED_SETTINGS |= {"split", "audit", "export", "benchmark-shift"}
+"""Verbs that show their help if they are called without settings."""
 
 
 def _usage() -> str:
@@ -36,7 +34,7 @@ def _usage() -> str:
 
 
 def run_verb(words: Sequence[str]) -> int:
-    """Run one verb; errors pass through. Returns the exit code."""
+    """Run one verb and return its exit code; errors are not caught."""
     words = list(words)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -45,7 +43,7 @@ def run_verb(words: Sequence[str]) -> int:
         print(__version__)
         return 0
     verb, rest = words[0], words[1:]
-    if verb in _HELPED and not rest:
+    if verb in _NEED_SETTINGS and not rest:
         rest = ["--help"]
     if verb not in VERBS:
         raise UserError(f"There is no verb {verb!r}; {nearest(verb, VERBS)}.", "`latent-medi --help` lists them.")
@@ -62,10 +60,10 @@ def run_verb(words: Sequence[str]) -> int:
 
 
 def _take_json_file(words: list[str]) -> Path | None:
-    """The file of ``--json FILE``, which is taken out of the words.
+    """Remove ``--json FILE`` from the words, and return the file.
 
     Raises:
-        UserError: No file is named, or none can be written there: better said before the work than after it.
+        UserError: The file is missing or cannot be written.
     """
     at = next((i for i, word in enumerate(words) if word == "--json" or word.startswith("--json=")), None)
     if at is None:
@@ -73,18 +71,18 @@ def _take_json_file(words: list[str]) -> Path | None:
     word = words.pop(at)
     name = word.partition("=")[2] if word != "--json" else words.pop(at) if at < len(words) else ""
     if not name or name.startswith("--"):
-        raise UserError("--json names no file.", "Write --json FILE.")
+        raise UserError("--json has no file.", "Write --json FILE.")
     path = Path(expand(name, "--json"))
     if path.is_dir():
         raise UserError(f"--json {path} is a folder.", "Name a file in it.")
     try:
-        there = next(folder for folder in path.absolute().parents if folder.exists())
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
     except OSError as error:
         raise UserError(f"--json {path} cannot be written: {error.strerror}.", "Name another file.") from None
-    if not there.is_dir():
-        raise UserError(f"--json {path} cannot be written: {there} is no folder.", "Name another file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--json {path} cannot be written: no permission in {there}.", "Name another file.")
+    if not parent.is_dir():
+        raise UserError(f"--json {path} cannot be written: {parent} is no folder.", "Name another file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--json {path} cannot be written: no permission in {parent}.", "Name another file.")
     return path
 
 
@@ -97,24 +95,24 @@ def _write_result(path: Path | None, result: Printed) -> None:
         if error.errno in NO_SPACE:
             raise
         raise UserError(
-            f"The command is done, but --json {path} cannot be written: {error.strerror}.", "Name another file."
+            f"The command finished, but --json {path} cannot be written: {error.strerror}.", "Name another file."
         ) from None
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of ``latent-medi``, ``train.py`` and ``sample.py``.
 
-    Exit codes: 0 done; 2 bad input, explained in one message; 3 done, but for some of the input, which is named;
-    75 told to stop and saved, so that the same command continues; 130 interrupted; 141 nobody reads what it prints any
-    more; 143 terminated; anything else is a defect and keeps its traceback.
+    Exit codes: 0 finished; 2 invalid input, explained in one message; 3 finished without part of the input, which is
+    named; 75 asked to stop and saved, the same command continues; 130 interrupted; 141 nobody reads the output any
+    more; 143 terminated. Anything else is a bug and keeps its traceback.
     """
     set_up_logging()
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     with safe_helpers(), read_by_somebody() as output:
         if threading.current_thread() is threading.main_thread():
 
-            def end(*_: object) -> None:  # by an exception, so that a command that started others ends them too
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break off the cleaning up
+            def end(*_: object) -> None:  # an exception, so that helper processes are ended too
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal would interrupt the cleanup
                 raise SystemExit(128 + (signal.SIGPIPE if output.closed else signal.SIGTERM))
 
             signal.signal(signal.SIGTERM, end)
@@ -127,13 +125,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _explained(words: Sequence[str] | None, output: Output) -> int:
-    """Run a verb; returns the exit code, and prints what went wrong."""
+    """Run a verb and return its exit code; print a message for errors."""
     try:
         return run_verb(sys.argv[1:] if words is None else words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
+    except BrokenPipeError:  # the reader of the output has ended, such as `| head`
         output.give_up()
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -141,7 +139,7 @@ def _explained(words: Sequence[str] | None, output: Output) -> int:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         print(
-            f"error: The disk is full{where}.\n  What was finished is kept: free some space and run it again.",
+            f"error: The disk is full{where}.\n  Free some space and run the command again; it continues.",
             file=sys.stderr,
         )
         return 2
@@ -149,11 +147,11 @@ def _explained(words: Sequence[str] | None, output: Output) -> int:
         print(f"incomplete: {error}", file=sys.stderr)
         return 3
     except Preempted as error:
-        if output.closed:  # no cluster's notice: nobody reads what it prints
+        if output.closed:  # not preempted: nobody reads the output
             return 128 + signal.SIGPIPE
         print(f"stopped: {error}", file=sys.stderr)
         return RESUME
-    except RuntimeError as error:  # torch takes seconds to import: if it has not been, this is none of its errors
+    except RuntimeError as error:  # importing torch takes seconds: without it, this is not its error
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise

@@ -1,4 +1,4 @@
-"""The verbs of the command line, a function each: words in, what was printed out, for machines too."""
+"""The verbs of the command line: each function takes the words after the verb, and returns the result as JSON."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def _run(words: list[str]) -> Printed:
     from latent_medi.experiment.run import run
     from latent_medi.experiment.settings import ExperimentSettings
 
-    # Without any word it would be the demo without what the demo shows.
+    # The defaults alone would run a demo that does not print its results.
     return run(config.parse(ExperimentSettings, words or ["--help"], "run"))
 
 
 _SHARDS = """latent-medi shards WHAT …
 
-  images    a table of images and metadata into a dataset folder
-  slides    patches of whole slides into a dataset folder
-  demo      the demo's procedural tissue as a dataset folder
-  info      counts by every pair of fields, with heat maps
-  verify    whether a dataset folder is whole
-  RECIPE    a public dataset's own layout into a dataset folder
+  images    make a dataset folder from a table or folder of images
+  slides    make a dataset folder from patches of whole slides
+  demo      make a dataset folder of the demo's procedural tissue
+  info      count patches by every pair of fields, with heat maps
+  verify    check the files of a dataset folder
+  RECIPE    make a dataset folder from the files of a public dataset
 
 `latent-medi shards WHAT --help` lists its settings. Recipes: """
 
@@ -62,11 +62,11 @@ def _shards(words: list[str]) -> Printed:
 
         settings = config.parse(ImportSettings, words[1:], "shards images")
         dataset = import_images(settings)
-        told = dataset.info["provenance"]["rejected"]
-        count, result = told["count"], {"folder": str(dataset.folder), "patches": len(dataset)}
-        rejected = f"; {count} image{'s' * (count > 1)} rejected, named in its dataset.json" if count else ""
-        print(_holds(dataset) + rejected)
-        if lacking := incomplete(told, settings.max_bad):
+        rejected = dataset.info["provenance"]["rejected"]
+        count, result = rejected["count"], {"folder": str(dataset.folder), "patches": len(dataset)}
+        note = f"; {count} image{'s' * (count > 1)} rejected, see its dataset.json" if count else ""
+        print(_holds(dataset) + note)
+        if lacking := incomplete(rejected, settings.max_bad):
             raise Incomplete(lacking, result)
         return result
     if what == "slides":
@@ -90,7 +90,7 @@ def _shards(words: list[str]) -> Printed:
 
 
 def _holds(dataset: PatchDataset) -> str:
-    """What a dataset folder holds, in a line."""
+    """The size and path of a dataset folder, for printing."""
     return f"{len(dataset)} patches of {dataset.index['patient'].nunique()} patients in {dataset.folder}"
 
 
@@ -136,10 +136,11 @@ def _export(words: list[str]) -> Printed:
 
 
 def _audit(words: list[str]) -> Printed:
-    from latent_medi.metadata.audit import audit_text, class_by_site
-    from latent_medi.metadata.cohort import audit_index, audit_table, is_table
+    from latent_medi.metadata.audit import class_by_site
+    from latent_medi.metadata.audit_text import audit_text
     from latent_medi.metadata.heatmap import write_heat_map
     from latent_medi.metadata.settings import AuditSettings
+    from latent_medi.metadata.table_index import audit_index, audit_table, is_table
     from latent_medi.shards.checking.duplicates import duplicates_report, duplicates_text, find_duplicates
     from latent_medi.shards.dataset import PatchDataset
 
@@ -162,9 +163,9 @@ def _audit(words: list[str]) -> Printed:
 
 
 def _split(words: list[str]) -> Printed:
-    from latent_medi.metadata.cohort import is_table, split_table
-    from latent_medi.metadata.schemes import make_split, split_summary
     from latent_medi.metadata.settings import SplitSettings
+    from latent_medi.metadata.split_schemes import make_split, split_summary
+    from latent_medi.metadata.table_index import is_table, split_table
     from latent_medi.shards.checking.duplicates import find_duplicates, patients_together
     from latent_medi.shards.dataset import PatchDataset
 
@@ -185,7 +186,7 @@ def _split(words: list[str]) -> Printed:
         print("held out: " + " × ".join(combination.values()))
     if together := split.recipe.get("together"):
         print(
-            f"kept together, as they share a picture: {'; '.join(', '.join(group) for group in together[:5])}"
+            f"kept in one part, because they share a picture: {'; '.join(', '.join(group) for group in together[:5])}"
             + (f"; … and {len(together) - 5} more groups" if len(together) > 5 else "")
         )
     return {"name": settings.name, "parts": summary, "recipe": split.recipe}
@@ -214,7 +215,7 @@ def _train(words: list[str]) -> Printed:
         raise UserError(
             f"The device's memory is full: {str(error).splitlines()[0]}",
             "Lower device_batch (the update stays the same), or set resident=ram, checkpoint_activations=true, "
-            "optimizer=adamw8bit; `latent-medi train --estimate` tells what takes how much.",
+            "optimizer=adamw8bit. `latent-medi train --estimate` lists what needs how much memory.",
         ) from None
     return {made.name: str(made)}  # "model", or "adapter" of a run with lora
 
@@ -357,24 +358,24 @@ def _reading_sheet(words: list[str]) -> Printed:
 
 
 VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
-    "demo": (_demo, "the whole pipeline on procedural tissue with known truth"),
-    "run": (_run, "the whole pipeline on a dataset, from one configuration"),
-    "shards": (_shards, "slides, images or a public dataset into a dataset folder; verify; info"),
-    "export": (_export, "a dataset folder as split-pure tars for the Hub, or as folders of images"),
-    "audit": (_audit, "which class × site × attribute combinations the data have, lack and can support"),
-    "split": (_split, "patients into parts: at random, whole sites or held-out combinations apart"),
-    "encode": (_encode, "a dataset folder into latents of a frozen autoencoder"),
-    "train": (_train, "a metadata-conditioned denoiser on latents; --estimate: what it will take"),
-    "classifier": (_classifier, "a classifier of noisy latents, which guides a model to a class it does not know"),
-    "average": (_average, "a finished run's model with another length of the weights' average"),
-    "plan": (_plan, "which combinations to generate, and how many"),
-    "sample": (_sample, "the patches of a plan, as a dataset folder; or of one combination: --class X --n 16"),
-    "grid": (_grid, "a picture of what a model makes: cells, a blend of two values, the way out of the noise"),
-    "select": (_select, "the best synthetic patches of each combination, as a column; random ones beside them"),
-    "translate": (_translate, "real patches as another hospital would have made them, as a dataset folder"),
-    "evaluate": (_evaluate, "fidelity, adherence and downstream accuracy on real held-out patients"),
-    "floors": (_floors, "what real patients alone say: floors of distances, ceilings of probes, per combination"),
-    "benchmark-shift": (_benchmark_shift, "how accuracy falls as class and site are tied together, and what helps"),
-    "report": (_report, "one HTML page from metrics.json; --compare A B: several evaluations side by side"),
-    "reading-sheet": (_reading_sheet, "a blinded real-or-synthetic sheet for a pathologist; --score: its score"),
+    "demo": (_demo, "run all steps on procedural tissue whose truth is known"),
+    "run": (_run, "run all steps on a dataset, from one configuration"),
+    "shards": (_shards, "make a dataset folder from slides, images or a public dataset; check one; count its patches"),
+    "export": (_export, "write a dataset folder as tars per split for the Hugging Face hub, or as image folders"),
+    "audit": (_audit, "report which combinations of class, site and other fields a dataset has and lacks"),
+    "split": (_split, "split patients into parts, at random or with sites or combinations held out"),
+    "encode": (_encode, "encode a dataset folder into latents of a frozen autoencoder"),
+    "train": (_train, "train a diffusion model; --estimate: predict its memory, time and disk space"),
+    "classifier": (_classifier, "train a classifier of noisy latents, for guiding a model to a class"),
+    "average": (_average, "write a finished run's model with another EMA length"),
+    "plan": (_plan, "decide which combinations to generate, and how many images of each"),
+    "sample": (_sample, "generate the patches of a plan as a dataset folder, or of one combination: --class X --n 16"),
+    "grid": (_grid, "draw samples as a picture: a grid of combinations, an interpolation, or the denoising steps"),
+    "select": (_select, "select the best synthetic patches of each combination, and as many random ones"),
+    "translate": (_translate, "translate real patches to another hospital's appearance, as a dataset folder"),
+    "evaluate": (_evaluate, "measure fidelity, adherence and downstream accuracy on held-out real patients"),
+    "floors": (_floors, "measure what real patients reach: real-vs-real distances and accuracy on real patches"),
+    "benchmark-shift": (_benchmark_shift, "measure accuracy as the association of class and site increases"),
+    "report": (_report, "write one HTML page from metrics.json; --compare A B: compare several evaluations"),
+    "reading-sheet": (_reading_sheet, "write a blinded real-or-synthetic sheet for pathologists; --score: score it"),
 }

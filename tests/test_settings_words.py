@@ -344,7 +344,7 @@ def test_bases_that_go_round_in_a_circle_are_named(tmp_path: Path) -> None:
         (b"fractions:\n\ttrain: 1\n", r"line 2.*\n.*tabs"),
         (b"sites: [a\n", r"not valid YAML.*line 2"),
         (b"sites: " + b"[" * 5000 + b"]" * 5000, r"nested too deeply"),
-        (b"name: \xff\xfe\n", r"no UTF-8.*0xff"),
+        (b"name: \xff\xfe\n", r"not UTF-8.*0xff"),
         (b"name: a\x00b\n", r"not valid YAML"),
         (b"sites: &a [*a]\n", r"holds itself"),
         (b"name: !!python/object/apply:os.system [ls]\n", r"the tag !!python"),
@@ -374,7 +374,7 @@ def test_a_byte_order_mark_and_an_empty_file_are_no_problem(tmp_path: Path) -> N
 
 def test_a_configuration_that_is_no_file_is_one_message(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
-    assert "no regular file" in refusal(tmp_path / "pipe.yaml")
+    assert "not a regular file" in refusal(tmp_path / "pipe.yaml")
     assert "is a folder" in refusal(tmp_path)
     assert "cannot be read" in refusal("x" * 5000)
     assert "no configuration" in refusal(tmp_path / "absent.yaml")

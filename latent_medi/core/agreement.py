@@ -1,80 +1,79 @@
-"""Launched processes agree before any of them begins: on their settings, and on the content of what they read."""
+"""Before launched processes begin, they compare their settings and the content of their inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from latent_medi.core.errors import UserError
+from latent_medi.core.errors import UserError, shortened
 
 _SHOWN = 5
 
 
-class Told:
-    """What one process is about to do."""
+class Declared:
+    """The inputs and settings of one process."""
 
     def __init__(self, alone: bool) -> None:
         self._alone = alone
         self.inputs: dict[str, tuple[str, str]] = {}
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, object] = {}
 
-    def reads(self, name: str, path: object, content: Callable[[], str]) -> None:
-        """Tell of an input: only its content must be the same everywhere.
+    def add_input(self, name: str, path: object, content: Callable[[], str]) -> None:
+        """Declare an input. Its path may differ between processes, its content must not.
 
         Args:
-            name: The setting that names it.
-            path: Where this process reads it.
-            content: Gives a hash of all of it that matters; not called in a process alone.
+            name: The setting that names the input.
+            path: Its path in this process.
+            content: Returns a hash of the content; not called if there is only one process.
         """
         if not self._alone:
             self.inputs[name] = (str(path), content())
 
-    def does(self, settings: object, but: Collection[str] = (), prefix: str = "") -> None:
-        """Tell of settings, a dataclass or a mapping.
+    def add_settings(self, settings: object, without: Collection[str] = (), prefix: str = "") -> None:
+        """Declare settings that must be the same in all processes.
 
         Args:
-            settings: What must be the same everywhere.
-            but: Names at the top that are told as inputs, or may differ.
-            prefix: Put before each name.
+            settings: A dataclass or a mapping.
+            without: Settings that are declared as inputs, or may differ.
+            prefix: Prefix of each name.
         """
         if self._alone:
             return
         values = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
         assert isinstance(values, Mapping)
-        self.settings |= flat({name: value for name, value in values.items() if name not in but}, prefix)
+        self.settings |= flat({name: value for name, value in values.items() if name not in without}, prefix)
 
 
 @contextmanager
-def agreed(accelerator: Accelerator | None) -> Iterator[Told]:
-    """Prepare work in the body, and go on after it only if every process is about to do the same.
+def agreed(accelerator: Accelerator | None) -> Iterator[Declared]:
+    """Prepare work in the body; continue after it only if all processes declare the same inputs and settings.
 
-    Every process must enter, and the body must not wait for the others. An error of one process in the body ends all of
-    them at once, instead of leaving the others to wait for it.
+    Every process must enter, and the body must not wait for other processes. If the body fails in one process, all
+    processes raise an error.
 
     Args:
         accelerator: The processes; ``None`` for one.
 
     Yields:
-        Takes what is compared.
+        The inputs and settings of this process, to be filled in the body.
 
     Raises:
-        UserError: In every process alike: names what differs and where; or the error of another process.
+        UserError: Inputs or settings differ (the message names them), or another process failed.
     """
     if accelerator is None or accelerator.num_processes == 1:
-        yield Told(alone=True)
+        yield Declared(alone=True)
         return
-    told, error = Told(alone=False), None
+    declared, error = Declared(alone=False), None
     try:
-        yield told
+        yield declared
     except Exception as caught:
         error = caught
     failed = "" if error is None else str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    everyone = gather_object([(failed, told.inputs, told.settings)])
+    everyone = gather_object([(failed, declared.inputs, declared.settings)])
     if error is not None:
         raise error
     for process, (theirs, *_) in enumerate(everyone):
@@ -90,8 +89,8 @@ def agreed(accelerator: Accelerator | None) -> Iterator[Told]:
         )
 
 
-def _differences(inputs: list[dict[str, tuple[str, str]]], settings: list[dict[str, Any]]) -> list[str]:
-    """What differs from the first process, inputs first: a phrase for each."""
+def _differences(inputs: list[dict[str, tuple[str, str]]], settings: list[dict[str, object]]) -> list[str]:
+    """A phrase for each input and setting in which a process differs from the first one."""
     found = []
     for name in dict.fromkeys(name for each in inputs for name in each):
         path, content = inputs[0].get(name, ("", ""))
@@ -107,22 +106,16 @@ def _differences(inputs: list[dict[str, tuple[str, str]]], settings: list[dict[s
         values = [each.get(name) for each in settings]
         process = next((i for i, value in enumerate(values) if value != values[0]), 0)
         if process:
-            found.append(
-                f"{name} is {_short(values[0])} in process 0, and {_short(values[process])} in process {process}"
-            )
+            first, other = (shortened(repr(values[i])) for i in (0, process))
+            found.append(f"{name} is {first} in process 0, and {other} in process {process}")
     return found
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: object, prefix: str = "") -> dict[str, object]:
     """The leaves of nested mappings by their dotted names."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
-    result: dict[str, Any] = {}
+    result: dict[str, object] = {}
     for key, entry in value.items():
         result |= flat(entry, f"{prefix}.{key}" if prefix else str(key))
     return result

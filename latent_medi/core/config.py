@@ -1,9 +1,8 @@
-"""Settings from YAML files and the command line: found by name or path, merged, checked, typed, and saved beside every
-output.
+"""Reading settings from YAML files and the command line, and saving them.
 
-A verb has one settings dataclass. ``--config demo/medi`` reads ``configs/demo/medi.yaml`` of the package or any path,
-several times if wanted; later files and then ``key=value`` or ``--key value`` words win. A file may name another to
-start from with ``base: demo/medi``.
+Each verb has one settings dataclass. ``--config demo/medi`` reads ``configs/demo/medi.yaml`` of the package, or the
+file at a path. It may be repeated: later files override earlier ones, and ``key=value`` or ``--key value`` overrides
+files. A file starts from another one if it says ``base: demo/medi``.
 """
 
 from __future__ import annotations
@@ -24,23 +23,32 @@ from latent_medi.core.errors import UserError, nearest, needs
 from latent_medi.core.files import write_text
 from latent_medi.core.kinds import find, hints, is_mapping, known_keys, settings_in, takes_nothing, takes_words
 from latent_medi.core.paths import expand
-from latent_medi.core.typed import convert, convert_word, make, partial, unknown, written
+from latent_medi.core.typed import (
+    Partial,
+    convert,
+    convert_word,
+    make,
+    partial,
+    refuse_renamed_words,
+    unknown,
+    written,
+)
 from latent_medi.core.yaml_text import read_yaml
 
 S = TypeVar("S")
 
 
 def packaged(kind: str) -> Path:
-    """The folder ``configs``, in an installed wheel or in a source tree."""
+    """The path of the packaged folder ``configs``, in an installed wheel or in a source tree."""
     inside = Path(__file__).parents[1] / kind
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / kind
 
 
 def find_config(name: str | Path) -> Path:
-    """The file of a configuration given by packaged name (``demo/medi``) or path.
+    """The file of a configuration, which is given by its packaged name (``demo/medi``) or path.
 
     Raises:
-        UserError: There is no such file.
+        UserError: The file does not exist or cannot be read.
     """
     folder = packaged("configs")
     given = str(name) if isinstance(name, Path) else expand(name, "The configuration")
@@ -49,9 +57,9 @@ def find_config(name: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
             if candidate == Path(given) and candidate.exists():
-                what = "a folder" if candidate.is_dir() else "no regular file"
+                what = "a folder" if candidate.is_dir() else "not a regular file"
                 raise UserError(f"The configuration {given} is {what}.", "Give the path to a YAML file.")
-        except OSError as error:  # a name that is too long, a folder that must not be looked into
+        except OSError as error:  # a name that is too long, a folder without permission
             raise UserError(f"The configuration {given} cannot be read: {error.strerror}.") from None
     known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
     raise UserError(
@@ -60,13 +68,13 @@ def find_config(name: str | Path) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a configuration file."""
+def _read(path: Path) -> Partial:
+    """The mapping in a configuration file, not converted."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is no UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#04x}).",
+            f"{path} is not UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#04x}).",
             "Save it as UTF-8.",
         ) from None
     except OSError as error:
@@ -78,13 +86,13 @@ def _read(path: Path) -> dict[str, Any]:
     return values or {}
 
 
-def _chain(name: str | Path) -> list[tuple[Path, dict[str, Any]]]:
-    """A configuration and all that it is based on, the last base first.
+def _chain(name: str | Path) -> list[tuple[Path, Partial]]:
+    """A configuration file and the files it is based on, the last base first.
 
     Raises:
-        UserError: A file that is absent or no mapping, or a file that is based on itself.
+        UserError: A file is absent, holds no mapping, or is based on itself.
     """
-    found: list[tuple[Path, dict[str, Any]]] = []
+    found: list[tuple[Path, Partial]] = []
     while True:
         try:
             path = find_config(name)
@@ -105,33 +113,32 @@ def _chain(name: str | Path) -> list[tuple[Path, dict[str, Any]]]:
         name = base
 
 
-def load_yaml(name: str | Path) -> dict[str, Any]:
-    """The mapping in a configuration file, its ``base`` merged in; values as :mod:`latent_medi.core.yaml_text` reads
-    them.
+def load_yaml(name: str | Path) -> Partial:
+    """The mapping in a configuration file merged into its ``base``, values not converted.
 
     Raises:
-        UserError: The file is absent, is not YAML or holds no mapping; or its bases go round in a circle.
+        UserError: The file is absent, is no YAML, holds no mapping or is based on itself.
     """
-    values: dict[str, Any] = {}
+    values: Partial = {}
     for _, layer in _chain(name):
         values = merge(values, layer)
     return values
 
 
-def load(settings_class: type, name: str | Path) -> dict[str, Any]:
-    """The settings that a configuration file gives, its ``base`` merged in: a partial (:mod:`latent_medi.core.typed`).
+def load(settings_class: type, name: str | Path) -> Partial:
+    """The settings in a configuration file merged into its ``base``, converted to their types.
 
     Raises:
-        UserError: As :func:`load_yaml`; or an unknown key or a value of the wrong type, by file.
+        UserError: As :func:`load_yaml`; or a key is unknown, or a setting does not accept its value.
     """
-    values: dict[str, Any] = {}
+    values: Partial = {}
     for path, layer in _chain(name):
         values = merge(values, partial(settings_class, layer, str(path)))
     return values
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the entries of ``over``; mappings are merged key by key, everything else is replaced."""
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Partial:
+    """``base`` updated with ``over``: mappings are merged key by key, other values are replaced."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -139,16 +146,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
-    """A mapping that holds a value under keys within keys."""
-    for key in reversed(keys):
-        value = {key: value}
-    return value
+def nested(keys: Sequence[str], value: Any) -> Partial:
+    """A value in nested mappings with the given keys."""
+    *outer, last = keys
+    result = {last: value}
+    for key in reversed(outer):
+        result = {key: result}
+    return result
 
 
 def under(setting: str, settings_class: type, arguments: Sequence[str]) -> list[str]:
-    """Command-line words in which ``--NAME VALUE``, where ``NAME`` is no setting, gives ``setting.NAME`` as text: a
-    dataset's own fields, such as ``--class gleason4`` or ``--demographic.race white``.
+    """Command-line words with ``--NAME VALUE`` changed to ``setting.NAME=VALUE`` if ``NAME`` is no setting: the fields
+    of a dataset, such as ``--class gleason4`` or ``--demographic.race white``.
     """
     words, result = list(arguments), []
     while words:
@@ -161,13 +170,13 @@ def under(setting: str, settings_class: type, arguments: Sequence[str]) -> list[
             continue
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
-        # Quoted, or 3 would be a number and no a boolean.
+        # Quoted, because 3 would be a number and no a truth value.
         result.append(f"{setting}.{name}={json.dumps(value, ensure_ascii=False)}")
     return result
 
 
 def _names_setting(settings_class: type, name: str) -> bool:
-    """Whether a word names a setting, or something within one that holds others."""
+    """Whether a name is a setting, or an entry of a setting that holds others."""
     head, dot, _ = name.replace("-", "_").partition(".")
     annotation = hints(settings_class).get(head)
     if head in ("config", "help"):
@@ -177,14 +186,14 @@ def _names_setting(settings_class: type, name: str) -> bool:
 
 
 def _is_yaml_list(text: str, annotation: Any) -> bool:
-    """Whether a word is a whole list (or none) by itself, such as ``[a, b]``."""
+    """Whether a word is a complete list, such as ``[a, b]``, or null."""
     return text.startswith("[") or (takes_nothing(annotation) and text in ("null", "~", ""))
 
 
 def _is_setting(settings_class: type, word: str) -> bool:
-    """Whether a command-line word begins a setting, so that it cannot belong to the list before it.
+    """Whether a command-line word begins a setting and ends the list before it.
 
-    One that is nearly the name of a setting is taken for that, mistyped: better refused than read as one more item.
+    A word that nearly matches a setting counts as a misspelled setting, not as an item of the list.
     """
     name, equals, _ = word.partition("=")
     known = {key.partition(".")[0] for key in known_keys(settings_class)}
@@ -193,7 +202,7 @@ def _is_setting(settings_class: type, word: str) -> bool:
 
 
 def _show_help(settings_class: type, verb: str, description: str) -> None:
-    """Print what a verb's settings are, without the spellings that jsonargparse has and this command line has not."""
+    """Print the settings of a verb, without jsonargparse's spellings that this command line does not have."""
     with needs("--help", "'jsonargparse[signatures]'"):
         from jsonargparse import ArgumentParser
 
@@ -206,7 +215,7 @@ def _show_help(settings_class: type, verb: str, description: str) -> None:
     parser.add_argument(
         "--config",
         action="append",
-        help="packaged configuration (demo/medi) or path to a YAML file; may be repeated, later ones win",
+        help="name of a packaged configuration (demo/medi) or path of a YAML file; may be repeated, later ones win",
     )
     parser.add_class_arguments(settings_class, None)
     text = re.sub(r"(\[ITEM,\.\.\.\]), --\S+\+ \[ITEM,\.\.\.\]", r"\1", parser.format_help())
@@ -220,24 +229,24 @@ def parse(
     """Settings from command-line words.
 
     Args:
-        settings_class: The verb's settings dataclass.
-        arguments: ``--config NAME`` any number of times; ``key=value``, ``--key=value`` or ``--key value`` with
-            dotted keys, ``--key a b c`` for a list, up to the next setting, and ``--key name=value`` for an entry of a
-            mapping; ``--help``.
-        verb: Name shown in help.
-        description: What the verb does, shown in help.
-        positional: A setting that a bare first word gives.
+        settings_class: The settings dataclass of the verb.
+        arguments: ``--config NAME``, any number of times; ``key=value``, ``--key=value`` or ``--key value`` with
+            dotted keys; ``--key a b c`` for a list, which ends at the next setting; ``--key name=value`` for an entry
+            of a mapping; ``--help``.
+        verb: Name of the verb, for help and messages.
+        description: What the verb does, for help.
+        positional: The setting that a word without a key gives.
 
     Raises:
-        UserError: An unknown key, a value of the wrong type or a missing required setting.
+        UserError: A key is unknown, a setting does not accept its value, or a required setting is missing.
     """
     words = list(arguments)
     if "-h" in words or "--help" in words:
         _show_help(settings_class, verb, description)
         sys.exit(0)
     where = f"latent-medi {verb}".strip()
-    values: dict[str, Any] = {}
-    overrides: dict[str, Any] = {}
+    values: Partial = {}
+    overrides: Partial = {}
     while words:
         word = words.pop(0)
         key, equals, text = word.lstrip("-").partition("=")
@@ -253,6 +262,8 @@ def parse(
         keys, annotation = found
         if not equals:
             listed = _following(settings_class, key, annotation, words, where)
+            if listed is not None:
+                refuse_renamed_words(settings_class, keys, listed, where)
             if listed is not None and (takes_words(annotation) and not _is_yaml_list(listed[0], annotation)):
                 overrides = merge(overrides, nested(keys, convert(annotation, listed, where, ".".join(keys))))
                 continue
@@ -260,6 +271,7 @@ def parse(
         if key == "config":
             values = merge(values, load(settings_class, text))
             continue
+        refuse_renamed_words(settings_class, keys, text, where)
         entry, equals, rest = text.partition("=")
         # --to site=radboud is to.site=radboud
         if equals and entry and is_mapping(annotation) and not entry.lstrip().startswith("{"):
@@ -269,15 +281,14 @@ def parse(
 
 
 def _following(settings_class: type, key: str, annotation: Any, words: list[str], where: str) -> list[str] | None:
-    """The words after ``--key`` that are its value, which are taken out of ``words``: several for a list of words, none
-    for a switch.
+    """Remove the value of ``--key`` from ``words`` and return it: several words for a list, ``None`` for a switch.
 
     Raises:
-        UserError: There is none, and the setting is no switch.
+        UserError: The value is missing, and the setting is no switch.
     """
     if not words or words[0].startswith("--"):
         if annotation is not bool:
-            raise UserError(f"{where}: --{key} has no value.", "Write it after a blank, or after =.")
+            raise UserError(f"{where}: --{key} has no value.", f"Write --{key} VALUE or {key}=VALUE.")
         return None
     found = [words.pop(0)]
     if takes_words(annotation) and not _is_yaml_list(found[0], annotation):
@@ -287,22 +298,22 @@ def _following(settings_class: type, key: str, annotation: Any, words: list[str]
 
 
 def build(settings_class: type[S], values: Mapping[str, Any], where: str = "") -> S:
-    """Typed settings from a nested mapping, as a person wrote it: paths are expanded.
+    """Settings from a nested mapping: values are converted to their types, and paths are expanded.
 
     Args:
         settings_class: The settings dataclass.
         values: Values by setting.
-        where: How messages call what gave them.
+        where: Where they come from, for messages; by default the name of the class.
 
     Raises:
-        UserError: An unknown key, a value of the wrong type or a missing required setting.
+        UserError: A key is unknown, a setting does not accept its value, or a required setting is missing.
     """
     where = where or settings_class.__name__
     return make(settings_class, partial(settings_class, values, where), where)
 
 
-def as_dict(settings: Any) -> dict[str, Any]:
-    """Settings as a nested mapping of plain values."""
+def as_dict(settings: Any) -> Partial:
+    """Settings as nested mappings of plain values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -311,14 +322,15 @@ def as_dict(settings: Any) -> dict[str, Any]:
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
-    return plain(dataclasses.asdict(settings))
+    values: Partial = plain(dataclasses.asdict(settings))
+    return values
 
 
 def save_settings(settings: Any, path: str | Path) -> None:
-    """Write resolved settings as YAML, such that ``--config PATH`` gives them again."""
+    """Write settings as YAML; ``--config PATH`` reads the same settings."""
     save_partial(type(settings), as_dict(settings), path)
 
 
 def save_partial(settings_class: type, values: Mapping[str, Any], path: str | Path) -> None:
-    """The same of some settings."""
+    """Write some settings of a dataclass as YAML; ``--config PATH`` reads the same settings."""
     write_text(path, yaml.safe_dump(written(settings_class, values), sort_keys=False, allow_unicode=True))

@@ -1,4 +1,4 @@
-"""A device's limits, the same in every room: batches that its memory holds, fp32 that is fp32, bf16 that it has."""
+"""What a device can do: batches that fit into its memory, full-precision fp32, and support for bf16."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ logger = get_logger("device")
 
 
 class HalvedBatch:
-    """How many samples pass through a device at a time: halved each time that its memory was full, and kept.
+    """A batch size that is halved each time the device's memory is full, and stays halved.
 
     Args:
-        task: What is done with them, for the log.
-        remedy: What helps where not even one sample fits.
-        size: Samples at a time; 0 takes as many as there are.
+        task: What is done with the samples, for the log.
+        remedy: What to do if not even one sample fits.
+        size: Samples per batch; 0 for all at once.
 
     Attributes:
-        size: The same, as far as it was halved.
+        size: The current batch size.
     """
 
     def __init__(self, task: str, remedy: str, size: int = 0) -> None:
         self.task, self.remedy, self.size = task, remedy, size
 
     def over(self, count: int, work: Callable[[slice, int], T], at_most: int = 0) -> Iterator[tuple[slice, T]]:
-        """Do some work for samples 0 … ``count`` − 1, part by part, and again in smaller parts where memory was full.
+        """Call ``work`` for samples 0 … ``count`` − 1, batch by batch; retry with smaller batches if memory is full.
 
         Args:
-            count: Samples.
-            work: Takes the samples of a part, and the size of a whole part, which the last one may fall short of.
-            at_most: Samples at a time, beside :attr:`size`; 0 for no further limit.
+            count: Number of samples.
+            work: Takes the samples of a batch as a slice, and the batch size; the last batch may be smaller.
+            at_most: Largest batch size, besides :attr:`size`; 0 for no further limit.
 
         Yields:
-            Each part, in order, with what the work gave.
+            The slice of each batch, in order, and the result of ``work``.
 
         Raises:
-            UserError: The memory is too small for a single sample.
+            UserError: The memory is too small for one sample.
         """
         done = 0
         while done < count:
-            size = self.size or count  # the whole size, for whoever fills a short part up
+            size = self.size or count
             if at_most:
                 size = min(size, at_most, count)
             part, full = slice(done, min(done + size, count)), ""
@@ -60,7 +60,7 @@ class HalvedBatch:
                 if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
                     raise
                 full = str(error).splitlines()[0]
-            if full:  # outside the handler, which would keep the failed pass's tensors alive
+            if full:  # outside the handler, which keeps the tensors of the failed call alive
                 self._halve(size, full)
                 continue
             yield part, result
@@ -75,21 +75,20 @@ class HalvedBatch:
 
 
 def release_memory() -> None:
-    """Give memory back that nothing uses any more, to other processes on the same GPU too."""
+    """Free unused memory, also for other processes on the same GPU."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing if this process does not use CUDA
 
 
 def check_precision(precision: str | torch.dtype | None, device: torch.device | str) -> None:
-    """Refuse bf16 on a GPU that only emulates it, slower than fp32 and without compilation.
+    """Refuse bf16 on a GPU that only emulates it: that is slower than fp32, and cannot be compiled.
 
     Args:
-        precision: Word of the settings, or type.
-        device: Where it would be computed.
+        precision: A setting's value, or a dtype.
+        device: The device.
 
     Raises:
-        UserError: Names the GPU.
+        UserError: The GPU does not support bf16; names the GPU.
     """
     if precision not in ("bf16", torch.bfloat16) or torch.device(device).type != "cuda":
         return
@@ -107,11 +106,11 @@ _before: dict[tuple[Any, str], Any] = {}
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """While it lasts, fp32 is fp32: no matrix product or convolution rounds its factors to TF32's ten bits.
+    """Context or decorator that computes matrix products and convolutions in fp32, not in TF32.
 
-    That is cuDNN's default, off by 1e-3 where fp32 is off by 1e-7. As a decorator, it lasts while the function does.
-    The setting is the process's, for all of its threads: the first to enter turns TF32 off, and the last to leave puts
-    back what was set before.
+    TF32, cuDNN's default for convolutions, rounds factors to ten bits: a relative error of 1e-3 instead of 1e-7. The
+    setting belongs to the process: the first thread that enters turns TF32 off, the last one that leaves restores the
+    earlier setting.
     """
     global _inside
     with _lock:
@@ -130,15 +129,15 @@ def exact_fp32() -> Iterator[None]:
 
 
 def turn_tf32_off() -> None:
-    """The same from now on, in this process."""
+    """Compute in fp32, not in TF32, from now on in this process."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    for part in _newer():  # what says nothing by itself would follow a general setting
+    for part in _newer():  # an unset part would follow the general setting
         part.fp32_precision = "ieee"
 
 
 def _newer() -> list[Any]:
-    """Where torch keeps the same since 2.9, beside its older names; it reads the two together."""
+    """Where torch has the same settings since 2.9, in addition to the older names."""
     backends: Any = torch.backends
     if not hasattr(backends.cudnn, "conv"):
         return []
@@ -146,7 +145,7 @@ def _newer() -> list[Any]:
 
 
 def _state() -> dict[tuple[Any, str], Any]:
-    """What is set now, by place; the older names cannot be read where somebody mixed both."""
+    """The current settings, by place; older names that cannot be read because both kinds were set are left out."""
     places: list[tuple[Any, str]] = [(torch.backends.cudnn, "allow_tf32"), (torch, "float32_matmul_precision")]
     places += [(part, "fp32_precision") for part in _newer()]
     found: dict[tuple[Any, str], Any] = {}

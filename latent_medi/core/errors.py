@@ -1,4 +1,4 @@
-"""The one error class for input that a user can put right."""
+"""Errors that the command line explains to the user, and exit codes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from difflib import get_close_matches
 from typing import Any
 
 BAD_INPUT = 2
-"""Exit code of what was given input that it cannot follow, and has said so."""
+"""Exit code of a command that refuses its input."""
 
 RESUME = 75
-"""Exit code of what was told to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a command that was asked to stop and saved its state: the same command continues (EX_TEMPFAIL of
+sysexits.h)."""
 
 
 class UserError(ValueError):
-    """Bad input: what is wrong, where, and how to fix it.
+    """Input that the user can correct: the message says what is wrong, where, and how to fix it.
 
-    The command line prints it as one message and exits with code 2; every other exception is a defect of ours and keeps
-    its traceback.
+    The command line prints the message and exits with code 2. Every other exception is a bug and keeps its traceback.
 
     Args:
         message: What is wrong and where.
-        hint: What to do about it.
+        hint: How to fix it.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -32,13 +32,13 @@ class UserError(ValueError):
 
 
 class Incomplete(Exception):
-    """Work that was finished, but not for all of its input: what was left out is named.
+    """A command finished, but had to leave out part of its input.
 
-    The command line prints it, writes the result, and exits with code 3.
+    The command line prints the message, writes the result, and exits with code 3.
 
     Args:
         message: What was left out, and why.
-        result: What there is to tell about the rest.
+        result: The command's result for the rest.
     """
 
     def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
@@ -47,22 +47,22 @@ class Incomplete(Exception):
 
 
 class Preempted(Exception):
-    """Work that was told to stop and has saved what it needs to go on: the same command continues.
+    """A command was asked to stop and has saved its state: the same command continues.
 
-    The command line prints it and exits with :data:`RESUME`, which schedulers can requeue on.
+    The command line prints the message and exits with :data:`RESUME`, on which schedulers can requeue.
     """
 
 
 @contextmanager
 def needs(what: str, package: str) -> Iterator[None]:
-    """Imports within it are of a package that few commands use, and that may be absent on a machine that trains.
+    """Context for importing a package that only some commands need and that may not be installed.
 
     Args:
-        what: What cannot be done without it, as a sentence begins.
-        package: Its name, or several, as pip takes it.
+        what: What needs the package, as the start of a sentence.
+        package: The package, or several, as an argument of ``pip install``.
 
     Raises:
-        UserError: It is not installed, or cannot be imported.
+        UserError: The import fails.
     """
     try:
         yield
@@ -70,8 +70,13 @@ def needs(what: str, package: str) -> Iterator[None]:
         raise UserError(f"{what} needs {package}: {error}.", f"pip install {package}") from None
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """A text cut to ``most`` characters, for messages."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
-    """A phrase that names the known words closest to ``word``, or lists a few of them when none is close."""
+    """A phrase for messages: the known words that are closest to ``word``, or the first few if none is close."""
     known = [str(k) for k in known]
     lower = {k.lower(): k for k in known}
     close = [lower[m] for m in get_close_matches(str(word).lower(), list(lower), n=n, cutoff=0.5)]

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: temporary name, fsync, rename; and content hashes."""
+"""Writing files that are complete or absent (temporary name, fsync, rename), reading JSON, and content hashes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a full disk or an exhausted quota."""
 
 SEAL = "seal"
-"""Key of a JSON object under which the checksum of the rest stands."""
+"""Key of a JSON object that holds the checksum of all other entries."""
 
 
-_OLD = ".tmp-old-"  # of a folder until its successor has its name
+_OLD = ".tmp-old-"  # prefix of a folder that is being replaced
 _UMASK = threading.Lock()
-_TEMPORARY = re.compile(r"\.tmp-([0-9]+|move)-.")  # as atomic_path names it; or a shard that changes its number
+_TEMPORARY = re.compile(r"\.tmp-([0-9]+|move)-.")  # a name given by atomic_path, or to a shard that is renumbered
 
 HTML = rb"(?i)\s*<(!doctype )?html"
-"""Pattern of a page's start."""
+"""Pattern of the start of an HTML page."""
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was renamed into a folder last beyond a power cut."""
+    """Flush a folder's entries to disk, so that renamed files survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -46,19 +46,18 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success fsync it and rename it there, on error remove it.
+    """Yield a temporary path in the same folder; on success rename it to ``path``, on error remove it.
 
-    Works for a file or, if the body creates one, a folder. What is replaced is of the same kind, and nothing is lost: a
-    folder that holds more than the new one is refused. A link is followed. Permissions are those of the umask, whatever
-    the writer gave.
+    The body writes a file or a folder. A file replaces only a file, and a folder replaces a folder only if it has all
+    of its files, so nothing is lost. A symbolic link is followed. The result has the permissions of the umask.
 
     Raises:
-        UserError: The path cannot be written, or something of another kind is there.
-        OSError: The system refused, safetensors' wrapping of such an error undone.
+        UserError: The path cannot be written, or it is a folder and a file is written, or the reverse.
+        OSError: The operating system refused; also raised for safetensors' own error of that kind.
     """
     path = check_output(path)
     if path.is_symlink():
-        path = path.resolve()  # or the link would be replaced
+        path = path.resolve()  # the rename would replace the link
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,8 +95,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _put_back(path: Path) -> None:
-    """Give a folder its name back that a process killed between two renames has taken from it."""
-    own = re.compile(re.escape(_OLD) + "[0-9]+-" + re.escape(path.name))  # not another folder's, whose name ends alike
+    """Give a folder its name back if an earlier process was killed between the two renames of a replacement."""
+    own = re.compile(re.escape(_OLD) + "[0-9]+-" + re.escape(path.name))
     for left in [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name)]:
         if path.exists():
             remove(left)
@@ -106,10 +105,10 @@ def _put_back(path: Path) -> None:
 
 
 def _make_room(path: Path, new: Path) -> Path | None:
-    """Rename an older folder that a new one replaces, if all that it holds has a successor; returns its new path.
+    """Rename the folder that a new one replaces, if the new one has all of its files; returns its new path.
 
     Raises:
-        UserError: A file is there, or a folder with something that the new one lacks: who put it there wants it.
+        UserError: ``path`` is a file, or a folder with a file that the new one lacks.
     """
     if not path.exists():
         return None
@@ -118,24 +117,23 @@ def _make_room(path: Path, new: Path) -> Path | None:
     lost = [file.relative_to(path) for file in sorted(path.rglob("*")) if not (new / file.relative_to(path)).exists()]
     if lost:
         raise UserError(
-            f"{path} holds {lost[0]}, which would be lost: what is written there replaces the folder.",
-            "Move it away, or give another path.",
+            f"{path} would be replaced, and {lost[0]} in it would be lost.", "Move that file, or give another path."
         )
     return path.rename(path.with_name(f"{_OLD}{os.getpid()}-{path.name}"))
 
 
 def _open_to_others(path: Path) -> None:
-    """Give a new file, or a folder and all in it, the permissions that the umask allows: some writers give them to the
-    owner alone.
+    """Give a new file, or a folder and its content, the permissions of the umask: some writers make files that only
+    their owner may read.
     """
-    with _UMASK:  # the process has one, which can only be read by setting it
+    with _UMASK:  # reading the umask of the process means setting it
         mask = os.umask(0o077)
         os.umask(mask)
     for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
         if entry.is_symlink():
             continue
         mode = stat.S_IMODE(entry.stat().st_mode)
-        # Only added to, since a folder's access list may give more.
+        # Permissions are only added: a folder's access list may give more.
         wanted = mode | ((0o777 if entry.is_dir() else 0o666) & ~mask)
         if wanted != mode:
             with suppress(OSError):  # a file system without permissions
@@ -143,7 +141,7 @@ def _open_to_others(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> Exception:
-    """What to raise where ``path`` could not be written: one clear message; a full disk stays the error that it is."""
+    """The error to raise if ``path`` could not be written: a UserError, or ``error`` itself for a full disk."""
     if error.errno in NO_SPACE:
         return error
     return UserError(
@@ -152,21 +150,22 @@ def cannot_write(path: Path, error: OSError) -> Exception:
 
 
 def check_output(path: str | Path, folder: bool | None = None) -> Path:
-    """Look, before hours of work, whether something can be written at a path; returns it.
+    """Check before the work that a file or folder can be written at a path; returns the path.
 
     Args:
-        path: Of a file or folder that may be there or not.
-        folder: Whether it is to be a folder; ``None`` leaves it open.
+        path: The path; it may exist.
+        folder: Whether a folder will be written; ``None`` if either may be.
 
     Raises:
-        UserError: It is empty, a dangling link, of the other kind, no plain file, or not to be written.
+        UserError: The path is empty, a broken link, no regular file, read-only, or a file where a folder will be
+            written, or the reverse.
     """
     if not str(path):
         raise UserError("No path to write is given.", "out=/path/to/it")
     path = Path(path)
     try:
         _check_output(path, folder, "Give another path.")
-    except OSError as error:  # a folder on the way that may not be looked into
+    except OSError as error:  # no permission for a folder on the way
         raise cannot_write(path, error) from None
     return path
 
@@ -174,54 +173,56 @@ def check_output(path: str | Path, folder: bool | None = None) -> Path:
 def _check_output(path: Path, folder: bool | None, another: str) -> None:
     for part in (path, *path.parents):
         if part.is_symlink() and not part.exists():
-            raise UserError(f"{part} is a link to {os.readlink(part)}, which is not there.", "Mend the link.")
+            raise UserError(f"{part} is a link to {os.readlink(part)}, which does not exist.", "Correct the link.")
     if folder and path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; a folder is written there.", another)
     if folder is False and path.is_dir():
         raise UserError(f"{path} is a folder; a file is written there.", another)
     if path.exists() and not path.is_dir() and not path.is_file():
-        raise UserError(f"{path} is no plain file.", another)
+        raise UserError(f"{path} is not a regular file.", another)
     there = next(part for part in (path, *path.absolute().parents) if part.exists())
     if there != path and not there.is_dir():
         raise UserError(f"{path} cannot be written: {there} is a file.", another)
-    # A file, or a folder as a whole, is replaced in the folder around it.
+    # A rename needs write permission in the parent folder.
     around = [path.absolute().parent] if there == path and not folder else []
     for part in (there, *around):
         if not os.access(part, os.W_OK):
-            raise UserError(f"{path} cannot be written: {part} is read-only.", "Change that, or give another path.")
+            raise UserError(
+                f"{path} cannot be written: {part} is read-only.", "Change its permissions, or give another path."
+            )
 
 
 def check_file(path: str | Path, what: str, pattern: bytes) -> Path:
-    """Look whether a file that the user names can be written; an older one is replaced only by its like.
+    """Check that a file can be written, and that a file it would replace is of the same kind; returns the path.
 
     Args:
         path: The file.
-        what: Its kind, in words.
-        pattern: Regular expression that such a file matches from its start.
+        what: Its kind, for messages.
+        pattern: Regular expression that a file of that kind matches from its start.
 
     Raises:
-        UserError: As :func:`check_output`, or a file of another kind is there.
+        UserError: As :func:`check_output`; or the path is a file of another kind.
     """
     path = check_output(path, folder=False)
     if path.is_file():
         with open(path, "rb") as handle:
             start = handle.read(65536)
         if start and not re.match(pattern, start):
-            raise UserError(f"{path} is there and is no {what}; it would be lost.", "Give another path.")
+            raise UserError(f"{path} exists and is no {what}; it would be overwritten.", "Give another path.")
     return path
 
 
 def refuse_foreign(folder: str | Path, signs: Mapping[str, str], written: Iterable[str]) -> None:
-    """Refuse an output folder with files of the user's that would be replaced.
+    """Refuse an output folder in which files of the user would be overwritten.
 
     Args:
         folder: The folder; it may be absent.
-        signs: What tells that an earlier job wrote the folder: names of files or folders in it, and the key that such
-            a JSON file has ("" for none).
-        written: Names and patterns of what is written there.
+        signs: Files or folders that show that an earlier job of this program wrote the folder, each with a key that
+            the JSON file has ("" for none).
+        written: Names and patterns of the files that will be written.
 
     Raises:
-        UserError: There is something by a name that is written, and no sign.
+        UserError: Such a file exists, and none of the signs.
     """
     folder = Path(folder)
     for name, key in signs.items():
@@ -229,25 +230,25 @@ def refuse_foreign(folder: str | Path, signs: Mapping[str, str], written: Iterab
             try:
                 if not key or key in read_object(folder / name):
                     return
-            except UserError:  # a damaged one of ours: somebody else's would be whole
+            except UserError:  # a damaged file of ours: a file of the user would be intact
                 return
     if there := sorted(path for pattern in written for path in folder.glob(pattern)):
         raise UserError(
-            f"{there[0]} is there, and it was not written by such a job; it would be lost.",
-            "Move it away, or give another folder.",
+            f"{there[0]} exists and was not written by this command; it would be overwritten.",
+            "Move it, or give another folder.",
         )
 
 
 def temporaries(folder: Path) -> list[Path]:
-    """What a killed process left half-written in a folder."""
+    """Temporary files that a killed process left in a folder."""
     return sorted(path for path in folder.glob(".tmp-*") if _TEMPORARY.match(path.name))
 
 
 def open_file(path: str | Path, remedy: str) -> int:
-    """A descriptor to read a regular file; a pipe, a device or a folder is refused instead of waited for.
+    """A file descriptor for reading a regular file; does not wait for a pipe or a device.
 
     Raises:
-        UserError: It cannot be opened, or is no file.
+        UserError: The path cannot be opened, or is not a regular file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -260,7 +261,7 @@ def open_file(path: str | Path, remedy: str) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -268,7 +269,7 @@ def remove(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged, so that it can be made again and nothing is lost; returns its new path."""
+    """Rename a damaged file or folder to NAME.damaged, so that it can be written again; returns its new path."""
     name = f"{path.name}.damaged"
     aside = next(p for n in itertools.count(1) if not (p := path.with_name(name if n == 1 else f"{name}-{n}")).exists())
     return path.rename(aside)
@@ -281,7 +282,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented UTF-8 JSON, atomically; NaN and infinity are refused because JSON has none."""
+    """Write ``value`` as indented UTF-8 JSON, atomically. NaN and infinity raise ``ValueError``: JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -289,11 +290,11 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: The file is absent, no file that can be read, or not JSON.
+        UserError: The file is absent, cannot be read, or is not JSON.
     """
     path = Path(path)
     try:
-        # Opening a pipe or a device would wait for somebody to write, for ever.
+        # Opening a pipe or a device would wait for ever.
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file.", "Remove it, and run the step that writes it.")
         return json.loads(path.read_text(encoding="utf-8"))
@@ -326,47 +327,47 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def _seal(value: Mapping[str, Any]) -> str:
-    """The checksum of an object's content, whatever its key order and whitespace."""
+    """The checksum of an object's content; it does not depend on the order of keys or on whitespace."""
     content = {key: entry for key, entry in value.items() if key != SEAL}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return f"sha256:{sha256_bytes(text.encode())}"
 
 
 def _seal_is_misspelt(value: Mapping[str, Any]) -> bool:
-    """Whether an object's checksum stands under another key, which damage to the key alone leads to."""
+    """Whether an object's checksum is under another key, because the key itself was damaged."""
     maybe = [key for key, entry in value.items() if isinstance(entry, str) and entry.startswith("sha256:")]
     return any(value[key] == _seal({k: entry for k, entry in value.items() if k != key}) for key in maybe)
 
 
 def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object with the checksum of its content under :data:`SEAL`, atomically."""
-    content = json.loads(json.dumps(value, allow_nan=False))  # as it will be read: keys are strings, tuples lists
+    content = json.loads(json.dumps(value, allow_nan=False))  # as it will be read: string keys, lists for tuples
     content.pop(SEAL, None)
     write_json(path, {**content, SEAL: _seal(content)})
 
 
 def read_sealed(path: str | Path, remedy: str) -> tuple[dict[str, Any], bool]:
-    """Read what :func:`write_sealed` wrote, and compare its checksum.
+    """Read a JSON object written by :func:`write_sealed`, and check its checksum.
 
     Args:
         path: The file.
-        remedy: What to do if it is damaged, in a sentence.
+        remedy: What to do if the file is damaged, as a sentence.
 
     Returns:
         The object without its checksum, and whether it had one: earlier versions wrote none.
 
     Raises:
-        UserError: As :func:`read_object`, or the content is not what was written.
+        UserError: As :func:`read_object`; or the checksum is wrong.
     """
     value = read_object(path)
-    told = value.pop(SEAL, None)
+    seal = value.pop(SEAL, None)
     try:
-        fits = told == _seal(value) if told is not None else not _seal_is_misspelt(value)
-    except (ValueError, RecursionError):  # what no writer of ours would write: an infinite number, half a character
-        fits = False
-    if not fits:
+        intact = seal == _seal(value) if seal is not None else not _seal_is_misspelt(value)
+    except (ValueError, RecursionError):  # an infinite number or half a character, which write_sealed never writes
+        intact = False
+    if not intact:
         raise UserError(f"{path} is damaged: its content is not what was written.", remedy)
-    return value, told is not None
+    return value, seal is not None
 
 
 def sha256_bytes(data: bytes) -> str:

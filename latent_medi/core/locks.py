@@ -1,35 +1,27 @@
-"""One job per output folder: a lock file in the folder that names its owner.
+"""One job per output folder: a lock file in the folder names the process that writes it.
 
-The file is made complete under another name and then linked into place, which succeeds for exactly one of several
-processes on local disks and on network ones alike. A dead owner's lock is taken over; whether the owner lives is seen
-by its process on the same machine, and by the lock's time, which the owner renews, from another one.
+A process writes its lock file under another name and then links it into place. Of several processes exactly one
+succeeds, on local and on network file systems. The lock of a process that has ended is taken over: on the same machine
+the process list says whether it has; from another machine, the lock's time, which its owner renews.
 """
 
 from __future__ import annotations
 
 import errno
-import getpass
-import json
 import os
-import secrets
-import shlex
 import signal
-import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import cannot_write, check_output
+from latent_medi.core.lock_owner import Owner
 from latent_medi.core.progress import duration, get_logger
 
 if TYPE_CHECKING:
@@ -40,77 +32,13 @@ logger = get_logger("locks")
 LOCK_FILE = ".latent-medi.lock"
 """Name of the lock in a folder that is being written."""
 HEARTBEAT = 20.0
-"""Seconds after which an owner renews its lock's time."""
+"""Seconds between an owner's renewals of its lock's time."""
 STALE_AFTER = 300.0
 """Seconds without a renewal after which the lock of an owner on another machine is taken over."""
 
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES})
 _MOST_BYTES = 65536
 _held: dict[tuple[int, str], _Held] = {}  # by process and lock file: a step may use the folder of the run it is in
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who writes a folder.
-
-    Args:
-        token: Unique to this lock.
-        command: What it runs, as it would be typed.
-        pid, user, uid, host: Of its process.
-        machine: What tells apart machines (and containers) that have the same name and process numbers.
-        started: When its process began, in seconds since the machine started, or since 1970 where that is not told.
-        since: When it took the folder, in words.
-    """
-
-    token: str
-    command: str
-    pid: int
-    user: str
-    uid: int
-    host: str
-    machine: str
-    started: float
-    since: str
-
-    @staticmethod
-    def this_process() -> Owner:
-        """This process, with a new token."""
-        try:
-            user = getpass.getuser()
-        except (KeyError, OSError):  # a container's user without a name
-            user = str(os.getuid())
-        return Owner(
-            secrets.token_hex(8), _command(), os.getpid(), user, os.getuid(), socket.gethostname(), _machine(),
-            _started(psutil.Process()), datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        )  # fmt: skip
-
-    def told(self) -> str:
-        """The owner in words."""
-        return f"`{self.command}` (process {self.pid} of {self.user} on {self.host}, since {self.since})"
-
-    def lives(self) -> bool | None:
-        """Whether its process is there; ``None`` if that cannot be seen from here."""
-        if (self.host, self.machine) != (socket.gethostname(), _machine()):
-            return None
-        try:
-            process = psutil.Process(self.pid)
-            # The same number later is another process.
-            return process.status() != psutil.STATUS_ZOMBIE and abs(_started(process) - self.started) < 0.5
-        except psutil.AccessDenied:
-            return True
-        except psutil.NoSuchProcess:
-            # Some systems hide the processes of other users.
-            return False if os.getuid() in (0, self.uid) else None
-
-
-def _started(process: psutil.Process) -> float:
-    """When a process began. Since the machine's start, where it is told: clocks are set, and then processes would seem
-    to be others."""
-    try:
-        told = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
-        return int(told.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return process.create_time()
 
 
 @dataclass
@@ -122,38 +50,39 @@ class _Held:
 
 
 @contextmanager
-def output_lock(folder: str | Path, accelerator: Accelerator | None = None, *, beside: bool = False) -> Iterator[None]:
-    """Hold an output folder while a job writes it; made if it is not there, and removed again if nothing was written.
+def output_lock(folder: str | Path, accelerator: Accelerator | None = None, *, next_to: bool = False) -> Iterator[None]:
+    """Hold an output folder while a job writes it. A folder that did not exist is made, and removed if it stays empty.
 
-    A process may hold a folder several times, so a step can write the folder of the run that it belongs to.
+    A process may hold a folder several times, so that a step can write into the folder of the run it belongs to.
 
     Args:
         folder: The folder.
-        accelerator: Of several launched processes, all of which must call; the first one holds the folder, and a
-            refusal ends all.
-        beside: The folder is written under another name and renamed, so the lock lies beside it.
+        accelerator: Of several launched processes, all of which must call. The first one holds the folder; if it
+            cannot, all raise the error.
+        next_to: Put the lock next to the folder instead of into it, because the folder is written under another name
+            and renamed.
 
     Raises:
         UserError: Another job writes the folder (it is named), or the folder cannot be written.
     """
     folder = Path(folder)
     if accelerator is None or accelerator.num_processes == 1:
-        with _lock(folder, beside):
+        with _lock(folder, next_to):
             yield
         return
     from accelerate.utils import broadcast_object_list
 
-    holding, failure = _lock(folder, beside), None
+    holding, failure = _lock(folder, next_to), None
     if accelerator.process_index == 0:
         try:
             holding.__enter__()
         except Exception as error:  # whatever it is, the others must not wait
             failure = error
-    told = broadcast_object_list([None if failure is None else str(failure)])[0]
+    message = broadcast_object_list([None if failure is None else str(failure)])[0]
     if failure is not None:
         raise failure
-    if told is not None:
-        raise UserError(told)
+    if message is not None:
+        raise UserError(message)
     try:
         yield
     finally:
@@ -162,11 +91,11 @@ def output_lock(folder: str | Path, accelerator: Accelerator | None = None, *, b
 
 
 @contextmanager
-def _lock(folder: Path, beside: bool) -> Iterator[None]:
+def _lock(folder: Path, next_to: bool) -> Iterator[None]:
     check_output(folder, folder=True)
     folder = folder.resolve()
-    home = folder.parent if beside else folder
-    path = home / (f".{folder.name}{LOCK_FILE}" if beside else LOCK_FILE)
+    home = folder.parent if next_to else folder
+    path = home / (f".{folder.name}{LOCK_FILE}" if next_to else LOCK_FILE)
     made = _make(home)
     key = (os.getpid(), str(path))
     if key in _held:
@@ -211,14 +140,15 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _take(path: Path, folder: Path) -> str:
-    """Make a lock, or take over a dead owner's; returns its token.
+    """Make a lock, or take over that of a process that has ended; returns its token.
 
-    Whoever takes over first makes a claim, a file named by the token of the lock that it replaces: it can be made once
-    only, whoever has it is alone in replacing that lock, and if it dies there, its claim can be claimed in turn.
+    To take over a lock, a process first links a claim: a file named by the token of the lock that it will replace.
+    Only one process succeeds, and only that one may replace the lock. If it dies before, another process claims its
+    claim in the same way.
     """
     owner = Owner.this_process()
     own = path.with_name(f"{path.name}-{owner.token}")
-    content = json.dumps(asdict(owner), ensure_ascii=False).encode()
+    content = owner.to_json()
     try:
         while True:
             _write(own, content)
@@ -243,11 +173,14 @@ def _take(path: Path, folder: Path) -> str:
     return owner.token
 
 
-def _write(own: Path, content: bytes) -> None:
-    with suppress(FileExistsError):
-        handle = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(handle, "wb") as file:
+def _write(path: Path, content: bytes) -> bool:
+    """Write a new file; returns whether there was none."""
+    try:
+        with open(path, "xb") as file:
             file.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _link(own: Path, path: Path, content: bytes) -> bool:
@@ -265,13 +198,7 @@ def _link(own: Path, path: Path, content: bytes) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-    try:  # a file system without links
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        return False
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    return True
+    return _write(path, content)  # a file system without links
 
 
 def _claim(path: Path, token: str) -> Path:
@@ -296,14 +223,7 @@ def _read(path: Path) -> tuple[Owner | None, os.stat_result] | None:
         text = os.read(handle, _MOST_BYTES)
     finally:
         os.close(handle)
-    try:
-        values = json.loads(text)
-        return Owner(**{f.name: _TYPES[str(f.type)](values[f.name]) for f in fields(Owner)}), state
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None, state  # on a file system without links, its owner may have died while writing it
-
-
-_TYPES = {"str": str, "int": int, "float": float}
+    return Owner.from_json(text), state
 
 
 def _token(path: Path) -> str:
@@ -350,7 +270,7 @@ def _ended(path: Path, folder: Path, own: Path) -> list[str]:
 
 def _renewed(file: Path, token: str, owner: Owner | None, folder: Path, own: Path) -> bool | None:
     """Watch a lock of an owner that cannot be seen: whether it renews it; ``None`` if the lock is gone."""
-    begun, first, told = time.monotonic(), None, False
+    begun, first, logged = time.monotonic(), None, False
     while True:
         found = _read(file)
         if found is None or _token(file) != token:
@@ -364,18 +284,21 @@ def _renewed(file: Path, token: str, owner: Owner | None, folder: Path, own: Pat
         age = max(time.monotonic() - begun, own.stat().st_mtime - time_of / 1e9)
         if age >= STALE_AFTER:
             return False
-        if not told:
+        if not logged:
+            wait = duration(STALE_AFTER - age)
             logger.info(
-                "%s may be being written by %s; waiting for a sign of life, %s at most.",
-                folder, owner.told() if owner else "another job", duration(STALE_AFTER - age),
-            )  # fmt: skip
-            told = True
+                "%s may be being written by %s; waiting at most %s for a sign of life.",
+                folder,
+                owner or "another job",
+                wait,
+            )
+            logged = True
         time.sleep(min(1.0, HEARTBEAT / 4))
 
 
 def _refusal(folder: Path, path: Path, owner: Owner | None) -> UserError:
     return UserError(
-        f"{folder} is being written by {owner.told() if owner else 'another job'}.",
+        f"{folder} is being written by {owner or 'another job'}.",
         f"Wait until it has ended, or give another folder. If there is no such job any more, remove {path}.",
     )
 
@@ -396,20 +319,3 @@ def _renew(held: _Held, folder: Path) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it, too
         if not held.ended.wait(HEARTBEAT):  # a job of the background may ignore it
             os._exit(130)
-
-
-def _command() -> str:
-    """What this process runs, as it would be typed."""
-    name = Path(sys.argv[0] if sys.argv else "").name
-    words = ["latent-medi" if name in ("cli.py", "__main__.py", "") else name, *sys.argv[1:]]
-    text = shlex.join(words)
-    return text if len(text) <= 200 else f"{text[:199]}…"
-
-
-def _machine() -> str:
-    """What tells this machine and its set of process numbers from others of the same name; "" where unknown."""
-    known = []
-    with suppress(OSError):
-        known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        known.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(known)

@@ -13,20 +13,20 @@ from typing import Annotated
 from latent_medi.core.errors import UserError
 
 PATH = "path"
-"""Mark of a setting's text that names a file or folder."""
+"""Mark of a setting that is a file or folder."""
 
 PathText = Annotated[str, PATH]
-"""A file or folder, or what may be one: a name, a hub id, a URL."""
+"""Type of a setting that is a file or folder, or may be one: a name, a hub id, a URL."""
 
 _DOLLAR = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([^}]*)\})")
 
 
 def expand(text: str, what: str = "") -> str:
-    """A path with ``~`` and variables replaced; a URL, such as ``s3://…``, as it is. ``$$`` is a dollar sign.
+    """A path with ``~`` and variables replaced; ``$$`` becomes a dollar sign. A URL such as ``s3://…`` is not changed.
 
     Args:
-        text: As it was written.
-        what: How a message calls it.
+        text: The path as written.
+        what: Name of the setting in messages.
 
     Raises:
         UserError: A variable that is not set, or a user who has no home folder.
@@ -49,20 +49,22 @@ def expand(text: str, what: str = "") -> str:
     if text.startswith("~"):
         user, slash, rest = text.partition("/")
         if (home := os.path.expanduser(user)) == user:
-            raise UserError(f"{named}, and {user} has no home folder.", f"Write ./{text} for a name that starts so.")
+            raise UserError(
+                f"{named}, and {user} has no home folder.", f"Write ./{text} for a name that starts with ~."
+            )
         text = slash + rest
     return home + _DOLLAR.sub(value, text)
 
 
 def escaped(path: str) -> str:
-    """A path such that :func:`expand` gives it again."""
+    """A path written so that :func:`expand` returns it unchanged."""
     if "://" in path:
         return path
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
 
 
 def path_argument(text: str) -> Path:
-    """The path of a command line's word, for ``argparse``."""
+    """An argument of the command line as a path, for ``argparse``."""
     try:
         return Path(expand(text))
     except UserError as error:

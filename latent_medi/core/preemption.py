@@ -1,4 +1,4 @@
-"""Being told to stop: a cluster's pre-emption notice becomes a checkpoint and an exit code that means "resume me"."""
+"""Preemption: a signal from the cluster makes training save a checkpoint and exit with a code that means "resume"."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from latent_medi.core.progress import get_logger
 logger = get_logger("training")
 
 _AGREE_EVERY = 10
-"""Updates between agreements of several processes; a signal reaches them at different moments."""
+"""Updates after which several processes compare whether they got a signal: it reaches them at different times."""
 
 
 @dataclass
 class Notice:
-    """Whether SIGTERM or SIGUSR1 has come.
+    """Whether the process got SIGTERM or SIGUSR1.
 
     Args:
-        given: The signal's name; "" for none.
+        given: The name of the signal; "" for none.
     """
 
     given: str = ""
 
     def agreed(self, accelerator: Accelerator, update: int) -> bool:
-        """Whether to stop after this update, the same answer in every process.
+        """Whether to stop after this update; the answer is the same in all processes.
 
         Args:
             accelerator: The processes.
-            update: Number of the update, the same in every process.
+            update: Number of the update, the same in all processes.
         """
         if accelerator.num_processes == 1:
             return bool(self.given)
         if update % _AGREE_EVERY:
             return False
-        told = torch.tensor([float(bool(self.given))], device=accelerator.device)
-        return bool(accelerator.reduce(told, "sum").item() > 0)
+        given = torch.tensor([float(bool(self.given))], device=accelerator.device)
+        return bool(accelerator.reduce(given, "sum").item() > 0)
 
 
 @contextmanager
 def listening() -> Iterator[Notice]:
-    """Take note of SIGTERM or SIGUSR1 instead of ending at once. More of them change nothing, since a cluster may reach
-    a process both directly and through its launcher; SIGINT ends at once as ever.
+    """Record SIGTERM and SIGUSR1 instead of ending at once. Repeated signals change nothing, because a cluster may
+    signal a process both directly and through its launcher. SIGINT still ends the process.
     """
     notice = Notice()
-    if threading.current_thread() is not threading.main_thread():  # only there Python lets signals be handled
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield notice
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -58,7 +58,7 @@ def listening() -> Iterator[Notice]:
     def note(number: int, _: object) -> None:
         if not notice.given:
             notice.given = signal.Signals(number).name
-            logger.warning("%s: stopping as soon as what is done is saved", notice.given)
+            logger.warning("%s: saving a checkpoint, then stopping", notice.given)
 
     for number in before:
         signal.signal(number, note)

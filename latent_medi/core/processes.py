@@ -1,4 +1,4 @@
-"""Helper processes: they import no file of the working folder, and end with the process that started them."""
+"""Helper processes: they import no module from the working folder, and end with the process that started them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 T = TypeVar("T")
 
 PARENT = "LATENT_MEDI_PARENT"
-"""Environment variable with the number of the process that started this one, and that it ends with."""
+"""Environment variable with the number of the process that started this one: when that ends, this one ends too."""
 
 _SAFE = "PYTHONSAFEPATH"
 _LOOK_EVERY = 0.5  # seconds
@@ -26,19 +28,19 @@ _watched: set[int] = set()
 
 
 def python_words(module: str, *words: str) -> list[str]:
-    """Words that run a module of this package as a program; the environment is :func:`environment`."""
+    """Command that runs a module of this package as a program; its environment is :func:`environment`."""
     return [sys.executable, "-P", "-m", module, *words]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a helper process: ours, in which no Python puts the working folder on its module path.
+    """The environment of a helper process: that of this process, with the working folder off Python's module path.
 
     Args:
         changes: Variables to set.
     """
     import latent_medi
 
-    # An empty entry would be the working folder. A source tree that is not installed is found by its path.
+    # An empty entry means the working folder. A source tree that is not installed is added by its path.
     listed = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     root = Path(latent_medi.__file__).resolve().parents[1]
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
@@ -51,7 +53,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 @contextmanager
 def safe_helpers() -> Iterator[None]:
-    """While it lasts, every Python that is started (joblib's and torch's workers too) leaves the working folder out of
+    """Context in which every Python that is started, workers of joblib and torch too, leaves the working folder out of
     its module path.
     """
     before, after = {name: os.environ.get(name) for name in (_SAFE, "PYTHONPATH")}, environment()
@@ -71,11 +73,10 @@ def _set(values: dict[str, str | None]) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Have this process killed when the one that started it ends, however that ends: an orphan could overwrite what a
-    rerun writes.
+    """Have this process killed when its parent ends for whatever reason, so that it cannot overwrite files of a rerun.
 
     Args:
-        parent: Its process number; if it has ended already, this process ends now.
+        parent: The parent's process number; if it has already ended, this process ends now.
     """
     if sys.platform == "linux":
         import ctypes
@@ -89,14 +90,14 @@ def end_with(parent: int) -> None:
 
 
 def call_tied(parent: int, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a worker process, which from then on is killed when the process that dispatches the work ends.
+    """Call a function in a worker process, which from then on is killed when the dispatching process ends.
 
     Args:
-        parent: Number of the latter, which may be this one: work is not always sent to another.
-        function: What to call.
+        parent: Number of the dispatching process; it may be this one.
+        function: The function to call.
         arguments: Its arguments.
     """
-    # The kernel's own notice would come when the thread that started the worker ends, which may be long before.
+    # The kernel's signal would come when the thread that started the worker ends, which may be long before.
     if os.getpid() != parent and parent not in _watched:
         _watched.add(parent)
         _watch(parent, signal.SIGKILL)
@@ -104,32 +105,21 @@ def call_tied(parent: int, function: Callable[..., T], *arguments: Any) -> T:
 
 
 def follow_parent() -> None:
-    """End with whoever started this process, if that is one of our commands (it says so in :data:`PARENT`) or a
-    launcher of several processes. An unknown launcher's end is a notice, on which training saves: the cluster that
-    ended it may have given us the same.
+    """End this process when the command of this package that started it ends (:data:`PARENT` names it), or when the
+    launcher of several processes ends. The end of a launcher is sent as SIGTERM, on which training saves a checkpoint.
     """
-    told, parent = os.environ.get(PARENT, ""), os.getppid()
-    if told == str(parent):
+    starter, parent = os.environ.get(PARENT, ""), os.getppid()
+    if starter == str(parent):
         end_with(parent)
         return
-    if told.isdigit() and not _alive(int(told)):
+    if starter.isdigit() and not psutil.pid_exists(int(starter)):
         raise SystemExit("the command that started this process has ended")
     if "LOCAL_RANK" in os.environ:
         _watch(parent, signal.SIGTERM)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _watch(parent: int, number: signal.Signals) -> None:
-    """Send this process a signal once its parent is another one, as a new one is given to orphans."""
+    """Send this process a signal once its parent has ended: the system gives orphans another parent."""
 
     def wait() -> None:
         while os.getppid() == parent:
@@ -140,16 +130,16 @@ def _watch(parent: int, number: signal.Signals) -> None:
 
 
 class Output:
-    """What a command prints to.
+    """Standard output and error of a command.
 
     Attributes:
-        closed: Whether whoever read it has gone.
+        closed: Whether the program that read them through a pipe has ended.
     """
 
     closed = False
 
     def give_up(self) -> None:
-        """Let what is printed from now on vanish: there is nobody who could be told that it cannot be printed."""
+        """Discard everything that is printed from now on."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in _pipes(hung_up=True):
             os.dup2(nowhere, number)
@@ -158,8 +148,8 @@ class Output:
 
 @contextmanager
 def read_by_somebody() -> Iterator[Output]:
-    """Send this process SIGTERM as soon as whoever reads its standard output or error through a pipe has gone, as
-    ``| head`` does when it has seen enough: a command may print nothing for hours, and those it started go on.
+    """Send this process SIGTERM as soon as the program that reads its output through a pipe ends, as in ``| head``.
+    Otherwise a command that prints nothing for hours would not notice, and its helper processes would go on.
     """
     output, ended = Output(), threading.Event()
 
@@ -183,7 +173,7 @@ def read_by_somebody() -> Iterator[Output]:
 
 
 def _pipes(hung_up: bool = False) -> list[int]:
-    """Which of standard output and error are pipes; with ``hung_up``, which nobody reads any more."""
+    """The file descriptors of standard output and error that are pipes; with ``hung_up``, pipes without a reader."""
     found = []
     for number in (1, 2):
         try:

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 T = TypeVar("T")
 
 _ROOT = "latent_medi"
-_LINE_EVERY = 10.0  # seconds between progress lines where no terminal can redraw one
+_LINE_EVERY = 10.0  # seconds between progress lines if the output is no terminal
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module; all share the handler that :func:`set_up_logging` installs."""
+    """The logger of a module; all use the handler that :func:`set_up_logging` installs."""
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
 
 
@@ -48,8 +48,8 @@ def progress(iterable: Iterable[T], total: int | None = None, desc: str = "", un
     Args:
         iterable: What to iterate over.
         total: Number of items; ``len(iterable)`` if it has one.
-        desc: What is being done.
-        unit: The name of one item.
+        desc: Name of the task.
+        unit: Name of one item.
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""Values of settings dataclasses, from what people write.
+"""Converting what people write to the types of a settings dataclass, and refusing what a setting does not accept.
 
-A *partial* is a mapping of the settings that were given, nested like the dataclasses, with values of the right types.
-Partials of several files and of the command line are merged, and :func:`make` makes the settings of them.
+A :data:`Partial` holds the settings that a file or command gives, nested like the dataclasses, with converted values.
+Partials of several files and of the command line are merged, then :func:`make` creates the settings.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import dataclasses
 import json
 import math
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.kinds import (
+    Range,
+    arguments,
     hints,
     is_text,
-    kinds_of,
+    is_union,
     known_keys,
     marks,
-    may_be_text,
-    one_of,
+    origin,
     plain,
     settings_in,
     shown,
@@ -35,16 +35,19 @@ from latent_medi.core.yaml_text import one_quoted, read_yaml
 
 S = TypeVar("S")
 
+Partial = dict[str, Any]
+"""Some settings of a dataclass by name; settings within settings are mappings."""
+
 _YES, _NO = ("true", "yes", "on"), ("false", "no", "off")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a value was given.
+    """Where a value comes from.
 
     Args:
         where: The file or command.
-        name: The setting, dotted.
+        name: The dotted name of the setting.
     """
 
     where: str
@@ -57,25 +60,93 @@ class _Place:
         return _Place(self.where, f"{self.name}[{position}]")
 
     def refusal(self, value: Any, annotation: Any, hint: str = "") -> UserError:
-        if not hint and value is None and may_be_text(annotation):
-            hint = f'If the word null is meant, quote it: {self.name.rpartition(".")[2]}: "null".'
+        if not hint and value is None and is_text(annotation):
+            hint = f'If you mean the word null, quote it: {self.name.rpartition(".")[2]}: "null".'
         return UserError(f"{self.where}: {self.name} is {shown(value)}; it takes {wanted(annotation)}.", hint)
 
 
 def unknown(settings_class: type, dotted: str, where: str, prefix: str = "", hint: str = "") -> UserError:
-    """The refusal of a key that the settings do not have."""
+    """The error for a key that the settings do not have: it names the new key of a renamed one, else the nearest."""
     name, known = prefix + dotted, known_keys(settings_class, prefix)
-    return UserError(f"{where}: unknown setting {name!r}; {nearest(name, known)}.", hint)
+    if (new := _renamed(settings_class, dotted)) is None:
+        return UserError(f"{where}: unknown setting {name!r}; {nearest(name, known)}.", hint)
+    hint = new if " " in new else f"Write {prefix}{new}."
+    return UserError(f"{where}: the setting {name!r} was {'changed' if ' ' in new else 'renamed'}.", hint)
 
 
-def partial(settings_class: type, values: Mapping[Any, Any], where: str, prefix: str = "") -> dict[str, Any]:
-    """Given values as a partial, paths expanded.
+def _renamed(settings_class: type, dotted: str) -> str | None:
+    """What a table of renamed settings says of a key: its new name or a sentence; ``None`` if no table has it."""
+    head, dot, rest = dotted.replace("-", "_").partition(".")
+    table: Mapping[str, str] = getattr(settings_class, "RENAMED", {})
+    if head in table:
+        return table[head] if " " in table[head] else f"{table[head]}{dot}{rest}"
+    inner = settings_in(hints(settings_class).get(head))
+    new = _renamed(inner, rest) if inner is not None else None
+    return new if new is None or " " in new else f"{head}.{new}"
+
+
+def refuse_renamed_words(settings_class: type, keys: Sequence[str], value: Any, where: str, prefix: str = "") -> None:
+    """Refuse a word, or a list that has one, which a table of renamed settings lists as ``name=word``.
+
+    Raises:
+        UserError: There is one; the error names the new word.
+    """
+    *parents, name = keys
+    owner: type | None = settings_class
+    for parent in parents:
+        owner = settings_in(hints(owner).get(parent)) if owner is not None else None
+    table: Mapping[str, str] = getattr(owner, "RENAMED", {})
+    for word in value if isinstance(value, (list, tuple)) else [value]:
+        if (new := table.get(f"{name}={word}")) is not None:
+            hint = new if " " in new else f"Write {prefix}{'.'.join([*parents, new])}."
+            raise UserError(f"{where}: {prefix}{'.'.join(keys)} is {word!r}, which was renamed.", hint)
+
+
+def check(settings: Any) -> None:
+    """Refuse settings with a word that is none of a setting's choices, or a number that is out of its range.
+
+    Raises:
+        UserError: There is one; the error names the setting, its value and what it accepts.
+    """
+    where = type(settings).__name__
+    for name, annotation in hints(type(settings)).items():
+        value = getattr(settings, name)
+        refuse_renamed_words(type(settings), [name], value, where)
+        _check(annotation, value, _Place(where, name))
+
+
+def _check(annotation: Any, value: Any, place: _Place) -> None:
+    kind, inner = origin(annotation), arguments(annotation)
+    if kind in (list, tuple) and isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check(inner[0], item, place.at(i))
+    elif kind is dict and isinstance(value, Mapping):
+        for key, item in value.items():
+            _check(inner[1], item, place.inside(str(key)))
+    elif isinstance(value, str if kind is Literal else (int, float)):
+        _refuse(annotation, value, place)
+
+
+def _refuse(annotation: Any, value: Any, place: _Place) -> None:
+    """Refuse a word that is none of the choices, or a number that is out of range.
+
+    Raises:
+        UserError: It is.
+    """
+    if origin(annotation) is Literal and value not in arguments(annotation):
+        raise place.refusal(value, annotation, _near(value, arguments(annotation)))
+    if any(isinstance(mark, Range) and value not in mark for mark in marks(annotation)):
+        raise place.refusal(value, annotation)
+
+
+def partial(settings_class: type, values: Mapping[Any, Any], where: str, prefix: str = "") -> Partial:
+    """Values converted to the types of their settings, paths expanded.
 
     Args:
         settings_class: The dataclass.
-        values: As :func:`~latent_medi.core.yaml_text.read_yaml` or a program gives them.
-        where: How messages call what gave them.
-        prefix: What stands before the names in messages.
+        values: As read by :func:`~latent_medi.core.yaml_text.read_yaml`, or given by a program.
+        where: The file or command, for messages.
+        prefix: Prefix of the settings' names in messages.
 
     Raises:
         UserError: An unknown key or a value of the wrong type.
@@ -86,37 +157,37 @@ def partial(settings_class: type, values: Mapping[Any, Any], where: str, prefix:
         if key not in known:
             raise unknown(settings_class, str(key), where, prefix)
         if value is None and key in empty and not takes_nothing(known[key]):
-            continue  # `key:` or `key: null` for a setting that is empty unless it is given
+            continue  # `key:` or `key: null` of a setting that is empty by default
+        refuse_renamed_words(settings_class, [str(key)], value, where, prefix)
         found[str(key)] = convert(known[key], value, where, f"{prefix}{key}")
     return found
 
 
 def convert(annotation: Any, value: Any, where: str, name: str) -> Any:
-    """One value as its setting takes it; settings within settings stay mappings.
+    """A value converted to the type of its setting; settings within settings stay mappings.
 
     Raises:
-        UserError: A value of the wrong type, which says what the setting takes.
+        UserError: The setting does not accept the value.
     """
     return _convert(annotation, value, _Place(where, name))
 
 
 def convert_word(annotation: Any, text: str, where: str, name: str) -> Any:
-    """The same from a word of the command line. A text is taken as it stands, unless it is quoted as a whole.
+    """As :func:`convert`, for a word of the command line. A text is taken literally, unless all of it is quoted.
 
     Raises:
-        UserError: As :func:`convert`, or YAML that cannot be read.
+        UserError: As :func:`convert`; or the word is no valid YAML.
     """
-    kinds = kinds_of(annotation)
-    if annotation is not Any and may_be_text(annotation):
+    if is_union(annotation):
+        value = _guessed(text)
+        is_text_value = isinstance(value, (str, bool, dict)) or value is None
+        return convert(annotation, _unquoted(text) if is_text_value else value, where, name)
+    if is_text(annotation):
         if takes_nothing(annotation) and text in ("null", "~"):
             return None
-        if text == "null" and PATH in marks(annotation):  # a folder of that name is ./null
+        if text == "null" and PATH in marks(annotation):  # write ./null for a folder of that name
             return ""
-        if all(map(is_text, kinds)):
-            return convert(annotation, _unquoted(text), where, name)
-        value = _guessed(text)
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return convert(annotation, value if numeric or isinstance(value, list) else _unquoted(text), where, name)
+        return convert(annotation, _unquoted(text), where, name)
     if text == "" and annotation is not Any:
         raise _Place(where, name).refusal("", annotation)
     value = _guessed(text) if annotation is Any else read_yaml(text, f"{where}: {name}={text[:60]}")
@@ -132,7 +203,7 @@ def _guessed(text: str) -> Any:
 
 def _unquoted(text: str) -> str:
     try:
-        inner = json.loads(text) if text.startswith('"') else None  # JSON has characters that YAML refuses
+        inner = json.loads(text) if text.startswith('"') else None  # JSON allows characters that YAML refuses
     except (ValueError, RecursionError):
         inner = None
     inner = inner if isinstance(inner, str) else one_quoted(text)
@@ -140,55 +211,56 @@ def _unquoted(text: str) -> str:
 
 
 def _convert(annotation: Any, value: Any, place: _Place) -> Any:
-    kinds = kinds_of(annotation)
-    if takes_nothing(annotation) and (value is None or (value in ("Null", "NULL") and not may_be_text(annotation))):
+    if takes_nothing(annotation) and (value is None or (value in ("Null", "NULL") and not is_text(annotation))):
         return None
-    inner = settings_in(annotation)
-    if inner is not None:
+    if (inner := settings_in(annotation)) is not None:
         if isinstance(value, inner):
             return value
         if not isinstance(value, Mapping):
             raise place.refusal(value, annotation)
         return partial(inner, value, place.where, f"{place.name}.")
-    if len(kinds) == 1:
-        return _convert_one(kinds[0], value, place)
-    if float in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
-    for kind in kinds:
-        if kind is not float and (typing.get_origin(kind) is list) == isinstance(value, list):
-            return _convert_one(kind, value, place)
-    raise place.refusal(value, annotation)
-
-
-def _convert_one(annotation: Any, value: Any, place: _Place) -> Any:
-    kind, origin = plain(annotation), typing.get_origin(plain(annotation))
+    kind = plain(annotation)
     if kind is Any:
         return value
-    if kind is str or origin is Literal:
+    if is_union(annotation):
+        return _convert_to_member(annotation, value, place)
+    if is_text(annotation):
         text = _text(value)
-        if text is None or (origin is Literal and text not in typing.get_args(kind)):
-            raise place.refusal(value, annotation, _near(text, kind) if origin is Literal else "")
+        if text is None:
+            raise place.refusal(value, annotation)
+        _refuse(annotation, text, place)
         return expand(text, f"{place.where}: {place.name}") if PATH in marks(annotation) else text
     if kind in (int, float, bool):
         made = {int: _whole, float: _number, bool: _truth}[kind](value)
         if made is None:
             raise place.refusal(value, annotation)
+        _refuse(annotation, made, place)
         return made
-    if origin is list or origin is tuple:
-        inner = typing.get_args(kind)
-        if not isinstance(value, (list, tuple)) or (origin is tuple and len(value) != len(inner)):
+    items = arguments(annotation)
+    if origin(annotation) in (list, tuple):
+        if not isinstance(value, (list, tuple)) or (origin(annotation) is tuple and len(value) != len(items)):
             raise place.refusal(value, annotation)
-        return [_convert(inner[0], item, place.at(i)) for i, item in enumerate(value)]
-    if origin is dict:
-        inner = typing.get_args(kind)[1]
+        return [_convert(items[0], item, place.at(i)) for i, item in enumerate(value)]
+    if origin(annotation) is dict:
         if not isinstance(value, Mapping):
             raise place.refusal(value, annotation)
-        return {str(key): _convert(inner, item, place.inside(str(key))) for key, item in value.items()}
+        return {str(key): _convert(items[1], item, place.inside(str(key))) for key, item in value.items()}
     raise TypeError(f"{place.name} has a type that no setting may have: {annotation}")
 
 
+def _convert_to_member(annotation: Any, value: Any, place: _Place) -> Any:
+    """A value converted to the member of a union that it fits: a number stays a number."""
+    members = arguments(annotation)
+    if float in members and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    for member in members:
+        if member is not float and (origin(member) is list) == isinstance(value, list):
+            return _convert(member, value, place)
+    raise place.refusal(value, annotation)
+
+
 def _text(value: Any) -> str | None:
-    """A scalar as it is written: numbers and truth values were only made of texts that say just this."""
+    """A scalar as text, as it was written; ``None`` for another value."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
@@ -203,7 +275,7 @@ def _whole(value: Any) -> int | None:
         text = value.strip().replace("_", "")
         if re.fullmatch(r"[+-]?(0|[1-9][0-9]{0,30})", text):
             return int(text)
-        if re.fullmatch(r"[+-]?0[0-9]+", text):  # 010 is 8 to some and 10 to others
+        if re.fullmatch(r"[+-]?0[0-9]+", text):  # ambiguous: 010 is 8 in some languages
             return None
         value = _number(text)
     whole = isinstance(value, (int, float)) and math.isfinite(value) and value == int(value)
@@ -226,26 +298,23 @@ def _truth(value: Any) -> bool | None:
     return True if word in _YES else False if word in _NO else None
 
 
-def _near(text: str | None, literal: Any) -> str:
-    found = nearest(text or "", typing.get_args(literal))
+def _near(text: str, words: Sequence[str]) -> str:
+    found = nearest(text, words)
     return f"{found[0].upper()}{found[1:]}." if found.startswith("closest") else ""
 
 
 def make(settings_class: type[S], values: Mapping[str, Any], where: str) -> S:
-    """The settings of a partial, with defaults for the rest.
+    """Settings from a partial, with defaults for all others.
 
     Raises:
-        UserError: A setting without a default is missing.
+        UserError: A setting that has no default is missing.
     """
     fields = dataclasses.fields(settings_class)  # type: ignore[arg-type]
-    absent = [
-        f.name for f in fields
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
-    if absent:
+    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    if absent := [name for name in required if name not in values]:
         raise UserError(
             f"{where}: {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not given.",
-            "Write " + " ".join(f"{name}=…" for name in absent) + "; --help says what each is.",
+            "Write " + " ".join(f"{name}=…" for name in absent) + "; --help explains each.",
         )
     known = hints(settings_class)
     return settings_class(**{name: _made(known[name], value, where) for name, value in values.items()})
@@ -253,27 +322,24 @@ def make(settings_class: type[S], values: Mapping[str, Any], where: str) -> S:
 
 def _made(annotation: Any, value: Any, where: str) -> Any:
     inner = settings_in(annotation)
-    if inner is not None and one_of(annotation, dict) is None and isinstance(value, Mapping):
+    if inner is not None and origin(annotation) is not dict and isinstance(value, Mapping):
         return make(inner, value, where)
-    return tuple(value) if one_of(annotation, tuple) is not None and isinstance(value, Sequence) else value
+    return tuple(value) if origin(annotation) is tuple and isinstance(value, Sequence) else value
 
 
-def written(settings_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A partial such that reading it gives it again: paths with ``~`` and ``$`` escaped."""
+def written(settings_class: type, values: Mapping[str, Any]) -> Partial:
+    """A partial to be written to a file: ``~`` and ``$`` in paths are escaped, so that reading gives the same paths."""
     known = hints(settings_class)
     return {name: _written(known[name], value) for name, value in values.items()}
 
 
 def _written(annotation: Any, value: Any) -> Any:
-    inner = settings_in(annotation)
-    if inner is not None:
+    if (inner := settings_in(annotation)) is not None:
         return written(inner, value) if isinstance(value, Mapping) else value
-    for kind in kinds_of(annotation):
-        base = plain(kind)
-        if isinstance(value, str) and PATH in marks(kind):
-            return escaped(value)
-        if isinstance(value, list) and typing.get_origin(base) is list:
-            return [_written(typing.get_args(base)[0], item) for item in value]
-        if isinstance(value, Mapping) and typing.get_origin(base) is dict:
-            return {key: _written(typing.get_args(base)[1], item) for key, item in value.items()}
+    if isinstance(value, str) and PATH in marks(annotation):
+        return escaped(value)
+    if isinstance(value, list) and origin(annotation) is list:
+        return [_written(arguments(annotation)[0], item) for item in value]
+    if isinstance(value, Mapping) and origin(annotation) is dict:
+        return {key: _written(arguments(annotation)[1], item) for key, item in value.items()}
     return value

@@ -1,6 +1,4 @@
-"""YAML read so that a word keeps the text it was written with: ``NO`` and ``01`` are labels until a setting asks for a
-truth value or a number.
-"""
+"""Reading YAML without losing text: ``NO`` and ``01`` stay text until a setting takes a truth value or a number."""
 
 from __future__ import annotations
 
@@ -12,22 +10,22 @@ from latent_medi.core.errors import UserError
 
 _TAG = "tag:yaml.org,2002:"
 _MOST = 100_000
-"""Entries of a document once its anchors are written out; no settings have so many."""
+"""Most entries of a document, with its anchors expanded."""
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """The content of a YAML document: mappings with text as keys, lists, and scalars.
+    """The content of a YAML document: mappings with text keys, lists, and scalars.
 
-    A scalar becomes a number or a truth value only if that number or value is written in just this way (``1``, ``0.5``,
-    ``true``), ``null``, ``~`` and nothing become ``None``, and all else (``01``, ``1e3``, ``NO``, a date) stays text.
-    So no text is lost, whatever the setting turns out to be.
+    A scalar becomes a number or a truth value only if this program would write that value in the same way (``1``,
+    ``0.5``, ``true``). ``null``, ``~`` and an empty scalar become ``None``. Everything else (``01``, ``1e3``, ``NO``, a
+    date) stays text, so that no text is lost before the setting's type is known.
 
     Args:
         text: The document.
-        where: How messages call it.
+        where: Name of the document in messages.
 
     Raises:
-        UserError: It is no YAML, names a key twice, is nested too deeply or too large; says where.
+        UserError: The document is no valid YAML, has a key twice, or is nested too deeply or too large; names the line.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -37,11 +35,11 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
     except RecursionError:
-        raise UserError(f"{where} is nested too deeply.", "Settings have a few levels.") from None
+        raise UserError(f"{where} is nested too deeply.", "Settings have only a few levels.") from None
 
 
 def one_quoted(text: str) -> str | None:
-    """The text inside, if a word is one quoted YAML scalar as a whole; else ``None``."""
+    """The text in the quotes if a word is one quoted YAML scalar; else ``None``."""
     if text[:1] not in ("'", '"'):
         return None
     try:
@@ -104,7 +102,7 @@ class _Reader:
             return int(text)
         if tag == _TAG + "float" and any(c.isdigit() for c in text) and ":" not in text and "_" not in text:
             number = float(text)
-            # As this program writes numbers, or PyYAML does, for which 1e-05 is text.
+            # As Python writes numbers, or PyYAML, for which 1e-05 is text.
             return number if text in (repr(number), repr(number).replace("e", ".0e")) else text
         if tag.startswith(_TAG) and tag.removeprefix(_TAG) in ("int", "float", "timestamp", "value", "merge"):
             return text

@@ -32,7 +32,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
-from latent_medi.core.checksums import write_sums
+from latent_medi.core.checksums import write_checksums
 from latent_medi.core.processes import safe_helpers
 from latent_medi.core.progress import get_logger, set_up_logging
 from latent_medi.demo.tissue import Shape, Stain, parameters, random_shape, random_stain, render
@@ -291,7 +291,7 @@ def main() -> None:
         for seed, stage in enumerate(POLISH):
             train_autoencoder(autoencoder, images, encoder=encoder, seed=seed, **stage)
         autoencoder.half().save_pretrained(arguments.out)
-        write_sums(arguments.out)
+        write_checksums(arguments.out)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 
 
 @dataclass(frozen=True)
-class CohortSettings:
+class CohortSettings(Settings):
     """How large the demo's cohort is.
 
     Args:

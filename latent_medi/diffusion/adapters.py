@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_medi import __version__
-from latent_medi.core.checksums import check_sums, tell_unsealed, write_sums
+from latent_medi.core.checksums import verify_checksums, warn_unsealed, write_checksums
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_object, sha256_file, write_json
 from latent_medi.core.json_types import check_types
@@ -139,7 +139,7 @@ def save_adapter(
         facts = {"format": FORMAT, "version": __version__, "base": base}
         facts |= {"values": {name: list(values) for name, values in added.items()}, "provenance": dict(provenance)}
         write_json(temporary / ADAPTER_FILE, facts)
-        write_sums(temporary)
+        write_checksums(temporary)
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -182,8 +182,8 @@ def open_adapter(folder: str | Path) -> Adapter:
         raise UserError(
             f"{folder} is no adapter of this program: it has no {ADAPTER_FILE}.", "Give out/adapter of a run with lora."
         )
-    if not check_sums(path, REMEDY):
-        tell_unsealed(path)
+    if not verify_checksums(path, REMEDY):
+        warn_unsealed(path)
     facts = read_object(path / ADAPTER_FILE)
     if facts.get("format") != FORMAT:
         raise UserError(
@@ -216,7 +216,7 @@ def seal_adapter(folder: str | Path) -> None:
         UserError: It is no adapter, or damaged.
     """
     open_adapter(folder)
-    write_sums(Path(folder))
+    write_checksums(Path(folder))
 
 
 def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[float]) -> None:

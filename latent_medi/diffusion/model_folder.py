@@ -10,7 +10,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-from latent_medi.core.checksums import check_sums, inside, tell_unsealed, write_sums
+from latent_medi.core.checksums import inside, verify_checksums, warn_unsealed, write_checksums
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_object
 from latent_medi.core.json_types import check_config, check_sizes, check_types
@@ -67,8 +67,8 @@ def seal_model(folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} holds no model.", "Give the folder with model_index.json.")
-    check_sums(folder, REMEDY)
-    write_sums(folder)
+    verify_checksums(folder, REMEDY)
+    write_checksums(folder)
 
 
 def check_model(path: Path) -> None:
@@ -77,8 +77,8 @@ def check_model(path: Path) -> None:
     Raises:
         UserError: A file is damaged, absent, or names one outside the folder.
     """
-    if not check_sums(path, REMEDY):
-        tell_unsealed(path)
+    if not verify_checksums(path, REMEDY):
+        warn_unsealed(path)
     for part in (*path.glob("config.json"), *path.glob("*/config.json")):
         check_sizes(part, REMEDY)
     # Weights in several files, whose names diffusers would follow.

@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
-from latent_medi.core.checksums import write_sums
+from latent_medi.core.checksums import write_checksums
 from latent_medi.core.device import check_precision, exact_fp32
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, write_json, write_text
@@ -43,7 +43,7 @@ from latent_medi.diffusion.samplers import Watcher, draw_noise, make_sampler, sa
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.latents.autoencoder import Autoencoder, forget_path, save_autoencoder
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.seen import together
+from latent_medi.metadata.training_record import merge_records
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -144,7 +144,7 @@ class MediPipeline(PipelineParts):
         attach(adapter, self.denoiser, base, [*(s for _, s in self._adapters), float(scale)])
         self._base_hash = base
         self._adapters.append((adapter.hash, float(scale)))
-        self.provenance = {**self.provenance, "seen": together(self.provenance.get("seen"), adapter.seen)}
+        self.provenance = {**self.provenance, "seen": merge_records(self.provenance.get("seen"), adapter.seen)}
 
     @property
     def adapters(self) -> list[tuple[str, float]]:
@@ -363,7 +363,7 @@ class MediPipeline(PipelineParts):
             write_json(temporary / OBJECTIVE_FILE, asdict(self.objective))
             write_json(temporary / PROVENANCE_FILE, self.provenance)
             write_text(temporary / "README.md", model_card(self, folder.name))
-            write_sums(temporary)
+            write_checksums(temporary)
         if push:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 

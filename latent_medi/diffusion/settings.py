@@ -7,6 +7,7 @@ from typing import Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 
 PRESETS: dict[str, tuple[int, ...]] = {
     "S": (128, 256, 384, 512),  # about  93 M parameters
@@ -17,7 +18,7 @@ PRESETS: dict[str, tuple[int, ...]] = {
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(Settings):
     """The denoising network and what it is conditioned on.
 
     Args:
@@ -115,7 +116,7 @@ class ModelSettings:
 
 
 @dataclass
-class ObjectiveSettings:
+class ObjectiveSettings(Settings):
     """What the network learns to predict, on which noise schedule, and how noise levels are weighted.
 
     Args:
@@ -164,7 +165,7 @@ class ObjectiveSettings:
 
 
 @dataclass
-class DropoutSettings:
+class DropoutSettings(Settings):
     """How often conditions are left out while training; one pattern is drawn per sample. The four shares sum to 1.
 
     Args:
@@ -198,7 +199,7 @@ class DropoutSettings:
 
 
 @dataclass
-class GuidanceSettings:
+class GuidanceSettings(Settings):
     """Guidance over the fields while sampling.
 
     Args:
@@ -225,7 +226,7 @@ class GuidanceSettings:
 
 
 @dataclass
-class AutoguidanceSettings:
+class AutoguidanceSettings(Settings):
     """Guidance by a weaker version of the same model: D_weak + w·(D − D_weak) (Karras et al. 2024, equation 5).
 
     Args:
@@ -241,7 +242,7 @@ class AutoguidanceSettings:
 
 
 @dataclass
-class ClassifierGuidanceSettings:
+class ClassifierGuidanceSettings(Settings):
     """Guidance by a classifier of noisy latents: ε′ = ε − s·√(1−ᾱ_t)·∇ log p(y | x_t, t), as in HistoDiffusion.
 
     Args:
@@ -257,7 +258,7 @@ class ClassifierGuidanceSettings:
 
 
 @dataclass
-class SamplerSettings:
+class SamplerSettings(Settings):
     """How noise becomes a latent.
 
     Args:

@@ -83,7 +83,7 @@ def _run(
     settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None, accelerator: Accelerator, device: str
 ) -> Metrics:
     out = Path(settings.out)
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         check_settings(settings)
         signs = {"metrics.json": "metrics_version", "reference": "", "features": ""}
         refuse_foreign(out, signs, ["metrics.json", "predictions.csv"])
@@ -91,12 +91,12 @@ def _run(
         chosen = _with_different_names(encoders) if encoders else load_encoders(settings, device)
         if settings.colour_free:
             chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
-        told.reads("real", settings.real, lambda: content_hash(study.real))
+        declared.add_input("real", settings.real, lambda: content_hash(study.real))
         for synthetic in study.synthetic.values():
             dataset = synthetic.dataset
-            told.reads(f"synthetic.{synthetic.name}", dataset.folder, partial(content_hash, dataset))
-        told.does(settings, but=("real", "synthetic", "weights", "device", "cache"))
-        told.does({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
+            declared.add_input(f"synthetic.{synthetic.name}", dataset.folder, partial(content_hash, dataset))
+        declared.add_settings(settings, without=("real", "synthetic", "weights", "device", "cache"))
+        declared.add_settings({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
     if accelerator.num_processes > 1:
         for encoder in chosen:
             _embed(study, encoder, settings, device, accelerator)

@@ -116,15 +116,15 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
 
 def _floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None, accelerator: Accelerator) -> dict[str, Any]:
     device = settings.device or str(accelerator.device)
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         refuse_foreign(settings.out, {"floors.json": "encoders"}, ["floors.json", "floors.csv"])
         cohort = _open(settings)
         chosen = list(encoders or [load_encoder(n, settings.weights.get(n), device) for n in settings.encoders])
         if settings.colour_free:
             chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
-        told.reads("data", settings.data, lambda: content_hash(cohort.dataset))
-        told.does(settings, but=("data", "weights", "device", "cache"))
-        told.does({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
+        declared.add_input("data", settings.data, lambda: content_hash(cohort.dataset))
+        declared.add_settings(settings, without=("data", "weights", "device", "cache"))
+        declared.add_settings({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
     index, rows = cohort.dataset.index, cohort.rows
     splits = real_splits(cohort.patients, strata(index, rows, cohort.pair), 0.5, settings.deals, settings.seed)
     out = Path(settings.out)

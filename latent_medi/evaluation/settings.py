@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 
 
 @dataclass
-class CnnSettings:
+class CnnSettings(Settings):
     """A small network that is trained on pixels, with the same number of steps in every arm.
 
     Args:
@@ -38,7 +39,7 @@ class CnnSettings:
 
 
 @dataclass
-class MediProtocolSettings:
+class MediProtocolSettings(Settings):
     """MeDi's downstream comparison: a few sites, few real patches, and synthetic ones in proportion.
 
     Args:
@@ -55,7 +56,7 @@ class MediProtocolSettings:
 
 
 @dataclass
-class HistoDiffusionProtocolSettings:
+class HistoDiffusionProtocolSettings(Settings):
     """HistoDiffusion's comparison: growing shares of synthetic patches, selected or random.
 
     Args:
@@ -70,7 +71,7 @@ class HistoDiffusionProtocolSettings:
 
 
 @dataclass
-class EvaluateSettings:
+class EvaluateSettings(Settings):
     """The datasets of an evaluation and what is computed.
 
     Args:
@@ -167,7 +168,7 @@ class EvaluateSettings:
 
 
 @dataclass
-class FloorsSettings:
+class FloorsSettings(Settings):
     """What is measured on real patients alone.
 
     Args:

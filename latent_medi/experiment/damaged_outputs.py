@@ -50,10 +50,10 @@ def damaged_model(folder: Path) -> list[Path]:
     """Of a training run's model or adapter: the whole folder if a file of it is absent or cut off."""
     from safetensors import SafetensorError, safe_open
 
-    from latent_medi.core.checksums import SUMS_FILE
+    from latent_medi.core.checksums import CHECKSUMS_FILE
 
     try:
-        listed = read_object(folder / SUMS_FILE)["sha256"] if (folder / SUMS_FILE).is_file() else None
+        listed = read_object(folder / CHECKSUMS_FILE)["sha256"] if (folder / CHECKSUMS_FILE).is_file() else None
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
         if listed is not None:  # others are somebody's notes
             files = [folder / name for name in listed]

@@ -79,7 +79,7 @@ def has_numbers(data: Path) -> bool:
 
 def given_model(settings: ExperimentSettings, arm: str) -> Source:
     """A model that is trained already, looked at before anything is run."""
-    from latent_medi.metadata.seen import saw
+    from latent_medi.metadata.training_record import was_trained_on
     from latent_medi.training.finetune.transfer import open_source
 
     if arm not in ARMS:
@@ -97,7 +97,7 @@ def given_model(settings: ExperimentSettings, arm: str) -> Source:
     if model.scheduler is None or model.autoencoder is None:
         raise UserError(f"{path} is no whole model of this program.", "Name the folder `model` of a finished run.")
     for combination in settings.held_out if settings.evaluate.get("unseen", True) else []:
-        if saw(model.seen, combination):
+        if was_trained_on(model.seen, combination):
             raise UserError(
                 f"The model {path} ({arm}) was trained on patches of {' × '.join(combination.values())}.",
                 "Train one without them, or name combinations that it did not see.",

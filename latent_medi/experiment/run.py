@@ -339,7 +339,8 @@ def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
 
 
 def _audit(settings: ExperimentSettings, folder: Path) -> None:
-    from latent_medi.metadata.audit import audit, audit_text
+    from latent_medi.metadata.audit import audit
+    from latent_medi.metadata.audit_text import audit_text
     from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 
     dataset = PatchDataset.open(data_folder(settings, folder))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from latent_medi.core.kinds import PartOf
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.sampling.settings import GenerateSettings
@@ -14,7 +15,7 @@ from latent_medi.training.settings import TrainSettings
 
 
 @dataclass
-class ExperimentSettings:
+class ExperimentSettings(Settings):
     """One whole experiment.
 
     Args:
@@ -84,7 +85,7 @@ class ExperimentSettings:
 
 
 @dataclass
-class DemoSettings:
+class DemoSettings(Settings):
     """The demo: the whole pipeline on procedural tissue with known truth, about ten minutes on two cores.
 
     Args:

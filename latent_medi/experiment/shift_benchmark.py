@@ -23,7 +23,7 @@ from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.results import read_metrics
 from latent_medi.experiment.shift_result import SHOWN, loss, mean, write_result
 from latent_medi.experiment.shift_settings import ShiftSettings
-from latent_medi.metadata.dose import rotating_targets, tie, training_patients
+from latent_medi.metadata.association_levels import association, patients_by_level, rotating_targets
 from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 
@@ -78,7 +78,7 @@ def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
     targets = settings.held_out or rotating_targets(
         pool, settings.class_field, settings.site_field, settings.rotation, settings.per_site
     )
-    chosen = training_patients(pool, settings.class_field, settings.site_field, targets, levels, settings.seed)
+    chosen = patients_by_level(pool, settings.class_field, settings.site_field, targets, levels, settings.seed)
     write_sealed(record_file, asked)
     names = [f"shift_{round(1000 * level):04d}_{_short(settings, targets, levels)}" for level in levels]
     if set(names) - set(dataset.splits):  # all at once, since the dataset may gain others while levels run
@@ -103,7 +103,7 @@ def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
         )  # fmt: skip
         training = pool[pool["patient"].isin(patients)]
         records.append(
-            {"level": level, "tie": tie(training, settings.class_field, settings.site_field),
+            {"level": level, "tie": association(training, settings.class_field, settings.site_field),
              "n_patients": len(patients), "n_patches": len(training), **_result(folder)}
         )  # fmt: skip
     result = {"settings": asked, "targets": targets, "levels": records, "loss": loss(records)}

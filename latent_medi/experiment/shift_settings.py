@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 
 
 @dataclass
-class ShiftSettings:
+class ShiftSettings(Settings):
     """How a classifier, and each way to help it, fares as class and site are tied together in training.
 
     Args:

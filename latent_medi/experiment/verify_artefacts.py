@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latent_medi.core.checksums import check_sums, compare, load_tensors, save_tensors
+from latent_medi.core.checksums import compare, load_tensors, save_tensors, verify_checksums
 from latent_medi.core.files import read_object, write_sealed
 from latent_medi.diffusion.adapters import ADAPTER_FILE, open_adapter, seal_adapter
 from latent_medi.diffusion.model_folder import REMEDY, seal_model
@@ -46,7 +46,7 @@ def verify_artefact(folder: Path, seal: bool = False) -> str:
         if seal:
             seal_latents(folder)
     elif kind == "model":
-        check_sums(folder, REMEDY)
+        verify_checksums(folder, REMEDY)
         if seal:
             seal_model(folder)
     elif kind == "adapter":

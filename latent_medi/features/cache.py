@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from latent_medi.core.checksums import load_tensors, save_tensors, tell_unsealed
+from latent_medi.core.checksums import load_tensors, save_tensors, warn_unsealed
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import remove
 from latent_medi.core.progress import get_logger, progress
@@ -167,7 +167,7 @@ def _read(path: Path, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
             features, known = stored["features"], stored["known"].astype(bool)
             if features.shape == (n, dim) and known.shape == (n,) and features.dtype == np.float32:
                 if not sealed:
-                    tell_unsealed(path, "Remove it to have its features embedded again.")
+                    warn_unsealed(path, "Remove it to have its features embedded again.")
                 return features, known
             raise UserError("it holds features of another shape")
         except (UserError, KeyError) as error:  # costs time, nothing else: everything in it can be made again

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latent_medi.core.checksums import check_sums, write_sums
+from latent_medi.core.checksums import verify_checksums, write_checksums
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_object, write_json
 
@@ -69,7 +69,7 @@ class TinyEncoder(nn.Module):
             UserError: A file is missing or the tensors do not fit the configuration.
         """
         folder = Path(folder)
-        check_sums(folder, "Copy the whole folder again.")
+        verify_checksums(folder, "Copy the whole folder again.")
         encoder = cls(read_object(folder / "encoder.json"))
         weights = folder / "encoder.safetensors"
         if not weights.is_file():
@@ -90,4 +90,4 @@ class TinyEncoder(nn.Module):
         with atomic_path(folder / "encoder.safetensors") as temporary:
             save_file({k: v.detach().half().contiguous() for k, v in self.state_dict().items()}, temporary)
         write_json(folder / "encoder.json", self.config)
-        write_sums(folder, ["encoder.json", "encoder.safetensors"])
+        write_checksums(folder, ["encoder.json", "encoder.safetensors"])

@@ -14,8 +14,8 @@ from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.latent_classifier.scores import Validation
 from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field
-from latent_medi.metadata.seen import seen_in
 from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.metadata.training_record import training_record
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.reading.remote import open_dataset
 from latent_medi.training.data import (
@@ -83,7 +83,7 @@ def open_parts(
     balance = [field.name] if settings.balance is None else settings.balance
     weights = cell_weights(dataset, rows, balance, settings.balance_temperature)
     info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
-    info |= {"training_patients": int(table["patient"].nunique()), "seen": seen_in(table, dataset.schema)}
+    info |= {"training_patients": int(table["patient"].nunique()), "seen": training_record(table, dataset.schema)}
     conditions = Conditions.from_schema(schema, table[[field.name]])
     data = TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from latent_medi import __version__
-from latent_medi.core.checksums import compare, tell_unsealed
+from latent_medi.core.checksums import compare, warn_unsealed
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import atomic_path, read_sealed, sha256_file, write_sealed
 from latent_medi.core.json_types import check_types
@@ -291,7 +291,7 @@ class LatentClassifier:
         check_types(facts, _FACTS, path / CONFIG_FILE, REMEDY)
         compare(path, {WEIGHTS_FILE: facts["weights_sha256"]}, path / CONFIG_FILE, REMEDY)
         if not sealed:
-            tell_unsealed(path)
+            warn_unsealed(path)
         try:
             settings, shape = EncoderSettings(**facts["network"]), tuple(facts["latent_shape"])
             network = LatentEncoder(settings, shape[0], shape[1], len(facts["values"]))

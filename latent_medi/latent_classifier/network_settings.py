@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.settings import Settings
 from latent_medi.diffusion.settings import ModelSettings
 
 
 @dataclass
-class EncoderSettings:
+class EncoderSettings(Settings):
     """The network that reads a class from a noisy latent: the downward half of a denoiser, and a pooling.
 
     Args:

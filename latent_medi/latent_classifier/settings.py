@@ -8,13 +8,14 @@ from typing import Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 from latent_medi.diffusion.settings import ModelSettings, ObjectiveSettings
 from latent_medi.latent_classifier.network_settings import EncoderSettings
 from latent_medi.training.settings import StreamSettings, TrainSettings
 
 
 @dataclass
-class ClassifierSettings:
+class ClassifierSettings(Settings):
     """How a classifier of noisy latents is trained, which guides a model to a class that the model does not know.
     Progress is counted in images seen; the number of processes changes speed only.
 

@@ -91,7 +91,7 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
     out = Path(settings.out)
 
     # What to learn from, and whose noisy latents to judge.
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         settings.check()
         common = settings.training()
         check_strategy(accelerator, common)
@@ -100,10 +100,10 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
         data, validation, field, values = open_parts(settings, source, device)
         record = describe(settings, data, validation, source, objective.settings, values)
         finished = run_folder.finished(out, record, (PRODUCT,))
-        run_folder.tell(told, settings, data)
-        told.reads("data's validation part", settings.data, validation.fingerprint)
-        told.reads("model", settings.model, lambda: source.model_hash if source else "")
-        told.does({"finished": finished})
+        run_folder.declare(declared, settings, data)
+        declared.add_input("data's validation part", settings.data, validation.fingerprint)
+        declared.add_input("model", settings.model, lambda: source.model_hash if source else "")
+        declared.add_settings({"finished": finished})
     lookup = torch.full((field.n_codes,), -1, dtype=torch.long)
     lookup[[field.code(value) for value in values]] = torch.arange(len(values))
     if finished:

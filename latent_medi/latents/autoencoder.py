@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import nn
 
-from latent_medi.core.checksums import check_sums, write_sums
+from latent_medi.core.checksums import verify_checksums, write_checksums
 from latent_medi.core.device import HalvedBatch, check_precision, exact_fp32
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_json, read_object, write_json
@@ -277,7 +277,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _from_folder(folder: Path) -> nn.Module:
-    check_sums(folder, "Copy the whole folder again.")  # those of other programs have no checksums
+    verify_checksums(folder, "Copy the whole folder again.")  # those of other programs have no checksums
     if (folder / ENCODER_FILE).is_file() or (folder / DECODER_FILE).is_file():
         return AutoencoderTAEF2.from_state_dicts(folder / ENCODER_FILE, folder / DECODER_FILE)
     if not (folder / "config.json").is_file():
@@ -348,7 +348,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> None:
     with atomic_path(folder) as temporary:
         autoencoder.model.save_pretrained(str(temporary), safe_serialization=True)
         forget_path(temporary / "config.json")
-        write_sums(temporary)
+        write_checksums(temporary)
 
 
 def forget_path(config: Path) -> None:

@@ -38,10 +38,10 @@ def encode(settings: EncodeSettings) -> Path:
     """Encode a dataset folder as the settings say; returns the latent folder."""
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
     device = torch.device(settings.device) if settings.device else accelerator.device
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         settings.check()
         autoencoder = load_autoencoder(settings.autoencoder, device, PRECISIONS[settings.precision])
-        told.does(settings, but=("data", "autoencoder", "device", "workers", "slicing"))
+        declared.add_settings(settings, without=("data", "autoencoder", "device", "workers", "slicing"))
     if settings.slicing:
         autoencoder.enable_slicing()
     return encode_dataset(
@@ -96,7 +96,7 @@ def _encode(
     workers: int | None, views: int, floor: FloorSettings | None,
 ) -> None:  # fmt: skip
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         data = open_dataset(dataset)
         workers = read_ahead_threads(autoencoder.device, data) if workers is None else workers
         header = {
@@ -116,9 +116,9 @@ def _encode(
         finished = (out / INFO_FILE).is_file()
         if finished:
             _check_same(out, header, data)
-        told.reads("data", dataset, lambda: content_hash(data))
-        told.reads("autoencoder", autoencoder.description["source"], lambda: autoencoder.hash)
-        told.does({"out": str(out), "device_batch": device_batch, "views": views, "finished": finished})
+        declared.add_input("data", dataset, lambda: content_hash(data))
+        declared.add_input("autoencoder", autoencoder.description["source"], lambda: autoencoder.hash)
+        declared.add_settings({"out": str(out), "device_batch": device_batch, "views": views, "finished": finished})
     if finished:
         logger.info("%s is finished.", out)
     else:

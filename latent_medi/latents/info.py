@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latent_medi.core.checksums import compare, inside, tell_unsealed
+from latent_medi.core.checksums import compare, inside, warn_unsealed
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.core.json_types import check_types
@@ -54,7 +54,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     for shard in info["shards"]:
         inside(folder, shard["file"], path)
     if not sealed:
-        tell_unsealed(folder)
+        warn_unsealed(folder)
     return info
 
 

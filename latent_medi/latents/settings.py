@@ -7,10 +7,11 @@ from typing import Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 
 
 @dataclass
-class FloorSettings:
+class FloorSettings(Settings):
     """The autoencoder's own reconstruction floor: what no model of its latents can surpass.
 
     Args:
@@ -29,7 +30,7 @@ class FloorSettings:
 
 
 @dataclass
-class EncodeSettings:
+class EncodeSettings(Settings):
     """How a dataset folder becomes a latent folder.
 
     Args:

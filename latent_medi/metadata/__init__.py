@@ -1,3 +1,1 @@
-"""What is known of a patch: fields and their vocabularies, tables, splits by patient, and the audit of what a dataset
-lacks.
-"""
+"""Metadata of patches: fields and their vocabularies, tables, splits by patient, and the audit of a dataset."""

@@ -1,9 +1,8 @@
-"""Verdicts on combinations: which can be drawn although few or no patches have them.
+"""Verdicts on combinations: which ones can be generated although few or no patches have them.
 
-A combination without a patch can still be drawn if the effects of its values can be told apart, i.e. if it is
-*estimable* in an additive model of its fields: its indicator vector lies in the row space of the seen combinations
-(Searle, Linear Models, 1971, chapter 5). For two fields this means that both values lie in one connected component
-of the graph whose edges are the seen pairs.
+A combination without a patch can be generated if it is *estimable* in an additive model of its fields: its indicator
+vector is in the row space of the seen combinations (Searle, Linear Models, 1971, chapter 5). For two fields this means
+that both values are in one connected component of the graph whose edges are the seen pairs.
 """
 
 from __future__ import annotations
@@ -17,21 +16,22 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD
+from latent_medi.metadata.tables import require_columns
 
 VERDICTS = ("seen", "both margins seen", "thin", "unidentifiable")
 UNITS = {"patches": "key", "slides": "slide", "patients": "patient"}
-_MOST_VALUES = 4_000  # of all fields of a combination together: their effects are compared by a matrix of that edge
+_MOST_VALUES = 4_000  # of all fields of a combination: the Gram matrix has that many rows
 
 
 def verdict(index: pd.DataFrame, combination: Mapping[str, str], thin_patients: int = 10) -> dict[str, Any]:
-    """Judge one combination of categorical values by the patches there are.
+    """The verdict on one combination of categorical values.
 
     - ``seen``: patches of at least ``thin_patients`` patients.
-    - ``thin``: patches of fewer patients; or none, and one of its values has fewer.
-    - ``both margins seen``: no patch, but each value has patients enough and their effects can be told apart.
-    - ``unidentifiable``: no patch, and a value never occurs or its effect cannot be told from another's.
+    - ``thin``: patches of fewer patients; or no patch, and a value with fewer patients.
+    - ``both margins seen``: no patch, but each value has enough patients and the combination is estimable.
+    - ``unidentifiable``: no patch, and a value never occurs or the combination is not estimable.
 
     Returns:
         ``combination``, ``verdict``, ``reason``, ``patches``, ``slides``, ``patients``.
@@ -39,55 +39,51 @@ def verdict(index: pd.DataFrame, combination: Mapping[str, str], thin_patients: 
     Raises:
         UserError: A column is absent, or the combination is empty.
     """
-    return Judge(index, thin_patients)(combination)
+    return Verdicts(index, thin_patients)(combination)
 
 
-class Judge:
-    """Verdicts over one index; what depends on the set of fields only is computed once."""
+class Verdicts:
+    """Verdicts on combinations of one index; what depends only on the fields is computed once."""
 
     def __init__(self, index: pd.DataFrame, thin_patients: int) -> None:
         self.index = index
         self.thin = thin_patients
-        self._facts: dict[tuple[str, ...], _Facts] = {}
+        self._seen: dict[tuple[str, ...], _SeenCombinations] = {}
 
     def __call__(self, combination: Mapping[str, str]) -> dict[str, Any]:
         if not combination:
-            raise UserError("A combination names at least one field.")
+            raise UserError("A combination has at least one field.")
         names = tuple(combination)
-        for name in names:
-            if name not in self.index.columns:
-                raise UserError(
-                    f"The index has no column {name!r}; {nearest(name, [str(c) for c in self.index.columns])}."
-                )
-        if names not in self._facts:
-            self._facts[names] = _Facts(self.index, names)
+        if names not in self._seen:
+            require_columns(self.index, names, "The index")
+            self._seen[names] = _SeenCombinations(self.index, names)
         values = tuple(str(combination[name]) for name in names)
-        counts, word, reason = self._facts[names].judge(values, self.thin)
+        counts, word, reason = self._seen[names].verdict(values, self.thin)
         return {"combination": dict(zip(names, values, strict=True)), "verdict": word, "reason": reason, **counts}
 
 
-class _Facts:
-    """Counts and the row space of the seen combinations of some fields."""
+class _SeenCombinations:
+    """Counts and row space of the seen combinations of some fields."""
 
     def __init__(self, index: pd.DataFrame, names: tuple[str, ...]) -> None:
         self.names = names
-        cells = count_cells(index, list(names))
+        cells = count_combinations(index, list(names))
         self.cells = {tuple(row[n] for n in names): {u: int(row[u]) for u in UNITS} for row in records(cells)}
         known = {name: index[~missing(index[name])] for name in names}
         self.margins = {n: known[n].groupby(n, observed=True)["patient"].nunique().to_dict() for n in names}
         self.columns = {level: i for i, level in enumerate((n, v) for n in names for v in sorted(self.margins[n]))}
         self._linked: dict[tuple[int, int], dict[tuple[int, str], int]] = {}
-        if len(names) == 2:  # values are linked by seen pairs, or they are not
+        if len(names) == 2:  # the graph of seen pairs decides
             return
         levels = len(self.columns)
         if levels > _MOST_VALUES:
             raise UserError(
-                f"{', '.join(names)} have {levels} values together; the most that can be compared is {_MOST_VALUES}.",
+                f"{', '.join(names)} have {levels} values together; the most is {_MOST_VALUES}.",
                 "Choose fewer fields, or merge rare values.",
             )
-        # The row space of the seen combinations' indicators X is the range of their Gram matrix XᵀX, which has as many
-        # rows as there are values, however many combinations were seen; a vector lies in it if it is orthogonal to the
-        # null space. Scaled by the values' frequencies, since an even spectrum tells zero from small more surely.
+        # The row space of the seen combinations' indicators X is the range of the Gram matrix XᵀX, which has as many
+        # rows as there are values. A vector is in it if it is orthogonal to the null space. Scaling by the values'
+        # frequencies separates zero eigenvalues from small ones.
         where = [self.columns[level] for values in self.cells for level in zip(names, values, strict=True)]
         rows = np.repeat(np.arange(len(self.cells)), len(names))
         seen = coo_matrix((np.ones(len(where)), (rows, where)), shape=(len(self.cells), levels)).tocsr()
@@ -109,7 +105,7 @@ class _Facts:
         off = np.linalg.norm(self._null[levels].sum(0))
         return bool(off <= 1e-6 * np.linalg.norm(self._length[levels]))
 
-    def judge(self, values: tuple[str, ...], thin: int) -> tuple[dict[str, int], str, str]:
+    def verdict(self, values: tuple[str, ...], thin: int) -> tuple[dict[str, int], str, str]:
         counts = self.cells.get(values, dict.fromkeys(UNITS, 0))
         patients = counts["patients"]
         if patients >= thin:
@@ -134,13 +130,13 @@ class _Facts:
             of = self._link(a, b)
             if of.get((0, values[a])) != of.get((1, values[b])):
                 first, second = f"{self.names[a]} = {values[a]!r}", f"{self.names[b]} = {values[b]!r}"
-                return f"no chain of seen combinations links {first} and {second}: their effects cannot be told apart"
-        return "its effects cannot be told apart from those of other values: they only occur together"
+                return f"no chain of seen combinations links {first} and {second}: their effects cannot be separated"
+        return "its effects cannot be separated from those of other values: they only occur together"
 
 
 def component_of(pairs: set[tuple[str, str]]) -> dict[tuple[int, str], int]:
-    """Component of the graph of seen pairs that each value lies in: (0, value) of the first field, (1, value) of the
-    second. Only within a component can the effects of both fields be told apart."""
+    """The component of the graph of seen pairs of each value: (0, value) of the first field, (1, value) of the second.
+    The effects of both fields can only be separated within a component."""
     nodes = {node: i for i, node in enumerate(sorted({(0, a) for a, _ in pairs} | {(1, b) for _, b in pairs}))}
     if not nodes:
         return {}
@@ -151,18 +147,19 @@ def component_of(pairs: set[tuple[str, str]]) -> dict[tuple[int, str], int]:
 
 
 def missing(column: pd.Series) -> pd.Series:
+    """Which rows have no value, as booleans."""
     return column.isna() if pd.api.types.is_numeric_dtype(column) else column == UNKNOWN_WORD
 
 
-def count_cells(index: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """Counts of every combination that occurs, rows with an unknown value left out.
+def count_combinations(index: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Patches, slides and patients of every combination that occurs; rows with an unknown value are left out.
 
     Raises:
-        UserError: A field is called as a count is.
+        UserError: A field has the name of a count.
     """
     if taken := [name for name in names if name in UNITS]:
         raise UserError(
-            f"A field called {taken[0]!r} cannot be audited: the counts are called so.",
+            f"A field called {taken[0]!r} cannot be audited: that is the name of a count.",
             "Leave it out with fields=…, or rename the column and import the data again.",
         )
     known = index[[*names, *UNITS.values()]]
@@ -173,13 +170,14 @@ def count_cells(index: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     cells = known.groupby(names, observed=True, sort=True)
     result = cells.size().rename("patches").reset_index()  # a key is one patch
     for unit, column in UNITS.items():
-        if unit != "patches":  # distinct pairs are counted several times faster than with nunique
+        if unit != "patches":  # several times faster than nunique
             pairs = known[[*names, column]].drop_duplicates().groupby(names, observed=True, sort=True)
             result[unit] = pairs.size().to_numpy()
     return result[[*names, *UNITS]]
 
 
 def records(cells: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of :func:`count_combinations`, JSON-able."""
     return [
         {str(k): int(v) if k in UNITS else str(v) for k, v in row.items()} for row in cells.to_dict(orient="records")
     ]

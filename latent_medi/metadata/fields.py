@@ -1,4 +1,4 @@
-"""One field of the metadata: its vocabulary or scaling, and the code of each value."""
+"""One metadata field: its vocabulary or scaling, and the code of each value."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pandas as pd
 from latent_medi.core.errors import UserError, nearest
 
 NULL = 0
-"""Code of a condition that is not given (dropped for guidance)."""
+"""Code of a field that the model is not conditioned on (dropped for guidance)."""
 UNKNOWN = 1
 """Code of a value that is missing in the data."""
 FIRST_VALUE = 2
 """Code of the first value of a vocabulary, and the state of a continuous field that has a value."""
 UNKNOWN_WORD = "unknown"
-"""How a missing value is written in tables, JSON members and indexes."""
+"""The word for a missing value in tables, JSON and indexes."""
 
 # "NA" is a tissue-source-site code of TCGA and "none" can be a real category, so neither is here.
 MISSING: frozenset[str] = frozenset(
@@ -28,15 +28,13 @@ MISSING: frozenset[str] = frozenset(
         "[unknown]", "[not reported]", "[not available]", "[not evaluated]",
     }
 )  # fmt: skip
-"""Markers read as unknown, in lower case; compared without regard to case or surrounding blanks."""
+"""Words that mean missing, in lower case; case and blanks around a word are ignored."""
 
 Kind = Literal["class", "categorical", "continuous"]
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell is missing in the data: one of :data:`MISSING`, NaN or ``pandas.NA`` (not ``None``, which has no
-    meaning here).
-    """
+    """Whether a cell means missing: one of :data:`MISSING`, NaN or ``pandas.NA``, but not ``None``."""
     if isinstance(value, str):
         return value.strip().lower() in MISSING
     return value is pd.NA or value is pd.NaT or (isinstance(value, (float, np.floating)) and math.isnan(value))
@@ -44,21 +42,20 @@ def is_missing(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Field:
-    """One thing known of a patch.
+    """A metadata field of patches.
 
     Args:
         name: Column name.
         kind: ``class`` (at most one in a schema), ``categorical`` or ``continuous``.
         values: The vocabulary of a class or categorical field; the value at position i has code i + 2.
-        mean: Of a continuous field, in its unit; the scaling constant subtracted.
-        std: Of a continuous field, in its unit, > 0; the scaling constant divided by.
+        mean: Of a continuous field, in its unit: subtracted to standardise.
+        std: Of a continuous field, in its unit, > 0: divided by to standardise.
         unit: Of a continuous field, such as ``years``.
-        quantiles: 21 empirical quantiles (0, 0.05, …, 1) of a continuous field, or none; realistic values are drawn
-            from them.
+        quantiles: 21 empirical quantiles (0, 0.05, …, 1) of a continuous field, or none; for drawing realistic values.
         missing: Share of rows without a value when the schema was made, 0 to 1.
 
     Raises:
-        UserError: A value twice, a value that stands for missing, scaling that cannot be used.
+        UserError: A value occurs twice or means missing, or the scaling is invalid.
     """
 
     name: str
@@ -75,7 +72,7 @@ class Field:
         object.__setattr__(self, "values", tuple(self.values))
         object.__setattr__(self, "quantiles", tuple(float(q) for q in self.quantiles))
         if not isinstance(self.name, str) or not self.name.strip():
-            raise UserError(f"A field needs a name, not {self.name!r}.")
+            raise UserError(f"The name of a field is {self.name!r}; it must be a text.")
         if self.kind not in ("class", "categorical", "continuous"):
             raise UserError(f"Field {self.name!r} has kind {self.kind!r}.", "Use class, categorical or continuous.")
         if self.continuous:
@@ -89,10 +86,7 @@ class Field:
             if not isinstance(value, str):
                 raise UserError(f"Field {self.name!r} has the value {value!r}; values are strings.")
             if is_missing(value):
-                raise UserError(
-                    f"Field {self.name!r} cannot have {value!r} as a value: "
-                    f"it stands for missing data (code {UNKNOWN})."
-                )
+                raise UserError(f"Field {self.name!r} cannot have the value {value!r}, which means missing data.")
             if value != value.strip():
                 raise UserError(
                     f"Field {self.name!r} has {value!r} with blanks around it.", "Strip the blanks in the table."
@@ -103,16 +97,16 @@ class Field:
 
     @property
     def continuous(self) -> bool:
-        """Whether the field holds a number instead of one of a vocabulary."""
+        """Whether the field is a number instead of a value of a vocabulary."""
         return self.kind == "continuous"
 
     @property
     def n_codes(self) -> int:
-        """Number of codes: null, unknown and every value; null, unknown and "has a value" for a continuous field."""
+        """Number of codes: null, unknown, and one for each value, or one for "has a value" of a continuous field."""
         return 3 if self.continuous else FIRST_VALUE + len(self.values)
 
     def code(self, value: Any) -> int:
-        """The code of a value, :data:`UNKNOWN` for a marker of missing data.
+        """The code of a value; :data:`UNKNOWN` for a word that means missing.
 
         Raises:
             UserError: The value is not in the vocabulary (or is no number); names the field, the value and the closest
@@ -120,8 +114,8 @@ class Field:
         """
         if value is None:
             raise UserError(
-                f"Field {self.name!r} has no value here (None).",
-                f"Write {UNKNOWN_WORD!r} for missing data; leave the field out to ask for no condition.",
+                f"Field {self.name!r} is None.",
+                f"Write {UNKNOWN_WORD!r} for missing data, or leave the field out for no condition.",
             )
         if is_missing(value):
             return UNKNOWN
@@ -136,7 +130,7 @@ class Field:
         """The value of a code; ``"unknown"`` for :data:`UNKNOWN`.
 
         Raises:
-            UserError: The code is null or beyond the vocabulary, or the field is continuous and the code says "has a
+            UserError: The code is null or outside the vocabulary, or the field is continuous and the code means "has a
                 value".
         """
         if code == UNKNOWN:
@@ -168,17 +162,15 @@ class Field:
         return None if math.isnan(number) else number
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, every code written out."""
+        """JSON-able form, with all codes."""
         if not self.continuous:
             return {"name": self.name, "kind": self.kind, "codes": dict(self._codes), "missing": self.missing}
-        return {
-            "name": self.name, "kind": self.kind, "unit": self.unit, "mean": self.mean, "std": self.std,
-            "quantiles": list(self.quantiles), "missing": self.missing,
-        }  # fmt: skip
+        scaling = {"unit": self.unit, "mean": self.mean, "std": self.std, "quantiles": list(self.quantiles)}
+        return {"name": self.name, "kind": self.kind, **scaling, "missing": self.missing}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Field:
-        """The field of :meth:`to_dict`'s form; the order of JSON keys does not matter.
+        """The field with the form of :meth:`to_dict`; keys may have any order.
 
         Raises:
             UserError: An entry is absent or of another type, or codes are not 2, 3, 4, … without a gap.
@@ -200,8 +192,12 @@ class Field:
                 f"without a gap: {codes}."
             )
         return Field(
-            name=data["name"], kind=data["kind"], values=values, mean=float(data.get("mean", 0.0)),
+            name=data["name"],
+            kind=data["kind"],
+            values=values,
+            mean=float(data.get("mean", 0.0)),
             std=float(data.get("std", 1.0)),
-            unit=data.get("unit", ""), quantiles=tuple(data.get("quantiles", ())), missing=float(data.get("missing",
-            0.0)),
-        )  # fmt: skip
+            unit=data.get("unit", ""),
+            quantiles=tuple(data.get("quantiles", ())),
+            missing=float(data.get("missing", 0.0)),
+        )

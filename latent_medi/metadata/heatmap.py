@@ -1,4 +1,4 @@
-"""A table of counts as a picture: what occurs often, rarely and never."""
+"""Tables of counts as heat maps."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import pandas as pd
 from latent_medi.core.errors import needs
 from latent_medi.core.files import atomic_path, check_file
 
-_LABELLED = 80  # columns beyond which labels could not be read
+_LABELLED = 80  # most columns that get readable labels
 _CELL = 0.22  # inches
 _LETTER = 0.075  # inches, of a label's font
 
 
 def write_heat_map(counts: pd.DataFrame, path: str | Path, title: str) -> None:
-    """Write a PNG with a cell per count, logarithmic shades, blank for 0; the fullest columns come first.
+    """Write a heat map as PNG: logarithmic shades, blank for 0, columns sorted by their sum.
 
     Args:
-        counts: Counts >= 0; row and column names are shown, and the names of both axes.
+        counts: Counts >= 0; the names of rows, columns and both axes are shown.
         path: PNG to write.
-        title: What is counted.
+        title: Title, such as what is counted.
     """
     write_heat_maps({title: counts}, path)
 
 
 def write_heat_maps(tables: Mapping[str, pd.DataFrame], path: str | Path) -> None:
-    """As :func:`write_heat_map` for several tables of the same rows and columns, one above the other, with the same
-    shades and the first one's order of columns, so that they can be compared.
+    """Write several tables of the same rows and columns as heat maps, one above the other. All have the same shades and
+    the order of columns of the first.
 
     Args:
         tables: Counts >= 0 by title.

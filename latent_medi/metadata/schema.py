@@ -1,8 +1,8 @@
 """Fields, their vocabularies, and the integer codes that a model is conditioned on.
 
-Codes are explicit and permanent: 0 is *null* (a condition not given, as in guidance), 1 is *unknown* (missing in the
-data), then one code per value. A vocabulary is sorted once, at creation; later values are appended, so a code never
-changes its meaning. A value outside the vocabulary is an error.
+Codes are explicit and permanent: 0 is *null* (not conditioned on, as in guidance), 1 is *unknown* (missing in the
+data), then one code per value. A vocabulary is sorted when it is created; later values are appended, so that a code
+never changes its meaning. A value outside the vocabulary is an error.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from latent_medi.metadata.fields import (
     Kind,
     is_missing,
 )
+from latent_medi.metadata.tables import require_columns
 
 __all__ = ["FIRST_VALUE", "MISSING", "NULL", "UNKNOWN", "UNKNOWN_WORD", "Field", "Schema", "is_missing"]
 
@@ -35,7 +36,7 @@ QUANTILES = 21
 
 @dataclass(frozen=True)
 class Schema:
-    """The fields of a dataset or a model: the class field first, then the others in the order given.
+    """The fields of a dataset or a model: the class first, then the others in the given order.
 
     Args:
         fields: The fields; names differ and at most one is the class.
@@ -44,14 +45,13 @@ class Schema:
     fields: tuple[Field, ...] = ()
 
     def __post_init__(self) -> None:
-        # A stable sort: only the class moves.
+        # The sort is stable: only the class moves.
         object.__setattr__(self, "fields", tuple(sorted(self.fields, key=lambda f: f.kind != "class")))
         if sum(f.kind == "class" for f in self.fields) > 1:
-            raise UserError(
-                f"Only one field can be the class, not {[f.name for f in self.fields if f.kind == 'class']}."
-            )
+            classes = [f.name for f in self.fields if f.kind == "class"]
+            raise UserError(f"Only one field can be the class, not {classes}.")
         if len(set(self.names)) != len(self.names):
-            raise UserError(f"Fields have different names, not {list(self.names)}.")
+            raise UserError(f"Two fields have the same name: {list(self.names)}.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,19 +60,19 @@ class Schema:
 
     @property
     def class_field(self) -> Field | None:
-        """The class field, or ``None``."""
+        """The class field; ``None`` if there is none."""
         return next((f for f in self.fields if f.kind == "class"), None)
 
     @property
     def metadata_fields(self) -> tuple[Field, ...]:
-        """All fields but the class."""
+        """All fields except the class."""
         return tuple(f for f in self.fields if f.kind != "class")
 
     def field(self, name: str) -> Field:
         """The field of that name.
 
         Raises:
-            UserError: There is none; names the closest.
+            UserError: There is no such field; names the closest.
         """
         for candidate in self.fields:
             if candidate.name == name:
@@ -87,8 +87,7 @@ class Schema:
         continuous: Sequence[str] = (),
         units: Mapping[str, str] | None = None,
     ) -> Schema:
-        """A new schema from the rows of a table: vocabularies sorted, scaling and quantiles measured over the rows that
-        have a value.
+        """A new schema from a table, with sorted vocabularies, and scaling and quantiles of the rows that have a value.
 
         Args:
             table: A row per patch.
@@ -105,7 +104,7 @@ class Schema:
         fields += [_vocabulary(table, name, "categorical") for name in categorical]
         fields += [_scaling(table, name, units.pop(name, "")) for name in continuous]
         if units:
-            raise UserError(f"A unit is given for {sorted(units)}, not among the continuous fields {list(continuous)}.")
+            raise UserError(f"units has {sorted(units)}, which are not among the continuous fields {list(continuous)}.")
         return Schema(tuple(fields))
 
     def encode(
@@ -114,10 +113,9 @@ class Schema:
         """Codes and standardised values of all fields, in order.
 
         Args:
-            table: N rows; a value that is missing in the data is one of :data:`MISSING`, a number that is missing also
-                NaN.
-            absent: What a field that is not given at all (or is ``None`` in a request, a sequence of mappings) means:
-                an error, or :data:`NULL`, as for a sampler.
+            table: N rows; a missing value is one of :data:`MISSING`, a missing number may also be NaN.
+            absent: What a field that is not given means, or ``None`` in a sequence of mappings: an error, or
+                :data:`NULL`, as for a sampler.
 
         Returns:
             int64 [N, F] codes (of a continuous field its state: null, unknown, value) and float32 [N, F] values, 0
@@ -134,7 +132,7 @@ class Schema:
         values = np.zeros((count, len(self.fields)), dtype=np.float32)
         if absent == "null" and not isinstance(table, pd.DataFrame):
             for name in {name for row in table for name in row}:
-                self.field(name)  # a mistyped condition must not become "not given"
+                self.field(name)  # refuses a misspelled field
         for position, known in enumerate(self.fields):
             column = _column(table, known.name)
             if column is None:
@@ -143,15 +141,13 @@ class Schema:
                         f"The column of field {known.name!r} is absent; {nearest(known.name, _columns(table))}."
                     )
                 continue
-            # An empty cell of a table is damage, not a condition that somebody leaves out.
+            # An empty cell of a table is an error, not a condition left out.
             skip = absent == "null" and not isinstance(table, pd.DataFrame)
             codes[:, position], values[:, position] = _encode_column(known, column, skip)
         return codes, values
 
     def decode(self, codes: np.ndarray, values: np.ndarray) -> list[dict[str, str | float]]:
-        """Rows of field values from what :meth:`encode` gives; null fields are left out, unknown ones are
-        ``"unknown"``.
-        """
+        """The rows that :meth:`encode` encoded; null fields are left out, unknown ones are ``"unknown"``."""
         rows: list[dict[str, str | float]] = []
         for row_codes, row_values in zip(np.asarray(codes), np.asarray(values), strict=True):
             row: dict[str, str | float] = {}
@@ -164,10 +160,10 @@ class Schema:
         return rows
 
     def append(self, field_name: str, values: Sequence[str]) -> Schema:
-        """This schema with further values of one field, in the order given; every old code keeps its meaning.
+        """This schema with values appended to one field, in the given order; existing codes do not change.
 
         Raises:
-            UserError: The field is continuous, or a value is already there.
+            UserError: The field is continuous, or already has a value.
         """
         old = self.field(field_name)
         if old.continuous:
@@ -176,7 +172,7 @@ class Schema:
         return Schema(tuple(new if f.name == field_name else f for f in self.fields))
 
     def subset(self, names: Iterable[str]) -> Schema:
-        """The schema of some fields, in the order given (the class first); vocabularies stay whole."""
+        """The schema of some fields, in the given order (the class first), with all values."""
         return Schema(tuple(self.field(name) for name in names))
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,10 +185,10 @@ class Schema:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Schema:
-        """The schema of :meth:`to_dict`'s form.
+        """The schema with the form of :meth:`to_dict`.
 
         Raises:
-            UserError: It was written by a newer version, or is none of ours.
+            UserError: A newer version wrote it, or it is invalid.
         """
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -206,17 +202,18 @@ class Schema:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"The metadata schema is not as it should be: {type(error).__name__} {error}.",
+                f"The metadata schema is invalid: {type(error).__name__} {error}.",
                 "Restore it from its source, or run the step that writes it again.",
             ) from None
 
     @staticmethod
     def merge(a: Schema, b: Schema) -> Schema:
-        """Union by append: ``a``'s fields and codes unchanged, then what only ``b`` has. Scaling constants stay
-        ``a``'s.
+        """The union of two schemas: fields and codes of ``a``, with the fields and values that only ``b`` has appended.
+
+        Scaling constants are those of ``a``.
 
         Raises:
-            UserError: A field differs in kind or unit, or both have a class field but of different names.
+            UserError: A field differs in kind or unit, or both have a class field with different names.
         """
         problems: list[str] = []
         merged = {f.name: f for f in a.fields}
@@ -243,11 +240,11 @@ class Schema:
 
     @staticmethod
     def compatible(model: Schema, dataset: Schema) -> None:
-        """Check that every row of a dataset can be encoded by a model's schema. Further fields of the dataset are no
-        problem.
+        """Check that a model's schema can encode every row of a dataset. The dataset may have further fields.
 
         Raises:
-            UserError: Lists every field the dataset lacks, every clash and every value that the model does not know.
+            UserError: Lists all fields that the dataset lacks or defines differently, and all values that the model
+                does not have.
         """
         problems: list[str] = []
         theirs = {f.name: f for f in dataset.fields}
@@ -260,14 +257,14 @@ class Schema:
             if not ours.continuous and not other.continuous:
                 known = set(ours.values)
                 problems += [
-                    f"{ours.name} = {v!r} is unknown to the model ({nearest(v, ours.values)})"
+                    f"the model has no {ours.name} = {v!r} ({nearest(v, ours.values)})"
                     for v in other.values
                     if v not in known
                 ]
         if problems:
             raise UserError(
                 "The dataset does not fit the model: " + "; ".join(problems) + ".",
-                "Correct the table, or append the new values to the model's schema and train them.",
+                "Correct the table, or append the values to the model's schema and train it on them.",
             )
 
 
@@ -286,7 +283,7 @@ def _columns(table: pd.DataFrame | Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _column(table: pd.DataFrame | Sequence[Mapping[str, Any]], name: str) -> pd.Series | None:
-    """A column as Series; cells that a mapping lacks are ``None``; ``None`` if no row has it."""
+    """A column, with ``None`` where a mapping lacks it; ``None`` if no row has it."""
     if isinstance(table, pd.DataFrame):
         return table[name] if name in table.columns else None
     if not any(name in row for row in table):
@@ -295,9 +292,9 @@ def _column(table: pd.DataFrame | Sequence[Mapping[str, Any]], name: str) -> pd.
 
 
 def _distinct(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
-    """Position of each cell's content among the distinct contents, which are told apart by type too (1 is not "1")."""
+    """The position of each cell among the distinct values, and these. Values of different types differ (1 and "1")."""
     seen: dict[Any, int] = {}
-    # NaN is not equal to itself: one stand-in keeps a column full of NaN from having as many distinct contents as rows.
+    # NaN is not equal to itself: without one common object, every NaN would be distinct.
     cells = [np.nan if isinstance(c, (float, np.floating)) and math.isnan(c) else c for c in column.tolist()]
     positions = np.fromiter((seen.setdefault((type(c), c), len(seen)) for c in cells), dtype=np.int64, count=len(cells))
     return positions, [content for _, content in seen]
@@ -313,8 +310,8 @@ def _encode_column(known: Field, column: pd.Series, skip_none: bool) -> tuple[np
         try:
             if content is None or (not known.continuous and not isinstance(content, str) and is_missing(content)):
                 raise UserError(
-                    f"Field {known.name!r} has no value here ({content}).",
-                    f"Write {UNKNOWN_WORD!r} for missing data; leave the field out to ask for no condition.",
+                    f"Field {known.name!r} is {content}.",
+                    f"Write {UNKNOWN_WORD!r} for missing data, or leave the field out for no condition.",
                 )
             codes[i] = known.code(content)
         except UserError as error:
@@ -326,34 +323,29 @@ def _encode_column(known: Field, column: pd.Series, skip_none: bool) -> tuple[np
     return codes[positions], values[positions]
 
 
-def _require(table: pd.DataFrame, name: str) -> pd.Series:
-    if name not in table.columns:
-        raise UserError(f"The table has no column {name!r}; {nearest(name, [str(c) for c in table.columns])}.")
-    return table[name]
-
-
 def _vocabulary(table: pd.DataFrame, name: str, kind: Kind) -> Field:
-    positions, contents = _distinct(_require(table, name))
+    require_columns(table, [name], "The table")
+    positions, contents = _distinct(table[name])
     missing = np.array([c is None or is_missing(c) for c in contents], dtype=bool)
     values = sorted({str(c) for c, gone in zip(contents, missing, strict=True) if not gone})
     return Field(name, kind, tuple(values), missing=float(missing[positions].mean()) if len(positions) else 0.0)
 
 
 def _scaling(table: pd.DataFrame, name: str, unit: str) -> Field:
-    probe = Field(name, "continuous", unit=unit)
-    cells = _require(table, name).tolist()
-    numbers = [None if c is None or is_missing(c) else probe.number(c) for c in cells]
+    unscaled = Field(name, "continuous", unit=unit)
+    require_columns(table, [name], "The table")
+    cells = table[name].tolist()
+    numbers = [None if c is None or is_missing(c) else unscaled.number(c) for c in cells]
     present = np.array([n for n in numbers if n is not None], dtype=np.float64)
     missing = 1 - len(present) / len(cells) if cells else 0.0
     if not len(present):
-        return replace(probe, missing=missing)
+        return replace(unscaled, missing=missing)
     std = float(present.std())
     quantiles = np.quantile(present, np.linspace(0, 1, QUANTILES))
-    # A constant column has no spread to divide by.
     return replace(
-        probe,
+        unscaled,
         mean=float(present.mean()),
-        std=std if std > 0 else 1.0,
+        std=std if std > 0 else 1.0,  # a constant column
         quantiles=tuple(quantiles.tolist()),
         missing=missing,
     )

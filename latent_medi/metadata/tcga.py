@@ -1,8 +1,8 @@
 """TCGA's names: barcodes, tissue source sites mapped to institutions, and the clinical fields of the GDC.
 
-A tissue-source-site code stands for a *(hospital, study)* pair: no code occurs in two cancer types, so a model that is
-told codes is told the class. Institutions are shared between cancer types; that is what "site" means here. The code
-table is not part of this package: download "Tissue Source Site Codes" from
+A tissue-source-site code stands for a *(hospital, study)* pair. No code occurs in two cancer types, so a model that is
+conditioned on codes is conditioned on the class. Institutions are shared between cancer types: a "site" is an
+institution. The code table is not part of this package: download "Tissue Source Site Codes" from
 https://gdc.cancer.gov/resources-tcga-users/tcga-code-tables as a tab-separated file.
 """
 
@@ -25,7 +25,8 @@ logger = get_logger(__name__)
 
 CODE_TABLE_SOURCE = "https://gdc.cancer.gov/resources-tcga-users/tcga-code-tables/tissue-source-site-codes"
 INSTITUTIONS = Path(__file__).with_name("tcga_institutions.csv")
-"""Alias, institution and kind (hospital, network, broker, none) of source sites; what is not listed is itself."""
+"""Table of source sites with their institution and kind (hospital, network, broker, none); a source site that is not
+listed is its own institution."""
 
 _SLIDE_UUID = re.compile(r"\.[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)
 _BARCODE = re.compile(
@@ -39,7 +40,7 @@ _BARCODE = re.compile(
 
 @dataclass(frozen=True)
 class Barcode:
-    """A TCGA barcode in parts, upper case; parts that it does not reach are ``""``.
+    """The parts of a TCGA barcode in upper case; parts that it does not have are ``""``.
 
     Args:
         tss: Tissue source site, two characters; ``"NA"`` and ``"01"`` are codes.
@@ -65,17 +66,17 @@ class Barcode:
 
     @property
     def patient(self) -> str:
-        """The first 12 characters: the unit that never crosses splits."""
+        """The first 12 characters, which name the patient."""
         return f"TCGA-{self.tss}-{self.participant}"
 
     @property
     def tumour(self) -> bool | None:
-        """Whether the sample is tumour tissue; ``None`` if the barcode does not reach the sample."""
+        """Whether the sample is tumour tissue; ``None`` if the barcode has no sample."""
         return 1 <= int(self.sample) <= 9 if self.sample else None
 
     @property
     def frozen(self) -> bool | None:
-        """Whether the slide is a frozen section; ``None`` if the barcode is no slide's."""
+        """Whether the slide is a frozen section; ``None`` if the barcode has no slide."""
         return not self.slide.startswith("DX") if self.slide else None
 
     def __str__(self) -> str:
@@ -86,32 +87,31 @@ class Barcode:
 def parse_barcode(text: str) -> Barcode:
     """The barcode in a name such as ``TCGA-3L-AA1B-01Z-00-DX1.8923A151-….svs``, in any case.
 
-    A folder before it, the file ending and the slide's UUID after it are cut off.
+    The folder, the file ending and the UUID of the slide are ignored.
 
     Raises:
-        UserError: There is no barcode, or something else follows it.
+        UserError: The name is no barcode.
     """
     name = str(text).replace("\\", "/").rsplit("/", 1)[-1].strip()
     stem = name if re.fullmatch(_BARCODE, name.upper()) else re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name)
     stem = _SLIDE_UUID.sub("", stem)
     match = _BARCODE.fullmatch(stem.upper())
     if match is None:
-        raise UserError(
-            f"{text!r} is no TCGA barcode.", "It looks like TCGA-02-0001, TCGA-02-0001-01Z-00-DX1 or longer."
-        )
+        raise UserError(f"{text!r} is no TCGA barcode.", "Examples: TCGA-02-0001, TCGA-02-0001-01Z-00-DX1.")
     return Barcode(**{part: value or "" for part, value in match.groupdict().items()})
 
 
 def slide_key(text: str) -> str:
-    """The slide's barcode without folder, UUID and ending: unique, and without the dot that a WebDataset key must not
-    have.
+    """The barcode of a slide without folder, UUID and ending, as a key: keys of a WebDataset have no dots.
 
     Raises:
-        UserError: It is no slide's barcode.
+        UserError: The name is no barcode of a slide.
     """
     barcode = parse_barcode(text)
     if not barcode.slide:
-        raise UserError(f"{text!r} is a TCGA barcode, but not of a slide.", "A slide's ends with such as DX1 or TS1.")
+        raise UserError(
+            f"{text!r} is a TCGA barcode, but not of a slide.", "Barcodes of slides end with DX1, TS1 or similar."
+        )
     return str(barcode)
 
 
@@ -127,27 +127,27 @@ def _institutions(path: Path) -> dict[str, tuple[str, str]]:
         _normal(site): (name, kind)
         for site, name, kind in zip(table["source_site"], table["institution"], table["kind"], strict=True)
     }
-    # A name that aliases lead to is an alias of itself.
+    # The name of an institution is also an alias of it.
     return {_normal(name): (name, kind) for name, kind in listed.values()} | listed
 
 
 def institution(source_site: str, aliases: str | Path = INSTITUTIONS) -> tuple[str, str]:
-    """The institution that a source site's name means, and its kind.
+    """The institution of a source site, and its kind.
 
     Args:
-        source_site: As in the code table; case, blanks and punctuation do not matter.
+        source_site: Name in the code table; case, blanks and punctuation are ignored.
         aliases: CSV with columns source_site, institution, kind.
 
     Returns:
         The institution's name, and ``hospital`` (or university, institute), ``network`` (a trial group or biobank of
-        several hospitals), ``broker`` (a supplier of specimens that were collected elsewhere), ``none`` (not a place)
-        or ``unlisted``.
+        several hospitals), ``broker`` (a supplier of specimens collected elsewhere), ``none`` (not a place) or
+        ``unlisted``.
     """
     return _institutions(Path(aliases)).get(_normal(source_site), (source_site.strip(), "unlisted"))
 
 
 def read_site_codes(path: str | Path, aliases: str | Path = INSTITUTIONS) -> pd.DataFrame:
-    """GDC's table of tissue source sites, with institutions.
+    """Read GDC's table of tissue source sites, and add institutions.
 
     Args:
         path: The downloaded file (.tsv, or .csv), with the columns ``TSS Code``, ``Source Site`` and ``Study Name``.
@@ -157,11 +157,11 @@ def read_site_codes(path: str | Path, aliases: str | Path = INSTITUTIONS) -> pd.
         A row per code: index ``code``; columns ``source_site`` (as written), ``study``, ``institution`` and ``kind``.
 
     Raises:
-        UserError: It is another table, or a code is listed twice.
+        UserError: A column is absent, or a code is listed twice.
     """
     table = read_table(path, strip=False)
     require_columns(table, ["TSS Code", "Source Site", "Study Name"], f"The table of site codes {path}")
-    # A spreadsheet turns 01 into 1; every code has two characters, so only a zero can be missing.
+    # Every code has two characters; spreadsheets turn 01 into 1.
     codes = table["TSS Code"].str.strip().str.upper().str.zfill(2)
     if (twice := codes[codes.duplicated()]).size:
         raise UserError(f"{path} lists the code {twice.iloc[0]!r} twice.", f"Download it again: {CODE_TABLE_SOURCE}")
@@ -178,23 +178,22 @@ def read_site_codes(path: str | Path, aliases: str | Path = INSTITUTIONS) -> pd.
 
 
 def site_codes(barcodes: Sequence[str] | pd.Series, column: Sequence[str] | pd.Series | None = None) -> list[str]:
-    """The site code of each barcode; a column of codes, if given, is checked against them.
+    """The site code of each barcode, checked against a column of codes if there is one.
 
-    Blank cells (where a program read the code ``NA`` as missing) and lost leading zeros are put right: the barcode
-    decides.
+    Blank cells (a program read the code ``NA`` as missing) and lost leading zeros in the column are ignored.
 
     Args:
-        barcodes: Patients', slides' or files' barcodes.
-        column: The same rows' codes as a table has them.
+        barcodes: Barcodes of patients, slides or files.
+        column: The codes of the same rows in a table.
 
     Raises:
-        UserError: A barcode cannot be read, or a code contradicts its barcode.
+        UserError: A barcode cannot be read, or contradicts its code.
     """
     found = [_code_of(str(text)) for text in barcodes]
-    for text, code, told in zip(barcodes, found, column if column is not None else found, strict=True):
-        told = str(told).strip().upper()
-        if not is_missing(told) and told.zfill(2) != code:
-            raise UserError(f"{text!r} is of site {code!r}, but the table says {told!r}.", "Correct the table.")
+    for text, code, cell in zip(barcodes, found, column if column is not None else found, strict=True):
+        listed = str(cell).strip().upper()
+        if not is_missing(listed) and listed.zfill(2) != code:
+            raise UserError(f"{text!r} is of site {code!r}, but the table says {listed!r}.", "Correct the table.")
     return found
 
 
@@ -204,7 +203,7 @@ def _code_of(text: str) -> str:
 
 
 def is_tcga(names: Iterable[str]) -> bool:
-    """Whether every name starts like a TCGA barcode; ``False`` for none."""
+    """Whether there are names and all start like TCGA barcodes."""
     names = list(names)
     return bool(names) and all(str(name).strip().upper().startswith("TCGA-") for name in names)
 
@@ -217,24 +216,24 @@ CLINICAL = {
     "ethnicity": ("ethnicity", "demographic.ethnicity"),
     "age": ("age_at_index", "demographic.age_at_index"),
 }
-"""Names that the GDC's downloads have used for each of our fields, newest aliases last."""
+"""Names of each field in downloads of the GDC, newest last."""
 
-# Answers of the GDC that hold no information about the patient, beyond the usual markers.
+# Further values of the GDC that mean missing.
 _NO_ANSWER = {"not allowed to collect", "unspecified", "not specified", "unknown or not reported"}
 
 
 def clinical_fields(table: pd.DataFrame) -> pd.DataFrame:
-    """Patient, project, gender, race, ethnicity and age from a clinical table of the GDC, whichever of them it has.
+    """Patient, project, gender, race, ethnicity and age of a clinical table of the GDC, as far as it has them.
 
     Args:
-        table: A row per slide or case, cells as strings.
+        table: A row per slide or case, cells as text.
 
     Returns:
-        The same rows; categorical fields in lower case, ``"unknown"`` for every marker of missing data; age in years
-        as string; patient in upper case.
+        The same rows; categorical fields in lower case; ``"unknown"`` for all markers of missing data; age in years
+        as text; patient in upper case.
 
     Raises:
-        UserError: There is no patient, or an age is no number from 0 to 130.
+        UserError: There is no patient, or an age is not a number from 0 to 130.
     """
     result = pd.DataFrame(index=table.index)
     for name, aliases in CLINICAL.items():
@@ -259,13 +258,13 @@ def clinical_fields(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def fields_by_patient(known: pd.DataFrame) -> pd.DataFrame:
-    """One row per patient of what :func:`clinical_fields` gives; a patient may have several, such as one per treatment.
+    """The rows of :func:`clinical_fields` merged to one per patient; a patient may have one row per treatment.
 
     Args:
-        known: Rows with ``patient`` and categorical fields; a value that is unknown in some rows is that of the others.
+        known: Rows with ``patient`` and categorical fields; an unknown value is filled from other rows of the patient.
 
     Returns:
-        Index ``patient``; the same columns but for ``project``, which may differ.
+        Index ``patient``; the same columns without ``project``, which may differ between rows.
 
     Raises:
         UserError: The rows of a patient contradict each other.
@@ -273,27 +272,27 @@ def fields_by_patient(known: pd.DataFrame) -> pd.DataFrame:
     names = [name for name in known.columns if name not in ("patient", "project")]
     result = pd.DataFrame(index=pd.Index(sorted(known["patient"].unique()), name="patient"))
     for name in names:
-        told = known.loc[known[name] != UNKNOWN_WORD, ["patient", name]].drop_duplicates()
-        if (twice := told["patient"].duplicated(keep=False)).any():
-            patients = told.loc[twice, "patient"].unique()
-            values = sorted(told.loc[told["patient"] == patients[0], name])
+        pairs = known.loc[known[name] != UNKNOWN_WORD, ["patient", name]].drop_duplicates()
+        if (twice := pairs["patient"].duplicated(keep=False)).any():
+            patients = pairs.loc[twice, "patient"].unique()
+            values = sorted(pairs.loc[pairs["patient"] == patients[0], name])
             raise UserError(
                 f"The clinical table contradicts itself: patient {patients[0]!r} has {name} {' and '.join(values)} "
                 f"({len(patients)} such patients).",
                 "Correct the table.",
             )
-        result[name] = told.set_index("patient")[name].reindex(result.index).fillna(UNKNOWN_WORD)
+        result[name] = pairs.set_index("patient")[name].reindex(result.index).fillna(UNKNOWN_WORD)
     return result
 
 
 def warn_of_contradictions(patients: pd.Series, table: pd.DataFrame, fields: Iterable[str], where: str) -> None:
-    """Log which patients have several values of a field that a person has one of: gender, race or ethnicity.
+    """Log which patients have several values of gender, race or ethnicity.
 
     Args:
         patients: The patient of each row.
         table: The rows.
-        fields: Columns of the table; others than those of a person are not looked at.
-        where: The table in words.
+        fields: Columns to check; other fields than these three are ignored.
+        where: The table, for the message.
     """
     of_a_person = {alias for name in ("gender", "race", "ethnicity") for alias in CLINICAL[name]}
     for name in of_a_person.intersection(fields):

@@ -8,7 +8,6 @@ from decimal import Decimal
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.metadata.schema import Schema
-from latent_medi.planning.plan import MOST
 from latent_medi.planning.settings import PlanSettings
 
 EVEN_GOALS = ("fill_unseen", "each", "all_sites_of_classes", "own_sites")
@@ -27,7 +26,7 @@ def goal_of(settings: PlanSettings) -> str:
 def problems_of(settings: PlanSettings) -> list[str]:
     """Problems of the settings that do not depend on the data."""
     goal = goal_of(settings)
-    found = _numbers_out_of_range(settings)
+    found: list[str] = []
     if goal == "target" and not settings.target:
         found.append("the goal 'target' needs a target table: target=wanted.csv")
     if goal != "target" and settings.target:
@@ -50,20 +49,6 @@ def problems_of(settings: PlanSettings) -> list[str]:
     if settings.max_per_cell and settings.min_per_cell > settings.max_per_cell:
         found.append(f"min_per_cell = {settings.min_per_cell} is above max_per_cell = {settings.max_per_cell}")
     found += [f"only names no value of {name!r}" for name, values in settings.only.items() if not values]
-    return found
-
-
-def _numbers_out_of_range(settings: PlanSettings) -> list[str]:
-    found = []
-    for name in ("per_cell", "max_images", "min_per_cell", "max_per_cell"):
-        if not 0 <= (value := getattr(settings, name)) < MOST:
-            found.append(f"{name} is {value}; it is a number from 0 to {MOST - 1}")
-    for name in ("ratio", "gpu_hours", "images_per_s"):
-        if not (math.isfinite(value := getattr(settings, name)) and value >= 0):
-            found.append(f"{name} is {value}; it is a finite number, at least 0")
-    for name in ("thin_patients", "patches_per_row"):
-        if (value := getattr(settings, name)) < 1:
-            found.append(f"{name} is {value}; it is at least 1")
     return found
 
 

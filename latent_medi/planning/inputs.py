@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from latent_medi.core.errors import UserError, nearest
-from latent_medi.metadata.cohort import is_table, map_sites, read_cohort
 from latent_medi.metadata.schema import UNKNOWN, Schema
+from latent_medi.metadata.table_index import is_table, map_sites, read_table_index
 from latent_medi.metadata.tables import read_table
 from latent_medi.planning.apportion import Combination
 from latent_medi.planning.plan import MOST, whole_number
@@ -20,7 +20,7 @@ def read_rows(settings: PlanSettings) -> tuple[pd.DataFrame, Schema]:
     Raises:
         UserError: The data cannot be read, or have no such split, part or field.
     """
-    index, schema = _read_cohort(settings) if is_table(settings.data) else _read_dataset(settings)
+    index, schema = _read_table(settings) if is_table(settings.data) else _read_dataset(settings)
     if not len(index):
         raise UserError(f"{settings.data} has no row with {settings.split} = {settings.split_value}.")
     if settings.tss_table:
@@ -34,13 +34,13 @@ def _read_dataset(settings: PlanSettings) -> tuple[pd.DataFrame, Schema]:
     return dataset.index.iloc[rows], dataset.schema
 
 
-def _read_cohort(settings: PlanSettings) -> tuple[pd.DataFrame, Schema]:
+def _read_table(settings: PlanSettings) -> tuple[pd.DataFrame, Schema]:
     named = [*settings.fields, *settings.only]
     if settings.target:
         named += [name for name in read_table(settings.target).columns if name != "count"]
     taken = (settings.class_field, settings.site_field, *settings.continuous)
     further = [name for name in dict.fromkeys(named) if name not in taken]
-    index, schema = read_cohort(
+    index, schema = read_table_index(
         settings.data,
         settings.class_field,
         settings.site_field,

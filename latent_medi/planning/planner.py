@@ -18,8 +18,8 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.audit import audit
-from latent_medi.metadata.cohort import is_table
 from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.table_index import is_table
 from latent_medi.planning.apportion import Combination, apportion
 from latent_medi.planning.checks import (
     EVEN_GOALS,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings
 
 
 @dataclass
-class PlanSettings:
+class PlanSettings(Settings):
     """What to generate. A goal chooses combinations and how many images each wants; the number is per_cell, a ratio to
     the real data, or whatever a budget allows; min_per_cell, max_per_cell and the budget then bound it.
 
@@ -58,22 +59,29 @@ class PlanSettings:
         seed: Seed of the whole plan.
     """
 
+    RENAMED: ClassVar = {
+        "floor": "min_per_cell",
+        "cap": "max_per_cell",
+        "goal=union": "goal=all_sites_of_classes",
+        "goal=separate": "goal=own_sites",
+    }
+
     data: PathText = ""
     out: PathText = ""
     goal: Literal[
         "", "fill_unseen", "each", "all_sites_of_classes", "own_sites", "balance", "within_site", "target"
     ] = ""
-    per_cell: int = 0
-    ratio: float = 0.0
+    per_cell: NonNegativeInt = 0
+    ratio: NonNegativeFloat = 0.0
     spread: Literal["even", "real"] = "even"
     target: PathText = ""
     fields: list[str] = field(default_factory=list)
     only: dict[str, list[str]] = field(default_factory=dict)
-    max_images: int = 0
-    gpu_hours: float = 0.0
-    images_per_s: float = 0.0
-    min_per_cell: int = 0
-    max_per_cell: int = 0
+    max_images: NonNegativeInt = 0
+    gpu_hours: NonNegativeFloat = 0.0
+    images_per_s: NonNegativeFloat = 0.0
+    min_per_cell: NonNegativeInt = 0
+    max_per_cell: NonNegativeInt = 0
     force_unidentifiable: bool = False
     draw_from: Literal["cell", "all"] = "cell"
     split: str = "main"
@@ -84,7 +92,7 @@ class PlanSettings:
     patient_field: str = ""
     slide_field: str = ""
     tss_table: PathText = ""
-    patches_per_row: int = 1
-    thin_patients: int = 10
+    patches_per_row: PositiveInt = 1
+    thin_patients: PositiveInt = 10
     figure: PathText = ""
     seed: int = 0

@@ -21,7 +21,7 @@ from latent_medi.metadata.tables import read_table, require_columns
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.codec import CODECS
 from latent_medi.shards.importing.images import import_images
-from latent_medi.shards.settings import ImportSettings
+from latent_medi.shards.settings import Codec, ImportSettings
 
 SOURCE_MPP = 0.97
 """Nominal: patches were read at level 2 of slides scanned near 0.243 µm per pixel; the source records none."""
@@ -33,7 +33,7 @@ def build(
     source: Path,
     out: Path,
     patch_size: int = 96,
-    codec: str = "png",
+    codec: Codec = "png",
     seed: int = 0,
     jobs: int = 1,
     allow_duplicates: Sequence[str] = (),

@@ -21,7 +21,7 @@ from latent_medi.core.paths import path_argument
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.codec import CODECS
 from latent_medi.shards.importing.images import import_images
-from latent_medi.shards.settings import ImportSettings
+from latent_medi.shards.settings import Codec, ImportSettings
 
 SOURCE_MPP = 0.5
 CLASSES = {
@@ -36,7 +36,7 @@ def build(
     source: Path,
     out: Path,
     patch_size: int = 224,
-    codec: str = "png",
+    codec: Codec = "png",
     seed: int = 0,
     jobs: int = 1,
     allow_duplicates: Sequence[str] = (),

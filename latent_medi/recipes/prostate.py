@@ -25,7 +25,7 @@ from latent_medi.metadata.tables import read_table, require_columns
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.codec import CODECS
 from latent_medi.shards.importing.images import import_images
-from latent_medi.shards.settings import ImportSettings
+from latent_medi.shards.settings import Codec, ImportSettings
 
 HELD_OUT = ({"class": "gleason4", "site": "radboud"},)
 """Combinations whose patients are all in the test part: the model never sees them."""
@@ -74,7 +74,7 @@ def build(
     source: Path,
     out: Path,
     patch_size: int = 64,
-    codec: str = "png",
+    codec: Codec = "png",
     seed: int = 0,
     jobs: int = 1,
     patches_per_shard: int = 512,

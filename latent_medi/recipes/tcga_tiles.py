@@ -20,15 +20,21 @@ from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, instit
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.codec import CODECS
 from latent_medi.shards.importing.images import import_images
-from latent_medi.shards.settings import ImportSettings
+from latent_medi.shards.settings import Codec, ImportSettings
 
 SOURCE_MPP = 0.25
 
 
 def build(
-    source: Path, out: Path, patch_size: int = 256, codec: str = "png", seed: int = 0, jobs: int = 1, mpp: float = 0.5,
+    source: Path,
+    out: Path,
+    patch_size: int = 256,
+    codec: Codec = "png",
+    seed: int = 0,
+    jobs: int = 1,
+    mpp: float = 0.5,
     source_mpp: float = SOURCE_MPP,
-) -> PatchDataset:  # fmt: skip
+) -> PatchDataset:
     """Write the dataset folder, each tile cut into patches side by side.
 
     Args:

@@ -49,8 +49,6 @@ def make_sheet(settings: ReadingSheetSettings) -> dict[str, Any]:
             "A reading sheet takes data, synthetic and out.",
             "latent-medi reading-sheet data=runs/demo/data synthetic=runs/demo/synthetic/medi out=sheet.html",
         )
-    if settings.n < 2:
-        raise UserError(f"A sheet has two pictures or more, not n = {settings.n}.")
     real, synthetic = PatchDataset.open(settings.data), PatchDataset.open(settings.synthetic)
     _check_alike(real, synthetic)
     fields = _fields(settings, real, synthetic)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import PositiveInt, Range, Settings
 
-SECTIONS = (
+Section = Literal[
     "headline",
     "colour",
     "cohort",
@@ -17,12 +20,13 @@ SECTIONS = (
     "memorisation",
     "projection",
     "provenance",
-)
+]
+SECTIONS: tuple[Section, ...] = typing.get_args(Section)
 """Parts of the page after the verdict, in order."""
 
 
 @dataclass
-class ReportSettings:
+class ReportSettings(Settings):
     """What goes on the page.
 
     Args:
@@ -46,14 +50,14 @@ class ReportSettings:
     title: str = ""
     real: PathText = ""
     synthetic: dict[str, PathText] = field(default_factory=dict)
-    sections: list[str] = field(default_factory=lambda: list(SECTIONS))
-    patches_per_cell: int = 4
-    rows_per_class: int = 8
+    sections: list[Section] = field(default_factory=lambda: list(SECTIONS))
+    patches_per_cell: PositiveInt = 4
+    rows_per_class: PositiveInt = 8
     seed: int = 0
 
 
 @dataclass
-class ReadingSheetSettings:
+class ReadingSheetSettings(Settings):
     """A blinded sheet on which a pathologist marks which patches are real, or the score of the answers.
 
     Args:
@@ -78,7 +82,7 @@ class ReadingSheetSettings:
     synthetic: PathText = ""
     out: PathText = ""
     key: PathText = ""
-    n: int = 60
+    n: Annotated[int, Range(2)] = 60
     fields: list[str] = field(default_factory=list)
     site_field: str = "site"
     split: str = "main"

@@ -130,7 +130,7 @@ def _generate(
     settings: GenerateSettings,
     accelerator: Accelerator,
 ) -> PatchDataset:
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         is_loaded = isinstance(model, MediPipeline)
         pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
         load_adapters(pipeline, settings.adapters, settings.adapter_scales, is_loaded)
@@ -159,12 +159,12 @@ def _generate(
             settings.patches_per_shard,
         )
         done = synthetic.finished()
-        told.reads("model", "" if is_loaded else model, lambda: model_hash)
+        declared.add_input("model", "" if is_loaded else model, lambda: model_hash)
         plan_hash = synthetic.provenance["plan"]["sha256"]
-        told.reads("plan", plan if isinstance(plan, (str, Path)) else "", lambda: plan_hash)
-        told.does(settings, but=("plan", "model", "adapters", "autoguidance", "classifier"))
-        told.does(synthetic.provenance, but=("model", "plan"))
-        told.does({"out": str(out), "mpp": mpp, "finished": done is not None})
+        declared.add_input("plan", plan if isinstance(plan, (str, Path)) else "", lambda: plan_hash)
+        declared.add_settings(settings, without=("plan", "model", "adapters", "autoguidance", "classifier"))
+        declared.add_settings(synthetic.provenance, without=("model", "plan"))
+        declared.add_settings({"out": str(out), "mpp": mpp, "finished": done is not None})
     if done is not None:
         return done
     if accelerator.is_main_process:

@@ -18,7 +18,7 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.latent_classifier.network import LatentClassifier
 from latent_medi.metadata.schema import Field, Schema
-from latent_medi.metadata.seen import together
+from latent_medi.metadata.training_record import merge_records
 from latent_medi.planning.plan import Sample
 from latent_medi.sampling.settings import GenerateSettings
 
@@ -31,7 +31,8 @@ class ImageSampler:
         settings: Sampler, guidance, batch and precision.
 
     Attributes:
-        seen: Combinations that the model and its guidance models were trained on, see :mod:`latent_medi.metadata.seen`.
+        seen: Record of the combinations that the model and its guidance models were trained on, see
+            :mod:`latent_medi.metadata.training_record`.
 
     Raises:
         UserError: A guidance model does not fit the model, or the GPU does not have the precision.
@@ -62,7 +63,7 @@ class ImageSampler:
             shown.append(self.classifier.provenance.get("seen"))
             self._guidance(self.classifier.values[:1])  # refuses a wrong interval now
 
-        self.seen = together(*shown)
+        self.seen = merge_records(*shown)
 
     @property
     def schema(self) -> Schema:

@@ -7,6 +7,7 @@ from dataclasses import field as dataclass_field
 from typing import Literal
 
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 from latent_medi.diffusion.settings import (
     AutoguidanceSettings,
     ClassifierGuidanceSettings,
@@ -16,7 +17,7 @@ from latent_medi.diffusion.settings import (
 
 
 @dataclass
-class GenerateSettings:
+class GenerateSettings(Settings):
     """How a plan becomes a dataset folder.
 
     Args:
@@ -69,7 +70,7 @@ class GenerateSettings:
 
 
 @dataclass
-class GridSettings:
+class GridSettings(Settings):
     """A picture of what a model makes.
 
     Args:
@@ -122,7 +123,7 @@ class GridSettings:
 
 
 @dataclass
-class TranslateSettings:
+class TranslateSettings(Settings):
     """Real patches as another hospital (or another value of any field) would have made them.
 
     Args:

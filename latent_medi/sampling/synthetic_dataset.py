@@ -133,7 +133,8 @@ def model_provenance(pipeline: MediPipeline, model_hash: str, seen: Any) -> dict
     Args:
         pipeline: The model.
         model_hash: Its hash, adapters included.
-        seen: Combinations that the model was trained on, see :mod:`latent_medi.metadata.seen`; left out if empty.
+        seen: Record of the combinations that the model was trained on, see
+            :mod:`latent_medi.metadata.training_record`; left out if empty.
     """
     adapters = [{"hash": digest, "scale": scale} for digest, scale in pipeline.adapters]
     return {

@@ -101,7 +101,7 @@ def translate(
 
 
 def _translate(settings: TranslateSettings, model: MediPipeline | None, accelerator: Accelerator) -> Translation:
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         pipeline = model or MediPipeline.from_pretrained(settings.model)
         load_adapters(pipeline, settings.adapters, settings.adapter_scales, is_loaded=model is not None)
         pipeline.to(accelerator.device)
@@ -119,11 +119,11 @@ def _translate(settings: TranslateSettings, model: MediPipeline | None, accelera
             settings.patches_per_shard,
         )
         done = synthetic.finished()
-        told.reads("model", settings.model, lambda: model_hash)
-        told.reads("data", settings.data, lambda: content_hash(request.data))
-        told.does(settings, but=("data", "model", "adapters"))
-        told.does(synthetic.provenance, but=("model", "source"))
-        told.does({"finished": done is not None})
+        declared.add_input("model", settings.model, lambda: model_hash)
+        declared.add_input("data", settings.data, lambda: content_hash(request.data))
+        declared.add_settings(settings, without=("data", "model", "adapters"))
+        declared.add_settings(synthetic.provenance, without=("model", "source"))
+        declared.add_settings({"finished": done is not None})
     if done is None:
 
         def patches(positions: range) -> Iterator[Patch]:

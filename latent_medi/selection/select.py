@@ -50,7 +50,7 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> Sel
 
 
 def _select(settings: SelectSettings, encoder: ImageEncoder | None, accelerator: Accelerator) -> Selection:
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         settings = replace(settings, device=settings.device or str(accelerator.device))
         inputs = open_inputs(settings)
         if encoder is None:
@@ -64,10 +64,10 @@ def _select(settings: SelectSettings, encoder: ImageEncoder | None, accelerator:
                 f"{settings.data} has a selection {settings.name!r} that other settings made.",
                 "Choose another name, or overwrite it with replace=true.",
             )
-        told.reads("data", settings.data, lambda: recipe["synthetic"])
-        told.reads("real", settings.real, lambda: recipe["real"]["sha256"])
-        told.does(settings, but=("data", "real", "weights", "device", "workers", "cache"))
-        told.does({"encoder": encoder.fingerprint, "finished": finished})
+        declared.add_input("data", settings.data, lambda: recipe["synthetic"])
+        declared.add_input("real", settings.real, lambda: recipe["real"]["sha256"])
+        declared.add_settings(settings, without=("data", "real", "weights", "device", "workers", "cache"))
+        declared.add_settings({"encoder": encoder.fingerprint, "finished": finished})
     if finished:
         log.info("The selection %r of %s is finished.", settings.name, settings.data)
     else:

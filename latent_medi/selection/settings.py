@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 
 Filter = Literal["centroid", "confidence", "outliers", "copies", "duplicates"]
 Score = Literal["confidence", "centroid", "distance"]
 
 
 @dataclass
-class SelectSettings:
+class SelectSettings(Settings):
     """Which patches of a synthetic dataset to keep, judged by real training patches.
 
     Args:

@@ -48,7 +48,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     """
     if not settings.out:
         raise UserError("No folder to write is given.", "out=/path/to/folder")
-    with output_lock(settings.out, beside=True):
+    with output_lock(settings.out, next_to=True):
         return _export(settings)
 
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Settings,
+    UnitInterval,
+)
+
+Codec = Literal["png", "jpg", "webp"]
+"""Formats of stored patches; png is lossless."""
 
 
 @dataclass
-class ImportSettings:
+class ImportSettings(Settings):
     """A table or a folder of images, and what to make of it.
 
     Args:
@@ -66,20 +78,20 @@ class ImportSettings:
     extra: list[str] = field(default_factory=list)
     split_column: str = ""
     allow_duplicates: list[str] = field(default_factory=list)
-    patch_size: int = 256
-    source_mpp: float = 0.0
+    patch_size: PositiveInt = 256
+    source_mpp: NonNegativeFloat = 0.0
     source_mpp_column: str = ""
-    mpp: float = 0.0
+    mpp: NonNegativeFloat = 0.0
     tile: bool = False
-    codec: str = "png"
-    patches_per_shard: int = 512
+    codec: Codec = "png"
+    patches_per_shard: PositiveInt = 512
     jobs: int = 1
     dask: str = ""
-    max_bad: float = 0.01
+    max_bad: UnitInterval = 0.01
 
 
 @dataclass
-class SlideSettings:
+class SlideSettings(Settings):
     """Whole slides, and how patches are cut from them.
 
     Args:
@@ -133,28 +145,28 @@ class SlideSettings:
     units: dict[str, str] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
     mpp_table: PathText = ""
-    patch_size: int = 256
+    patch_size: PositiveInt = 256
     mpp: float = 0.5
-    overlap: float = 0.0
-    min_tissue: float = 0.5
-    max_patches: int = 0
-    max_white: float = 0.8
-    max_black: float = 0.3
-    min_sharpness: float = 0.0
+    overlap: Annotated[float, Range(0, 1, below=True)] = 0.0
+    min_tissue: UnitInterval = 0.5
+    max_patches: NonNegativeInt = 0
+    max_white: UnitInterval = 0.8
+    max_black: UnitInterval = 0.3
+    min_sharpness: NonNegativeFloat = 0.0
     icc: Literal["ignore", "srgb"] = "ignore"
-    codec: str = "png"
+    codec: Codec = "png"
     seed: int = 0
-    jobs: int = 1
+    jobs: PositiveInt = 1
     dask: str = ""
-    timeout: float = 1800.0
-    memory: float = 4.0
-    max_unreadable: float = 0.1
+    timeout: PositiveFloat = 1800.0
+    memory: NonNegativeFloat = 4.0
+    max_unreadable: UnitInterval = 0.1
     dry_run: bool = False
     contact_sheets: bool = True
 
 
 @dataclass
-class ExportSettings:
+class ExportSettings(Settings):
     """A dataset folder, and the form to write it in.
 
     Args:
@@ -173,11 +185,11 @@ class ExportSettings:
     parts: list[str] = field(default_factory=list)
     selected: str = ""
     format: Literal["webdataset", "folder"] = "webdataset"
-    patches_per_shard: int = 2048
+    patches_per_shard: PositiveInt = 2048
 
 
 @dataclass
-class InfoSettings:
+class InfoSettings(Settings):
     """A dataset folder to look at.
 
     Args:
@@ -192,7 +204,7 @@ class InfoSettings:
 
 
 @dataclass
-class VerifySettings:
+class VerifySettings(Settings):
     """A folder whose every file is read: what is damaged, missing or does not agree is named.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from latent_medi.core.checksums import compare, inside, tell_unsealed
+from latent_medi.core.checksums import compare, inside, warn_unsealed
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_sealed, remove, sha256_file, temporaries, write_sealed
 from latent_medi.core.json_types import check_types
@@ -88,7 +88,7 @@ def verify_checkpoint(path: Path) -> str:
     except OSError as error:
         return f"it cannot be read ({error})"
     if not sealed:
-        tell_unsealed(path, "The next checkpoint has them.")
+        warn_unsealed(path, "The next checkpoint has them.")
     return ""
 
 

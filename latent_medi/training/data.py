@@ -20,7 +20,7 @@ from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
 from latent_medi.latents.store import LatentStore, Residence, moved, pinned
 from latent_medi.latents.stream import StreamedLatents
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
-from latent_medi.metadata.seen import seen_in
+from latent_medi.metadata.training_record import training_record
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.reading.remote import open_dataset
 from latent_medi.training.batch_randomness import batch_generator, draw_batch
@@ -241,7 +241,7 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
         conditions = Conditions.from_schema(schema, table[list(own.names)], absent="null")
     weights = cell_weights(dataset, rows, settings.balance, settings.balance_temperature)
     info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
-    info["seen"] = seen_in(table, dataset.schema)
+    info["seen"] = training_record(table, dataset.schema)
     return TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
 
 

@@ -90,16 +90,16 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     out = Path(settings.out)
 
     # What to train on, what to train, and to what end; inherited where it starts from another model.
-    with agreed(accelerator) as told:
+    with agreed(accelerator) as declared:
         settings.check()
         check_strategy(accelerator, settings)
         source = open_source(settings.init_from) if settings.init_from else None
         data = open_data(settings, source, device)
         record = run_folder.describe(settings, data, source)
         finished = run_folder.finished(out, record)
-        run_folder.tell(told, settings, data)
-        told.reads("init_from", settings.init_from, lambda: record["source"])
-        told.does({"finished": finished})
+        run_folder.declare(declared, settings, data)
+        declared.add_input("init_from", settings.init_from, lambda: record["source"])
+        declared.add_settings({"finished": finished})
     if finished:
         logger.info("%s is finished.", out)
         return out / run_folder.product(settings)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latent_medi.core.checksums import load_tensors, save_tensors, tell_unsealed
+from latent_medi.core.checksums import load_tensors, save_tensors, warn_unsealed
 from latent_medi.core.errors import UserError
 from latent_medi.training.ema import power_exponent
 
@@ -116,7 +116,7 @@ def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[st
     for snapshot, share in zip(used, shares.tolist(), strict=True):
         kept, sealed = load_tensors(snapshot.path, "Restore it from a copy, or train again.", "pt")
         if not sealed:
-            tell_unsealed(snapshot.path.parent, "Averages kept from now on have them.")
+            warn_unsealed(snapshot.path.parent, "Averages kept from now on have them.")
         for name, tensor in kept.items():
             part = tensor.double() * share
             total[name] = total[name] + part if name in total else part

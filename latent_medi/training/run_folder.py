@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 import yaml
 
-from latent_medi.core.agreement import Told, flat
-from latent_medi.core.checksums import check_sums
+from latent_medi.core.agreement import Declared, flat
+from latent_medi.core.checksums import verify_checksums
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_sealed, refuse_foreign, write_sealed, write_text
 from latent_medi.core.json_types import check_types
@@ -25,8 +25,8 @@ from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
-from latent_medi.metadata.seen import together
 from latent_medi.metadata.tables import write_for_people
+from latent_medi.metadata.training_record import merge_records
 from latent_medi.training.batch_randomness import batch_seed
 from latent_medi.training.checkpoint import (
     checkpoint_folders,
@@ -79,18 +79,18 @@ def drops(settings: TrainSettings, source: Source | None) -> bool:
     return bool(own or (settings.lora is not None and settings.lora.dropout))
 
 
-def tell(told: Told, settings: Any, data: TrainingData) -> None:
+def declare(declared: Declared, settings: Any, data: TrainingData) -> None:
     """Tell the other processes what this one is about to train on, and how; what only its memory decides may differ.
 
     Args:
-        told: Takes it.
+        declared: What this process declares; filled here.
         settings: Of a model's or a classifier's training.
         data: Its rows.
     """
-    told.reads("data", settings.data, data.table_hash)
-    told.reads("latents", settings.latents, data.latents_hash)
+    declared.add_input("data", settings.data, data.table_hash)
+    declared.add_input("latents", settings.latents, data.latents_hash)
     own = {"data", "latents", "autoencoder", "init_from", "model", "device_batch", "resident", "stream"}
-    told.does(plain(asdict(settings)), but=own)
+    declared.add_settings(plain(asdict(settings)), without=own)
 
 
 def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -154,7 +154,7 @@ def check_product(folder: Path) -> None:
         UserError: It is damaged; the checkpoints beside it can make it again.
     """
     try:
-        check_sums(folder, "")
+        verify_checksums(folder, "")
     except UserError as error:
         raise UserError(
             error.message,
@@ -267,7 +267,7 @@ def finish(
     out = Path(settings.out)
     provenance = {**data.info, "training_patches": len(data), "images_seen": images, **record}
     if source is not None:
-        provenance["seen"] = together(data.info["seen"], source.seen)
+        provenance["seen"] = merge_records(data.info["seen"], source.seen)
     fold(averaged)
     if settings.lora is not None and source is not None:
         added = added_values(source, averaged)
@@ -290,7 +290,7 @@ def write_average(settings: AverageSettings) -> Path:
     run, out = Path(settings.run), Path(settings.out)
     if not (run / "model").is_dir():
         raise UserError(f"{run} holds no finished model.", "Finish the run first.")
-    with output_lock(out, beside=True):
+    with output_lock(out, next_to=True):
         return _write_average(run, out, settings)
 
 

@@ -8,11 +8,12 @@ from typing import Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PathText
+from latent_medi.core.settings import Settings
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 
 
 @dataclass
-class EmaSettings:
+class EmaSettings(Settings):
     """The running average of the weights, which is what a finished model holds.
 
     Args:
@@ -37,7 +38,7 @@ class EmaSettings:
 
 
 @dataclass
-class StreamSettings:
+class StreamSettings(Settings):
     """Training straight from images, with the frozen autoencoder in the loop; counts only without latents.
 
     Args:
@@ -78,7 +79,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass
-class LoraSettings:
+class LoraSettings(Settings):
     """A low-rank adapter (LoRA, Hu et al. 2022, arXiv 2106.09685): the model is frozen, and each targeted layer learns
     an update (alpha / rank)·B·A of its weights.
 
@@ -110,7 +111,7 @@ class LoraSettings:
 
 
 @dataclass
-class TrainSettings:
+class TrainSettings(Settings):
     """How a model is trained. Progress is counted in images seen; the number of processes changes speed only.
 
     Args:
@@ -310,7 +311,7 @@ class TrainSettings:
 
 
 @dataclass
-class AverageSettings:
+class AverageSettings(Settings):
     """A finished run, and another length of its weights' average.
 
     Args:

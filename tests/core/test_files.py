@@ -108,7 +108,7 @@ def test_a_file_never_replaces_a_folder_nor_a_folder_a_file(tmp_path):
     with pytest.raises(UserError, match="folder is a folder; a file is written there"):
         write_text(tmp_path / "folder", "new")
     with (
-        pytest.raises(UserError, match="folder holds mine, which would be lost"),
+        pytest.raises(UserError, match="folder would be replaced, and mine in it"),
         atomic_path(tmp_path / "folder") as t,
     ):
         t.mkdir()
@@ -135,10 +135,10 @@ def test_outputs_that_cannot_be_written_are_one_message(tmp_path):
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "pipe")
     for path, why in (
-        (tmp_path / "dangling", "is a link to .*nowhere, which is not there"),
-        (tmp_path / "dangling" / "out", "is a link to .*nowhere, which is not there"),
+        (tmp_path / "dangling", "is a link to .*nowhere, which does not exist"),
+        (tmp_path / "dangling" / "out", "is a link to .*nowhere, which does not exist"),
         (tmp_path / "file" / "out", "file is a file"),
-        (tmp_path / "pipe", "is no plain file"),
+        (tmp_path / "pipe", "is not a regular file"),
         ("", "No path to write"),
     ):
         with pytest.raises(UserError, match=why):
@@ -171,7 +171,7 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
     (tmp_path / "a.png").write_text("my notes")
     (tmp_path / "b.png").write_bytes(b"\x89PNG and so on")
     (tmp_path / "c.png").touch()
-    with pytest.raises(UserError, match=r"a\.png is there and is no picture"):
+    with pytest.raises(UserError, match=r"a\.png exists and is no picture"):
         check_file(tmp_path / "a.png", "picture", rb"\x89PNG")
     for name in ("b.png", "c.png", "d.png"):
         check_file(tmp_path / name, "picture", rb"\x89PNG")
@@ -183,7 +183,7 @@ def test_a_folder_of_the_users_is_refused_an_own_or_damaged_one_not(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     refuse_foreign(tmp_path, signs, written)
     (tmp_path / "info.json").write_text('{"theirs": 1}')
-    with pytest.raises(UserError, match=r"info\.json is there, and it was not written by such a job"):
+    with pytest.raises(UserError, match=r"info\.json exists and was not written by this command"):
         refuse_foreign(tmp_path, signs, written)
     for text in ('{"ours": 1}', '{"ours'):
         (tmp_path / "info.json").write_text(text)
@@ -191,7 +191,7 @@ def test_a_folder_of_the_users_is_refused_an_own_or_damaged_one_not(tmp_path):
     (tmp_path / "info.json").unlink()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "part-000000.tar").touch()
-    with pytest.raises(UserError, match=r"part-000000\.tar is there"):
+    with pytest.raises(UserError, match=r"part-000000\.tar exists"):
         refuse_foreign(tmp_path, signs, written)
     (tmp_path / ".progress").mkdir()
     refuse_foreign(tmp_path, signs, written)
@@ -203,7 +203,7 @@ def test_a_folder_that_lost_its_name_in_a_kill_gets_it_back(tmp_path):
     (tmp_path / ".tmp-old-123-model" / "weights").write_text("old")
     (tmp_path / ".tmp-old-123-model" / "notes").write_text("mine")
     (tmp_path / ".tmp-old-12-other-model").mkdir()
-    lost = pytest.raises(UserError, match="holds notes, which would be lost")
+    lost = pytest.raises(UserError, match="replaced, and notes in it would be lost")
     with lost, atomic_path(tmp_path / "model") as temporary:
         temporary.mkdir()
         (temporary / "weights").write_text("new")

@@ -14,7 +14,8 @@ import pytest
 
 from latent_medi.core import locks
 from latent_medi.core.errors import UserError
-from latent_medi.core.locks import LOCK_FILE, STALE_AFTER, Owner, output_lock
+from latent_medi.core.lock_owner import Owner
+from latent_medi.core.locks import LOCK_FILE, STALE_AFTER, output_lock
 
 HOLD = """
 import sys, time

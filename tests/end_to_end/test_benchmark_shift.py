@@ -13,7 +13,7 @@ from evaluation_world import SCHEMA, SIZE, Size, real_patches
 
 from latent_medi.cli import main
 from latent_medi.experiment.shift_result import SHOWN
-from latent_medi.metadata.seen import saw
+from latent_medi.metadata.training_record import was_trained_on
 from latent_medi.shards.writing.writer import write_dataset
 
 TRAIN = {
@@ -57,7 +57,7 @@ def test_from_a_dataset_folder_to_the_curve(tmp_path: Path, capsys: pytest.Captu
         row = plan[(plan["class"] == target["class"]) & (plan["site"] == target["site"])]
         assert row["count"].item() == 24
         assert row["verdict"].item() == "both margins seen"
-        assert saw(shown, target) is False
+        assert was_trained_on(shown, target) is False
     capsys.readouterr()
     before = (last / "metrics.json").stat().st_mtime_ns
     assert main(words) == 0  # finished: read again, nothing is made anew

@@ -127,7 +127,7 @@ def test_a_stage_removes_nothing_that_was_there_before_it(tmp_path: Path) -> Non
 
 def test_a_run_refuses_a_folder_with_a_file_it_would_replace(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"a\.txt is there, and it was not written by such a job"):
+    with pytest.raises(UserError, match=r"a\.txt exists and was not written by this command"):
         some_stages(tmp_path, []).begin()
     (tmp_path / "a.txt").unlink()
     (tmp_path / "settings.yaml").write_text("mine")

@@ -34,7 +34,7 @@ from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.results import metrics_of
 from latent_medi.evaluation.summary import headline, headline_text, useful, verdict
 from latent_medi.features.cache import dataset_hash
-from latent_medi.metadata.seen import seen_in
+from latent_medi.metadata.training_record import training_record
 from latent_medi.report.render import render_report
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.writer import write_dataset
@@ -274,8 +274,8 @@ def test_two_encoders_of_one_name_are_refused(world: World) -> None:
 def test_a_model_that_was_shown_a_held_out_combination_is_refused(world: World, tmp_path: Path) -> None:
     index = PatchDataset.open(world.real).index
     train = index[index["split_main"] == "train"]
-    honest = seen_in(train, SCHEMA)
-    shown = seen_in(pd.concat([train, index[index["class"].eq("stripes") & index["site"].eq("south")]]), SCHEMA)
+    honest = training_record(train, SCHEMA)
+    shown = training_record(pd.concat([train, index[index["class"].eq("stripes") & index["site"].eq("south")]]), SCHEMA)
     for name, record in (("honest", honest), ("shown", shown)):
         patches, seen = list(synthetic_patches(2, None, False)), {"seen": record}
         write_dataset(tmp_path / name, patches, name, SCHEMA, SIZE, 0.5, provenance=seen)

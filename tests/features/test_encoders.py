@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from latent_medi.core.checksums import write_sums
+from latent_medi.core.checksums import write_checksums
 from latent_medi.core.errors import UserError
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.features.networks import Network, Preprocessing
@@ -63,7 +63,7 @@ def test_fingerprint_covers_what_is_in_no_tensor(folder: Path, images: np.ndarra
     """Two networks of the same weights may give other features: one cache entry for both would serve the wrong ones."""
     first = load_encoder(folder)
     (folder / "encoder.json").write_text(json.dumps(TINY | {"groups": 8}))
-    write_sums(folder)
+    write_checksums(folder)
     second = load_encoder(folder)
     assert np.abs(first.features([images]) - second.features([images])).max() > 0.01
     assert first.fingerprint != second.fingerprint

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from latent_medi.core.errors import UserError
-from latent_medi.metadata.audit import audit, audit_text, cramers_v
+from latent_medi.metadata.audit import audit, cramers_v
+from latent_medi.metadata.audit_text import audit_text
 from latent_medi.metadata.estimability import verdict
 from latent_medi.metadata.schema import Schema
 
@@ -96,9 +97,9 @@ def test_the_whole_audit_is_json_and_counts_patients_once() -> None:
         audit(table, schema, split=("mian", "train"))
     with pytest.raises(UserError, match=r"there is main\.\n.*latent-medi split"):
         audit(table, schema, split=("mian", "train"))
-    with pytest.raises(UserError, match=r"no patch.*split_main = val; its parts: test, train"):
+    with pytest.raises(UserError, match=r"(?s)split_main = val.*test, train"):
         audit(table, schema, split=("main", "val"))
-    with pytest.raises(UserError, match="no split 'main'; there is none at all"):
+    with pytest.raises(UserError, match="no split 'main'"):
         audit(table.drop(columns="split_main"), schema, split=("main", "train"))
 
 
@@ -132,7 +133,7 @@ def test_a_patient_at_several_sites_is_told_once() -> None:
     result = audit(table.assign(patient=numbers), schema_of(table))
     assert result["shared_patients"]["count"] == 12
     assert result["shared_patients"]["examples"][0] == {"patient": "0", "sites": ["x", "y"]}
-    assert "at several sites: 12, such as '0' at x, y. If they are different people" in audit_text(result)
+    assert "12 patients have patches at several sites, such as '0' at x, y." in audit_text(result)
     assert "(x-0)" in result["advice"][0]
 
 
@@ -148,8 +149,8 @@ def test_values_that_may_be_one_or_may_mean_missing_are_asked_about() -> None:
     }
     assert result["looks_missing"] == {"race": {"NA": 6, "[Not Applicable]": 6, "nan": 6}}
     text = audit_text(result)
-    assert "Is that one class, spelled in several ways? 'Tumor' (6) / 'tumor' (6)." in text
-    assert "Does that mean missing in race? 'NA' (6), '[Not Applicable]' (6), 'nan' (6)." in text
+    assert "Is this one class, spelled in several ways? 'Tumor' (6) / 'tumor' (6)." in text
+    assert "Does this mean missing in race? 'NA' (6), '[Not Applicable]' (6), 'nan' (6)." in text
     clean = index({("a", "x"): 12, ("b", "x"): 12, ("a", "y"): 12})
     found = audit(clean, schema_of(clean))
     assert found["spelled_alike"] == found["looks_missing"] == {}
@@ -173,7 +174,7 @@ def test_the_number_of_combinations_is_bounded() -> None:
     asked = audit(table, schema_of(table), [{"class": "c1", "site": "s7"}, {"class": "c1", "site": "s8"}])
     assert [entry["verdict"] for entry in asked["verdicts"]] == ["thin", "unidentifiable"]
     table["class"], table["site"] = [f"c{i % 3000}" for i in rows], [f"s{i * 7 % 2900}" for i in rows]
-    with pytest.raises(UserError, match="class has 3000 values and site 2900: too many to compare"):
+    with pytest.raises(UserError, match="class has 3000 values and site 2900"):
         audit(table, schema_of(table), [])
 
 

@@ -63,5 +63,5 @@ def test_hold_out_matches_any_whole_combination() -> None:
     assert not hold_out(table, []).any()
     with pytest.raises(UserError, match="'z'"):
         hold_out(table, [{"site": "z"}])
-    with pytest.raises(UserError, match="at least one column"):
+    with pytest.raises(UserError, match="no column"):
         hold_out(table, [{}])

@@ -67,9 +67,7 @@ def test_absent_files_columns_and_other_types(tmp_path: Path) -> None:
 
 def test_an_absent_column_is_told_with_its_setting_and_the_columns_there() -> None:
     table = pd.DataFrame({"image": [], "case": []})
-    with pytest.raises(
-        UserError, match=r"Its columns: image, case\. Say which to take with patient_column=…\."
-    ) as caught:
+    with pytest.raises(UserError, match=r"Its columns: image, case\. Choose one with patient_column=…\.") as caught:
         require_columns(
             table, ["image", "patient"], "The table", {"image": "image_column", "patient": "patient_column"}
         )

@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from latent_medi.metadata.cohort import audit_table, read_cohort
-from latent_medi.metadata.schemes import make_split
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
+from latent_medi.metadata.split_schemes import make_split
+from latent_medi.metadata.table_index import audit_table, read_table_index
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_institutions_in_one_component(tables: Path) -> None:
 
 
 def test_the_published_split_slide_by_slide(tables: Path) -> None:
-    index, _ = read_cohort(
+    index, _ = read_table_index(
         tables / "all_slide_metadata.csv", "project_id", "tissue_source_site", ["gender", "race"]
     )  # fmt: skip
     split = make_split(

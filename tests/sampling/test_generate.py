@@ -29,7 +29,7 @@ from latent_medi.diffusion.settings import (
 from latent_medi.latent_classifier.network import LatentClassifier, LatentEncoder
 from latent_medi.latent_classifier.network_settings import EncoderSettings
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.seen import saw
+from latent_medi.metadata.training_record import was_trained_on
 from latent_medi.planning.plan import write_plan
 from latent_medi.sampling import synthetic_dataset as module
 from latent_medi.sampling.generate import generate, generate_plan
@@ -388,9 +388,9 @@ def test_a_weaker_model_guides(plan: pd.DataFrame, model: Path, class_model: Pat
     assert "autoguidance" not in plain.info["provenance"]
     # What guides has been shown something too.
     asked = dict(zip(("class", "site"), UNSEEN[:2], strict=True))
-    assert saw(made.info["provenance"]["seen"], asked) is True
-    assert saw(plain.info["provenance"]["seen"], asked) is False
-    assert saw(plain.info["provenance"]["seen"], {"class": "tumour", "site": "aster"}) is True
+    assert was_trained_on(made.info["provenance"]["seen"], asked) is True
+    assert was_trained_on(plain.info["provenance"]["seen"], asked) is False
+    assert was_trained_on(plain.info["provenance"]["seen"], {"class": "tumour", "site": "aster"}) is True
     with pytest.raises(UserError, match="another fields"):
         generate_plan(
             plan, model, tmp_path / "no", replace(guided, autoguidance=AutoguidanceSettings(str(class_model)))
@@ -426,7 +426,9 @@ def test_a_classifier_guides_a_model_that_knows_no_field(
     told = made.info["provenance"]["classifier"]
     assert (told["field"], told["scale"], told["interval"]) == ("class", 8.0, [0.005, 1.0])
     assert told["model"] == LatentClassifier.from_pretrained(folder).hash
-    assert saw(made.info["provenance"]["seen"], {"class": "tumour", "site": "birch"}) is None  # it does not say
+    assert (
+        was_trained_on(made.info["provenance"]["seen"], {"class": "tumour", "site": "birch"}) is None
+    )  # it does not say
     # Each image is guided to its own class: the other one gives another image, and no guidance a third.
     other = generate_plan(plan.assign(**{"class": ["benign", "tumour"]}), unconditional, tmp_path / "other", guided)
     still = replace(guided, classifier=ClassifierGuidanceSettings(str(folder), 0.0))

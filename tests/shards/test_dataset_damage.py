@@ -26,7 +26,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_sealed, write_json
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.seen import saw
+from latent_medi.metadata.training_record import was_trained_on
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.export import export, samples
 from latent_medi.shards.format import folder as folder_module
@@ -371,7 +371,7 @@ def _all_that_reads(folder: Path) -> None:
         dataset.counts("class", "site")
         dataset.rows({"split_main": "test"})
         repr((dataset, dataset.name, dataset.splits, dataset.selections))
-        saw(dataset.info["provenance"].get("seen"), {"class": "b"})
+        was_trained_on(dataset.info["provenance"].get("seen"), {"class": "b"})
         export(ExportSettings(str(folder), str(out), "main"))
         dataset.add_split("new", ["train"] * 8, {})
     shutil.copy(OLD / "png" / "index.parquet", folder / "index.parquet")
@@ -417,11 +417,11 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, column: str, v
 def test_an_empty_cell_is_no_condition_left_out(schema: Schema) -> None:
     table = pd.DataFrame({"class": ["a", None, "b"], "site": ["NA"] * 3, "age": [1.0, np.nan, 2.0]})
     for absent in ("error", "null"):
-        with pytest.raises(UserError, match=r"'class' has no value here.* First in row 1, in 1 of 3 rows"):
+        with pytest.raises(UserError, match=r"'class' is .* First in row 1, in 1 of 3 rows"):
             schema.encode(table, absent=absent)
-        with pytest.raises(UserError, match="'class' has no value here"):
+        with pytest.raises(UserError, match="'class' is "):
             schema.encode(table.assign(**{"class": np.nan}), absent=absent)
-    with pytest.raises(UserError, match="'class' has no value here"):
+    with pytest.raises(UserError, match="'class' is "):
         Conditions.from_schema(schema, table)
     codes, _ = schema.encode(table[["site", "age"]], absent="null")
     assert codes[:, 0].tolist() == [0, 0, 0]  # a field that is not there at all

@@ -167,7 +167,7 @@ def test_names_from_elsewhere_never_collide_or_lead_out(
 def test_a_file_that_is_there_stays(dataset: PatchDataset, tmp_path: Path) -> None:
     (tmp_path / "plan.csv").write_text("my only copy")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for name, why in (("plan.csv", "is a file; a folder is written there"), ("dangling", "which is not there")):
+    for name, why in (("plan.csv", "is a file; a folder is written there"), ("dangling", "does not exist")):
         with pytest.raises(UserError, match=f"{name}.*{why}"):
             export(ExportSettings(str(dataset.folder), str(tmp_path / name)))
     assert (tmp_path / "plan.csv").read_text() == "my only copy"

@@ -21,7 +21,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.diffusion.adapters import open_adapter
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import SamplerSettings
-from latent_medi.metadata.seen import saw
+from latent_medi.metadata.training_record import was_trained_on
 from latent_medi.sampling.generate import generate, generate_plan
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training import loop
@@ -194,8 +194,8 @@ def test_hospital_stored_with_its_adapter(base: Path, run_settings: Make, tiny_m
     assert (base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert "cedar" not in plain.schema.field("site").values
     adapted.load_adapter(folder)
-    assert saw(plain.provenance["seen"], {"site": "cedar"}) is False
-    assert saw(adapted.provenance["seen"], {"site": "cedar"})
+    assert was_trained_on(plain.provenance["seen"], {"site": "cedar"}) is False
+    assert was_trained_on(adapted.provenance["seen"], {"site": "cedar"})
     assert adapted.schema.field("site").values == (*plain.schema.field("site").values, "cedar")
     assert adapted(site="cedar", **ASKED).images.shape == (2, 32, 32, 3)
     row = load_file(folder / "values.safetensors")["site"]

@@ -15,8 +15,8 @@ from latent_medi.evaluation.cohort.roles import synthetic_roles
 from latent_medi.evaluation.cohort.study import NOT_CONDITIONED, Study, SyntheticSet
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.metadata.schema import NULL, Schema
-from latent_medi.metadata.seen import patients_hash, saw
 from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.metadata.training_record import patients_hash, was_trained_on
 from latent_medi.shards.checking.duplicates import pictures_in_several_parts
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.layout import PICTURE
@@ -269,11 +269,11 @@ def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combinati
     """Refuse samples of a model that was trained on a held-out combination; a note where there is no record of it."""
     record = dataset.info.get("provenance", {}).get("seen")
     for combination in held_out:
-        if saw(record, combination):
+        if was_trained_on(record, combination):
             raise UserError(
                 f"The model that made {dataset.folder} ({name}) was trained on patches of {describe(combination)}.",
                 f"Train one without them, name combinations that it did not see, or {_MAY_BE_SEEN}.",
             )
-    if any(saw(record, combination) is None for combination in held_out):
+    if any(was_trained_on(record, combination) is None for combination in held_out):
         return [f"The samples of {name} do not record whether their model was trained on the held-out combinations."]
     return []

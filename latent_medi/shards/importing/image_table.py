@@ -14,8 +14,8 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
+from latent_medi.metadata.field_names import check_new_names
 from latent_medi.metadata.fields import is_missing
-from latent_medi.metadata.names import check_new_names
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.metadata.tables import require_columns, settings_of_columns
 from latent_medi.metadata.tcga import warn_of_contradictions

@@ -21,7 +21,7 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.format.codec import check_codec, check_header, decode_image, opened
+from latent_medi.shards.format.codec import check_header, decode_image, opened
 from latent_medi.shards.importing.image_file import check_file, image_path, read_image, unread
 from latent_medi.shards.importing.image_table import given_split, image_rows, list_images
 from latent_medi.shards.importing.rejected import Rejected, recorded, report_rejected, smaller_than
@@ -64,7 +64,6 @@ def import_images(
         UserError: The table does not have what the settings name, a patient is in two parts of its ``split_column``, or
             more than ``max_bad`` of the images are bad.
     """
-    check_codec(settings.codec)
     left_out: list[Rejected] = []
     if table is None and settings.folder:
         table, settings, left_out = list_images(settings)
@@ -76,8 +75,6 @@ def import_images(
         table = read_table(settings.table)
     if not settings.out:
         raise UserError("No dataset folder to write is given.", "out=/path/to/dataset")
-    if settings.patch_size < 1 or settings.patches_per_shard < 1 or not 0 <= settings.max_bad <= 1:
-        raise UserError("patch_size and patches_per_shard are at least 1, and max_bad is between 0 and 1.")
     with output_lock(settings.out):
         return _import(settings, table, schema, provenance, splits, left_out)
 

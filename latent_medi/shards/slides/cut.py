@@ -27,7 +27,6 @@ from latent_medi.core.progress import duration, get_logger, progress
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.checking.verify import SPLIT_PREFIX
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.format.codec import check_codec
 from latent_medi.shards.importing.resolution import check_mpp
 from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.settings import SlideSettings
@@ -288,21 +287,11 @@ def _estimate(jobs: list[SlideJob], faults: list[dict[str, Any]], settings: Slid
 
 
 def _check(settings: SlideSettings) -> None:
-    check_codec(settings.codec)
     problems = []
     if not settings.out and not settings.dry_run:
         problems.append("no dataset folder to write is given (out=…)")
     if not settings.source and not settings.table:
         problems.append("neither a folder nor a table of slides is given (source=… or table=…)")
-    if settings.patch_size < 1 or settings.jobs < 1 or settings.max_patches < 0:
-        problems.append("patch_size and jobs are at least 1, max_patches at least 0")
-    if not (settings.timeout > 0 and 0 <= settings.overlap < 1):
-        problems.append("timeout is above 0, overlap is from 0 to below 1")
-    for name in ("min_tissue", "max_white", "max_black", "max_unreadable"):
-        if not 0 <= getattr(settings, name) <= 1:
-            problems.append(f"{name} is a share from 0 to 1, not {getattr(settings, name)}")
-    if settings.min_sharpness < 0 or settings.memory < 0:
-        problems.append("min_sharpness and memory are not negative")
     if problems:
         raise UserError("The slides cannot be cut: " + "; ".join(problems) + ".")
     check_mpp(settings.mpp, "The resolution of the patches, mpp,")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
+from latent_medi.metadata.field_names import check_new_names
 from latent_medi.metadata.fields import is_missing
-from latent_medi.metadata.names import check_new_names
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key

@@ -42,7 +42,8 @@ class Source:
         scheduler: Its scheduler's configuration, or ``None`` for a bare network.
         autoencoder: Content of its autoencoder.json, or ``None`` for a model of another program.
         objective: How it was trained, or ``None`` for a model of another program.
-        seen: Which combinations it was shown, see :mod:`latent_medi.metadata.seen`, or ``None`` if it does not say.
+        seen: The record of the combinations that it was trained on, see :mod:`latent_medi.metadata.training_record`, or
+            ``None`` if it has none.
     """
 
     folder: Path

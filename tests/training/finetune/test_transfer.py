@@ -12,14 +12,14 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from latent_medi.core.checksums import write_sums
+from latent_medi.core.checksums import write_checksums
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ModelSettings, ObjectiveSettings
-from latent_medi.metadata.seen import saw
+from latent_medi.metadata.training_record import was_trained_on
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training import loop, run_folder
 from latent_medi.training.data import open_data
@@ -219,7 +219,7 @@ def test_other_autoencoder_is_refused(plain: MediPipeline, run_settings: Make, t
     file = tmp_path / "plain" / "model" / "autoencoder.json"
     text = file.read_text()
     file.write_text(text.replace(plain.autoencoder.hash, "0" * 64))
-    write_sums(file.parent)
+    write_checksums(file.parent)
     with pytest.raises(UserError, match="another autoencoder"):
         train(run_settings(init_from=str(tmp_path / "plain" / "model")))
 
@@ -295,8 +295,8 @@ def test_a_model_remembers_what_it_was_shown(run_settings: Make, tiny: Path, tin
             shown |= set(index[index["split_main"] == "train"][["class", "site"]].astype(str).itertuples(index=False))
         for tumour in {key[0] for key in shown}:
             for site in ("aster", "NA", "birch", "cedar"):
-                assert saw(record, {"class": tumour, "site": site}) == ((tumour, site) in shown)
+                assert was_trained_on(record, {"class": tumour, "site": site}) == ((tumour, site) in shown)
     (first / "provenance.json").unlink()  # as of another program, which writes no checksums either
     (first / "checksums.json").unlink()
     third = train(run_settings(out=str(tmp_path / "third"), max_steps=1, **more))
-    assert saw(MediPipeline.from_pretrained(third).provenance["seen"], {"site": "birch"}) is None
+    assert was_trained_on(MediPipeline.from_pretrained(third).provenance["seen"], {"site": "birch"}) is None

@@ -1,4 +1,4 @@
-"""Values that look like one value spelled twice, or like a word for missing: questions to a person, never a rule."""
+"""Finding values that differ in spelling only or look like a word for missing. A person decides; nothing is changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 
-# Not among the words that are read as missing, since each is somebody's real value: NA is a code of TCGA, None a grade.
+# These words are not read as missing, because each is a real value somewhere: NA is a TCGA code, None a grade.
 _WORDS_FOR_MISSING = frozenset(
     {
         "na", "n/a", "n.a", "n.a.", "#n/a", "#na", "<na>", "nan", "-nan", "nat", "none", "null", "nil", "missing",
@@ -19,8 +19,7 @@ _WORDS_FOR_MISSING = frozenset(
 
 
 def plain_spelling(value: str) -> str:
-    """``value`` without what people and programs vary: case, composed and decomposed Unicode, kinds of blanks, how many
-    of them, and characters that have no width."""
+    """``value`` with case, Unicode form, and kind and number of blanks normalised, without zero-width characters."""
     text = unicodedata.normalize("NFKC", value)
     text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf").casefold()
     return unicodedata.normalize("NFKC", re.sub(r"\s+", " ", text)).strip()
@@ -35,7 +34,6 @@ def spelled_alike(values: Iterable[str]) -> list[list[str]]:
 
 
 def looks_missing(value: str) -> bool:
-    """Whether a value looks like a word for missing that is not read as such, such as ``nan``, ``N/A`` or
-    ``[Not Applicable]``."""
+    """Whether a value looks like a word for missing that is not read as missing, such as ``nan`` or ``N/A``."""
     word = plain_spelling(value)
     return word in _WORDS_FOR_MISSING or word.strip("[]()<>{}'\" ") in _WORDS_FOR_MISSING | {""}

@@ -1,8 +1,7 @@
-"""Schemes for splits that test a shift: whole sites or whole combinations of fields are kept from training."""
+"""Splits that test generalisation: whole sites or whole combinations of fields are held out of training."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,19 +10,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.errors import UserError
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.settings import SplitSettings
-from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, random_split
+from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, random_key, random_split
+from latent_medi.metadata.tables import require_columns
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split and how it came about.
+    """A split and how it was made.
 
     Args:
         column: The part of each row, with the index's row labels.
-        recipe: JSON-able: settings, and what chance chose.
+        recipe: JSON-able: the settings, and the random choices.
     """
 
     column: pd.Series
@@ -31,10 +31,10 @@ class Split:
 
 
 def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[Sequence[str]] = ()) -> Split:
-    """Split patients as the settings say: what is held out goes to one part, the other patients are divided at random.
+    """Split patients: held-out sites and combinations go to one part, the other patients are divided at random.
 
-    A patient with any patch of a held-out site or combination is held out whole, and so is who shares a picture with
-    them.
+    A patient with any patch of a held-out site or combination is held out with all patches, and so are the patients who
+    share a picture with them.
 
     Args:
         index: A row per patch (or slide) with ``patient`` and the columns that the settings name; cells of these are
@@ -43,8 +43,8 @@ def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[
         together: Groups of patients who share a picture: each group counts as one patient.
 
     Raises:
-        UserError: A column is absent, nothing is left to train on, a held-out value would no longer be seen in
-            training, a patient would be on two sides, or a group of patients cannot be kept together.
+        UserError: A column is absent, no patient is left for training, training would not see a value of a held-out
+            combination, a patient would be in two parts, or a group of patients cannot be kept together.
     """
     if together:
         first = {patient: group[0] for group in together for patient in group}
@@ -58,12 +58,15 @@ def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[
         return Split(split.column, {**split.recipe, "together": [list(group) for group in together]})
     if settings.scheme == "medi":
         if settings.hold_out_fractions:
-            raise UserError("MeDi's own scheme has no hold_out_fractions: it knows training and test alone.")
+            raise UserError("scheme=medi has no hold_out_fractions: it has only training and test.")
         column = medi_split(index, settings.class_field, settings.site_field, settings.medi_fields, settings.medi_share)
         recipe: dict[str, Any] = {
-            "kind": "MeDi's complex split", "class_field": settings.class_field, "site_field": settings.site_field,
-            "fields": list(settings.medi_fields), "share": settings.medi_share,
-        }  # fmt: skip
+            "kind": "MeDi's complex split",
+            "class_field": settings.class_field,
+            "site_field": settings.site_field,
+            "fields": list(settings.medi_fields),
+            "share": settings.medi_share,
+        }
     else:
         column, recipe = _hold_out_split(index, settings)
     if settings.allow_duplicates:
@@ -76,9 +79,9 @@ def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[
 def _kept_together(together: Sequence[Sequence[str]]) -> str:
     largest = max(together, key=len)
     return (
-        f"{sum(map(len, together))} patients share pictures and count as {len(together)}, up to {len(largest)} as one "
-        f"(such as {' and '.join(map(repr, largest[:2]))}): take those pictures out, or allow_duplicates="
-        f"'[{', '.join(largest[:2])}]' lets theirs lie in several parts."
+        f"{sum(map(len, together))} patients share pictures and are kept together in {len(together)} groups of up to "
+        f"{len(largest)} (such as {' and '.join(map(repr, largest[:2]))}). Remove those pictures, or allow them in "
+        f"several parts with allow_duplicates='[{', '.join(largest[:2])}]'."
     )
 
 
@@ -88,11 +91,11 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
     part, training = settings.hold_out_part, training_part(settings)
     holds_out = settings.hold_out or settings.hold_out_fields or settings.sites or settings.site_share
     if holds_out and training in (settings.hold_out_fractions or {part: 1.0}):
-        raise UserError(f"What is held out would go to {training!r}, which trains.", "Name another part.")
+        raise UserError(f"Held-out patients would go to {training!r}, the training part.", "Name another part.")
     if settings.hold_out_fractions and not holds_out:
         raise UserError(
-            "hold_out_fractions divides what is held out, and nothing is.",
-            "Name what is: hold_out, hold_out_fields, sites or site_share.",
+            "hold_out_fractions is given, but nothing is held out.",
+            "Set hold_out, hold_out_fields, sites or site_share.",
         )
     combinations: list[dict[str, str]] = [dict(c) for c in settings.hold_out]
     sites = list(settings.sites)
@@ -100,19 +103,14 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
         sites += choose_sites(index, settings.site_field, settings.class_field, settings.site_share, settings.seed)
     combinations += [{settings.site_field: site} for site in sites]
     if settings.hold_out_fields:
-        left = (
-            index[~index["patient"].isin(index.loc[hold_out(index, combinations), "patient"])]
-            if combinations
-            else index
-        )
+        left = index[~index["patient"].isin(index.loc[hold_out(index, combinations), "patient"])]
         combinations += choose_combinations(
             left, settings.hold_out_fields, settings.hold_out_share, settings.seed, settings.thin_patients
         )
-    out = hold_out(index, combinations) if combinations else pd.Series(False, index=index.index)
-    patients = set(index.loc[out, "patient"])
+    patients = set(index.loc[hold_out(index, combinations), "patient"])
     held = index["patient"].isin(patients)
     if held.all():
-        raise UserError(f"All {len(patients)} patients are held out: none is left for {list(settings.fractions)}.")
+        raise UserError(f"All {len(patients)} patients are held out; none is left for {list(settings.fractions)}.")
     column = pd.Series(part, index=index.index, dtype=object)
     column[~held] = random_split(index[~held], settings.fractions, settings.seed, settings.stratify)
     if patients and settings.hold_out_fractions:
@@ -121,81 +119,86 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
         _check_training(index[column == training], index, settings, combinations, sites)
     recipe = {
         "kind": "patients at random, with what is held out apart" if combinations else "patients at random",
-        "seed": settings.seed, "fractions": dict(settings.fractions), "stratify": list(settings.stratify),
-        "held_out": combinations, "held_out_part": part if combinations else "",
-    }  # fmt: skip
+        "seed": settings.seed,
+        "fractions": dict(settings.fractions),
+        "stratify": list(settings.stratify),
+        "held_out": combinations,
+        "held_out_part": part if combinations else "",
+    }
     if patients and settings.hold_out_fractions:
         recipe["held_out_part"] = dict(settings.hold_out_fractions)
     return column, recipe
 
 
 def _divide(held: pd.DataFrame, combinations: Sequence[Mapping[str, str]], settings: SplitSettings) -> pd.Series:
-    """The patients of each combination over the parts of ``hold_out_fractions``; one who has patches of several counts
-    for the first.
+    """Divide the patients of each combination over the parts of ``hold_out_fractions``. A patient with patches of
+    several combinations counts for the first.
     """
     first = pd.Series(len(combinations), index=held.index)
     for number in reversed(range(len(combinations))):
-        asked = combinations[number]
-        first[(held[list(asked)].astype(str) == pd.Series(asked)).all(axis=1)] = number
+        wanted = combinations[number]
+        first[(held[list(wanted)].astype(str) == pd.Series(wanted)).all(axis=1)] = number
     owners = held.assign(_held=first.groupby(held["patient"]).transform("min"))
     return random_split(owners, settings.hold_out_fractions, settings.seed, ["_held"])
 
 
 def training_part(settings: SplitSettings) -> str:
-    """The part that trains: ``train``, or the largest if none is called so."""
+    """The training part: ``train``, or the largest if no part is called so."""
     return "train" if "train" in settings.fractions else max(settings.fractions, key=lambda n: settings.fractions[n])
 
 
 def _check_training(
-    training: pd.DataFrame, index: pd.DataFrame, settings: SplitSettings, combinations: list[dict[str, str]],
+    training: pd.DataFrame,
+    index: pd.DataFrame,
+    settings: SplitSettings,
+    combinations: list[dict[str, str]],
     sites: list[str],
-) -> None:  # fmt: skip
-    """Refuse a split after which training no longer sees what the held-out part is made of.
+) -> None:
+    """Refuse a split if no training patient has a value of a held-out combination.
 
     Raises:
         UserError: Names the values.
     """
     wanted = {(name, value) for combination in combinations for name, value in combination.items()}
-    wanted -= {(settings.site_field, site) for site in sites}  # held out whole, on purpose
+    wanted -= {(settings.site_field, site) for site in sites}  # sites that are held out
     if sites and settings.class_field in index.columns:
         wanted |= {(settings.class_field, value) for value in index[settings.class_field].astype(str).unique()}
     seen = {name: set(training[name].astype(str)) for name in {name for name, _ in wanted}}
     gone = [f"{n} = {v!r}" for n, v in sorted(wanted) if v not in seen[n] and not is_missing(v)]
     if gone:
         raise UserError(
-            f"With this held out, no training patient has {', '.join(gone[:8])}"
+            f"In this split no training patient has {', '.join(gone[:8])}"
             + (f" and {len(gone) - 8} more." if len(gone) > 8 else "."),
             "Hold out less, give training a larger fraction, or try another seed.",
         )
 
 
 def choose_sites(index: pd.DataFrame, site_field: str, class_field: str, share: float, seed: int) -> list[str]:
-    """Sites for an external test, at random until they hold ``share`` of the patients.
+    """Random sites for an external test, which have at least ``share`` of the patients together.
 
-    A site is passed over if a class would lose its last training patient, so that the test is of the shift and not of
-    a class that was never seen.
+    A site is skipped if a class would lose its last training patient: the test is of new sites, not of new classes.
 
     Args:
         index: A row per patch with ``patient`` and both columns.
         site_field: Column of sites.
         class_field: Column of classes; ``""`` if there is none.
         share: Share of patients, above 0 and below 1.
-        seed: Seed; a site's turn is a hash of its name and the seed.
+        seed: Seed; the order of sites is that of a hash of name and seed.
 
     Raises:
-        UserError: The share cannot be had.
+        UserError: No choice of sites has that share.
     """
-    _require(index, ["patient", site_field, *([class_field] if class_field else [])])
-    if not 0 < share < 1:
-        raise UserError(f"The share of patients at held-out sites is between 0 and 1, not {share}.")
     columns = ["patient", site_field, *([class_field] if class_field else [])]
+    require_columns(index, columns, "The index")
+    if not 0 < share < 1:
+        raise UserError(f"site_share is {share}; it is above 0 and below 1.")
     pairs = index[columns].drop_duplicates()
     total = pairs["patient"].nunique()
     left = Counter(pairs.drop_duplicates(["patient", class_field])[class_field]) if class_field else Counter()
     chosen: list[str] = []
     out: set[str] = set()
     at_site = dict(list(pairs.groupby(site_field, sort=True)))
-    for site in sorted((s for s in at_site if not is_missing(s)), key=lambda s: _turn(seed, s)):
+    for site in sorted((s for s in at_site if not is_missing(s)), key=lambda s: random_key(seed, s)):
         if len(out) >= share * total:
             break
         rows = at_site[site][~at_site[site]["patient"].isin(out)]
@@ -207,9 +210,9 @@ def choose_sites(index: pd.DataFrame, site_field: str, class_field: str, share: 
         chosen.append(str(site))
     if len(out) < share * total:
         raise UserError(
-            f"No choice of sites holds {share:.0%} of the patients and leaves each class one to train on "
-            f"({len(out)} of {total} could be reached).",
-            "Ask for less, or name the sites.",
+            f"No choice of sites has {share:.0%} of the patients and leaves each class a training patient "
+            f"({len(out)} of {total} patients could be held out).",
+            "Lower site_share, or name the sites.",
         )
     return chosen
 
@@ -217,37 +220,39 @@ def choose_sites(index: pd.DataFrame, site_field: str, class_field: str, share: 
 def choose_combinations(
     index: pd.DataFrame, fields: Sequence[str], share: float, seed: int, thin_patients: int
 ) -> list[dict[str, str]]:
-    """Combinations of fields to hold out, at random until they are ``share`` of those that occur.
+    """Random combinations of fields to hold out: ``share`` of the combinations that occur.
 
-    A combination is passed over if holding its patients out would leave one of its values with fewer than
-    ``thin_patients`` patients: the rest, of which a fraction trains, must teach what the combination is made of.
+    A combination is skipped if one of its values would keep fewer than ``thin_patients`` patients, from whom a model
+    can learn that value.
 
     Args:
-        index: A row per patch with ``patient`` and the fields; rows with an unknown value take no part.
+        index: A row per patch with ``patient`` and the fields; rows with an unknown value are ignored.
         fields: Two or more columns, such as class and site, or site and race.
         share: Share of the combinations that occur, above 0 and below 1.
-        seed: Seed; a combination's turn is a hash of its values and the seed.
-        thin_patients: Patients that each value keeps outside of what is held out.
+        seed: Seed; the order of combinations is that of a hash of values and seed.
+        thin_patients: Patients of each value that are not held out, at least.
 
     Raises:
-        UserError: The share cannot be had.
+        UserError: So many combinations cannot be held out.
     """
     fields = list(fields)
-    _require(index, ["patient", *fields])
+    require_columns(index, ["patient", *fields], "The index")
     if len(fields) < 2 or not 0 < share < 1:
-        raise UserError(f"Give at least two fields and a share between 0 and 1, not {fields} and {share}.")
+        raise UserError(
+            f"hold_out_fields is {fields} and hold_out_share is {share}.",
+            "Give at least two fields, and a share above 0 and below 1.",
+        )
     known = index[["patient", *fields]].drop_duplicates()
     for name in fields:
         known = known[~known[name].map(is_missing)]
     groups = {tuple(map(str, values)): set(rows["patient"]) for values, rows in known.groupby(fields, sort=True)}
-    # Patients of each value, and where else each patient has patches: a patient is held out whole.
     of_value = {
         (name, value): set(rows["patient"]) for name in fields for value, rows in known.groupby(name, sort=True)
     }
     wanted = max(1, round(share * len(groups)))
     chosen: list[dict[str, str]] = []
     out: set[str] = set()
-    for values in sorted(groups, key=lambda v: _turn(seed, *v)):
+    for values in sorted(groups, key=lambda v: random_key(seed, *v)):
         if len(chosen) >= wanted:
             break
         new = out | groups[values]
@@ -258,8 +263,8 @@ def choose_combinations(
     if len(chosen) < wanted:
         raise UserError(
             f"Only {len(chosen)} of the {len(groups)} combinations of {fields} can be held out while each value keeps "
-            f"{thin_patients} patients; {wanted} were asked for.",
-            "Ask for less, or lower thin_patients.",
+            f"{thin_patients} patients; hold_out_share={share:g} means {wanted}.",
+            "Lower hold_out_share or thin_patients.",
         )
     return chosen
 
@@ -267,11 +272,11 @@ def choose_combinations(
 def medi_split(
     index: pd.DataFrame, class_field: str, site_field: str, fields: Sequence[str], share: float = 0.7
 ) -> pd.Series:
-    """The complex split that MeDi was published with: ``train`` or ``test`` for each row. It has no seed.
+    """MeDi's published complex split: ``train`` or ``test`` for each row. It is not random.
 
-    Within each class the combinations of the fields are taken in the order of their first row; the first ⌊share · n⌋
-    train and the others test. Every site that then lies on both sides goes to the test whole. Test sites therefore
-    have no embedding: what the split tests is a classifier at new hospitals (Drexlin et al., MICCAI 2025).
+    Within each class the combinations of the fields are taken in the order of their first row: the first ⌊share · n⌋
+    are for training, the others for testing. A site that is then in both parts goes to the test part. A model therefore
+    has no embedding of test sites: the split tests a classifier at new hospitals (Drexlin et al., MICCAI 2025).
 
     Args:
         index: A row per slide or patch, in the published order for the published split.
@@ -281,9 +286,9 @@ def medi_split(
         share: Share of combinations to train on, 0.7 in the published split.
 
     Raises:
-        UserError: A class is left on one side only.
+        UserError: A class is in one part only.
     """
-    _require(index, ["patient", class_field, site_field, *fields])
+    require_columns(index, ["patient", class_field, site_field, *fields], "The index")
     combination = index[site_field].astype(str).str.cat([index[name].astype(str) for name in fields], sep="\x1f")
     keys = pd.DataFrame({"class": index[class_field], "key": combination}).drop_duplicates()
     trains: set[tuple[str, str]] = set()
@@ -300,25 +305,14 @@ def medi_split(
     for part, rows in (("train", train), ("test", ~train)):
         if lost := sorted(classes - set(index.loc[rows, class_field])):
             raise UserError(
-                f"MeDi's split leaves no {part} rows of {lost[:5]} ({len(lost)} of {len(classes)} classes).",
-                "It needs classes with several sites each; hold out combinations or sites instead.",
+                f"MeDi's split has no {part} rows of {lost[:5]} ({len(lost)} of {len(classes)} classes).",
+                "It needs several sites per class; hold out combinations or sites instead.",
             )
     return pd.Series(np.where(train, "train", "test"), index=index.index, dtype=object)
 
 
-def _require(index: pd.DataFrame, names: Sequence[str]) -> None:
-    columns = [str(c) for c in index.columns]
-    for name in names:
-        if name not in columns:
-            raise UserError(f"The index has no column {name!r}; {nearest(name, columns)}.")
-
-
-def _turn(seed: int, *names: str) -> str:
-    return hashlib.sha256("\x1f".join([str(seed), *names]).encode()).hexdigest()
-
-
 def needed_columns(settings: SplitSettings) -> list[str]:
-    """Columns besides ``patient`` that a split by these settings looks at."""
+    """Columns besides ``patient`` that a split with these settings needs."""
     if settings.scheme == "medi":
         return list(dict.fromkeys([settings.class_field, settings.site_field, *settings.medi_fields]))
     names = [*settings.stratify, *settings.hold_out_fields, *(name for c in settings.hold_out for name in c)]
@@ -330,7 +324,7 @@ def needed_columns(settings: SplitSettings) -> list[str]:
 
 
 def split_summary(index: pd.DataFrame, split: Split) -> Mapping[str, Mapping[str, int]]:
-    """Patches and patients (and slides, if there is such a column) by part."""
+    """Patches, patients and slides (if there is such a column) by part."""
     groups = index.assign(_part=split.column).groupby("_part", sort=True)
     summary: dict[str, dict[str, int]] = {}
     for part, rows in groups:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
-from latent_medi.metadata.cohort import read_cohort
+from latent_medi.metadata.table_index import read_table_index
 from latent_medi.metadata.tables import read_table
 
 LINES = ["image,patient,class,site", "a.png,P1,tumour,NA", "b.png,P2,normal,01"]
@@ -41,7 +41,7 @@ def put(path: Path, lines: list[str], encoding: str = "utf-8") -> Path:
         (["The study; draft", "", "2026", *LINES], ["line 1 is left out: a title", "line 3 is left out: a title"]),
         (["sep=,", *LINES], []),
         (['"sep=,"', *LINES, ",,,"], ["line 5 is left out: empty"]),
-        ([*LINES[:2], LINES[0], LINES[2]], ["line 3 is left out: further rows of headings"]),
+        ([*LINES[:2], LINES[0], LINES[2]], ["line 3 is left out: rows of headings"]),
         ([line + "," for line in LINES[:1]] + [line + ",,," for line in LINES[1:]], ["column 5"]),
     ],
 )  # fmt: skip
@@ -67,10 +67,10 @@ def test_a_biotabs_headings_are_no_patients(tmp_path: Path, caplog: pytest.LogCa
     rows = ["u1\tTCGA-AB-1000\tMALE", "u2\tTCGA-NA-1001\t[Not Available]"]
     for codes in ("CDE_ID:\tCDE_ID:2003301\tCDE_ID:2200604", "CDE_ID:\tCDE_ID:2003301\t"):
         path = put(tmp_path / "bio.tsv", [*head, codes, *rows])
-        index, schema = read_cohort(path, "gender", patient_field="bcr_patient_barcode")
+        index, schema = read_table_index(path, "gender", patient_field="bcr_patient_barcode")
         assert index["patient"].tolist() == ["TCGA-AB-1000", "TCGA-NA-1001"]
         assert schema.field("gender").values == ("MALE",)
-        assert "2 rows (lines 2, 3) are left out: further rows of headings" in caplog.text
+        assert "2 rows (lines 2, 3) are left out: rows of headings" in caplog.text
     assert len(read_table(put(tmp_path / "b.tsv", [head[0], codes, *rows]))) == 2
 
 
@@ -80,12 +80,12 @@ def test_a_row_per_treatment_is_no_problem_and_a_contradiction_is_named(
     names = "cases.submitter_id\tproject.project_id\tdemographic.race\ttreatments.treatment_type"
     rows = [f"TCGA-AB-100{i}\tTCGA-LUAD\twhite\t{kind}" for i in range(3) for kind in ("Radiation", "'--")]
     words = ["project.project_id", "", ["demographic.race"]]
-    index, schema = read_cohort(put(tmp_path / "c.tsv", [names, *rows]), *words)
+    index, schema = read_table_index(put(tmp_path / "c.tsv", [names, *rows]), *words)
     assert index["patient"].nunique() == 3
     assert schema.field("demographic.race").values == ("white",)
     assert caplog.text == ""
     rows += ["TCGA-AB-1001\tTCGA-LUSC\tasian\tSurgery", "TCGA-AB-1002\tTCGA-LUAD\tnot reported\tSurgery"]
-    read_cohort(put(tmp_path / "c.tsv", [names, *rows]), *words)
+    read_table_index(put(tmp_path / "c.tsv", [names, *rows]), *words)
     assert "1 patients have several values of demographic.race, such as TCGA-AB-1001: asian, white" in caplog.text
 
 
@@ -97,8 +97,8 @@ def test_a_row_per_treatment_is_no_problem_and_a_contradiction_is_named(
         ("site\nKöln\n".encode("cp1252"), r"not UTF-8: line 2 has 'Köln' if it is Windows-1252"),
         (b"sep=;\nimage;patient\n", "by semicolons, not by commas"),
         (b"image\tpatient\na.png\tP1\n".decode().encode("utf-16"), "by tabs, not by commas"),
-        (b"image,patient\na.png,P1\n".decode().encode("utf-16-le"), "no text, or UTF-16"),
-        (b"PK\x03\x04\x14\0\6\0", "spreadsheet by another name"),
+        (b"image,patient\na.png,P1\n".decode().encode("utf-16-le"), "not text, or is UTF-16"),
+        (b"PK\x03\x04\x14\0\6\0", "spreadsheet file with another ending"),
         (b",,\n,,\n", "is empty"),
         (b'image,patient\n"a.png"x,P1\n', "in line 2"),
         (b"image\na.png\nb.png,P2\nc.png\n", "Line 3 of .* has 2 cells"),

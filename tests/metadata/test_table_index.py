@@ -8,9 +8,9 @@ import pytest
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
-from latent_medi.metadata.audit import audit_text
-from latent_medi.metadata.cohort import audit_index, audit_table, read_cohort
+from latent_medi.metadata.audit_text import audit_text
 from latent_medi.metadata.settings import AuditSettings
+from latent_medi.metadata.table_index import audit_index, audit_table, read_table_index
 
 CODES = (
     "TSS Code\tSource Site\tStudy Name\tBCR\nNA\tDuke University\tU\tB\n4P\tDuke\tH\tB\nE2\tRoswell Park\tB\tB\n"
@@ -83,19 +83,19 @@ def test_tables_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("class,site\na,x\n")
     with pytest.raises(UserError, match="has no patient"):
-        read_cohort(path, "class", "site")
+        read_table_index(path, "class", "site")
     path.write_text("class,site,patient\na,x,p\nb,y,\n")
     with pytest.raises(UserError, match="row 2 has no patient"):
-        read_cohort(path, "class", "site")
+        read_table_index(path, "class", "site")
     with pytest.raises(UserError, match="closest: 'site'"):
-        read_cohort(path, "class", "sites")
+        read_table_index(path, "class", "sites")
     (tmp_path / "codes.tsv").write_text("TSS Code\tSource Site\tStudy Name\tBCR\nE2\tRoswell Park\tB\tB\n")
     with pytest.raises(UserError, match=r"4 site codes are not in .*: 12, 4P, 73, NA"):
         audit_table(settings(tmp_path, tss_table=str(tmp_path / "codes.tsv")))
 
 
 def test_a_dataset_folders_codes_are_mapped_too(tmp_path: Path) -> None:
-    index, schema = read_cohort(write(tmp_path), "project_id", "tissue_source_site")
+    index, schema = read_table_index(write(tmp_path), "project_id", "tissue_source_site")
     index["split_main"] = ["train" if site != "12" else "test" for site in index["tissue_source_site"]]
     (tmp_path / "codes.tsv").write_text(CODES)
     more = settings(tmp_path, tss_table=str(tmp_path / "codes.tsv"))

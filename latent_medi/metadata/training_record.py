@@ -1,9 +1,9 @@
-"""Which combinations a model has been shown, kept with it and with what it makes: "unseen" is then no matter of
-trust.
+"""The record of the combinations that a model was trained on. It is stored with the model and with its samples, so
+that an evaluation can check which combinations the model has not seen.
 
-A record is JSON: ``parts``, one per training set (a fine-tuned model keeps those of the model that it started from),
-each with ``fields``, ``rows`` of their values and the number of patches, and ``patients``, a hash of who they are; and
-``complete``, False if the model started from one without a record.
+A record is JSON: ``parts``, one per training set (a fine-tuned model keeps those of its base model), each with
+``fields``, ``rows`` of their values and the number of patches, and ``patients``, a hash of the set of patients; and
+``complete``, false if the base model has no record.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import pandas as pd
 from latent_medi.metadata.schema import Schema
 
 Record = Mapping[str, Any]
-_MOST = 50_000  # combinations; beyond that a record would be larger than small models
+_MOST = 50_000  # combinations of a record; more would be larger than small models
 
 
-def seen_in(table: pd.DataFrame, schema: Schema) -> dict[str, Any]:
+def training_record(table: pd.DataFrame, schema: Schema) -> dict[str, Any]:
     """The record of a training set.
 
     Args:
         table: A row per training patch with ``patient`` and the schema's columns.
-        schema: Its class and categorical fields take part, whatever fields the model is given.
+        schema: The record has its class and categorical fields, whether or not the model is conditioned on them.
     """
     fields = [field.name for field in schema.fields if not field.continuous and field.name in table.columns]
     counts = table[fields].astype(str).value_counts(sort=False).sort_index() if fields else pd.Series(dtype=int)
@@ -36,20 +36,20 @@ def seen_in(table: pd.DataFrame, schema: Schema) -> dict[str, Any]:
 
 
 def patients_hash(patients: pd.Series) -> str:
-    """Hex SHA-256 of a whole set of patients: hashes of single ones could be guessed from their numbers."""
+    """Hex SHA-256 of a set of patients; hashes of single patients could be guessed from their numbers."""
     return hashlib.sha256("\n".join(sorted(set(patients.astype(str)))).encode()).hexdigest()
 
 
-def together(*records: Record | None) -> dict[str, Any]:
-    """The record of a model that was shown all of these; None stands for one that is not known."""
+def merge_records(*records: Record | None) -> dict[str, Any]:
+    """The record of a model that was trained on the sets of several records; None stands for an unknown record."""
     parts: list[Any] = []
     for record in records:
         parts += [part for part in (record or {}).get("parts", []) if part not in parts]
     return {"complete": all(record is not None and record["complete"] for record in records), "parts": parts}
 
 
-def saw(record: Record | None, combination: Mapping[str, str]) -> bool | None:
-    """Whether a combination was among the training patches; None if that is not known."""
+def was_trained_on(record: Record | None, combination: Mapping[str, str]) -> bool | None:
+    """Whether a training patch has a combination; None if the record does not say."""
     if not record:
         return None
     sure = bool(record["complete"])

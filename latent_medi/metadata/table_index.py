@@ -1,4 +1,4 @@
-"""A bare table of slides or patches, read as an index: patient, slide and fields by the names that a person gave."""
+"""Reading a table of slides or patches as an index with patient, slide and fields; its audit and its splits."""
 
 from __future__ import annotations
 
@@ -11,30 +11,35 @@ import pandas as pd
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import check_file
 from latent_medi.metadata.audit import audit
+from latent_medi.metadata.field_names import COUNTS
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
-from latent_medi.metadata.names import COUNTS
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.schemes import Split, make_split, needed_columns
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
+from latent_medi.metadata.split_schemes import Split, make_split, needed_columns
 from latent_medi.metadata.splits import split_column
 from latent_medi.metadata.tables import ENDINGS, read_table, require_columns, write_table
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, read_site_codes, site_codes, warn_of_contradictions
 
 PATIENT_COLUMNS = (
-    "patient", "case_submitter_id", "patient_id", "case", "cases.submitter_id", "bcr_patient_barcode",
-)  # fmt: skip
+    "patient",
+    "case_submitter_id",
+    "patient_id",
+    "case",
+    "cases.submitter_id",
+    "bcr_patient_barcode",
+)
 SLIDE_COLUMNS = ("slide", "slide_submitter_id", "slide_id")
 _OWN_COLUMNS = ("key", "slide", "patient")
 SITE_CODE_COLUMNS = ("tissue_source_site", "tss", "tss_code")
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether a path names a table, not a dataset folder; a file of another ending is refused as one."""
+    """Whether a path is a table, not a dataset folder. True for every file: reading it explains a wrong ending."""
     path = Path(path)
     return not path.is_dir() and (path.suffix.lower() in ENDINGS or path.exists())
 
 
-def read_cohort(
+def read_table_index(
     path: str | Path,
     class_field: str = "",
     site_field: str = "",
@@ -43,27 +48,26 @@ def read_cohort(
     slide_field: str = "",
     continuous: Sequence[str] = (),
 ) -> tuple[pd.DataFrame, Schema]:
-    """A table as an index with ``key``, ``slide``, ``patient`` and the named fields, missing cells as ``"unknown"``,
-    or NaN in a continuous field.
+    """Read a table as an index with ``key``, ``slide``, ``patient`` and fields.
 
-    TCGA barcodes decide over a column of site codes: blank cells and lost zeros are put right, a contradiction is an
-    error.
+    Missing cells become ``"unknown"``, or NaN in a continuous field. A column of TCGA site codes is corrected by the
+    barcodes (blank cells, lost zeros).
 
     Args:
         path: CSV, TSV or Parquet.
         class_field: Class column; ``""`` for none.
         site_field: Site column; ``""`` for none.
         fields: Further categorical columns.
-        patient_field: Patient column; ``""`` to find it.
-        slide_field: Slide column; ``""`` to find it.
-        continuous: Columns of numbers.
+        patient_field: Patient column; ``""`` to look for the usual names.
+        slide_field: Slide column; ``""`` to look for the usual names.
+        continuous: Continuous columns.
 
     Returns:
-        The index, a row per row of the table in its order, and a schema of the fields.
+        The index, with the rows of the table in their order, and the schema of the fields.
 
     Raises:
         UserError: A column is absent, there is no patient, a site code contradicts its barcode, a cell of a continuous
-            column is no number, or a column is named both as categorical and as continuous.
+            column is not a number, or a column is both categorical and continuous.
     """
     table = read_table(path)
     where = f"The table {path}"
@@ -76,7 +80,7 @@ def read_cohort(
         raise UserError(f"{', '.join(both)} cannot be both continuous and a class or category.")
     if taken := [name for name in (*named, *numbers) if name in (*_OWN_COLUMNS, *COUNTS)]:
         raise UserError(
-            f"{where}: a field cannot be called {taken[0]!r}, which names patients, slides or their counts here.",
+            f"{where}: a field cannot be called {taken[0]!r}, a name for patients, slides or counts.",
             "Rename the column.",
         )
     if not len(table):
@@ -93,8 +97,7 @@ def read_cohort(
     else:
         raise UserError(
             f"{where} has no patient: none of {', '.join(PATIENT_COLUMNS)}.",
-            f"Name the column with patient_field=…, one of {', '.join(map(str, table.columns))}; without patients "
-            "neither counts nor splits are honest.",
+            f"Name the column of patients with patient_field=…, one of {', '.join(map(str, table.columns))}.",
         )
     warn_of_contradictions(index["patient"], table, named, where)
     if (gone := index["patient"].map(is_missing)).any():
@@ -115,14 +118,14 @@ def read_cohort(
 
 
 def institutions_of(codes: pd.Series, tss_table: str | Path) -> pd.DataFrame:
-    """Source site as named, institution and kind for each tissue-source-site code.
+    """Source site, institution and kind of each tissue-source-site code.
 
     Args:
         codes: Codes, or ``"unknown"``.
         tss_table: GDC's table of codes.
 
     Returns:
-        The codes' rows with columns source_site, institution and kind.
+        A row per code with the columns source_site, institution and kind.
 
     Raises:
         UserError: A code is not in the table.
@@ -131,7 +134,7 @@ def institutions_of(codes: pd.Series, tss_table: str | Path) -> pd.DataFrame:
     if gone := sorted(set(codes) - set(known.index) - {UNKNOWN_WORD}):
         raise UserError(
             f"{len(gone)} site codes are not in {tss_table}: {', '.join(gone[:10])}.",
-            "Download the newest table, or correct the codes.",
+            "Download the latest table, or correct the codes.",
         )
     known.loc[UNKNOWN_WORD] = [UNKNOWN_WORD, "", UNKNOWN_WORD, "none"]
     return known.loc[codes, ["source_site", "institution", "kind"]].set_axis(codes.index)
@@ -140,7 +143,7 @@ def institutions_of(codes: pd.Series, tss_table: str | Path) -> pd.DataFrame:
 def map_sites(
     index: pd.DataFrame, schema: Schema, site_field: str, tss_table: str | Path
 ) -> tuple[pd.DataFrame, Schema, pd.DataFrame]:
-    """An index whose tissue-source-site codes have become institutions, and the schema that goes with it.
+    """Replace tissue-source-site codes by institutions.
 
     Args:
         index: A row per patch or slide.
@@ -149,7 +152,7 @@ def map_sites(
         tss_table: GDC's table of codes.
 
     Returns:
-        The index, the schema with the institutions as the site's vocabulary, and :func:`institutions_of` the rows.
+        The index, the schema with institutions as vocabulary of the site, and :func:`institutions_of` the rows.
 
     Raises:
         UserError: There is no such field, or a code is not in the table.
@@ -162,33 +165,38 @@ def map_sites(
 
 
 def audit_table(settings: AuditSettings) -> dict[str, Any]:
-    """The audit of a bare table, as :func:`audit_index` gives it; ``patches`` are rows of the ``table``.
+    """The audit of a table, as returned by :func:`audit_index`; ``patches`` counts the rows of the ``table``.
 
     Raises:
-        UserError: As for :func:`read_cohort` and the audit.
+        UserError: As for :func:`read_table_index` and the audit.
     """
-    index, schema = read_cohort(
-        settings.data, settings.class_field, settings.site_field, settings.fields, settings.patient_field,
-        settings.slide_field, settings.continuous,
-    )  # fmt: skip
+    index, schema = read_table_index(
+        settings.data,
+        settings.class_field,
+        settings.site_field,
+        settings.fields,
+        settings.patient_field,
+        settings.slide_field,
+        settings.continuous,
+    )
     return audit_index(index, schema, settings) | {"table": settings.data}
 
 
 def audit_index(
     index: pd.DataFrame, schema: Schema, settings: AuditSettings, split: tuple[str, str] | None = None
 ) -> dict[str, Any]:
-    """The audit of an index; with ``tss_table`` its site codes become institutions first.
+    """The audit of an index; with ``tss_table``, of institutions instead of site codes.
 
     Args:
         index: A row per patch or slide.
         schema: Its fields.
-        settings: What to look for.
-        split: (name, part) to look at; ``None`` for all rows.
+        settings: The settings.
+        split: A split's name and part; ``None`` for all rows.
 
     Returns:
-        As :func:`latent_medi.metadata.audit.audit`. With ``tss_table`` also ``institutions``: how many codes,
-        source-site names (as the code table spells them, aliases apart) and institutions there are, how many names
-        have several classes, the components of the codes' graph, and institutions by kind.
+        As :func:`latent_medi.metadata.audit.audit`. With ``tss_table`` also ``institutions``: the numbers of codes, of
+        source sites (names in the code table), of source sites with several classes, of institutions, of components of
+        the graph of class and code, and of institutions by kind.
 
     Raises:
         UserError: As for the audit, or a code is not in the table.
@@ -203,7 +211,7 @@ def audit_index(
     places = mapped[mapped["institution"] != UNKNOWN_WORD]
     classes = rows.loc[places.index, known.name] if known is not None else places["institution"]
     several = classes.groupby(places["source_site"]).nunique() > 1
-    told = {
+    counts = {
         "codes": of_codes["sites"],
         "components_of_codes": of_codes["components"],
         "source_sites": len(several),
@@ -212,18 +220,18 @@ def audit_index(
         "kinds": {str(k): int(n) for k, n in places.drop_duplicates("institution")["kind"].value_counts().items()},
     }
     result = audit(rows, schema, settings.requested or None, thin, site_field=site)
-    return result | {"split": of_codes["split"], "institutions": told}
+    return result | {"split": of_codes["split"], "institutions": counts}
 
 
 def split_table(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:
-    """Split the patients of a bare table, and write the table with the column ``split_<name>``.
+    """Split the patients of a table, and write the table with the column ``split_<name>``.
 
     Returns:
-        The split, and the index that it was made from.
+        The split, and the index of the table.
 
     Raises:
-        UserError: As for :func:`read_cohort` and :func:`~latent_medi.metadata.schemes.make_split`; or there is no
-            ``out``, or the table has such a column already.
+        UserError: As for :func:`read_table_index` and :func:`~latent_medi.metadata.split_schemes.make_split`; or there
+            is no ``out``, or the table already has this column.
     """
     if not settings.out:
         raise UserError("No table to write is given.", "out=/path/to/slides_split.csv")
@@ -232,10 +240,13 @@ def split_table(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:
     if column in table.columns and not settings.replace:
         raise UserError(f"{settings.data} already has the column {column!r}.", "Choose another name, or replace=true.")
     names = needed_columns(settings)
-    index, _ = read_cohort(
-        settings.data, site_field=settings.site_field if settings.site_field in names else "", fields=names,
-        patient_field=settings.patient_field, slide_field=settings.slide_field,
-    )  # fmt: skip
+    index, _ = read_table_index(
+        settings.data,
+        site_field=settings.site_field if settings.site_field in names else "",
+        fields=names,
+        patient_field=settings.patient_field,
+        slide_field=settings.slide_field,
+    )
     split = make_split(index, settings)
     table[column] = split.column.to_numpy()
     write_table(table, settings.out)

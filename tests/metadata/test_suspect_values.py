@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_medi.metadata.fields import MISSING
-from latent_medi.metadata.spelling import looks_missing, plain_spelling, spelled_alike
+from latent_medi.metadata.suspect_values import looks_missing, plain_spelling, spelled_alike
 
 
 @given(st.text(max_size=10))

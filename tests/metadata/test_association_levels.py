@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_medi.core.errors import UserError
-from latent_medi.metadata.dose import rotating_targets, tie, training_patients
+from latent_medi.metadata.association_levels import association, patients_by_level, rotating_targets
 from latent_medi.metadata.estimability import verdict
 
 
@@ -26,7 +26,7 @@ EVEN = people({(c, s): 12 for c in "abc" for s in ("NA", "x", "y", "z")})
 def test_by_hand() -> None:
     targets = rotating_targets(EVEN, "class", "site")
     assert targets == [{"class": c, "site": s} for c, s in zip("abca", ("NA", "x", "y", "z"), strict=True)]
-    levels = training_patients(EVEN, "class", "site", targets, [0.0, 0.5, 1.0])
+    levels = patients_by_level(EVEN, "class", "site", targets, [0.0, 0.5, 1.0])
     # Class a lacks two of its four sites at level 1: the other two give 24, which every level then has.
     for level, a_target, a_other in zip(levels, (6, 4, 0), (6, 8, 12), strict=True):
         table = EVEN[EVEN["patient"].isin(level)].groupby(["class", "site"]).size()
@@ -34,11 +34,11 @@ def test_by_hand() -> None:
         assert table.get(("a", "NA"), 0) == table.get(("a", "z"), 0) == a_target
         assert table["a", "x"] == table["a", "y"] == a_other
         assert table.get(("b", "x"), 0) == {6: 9, 4: 5, 0: 0}[a_target]
-    ties = [tie(EVEN[EVEN["patient"].isin(level)], "class", "site") for level in levels]
+    ties = [association(EVEN[EVEN["patient"].isin(level)], "class", "site") for level in levels]
     assert ties[0] == pytest.approx(0.0, abs=1e-12)
     assert ties == sorted(ties)
     assert ties[2] > 0.35
-    assert tie(people({("a", "x"): 5, ("b", "y"): 5}), "class", "site") == pytest.approx(1.0)
+    assert association(people({("a", "x"): 5, ("b", "y"): 5}), "class", "site") == pytest.approx(1.0)
 
 
 def verdicts(table: pd.DataFrame, targets: list[dict[str, str]]) -> set[str]:
@@ -86,7 +86,7 @@ def test_whatever_the_cohort(counts: dict[tuple[str, str], int], rotation: int, 
         return
     assert verdicts(table, targets) == {"both margins seen"}
     levels = sorted([*levels, 1.0])
-    found = training_patients(table, "class", "site", targets, levels, seed)
+    found = patients_by_level(table, "class", "site", targets, levels, seed)
     withheld = {(t["class"], t["site"]) for t in targets}
     tables = [table[table["patient"].isin(patients)] for patients in found]
     sizes = [part.groupby("class").size().to_dict() for part in tables]
@@ -97,23 +97,23 @@ def test_whatever_the_cohort(counts: dict[tuple[str, str], int], rotation: int, 
         for key, rows in more.groupby(["class", "site"]):
             mine, before = set(rows["patient"]), kept.get(key, set())
             assert mine <= before or before <= mine
-    again = training_patients(table.sample(frac=1, random_state=1), "class", "site", targets, levels, seed)
+    again = patients_by_level(table.sample(frac=1, random_state=1), "class", "site", targets, levels, seed)
     assert again == found
 
 
 def test_bad_input() -> None:
     targets = rotating_targets(EVEN, "class", "site")
     with pytest.raises(UserError, match=r"not 1\.2"):
-        training_patients(EVEN, "class", "site", targets, [1.2])
+        patients_by_level(EVEN, "class", "site", targets, [1.2])
     with pytest.raises(UserError, match="No patient has the target a × nowhere"):
-        training_patients(EVEN, "class", "site", [{"class": "a", "site": "nowhere"}], [1.0])
-    with pytest.raises(UserError, match="no site would be seen at all"):
+        patients_by_level(EVEN, "class", "site", [{"class": "a", "site": "nowhere"}], [1.0])
+    with pytest.raises(UserError, match="no site would be seen"):
         rotating_targets(EVEN, "class", "site", per_site=3)
     with pytest.raises(UserError, match="No combination of class and site can be withheld"):
         rotating_targets(people({("a", "x"): 4, ("b", "x"): 4, ("b", "y"): 4}), "class", "site")
     both = pd.concat([EVEN, pd.DataFrame([{"patient": "a-x-0", "class": "b", "site": "x"}])])
     with pytest.raises(UserError, match="'a-x-0' has two classes or sites"):
-        training_patients(both, "class", "site", targets, [1.0])
+        patients_by_level(both, "class", "site", targets, [1.0])
     one = people({("a", "x"): 4, ("b", "x"): 4, ("b", "y"): 4})
     with pytest.raises(UserError, match="Every site of 'a' is a target"):
-        training_patients(one, "class", "site", [{"class": "a", "site": "x"}], [1.0])
+        patients_by_level(one, "class", "site", [{"class": "a", "site": "x"}], [1.0])

@@ -1,0 +1,135 @@
+"""The audit as text for a terminal, and advice on what to do about its findings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from latent_medi.metadata.estimability import VERDICTS
+
+_STRONG = 0.8  # Cramér's V above which the advice warns of shortcut learning
+_MUCH_MISSING = 0.2  # share of unknown values above which the advice mentions the field
+_SITE_CODE = re.compile("[A-Z0-9]{2}")
+
+
+def advice(result: Mapping[str, Any], class_field: str) -> list[str]:
+    """Sentences that say what to do about an audit's findings, the most important first.
+
+    Args:
+        result: The result of :func:`latent_medi.metadata.audit.audit`.
+        class_field: The class field; ``""`` if there is none.
+    """
+    site_field, groups = result["site_field"], result["groups"]
+    lines = _questions(result)
+    if (shared := result["shared_patients"])["count"]:
+        first = shared["examples"][0]
+        lines.append(
+            f"{shared['count']} patients have patches at several {site_field}s, such as {first['patient']!r} at "
+            f"{some(first['sites'], 4)}. If they are different people with the same number, add the {site_field} to "
+            f"the patient in the table ({first['sites'][0]}-{first['patient']}) and make the dataset again. Until then "
+            "each counts as one patient and is held out as one."
+        )
+    if len(groups) > 1:
+        codes = [site for group in groups for site in group["sites"]]
+        if all(_SITE_CODE.fullmatch(site) for site in codes):
+            lines.append(
+                f"The values of {site_field} look like TCGA codes, each of which stands for a hospital and a study. "
+                "Map them to institutions with tss_table=… (GDC's table of tissue source sites), and audit again."
+            )
+        else:
+            lines.append(
+                f"No model can separate the effects of {class_field} and {site_field} across the groups. Add patients "
+                f"of a second {class_field} at some {site_field} of each group, merge {site_field}s that are one "
+                "hospital, or study each group by itself."
+            )
+    strong = result["cramers_v"].get(site_field)
+    if strong is not None and strong >= _STRONG:
+        lines.append(
+            f"{site_field} nearly determines the {class_field} (Cramér's V {strong:.2f}): a classifier can learn the "
+            f"{site_field} instead. Test it at held-out {site_field}s or combinations."
+        )
+    for name, share in result["missing"].items():
+        if share >= _MUCH_MISSING:
+            lines.append(f"{name} is unknown for {share:.0%} of the patches: complete it, or leave the field out.")
+    counts = result["verdict_counts"]
+    if counts["thin"]:
+        lines.append(
+            f"{counts['thin']} combinations have fewer than {result['thin_patients']} patients: collect more, merge "
+            "rare values, or plan them with care."
+        )
+    if counts["both margins seen"]:
+        lines.append(
+            f"{counts['both margins seen']} combinations have no patch and can be generated: `latent-medi plan "
+            "goal=fill_unseen`."
+        )
+    return lines
+
+
+def _questions(result: Mapping[str, Any]) -> list[str]:
+    """Questions about values that differ in spelling only, or look like a word for missing."""
+    lines = []
+    for name, groups in result["spelled_alike"].items():
+        spellings = [" / ".join(f"{value!r} ({count})" for value, count in group.items()) for group in groups]
+        lines.append(
+            f"Is this one {name}, spelled in several ways? {some(spellings, 6)}. If so, spell it in one way in the "
+            "table: now each spelling counts as a value."
+        )
+    for name, words in result["looks_missing"].items():
+        values = [f"{value!r} ({count})" for value, count in words.items()]
+        remedy = "give each row its patient" if name == "patient" else "write unknown, or leave the cell empty"
+        lines.append(f"Does this mean missing in {name}? {some(values, 8)}. If so, {remedy}: now each is a {name}.")
+    return lines
+
+
+def some(words: Sequence[str], most: int = 12) -> str:
+    """The first words, and the number of all if there are more."""
+    return ", ".join(words[:most]) + (f" … ({len(words)} in all)" if len(words) > most else "")
+
+
+def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
+    """The audit as plain text for a terminal; lists at most ``most`` combinations that are not seen."""
+    counts = result["counts"]
+    unit = "rows" if "table" in result else "patches"
+    lines = [f"{counts['patches']} {unit}, {counts['slides']} slides, {counts['patients']} patients"]
+    if result["split"]:
+        lines[0] += f" ({result['split']})"
+    for name, margin in result["margins"].items():
+        ranked = sorted(margin.items(), key=lambda item: -item[1]["patients"]) if len(margin) > most else margin.items()
+        words = [f"{value} {c['patients']}" for value, c in ranked]
+        lines.append(f"{name} ({len(margin)} values; patients): {some(words, most)}")
+    for name, summary in result["continuous"].items():
+        if summary["patches"]:
+            spread = f"mean {summary['mean']:.4g}, from {summary['min']:.4g} to {summary['max']:.4g}"
+            lines.append(f"{name}: {summary['patches']} {unit}, {spread}")
+    lines += [f"{name}: {share:.1%} of {unit} unknown" for name, share in result["missing"].items() if share]
+    for name, value in result["cramers_v"].items():
+        shown = "not defined (one value only)" if value is None else f"{value:.2f}"
+        lines.append(f"association of class and {name} (Cramér's V over patients, 0 to 1): {shown}")
+    if mapped := result.get("institutions"):
+        lines.append(
+            f"{mapped['codes']} codes in {mapped['components_of_codes']} components become {mapped['institutions']} "
+            f"institutions in {'one' if result['components'] == 1 else result['components']} "
+            f"({mapped['source_sites']} names in the code table, {mapped['source_sites_with_several_classes']} with "
+            f"several classes; {', '.join(f'{count} {kind}' for kind, count in mapped['kinds'].items())})"
+        )
+    components = result["groups"]
+    if len(components) > 1:
+        lines.append(
+            f"class and {result['site_field']} fall into {len(components)} separate groups: "
+            "their effects cannot be separated across groups"
+        )
+        lines += [f"  {some(c['classes'])} at {some(c['sites'])} ({c['patients']} patients)" for c in components[:most]]
+    elif components:
+        lines.append(f"class and {result['site_field']} are linked by seen combinations throughout")
+    lines.append("combinations: " + ", ".join(f"{n} {word}" for word, n in result["verdict_counts"].items()))
+    # Unidentifiable combinations last: there are often many.
+    listed = [v for v in result["verdicts"] if v["verdict"] != "seen"]
+    listed.sort(key=lambda v: VERDICTS.index(v["verdict"]))
+    for entry in listed[:most]:
+        combination = " × ".join(entry["combination"].values())
+        lines.append(f"  {combination}: {entry['verdict']} ({entry['reason']})")
+    if len(listed) > most:
+        lines.append(f"  … and {len(listed) - most} more")
+    lines += [f"→ {sentence}" for sentence in result["advice"]]
+    return "\n".join(lines)
