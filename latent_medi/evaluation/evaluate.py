@@ -52,9 +52,6 @@ from latent_medi.statistics.distances import FeatureStatistics, pca_basis
 
 log = get_logger(__name__)
 
-PATHS = ("real", "synthetic", "weights", "cache", "out")
-"""Settings that are paths."""
-
 
 def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> Metrics:
     """Compare synthetic datasets with real held-out patients.
@@ -217,7 +214,7 @@ def _begun(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncod
     selected = settings.selected
     return Metrics(
         run=run_record(settings.seed, out),
-        settings=recorded_settings(settings, PATHS, out),
+        settings=recorded_settings(settings, out),
         dataset=dataset_record(study, settings.split, out),
         synthetic={s.name: synthetic_record(s, selected.get(s.name, ""), out) for s in study.synthetic.values()},
         encoders={e.name: EncoderRecord(e.fingerprint, e.dim, e.preprocessing.text, e.license) for e in chosen},

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 import latent_medi
+from latent_medi.core.kinds import path_settings
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.settings import EvaluateSettings, FloorsSettings
 
@@ -40,7 +41,8 @@ _DECIDING = (
 )
 """Packages whose versions can change a number."""
 _REVISION_FILE, _REVISION = "REVISION", re.compile(r"[0-9a-f]{40,64}")
-_PATHS = ("real", "synthetic", "data", "weights", "cache", "out")  # settings of the verbs that record their command
+_PATHS = {*path_settings(EvaluateSettings), *path_settings(FloorsSettings)} - {"encoders"}
+"""Settings that are recorded relative to the result's folder; encoders are mostly names."""
 _PATH = re.compile(r"(?<![\w./:<-])/[\w.@+-]+(?:/[\w.@+-]+)+")
 
 
@@ -181,16 +183,15 @@ def _of_this_machine(path: str, folder: str | Path) -> str:
     return relative_path(path, folder) if os.path.isdir("/" + path.split("/")[1]) and path.count("/") > 1 else path
 
 
-def recorded_settings(settings: Settings, paths: Iterable[str], folder: str | Path) -> Settings:
+def recorded_settings(settings: Settings, folder: str | Path) -> Settings:
     """Settings with their paths relative to ``folder``.
 
     Args:
         settings: A dataclass.
-        paths: Names of the settings that are a path, or a mapping to paths.
         folder: The result's folder.
     """
     changes: dict[str, Any] = {}
-    for name in paths:
+    for name in _PATHS.intersection(path_settings(type(settings))):
         value = getattr(settings, name)
         if isinstance(value, Mapping):
             changes[name] = {key: relative_path(str(entry), folder) for key, entry in value.items()}

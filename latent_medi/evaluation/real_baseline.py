@@ -147,7 +147,7 @@ def _floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None, accel
                 "ceilings": accuracies,
             }
     if accelerator.is_main_process:
-        used = recorded_settings(settings, ("data", "weights", "cache", "out"), out)
+        used = recorded_settings(settings, out)
         result = encode({"run": run_record(settings.seed, out), "settings": used, "encoders": found})
         result = portable(result, out, [settings.data, Path.home(), Path.cwd()])
         write_sealed(out / "floors.json", result)

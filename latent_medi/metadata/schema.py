@@ -63,11 +63,6 @@ class Schema:
         """The class field; ``None`` if there is none."""
         return next((f for f in self.fields if f.kind == "class"), None)
 
-    @property
-    def metadata_fields(self) -> tuple[Field, ...]:
-        """All fields except the class."""
-        return tuple(f for f in self.fields if f.kind != "class")
-
     def field(self, name: str) -> Field:
         """The field of that name.
 

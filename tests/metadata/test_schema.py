@@ -94,7 +94,6 @@ def test_codes_are_explicit_and_sorted_at_creation() -> None:
     assert made.field("age").n_codes == 3
     assert made.class_field is not None
     assert made.class_field.name == "class"
-    assert [f.name for f in made.metadata_fields] == ["site", "age"]
     assert made.to_dict()["fields"][1]["codes"] == {"01": 2, "NA": 3, "radboud": 4}
 
 
