@@ -7,16 +7,16 @@ __version__ = "0.1.0"
 
 
 def _leave_out_working_folder() -> None:
-    """Have our commands import nothing that lies in the working folder, such as a ``scipy.py`` beside slides.
+    """Remove the working folder from the module path of our commands, so that they do not import a user's ``scipy.py``.
 
-    ``python -m latent_medi…`` puts it first on the module path, and an empty entry in PYTHONPATH puts it there unasked.
-    It stays where the package itself lies in it, or PYTHONPATH names it.
+    ``python -m latent_medi…`` and an empty entry in PYTHONPATH put the working folder there. It is kept if it contains
+    this package, or if PYTHONPATH names it.
     """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    # "-m" while Python looks for the module.
+    # The program is "-m" while Python looks for the module.
     module = program == "-m" and any(word.split(".")[0].endswith("latent_medi") for word in sys.orig_argv[1:])
     if not module and not os.path.basename(program).startswith("latent-medi"):
-        return  # somebody else's program, which has its own path
+        return  # another program that imports this package
     try:
         here = os.getcwd()
     except FileNotFoundError:  # it was removed
@@ -31,7 +31,7 @@ def _leave_out_working_folder() -> None:
 
 
 def _quieten_kernels() -> None:
-    """diffusers imports bitsandbytes where it is installed, which then warns of kernels that nothing here uses."""
+    """Hide a warning of bitsandbytes, which diffusers imports if it is installed, about kernels that are not used."""
     import logging
 
     unused = "Failed to load CPU gemm_4bit_forward"

@@ -1,10 +1,10 @@
-"""Processes of one run: how they find each other, and a launcher for clusters that take machines back.
+"""Joining the processes of one run, and a launcher for clusters that preempt jobs.
 
     python -m latent_medi.launch --config_file configs/accelerate/two_nodes.yaml --machine_rank 0 … train.py --config …
 
-is ``accelerate launch`` with the same options, and three things more, which a scheduler needs and Accelerate's launcher
-does not do: SIGUSR1 and SIGTERM reach the processes that train, which then save; and it ends with their exit code, so
-that "resume me" (:data:`RESUME`) can be told from a crash. If it is killed, so are they.
+is ``accelerate launch`` with the same options, and does three more things. It passes SIGUSR1 and SIGTERM on to the
+training processes, which then save a checkpoint. It returns their exit code, so that a scheduler can distinguish
+"resume" (:data:`RESUME`) from a crash. If it is killed, they are killed too.
 """
 
 from __future__ import annotations
@@ -32,47 +32,46 @@ from latent_medi.core.progress import get_logger
 logger = get_logger("launch")
 
 NOTICES = (signal.SIGUSR1, signal.SIGTERM)
-"""Signals by which a cluster announces that it takes a machine back."""
+"""Signals by which a cluster announces preemption."""
 
-# Set for each process by every launcher that starts several (torch's, mpirun, srun with PMI).
+# Variables that launchers of several processes set (torch, mpirun, srun with PMI).
 _OF_SEVERAL = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _LEAVE_WITHIN = 20  # seconds
 
 
 def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -> Accelerator:
-    """An :class:`accelerate.Accelerator` of which it is certain that it joins all processes that were launched.
+    """An :class:`accelerate.Accelerator` that joins all launched processes.
 
-    Accelerate joins processes without a GPU only if told that they have none: otherwise each of them believes to be
-    alone, and they would write the same files.
+    Accelerate joins processes without a GPU only if ``cpu`` is set. Otherwise each of them would run alone, and all
+    would write the same files.
 
-    From then on fp32 is fp32 in this process, in training too: torch would round the factors of convolutions to TF32's
-    ten bits, and only on GPUs. Whoever wants the speed of tensor cores sets precision to bf16.
+    Also turns TF32 off in this process, because torch would round the factors of convolutions on GPUs to ten bits. Set
+    the precision to bf16 to use tensor cores.
 
     Args:
-        cpu: Use processors even if there is a GPU.
-        patient: Let processes wait for the slowest one for a week instead of torch's ten minutes; for work that is
-            divided beforehand, where they meet at the end only.
-        options: Of the accelerator.
+        cpu: Use the CPU even if there is a GPU.
+        patient: Let processes wait a week for the slowest one, instead of torch's ten minutes; for processes that work
+            independently and only meet at the end.
+        options: Arguments of the accelerator.
 
     Raises:
-        UserError: Fewer processes than asked for were started, or they do not find each other; or ``mixed_precision``
-            is bf16, and the GPU does not compute in it.
+        UserError: Not all processes were started, or they do not find each other; or ``mixed_precision`` is bf16 and
+            the GPU does not support it.
     """
     environment = os.environ
-    # Accelerate's launcher for one process notes ACCELERATE_USE_CPU, and an address only if asked for several.
-    asked = "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
-    if asked and not any(name in environment for name in _OF_SEVERAL):
+    # Accelerate's launcher of one process sets MASTER_ADDR only if several processes were requested.
+    several = "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
+    if several and not any(name in environment for name in _OF_SEVERAL):
         raise UserError(
-            "Several processes were asked for, and one was started: `accelerate launch --cpu` starts one, whatever "
-            "--num_processes and --num_machines say.",
-            "Use --config_file configs/accelerate/cpu.yaml (with any --num_processes) in place of --cpu. If one "
-            "process is what you want, unset MASTER_ADDR.",
+            "Only one process was started: `accelerate launch --cpu` ignores --num_processes and --num_machines.",
+            "Use --config_file configs/accelerate/cpu.yaml with --num_processes instead of --cpu. To run one process, "
+            "unset MASTER_ADDR.",
         )
     launched = int(environment.get("WORLD_SIZE", 1))
     cpu = cpu or (launched > 1 and not torch.accelerator.is_available())
     if launched == 1 and PartialState._shared_state:
-        cpu = False  # this process has its device; another one cannot be chosen now, and models are placed by name
+        cpu = False  # the device of this process is already chosen
     if not cpu:
         check_precision(options.get("mixed_precision"), "cuda")
     if patient:
@@ -81,7 +80,7 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
             InitProcessGroupKwargs(timeout=timedelta(days=7)),
         ]
     atexit.unregister(leave)
-    atexit.register(leave)  # whatever ends this process, and whoever called: a command, or a program of a user's
+    atexit.register(leave)  # also in a user's program
     accelerator = Accelerator(cpu=cpu, **options)
     turn_tf32_off()  # after Accelerate, which turns it on for torch's compiler
     if accelerator.num_processes != launched and "WORLD_SIZE" in environment:
@@ -95,16 +94,16 @@ def make_accelerator(cpu: bool = False, patient: bool = False, **options: Any) -
 
 
 def leave() -> None:
-    """Leave the group of processes that were launched together; nothing where there is none.
+    """Leave the group of launched processes, if there is one.
 
-    A process that ended as a member would be aborted while its threads still serve the group. Nobody waits for a
-    process that failed: what it has not done within 20 s is given up with the process, by SIGALRM. On GPUs the group is
-    broken off instead: NCCL's leaving waits for all, and the first process may be at work after the last meeting.
+    A process that ends as a member of the group would be aborted by the group's threads. Leaving takes at most 20 s,
+    then SIGALRM ends the process: others do not wait for a process that failed. On GPUs the group is aborted instead,
+    because NCCL would wait for all processes while the first one may still work.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not Python's handlers, which wait for what hangs
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # Python's own handlers would not run while the call hangs
         signal.alarm(_LEAVE_WITHIN)
     abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)  # since torch 2.7
     if abort is not None and torch.distributed.get_backend() == "nccl":
@@ -116,13 +115,13 @@ def leave() -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """``accelerate launch`` that passes notices on and returns the exit code of the process that failed first.
+    """Run ``accelerate launch``, pass signals on, and return the exit code of the process that failed first.
 
-    A notice is waited out without a limit of time, since the cluster sets one. A process that it ended before it could
-    take notice has nothing to save, so that is :data:`RESUME` too.
+    After a signal it waits without a time limit, because the cluster has one. A process that the signal ended before it
+    could handle it has nothing to save: that is :data:`RESUME` too.
 
     Args:
-        words: Options of ``accelerate launch``, the script and its arguments; the command line's by default.
+        words: Options of ``accelerate launch``, the script and its arguments; by default those of the command line.
 
     Returns:
         0, :data:`RESUME`, or the exit code (128 + the signal's number if it was killed).
@@ -137,15 +136,15 @@ def main(words: Sequence[str] | None = None) -> int:
         for process in psutil.Process().children():
             try:
                 process.send_signal(number)
-            except psutil.NoSuchProcess:  # it ended meanwhile
+            except psutil.NoSuchProcess:  # it has ended
                 continue
 
     args = launch_command_parser().parse_args(words)
-    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torch's launcher would give SIGTERM's receivers 30 s
+    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torch's launcher would kill the processes 30 s after SIGTERM
     for number in NOTICES:
         signal.signal(number, pass_on)
     os.environ[PARENT] = str(os.getpid())
-    if args.module:  # a script has its own folder on its path, and may need it
+    if args.module:  # a script may need modules from its own folder
         os.environ.update(environment())
     try:
         launch_command(args)

@@ -118,8 +118,8 @@ def _verify(words: list[str]) -> Printed:
         if settings.seal:
             seal(dataset)
     duplicates = duplicates_report(dataset)
-    if told := duplicates_text(duplicates):
-        print(told)
+    if text := duplicates_text(duplicates):
+        print(text)
     if sides := picture_problems(dataset):
         raise UserError(f"{dataset.folder}: {len(sides)} problems:\n  " + "\n  ".join(sides), SPLIT_REMEDY)
     print(f"no problem: {_holds(dataset)}{', checksums added' if settings.seal else ''}")
@@ -155,8 +155,8 @@ def _audit(words: list[str]) -> Printed:
             find_duplicates(dataset)
             result["duplicates"] = duplicates_report(dataset)
     print(audit_text(result))
-    if told := duplicates_text(result.get("duplicates", {})):
-        print(told)
+    if text := duplicates_text(result.get("duplicates", {})):
+        print(text)
     if settings.figure:
         write_heat_map(class_by_site(result), settings.figure, "patients")
     return result
