@@ -58,8 +58,11 @@ def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
 def test_bad_input_is_one_message_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "train.py", f"data={tmp_path / 'nothing'}", "latents=x", "out=y", "max_steps=1"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "nothing" in done.stderr
     assert "Traceback" not in done.stderr

@@ -23,11 +23,9 @@ UNKNOWN_WORD = "unknown"
 
 # "NA" is a tissue-source-site code of TCGA and "none" can be a real category, so neither is here.
 MISSING: frozenset[str] = frozenset(
-    {
-        "", "unknown", "'--", "--", "not reported", "not available",
-        "[unknown]", "[not reported]", "[not available]", "[not evaluated]",
-    }
-)  # fmt: skip
+    {"", "unknown", "'--", "--", "not reported", "not available"}
+    | {"[unknown]", "[not reported]", "[not available]", "[not evaluated]"}
+)
 """Words that mean missing, in lower case; case and blanks around a word are ignored."""
 
 Kind = Literal["class", "categorical", "continuous"]

@@ -9,13 +9,11 @@ from collections.abc import Iterable
 
 # These words are not read as missing, because each is a real value somewhere: NA is a TCGA code, None a grade.
 _WORDS_FOR_MISSING = frozenset(
-    {
-        "na", "n/a", "n.a", "n.a.", "#n/a", "#na", "<na>", "nan", "-nan", "nat", "none", "null", "nil", "missing",
-        "unk", "unspecified", "undefined", "undetermined", "not applicable", "not specified", "not recorded",
-        "not known", "not allowed to collect", "not done", "no data", "discrepancy", "tbd",
-        "-", "---", "–", "—", "?", "??", "???", ".", "..", "...",
-    }
-)  # fmt: skip
+    {"na", "n/a", "n.a", "n.a.", "#n/a", "#na", "<na>", "nan", "-nan", "nat", "none", "null", "nil", "missing", "unk"}
+    | {"unspecified", "undefined", "undetermined", "not applicable", "not specified", "not recorded", "not known"}
+    | {"not allowed to collect", "not done", "no data", "discrepancy", "tbd"}
+    | {"-", "---", "–", "—", "?", "??", "???", ".", "..", "..."}
+)
 
 
 def plain_spelling(value: str) -> str:

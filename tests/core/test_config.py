@@ -151,9 +151,16 @@ def test_a_dataset_s_own_fields_are_words_of_the_command_line() -> None:
     words = ["--steps", "3", "--grade", "3", "--site=no", "--config", "x.yaml", "n=2", "--flag", "--age", "60"]
     result = config.under("fields", Plain, words)
     assert result == [
-        "--steps", "3", 'fields.grade="3"', 'fields.site="no"', "--config", "x.yaml", "n=2", 'fields.flag=""',
+        "--steps",
+        "3",
+        'fields.grade="3"',
+        'fields.site="no"',
+        "--config",
+        "x.yaml",
+        "n=2",
+        'fields.flag=""',
         'fields.age="60"',
-    ]  # fmt: skip
+    ]
 
 
 @dataclass

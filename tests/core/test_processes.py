@@ -15,10 +15,32 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = str(Path(sys.executable).with_name("latent-medi"))
 SHADOWED = (
-    "accelerate", "cloudpickle", "contextvars", "ctypes", "diffusers", "json", "joblib", "jsonargparse", "logging",
-    "loky", "numpy", "openslide", "pandas", "PIL", "psutil", "pyarrow", "random", "re", "scipy", "secrets", "selectors",
-    "socket", "tempfile", "tqdm", "yaml",
-)  # fmt: skip
+    "accelerate",
+    "cloudpickle",
+    "contextvars",
+    "ctypes",
+    "diffusers",
+    "json",
+    "joblib",
+    "jsonargparse",
+    "logging",
+    "loky",
+    "numpy",
+    "openslide",
+    "pandas",
+    "PIL",
+    "psutil",
+    "pyarrow",
+    "random",
+    "re",
+    "scipy",
+    "secrets",
+    "selectors",
+    "socket",
+    "tempfile",
+    "tqdm",
+    "yaml",
+)
 
 
 @pytest.fixture

@@ -45,8 +45,10 @@ def test_names_that_would_be_mixed_up_are_refused() -> None:
     for names, words in (
         (["Site", "site"], "'Site' and 'site' differ only in case"),
         (["K\u00f6rper", "Ko\u0308rper"], "differ only in case"),
-        ([""], "cannot be called ''"), ([" "], "cannot be called ' '"), (["a\nb"], "control character"),
-    ):  # fmt: skip
+        ([""], "cannot be called ''"),
+        ([" "], "cannot be called ' '"),
+        (["a\nb"], "control character"),
+    ):
         with pytest.raises(UserError, match=words):
             check_new_names(names)
     with pytest.raises(UserError, match=r"'age_quantiles'.*'age'"):

@@ -19,10 +19,12 @@ def cohort(patients: int = 240, each: int = 2) -> pd.DataFrame:
             moved = p % 10 == 0 and i == 1
             rows.append(
                 {
-                    "patient": f"p{p}", "class": "abc"[p % 3], "site": "wxyz"[(p // 3 + moved) % 4],
+                    "patient": f"p{p}",
+                    "class": "abc"[p % 3],
+                    "site": "wxyz"[(p // 3 + moved) % 4],
                     "race": "mn"[(p // 12) % 2],
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)
 
 

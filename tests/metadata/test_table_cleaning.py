@@ -44,7 +44,7 @@ def put(path: Path, lines: list[str], encoding: str = "utf-8") -> Path:
         ([*LINES[:2], LINES[0], LINES[2]], ["line 3 is left out: rows of headings"]),
         ([line + "," for line in LINES[:1]] + [line + ",,," for line in LINES[1:]], ["column 5"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_beside_the_data_is_named_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, lines: list[str], words: list[str]
 ) -> None:
@@ -117,9 +117,12 @@ def test_what_is_no_table_is_named_and_does_not_hang(tmp_path: Path, capsys: pyt
     put(tmp_path / "book.xlsx", LINES)
     put(tmp_path / "only.csv", LINES[:1])
     for name, words in (
-        ("folder.csv", "is a folder, not a table"), ("pipe.csv", "a pipe or device"), ("none.csv", "does not exist"),
-        ("book.xlsx", "Save it as CSV UTF-8"), ("only.csv", "has no row"),
-    ):  # fmt: skip
+        ("folder.csv", "is a folder, not a table"),
+        ("pipe.csv", "a pipe or device"),
+        ("none.csv", "does not exist"),
+        ("book.xlsx", "Save it as CSV UTF-8"),
+        ("only.csv", "has no row"),
+    ):
         out = tmp_path / "out"
         assert main(["shards", "images", f"table={tmp_path / name}", f"out={out}", "source_mpp=0.5"]) == 2
         assert words in capsys.readouterr().err

@@ -45,9 +45,13 @@ def test_codes_fall_apart_and_institutions_do_not(tmp_path: Path) -> None:
     mapped = audit_table(settings(tmp_path, tss_table=str(tmp_path / "codes.tsv")))
     assert (mapped["sites"], mapped["components"]) == (2, 1)
     assert mapped["institutions"] == {
-        "codes": 5, "components_of_codes": 2, "source_sites": 4, "source_sites_with_several_classes": 0,
-        "institutions": 2, "kinds": {"hospital": 2},
-    }  # fmt: skip
+        "codes": 5,
+        "components_of_codes": 2,
+        "source_sites": 4,
+        "source_sites_with_several_classes": 0,
+        "institutions": 2,
+        "kinds": {"hospital": 2},
+    }
     assert "5 codes in 2 components become 2 institutions in one" in audit_text(mapped)
 
 

@@ -65,8 +65,12 @@ def test_what_is_no_barcode_is_refused(text: str) -> None:
 def test_parts_of_known_barcodes() -> None:
     slide = parse_barcode(f"TCGA-3L-AA1B-01Z-00-DX1.{UUID}.svs")
     assert (slide.tss, slide.patient, slide.slide, slide.tumour, slide.frozen) == (
-        "3L", "TCGA-3L-AA1B", "DX1", True, False,
-    )  # fmt: skip
+        "3L",
+        "TCGA-3L-AA1B",
+        "DX1",
+        True,
+        False,
+    )
     assert parse_barcode("TCGA-NA-A4QV").tss == "NA"
     assert parse_barcode("TCGA-02-0001-11A-01-TS1").tumour is False
     assert parse_barcode("TCGA-02-0001-01C-01D-0182-01").center == "01"
@@ -99,8 +103,12 @@ def test_aliases_brokers_and_leading_zeros_of_the_code_table(tmp_path: Path) -> 
     rows += "UE\t Asterand\tS\tB\nQ9\tNew Place\tS\tB\n"
     codes = read_site_codes(table(tmp_path, rows))
     assert codes["institution"].to_dict() == {
-        "01": "Roswell Park", "NA": "Duke University", "E2": "Roswell Park", "UE": "Asterand", "Q9": "New Place",
-    }  # fmt: skip
+        "01": "Roswell Park",
+        "NA": "Duke University",
+        "E2": "Roswell Park",
+        "UE": "Asterand",
+        "Q9": "New Place",
+    }
     assert codes.loc["UE", "kind"] == "broker"
     assert codes.loc["Q9", "kind"] == "unlisted"
     assert codes.loc["UE", "source_site"] == " Asterand"  # as written

@@ -22,9 +22,11 @@ def tables(shared: Path) -> Path:
 
 def settings(tables: Path, tss_table: str = "") -> AuditSettings:
     return AuditSettings(
-        data=str(tables / "all_slide_metadata.csv"), class_field="project_id", site_field="tissue_source_site",
+        data=str(tables / "all_slide_metadata.csv"),
+        class_field="project_id",
+        site_field="tissue_source_site",
         tss_table=tss_table,
-    )  # fmt: skip
+    )
 
 
 def test_626_codes_in_32_components(tables: Path) -> None:
@@ -45,7 +47,7 @@ def test_institutions_in_one_component(tables: Path) -> None:
 def test_the_published_split_slide_by_slide(tables: Path) -> None:
     index, _ = read_table_index(
         tables / "all_slide_metadata.csv", "project_id", "tissue_source_site", ["gender", "race"]
-    )  # fmt: skip
+    )
     split = make_split(
         index, SplitSettings(scheme="medi", class_field="project_id", site_field="tissue_source_site")
     ).column
