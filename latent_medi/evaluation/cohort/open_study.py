@@ -39,37 +39,41 @@ def open_study(settings: EvaluateSettings) -> Study:
     synthetic_roles(settings.synthetic, settings.candidate)
     split = _Split.of(real, settings)
     _check_combinations(settings, real, split, held_out)
-    study = Study(
-        real=real,
-        class_field=split.class_field,
-        site_field=settings.site_field,
-        held_out=held_out,
-        synthetic={},
-        train=split.train,
-        shown=split.shown,
-        probe=split.probe,
-        probe_train=split.probe,
-        reference=split.test,
-        test=split.test,
-        oracle_reason="",
-        notes=[],
-        candidate=settings.candidate,
-    )
+    parts = _Parts(split.probe, split.probe, split.test) if len(split.probe) else _halved(real, split, settings)
+    notes: list[str] = []
+    warnings = _shared_pictures(real.index, settings.split)
     if split.dropped:
-        study.notes.append(
+        notes.append(
             f"{split.dropped} real patches without a known {split.class_field} take no part, but copies of them are "
             "looked for."
         )
-    if not len(split.probe):
-        _halve_reference(study, settings)
-    _warn_of_shared_pictures(study, settings.split)
+    notes += parts.notes
     if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
         close = nearest(unknown[0], settings.synthetic)
         raise UserError(f"selected names {unknown[0]!r}, which is no synthetic set; {close}.")
     trained = patients_hash(real.index["patient"].iloc[split.shown])
-    for name, folder in settings.synthetic.items():
-        study.synthetic[name] = _open_synthetic(study, settings, name, folder, trained)
-    return study
+    synthetic = {}
+    for name in settings.synthetic:
+        synthetic[name] = _open_synthetic(settings, name, split.class_field)
+        notes += _unknown_training(synthetic[name], held_out if settings.unseen else [])
+        warnings += _other_patients(synthetic[name], settings, trained)
+    return Study(
+        real=real,
+        class_field=split.class_field,
+        site_field=settings.site_field,
+        held_out=held_out,
+        synthetic=synthetic,
+        train=split.train,
+        shown=split.shown,
+        probe=parts.probe,
+        probe_train=parts.probe_train,
+        reference=parts.reference,
+        test=split.test,
+        oracle_reason=parts.oracle_reason,
+        notes=notes,
+        warnings=warnings,
+        candidate=settings.candidate,
+    )
 
 
 def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
@@ -201,73 +205,93 @@ def _check_combinations(
         )
 
 
-def _halve_reference(study: Study, settings: EvaluateSettings) -> None:
-    """Let half of the test patients stand in for the probe split, for real-vs-real distances and linear probes."""
-    fields = (study.class_field, study.site_field)
-    others = [name for name in study.categorical() if name not in fields]
-    half = _halve_test(study.index, study.test, fields, others, settings.seed)
-    study.probe, study.reference = study.test[half], study.test[~half]
-    study.probe_train = np.concatenate([study.train, study.probe])
-    study.oracle_reason = (
+@dataclass(frozen=True)
+class _Parts:
+    """Rows of the real index that depend on whether there is a probe split; see :class:`Study`."""
+
+    probe: np.ndarray
+    probe_train: np.ndarray
+    reference: np.ndarray
+    oracle_reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _halved(real: PatchDataset, split: _Split, settings: EvaluateSettings) -> _Parts:
+    """Half of the test patients in place of a probe split, for real-vs-real distances and linear probes."""
+    fields = (split.class_field, settings.site_field)
+    others = [name for name in categorical_fields(real.schema) if name not in fields]
+    half = _halve_test(real.index, split.test, fields, others, settings.seed)
+    probe = split.test[half]
+    reason = (
         f"the split {settings.split!r} has no {settings.probe_value!r} patients, so no real patch of a held-out "
         "combination is free for training"
     )
-    study.notes.append(
+    note = (
         f"There is no {settings.probe_value!r} split: half of the test patients of each class and site "
-        f"({len(set(study.index['patient'].iloc[study.probe]))} patients) give the real-vs-real distances and, with "
-        "the training patches, train the linear probes; fidelity and the linear probes' accuracy on real patches use "
-        "the other half. Downstream accuracy uses all of them."
+        f"({len(set(real.index['patient'].iloc[probe]))} patients) give the real-vs-real distances and, with the "
+        "training patches, train the linear probes; fidelity and the linear probes' accuracy on real patches use the "
+        "other half. Downstream accuracy uses all of them."
     )
+    return _Parts(probe, np.concatenate([split.train, probe]), split.test[~half], reason, (note,))
 
 
-def _warn_of_shared_pictures(study: Study, split: str) -> None:
-    shared = pictures_in_several_parts(study.index, study.index[f"split_{split}"])
-    if len(shared):
-        first = shared["key"][shared[PICTURE] == shared[PICTURE].iloc[0]][:2]
-        study.warnings.append(
-            f"{shared[PICTURE].nunique()} pictures are in several parts of split {split!r} under different patients, "
-            f"such as {' = '.join(first)}: test patches were seen in training. `latent-medi split` keeps such patients "
-            "together."
-        )
+def _shared_pictures(index: pd.DataFrame, split: str) -> list[str]:
+    """A warning if several parts of the split have the same picture."""
+    shared = pictures_in_several_parts(index, index[f"split_{split}"])
+    if not len(shared):
+        return []
+    first = shared["key"][shared[PICTURE] == shared[PICTURE].iloc[0]][:2]
+    return [
+        f"{shared[PICTURE].nunique()} pictures are in several parts of split {split!r} under different patients, such "
+        f"as {' = '.join(first)}: test patches were seen in training. `latent-medi split` keeps such patients together."
+    ]
 
 
-def _open_synthetic(study: Study, settings: EvaluateSettings, name: str, folder: str, trained: str) -> SyntheticSet:
-    """One synthetic dataset; what it does not record is added to the study's notes and warnings.
+def _open_synthetic(settings: EvaluateSettings, name: str, class_field: str) -> SyntheticSet:
+    """One synthetic set with the rows of its selection.
 
-    Args:
-        study: The cohort.
-        settings: The evaluation's.
-        name: The set's name.
-        folder: Its folder.
-        trained: Hash of the training patients.
+    Raises:
+        UserError: It has another class field, holds real patches, or lacks the selection.
     """
+    folder = settings.synthetic[name]
     dataset = PatchDataset.open(folder)
-    if dataset.schema.class_field is None or dataset.schema.class_field.name != study.class_field:
-        raise UserError(f"The synthetic dataset {folder} ({name}) has no class field {study.class_field!r}.")
+    if dataset.schema.class_field is None or dataset.schema.class_field.name != class_field:
+        raise UserError(f"The synthetic dataset {folder} ({name}) has no class field {class_field!r}.")
     if (dataset.index["origin"] != "synthetic").any():
         raise UserError(f"The synthetic dataset {folder} ({name}) holds real patches.", "Name one without them.")
     rows = np.arange(len(dataset))
     if name in settings.selected:
         rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
-    if settings.unseen and study.held_out:
-        study.notes += _check_unseen(name, dataset, study.held_out)
-    record = dataset.info.get("provenance", {}).get("seen") or {"complete": False, "parts": []}
-    hashes = [part.get("patients") for part in record["parts"]]
-    if not record["complete"] or None in hashes:
-        study.notes.append(f"The samples of {name} do not record which patients their model was trained on.")
-    if any(known not in (None, trained) for known in hashes):
-        study.warnings.append(
-            f"The model that made {dataset.folder} ({name}) was trained on other patients than the "
-            f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
-        )
     fields = _known_fields(dataset)
     log.info("Synthetic set %s: %d patches, fields %s", name, len(rows), ", ".join(fields))
     return SyntheticSet(name, dataset, fields, rows)
 
 
-def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combination]) -> list[str]:
-    """Refuse samples of a model that was trained on a held-out combination; a note where there is no record of it."""
+def _training_hashes(synthetic: SyntheticSet) -> tuple[bool, list[str | None]]:
+    """Whether the record of what the model was trained on is complete, and the hash of the patients of each part."""
+    record = synthetic.dataset.info.get("provenance", {}).get("seen") or {"complete": False, "parts": []}
+    return record["complete"], [part.get("patients") for part in record["parts"]]
+
+
+def _other_patients(synthetic: SyntheticSet, settings: EvaluateSettings, trained: str) -> list[str]:
+    """A warning if the model was trained on other patients than those with the given hash."""
+    if all(known in (None, trained) for known in _training_hashes(synthetic)[1]):
+        return []
+    return [
+        f"The model that made {synthetic.dataset.folder} ({synthetic.name}) was trained on other patients than the "
+        f"{settings.train_value!r} part of split {settings.split!r}: test patients may be among them."
+    ]
+
+
+def _unknown_training(synthetic: SyntheticSet, held_out: Sequence[Combination]) -> list[str]:
+    """Notes on what a synthetic set does not record of its model's training.
+
+    Raises:
+        UserError: The model was trained on a held-out combination.
+    """
+    name, dataset = synthetic.name, synthetic.dataset
     record = dataset.info.get("provenance", {}).get("seen")
+    notes = []
     for combination in held_out:
         if was_trained_on(record, combination):
             raise UserError(
@@ -275,5 +299,8 @@ def _check_unseen(name: str, dataset: PatchDataset, held_out: Sequence[Combinati
                 f"Train one without them, name combinations that it did not see, or {_MAY_BE_SEEN}.",
             )
     if any(was_trained_on(record, combination) is None for combination in held_out):
-        return [f"The samples of {name} do not record whether their model was trained on the held-out combinations."]
-    return []
+        notes.append(f"The samples of {name} do not record whether their model was trained on held-out combinations.")
+    complete, hashes = _training_hashes(synthetic)
+    if not complete or None in hashes:
+        notes.append(f"The samples of {name} do not record which patients their model was trained on.")
+    return notes

@@ -22,7 +22,7 @@ NOT_CONDITIONED = frozenset({UNKNOWN_WORD, "null", ""})
 """Values of a synthetic patch's field that its model was not conditioned on."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SyntheticSet:
     """One synthetic dataset.
 
@@ -44,7 +44,7 @@ class SyntheticSet:
         return self.dataset.index.iloc[self.rows].reset_index(drop=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Study:
     """Real rows by the part they play; all are row numbers of ``real.index``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ SMALL = "shufflenet_v2_x0_5"
 @pytest.fixture(scope="module")
 def study(world: World) -> Study:
     found = open_study(world.settings("cnn"))
-    found.test = found.test[::4]
-    return found
+    return replace(found, test=found.test[::4])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,9 +109,9 @@ def test_no_test_patient_is_ever_learnt_from(world: World) -> None:
 
 def test_an_arm_without_a_class_cannot_stand_alone(world: World) -> None:
     study = open_study(world.settings("lacking"))
-    arm = study.synthetic["medi"]
-    arm.rows = arm.rows[arm.index["class"].to_numpy(str) != "blobs"]
-    del arm.__dict__["index"]
+    medi = study.synthetic["medi"]
+    kept = medi.rows[medi.index["class"].to_numpy(str) != "blobs"]
+    study.synthetic["medi"] = replace(medi, rows=kept)
     study.held_out[:] = [{"class": "stripes", "site": "south"}]
     plan = make_plan(study, 0, 0)
     assert plan.unavailable["synthetic_only_medi"] == "medi has no sample of blobs"
