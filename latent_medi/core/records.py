@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -82,8 +83,10 @@ def _decode(annotation: Any, value: Any, at: str) -> Any:
         if value in inner:
             return value
         raise _mismatch(at, value, "one of " + ", ".join(map(repr, inner)))
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if abs(value) <= sys.float_info.max:
+            return float(value)
+        raise _mismatch(at, value, "a finite number")
     kinds = (list, tuple) if origin in (list, tuple) else (origin,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and origin is not bool):
         raise _mismatch(at, value, _WORDS[origin])

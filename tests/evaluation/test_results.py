@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from evaluation_world import World
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mistyped import changed, changes
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.records import Mismatch, decode, encode
-from latent_medi.evaluation.fidelity.records import Distance
+from latent_medi.evaluation.adherence.records import Adherence
+from latent_medi.evaluation.fidelity.records import Distance, DistanceTable
 from latent_medi.evaluation.results import METRICS_VERSION, metrics_json, metrics_of, read_metrics
+from latent_medi.experiment.damaged_outputs import damaged_metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -62,6 +68,16 @@ def test_other_versions_are_refused_with_the_remedy(metrics: dict[str, Any], ver
         metrics_of(metrics | {"metrics_version": version})
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_changed_record_is_refused_or_read(metrics: dict[str, Any], data: st.DataObject) -> None:
+    whole = {"adherence": metrics["adherence"]["filters"], "unseen": metrics["fidelity"]["filters"]["unseen"]}
+    other = changed(whole, data.draw(changes(whole)))
+    for record, name in ((Adherence, "adherence"), (DistanceTable, "unseen")):
+        with suppress(Mismatch):
+            decode(record, other.get(name) if isinstance(other, dict) else other)
+
+
 def test_records_are_plain_json() -> None:
     value = {"a": np.float64("nan"), 1: (np.int64(3), np.array([1.5, np.inf])), "b": np.bool_(True)}
     assert encode(value) == {"a": None, "1": [3, [1.5, None]], "b": True}
@@ -84,3 +100,11 @@ def test_the_page_of_fields_is_that_of_the_dataclasses() -> None:
     assert (DOCS / "metrics.md").read_text(encoding="utf-8") == text, "run python docs/metrics.py"
     undescribed = [line for line in text.splitlines() if line.startswith("| `") and line.endswith("|  |")]
     assert undescribed == []
+
+
+def test_an_experiment_evaluates_again_what_an_earlier_version_wrote(metrics: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "metrics.json"
+    assert damaged_metrics(file) == [file]
+    for version, damaged in ((METRICS_VERSION, []), (1, [file])):
+        file.write_text(json.dumps(metrics | {"metrics_version": version}))
+        assert damaged_metrics(file) == damaged
