@@ -31,6 +31,7 @@ from output import options, tell
 from PIL import Image
 from scipy import ndimage
 
+from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slides.job import SlideJob, run
 from latent_medi.shards.writing.records import finished_shards
 
@@ -85,7 +86,11 @@ def build(path: Path, base: np.ndarray, edge: int) -> None:
 def cut(slide: Path, folder: Path, patches: int) -> tuple[float, np.ndarray]:
     """Seconds for a job of so many patches, and their positions."""
     job = SlideJob(
-        str(slide), "s", "p", PATCH, MPP, folder=str(folder), min_tissue=0.0, max_patches=patches, max_white=1.0
+        str(slide),
+        "s",
+        "p",
+        SlideSettings(patch_size=PATCH, mpp=MPP, min_tissue=0.0, max_patches=patches, max_white=1.0),
+        folder=str(folder),
     )
     start = time.perf_counter()
     row = run(job)

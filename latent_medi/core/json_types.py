@@ -22,8 +22,9 @@ def check_types(value: Any, wanted: Any, path: str | Path, remedy: str, at: str 
     Args:
         value: As read from JSON.
         wanted: A type; a tuple of alternative patterns; a list of one pattern for all entries of a list; or a mapping
-            from key to pattern, where "key?" may be absent and further keys are not checked. ``float`` matches every
-            finite number, ``int`` whole numbers, neither matches true or false; ``None`` matches null.
+            from key to pattern, where "key?" may be absent and ``...`` is the pattern of further keys, which are not
+            checked without it. ``float`` matches every finite number, ``int`` whole numbers of 64 bits, neither
+            matches true or false; ``None`` matches null.
         path: The file, for the message.
         remedy: What to do, as a sentence.
         at: Where in the file the value is.
@@ -88,7 +89,10 @@ def _problem(value: Any, wanted: Any, at: str) -> str:
     if isinstance(wanted, Mapping):
         if not isinstance(value, dict):
             return f"{where} is {shortened(repr(value))}, not an object"
-        for key, pattern in wanted.items():
+        named = {key: pattern for key, pattern in wanted.items() if key is not ...}
+        if ... in wanted:
+            named = dict.fromkeys(value, wanted[...]) | named
+        for key, pattern in named.items():
             name = key.removesuffix("?")
             place = f"{at}.{name}" if at else name
             if name not in value:
@@ -106,6 +110,6 @@ def _problem(value: Any, wanted: Any, at: str) -> str:
     fits = isinstance(value, (int, float) if wanted is float else wanted)
     if isinstance(value, bool):  # a subclass of int
         fits = wanted is bool
-    if fits and wanted is float:
-        fits = math.isfinite(value)
+    if fits and wanted in (int, float):
+        fits = math.isfinite(value) if wanted is float else abs(value) < 2**63
     return "" if fits else f"{where} is {shortened(repr(value))}, not {_NAMES[wanted]}"

@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,8 +27,9 @@ from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.importing.workers import dispatch
-from latent_medi.shards.writing.records import begin
-from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_dataset, finished_shards, write_shard
+from latent_medi.shards.writing.finish import Description, finish_dataset, finished_dataset
+from latent_medi.shards.writing.records import begin, kept_shards
+from latent_medi.shards.writing.writer import Patch, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
 SITES = {
@@ -246,20 +246,19 @@ def _build(folder: Path, settings: CohortSettings, jobs: int) -> PatchDataset:
     provenance = {"generator": DEMO_GENERATOR, "settings": asdict(settings)}
     split = {p.name: p.split for p in cohort}
     recipe = {"kind": "by patient", "held_out_of_train": [] if settings.train_patients else list(HELD_OUT)}
-    told: dict[str, Any] = {"name": "procedural tissue", "patch_size": PATCH_SIZE, "mpp": MPP, "codec": "png"}
+    splits = {"main": (split, recipe)}
+    about = Description("procedural tissue", schema(cohort), PATCH_SIZE, MPP, "png", provenance, splits)
     # A shard of a cohort of other settings is not one of this one.
     token = sha256_bytes(json.dumps(provenance, sort_keys=True).encode())
-    if whole := finished_dataset(folder, told | {"provenance": provenance}, [token] * len(parts)):
+    tokens = [token] * len(parts)
+    if whole := finished_dataset(folder, about, tokens, same_provenance=True):
         return whole
     begin(folder)
-    done = {number for number, record in finished_shards(folder).items() if record.token == token}
-    work = [(folder, number, part, settings, token) for number, part in enumerate(parts) if number not in done]
+    kept = kept_shards(folder, tokens)
+    work = [(folder, number, part, settings, token) for number, part in enumerate(parts) if number not in kept]
     for _ in progress(dispatch(_write_part, work, jobs), total=len(work), desc="rendering", unit="shards"):
         pass
-    return finish_dataset(
-        folder, schema=schema(cohort), provenance=provenance, splits={"main": (split, recipe)},
-        shards=range(len(parts)), **told,
-    )  # fmt: skip
+    return finish_dataset(folder, about, range(len(parts)))
 
 
 def build_folder(settings: CohortFolderSettings) -> PatchDataset:

@@ -1,4 +1,4 @@
-"""Camelyon17-WILDS: lymph-node patches from five hospitals, tumour or not in the middle of the patch.
+"""Camelyon17-WILDS: lymph-node patches from five hospitals, with or without tumour in the middle.
 
     latent-medi shards camelyon17-wilds SOURCE OUT --patch-size 96
 
@@ -10,18 +10,16 @@ train here. The data are CC0.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from latent_medi.core.errors import UserError
-from latent_medi.core.paths import path_argument
 from latent_medi.metadata.tables import read_table, require_columns
+from latent_medi.recipes._common import Options, import_options, recipe_parser, run_recipe
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.format.codec import CODECS
 from latent_medi.shards.importing.images import import_images
-from latent_medi.shards.settings import Codec, ImportSettings
+from latent_medi.shards.settings import ImportSettings
 
 SOURCE_MPP = 0.97
 """Nominal: patches were read at level 2 of slides scanned near 0.243 µm per pixel; the source records none."""
@@ -29,25 +27,14 @@ PARTS = {"1": "val", "2": "test"}
 """Part of the published split by centre; the other centres train."""
 
 
-def build(
-    source: Path,
-    out: Path,
-    patch_size: int = 96,
-    codec: Codec = "png",
-    seed: int = 0,
-    jobs: int = 1,
-    allow_duplicates: Sequence[str] = (),
-) -> PatchDataset:
+def build(source: Path, out: Path, patch_size: int = 96, **options: Unpack[Options]) -> PatchDataset:
     """Write the dataset folder with the split ``wilds``.
 
     Args:
         source: The unpacked folder.
         out: Dataset folder to write.
         patch_size: Edge of a stored patch in pixels, at most 96.
-        codec: ``png``, ``jpg`` or ``webp``.
-        seed: Not used; the split is the published one.
-        jobs: Processes.
-        allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
+        options: See :class:`~latent_medi.recipes._common.Options`.
 
     Raises:
         UserError: The source has another layout.
@@ -69,36 +56,29 @@ def build(
     table["site"] = "centre " + table["center"]
     parts = dict(zip(table["patient"], table["center"].map(PARTS).fillna("train"), strict=True))
     settings = ImportSettings(
-        table=str(metadata), out=str(out), name="camelyon17-wilds", key_column="key", slide_column="slide",
-        x_column="x_coord", y_column="y_coord", categorical=["site"], patch_size=patch_size, source_mpp=SOURCE_MPP,
-        codec=codec, jobs=jobs, patches_per_shard=4096,
-        allow_duplicates=list(allow_duplicates),
-    )  # fmt: skip
+        table=str(metadata),
+        name="camelyon17-wilds",
+        key_column="key",
+        slide_column="slide",
+        x_column="x_coord",
+        y_column="y_coord",
+        categorical=["site"],
+        source_mpp=SOURCE_MPP,
+        patches_per_shard=4096,
+        **import_options(out, patch_size, options),
+    )
     provenance = {
-        "source": "Camelyon17-WILDS 1.0 (Koh et al. 2021; Bandi et al. 2018)", "licence": "CC0",
+        "source": "Camelyon17-WILDS 1.0 (Koh et al. 2021; Bandi et al. 2018)",
+        "licence": "CC0",
         "resolution": f"nominal, {SOURCE_MPP} µm per source pixel; the source records none",
         "positions": "x and y are those of the source, in pixels of level 2",
         "recipe": "shards/camelyon17_wilds.py",
-    }  # fmt: skip
+    }
     recipe = {"kind": "by centre, as published", "val": "centre 1", "test": "centre 2"}
     return import_images(settings, table, provenance=provenance, splits={"wilds": (parts, recipe)})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
-    parser = argparse.ArgumentParser(
-        prog="latent-medi shards camelyon17-wilds", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("source", type=path_argument, help="the unpacked camelyon17_v1.0")
-    parser.add_argument("out", type=path_argument, help="dataset folder to write")
-    parser.add_argument("--patch-size", type=int, default=96, help="edge of a stored patch in pixels (default 96)")
-    parser.add_argument("--codec", choices=CODECS, default="png", help="png is lossless (default)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
-    parser.add_argument(
-        "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",
-        help="whose pictures may lie in several parts of the split under different patients; '*' for all",
-    )  # fmt: skip
-    a = parser.parse_args(argv)
-    dataset = build(a.source, a.out, a.patch_size, a.codec, jobs=a.jobs, allow_duplicates=a.allow_duplicates)
-    print(dataset.counts("class", "site", "patients").to_string())
-    return {"folder": str(dataset.folder), "patches": len(dataset), "splits": dataset.info["splits"]["wilds"]["counts"]}
+    parser = recipe_parser("camelyon17-wilds", __doc__, "the unpacked camelyon17_v1.0", 96)
+    return run_recipe(build, parser, argv, "wilds")

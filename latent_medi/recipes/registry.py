@@ -1,4 +1,4 @@
-"""Recipes by name: every module of this folder but this one, each with ``build`` and ``main``."""
+"""The recipes by name: the public modules of this folder, each with ``build`` and ``main``."""
 
 from __future__ import annotations
 

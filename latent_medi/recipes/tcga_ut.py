@@ -5,9 +5,9 @@
 SOURCE holds either ``data/dataset_internal_train_part*.tar`` (and valid, test, external; keys such as
 ``TCGA-FS-A1Z7-06Z-00-DX7/0_8_521`` with ``{"label": …}``) or ``<Class>/<scale>/<slide>/<region>_<patch>_<pixels>.jpg``.
 
-The third number of a file's name is the side of the crop in the scanner's own pixels, so it tells the scan's resolution
-(128 µm ÷ pixels), and with it some hospitals and even classes. It is taken out of the key and kept as the field
-``scan_mpp``, where a model can be told it and an analysis can stratify by it.
+The third number of a file's name is the side of the crop in the scanner's own pixels. It gives the scan's resolution
+(128 µm ÷ pixels), which reveals some hospitals and even classes. So it is removed from the key and kept as the field
+``scan_mpp``: a model can be conditioned on it, and an analysis can stratify by it.
 
 ``--metadata`` is a clinical table of the GDC (a row per slide or case), joined by barcode; ``--codes`` is its table of
 tissue source sites, which makes the site an institution. Without them there are no such fields. CC BY-NC-SA 4.0.
@@ -15,13 +15,12 @@ tissue source sites, which makes the site an institution. Without them there are
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 
@@ -32,11 +31,13 @@ from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
+from latent_medi.recipes._common import Options, recipe_parser
 from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.format.codec import CODECS, decode_image
-from latent_medi.shards.importing.convert import convert, scaled
+from latent_medi.shards.format.codec import decode_image
+from latent_medi.shards.importing.convert import Source, convert, scaled
 from latent_medi.shards.importing.find_files import find_files
+from latent_medi.shards.writing.finish import Description
 from latent_medi.shards.writing.patch import Patch
 
 PATCH_UM = 128.0
@@ -48,17 +49,16 @@ _PARTS = {"train": "train", "valid": "val", "test": "test"}
 
 
 def _described(name: str, label: str, where: str) -> dict[str, str]:
-    """What a sample's name says: slide, patient, site code, position in the slide and the scan's resolution."""
+    """Slide, patient, site code, place in the slide and the scan's resolution, from a sample's name."""
     folder, _, stem = name.rpartition("/")
     match = _NAME.fullmatch(stem)
     if match is None or int(match["pixels"]) < 1:
         raise UserError(f"{where}: the name {name!r} is not <slide>/<region>_<patch>_<pixels>.")
     barcode = parse_barcode(folder.rpartition("/")[2])
     slide = slide_key(folder.rpartition("/")[2])
-    return {
-        "name": name, "class": label, "slide": slide, "patient": barcode.patient, "tss": barcode.tss,
-        "key": f"{slide}/{match['region']}_{match['patch']}", "scan_mpp": f"{PATCH_UM / int(match['pixels']):.4f}",
-    }  # fmt: skip
+    key, mpp = f"{slide}/{match['region']}_{match['patch']}", f"{PATCH_UM / int(match['pixels']):.4f}"
+    known = {"name": name, "class": label, "slide": slide, "patient": barcode.patient, "tss": barcode.tss}
+    return known | {"key": key, "scan_mpp": mpp}
 
 
 def _samples(tar: Path) -> Iterator[dict[str, Any]]:
@@ -75,11 +75,12 @@ def _list_tars(source: Path, scheme: str) -> tuple[list[Path], pd.DataFrame]:
     found = find_files(source, (".tar",))
     if found.left_out:
         path, why = found.left_out[0]
-        raise UserError(f"{path} cannot be used: {why}.", "Mend or remove it; nothing is left out silently.")
-    tars = [p for p in found.files if (m := _TAR.fullmatch(p.name)) and m["scheme"] == scheme]
+        raise UserError(f"{path} cannot be used: {why}.", "Repair or remove it; nothing is left out silently.")
+    named = {tar: match for tar in found.files if (match := _TAR.fullmatch(tar.name))}
+    tars = [tar for tar, match in named.items() if match["scheme"] == scheme]
     rows = []
     for tar in progress(tars, desc="listing", unit="tar"):
-        part = _PARTS[_TAR.fullmatch(tar.name)["part"]]  # type: ignore[index]
+        part = _PARTS[named[tar]["part"]]
         for sample in _samples(tar):
             row = _described(sample["name"], str(json.loads(sample["json"])["label"]), str(tar))
             rows.append({**row, "file": tar.relative_to(source).as_posix(), "part": part})
@@ -119,34 +120,35 @@ def _patches(rows: Sequence[dict[str, Any]], source: Path, fields: Sequence[str]
             image = decode_image(next(images) if tar else (source / row["file"]).read_bytes())
         except UserError as error:
             raise UserError(f"{row['file']}: {row['name']}: {error.message}", "Download it again.") from None
-        yield Patch(
-            row["key"], scaled(image, patch_size, row["name"]), row["patient"], row["slide"], -1, -1,
-            float(row["scan_mpp"]), {name: row[name] for name in fields}, extra={"tss": row["tss"]},
-        )  # fmt: skip
+        known = {"key": row["key"], "patient": row["patient"], "slide": row["slide"], "extra": {"tss": row["tss"]}}
+        known |= {"source_mpp": float(row["scan_mpp"]), "fields": {name: row[name] for name in fields}}
+        yield Patch(image=scaled(image, patch_size, row["name"]), x=-1, y=-1, **known)
 
 
 def build(
-    source: Path, out: Path, patch_size: int = 256, codec: str = "png", seed: int = 0, jobs: int = 1,
-    metadata: Path | None = None, codes: Path | None = None, scheme: str = "internal", scale: int = 0,
-    allow_duplicates: Sequence[str] = (),
-) -> PatchDataset:  # fmt: skip
-    """Write the dataset folder; from tars with the split that their names tell, ``internal`` or ``external``.
+    source: Path,
+    out: Path,
+    patch_size: int = 256,
+    metadata: Path | None = None,
+    codes: Path | None = None,
+    scheme: str = "internal",
+    scale: int = 0,
+    **options: Unpack[Options],
+) -> PatchDataset:
+    """Write the dataset folder; from tars with the split of their names, ``internal`` or ``external``.
 
     Args:
         source: The Hub's or Zenodo's folder.
         out: Dataset folder to write.
         patch_size: Edge of a stored patch in pixels, at most 256.
-        codec: ``png``, ``jpg`` or ``webp``.
-        seed: Not used; from folders, make a split with ``latent-medi split``.
-        jobs: Threads.
         metadata: Clinical table of the GDC.
         codes: The GDC's table of tissue source sites.
         scheme: Which of the Hub's two arrangements, ``internal`` or ``external`` (by facility).
         scale: Zenodo's scale folder; only 0 (128 µm) is of known size.
-        allow_duplicates: Patients whose pictures may lie in several parts of the split; ``["*"]`` for all.
+        options: See :class:`~latent_medi.recipes._common.Options`.
 
     Raises:
-        UserError: The source has another layout, or a patient is on two sides of the published split.
+        UserError: The source has another layout, or a patient is in two parts of the published split.
     """
     source = Path(source)
     if scale != 0:
@@ -155,10 +157,8 @@ def build(
     if not tars:
         table = _list_folders(source, scale)
     if not len(table):
-        raise UserError(
-            f"{source} holds neither data/dataset_{scheme}_*_part*.tar nor <Class>/{scale}/<slide>/*.jpg.",
-            "Give the downloaded folder itself.",
-        )
+        problem = f"{source} holds neither data/dataset_{scheme}_*_part*.tar nor <Class>/{scale}/<slide>/*.jpg."
+        raise UserError(problem, "Give the downloaded folder itself.")
     table = _with_metadata(table, metadata, codes)
     categorical = [name for name in ("site", "gender", "race") if name in table]
     continuous = [*(["age"] if "age" in table else []), "scan_mpp"]
@@ -170,54 +170,39 @@ def build(
         for rows in groups
         for i in range(0, len(rows), PATCHES_PER_SHARD)
     ]
-    splits = {}
-    if tars:
-        by_patient = table.groupby("patient")["part"].agg(set)
-        if len(both := by_patient[by_patient.map(len) > 1]):
-            raise UserError(
-                f"{len(both)} patients are in several parts of the {scheme} arrangement, such as {both.index[0]!r}.",
-                "Convert the class folders instead, and make a split with `latent-medi split`.",
-            )
-        parts = {str(patient): next(iter(found)) for patient, found in by_patient.items()}
-        splits = {scheme: (parts, {"kind": f"as published, {scheme}"} | allowed(allow_duplicates))}
-    provenance = {
-        "source": "TCGA-UT (Komura & Ishikawa), Zenodo 5889558", "licence": "CC BY-NC-SA 4.0",
-        "recipe": "shards/tcga_ut.py",
-    }  # fmt: skip
+    provenance = {"source": "TCGA-UT (Komura & Ishikawa), Zenodo 5889558", "licence": "CC BY-NC-SA 4.0"}
+    provenance["recipe"] = "shards/tcga_ut.py"
+    splits = {scheme: _published_split(table, scheme, options.get("allow_duplicates", ()))} if tars else {}
+    mpp = PATCH_UM / patch_size
+    read = partial(_patches, source=source, fields=schema.names, patch_size=patch_size)
     return convert(
-        Path(out), chunks, partial(_patches, source=source, fields=schema.names, patch_size=patch_size),
-        lambda rows: sorted({source / row["file"] for row in rows}), name="tcga-ut", schema=schema,
-        patch_size=patch_size, mpp=PATCH_UM / patch_size, codec=codec, provenance=provenance, splits=splits, jobs=jobs,
-    )  # fmt: skip
+        Path(out),
+        Source(chunks, read, lambda rows: sorted({source / row["file"] for row in rows})),
+        Description("tcga-ut", schema, patch_size, mpp, options.get("codec", "png"), provenance, splits),
+        options.get("jobs", 1),
+    )
+
+
+def _published_split(
+    table: pd.DataFrame, scheme: str, allow_duplicates: Sequence[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    by_patient = table.groupby("patient")["part"].agg(set)
+    if len(both := by_patient[by_patient.map(len) > 1]):
+        raise UserError(
+            f"{len(both)} patients are in several parts of the {scheme} arrangement, such as {both.index[0]!r}.",
+            "Convert the class folders instead, and make a split with `latent-medi split`.",
+        )
+    parts = {str(patient): next(iter(found)) for patient, found in by_patient.items()}
+    return parts, {"kind": f"as published, {scheme}"} | allowed(allow_duplicates)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
-    parser = argparse.ArgumentParser(prog="latent-medi shards tcga-ut", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", type=path_argument, help="the Hub's or Zenodo's folder")
-    parser.add_argument("out", type=path_argument, help="dataset folder to write")
-    parser.add_argument("--patch-size", type=int, default=256, help="edge of a stored patch in pixels (default 256)")
+    parser = recipe_parser("tcga-ut", __doc__, "the Hub's or Zenodo's folder", 256, "threads")
     parser.add_argument("--metadata", type=path_argument, help="clinical table of the GDC: gender, race, age")
     parser.add_argument("--codes", type=path_argument, help="the GDC's table of tissue source sites: institutions")
     parser.add_argument("--scheme", choices=("internal", "external"), default="internal", help="the Hub's arrangement")
-    parser.add_argument("--codec", choices=CODECS, default="png", help="png is lossless (default)")
-    parser.add_argument("--jobs", type=int, default=1, help="threads (default 1)")
-    parser.add_argument(
-        "--allow-duplicates", nargs="+", default=[], metavar="PATIENT",
-        help="whose pictures may lie in several parts of the split under different patients; '*' for all",
-    )  # fmt: skip
-    a = parser.parse_args(argv)
-    dataset = build(
-        a.source,
-        a.out,
-        a.patch_size,
-        a.codec,
-        jobs=a.jobs,
-        allow_duplicates=a.allow_duplicates,
-        metadata=a.metadata,
-        codes=a.codes,
-        scheme=a.scheme,
-    )
+    dataset = build(**vars(parser.parse_args(argv)))
     splits = {name: split["counts"] for name, split in dataset.info["splits"].items()}
     print(", ".join(f"{count} {unit}" for unit, count in dataset.info["counts"].items()))
     return {"folder": str(dataset.folder), "patches": len(dataset), "splits": splits}

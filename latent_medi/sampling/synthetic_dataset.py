@@ -19,7 +19,9 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.writing.background_writer import write_behind
-from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_shards, write_shard
+from latent_medi.shards.writing.finish import Description, finish_dataset
+from latent_medi.shards.writing.records import kept_shards
+from latent_medi.shards.writing.writer import Patch, write_shard
 
 logger = get_logger("synthesis")
 
@@ -85,7 +87,7 @@ class SyntheticDataset:
         token = digest(self.provenance)
         size = self.patches_per_shard
         shards = range(-(-self.patches // size))
-        finished = {number for number, record in finished_shards(self.folder).items() if record.token == token}
+        finished = kept_shards(self.folder, [token] * len(shards))
         own = [n for n in shards if n not in finished and n % accelerator.num_processes == accelerator.process_index]
         positions = {n: range(n * size, min((n + 1) * size, self.patches)) for n in own}
         count, start = sum(map(len, positions.values())), time.monotonic()
@@ -108,16 +110,8 @@ class SyntheticDataset:
             logger.info("%.3g images/s in each process", count / (time.monotonic() - start))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            finish_dataset(
-                self.folder,
-                self.name,
-                self.schema,
-                self.patch_size,
-                self.mpp,
-                self.codec,
-                self.provenance,
-                shards=shards,
-            )
+            known = (self.name, self.schema, self.patch_size, self.mpp, self.codec, self.provenance)
+            finish_dataset(self.folder, Description(*known), shards)
         accelerator.wait_for_everyone()
         return PatchDataset.open(self.folder)
 

@@ -1,4 +1,4 @@
-"""Reading a dataset folder: its schema, its index, and any patch by its row number."""
+"""An opened dataset folder: its schema, its index, and any patch by its row number."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from latent_medi.core.locks import output_lock
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.checking.duplicates import check_pictures, find_duplicates
 from latent_medi.shards.checking.verify import problems_of
-from latent_medi.shards.format.codec import decode_image
+from latent_medi.shards.format.codec import ORIGINS, decode_image
 from latent_medi.shards.format.folder import INDEX_FILE, INFO_FILE, UNITS, read_folder, write_folder
 from latent_medi.shards.format.layout import FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.format.selections import selection_columns
 
 __all__ = ["FIXED_COLUMNS", "INDEX_FILE", "INFO_FILE", "RESTORE", "SPLIT_PREFIX", "UNITS", "PatchDataset"]
 
-# Names that a selection may ask for although no row has them.
-_USUAL_SPLITS = ("train", "val", "test", "")
-_SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
+_USUAL_PARTS = ("train", "val", "test", "")  # of a split; no row needs to have them
+_TRUTH = {"true": True, "false": False}
+_REPLACE = "Choose another name, or replace it with replace=true."
 RESTORE = "Restore the shard; `latent-medi shards verify` lists every damaged one."
 
 
@@ -45,7 +45,7 @@ class PatchDataset:
             shard, image_crc32 and json_crc32 (of the bytes of the image and of the JSON member), origin, patient,
             slide, x, y, source_mpp, every field (a categorical one as string, a continuous one as float64 with NaN for
             unknown), further columns of the writer, ``split_<name>`` for each named split, the columns of each
-            selection, image_fingerprint and shared_picture. Treat it as read-only.
+            selection, image_fingerprint and shared_picture. Do not change it.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], schema: Schema, index: pd.DataFrame) -> None:
@@ -95,7 +95,7 @@ class PatchDataset:
         return dict(self.info.get("selections", {}))
 
     def read(self, rows: Sequence[int] | np.ndarray, workers: int = 0) -> np.ndarray:
-        """Patches by row number, in the order asked for.
+        """Patches by row number, in the order of ``rows``.
 
         Args:
             rows: Row numbers of the index, repeats allowed.
@@ -111,8 +111,7 @@ class PatchDataset:
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise UserError(f"Row numbers run from 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}.")
         out = np.empty((len(rows), self.patch_size, self.patch_size, 3), dtype=np.uint8)
-        # Rows are in the order of the shards, and of the offsets within each: sorting them makes one pass over each
-        # file.
+        # Rows follow the shards, and the offsets within each: sorted, each file is read once from start to end.
         order = np.argsort(rows, kind="stable")
         if workers > 0 and len(rows) > 1:
             parts = np.array_split(order, min(len(rows), 4 * workers))
@@ -176,18 +175,18 @@ class PatchDataset:
         return open_file(self.folder / shard, "Restore it, or write the dataset again.")
 
     def place_of(self, file: str) -> str:
-        """What messages call a file of the folder."""
+        """The name of a file of the folder in messages."""
         return str(self.folder / file)
 
     def check_member(self, row: int, data: bytes, image: bool) -> None:
-        """Compare the bytes of an image file (or of a JSON member) with the checksum that the index has of them.
+        """Compare the bytes of an image file (or of a JSON member) with their checksum in the index.
 
         Raises:
-            UserError: They are not what was written; names the patch and its shard.
+            UserError: They differ; names the patch and its shard.
         """
         if self._sums is not None and zlib.crc32(data) != self._sums[row, 0 if image else 1]:
             what = "its image" if image else "its JSON member"
-            raise UserError(f"{self._patch(row)}: {what} is damaged, the checksum is another.", RESTORE)
+            raise UserError(f"{self._patch(row)}: {what} is damaged, its checksum differs.", RESTORE)
 
     def _patch(self, row: int) -> str:
         return f"patch {self.index['key'].iloc[row]!r} in {self.place_of(self.index['shard'].iloc[row])}"
@@ -219,11 +218,10 @@ class PatchDataset:
             yield part, self.read(part, workers)
 
     def rows(self, where: Mapping[str, str | bool | Sequence[str]] | None = None) -> np.ndarray:
-        """Row numbers of the patches for which every named column has the value (or one of the values), ascending,
-        int64.
+        """Row numbers of the patches that have one of the given values in every given column, ascending, int64.
 
         Args:
-            where: Value or values by column: fields, ``split_<name>``, ``origin``, ``patient`` … of a continuous field
+            where: Value or values by column: fields, ``split_<name>``, ``origin``, ``patient`` … Of a continuous field
                 ``"unknown"``, of ``selected_<name>`` true or false.
 
         Raises:
@@ -236,15 +234,7 @@ class PatchDataset:
         return np.flatnonzero(keep)
 
     def _matches(self, column: str, values: list[Any]) -> np.ndarray:
-        if column not in self.index.columns:
-            if column.startswith(SPLIT_PREFIX):
-                name = column.removeprefix(SPLIT_PREFIX)
-                raise UserError(
-                    f"{self.folder} has no split {name!r}; {nearest(name, self.splits)}.",
-                    f"`latent-medi split {self.folder} name={name} …` makes one.",
-                )
-            raise UserError(f"{self.folder} has no column {column!r}; {nearest(column, self.index.columns)}.")
-        content = self.index[column]
+        content = self._column(column)
         if column in self.schema.names:
             known = self.schema.field(column)
             codes = [known.code(v) for v in values]
@@ -253,45 +243,49 @@ class PatchDataset:
                 return (content.isin(numbers) | (content.isna() if 1 in codes else False)).to_numpy(bool)
             values = [known.value(code) for code in codes]
         elif content.dtype == bool:
-            words = {"true": True, "false": False}
-            if bad := [v for v in values if str(v).lower() not in words]:
+            if bad := [v for v in values if str(v).lower() not in _TRUTH]:
                 raise UserError(f"Column {column!r} is true or false, not {bad[0]!r}.")
-            values = [words[str(v).lower()] for v in values]
+            values = [_TRUTH[str(v).lower()] for v in values]
         elif column.startswith(SPLIT_PREFIX) or column == "origin":
-            there = sorted({*content.unique(), *(_USUAL_SPLITS if column != "origin" else ("real", "synthetic"))})
-            for value in values:
-                if value not in there:
-                    raise UserError(
-                        f"Column {column!r} has no value {value!r}; {nearest(str(value), [t for t in there if t])}."
-                    )
+            known_values = {*content.unique(), *(ORIGINS if column == "origin" else _USUAL_PARTS)}
+            if bad := [v for v in values if v not in known_values]:
+                closest = nearest(str(bad[0]), sorted(known_values - {""}))
+                raise UserError(f"Column {column!r} has no value {bad[0]!r}; {closest}.")
         return content.isin(values).to_numpy(bool)
+
+    def _column(self, column: str) -> pd.Series:
+        if column in self.index.columns:
+            return self.index[column]
+        if not column.startswith(SPLIT_PREFIX):
+            raise UserError(f"{self.folder} has no column {column!r}; {nearest(column, self.index.columns)}.")
+        name = column.removeprefix(SPLIT_PREFIX)
+        problem = f"{self.folder} has no split {name!r}; {nearest(name, self.splits)}."
+        raise UserError(problem, f"`latent-medi split {self.folder} name={name} …` makes one.")
 
     def add_split(
         self, name: str, column: pd.Series | Sequence[str], recipe: Mapping[str, Any], replace: bool = False
     ) -> None:
-        """Record a named split as the column ``split_<name>`` of the index. No data move.
+        """Record a named split as the column ``split_<name>`` of the index. No patch is moved.
 
         Args:
             name: Letters, digits and underscores.
-            column: The split of each row, in the index's order; ``""`` for none.
-            recipe: JSON-able: how it was made; ``allow_duplicates`` in it names patients whose pictures may lie in
+            column: The part of each row, in the index's order; ``""`` for none.
+            recipe: JSON-able: how it was made; ``allow_duplicates`` in it names patients whose pictures may be in
                 several parts (``"*"``: all).
-            replace: Whether a different split of that name may be overwritten; cut off, that leaves either.
+            replace: Whether a different split of that name may be replaced; an interruption leaves either.
 
         Raises:
             UserError: A patient or a picture is in two parts, a synthetic patch is in a part other than ``train…``, or
                 the name is taken.
         """
-        if not _SPLIT_NAME.fullmatch(name):
+        if not re.fullmatch("[A-Za-z0-9_]+", name):
             raise UserError(f"A split's name has letters, digits and underscores only, not {name!r}.")
         if len(column) != len(self):
             raise UserError(f"The split {name!r} has {len(column)} rows; the dataset has {len(self)}.")
         values = ["" if pd.isna(v) else str(v) for v in column]
         label = SPLIT_PREFIX + name
         if name in self.info["splits"] and not replace and values != self.index[label].tolist():
-            raise UserError(
-                f"{self.folder} already has another split {name!r}.", "Choose another name, or replace it knowingly."
-            )
+            raise UserError(f"{self.folder} already has another split {name!r}.", _REPLACE)
         find_duplicates(self)
         index = self.index.assign(**{label: values})
         check_pictures(index, index[label], name, recipe)
@@ -308,56 +302,45 @@ class PatchDataset:
         result: Mapping[str, Any],
         replace: bool = False,
     ) -> None:
-        """Record a choice of patches as the column ``selected_<name>`` of the index, and what goes with it. No patch is
-        moved or removed.
+        """Record a selection of patches as columns ``selected_<name>…`` of the index. No patch is moved or removed.
 
         Args:
-            name: Letters, digits and underscores; it does not end like the name of another selection's column.
-            columns: Per entry of ``SELECTION_PARTS`` that there is, a value per row in the index's order: bool for the
-                choice and its control, float64 for the score.
+            name: Letters, digits and underscores; without the ending of another selection's column.
+            columns: By entry of ``SELECTION_PARTS``, a value per row in the index's order: bool for the choice and its
+                control, float64 for the score.
             recipe: JSON-able: all that the choice depends on.
-            result: JSON-able: what came of it.
-            replace: Whether another selection of that name may be overwritten; cut off, that leaves either.
+            result: JSON-able: its outcome.
+            replace: Whether another selection of that name may be replaced; an interruption leaves either.
 
         Raises:
             UserError: A name that cannot be used, columns that do not fit, or the name is taken.
         """
         values = selection_columns(name, columns, len(self))
         entry = {"recipe": dict(recipe), "result": dict(result), "columns": dict.fromkeys(values)}
-        others = {key: kept for key, kept in self.selections.items() if key != name}
         with output_lock(self.folder):
             self._check_unchanged()
-            self._write_selection(name, values, entry, others, replace)
+            selections, index = self.selections, self.index
+            if before := selections.pop(name, None):
+                if not replace:
+                    raise UserError(f"{self.folder} already has a selection {name!r}.", _REPLACE)
+                index = index.drop(columns=list(before["columns"]))
+            index = index.assign(**values)
+            info = {**self.info, "selections": {**selections, name: entry}}
+            self.info, self.index = write_folder(self.folder, info, index), index
 
     def _check_unchanged(self) -> None:
-        """Refuse to write over what somebody else has written since this dataset was opened.
+        """Refuse to overwrite what another process has written since this dataset was opened.
 
         Raises:
-            UserError: Its splits, selections or index are others now.
+            UserError: Its splits, selections or index have changed.
         """
         now = read_object(self.folder / INFO_FILE)
         for part in ("index_sha256", "splits", "selections"):
             if now.get(part) != json.loads(json.dumps(self.info.get(part))):
                 raise UserError(f"{self.folder} has changed since it was opened ({part}).", "Open it again.")
 
-    def _write_selection(
-        self, name: str, values: Mapping[str, Any], entry: dict[str, Any], others: dict[str, Any], replace: bool
-    ) -> None:
-        index = self.index
-        if name in self.selections:
-            if not replace:
-                raise UserError(
-                    f"{self.folder} already has a selection {name!r}.",
-                    "Choose another name, or replace it knowingly with replace=true.",
-                )
-            index = index.drop(columns=list(self.selections[name]["columns"]))
-        index = index.assign(**values)
-        self.info = write_folder(self.folder, {**self.info, "selections": {**others, name: entry}}, index)
-        self.index = index
-
     def counts(self, row_field: str, column_field: str, unit: str = "patches") -> pd.DataFrame:
-        """A table of counts by two columns of the index; empty combinations are 0, and unused values of a vocabulary
-        are listed.
+        """A table of counts by two columns of the index, with empty combinations and unused values of a vocabulary.
 
         Args:
             row_field: Column for the rows.
@@ -367,20 +350,18 @@ class PatchDataset:
         if unit not in UNITS:
             raise UserError(f"Counts are in {', '.join(UNITS)}, not {unit!r}.")
         for column in (row_field, column_field):
-            if column not in self.index.columns:
-                raise UserError(f"{self.folder} has no column {column!r}; {nearest(column, self.index.columns)}.")
+            self._column(column)
         distinct = self.index.drop_duplicates([row_field, column_field, UNITS[unit]])
         table = pd.crosstab(distinct[row_field], distinct[column_field])
         axes = []
         for column, found in ((row_field, table.index), (column_field, table.columns)):
             listed = list(self.schema.field(column).values) if column in self.schema.names else []
             axes.append(listed + [v for v in found if v not in listed])
-        return table.reindex(index=axes[0], columns=axes[1], fill_value=0).rename_axis(
-            index=row_field, columns=column_field
-        )
+        table = table.reindex(index=axes[0], columns=axes[1], fill_value=0)
+        return table.rename_axis(index=row_field, columns=column_field)
 
     def verify(self, images: bool = False) -> list[str]:
-        """Everything wrong with the folder, in words; empty if all is well.
+        """Every problem of the folder, in words.
 
         Args:
             images: Also decode every patch.

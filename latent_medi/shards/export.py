@@ -6,8 +6,9 @@ Nothing is decoded: image files and JSON members are copied as they are.
 from __future__ import annotations
 
 import json
-import tarfile
+import mmap
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from latent_medi.metadata.tables import write_table
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.format.file_names import file_names
 from latent_medi.shards.format.selections import selected_mask
-from latent_medi.shards.format.tar import tar_end, tar_member
+from latent_medi.shards.format.tar import sample_at, tar_end, tar_member
 from latent_medi.shards.settings import ExportSettings
 
 NO_PART = "all"
@@ -34,11 +35,11 @@ NO_PART = "all"
 def export(settings: ExportSettings) -> dict[str, Any]:
     """Write a dataset folder's patches by part of a split.
 
-    ``webdataset``: ``data/<part>/<part>-000000.tar`` and a ``README.md`` whose header tells the Hub and
-    ``datasets.load_dataset`` which files are which part. ``folder``: ``<part>/<class>/<key>.png`` and
-    ``<part>/metadata.csv``, as ``datasets``' imagefolder and torchvision's ImageFolder read them. Patches in no part
-    are left out. Files and folders are called after parts, classes and keys as far as every system takes such a name
-    (:func:`~latent_medi.shards.format.file_names.file_names`); ``metadata.csv`` and ``export.json`` have the true ones.
+    ``webdataset``: ``data/<part>/<part>-000000.tar`` and a ``README.md`` whose header lists the files of each part for
+    the Hub and ``datasets.load_dataset``. ``folder``: ``<part>/<class>/<key>.png`` and ``<part>/metadata.csv``, as
+    ``datasets``' imagefolder and torchvision's ImageFolder read them. Patches in no part are left out. Names of parts,
+    classes and keys become valid file names (:func:`~latent_medi.shards.format.file_names.file_names`);
+    ``metadata.csv`` and ``export.json`` have the original ones.
 
     Returns:
         ``folder``, ``format`` and the number of patches by part.
@@ -67,18 +68,17 @@ def _export(settings: ExportSettings) -> dict[str, Any]:
         raise UserError(f"The split has no part {gone[0]!r}; {nearest(gone[0], [p for p in column.unique() if p])}.")
     if out.is_dir():
         out.rmdir()
-    # A part's name is somebody else's text: it must not lead out of the folder, nor be another part's.
+    # A part's name is free text: its folder must not be outside ``out``, nor another part's.
     folders = file_names(names, forbidden=r"\W")
-    counts = {}
-    with atomic_path(out) as folder:  # whole or absent: what was broken off is no export
+    rows = {part: np.flatnonzero((column == part).to_numpy()) for part in names}
+    counts = {part: len(chosen) for part, chosen in rows.items()}
+    with atomic_path(out) as folder:  # whole or absent
         folder.mkdir()
-        for part in names:
-            rows = np.flatnonzero((column == part).to_numpy())
+        for part, chosen in rows.items():
             if settings.format == "webdataset":
-                tars = folder / "data" / folders[part]
-                counts[part] = _write_tars(dataset, rows, tars, settings.patches_per_shard)
+                _write_tars(dataset, chosen, folder / "data" / folders[part], settings.patches_per_shard)
             else:
-                counts[part] = _write_images(dataset, rows, folder / folders[part])
+                _write_images(dataset, chosen, folder / folders[part])
         if settings.format == "webdataset":
             write_text(folder / "README.md", _card(dataset, counts, folders))
         kept = ("name", "schema", "patch_size", "mpp", "codec", "provenance")
@@ -104,55 +104,38 @@ def _parts(dataset: PatchDataset, settings: ExportSettings) -> pd.Series:
 
 
 def samples(dataset: PatchDataset, rows: np.ndarray) -> Iterator[tuple[str, bytes, bytes]]:
-    """Key, image file and JSON member of some rows, in their order; ``rows`` are ascending.
+    """Key, image file and JSON member of each row, as stored; ``rows`` are ascending.
 
     Raises:
         UserError: A shard is damaged.
     """
     for shard, mine in dataset.index.iloc[rows].groupby("shard", sort=False):
-        path = dataset.folder / str(shard)
-        # The index keeps its row numbers in a part of it.
-        wanted = dict(zip(mine["key"].tolist(), mine.index.tolist(), strict=True))
         try:
-            with dataset.open_shard(str(shard)) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-                image: tuple[str, bytes] | None = None
-                for member in tar:
-                    key, _, ending = member.name.partition(".")
-                    if key not in wanted or ending not in (dataset.info["codec"], "json"):
-                        continue
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    data = file.read()
-                    dataset.check_member(wanted[key], data, image=ending != "json")
-                    if ending == dataset.info["codec"]:
-                        image = (key, data)
-                    elif ending == "json" and image is not None and image[0] == key:
-                        del wanted[key]
-                        yield key, image[1], data
-            if wanted:  # a tar that ends between two members is no error to tarfile
-                raise tarfile.ReadError(f"it lacks {len(wanted)} patches, such as {min(wanted)!r}")
-        except (OSError, tarfile.TarError) as error:
-            raise UserError(
-                f"{path} cannot be read: {error}.", "`latent-medi shards verify` lists the damage."
-            ) from None
+            with dataset.open_shard(str(shard)) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                for row, key, offset, size in mine[["key", "offset", "size"]].itertuples(name=None):
+                    image, text = sample_at(data, key, dataset.info["codec"], offset, size)
+                    dataset.check_member(row, image, image=True)
+                    dataset.check_member(row, text, image=False)
+                    yield key, image, text
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            hint = "`latent-medi shards verify` lists the damage."
+            raise UserError(f"{dataset.place_of(str(shard))} cannot be read: {error}.", hint) from None
 
 
-def _write_tars(dataset: PatchDataset, rows: np.ndarray, folder: Path, per_shard: int) -> int:
-    found = samples(dataset, rows)
-    codec, written = dataset.info["codec"], 0
+def _write_tars(dataset: PatchDataset, rows: np.ndarray, folder: Path, per_shard: int) -> None:
+    found, codec = samples(dataset, rows), dataset.info["codec"]
     for number in progress(range(-(-len(rows) // per_shard)), desc=f"exporting {folder.name}", unit="shard"):
         with atomic_path(folder / f"{folder.name}-{number:06d}.tar") as temporary, open(temporary, "wb") as file:
             size = 0
-            for _ in range(min(per_shard, len(rows) - number * per_shard)):
-                key, image, text = next(found)
-                written += 1
+            for key, image, text in islice(found, per_shard):
                 for name, data in ((f"{key}.{codec}", image), (f"{key}.json", text)):
                     size += sum(file.write(piece) for piece in tar_member(name, data))
             file.write(tar_end(size))
-    return written
 
 
-def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> int:
+def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> None:
     codec, known = dataset.info["codec"], dataset.schema.class_field
     mine = dataset.index.iloc[rows]
     files = file_names(mine["key"], slash="__")
@@ -167,11 +150,10 @@ def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> int:
             file.write(image)
         table.append({"file_name": path.as_posix(), **{k: UNKNOWN_WORD if v == "" else v for k, v in member.items()}})
     write_table(pd.DataFrame(table), folder / "metadata.csv")
-    return len(table)
 
 
 def _card(dataset: PatchDataset, counts: dict[str, int], folders: dict[str, str]) -> str:
-    """The Hub's README with the header that names the files of each part."""
+    """The Hub's README, with a header that lists the files of each part."""
     hub = {"train": "train", "val": "validation", "test": "test"}
     files = [{"split": hub.get(part, folder), "path": f"data/{folder}/*.tar"} for part, folder in folders.items()]
     header = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]}, sort_keys=False)

@@ -1,4 +1,4 @@
-"""Counts of a dataset folder by every pair of its fields."""
+"""Counts of a dataset folder by every pair of its fields: the verb ``shards info``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from latent_medi.shards.settings import InfoSettings
 
 
 def info(settings: InfoSettings) -> dict[str, Any]:
-    """Print the counts, and draw them if asked to.
+    """Print the counts, and draw them if ``figures`` is set.
 
     Returns:
-        ``folder``, ``patches``, ``schema``, and ``counts``: for "a x b" the count by value of b and value of a.
+        ``folder``, ``patches``, ``schema``, ``counts``: for "a x b" the count by value of b and value of a, and
+        ``figures``: the files that were drawn.
 
     Raises:
         UserError: There is no such dataset.
@@ -27,7 +28,7 @@ def info(settings: InfoSettings) -> dict[str, Any]:
     dataset = PatchDataset.open(settings.data)
     names = [f.name for f in dataset.schema.fields if not f.continuous]
     counts: dict[str, Any] = {}
-    pictures = []
+    figures = []
     files = file_names(names)
     for row, column in itertools.combinations(names, 2):
         table = dataset.counts(row, column, settings.unit)
@@ -36,6 +37,6 @@ def info(settings: InfoSettings) -> dict[str, Any]:
         if settings.figures:
             path = Path(settings.figures) / f"{files[row]}_{files[column]}.png"
             write_heat_map(table, path, settings.unit)
-            pictures.append(str(path))
+            figures.append(str(path))
     result = {"folder": str(dataset.folder), "patches": len(dataset), "schema": dataset.schema.to_dict()}
-    return result | {"counts": counts, "figures": pictures}
+    return result | {"counts": counts, "figures": figures}

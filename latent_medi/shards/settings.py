@@ -22,7 +22,7 @@ Codec = Literal["png", "jpg", "webp"]
 
 @dataclass
 class ImportSettings(Settings):
-    """A table or a folder of images, and what to make of it.
+    """A table or a folder of images, and the dataset to make from it.
 
     Args:
         table: CSV, TSV or Parquet file with a row per image.
@@ -42,21 +42,21 @@ class ImportSettings(Settings):
         categorical: Categorical columns.
         continuous: Continuous columns.
         units: Unit by continuous column, such as {age: years}.
-        extra: Columns that are carried along as text without being fields.
+        extra: Further columns to keep as text; they are no fields.
         split_column: Column with the part (train, test and, if there are, val and probe) of each image in a split that
             exists already; it becomes the split main. An empty cell is in no part.
-        allow_duplicates: Patients whose pictures may lie in several parts of that split under different patients; ["*"]
+        allow_duplicates: Patients whose pictures may be in several parts of that split under different patients; ["*"]
             for all. Otherwise such a split is refused.
         patch_size: Edge of a stored patch, in pixels; no image is smaller.
         source_mpp: Resolution of the images, in µm per pixel; it is never assumed.
         source_mpp_column: Column of resolutions, where images differ; replaces source_mpp.
         mpp: Resolution of the stored patches, in µm per pixel; 0 to store each image whole.
-        tile: With mpp: cut as many patches as fit side by side, instead of the middle one.
+        tile: With mpp: cut as many patches as fit next to each other, instead of the middle one.
         codec: png (lossless), jpg or webp.
         patches_per_shard: Patches per tar.
         jobs: Processes.
         dask: Address of a Dask scheduler that images are sent to instead, such as tcp://host:8786.
-        max_bad: Largest share of images that may be rejected, 0 to 1; beyond it nothing is finished.
+        max_bad: Largest share of images that may be rejected, 0 to 1; with more the import fails.
     """
 
     table: PathText = ""
@@ -102,15 +102,15 @@ class SlideSettings(Settings):
         name: The dataset's name; empty for the name of the output folder.
         slide_column: Column of the table with the slides' files, with or without folder and ending.
         key_column: Column of unique names that the patches' keys begin with; empty for the name of the slide's file,
-            with its folder where two are named alike.
+            with its folder where two have the same name.
         patient_column: Column of patients, the unit that never crosses splits. Without a table the patient is that of
             the TCGA barcode in the file's name, or the slide itself.
         class_field: Class column; empty if there is none.
         categorical: Categorical columns.
         continuous: Continuous columns.
         units: Unit by continuous column, such as {age: years}.
-        extra: Columns that are carried along as text without being fields.
-        mpp_table: CSV with columns slide and mpp (µm per pixel of level 0), which wins over what the files say.
+        extra: Further columns to keep as text; they are no fields.
+        mpp_table: CSV with columns slide and mpp (µm per pixel of level 0), which replaces that of the files.
         patch_size: Edge of a patch, in pixels.
         mpp: Resolution of the patches, in µm per pixel; a slide that is coarser is skipped, never enlarged.
         overlap: Share of a patch that its neighbour covers too, 0 to below 1.
@@ -165,6 +165,11 @@ class SlideSettings(Settings):
     contact_sheets: bool = True
 
 
+def field_columns(settings: ImportSettings | SlideSettings) -> list[str]:
+    """Columns of the fields: the class first, if there is one, then the categorical and the continuous ones."""
+    return [*([settings.class_field] if settings.class_field else []), *settings.categorical, *settings.continuous]
+
+
 @dataclass
 class ExportSettings(Settings):
     """A dataset folder, and the form to write it in.
@@ -172,9 +177,9 @@ class ExportSettings(Settings):
     Args:
         data: Dataset folder.
         out: New folder to write.
-        split: Named split whose parts are kept apart; empty for all patches together.
+        split: Named split whose parts are written separately; empty for all patches together.
         parts: Parts to write; none for every part.
-        selected: Column of a selection, such as selected_best: only the patches that it chose; empty for all.
+        selected: Column of a selection, such as selected_best: only the patches that it selected; empty for all.
         format: "webdataset" (tars and the Hub's README) or "folder" (images by class, and a CSV).
         patches_per_shard: Patches per tar.
     """
@@ -190,7 +195,7 @@ class ExportSettings(Settings):
 
 @dataclass
 class InfoSettings(Settings):
-    """A dataset folder to look at.
+    """A dataset folder whose patches are counted.
 
     Args:
         data: Dataset folder.
@@ -205,7 +210,7 @@ class InfoSettings(Settings):
 
 @dataclass
 class VerifySettings(Settings):
-    """A folder whose every file is read: what is damaged, missing or does not agree is named.
+    """A folder whose every file is read; damaged, missing and inconsistent files are named.
 
     Args:
         data: Dataset folder; or latents, a model, an adapter, a latent classifier or the run that made one.

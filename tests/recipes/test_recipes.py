@@ -51,10 +51,17 @@ def camelyon(folder: Path) -> Path:
             (folder / "patches" / name / f"patch_{name}_x_{x}_y_{y}.png").write_bytes(image_bytes(96, "PNG"))
             rows.append(
                 {
-                    "": len(rows), "patient": patient, "node": node, "x_coord": x, "y_coord": y, "tumor": i % 2,
-                    "slide": number, "center": centre, "split": int(i == 2),
+                    "": len(rows),
+                    "patient": patient,
+                    "node": node,
+                    "x_coord": x,
+                    "y_coord": y,
+                    "tumor": i % 2,
+                    "slide": number,
+                    "center": centre,
+                    "split": int(i == 2),
                 }
-            )  # fmt: skip
+            )
     pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
     return folder
 
@@ -65,8 +72,11 @@ def test_camelyon17(tmp_path: Path) -> None:
     index = open_clean(tmp_path / "out").index
     assert index["key"].iloc[0] == "patient_004_node_4/x_3328_y_21792"
     assert index.groupby("site")["split_wilds"].first().to_dict() == {
-        "centre 0": "train", "centre 1": "val", "centre 2": "test", "centre 3": "train",
-    }  # fmt: skip
+        "centre 0": "train",
+        "centre 1": "val",
+        "centre 2": "test",
+        "centre 3": "train",
+    }
     assert index["class"].tolist()[:3] == ["normal", "tumour", "normal"]
     (source / "patches" / "patient_004_node_4" / "patch_patient_004_node_4_x_3328_y_21792.png").unlink()
     with pytest.raises(UserError, match="No such file"):
@@ -135,9 +145,11 @@ def write_tar(path: Path, samples: list[tuple[str, str]]) -> None:
 
 
 SLIDES = [
-    ("TCGA-NA-A4QV-01Z-00-DX1", "Uterine_Carcinosarcoma", "train"), ("TCGA-E2-A14V-01Z-00-DX1", "Breast", "train"),
-    ("TCGA-73-4658-01Z-00-DX1", "Lung", "valid"), ("TCGA-60-2706-01Z-00-DX1", "Lung", "test"),
-]  # fmt: skip
+    ("TCGA-NA-A4QV-01Z-00-DX1", "Uterine_Carcinosarcoma", "train"),
+    ("TCGA-E2-A14V-01Z-00-DX1", "Breast", "train"),
+    ("TCGA-73-4658-01Z-00-DX1", "Lung", "valid"),
+    ("TCGA-60-2706-01Z-00-DX1", "Lung", "test"),
+]
 
 
 def metadata(tmp_path: Path) -> tuple[Path, Path]:
@@ -157,12 +169,17 @@ def check_tcga_ut(dataset: PatchDataset) -> None:
     assert dataset.schema.field("scan_mpp").unit == "µm per pixel"
     by_patient = index.drop_duplicates("patient").set_index("patient")
     assert by_patient["site"].to_dict() == {
-        "TCGA-NA-A4QV": "Duke University", "TCGA-E2-A14V": "Roswell Park", "TCGA-73-4658": "Roswell Park",
+        "TCGA-NA-A4QV": "Duke University",
+        "TCGA-E2-A14V": "Roswell Park",
+        "TCGA-73-4658": "Roswell Park",
         "TCGA-60-2706": "Roswell Park",
-    }  # fmt: skip
+    }
     assert by_patient.loc["TCGA-NA-A4QV", ["gender", "race", "age", "tss"]].tolist() == [
-        "female", "black or african american", 72.0, "NA",
-    ]  # fmt: skip
+        "female",
+        "black or african american",
+        72.0,
+        "NA",
+    ]
     assert by_patient.loc["TCGA-E2-A14V", "race"] == "unknown"
     assert np.isnan(by_patient.loc["TCGA-73-4658", "age"])
     assert dataset.info["mpp"] == 1.0
@@ -182,8 +199,11 @@ def test_tcga_ut_from_the_hubs_tars(tmp_path: Path) -> None:
     dataset = open_clean(tmp_path / "out")
     check_tcga_ut(dataset)
     assert dataset.index.groupby("patient")["split_internal"].first().to_dict() == {
-        "TCGA-NA-A4QV": "train", "TCGA-E2-A14V": "train", "TCGA-73-4658": "val", "TCGA-60-2706": "test",
-    }  # fmt: skip
+        "TCGA-NA-A4QV": "train",
+        "TCGA-E2-A14V": "train",
+        "TCGA-73-4658": "val",
+        "TCGA-60-2706": "test",
+    }
     gone = source / "data" / "dataset_internal_test_part009.tar"
     gone.symlink_to(tmp_path / "gone.tar")
     with pytest.raises(UserError, match=r"part009.tar cannot be used: a link to"):

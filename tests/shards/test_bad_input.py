@@ -77,10 +77,16 @@ def test_a_full_disk_is_no_fault_of_the_slide(
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("zero", "Not a readable image"), ("grey16", "not RGB"), ("cmyk", "not RGB"), ("palette", "not RGB"),
-     ("alpha", "not RGB"), ("half", "Not a readable image"),
-     ("bomb", "Not a readable image: Image size .* exceeds limit")],
-)  # fmt: skip
+    [
+        ("zero", "Not a readable image"),
+        ("grey16", "not RGB"),
+        ("cmyk", "not RGB"),
+        ("palette", "not RGB"),
+        ("alpha", "not RGB"),
+        ("half", "Not a readable image"),
+        ("bomb", "Not a readable image: Image size .* exceeds limit"),
+    ],
+)
 def test_images_that_are_not_8_bit_rgb_are_named(tmp_path: Path, kind: str, reason: str) -> None:
     source = images(tmp_path / "source", 8)
     path = source / "i03.png"
@@ -157,7 +163,7 @@ def test_no_path_leads_out_of_the_folder(dataset: PatchDataset, tmp_path: Path) 
     info, _ = read_sealed(dataset.folder / "dataset.json", "")
     info["shards"][0]["file"] = "data/../../../etc/passwd.tar"
     write_sealed(dataset.folder / "dataset.json", info)
-    with pytest.raises(UserError, match="shards lie in data/ and nowhere else"):
+    with pytest.raises(UserError, match="every shard is in data/"):
         PatchDataset.open(dataset.folder)
 
 

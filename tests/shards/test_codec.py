@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_medi.core.errors import UserError
-from latent_medi.shards.format.codec import decode_image, encode_image, image_origin
+from latent_medi.shards.format.codec import decode_image, encode_image
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+
+
+def origin_of(data: bytes) -> str:
+    """The origin in a PNG's text, a JPEG's comment or a WebP's Exif description."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "PNG":
+            return image.text["origin"]
+        text = image.info["comment"].decode() if image.format == "JPEG" else image.getexif()[0x010E]
+    return text.removeprefix("origin=")
 
 
 def test_png_is_lossless_deterministic_and_carries_its_origin() -> None:
@@ -20,8 +29,8 @@ def test_png_is_lossless_deterministic_and_carries_its_origin() -> None:
     assert np.array_equal(decode_image(data), IMAGE)
     assert data == encode_image(IMAGE.copy(), "png", "synthetic")
     assert Image.open(io.BytesIO(data)).text == {"origin": "synthetic"}
-    assert image_origin(data) == "synthetic"
-    assert image_origin(encode_image(IMAGE)) == "real"
+    assert origin_of(data) == "synthetic"
+    assert origin_of(encode_image(IMAGE)) == "real"
 
 
 @pytest.mark.parametrize("codec", ["jpg", "webp"])
@@ -30,8 +39,8 @@ def test_lossy_codecs_are_close_deterministic_and_carry_their_origin(codec: str)
     data = encode_image(smooth, codec, "synthetic")
     assert np.abs(decode_image(data).astype(int) - smooth).max() <= (3 if codec == "jpg" else 6)
     assert data == encode_image(smooth.copy(), codec, "synthetic")
-    assert image_origin(data) == "synthetic"
-    assert image_origin(encode_image(smooth, codec)) == "real"
+    assert origin_of(data) == "synthetic"
+    assert origin_of(encode_image(smooth, codec)) == "real"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK"])
@@ -60,9 +69,8 @@ def test_damaged_bytes_and_wrong_arrays_are_refused() -> None:
 def test_formats_that_are_not_promised_are_not_opened(kind: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, kind)
-    for read in (decode_image, image_origin):
-        with pytest.raises(UserError, match="Not a readable image"):
-            read(buffer.getvalue())
+    with pytest.raises(UserError, match="Not a readable image"):
+        decode_image(buffer.getvalue())
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])

@@ -102,8 +102,12 @@ def test_a_writer_killed_anywhere_leaves_the_old_or_the_new(tmp_path: Path, what
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, what.removesuffix(", unsealed"), str(base), str(tmp_path / "place")],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert "mixed" not in result["seen"]

@@ -57,10 +57,11 @@ def cohort(
     images: Sequence[np.ndarray], patients: Sequence[str], sites: Sequence[str] | None = None, origin: str = "real"
 ) -> list[Patch]:
     return [
-        Patch(f"{p}/{i:03d}", image, p, p, -1, -1, 0.5,
-              {"class": "ab"[i % 2], "site": sites[i] if sites else "s"}, origin)
+        Patch(
+            f"{p}/{i:03d}", image, p, p, -1, -1, 0.5, {"class": "ab"[i % 2], "site": sites[i] if sites else "s"}, origin
+        )
         for i, (image, p) in enumerate(zip(images, patients, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def written(folder: Path, patches: list[Patch], **more: object) -> PatchDataset:
@@ -233,8 +234,9 @@ def test_a_published_split_is_refused_or_allowed_by_name(tissue: np.ndarray, tmp
         Image.fromarray(image).save(tmp_path / f"{i}.png")
         rows.append({"image": f"{i}.png", "patient": f"p{i}", "class": "a", "part": "train" if i < 5 else "test"})
     pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
-    settings = ImportSettings(table=str(tmp_path / "t.csv"), out=str(tmp_path / "d"), patch_size=64, source_mpp=0.5,
-                              split_column="part")  # fmt: skip
+    settings = ImportSettings(
+        table=str(tmp_path / "t.csv"), out=str(tmp_path / "d"), patch_size=64, source_mpp=0.5, split_column="part"
+    )
     with pytest.raises(UserError, match=r"'main' has the same picture.*'2' of 'p2' \(train\) and '6' of 'p6' \(test\)"):
         import_images(settings)
     data = import_images(replace(settings, allow_duplicates=["p6"]))
@@ -248,8 +250,11 @@ def test_a_published_split_is_refused_or_allowed_by_name(tissue: np.ndarray, tmp
 def test_verify_and_audit_tell_of_them(
     doubled: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    doubled.add_split("main", ["test" if p in ("p0", "p7") else "train" for p in doubled.index["patient"]],
-                      {"allow_duplicates": ["*"]})  # fmt: skip
+    doubled.add_split(
+        "main",
+        ["test" if p in ("p0", "p7") else "train" for p in doubled.index["patient"]],
+        {"allow_duplicates": ["*"]},
+    )
     for words in (["shards", "verify"], ["audit"]):
         assert main([*words, str(doubled.folder), "--json", str(tmp_path / "told.json")]) == 0
         out = capsys.readouterr().out

@@ -107,7 +107,7 @@ def test_a_damaged_shard_stops_the_export_and_nothing_is_left(
     path = damaged.folder / "data" / "part-000001.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[: int(damaged.index["offset"].iloc[9]) - 512])  # between two members
-    with pytest.raises(UserError, match="lacks 5 patches, such as 'p2/009'"):
+    with pytest.raises(UserError, match=r"part-000001\.tar cannot be read"):
         export(ExportSettings(str(damaged.folder), str(tmp_path / "out"), format=form))
     assert not (tmp_path / "out").exists()
     path.write_bytes(whole)

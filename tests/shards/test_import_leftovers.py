@@ -119,9 +119,10 @@ def test_a_pipe_or_a_folder_is_named_and_nobody_waits(tmp_path: Path, first: boo
     (tmp_path / "source" / "folder.png").mkdir()
     (tmp_path / "source" / "device.png").symlink_to("/dev/zero")
     assert rejected(run(table, tmp_path / "out", max_bad=0.5)) == {
-        "pipe.png": "is a pipe or device, not a file", "folder.png": "is a folder",
+        "pipe.png": "is a pipe or device, not a file",
+        "folder.png": "is a folder",
         "device.png": "is a pipe or device, not a file",
-    }  # fmt: skip
+    }
 
 
 def test_links_are_followed_and_dangling_ones_named(
@@ -137,9 +138,14 @@ def test_links_are_followed_and_dangling_ones_named(
         (tmp_path / "imgs" / "b" / f"q{i}_1.png").symlink_to(tmp_path / "store2" / f"q{i}_1.png")
     (tmp_path / "imgs" / "b" / "._q0_1.png").write_bytes(b"\0\5\x16\7" + bytes(4092))
     words = [
-        "shards", "images", f"folder={tmp_path / 'imgs'}", f"out={tmp_path / 'out'}", "patch_size=16", "source_mpp=0.5",
+        "shards",
+        "images",
+        f"folder={tmp_path / 'imgs'}",
+        f"out={tmp_path / 'out'}",
+        "patch_size=16",
+        "source_mpp=0.5",
         r"pattern=(?P<class>[^/]+)/(?P<patient>[^/_]+)_[0-9]+\.png",
-    ]  # fmt: skip
+    ]
     assert main(words) == 0
     assert PatchDataset.open(tmp_path / "out").index.groupby("class").size().to_dict() == {"a": 4, "b": 4}
     (tmp_path / "imgs" / "b" / "q9_1.png").symlink_to(tmp_path / "gone.png")
@@ -288,7 +294,7 @@ def test_a_rerun_that_is_cut_off_keeps_splits_too(
     imported: tuple[Path, Callable[..., PatchDataset]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, again = imported
-    for stop in ("_write", "finish_dataset"):
+    for stop in ("write_shard", "finish_dataset"):
         monkeypatch.setattr(images_module, stop, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             again(codec="jpg")
@@ -320,7 +326,7 @@ def test_images_that_are_out_of_reach_do_not_end_a_finished_dataset(tmp_path: Pa
     run(table, tmp_path / "out", mpp=0.5)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     (tmp_path / "src").rename(tmp_path / "unmounted")
-    with pytest.raises(UserError, match=r"6 of 6 images are not there, such as i0\.png; .*out stays as it is"):
+    with pytest.raises(UserError, match=r"6 of 6 images do not exist, such as i0\.png; .*out is not changed"):
         run(tmp_path / "unmounted" / "table.csv", tmp_path / "out", mpp=0.5, root=str(tmp_path / "src"))
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
@@ -338,4 +344,4 @@ def test_an_image_under_two_paths_is_taken_once_by_the_path_without_a_link(
     made = import_images(ImportSettings(**words, source_mpp=0.5))
     assert made.index.groupby("class").size().to_dict() == {"normal": 3, "tumour": 3}
     assert "img/latest is the folder" in caplog.text
-    assert "normal/a0_1.png lies under another path too, and is taken once (1 in all)" in caplog.text
+    assert "normal/a0_1.png has another path too, and is imported once (1 in all)" in caplog.text

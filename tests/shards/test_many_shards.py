@@ -23,7 +23,8 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.reading.stream import PatchStream, epochs, webdataset_of
 from latent_medi.shards.writing.rewrite import reopen_dataset
-from latent_medi.shards.writing.writer import Patch, finish_dataset, write_dataset
+from latent_medi.shards.writing.finish import Description, finish_dataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 place, count, most = Path(sys.argv[1]), int(sys.argv[2]), [0]
 
@@ -54,7 +55,7 @@ assert main(["shards", "verify", str(place / "d")]) == 0
 for form in ("webdataset", "folder"):
     assert main(["export", str(place / "d"), f"out={place / form}", f"format={form}", "split=main"]) == 0
 reopen_dataset(place / "d")
-again = finish_dataset(place / "d", "d", schema, 8, 0.5, "png", {})
+again = finish_dataset(place / "d", Description("d", schema, 8, 0.5))
 assert again.verify() == [] and again.splits == ["main"]
 print("most open", most[0])
 assert 0 < most[0] < 256, most
@@ -66,6 +67,10 @@ assert 0 < most[0] < 256, most
 def test_thousands_of_shards_are_read_with_few_open_files(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path), "1500"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -22,9 +22,11 @@ from latent_medi.shards.writing.writer import Patch, write_dataset
 
 @pytest.fixture(scope="module", params=["written", "cut from slides"])
 def dataset(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..., list[Patch]],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_patches: Callable[..., list[Patch]],
     schema: Schema,
-) -> PatchDataset:  # fmt: skip
+) -> PatchDataset:
     folder = tmp_path_factory.mktemp("d")
     if request.param == "written":
         # the first five ages are unknown: a reader that infers types from them must still take the later ones
@@ -38,9 +40,15 @@ def dataset(
         )
     pd.DataFrame(rows).to_csv(folder / "slides.csv", index=False)
     settings = SlideSettings(
-        source=str(folder), table=str(folder / "slides.csv"), out=str(folder / "set"), categorical=["site"],
-        continuous=["age"], patch_size=64, mpp=1.0, max_patches=9,
-    )  # fmt: skip
+        source=str(folder),
+        table=str(folder / "slides.csv"),
+        out=str(folder / "set"),
+        categorical=["site"],
+        continuous=["age"],
+        patch_size=64,
+        mpp=1.0,
+        max_patches=9,
+    )
     cut_slides(settings)
     return PatchDataset.open(folder / "set")
 

@@ -33,9 +33,13 @@ def dataset(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 50), share=st.integers(1, 5), processes=st.integers(1, 6), seed=st.integers(0, 99),
-    epochs_run=st.integers(1, 3), seen_steps=st.integers(0, 3),
-)  # fmt: skip
+    n=st.integers(1, 50),
+    share=st.integers(1, 5),
+    processes=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    epochs_run=st.integers(1, 3),
+    seen_steps=st.integers(0, 3),
+)
 def test_every_row_once_per_epoch_over_all_processes(
     n: int, share: int, processes: int, seed: int, epochs_run: int, seen_steps: int
 ) -> None:

@@ -17,7 +17,9 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_json, sha256_file
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writing.writer import Patch, finish_dataset, finished_shards, write_dataset, write_shard
+from latent_medi.shards.writing.finish import Description, finish_dataset
+from latent_medi.shards.writing.records import finished_shards
+from latent_medi.shards.writing.writer import Patch, write_dataset, write_shard
 
 Make = Callable[..., list[Patch]]
 
@@ -76,7 +78,7 @@ CHILD = """
 import os, pickle, signal, sys
 from pathlib import Path
 from latent_medi.shards.format import folder as dataset_folder
-from latent_medi.shards.writing import writer
+from latent_medi.shards.writing import finish, writer
 where, count, folder, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3], pickle.load(open(sys.argv[4], "rb"))
 def die_after(module, name, before):
     original, calls = getattr(module, name), [0]
@@ -92,7 +94,7 @@ def die_after(module, name, before):
 module, name, before = {
     "between shards": (writer, "write_shard", False), "within a shard": (writer, "encode_image", True),
     "before the record": (writer, "write_record", True), "before dataset.json": (dataset_folder, "write_sealed", True),
-    "before clearing": (writer, "_clear", True)}[where]
+    "before clearing": (finish, "_clear", True)}[where]
 die_after(module, name, before)
 writer.write_dataset(folder, **arguments)
 """
@@ -167,7 +169,7 @@ def test_a_damaged_or_changed_shard_is_written_again(
     assert list(finished_shards(tmp_path / "d")) == [0]
     assert "part-000001.tar is missing or damaged" in caplog.text
     with pytest.raises(UserError, match=r"lacks 2 of 3 shards: \[1, 2\]"):
-        finish_dataset(tmp_path / "d", "d", schema, 16, 0.5, "png", {}, shards=range(3))
+        finish_dataset(tmp_path / "d", Description("d", schema, 16, 0.5), range(3))
     changed = make_patches()
     changed[0].image = 255 - changed[0].image
     first = write(tmp_path / "e", patches, schema)
@@ -251,20 +253,21 @@ def test_finishing_refuses_what_does_not_fit(tmp_path: Path, make_patches: Make,
     patches = make_patches(8)
     write_shard(tmp_path, 0, patches[:4])
     with pytest.raises(UserError, match="codec png, not jpg"):
-        finish_dataset(tmp_path, "d", schema, 16, 0.5, "jpg", {})
+        finish_dataset(tmp_path, Description("d", schema, 16, 0.5, "jpg", {}))
     with pytest.raises(UserError, match="patch size 16, not 32"):
-        finish_dataset(tmp_path, "d", schema, 32, 0.5, "png", {})
+        finish_dataset(tmp_path, Description("d", schema, 32, 0.5))
     with pytest.raises(UserError, match="fields"):
-        finish_dataset(tmp_path, "d", schema.subset(["class"]), 16, 0.5, "png", {})
+        finish_dataset(tmp_path, Description("d", schema.subset(["class"]), 16, 0.5))
+    about = Description("d", schema, 16, 0.5, "png", {"a": 1}, {"main": ({"nobody": "train"}, {})})
     with pytest.raises(UserError, match="lacks"):
-        finish_dataset(tmp_path, "d", schema, 16, 0.5, "png", {"a": 1}, {"main": ({"nobody": "train"}, {})})
+        finish_dataset(tmp_path, about)
     write_shard(tmp_path, 1, [replace(p, fields={**p.fields, "site": "02"}) for p in patches[4:]])
     with pytest.raises(UserError, match=r"'site' has no value '02'"):
-        finish_dataset(tmp_path, "d", schema, 16, 0.5, "png", {})
+        finish_dataset(tmp_path, Description("d", schema, 16, 0.5))
     write_shard(tmp_path, 1, patches[:4])
     with pytest.raises(UserError, match="Two patches have the key 'p0/000'"):
-        finish_dataset(tmp_path, "d", schema, 16, 0.5, "png", {})
+        finish_dataset(tmp_path, Description("d", schema, 16, 0.5))
     write_shard(tmp_path, 1, [replace(p, extra={}) for p in patches[4:]])
     with pytest.raises(UserError, match="in some shards but not in all"):
-        finish_dataset(tmp_path, "d", schema, 16, 0.5, "png", {})
+        finish_dataset(tmp_path, Description("d", schema, 16, 0.5))
     assert not (tmp_path / "dataset.json").exists()

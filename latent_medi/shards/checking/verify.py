@@ -1,4 +1,4 @@
-"""Whether a dataset folder still is what its files say, and checksums for one that has none yet."""
+"""Damage of a dataset folder: every file compared with its checksums, and checksums for a folder without them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from latent_medi.shards.checking.duplicates import check_pictures, find_duplicat
 from latent_medi.shards.format.folder import INFO_FILE, check_split, write_folder
 from latent_medi.shards.format.layout import FINGERPRINT, PICTURE, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.format.selections import SELECTED_PREFIX, column_hash
-from latent_medi.shards.format.tar import BLOCK, json_member, member_at, with_sums
+from latent_medi.shards.format.tar import json_member, sample_at, with_sums
 
 if TYPE_CHECKING:
     from latent_medi.shards.dataset import PatchDataset
 
-# Like splits and selections, what only the index has.
+# Columns that only the index has, like splits and selections.
 _NOT_IN_MEMBERS = ("shard", "offset", "size", *SUM_COLUMNS, FINGERPRINT, PICTURE)
 
 
 def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
-    """Everything wrong with the folder, in words; empty if all is well.
+    """Every problem of the folder, in words.
 
     Args:
         dataset: The dataset.
@@ -36,10 +36,8 @@ def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
     """
     problems: list[str] = []
     listed = {shard["file"] for shard in dataset.info["shards"]}
-    if set(dataset.index["shard"]) - listed:
-        problems.append(
-            f"the index names shards that {INFO_FILE} lacks: {sorted(set(dataset.index['shard']) - listed)}"
-        )
+    if unknown := sorted(set(dataset.index["shard"]) - listed):
+        problems.append(f"the index names shards that {INFO_FILE} lacks: {unknown}")
     for shard in dataset.info["shards"]:
         path, file = dataset.folder / shard["file"], shard["file"]
         mine = dataset.index.iloc[dataset.rows_of_shard.get(file, [])]
@@ -51,8 +49,8 @@ def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
             problems += _of_shard(dataset, path, shard, mine)
     extra = {f"data/{p.name}" for p in (dataset.folder / "data").glob("*") if not p.name.startswith(".")} - listed
     problems += [f"{file} is not part of the dataset" for file in sorted(extra)]
-    if dataset.index["key"].duplicated().any():
-        problems.append(f"the key {dataset.index['key'][dataset.index['key'].duplicated()].iloc[0]!r} occurs twice")
+    keys = dataset.index["key"]
+    problems += [f"the key {key!r} occurs twice" for key in keys[keys.duplicated()].head(1)]
     problems += _attempt(dataset.schema.encode, dataset.index)
     for name, recorded in dataset.info["splits"].items():
         column = dataset.index[SPLIT_PREFIX + name]
@@ -71,8 +69,9 @@ def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
 
 
 def picture_problems(dataset: PatchDataset) -> list[str]:
-    """Splits that have one picture in several parts without allowing it, in words. A dataset of which nobody knows its
-    duplicates has none.
+    """Splits that have one picture in several parts without allowing it, in words.
+
+    A dataset without the column of shared pictures has no such problem.
     """
     recipes = {name: recorded["recipe"] for name, recorded in dataset.info["splits"].items()}
     columns = {name: dataset.index[SPLIT_PREFIX + name] for name in recipes}
@@ -88,44 +87,39 @@ def _attempt(check: Callable[..., Any], *arguments: Any) -> list[str]:
 
 
 def _of_shard(dataset: PatchDataset, path: Path, shard: dict[str, Any], index: pd.DataFrame) -> list[str]:
-    """What is wrong with one shard: other bytes than were written, images that are not where the index says, JSON
-    members that say something else than the index.
-    """
+    """Problems of one shard: changed bytes, images at other offsets, JSON members that differ from the index."""
     file = shard["file"]
     try:
         with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if hashlib.sha256(data).hexdigest() != shard["sha256"]:
                 return [f"{file} is damaged: its SHA-256 is not the recorded one"]
-            return _misplaced(data, file, index, dataset.info["codec"]) or _other_words(dataset, data, file, index)
+            return _misplaced(data, file, index, dataset.info["codec"]) or _differing(dataset, data, file, index)
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         return [f"{file} cannot be read: {error}"]
 
 
 def _misplaced(data: mmap.mmap, file: str, index: pd.DataFrame, codec: str) -> list[str]:
-    """Rows whose image is not where the index says, or has no JSON member behind it."""
+    """Rows whose image is not at its offset, or is not followed by its JSON member."""
     problems = []
     for key, offset, size in zip(*(index[c].tolist() for c in ("key", "offset", "size")), strict=True):
         try:
-            right = member_at(data, offset - BLOCK) == (f"{key}.{codec}", offset, size)
-            right = right and json_member(data, offset, size)[0] == f"{key}.json"
+            sample_at(data, key, codec, offset, size)
         except ValueError:
-            right = False
-        if not right:
             problems.append(f"{file}: {key!r} is not where the index says")
     return problems
 
 
-def _other_words(dataset: PatchDataset, data: mmap.mmap, file: str, index: pd.DataFrame) -> list[str]:
-    """Columns of the index that differ from what the JSON members say, with the number of patches and the first."""
+def _differing(dataset: PatchDataset, data: mmap.mmap, file: str, index: pd.DataFrame) -> list[str]:
+    """Columns of the index that differ from the JSON members, with the number of patches and the first."""
     continuous = [known.name for known in dataset.schema.fields if known.continuous]
     ours = [c for c in index.columns if not c.startswith((SPLIT_PREFIX, SELECTED_PREFIX)) and c not in _NOT_IN_MEMBERS]
     rows = [dict(zip(ours, row, strict=True)) for row in zip(*(index[c].tolist() for c in ours), strict=True)]
     sums = index[SUM_COLUMNS[1]].tolist() if SUM_COLUMNS[1] in index else [None] * len(rows)
     differ: dict[str, list[str]] = {}
-    for row, told, offset, size in zip(rows, sums, index["offset"].tolist(), index["size"].tolist(), strict=True):
+    for row, checksum, offset, size in zip(rows, sums, index["offset"].tolist(), index["size"].tolist(), strict=True):
         _, start, length = json_member(data, offset, size)
         text = data[start : start + length]
-        if told is not None and zlib.crc32(text) != told:
+        if checksum is not None and zlib.crc32(text) != checksum:
             differ.setdefault(SUM_COLUMNS[1], []).append(f"{row['key']!r}")
         member = json.loads(text)
         if not isinstance(member, dict):
@@ -148,7 +142,7 @@ def _number(value: Any) -> float | None:
 
 
 def seal(dataset: PatchDataset) -> None:
-    """Write the checksums that a folder of an earlier version lacks, taken from what lies there, and its duplicates.
+    """Write the checksums and duplicates that a folder of an earlier version lacks, computed from its shards.
 
     Args:
         dataset: A dataset in which :func:`problems_of` finds none.

@@ -1,39 +1,39 @@
-"""Patches as bytes and back, with their origin inside the file."""
+"""Encoding patches as image files with their origin inside, and decoding them."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast, get_args
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from latent_medi.core.errors import UserError
-
-CODECS = ("png", "jpg", "webp")
-ORIGINS = ("real", "synthetic")
+from latent_medi.shards.settings import Codec
 
 Origin = Literal["real", "synthetic"]
+CODECS: tuple[str, ...] = get_args(Codec)
+ORIGINS: tuple[str, ...] = get_args(Origin)
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 """Pillow's formats that are read. It opens dozens more, some with the help of other programs."""
 
-# zlib's run-length strategy: stained tissue hardly ever repeats itself, so that searching for repeats is lost work.
+# zlib's run-length strategy: stained tissue hardly ever repeats itself, so a search for repeats is wasted work.
 # The files are as small as at level 6, and are written and read about a third faster than at level 1.
 _PNG = {"compress_level": 1, "compress_type": 3}
 _JPEG_QUALITY = 95
 _WEBP = {"quality": 80, "method": 5}  # method 6 is 1% smaller, and takes three times as long
 _EXIF_DESCRIPTION = 0x010E
-_PNG_DEPTH = 24  # place of the bit depth: signature, length and name of the header, width and height come first
+_PNG_DEPTH = 24  # offset of the bit depth: signature, length and name of the header, width and height come first
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _PLAIN = 'Convert it deliberately: from PIL import Image; Image.open("old.png").convert("RGB").save("new.png")'
 _CONVERSIONS = {
     "RGBA": 'Say what shows through, here white: from PIL import Image; i = Image.open("old.png"); '
     'Image.alpha_composite(Image.new("RGBA", i.size, "white"), i).convert("RGB").save("new.png")',
 }
-"""Python that converts, by Pillow's mode; else :data:`_PLAIN`."""
+"""Python that converts an image, by Pillow's mode; :data:`_PLAIN` for others."""
 
 
 def check_codec(codec: str) -> None:
@@ -58,14 +58,14 @@ def check_image(image: np.ndarray) -> None:
 
 
 def encode_image(array: np.ndarray, codec: str = "png", origin: str = "real") -> bytes:
-    """A patch as the bytes of an image file; the same patch always gives the same bytes.
+    """The bytes of an image file with a patch; the same patch always gives the same bytes.
 
     Args:
         array: uint8 [H, W, 3], RGB.
         codec: ``png`` (lossless), ``jpg`` (quality 95, full chroma) or ``webp`` (quality 80: about a seventh of a PNG's
-            bytes, for datasets that are carried).
-        origin: ``real`` or ``synthetic``; PNG text chunk ``origin``, JPEG comment and description in WebP's Exif
-            ``origin=…``.
+            bytes, for datasets that are shipped).
+        origin: ``real`` or ``synthetic``; stored as PNG text chunk ``origin``, as JPEG comment ``origin=…`` and in the
+            description of WebP's Exif.
 
     Raises:
         UserError: Another codec, origin, type or shape.
@@ -104,7 +104,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 @contextmanager
 def opened(file: BinaryIO) -> Iterator[Image.Image]:
-    """An image file of one of :data:`FORMATS`, opened; what goes wrong inside is told as a fault of the image.
+    """An image file of one of :data:`FORMATS`, opened; every error inside becomes a :class:`UserError`.
 
     Raises:
         UserError: It is no whole image.
@@ -124,7 +124,7 @@ def check_header(image: Image.Image) -> None:
     """Refuse an opened image that is not one picture of 8-bit RGB; nothing is decoded.
 
     Raises:
-        UserError: The reason, the same words for the same kind of image, and the conversion as hint.
+        UserError: It is not; the text is the same for all images of a kind, the hint says how to convert them.
     """
     bits = _bits(image)
     if bits > 8 or image.mode.startswith("I;16"):
@@ -136,11 +136,11 @@ def check_header(image: Image.Image) -> None:
     if image.mode != "RGB":
         raise UserError(f"The image is {image.mode}, not RGB.", _CONVERSIONS.get(image.mode, _PLAIN))
     if image.format in ("TIFF", "PNG", "WEBP") and _pictures(image) > 1:
-        raise UserError("The image holds several pictures.", "Save the one that is meant as a file of its own.")
+        raise UserError("The image holds several pictures.", "Save the one you need as a file of its own.")
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits per channel in the file, which Pillow cuts to 8 without a word."""
+    """Bits per channel in the file, which Pillow silently reduces to 8."""
     if image.format == "TIFF":
         depth = cast(Any, image).tag_v2.get(_BITS_PER_SAMPLE, 8)
         return max(depth) if isinstance(depth, tuple) else int(depth)
@@ -165,15 +165,3 @@ def _pictures(image: Image.Image) -> int:
         image.seek(0)
         return sizes.count(size)
     return count
-
-
-def image_origin(data: bytes) -> str:
-    """The origin written in an image file's bytes; ``""`` if there is none."""
-    with opened(io.BytesIO(data)) as image:
-        comment = image.info.get("comment", b"")
-        if image.format == "WEBP":
-            comment = str(image.getexif().get(_EXIF_DESCRIPTION, ""))
-        text = image.info.get("origin") or (
-            comment.decode("utf-8", "replace") if isinstance(comment, bytes) else comment
-        )
-    return str(text).removeprefix("origin=")

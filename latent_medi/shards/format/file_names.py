@@ -1,4 +1,4 @@
-"""Names of files and folders for any text: distinct, and valid on Linux, macOS and Windows."""
+"""File names for any texts: distinct, and valid on Linux, macOS and Windows."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from collections.abc import Iterable
 FORBIDDEN = r'[<>:"|?*\\/\x00-\x1f\x7f]'
 """Characters that some file system refuses."""
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?")  # devices of Windows, with any ending
-_MOST_BYTES = 180  # of a name; file systems take 255, and an ending, a hash and a temporary prefix come on top
+_MOST_BYTES = 180  # of a name: file systems allow 255, minus an ending, a hash and a temporary prefix
 
 
 def file_names(texts: Iterable[str], slash: str = "_", forbidden: str = FORBIDDEN) -> dict[str, str]:
-    """A file name without an ending for each text: the text itself wherever it is a name that every system takes.
+    """A file name without an ending for each text: the text itself wherever every system accepts it as a name.
 
-    Otherwise what cannot stand in a name becomes ``_``, and where the names of two texts would be one file on some
-    system (differences of case or of Unicode form do not count everywhere), each one that is not its own text gets a
-    hash of it.
+    Otherwise characters that are not allowed become ``_``. Where the names of two texts would be one file on some
+    system (some ignore case or the Unicode form), a hash of the text is added to each name that is not its own text.
 
     Args:
         texts: The texts, in any order; the names do not depend on it.
-        slash: What stands for ``/``.
+        slash: What replaces ``/``.
         forbidden: Regular expression of a character that becomes ``_``.
 
     Returns:

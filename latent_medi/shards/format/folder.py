@@ -1,9 +1,9 @@
 """The two files that make a folder a dataset: ``dataset.json``, what it is, and ``index.parquet``, a row per patch.
 
-``dataset.json`` carries the checksum of its own content and the SHA-256 of the index, and both are compared on every
-opening. They change as one: the new index is written beside the old one, then ``dataset.json``, which names it and so
-decides, and then the new index takes the old one's place. Cut off anywhere, the folder is what it was or what it was to
-become. Only writers rename: a reader takes whichever of both indexes ``dataset.json`` names.
+``dataset.json`` holds a checksum of its own content and the SHA-256 of the index; both are compared on every opening.
+The two files change together: a writer stores the new index under a second name, then ``dataset.json``, which names the
+index to read, and then renames the new index over the old one. An interruption at any point leaves the folder as it was
+or as it was to become. Only writers rename: a reader takes the index that ``dataset.json`` names.
 """
 
 from __future__ import annotations
@@ -24,14 +24,8 @@ from latent_medi.core.files import atomic_path, read_sealed, remove, sha256_file
 from latent_medi.core.progress import get_logger
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
-from latent_medi.shards.format.layout import (
-    SCHEMA_VERSION,
-    SPLIT_PREFIX,
-    SUM_COLUMNS,
-    check_index,
-    check_info,
-    check_shard_names,
-)
+from latent_medi.shards.format import layout
+from latent_medi.shards.format.layout import SPLIT_PREFIX, SUM_COLUMNS, check_index, check_info
 from latent_medi.shards.format.selections import SELECTED_PREFIX, column_hash, recorded_selections
 
 logger = get_logger(__name__)
@@ -43,6 +37,7 @@ INDEX_HASH = "index_sha256"
 UNITS = {"patches": "key", "patients": "patient", "slides": "slide"}
 REMEDY = "Restore it from a copy, or write the dataset again."
 
+_ORDER = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "selections", "duplicates")
 _TRIES = 10
 _warned: set[str] = set()
 
@@ -50,14 +45,14 @@ _warned: set[str] = set()
 def read_folder(folder: Path, place: str = "") -> tuple[dict[str, Any], Schema, pd.DataFrame]:
     """The content of ``dataset.json``, the schema in it, and the index.
 
-    A folder without checksums, as earlier versions wrote it, is read with one warning.
+    A folder of an earlier version, without checksums, is read with one warning.
 
     Args:
         folder: A finished dataset folder.
         place: What messages call it; by default its path.
 
     Raises:
-        UserError: A file is absent, damaged or not as it should be, or of a newer version.
+        UserError: A file is absent, damaged or of a newer version.
     """
     place = place or str(folder)
     for _ in range(_TRIES):  # a writer may exchange the files meanwhile
@@ -73,29 +68,26 @@ def read_folder(folder: Path, place: str = "") -> tuple[dict[str, Any], Schema, 
             problem = f"is damaged: it is not the index that {INFO_FILE} names" if path.is_file() else "is not a file"
             raise UserError(f"{place}/{INDEX_FILE} {problem if path.exists() else 'is missing'}.", REMEDY)
     else:
-        raise UserError(f"{place} changes all the time.", "Wait until the command that writes it has ended.")
+        raise UserError(f"{place} keeps changing.", "Wait until the command that writes it has ended.")
     try:
         table = pq.read_table(pa.BufferReader(data))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{place}/{INDEX_FILE} cannot be read: {error}.", REMEDY) from None
-    # A split or selection whose writing was cut off between the two files was never recorded: it does not exist.
-    splits = {SPLIT_PREFIX + name for name in info["splits"]}
-    selected = {column for entry in info.get("selections", {}).values() for column in entry["columns"]}
-    cut_off = [c for c in table.column_names if c.startswith(SPLIT_PREFIX) and c not in splits]
-    cut_off += [c for c in table.column_names if c.startswith(SELECTED_PREFIX) and c not in selected]
-    table = table.drop_columns(cut_off)
+    # A split or selection that dataset.json does not name does not exist: its writing was interrupted.
+    known = {SPLIT_PREFIX + name for name in info["splits"]}
+    known |= {column for entry in info.get("selections", {}).values() for column in entry["columns"]}
+    marked = [c for c in table.column_names if c.startswith((SPLIT_PREFIX, SELECTED_PREFIX))]
+    table = table.drop_columns([c for c in marked if c not in known])
     check_index(table, info, schema, f"{place}/{INDEX_FILE}", REMEDY)
     if not (sealed and set(SUM_COLUMNS) <= set(table.column_names)) and place not in _warned:
         _warned.add(place)
-        logger.warning(
-            "%s was written by an earlier version, without checksums: damage to it can pass unseen. "
-            "`latent-medi shards verify %s seal=true` adds them.", place, place,
-        )  # fmt: skip
+        text = "%s was written by an earlier version, without checksums: damage to it can pass unnoticed. "
+        logger.warning(text + "`latent-medi shards verify %s seal=true` adds them.", place, place)
     return info, schema, table.to_pandas(ignore_metadata=True)
 
 
 def _index_bytes(folder: Path, wanted: str | None) -> bytes | None:
-    """The index that ``dataset.json`` names; ``None`` if it is not there. Without a name, the index that is there."""
+    """The index with the hash that ``dataset.json`` names, or without a hash any index; ``None`` if there is none."""
     for name in (INDEX_FILE, NEXT_INDEX) if wanted else (INDEX_FILE,):
         path = folder / name
         if not path.is_file():  # opening a pipe would wait for somebody to write
@@ -112,13 +104,13 @@ def _index_bytes(folder: Path, wanted: str | None) -> bytes | None:
 
 
 def index_fits(folder: Path) -> bool:
-    """Whether ``index.parquet`` is the index that ``dataset.json`` names (or ``dataset.json`` names none)."""
+    """Whether ``index.parquet`` has the hash that ``dataset.json`` names, if it names one."""
     wanted = read_sealed(folder / INFO_FILE, REMEDY)[0].get(INDEX_HASH)
     return wanted is None or sha256_file(folder / INDEX_FILE) == wanted
 
 
 def check_split(index: pd.DataFrame, column: pd.Series, name: str) -> None:
-    """Refuse a split that shares a patient, or that holds synthetic patches outside its training part.
+    """Refuse a split with a patient in two parts, or with synthetic patches outside its training part.
 
     Raises:
         UserError: Names the split and the first such row.
@@ -154,12 +146,10 @@ def write_folder(folder: Path, info: Mapping[str, Any], index: pd.DataFrame) -> 
         splits[name] = {"recipe": entry["recipe"], "counts": counts, "sha256": column_hash(column)}
     totals = {unit: int(index[column].nunique()) for unit, column in UNITS.items()}
     totals |= {"shards": len(info["shards"])} | {o: int((index["origin"] == o).sum()) for o in ("real", "synthetic")}
-    order = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "selections", "duplicates",
-             "provenance")  # fmt: skip
     complete = {**info, "counts": totals, "splits": splits, "selections": recorded_selections(info, index)}
-    kept = [k for k in order if k in complete and (k != "selections" or complete[k])]
-    complete = {"schema_version": SCHEMA_VERSION} | {k: complete[k] for k in kept}
-    check_shard_names([shard["file"] for shard in info["shards"]], str(folder))
+    kept = [k for k in (*_ORDER, "provenance") if k in complete and (k != "selections" or complete[k])]
+    complete = {"schema_version": layout.SCHEMA_VERSION} | {k: complete[k] for k in kept}
+    layout.check_shard_names([shard["file"] for shard in info["shards"]], str(folder))
     _finish_cut_off(folder)
     with atomic_path(folder / NEXT_INDEX) as temporary:
         # Plain columns, no pandas metadata: the bytes depend on the content alone.
@@ -177,9 +167,7 @@ def _take_place(folder: Path) -> None:
 
 
 def _finish_cut_off(folder: Path) -> None:
-    """Give the index that ``dataset.json`` names its place if a writer was cut off before, and remove what such writers
-    left.
-    """
+    """Finish the renaming that an interrupted writer left open, and remove temporary files of such writers."""
     if (folder / NEXT_INDEX).is_file() and (folder / INFO_FILE).is_file():
         wanted = read_sealed(folder / INFO_FILE, REMEDY)[0].get(INDEX_HASH)
         if wanted and sha256_file(folder / NEXT_INDEX) == wanted:
@@ -197,5 +185,5 @@ def _runs(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass
     return True

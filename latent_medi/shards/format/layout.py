@@ -1,17 +1,17 @@
-"""What may stand in ``dataset.json`` and in the columns of the index: whatever wrote them, a mistyped entry is one
-message.
-"""
+"""Names and types of what ``dataset.json`` and the index hold, and the check of both when they are read."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.json_types import check_types
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.format.codec import CODECS, ORIGINS
 
@@ -21,25 +21,29 @@ SUM_COLUMNS = ("image_crc32", "json_crc32")
 """CRC-32 of the bytes of the image and of the JSON member; datasets of earlier versions have none."""
 SPLIT_PREFIX = "split_"
 FINGERPRINT = "image_fingerprint"
-"""What is kept of a real patch to find its copies; "" for a synthetic one."""
+"""Column that finds copies of a real patch; "" for a synthetic one."""
 PICTURE = "shared_picture"
-"""A number for each picture that lies under several patients, -1 for every other patch."""
+"""Column with a number for each picture that several patients share, -1 for every other patch."""
 KNOWN_COLUMNS = ("origin", "patient", "slide", "x", "y", "source_mpp")
-"""What a patch comes with beside its fields."""
+"""What a patch has besides its fields."""
 ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, *KNOWN_COLUMNS, FINGERPRINT)
-"""Columns of a shard's record that the index takes over."""
+"""Columns that the index copies from the records of shards."""
 
 # A dot would end the key early in WebDataset; the others break paths, globs or terminals.
 BAD_KEY = r"[.\\\x00-\x1f\x7f]|^/|/$|//|^$|^\s|\s$"
 
 _SHARD_FILE = re.compile(r"data/[^/\\\x00-\x1f]+\.tar")
-_MOST = 2**63
 _MOST_PIXELS = 65_535  # of an edge: JPEG's own limit
 
-# A dictionary is an object with at least these entries ("name?" may be absent); under ... stands what all other entries
-# are. A list with one shape is a list of such.
+# Patterns of check_types
 _ANY: dict[Any, Any] = {}
 _SEEN = {"complete": bool, "parts": [{"fields": [str], "rows": [list], "patients?": str}]}
+_COUNTS: dict[Any, Any] = {...: int}
+_DUPLICATES: dict[Any, Any] = {
+    **dict.fromkeys(("pictures", "patches", "patients", "same_pixels", "several_classes", "within_patients"), int),
+    "by_class": _COUNTS,
+    "examples": [{"patches": [str], "patients": [str]}],
+}
 _INFO: dict[Any, Any] = {
     "name": str,
     "schema": {"fields": [{"name": str, "kind": str}]},
@@ -48,64 +52,37 @@ _INFO: dict[Any, Any] = {
     "codec": str,
     "counts": {"patches": int, ...: int},
     "shards": [{"file": str, "sha256": str, "count": int, "bytes": int, "made_from": str}],
-    "splits": {...: {"recipe": _ANY, "counts": {...: {...: int}}, "sha256": str}},
+    "splits": {...: {"recipe": _ANY, "counts": {...: _COUNTS}, "sha256": str}},
     "selections?": {...: {"recipe": _ANY, "result": _ANY, "columns": {...: {"sha256": str}}}},
-    "duplicates?": {"pictures": int, "patches": int, "patients": int, "same_pixels": int, "several_classes": int,
-                    "by_class": {...: int}, "within_patients": int,
-                    "examples": [{"patches": [str], "patients": [str]}]},
+    "duplicates?": _DUPLICATES,
     "provenance": {"seen?": _SEEN},
     "index_sha256?": str,
-}  # fmt: skip
-_WORDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number",
-          bool: "true or false", type(None): "null"}  # fmt: skip
-
-
-def _misfit(value: Any, shape: Any, path: str) -> str:
-    """The first entry that has not its shape, in words; empty if all have."""
-    kind = shape if isinstance(shape, type) else type(shape)
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        return f"{path} is {_WORDS[type(value)]}, not {_WORDS[kind]}"
-    if kind in (int, float) and not abs(value) < _MOST:
-        return f"{path} is out of range"
-    inside: list[tuple[str, Any, Any]] = []
-    if isinstance(shape, list):
-        inside = [(f"{path}[{i}]", entry, shape[0]) for i, entry in enumerate(value)]
-    elif isinstance(shape, dict):
-        named = {str(key).removesuffix("?"): key for key in shape if key is not ...}
-        for name, key in named.items():
-            if name in value:
-                inside.append((f"{path}.{name}".lstrip("."), value[name], shape[key]))
-            elif not key.endswith("?"):
-                return f"{path}.{name}".lstrip(".") + " is absent"
-        if ... in shape:
-            inside += [(f"{path}.{key}".lstrip("."), v, shape[...]) for key, v in value.items() if key not in named]
-    return next((found for where, entry, inner in inside if (found := _misfit(entry, inner, where))), "")
+}
 
 
 def check_info(info: Mapping[str, Any], where: str, remedy: str) -> Schema:
-    """The schema of a ``dataset.json``, all of whose entries have been looked at.
+    """The schema of a ``dataset.json``, after all its entries have been checked.
 
     Args:
         info: Its content.
         where: The file, for messages.
-        remedy: What to do if it is not as it should be.
+        remedy: What to do if an entry is wrong.
 
     Raises:
         UserError: An entry is absent, of another type or out of range, or names a file outside the folder.
     """
-    if info.get("schema_version") != SCHEMA_VERSION or isinstance(info["schema_version"], bool):
-        version = info.get("schema_version")
+    version = info.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
         raise UserError(f"{where} has dataset version {version!r}; this program reads version {SCHEMA_VERSION}.")
-    problem = _misfit(info, _INFO, "")
-    if not problem and not 1 <= info["patch_size"] <= _MOST_PIXELS:
-        problem = f"patch_size is {info['patch_size']}"
-    if not problem and not info["mpp"] > 0:
-        problem = f"mpp is {info['mpp']}"
-    if not problem and info["codec"] not in CODECS:
-        problem = f"codec is {info['codec']!r}, not {', '.join(CODECS[:-1])} or {CODECS[-1]}"
-    if problem:
-        raise UserError(f"{where} is not as it should be: {problem}.", remedy)
+    check_types(info, _INFO, where, remedy)
+    try:
+        json.dumps(info, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{where} is damaged: it holds NaN or Infinity, which are no JSON.", remedy) from None
+    sound = {"patch_size": 1 <= info["patch_size"] <= _MOST_PIXELS, "mpp": info["mpp"] > 0}
+    sound["codec"] = info["codec"] in CODECS
+    for name in (name for name, right in sound.items() if not right):
+        raise UserError(f"{where} is damaged: {name} is {info[name]!r}.", remedy)
     check_shard_names([shard["file"] for shard in info["shards"]], where)
     try:
         return Schema.from_dict(info["schema"])
@@ -120,25 +97,25 @@ def check_shard_names(names: list[Any], where: str) -> None:
         UserError: Names the first.
     """
     if bad := [name for name in names if not isinstance(name, str) or not _SHARD_FILE.fullmatch(name)]:
-        raise UserError(f"{where} names the shard {bad[0]!r}; shards lie in data/ and nowhere else.")
+        raise UserError(f"{where} names the shard {bad[0]!r}; every shard is in data/.")
 
 
 def check_index(table: pa.Table, info: Mapping[str, Any], schema: Schema, where: str, remedy: str) -> None:
-    """Look at the columns of an index: all there, of their types, no value missing, nothing outside the folder.
+    """Check the columns of an index: none missing, the right types, no value missing, nothing outside the folder.
 
     Args:
         table: The index.
-        info: What :func:`check_info` has looked at.
+        info: What :func:`check_info` has checked.
         schema: The fields.
         where: The file, for messages.
-        remedy: What to do if it is not as it should be.
+        remedy: What to do if a column is wrong.
 
     Raises:
         UserError: Names the column and how many of its rows.
     """
 
     def refuse(problem: str) -> None:
-        raise UserError(f"{where} is not as it should be: {problem}.", remedy)
+        raise UserError(f"{where} is damaged: {problem}.", remedy)
 
     splits = [SPLIT_PREFIX + name for name in info["splits"]]
     selected = [column for entry in info.get("selections", {}).values() for column in entry["columns"]]
@@ -152,17 +129,19 @@ def check_index(table: pa.Table, info: Mapping[str, Any], schema: Schema, where:
         refuse("it has several columns of one name")
     if gone := sorted({*text, *whole, *numbers, *selected} - set(table.column_names)):
         raise UserError(f"{where} lacks the columns {gone}.", remedy)
-    for names, fits, kind in (
-        (text, _is_text, "text"),
-        (whole, pa.types.is_integer, "whole numbers"),
-        (numbers, lambda t: pa.types.is_floating(t) or pa.types.is_integer(t), "numbers"),
-        (selected, lambda t: pa.types.is_boolean(t) or pa.types.is_floating(t), "true or false, or numbers"),
-    ):
+    types = pa.types
+    kinds: dict[str, tuple[Any, tuple[Callable[[pa.DataType], bool], ...]]] = {
+        "text": (text, (types.is_string, types.is_large_string, types.is_string_view)),
+        "whole numbers": (whole, (types.is_integer,)),
+        "numbers": (numbers, (types.is_floating, types.is_integer)),
+        "true or false, or numbers": (selected, (types.is_boolean, types.is_floating)),
+    }
+    for kind, (names, fits) in kinds.items():
         for name in sorted(names):
             column = table.column(name)
-            if not fits(column.type):
+            if not any(fit(column.type) for fit in fits):
                 refuse(f"the column {name!r} holds {column.type}, not {kind}")
-            if column.null_count and not pa.types.is_floating(column.type):  # an unknown number is not there
+            if column.null_count and not types.is_floating(column.type):  # NaN and null are unknown numbers
                 refuse(f"{column.null_count} of {len(column)} rows have no value in {name!r}")
     if table.num_rows != info["counts"]["patches"]:
         refuse(f"it has {table.num_rows} patches, dataset.json {info['counts']['patches']}")
@@ -178,7 +157,3 @@ def check_index(table: pa.Table, info: Mapping[str, Any], schema: Schema, where:
         bounds = pc.min_max(table.column(name)).as_py()
         if table.num_rows and not 0 <= bounds["min"] <= bounds["max"] <= most:
             refuse(f"{name!r} runs from {bounds['min']} to {bounds['max']}, in shards of at most {most} bytes")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

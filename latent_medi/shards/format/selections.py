@@ -1,4 +1,4 @@
-"""Selections: which patches of a dataset were chosen, as columns of its index. Nothing is moved or removed."""
+"""Selections: columns of the index that say which patches were selected. No patch is moved or removed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ if TYPE_CHECKING:
 
 SELECTED_PREFIX = "selected_"
 SELECTION_PARTS = ("", "_control", "_score")
-"""What follows ``selected_<name>``: the choice, a random one of the same size, and what the choice was ranked by."""
-
-_NAME = re.compile(r"[A-Za-z0-9_]+")
+"""Endings of the columns ``selected_<name>``: the choice, a random one of the same size, and the score it ranks by."""
 
 
 def check_selection_name(name: str) -> None:
     """Refuse a name that cannot be a selection's.
 
     Raises:
-        UserError: It holds other characters than letters, digits and underscores, or its column would be called like
-            one of another selection.
+        UserError: It holds other characters than letters, digits and underscores, or its column would have the name of
+            another selection's.
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch("[A-Za-z0-9_]+", name):
         raise UserError(f"A selection's name has letters, digits and underscores only, not {name!r}.")
     for part in SELECTION_PARTS:
         if part and name.endswith(part):
@@ -52,9 +50,8 @@ def selection_columns(name: str, columns: Mapping[str, np.ndarray], count: int) 
         raise UserError(f"A selection has the columns {list(SELECTION_PARTS)}, not {sorted(columns)}.")
     for part, column in columns.items():
         if len(column) != count:
-            raise UserError(
-                f"Column {part!r} of the selection {name!r} has {len(column)} rows; the dataset has {count}."
-            )
+            where = f"Column {part!r} of the selection {name!r}"
+            raise UserError(f"{where} has {len(column)} rows; the dataset has {count}.")
     types = {part: np.float64 if part == "_score" else bool for part in SELECTION_PARTS}
     return {f"{SELECTED_PREFIX}{name}{part}": np.asarray(column, types[part]) for part, column in columns.items()}
 
@@ -78,7 +75,7 @@ def recorded_selections(info: Mapping[str, Any], index: pd.DataFrame) -> dict[st
 
 
 def selected_mask(dataset: PatchDataset, column: str) -> np.ndarray:
-    """Which rows a selection's choice or control holds, bool [len(dataset)].
+    """The rows that a selection's choice or control holds, bool [len(dataset)].
 
     Args:
         dataset: The dataset.
@@ -89,8 +86,6 @@ def selected_mask(dataset: PatchDataset, column: str) -> np.ndarray:
     """
     known = [c for c in dataset.index.columns if c.startswith(SELECTED_PREFIX) and dataset.index[c].dtype == bool]
     if column not in known:
-        raise UserError(
-            f"{dataset.folder} has no selection {column!r}; {nearest(column, known)}.",
-            "`latent-medi select` makes one; give the name of its column.",
-        )
+        problem = f"{dataset.folder} has no selection {column!r}; {nearest(column, known)}."
+        raise UserError(problem, "`latent-medi select` makes one; give the name of its column.")
     return dataset.index[column].to_numpy(bool)

@@ -22,14 +22,18 @@ def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
     """Header and padded content of one member; owner, mode and time are fixed.
 
     Raises:
-        UserError: The name is too long for a header.
+        UserError: The key in the name is too long for a header.
     """
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.mode, info.uid, info.gid, info.uname, info.gname = len(data), 0, 0o644, 0, 0, "", ""
     try:
         header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
-    except ValueError as error:
-        raise UserError(f"{name!r} does not fit a tar header: {error}.", "Keep keys below 100 bytes.") from None
+    except ValueError:
+        key = name.rpartition(".")[0]
+        raise UserError(
+            f"The key {key!r} does not fit a tar: it is too long, {len(key.encode('utf-8', 'replace'))} bytes.",
+            "Shorten it: at most 95 bytes in UTF-8 after the last slash, and 155 before it.",
+        ) from None
     return header, data + bytes(-len(data) % BLOCK)
 
 
@@ -42,13 +46,13 @@ def member_at(data: mmap.mmap, header: int) -> tuple[str, int, int]:
     """Name of the USTAR member whose header is at an offset, and offset and size in bytes of its content.
 
     Raises:
-        ValueError: There is no header at the offset.
+        ValueError: There is no undamaged header at the offset.
     """
-    block = data[header : header + BLOCK]
-    if len(block) < BLOCK or block[257:262] != b"ustar":
-        raise ValueError(f"no tar header at {header}")
-    name, prefix = (part.partition(b"\0")[0] for part in (block[:100], block[345:500]))
-    return ((prefix + b"/" if prefix else b"") + name).decode(), header + BLOCK, int(block[124:135], 8)
+    try:
+        info = tarfile.TarInfo.frombuf(data[header : header + BLOCK], "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise ValueError(f"no tar header at {header}: {error}") from None
+    return info.name, header + BLOCK, info.size
 
 
 def json_member(data: mmap.mmap, offset: int, size: int) -> tuple[str, int, int]:
@@ -63,6 +67,26 @@ def json_member(data: mmap.mmap, offset: int, size: int) -> tuple[str, int, int]
         ValueError: No tar header follows.
     """
     return member_at(data, offset + size + -size % BLOCK)
+
+
+def sample_at(data: mmap.mmap, key: str, codec: str, offset: int, size: int) -> tuple[bytes, bytes]:
+    """The image file and the JSON text of a patch.
+
+    Args:
+        data: The tar.
+        key: The patch's key.
+        codec: Ending of the image member.
+        offset: Of the image's content.
+        size: Of the image, in bytes.
+
+    Raises:
+        ValueError: The members at that offset are not those of the patch.
+    """
+    found = member_at(data, offset - BLOCK)
+    name, start, length = json_member(data, offset, size)
+    if found != (f"{key}.{codec}", offset, size) or name != f"{key}.json":
+        raise ValueError(f"{key!r} is not where the index says")
+    return data[offset : offset + size], data[start : start + length]
 
 
 def with_sums(tar: Path, rows: pd.DataFrame) -> pd.DataFrame:

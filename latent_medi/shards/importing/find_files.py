@@ -1,4 +1,4 @@
-"""Files below a folder, links followed: what cannot be used is named, and only hidden files are left alone."""
+"""Files below a folder, through links; what cannot be used is named, and hidden files are skipped."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from latent_medi.core.progress import get_logger
 
 logger = get_logger(__name__)
 
-_KINDS = (
-    (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
-)  # fmt: skip
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _FILE_ENDING = re.compile(r"\.[A-Za-z]\w{1,4}")
 _MOST_NAMED = 10
 
 
 @dataclass
 class Found:
-    """What a search gave.
+    """The result of a search.
 
     Args:
-        files: Regular files with one of the endings, sorted by path; a link keeps the path by which it was found.
-        left_out: Path and reason of what has one of the endings, or is a folder, and cannot be used: dangling links,
-            pipes, sockets, devices, folders that may not be searched, names that are not UTF-8 (made printable).
+        files: Regular files with one of the endings, sorted by path; a link keeps its own path.
+        left_out: Path and reason of folders, and of what has one of the endings, that cannot be used: dangling links,
+            pipes, sockets, devices, folders without permission, names that are not UTF-8 (made printable).
     """
 
     files: list[Path] = field(default_factory=list)
@@ -38,15 +36,15 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> Found:
     """Every file below ``folder`` with one of the endings.
 
     Links are followed. A folder is searched once, by its path without a link if it has one below ``folder``; other
-    paths to it are logged. Hidden files and folders, such as the ``._`` files that macOS writes beside every file, are
-    left alone; how many is logged.
+    paths to it are logged. Hidden files and folders, such as the ``._`` files of macOS, are skipped; their number is
+    logged.
 
     Args:
         folder: Where to search.
         endings: In lower case, with their dot; the case of a file's ending does not matter.
 
     Raises:
-        UserError: There is no such folder, or it may not be searched.
+        UserError: There is no such folder, or it cannot be searched.
     """
     folder = Path(folder)
     try:
@@ -56,7 +54,7 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> Found:
         raise UserError(f"The folder {folder} cannot be searched: {error.strerror}.", "Check the path.") from None
     search = _Search(endings, {(status.st_dev, status.st_ino): folder})
     search.below(folder)
-    search.tell(folder)
+    search.log(folder)
     return Found(sorted(search.found.files), sorted(search.found.left_out))
 
 
@@ -68,7 +66,7 @@ class _Search:
         self.hidden_files, self.hidden_folders, self.again = 0, list[Path](), list[tuple[Path, Path]]()
 
     def below(self, folder: Path) -> None:
-        """Search a folder and those in it; then those that links lead to, in the order of their paths."""
+        """Search a folder and those in it; then those behind links, in the order of their paths."""
         linked = [folder]
         while linked:
             following: list[Path] = []
@@ -85,7 +83,7 @@ class _Search:
     def _is_new(self, folder: Path) -> bool:
         try:
             status = folder.stat()
-        except OSError:  # gone meanwhile; said when it is searched
+        except OSError:  # gone meanwhile; reported when it is searched
             return True
         first = self.searched.setdefault((status.st_dev, status.st_ino), folder)
         if first is not folder:
@@ -93,7 +91,7 @@ class _Search:
         return first is folder
 
     def _one(self, folder: Path) -> list[Path]:
-        """Search one folder, not those in it, which are returned."""
+        """Search one folder; returns the folders in it."""
         try:
             with os.scandir(folder) as entries:
                 names = sorted(entry.name for entry in entries)
@@ -107,7 +105,7 @@ class _Search:
             try:
                 status = path.stat()
             except OSError as error:
-                # Without the ending of another kind of file it may have been a folder.
+                # Unless it has the ending of another kind of file, it may have been a folder.
                 if not name.startswith(".") and (wanted or not _FILE_ENDING.fullmatch(path.suffix)):
                     self._leave_out(path, _why_not(path, error))
                 continue
@@ -119,11 +117,11 @@ class _Search:
                     self.hidden_files += wanted
             elif not (is_folder or wanted):
                 continue
-            elif not _is_text(name):
+            elif _printable(path) != str(path):
                 self._leave_out(path, "its name is not UTF-8: rename it")
             elif is_folder:
                 deeper.append(path)
-            elif kind := next((word for check, word in _KINDS if check(status.st_mode)), ""):
+            elif kind := _KINDS.get(stat.S_IFMT(status.st_mode)):
                 self._leave_out(path, f"{kind}, not a file")
             else:
                 self.found.files.append(path)
@@ -132,9 +130,9 @@ class _Search:
     def _leave_out(self, path: Path, why: str) -> None:
         self.found.left_out.append((Path(_printable(path)), why))
 
-    def tell(self, folder: Path) -> None:
+    def log(self, folder: Path) -> None:
         if self.hidden_files:
-            logger.info("hidden files in %s, such as ._ files of macOS, are left alone: %d", folder, self.hidden_files)
+            logger.info("%d hidden files in %s are skipped, such as ._ files of macOS", self.hidden_files, folder)
         for path in self.hidden_folders[:_MOST_NAMED]:
             logger.info("%s is hidden: not searched", _printable(path))
         for path, first in self.again[:_MOST_NAMED]:
@@ -142,14 +140,6 @@ class _Search:
         for more in (len(self.hidden_folders) - _MOST_NAMED, len(self.again) - _MOST_NAMED):
             if more > 0:
                 logger.info("… and %d more such folders", more)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _printable(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The file that a table's path means, and why there is none: other systems' paths, other spellings, pipes."""
+"""The file that a table's path names, and why it cannot be read: other systems' paths, other spellings, pipes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def image_path(root: Path, name: str) -> Path:
-    """Where an image lies; backslashes separate folders where no file is called so."""
+    """The path of an image; backslashes separate folders where no file has them in its name."""
     path = root / name
     return root / name.replace("\\", "/") if "\\" in name and not path.exists() else path
 
@@ -36,7 +36,7 @@ def check_file(path: Path) -> None:
     """Refuse what is no regular file.
 
     Raises:
-        OSError: It is none, or is not there.
+        OSError: It is none, or does not exist.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -44,28 +44,27 @@ def check_file(path: Path) -> None:
 
 
 def unread(root: Path, name: str, error: OSError) -> Rejected:
-    """Why an image cannot be read, and what helps.
+    """The rejection of an image that cannot be read, with its reason and remedy.
 
     Args:
         root: Folder that paths are relative to.
         name: The path as the table has it.
         error: What reading it raised.
     """
+    reason = error.strerror or str(error)
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        return Rejected(name, error.strerror or str(error))
+        return Rejected(name, reason)
+    relative = "Give paths relative to a folder, and that folder with root=…"
     if _WINDOWS.match(name):
-        return Rejected(
-            name, "is a path of a Windows drive, not to be found here",
-            f"Give paths relative to a folder, and that folder with root=… (now {root}).",
-        )  # fmt: skip
+        return Rejected(name, "is a path of a Windows drive, not to be found here", f"{relative} (now {root}).")
     path = image_path(root, name)
     if other := _spellings(path.parent).get(_plain(path.name)):
         return Rejected(
             name, f"is spelled otherwise: the file is {other!r}", "Write names as the files have them, also their case."
         )
     if os.path.isabs(name):
-        return Rejected(name, "is not there any more", "Give paths relative to a folder, and that folder with root=….")
-    return Rejected(name, error.strerror or str(error), f"Paths are relative to root=…, now {root}.")
+        return Rejected(name, "is not there any more", f"{relative}.")
+    return Rejected(name, reason, f"Paths are relative to root=…, now {root}.")
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which images there are, named in a table or found in a folder, and what each patch will be made from."""
+"""The images of a table or a folder, and what each patch will be made from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latent_medi.metadata.tcga import warn_of_contradictions
 from latent_medi.shards.importing.find_files import find_files
 from latent_medi.shards.importing.rejected import Rejected
 from latent_medi.shards.importing.resolution import check_mpp
-from latent_medi.shards.settings import ImportSettings
+from latent_medi.shards.settings import ImportSettings, field_columns
 from latent_medi.shards.writing.patch import check_key, check_length
 
 logger = get_logger(__name__)
@@ -31,27 +31,27 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 """Endings of the files that a folder is searched for."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LARGEST_TILE = "/99999_99999"
-_COLUMN_SETTINGS = (
-    "image_column", "patient_column", "slide_column", "key_column", "x_column", "y_column", "source_mpp_column",
-    "split_column", "class_field", "categorical", "continuous", "extra",
-)  # fmt: skip
+_OPTIONAL = ("slide_column", "key_column", "x_column", "y_column", "source_mpp_column", "split_column")
+_REQUIRED = ("image_column", "patient_column", "class_field", "categorical", "continuous", "extra")
 
 
 def _once(files: Sequence[Path]) -> list[Path]:
-    """Files without those that lie under another path too, as links do: the path without a link stays, or the first."""
-    of: dict[Path, Path] = {}
+    """Files without those that have another path too, as links do: the path without a link stays, or the first."""
+    by_real: dict[Path, Path] = {}
     for path in files:
         real = path.resolve()
-        if real not in of or path.absolute() == real:
-            of[real] = path
-    if again := sorted(set(files) - set(of.values())):
-        logger.warning("%s lies under another path too, and is taken once (%d in all)", again[0], len(again))
-    return sorted(of.values())
+        if real not in by_real or path.absolute() == real:
+            by_real[real] = path
+    if again := sorted(set(files) - set(by_real.values())):
+        logger.warning("%s has another path too, and is imported once (%d in all)", again[0], len(again))
+    return sorted(by_real.values())
 
 
 def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings, list[Rejected]]:
-    """A table of the images below a folder, its columns read from their paths by the pattern; the settings that go with
-    it; and what was found but cannot be used, such as links to nothing.
+    """A table of the images below a folder, with the columns that the pattern reads from their paths.
+
+    Returns:
+        The table, the settings that go with it, and what was found but cannot be used, such as links to nothing.
 
     Raises:
         UserError: There is no image, the pattern is none, or some paths do not match it.
@@ -61,27 +61,22 @@ def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings,
         pattern = re.compile(settings.pattern)
     except re.error as error:
         raise UserError(f"The pattern {settings.pattern!r} is no regular expression: {error}.") from None
-    if not {"patient"} <= set(pattern.groupindex):
-        raise UserError(
-            f"The pattern {settings.pattern!r} names no patient.",
-            r"Name parts of the path, such as '(?P<class>[^/]+)/(?P<patient>[^/_]+)_[0-9]+\.png'.",
-        )
+    if "patient" not in pattern.groupindex:
+        hint = r"Name parts of the path, such as '(?P<class>[^/]+)/(?P<patient>[^/_]+)_[0-9]+\.png'."
+        raise UserError(f"The pattern {settings.pattern!r} names no patient.", hint)
     found = find_files(folder, IMAGE_ENDINGS)
     left_out = [
         Rejected(path.relative_to(folder).as_posix(), f"cannot be used: {why}", "Repair or remove it.")
         for path, why in found.left_out
     ]
-    paths = [path.relative_to(folder).as_posix() for path in _once(found.files)]
-    matches = [pattern.fullmatch(path) for path in paths]
-    if others := [path for path, match in zip(paths, matches, strict=True) if match is None]:
-        raise UserError(
-            f"{len(others)} of {len(paths)} images do not match {settings.pattern!r}, such as {others[:3]}.",
-            "Widen the pattern; nothing is left out silently.",
-        )
-    if not paths:
+    matches = {path: pattern.fullmatch(path) for path in (p.relative_to(folder).as_posix() for p in _once(found.files))}
+    if others := [path for path, match in matches.items() if match is None]:
+        problem = f"{len(others)} of {len(matches)} images do not match {settings.pattern!r}, such as {others[:3]}."
+        raise UserError(problem, "Widen the pattern; nothing is left out silently.")
+    if not matches:
         why = f"; {left_out[0].image} {left_out[0].reason}" if left_out else ""
         raise UserError(f"{folder} holds no image ({', '.join(IMAGE_ENDINGS)}){why}.")
-    rows = [{"image": path} | match.groupdict(default="") for path, match in zip(paths, matches, strict=True) if match]
+    rows = [{"image": path} | match.groupdict(default="") for path, match in matches.items() if match]
     root = settings.root or str(folder)
     changed = dataclasses.replace(settings, image_column="image", patient_column="patient", root=root)
     return pd.DataFrame(rows), changed, left_out
@@ -97,12 +92,11 @@ def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict
         UserError: A column is absent, a field has a name that is taken, two rows have one key, a row has no patient or
             resolution, or no row is usable.
     """
-    fields = [*([settings.class_field] if settings.class_field else []), *settings.categorical, *settings.continuous]
-    optional = [settings.slide_column, settings.key_column, settings.x_column, settings.y_column]
-    optional += [settings.source_mpp_column, settings.split_column]
-    named = [settings.image_column, settings.patient_column, *fields, *settings.extra, *(c for c in optional if c)]
+    fields = field_columns(settings)
+    optional = [column for name in _OPTIONAL if (column := getattr(settings, name))]
+    named = [settings.image_column, settings.patient_column, *fields, *settings.extra, *optional]
     where = f"The table {settings.table}".strip()
-    require_columns(table, named, where, settings_of_columns(settings, *_COLUMN_SETTINGS))
+    require_columns(table, named, where, settings_of_columns(settings, *_REQUIRED, *_OPTIONAL))
     check_new_names(fields, settings.extra, settings.continuous)
     check_resolutions(settings)
     if not len(table):
@@ -119,37 +113,31 @@ def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict
             left_out.append(problem)
             continue
         if key in seen:
-            first, other = seen[key]
-            raise UserError(
-                f"Rows {first} and {number} of the table, not counting its header, would both have the key {key!r}: "
-                f"{other!r} and {path!r}.",
-                f"Make the column {settings.key_column!r} unique, or remove one of the rows."
-                if settings.key_column
-                else "Name a column of unique keys with key_column=…, or remove one of the rows.",
-            )
+            raise _same_key(key, (*seen[key], number, path), settings.key_column)
         seen[key] = number, path
         patient = row[settings.patient_column]
         if is_missing(patient):
-            raise UserError(
-                f"{path!r} has no patient.", "Without patients no honest split is possible; fill the column."
-            )
-        rows.append(
-            {
-                "path": path, "key": key, "patient": patient,
-                "slide": row[settings.slide_column] if settings.slide_column else patient,
-                "x": _whole(row, settings.x_column), "y": _whole(row, settings.y_column),
-                "source_mpp": _resolution(row, path, settings),
-                "fields": {name: row[name] for name in fields}, "extra": {name: row[name] for name in settings.extra},
-            }
-        )  # fmt: skip
+            raise UserError(f"{path!r} has no patient.", "Fill the column: splits are by patient.")
+        made_from = {"path": path, "key": key, "patient": patient}
+        made_from["slide"] = row[settings.slide_column] if settings.slide_column else patient
+        place = {"x": _whole(row, settings.x_column), "y": _whole(row, settings.y_column)}
+        known = {"fields": {name: row[name] for name in fields}, "extra": {name: row[name] for name in settings.extra}}
+        rows.append({**made_from, **place, "source_mpp": _resolution(row, path, settings), **known})
         kept.append(number - 1)
     if not rows:
-        first_bad = left_out[0]
-        raise UserError(
-            f"{where}: none of its {len(left_out)} images can be used; {first_bad.image} {first_bad.reason}.",
-            first_bad.remedy,
-        )
+        first = left_out[0]
+        none = f"{where}: none of its {len(left_out)} images can be used; {first.image} {first.reason}."
+        raise UserError(none, first.remedy)
     return rows, kept, left_out
+
+
+def _same_key(key: str, rows: tuple[int, str, int, str], column: str) -> UserError:
+    hint = f"Make the column {column!r} unique" if column else "Name a column of unique keys with key_column=…"
+    return UserError(
+        f"Rows {rows[0]} and {rows[2]} of the table, not counting its header, would both have the key {key!r}: "
+        f"{rows[1]!r} and {rows[3]!r}.",
+        f"{hint}, or remove one of the rows.",
+    )
 
 
 def check_resolutions(settings: ImportSettings) -> None:
@@ -160,18 +148,15 @@ def check_resolutions(settings: ImportSettings) -> None:
     """
     if not settings.source_mpp_column:
         if not settings.source_mpp > 0:
-            raise UserError(
-                "The resolution of the images is not given.",
-                "Set source_mpp (µm per pixel) or source_mpp_column; if only a nominal value is known, say so "
-                "somewhere.",
-            )
+            hint = "Set source_mpp (µm per pixel), or source_mpp_column. If it is only nominal, document that."
+            raise UserError("The resolution of the images is not given.", hint)
         check_mpp(settings.source_mpp, "The resolution of the images, source_mpp,")
     if settings.mpp:
         check_mpp(settings.mpp, "The resolution of the patches, mpp,")
 
 
 def _unusable(path: str, key: str, number: int, settings: ImportSettings) -> Rejected | None:
-    """Why a row's image cannot even be looked for, or stored."""
+    """Why a row's image cannot be searched for, or stored."""
     if is_missing(path):
         return Rejected(f"row {number}", "names no image", f"Fill the column {settings.image_column!r}.")
     if _CONTROL.search(path):
@@ -186,7 +171,7 @@ def _unusable(path: str, key: str, number: int, settings: ImportSettings) -> Rej
 
 
 def given_split(table: pd.DataFrame, settings: ImportSettings) -> tuple[dict[str, str], dict[str, Any]]:
-    """The part of each patient in the split that the table brings, and a recipe.
+    """The part of each patient in the split that the table has, and its recipe.
 
     Raises:
         UserError: A patient is in two parts, or in one with some of its images only.
@@ -196,9 +181,10 @@ def given_split(table: pd.DataFrame, settings: ImportSettings) -> tuple[dict[str
     assert_patient_disjoint(index, column)
     pairs = index.drop_duplicates()
     if (half := pairs["patient"].duplicated()).any():
+        patient = pairs.loc[half, "patient"].iloc[0]
         raise UserError(
-            f"{column}: patient {pairs.loc[half, 'patient'].iloc[0]!r} has images in a part and images in none.",
-            "Fill the cells, or leave those images out of the table: a split is of whole patients.",
+            f"{column}: patient {patient!r} has images in a part and images in none.",
+            "Fill the cells, or remove those images from the table: a split is of whole patients.",
         )
     parts = {patient: part for patient, part in pairs.itertuples(index=False, name=None) if part}
     names = sorted(set(parts.values()))
@@ -235,9 +221,7 @@ def _resolution(row: Mapping[str, str], path: str, settings: ImportSettings) -> 
     except ValueError:
         number = -1.0
     if not number > 0:
-        raise UserError(
-            f"{path!r} has the resolution {text!r}; it is a number of µm per pixel > 0 and never assumed.",
-            "Fill the column, with a point for a decimal comma.",
-        )
+        problem = f"{path!r} has the resolution {text!r}; it is a number of µm per pixel > 0 and never assumed."
+        raise UserError(problem, "Fill the column, with a point for a decimal comma.")
     check_mpp(number, f"The resolution of {path!r}, in column {settings.source_mpp_column!r},")
     return number

@@ -1,4 +1,4 @@
-"""Images that an import leaves out: a few lines that say why, and a full list where none would be."""
+"""Images that an import leaves out: a line per reason in the log, and the full list in the dataset or a file."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def smaller_than(patch_size: int) -> str:
 def report_rejected(
     bad: Sequence[Rejected], left_out: Sequence[Rejected], total: int, settings: ImportSettings, out: Path
 ) -> None:
-    """Log why images were rejected, a line per reason; all are named in the finished dataset.
+    """Log why images were rejected, a line per reason; the finished dataset names every one.
 
     Args:
-        bad: Images that are no patches.
-        left_out: Images that could not be looked for or named; they never stop the others.
-        total: Number of images that were looked at.
+        bad: Images that cannot become patches.
+        left_out: Images that could not be searched for or named; they never stop the others.
+        total: Number of images that were read.
         settings: Of the import.
         out: The dataset folder.
 
@@ -53,8 +53,9 @@ def report_rejected(
         UserError: The bad ones are too many. All are then named in a file, which goes when the dataset is finished.
     """
     every = [*left_out, *bad]
+    lines = _lines(every)
     if len(bad) <= settings.max_bad * total:
-        for line in _lines(every):
+        for line in lines:
             logger.warning("rejected %s", line)
         return
     path = out / PROGRESS_FOLDER / LIST_FILE
@@ -62,34 +63,33 @@ def report_rejected(
     hint = f"Repair or remove them, or raise max_bad. All of them: {path}"
     if any(entry.reason.startswith(smaller_than(settings.patch_size)) for entry in bad):
         hint = f"No image is enlarged: set patch_size to the edge of the smallest. {hint}"
-    raise UserError(
-        f"{len(bad)} of {total} images are bad, more than the share of {settings.max_bad:g} that max_bad allows:"
-        + "".join(f"\n  {line}" for line in _lines(every)),
-        hint,
-    )
+    head = f"{len(bad)} of {total} images are bad, more than the share of {settings.max_bad:g} that max_bad allows:"
+    raise UserError("\n  ".join([head, *lines]), hint)
 
 
 def recorded(bad: Sequence[Rejected], left_out: Sequence[Rejected], total: int) -> dict[str, Any]:
-    """What ``dataset.json`` says of them: ``count``, ``images`` with their reasons and, if some could not even be
-    looked for, how many these are and of how many images.
+    """The entry ``rejected`` of the provenance.
+
+    Returns:
+        ``count``, ``images`` with their reasons and, if some could not be searched for, ``left_out``, how many these
+        are, and ``of`` how many images.
     """
-    every = [*left_out, *bad]
-    images = [{"image": entry.image, "reason": entry.reason} for entry in every]
-    told: dict[str, Any] = {"count": len(every), "images": images}
-    return told | ({"left_out": len(left_out), "of": total + len(left_out)} if left_out else {})
+    images = [{"image": entry.image, "reason": entry.reason} for entry in (*left_out, *bad)]
+    entry: dict[str, Any] = {"count": len(images), "images": images}
+    return entry | ({"left_out": len(left_out), "of": total + len(left_out)} if left_out else {})
 
 
-def incomplete(told: dict[str, Any], max_bad: float) -> str:
-    """What to say of a finished dataset that lacks more images than ``max_bad`` allows; else ``""``.
+def incomplete(entry: dict[str, Any], max_bad: float) -> str:
+    """A message about a finished dataset that lacks more images than ``max_bad`` allows; else ``""``.
 
     Args:
-        told: From :func:`recorded`.
+        entry: From :func:`recorded`.
         max_bad: Largest share, 0 to 1.
     """
-    if "of" not in told or told["count"] <= max_bad * told["of"]:
+    if "of" not in entry or entry["count"] <= max_bad * entry["of"]:
         return ""
-    lines = _lines([Rejected(entry["image"], entry["reason"]) for entry in told["images"]])
-    return f"{told['count']} of {told['of']} images were left out:" + "".join(f"\n  {line}" for line in lines)
+    lines = _lines([Rejected(image["image"], image["reason"]) for image in entry["images"]])
+    return "\n  ".join([f"{entry['count']} of {entry['of']} images were left out:", *lines])
 
 
 def _lines(entries: Sequence[Rejected]) -> list[str]:
@@ -104,13 +104,10 @@ def _lines(entries: Sequence[Rejected]) -> list[str]:
 
 
 def _line(reason: str, entries: Sequence[Rejected]) -> str:
-    remedy = f" {entries[0].remedy}" if entries[0].remedy else ""
     if len(entries) == 1:
-        told = f"{entries[0].image}: {entries[0].reason}"
+        text = f"{entries[0].image}: {entries[0].reason}"
     else:
-        names = []
-        for entry in entries[:_MOST_NAMES]:
-            detail = entry.reason.removeprefix(reason).removeprefix(": ")
-            names.append(f"{entry.image} ({detail})" if detail else entry.image)
-        told = f"{len(entries)} images, such as {', '.join(names)}: {reason}"
-    return told + (("" if told.endswith(".") else ".") + remedy if remedy else "")
+        details = [entry.reason.removeprefix(reason).removeprefix(": ") for entry in entries[:_MOST_NAMES]]
+        names = [f"{e.image} ({d})" if d else e.image for e, d in zip(entries, details, strict=False)]
+        text = f"{len(entries)} images, such as {', '.join(names)}: {reason}"
+    return f"{text.rstrip('.')}. {entries[0].remedy}" if entries[0].remedy else text

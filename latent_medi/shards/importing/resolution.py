@@ -1,4 +1,4 @@
-"""µm per pixel: what a scanner can have, read from a slide's properties or given by hand. It is never guessed."""
+"""Resolutions in µm per pixel: read from a slide's properties or given by hand, checked, never guessed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ another unit.
 
 @dataclass(frozen=True)
 class Resolution:
-    """µm per pixel at level 0 along both axes, and which property said so."""
+    """µm per pixel at level 0 along both axes, and the property that it was read from."""
 
     x: float
     y: float
@@ -24,11 +24,11 @@ class Resolution:
 
 
 def check_mpp(value: float, what: str) -> None:
-    """Refuse a resolution that no scanner has; 0.00025 is one in mm, 250 one in nm.
+    """Refuse a resolution that no scanner has, such as 0.00025 (in mm) or 250 (in nm).
 
     Args:
         value: In µm per pixel.
-        what: What has it, in words that begin a sentence.
+        what: What has it, as a sentence begins.
 
     Raises:
         UserError: It is beyond :data:`MPP_RANGE`, or no number.
@@ -63,7 +63,7 @@ def _tiff(properties: Mapping[str, str]) -> tuple[float, float]:
 
 
 def resolution(properties: Mapping[str, str]) -> Resolution | None:
-    """µm per pixel of level 0 from a slide's properties, or ``None``: it is never guessed from a magnification.
+    """µm per pixel of level 0 from a slide's properties, or ``None``; never guessed from a magnification.
 
     The first that is usable of ``openslide.mpp-x/y``, ``aperio.MPP``, ``hamamatsu.XResolution`` (nm per pixel would be
     out of range), ``philips.DICOM_PIXEL_SPACING`` (mm) and ``tiff.XResolution`` with its unit.

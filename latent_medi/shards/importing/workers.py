@@ -1,4 +1,4 @@
-"""Work handed out by joblib on this machine, or by Dask to others that see the same files."""
+"""Calls distributed by joblib on this machine, or by Dask to other machines that see the same files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from joblib import Parallel, delayed, parallel_config
 
-from latent_medi.core.errors import UserError
+from latent_medi.core.errors import UserError, needs
 from latent_medi.core.processes import call_tied, safe_helpers
 
 T = TypeVar("T")
@@ -41,10 +41,8 @@ def dispatch(
             yield from Parallel(n_jobs=jobs, backend=backend, return_as="generator")(calls)
         return
     calls = (delayed(function)(*task) for task in tasks)
-    try:
+    with needs("dask=…", "'latent-medi[cluster]'"):
         from dask.distributed import Client
-    except ImportError:
-        raise UserError("dask=… needs Dask.", "pip install 'latent-medi[cluster]'") from None
     try:
         client = Client(dask, timeout="30s")
     except (OSError, TimeoutError, ValueError) as error:

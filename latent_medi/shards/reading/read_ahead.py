@@ -1,4 +1,4 @@
-"""Patches decoded by threads before they are asked for."""
+"""Patches that threads decode before they are needed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from latent_medi.shards.reading.remote import RemotePatchDataset
 
 
 def read_ahead_threads(device: torch.device, data: PatchDataset) -> int:
-    """How many threads should read ahead of a network on a device, if nobody says.
+    """The default number of threads that read ahead of a network on a device.
 
-    Decoding beside a network on the same CPU cores makes its threads wait for each other, and costs more than it
-    saves; a GPU, or the wait for a server, leaves the cores free.
+    On a CPU none: decoding would compete with the network for the cores. A GPU, or waiting for a server, leaves them
+    free.
     """
     return 4 if device.type != "cpu" or isinstance(data, RemotePatchDataset) else 0
 
 
 class ReadAhead:
-    """Reads rows of a dataset, those that were announced in the background.
+    """Reads rows of a dataset; announced rows are read in the background.
 
     Args:
         dataset: Local or remote.
-        workers: Threads; 0 reads in the caller's when asked, and announcing does nothing.
-        keep: Announcements held at most; an older one that nobody asked for is dropped.
+        workers: Threads; with 0 the caller's thread reads, and announcements have no effect.
+        keep: Most announcements to hold; then the oldest one that was not read is dropped.
     """
 
     def __init__(self, dataset: PatchDataset, workers: int, keep: int = 4) -> None:
@@ -37,11 +37,11 @@ class ReadAhead:
         self._coming: OrderedDict[bytes, list[Future[np.ndarray]]] = OrderedDict()
 
     def expect(self, rows: np.ndarray) -> None:
-        """Announce that these rows (int64) will be asked for, in this order and together."""
+        """Announce that these rows (int64) will be read, in this order and together."""
         key = rows.tobytes()
         if self._pool is None or key in self._coming or not len(rows):
             return
-        # Parts of neighbouring rows: each opens its shards itself. A few per thread, so that none waits long for one.
+        # Parts of neighbouring rows, since each opens its shards itself; two per thread, so that none waits for long.
         parts = np.array_split(rows, min(len(rows), 2 * self.workers))
         self._coming[key] = [self._pool.submit(self.dataset.read, part) for part in parts]
         while len(self._coming) > self.keep:
@@ -60,7 +60,7 @@ class ReadAhead:
         return np.concatenate([future.result() for future in futures])
 
     def batches(self, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Row numbers int64 [n] and patches of all rows in their order, two batches read ahead."""
+        """Row numbers int64 [n] and patches uint8 [n, H, W, 3] of all rows in their order, two batches ahead."""
         parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         for i, part in enumerate(parts):
             for later in parts[i : i + 3]:

@@ -1,20 +1,19 @@
 """Dataset folders behind a URL: ``s3://``, ``gs://``, ``hf://``, ``https://`` and whatever else fsspec opens.
 
-The index is fetched once; patches are fetched as byte ranges of the tars, many at a time, so that any order costs the
-same and no tar is downloaded whole.
+The index is fetched once. Patches are fetched as byte ranges of the tars, many at a time: any order costs the same, and
+no tar is downloaded whole.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
-import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.shards.dataset import PatchDataset
@@ -22,11 +21,11 @@ from latent_medi.shards.format.folder import INDEX_FILE, INFO_FILE, NEXT_INDEX, 
 
 _AT_ONCE = 256  # byte ranges per request to the file system
 
-_REMOTE = ("s3", "s3a", "gs", "gcs", "http", "https")  # what the extra `remote` brings file systems for
+_REMOTE = ("s3", "s3a", "gs", "gcs", "http", "https")  # protocols of the extra `remote`
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a place is a URL and not a local path."""
+    """Whether a place is a URL, not a local path."""
     return "://" in str(place)
 
 
@@ -70,14 +69,14 @@ class RemotePatchDataset(PatchDataset):
             except FileNotFoundError:
                 raise UserError(f"{url} is no dataset folder: it has no {name}.", "Check the URL.") from None
             except Exception as error:  # every file system has its own kinds of error
-                raise UserError(f"{url}/{name} cannot be read: {type(error).__name__}: {error}.") from None
+                raise _unreadable(f"{url}/{name}", error) from None
 
         with tempfile.TemporaryDirectory(prefix="latent-medi-") as folder:
             bring(INFO_FILE)
             bring(INDEX_FILE)
             try:
                 if not index_fits(Path(folder)):
-                    with suppress(UserError):  # there if the folder was copied between a writer's two steps
+                    with suppress(UserError):  # it exists if the folder was copied between a writer's two steps
                         bring(NEXT_INDEX)
                 info, schema, index = read_folder(Path(folder), url)
             except UserError as error:
@@ -88,7 +87,7 @@ class RemotePatchDataset(PatchDataset):
         return dataset
 
     def __getstate__(self) -> dict[str, Any]:
-        """Connections stay behind: each process opens its own."""
+        """Without the connection: each process opens its own."""
         return self.__dict__ | {"_filesystem": None}
 
     def __repr__(self) -> str:
@@ -99,10 +98,10 @@ class RemotePatchDataset(PatchDataset):
         try:
             return self._connection().open(f"{_split(self.url)[1]}/{file}", "rb")
         except Exception as error:  # every file system has its own kinds of error
-            raise UserError(f"{self.url}/{file} cannot be read: {type(error).__name__}: {error}.") from None
+            raise _unreadable(self.place_of(file), error) from None
 
     def place_of(self, file: str) -> str:
-        """What messages call a file of the folder."""
+        """The name of a file of the folder in messages."""
         return f"{self.url}/{file}"
 
     def _connection(self) -> Any:
@@ -115,47 +114,36 @@ class RemotePatchDataset(PatchDataset):
         filesystem, root = self._connection(), _split(self.url)[1]
         for start in range(0, len(positions), _AT_ONCE):
             part = positions[start : start + _AT_ONCE]
-            asked = self.index[["shard", "offset", "size"]].iloc[rows[part]]
-            starts = asked["offset"].tolist()
-            found = filesystem.cat_ranges(
-                [f"{root}/{shard}" for shard in asked["shard"]], starts, (asked["offset"] + asked["size"]).tolist(),
-                on_error="return",
-            )  # fmt: skip
+            wanted = self.index[["shard", "offset", "size"]].iloc[rows[part]]
+            files, ends = [f"{root}/{shard}" for shard in wanted["shard"]], wanted["offset"] + wanted["size"]
+            found = filesystem.cat_ranges(files, wanted["offset"].tolist(), ends.tolist(), on_error="return")
             for position, data in zip(part, found, strict=True):
                 row = int(rows[position])
                 if isinstance(data, Exception):
-                    raise UserError(
-                        f"Patch {self.index['key'].iloc[row]!r} of {self.url} cannot be read: "
-                        f"{type(data).__name__}: {data}."
-                    )
+                    raise _unreadable(f"Patch {self.index['key'].iloc[row]!r} of {self.url}", data)
                 out[position] = self._decode(bytes(data), row)
 
-    def add_split(
-        self, name: str, column: pd.Series | Sequence[str], recipe: Mapping[str, Any], replace: bool = False
-    ) -> None:
-        """Refused: a dataset behind a URL is for reading."""
+    def add_split(self, *_: Any, **__: Any) -> None:
+        """Refused: a dataset behind a URL is read-only."""
         raise UserError(f"{self.url} cannot be written to.", "Make the split in a local copy.")
 
-    def add_selection(
-        self,
-        name: str,
-        columns: Mapping[str, np.ndarray],
-        recipe: Mapping[str, Any],
-        result: Mapping[str, Any],
-        replace: bool = False,
-    ) -> None:
-        """Refused: a dataset behind a URL is for reading."""
+    def add_selection(self, *_: Any, **__: Any) -> None:
+        """Refused: a dataset behind a URL is read-only."""
         raise UserError(f"{self.url} cannot be written to.", "Select in a local copy.")
 
     def verify(self, images: bool = False) -> list[str]:
         """Refused: it would download everything."""
-        raise UserError(f"{self.url} is behind a URL.", "Verify the folder where it lies.")
+        raise UserError(f"{self.url} is behind a URL.", "Verify the folder on its own machine.")
 
 
 def _split(url: str) -> tuple[str, str]:
     """Protocol and path in the file system's own form, without a slash at the end."""
     protocol, _, rest = url.partition("://")
     return protocol, (url if protocol.startswith("http") else rest).rstrip("/")
+
+
+def _unreadable(what: str, error: Exception) -> UserError:
+    return UserError(f"{what} cannot be read: {type(error).__name__}: {error}.")
 
 
 def _filesystem(url: str, storage: Mapping[str, Any]) -> tuple[Any, str]:

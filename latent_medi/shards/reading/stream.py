@@ -1,7 +1,7 @@
 """Batches of patches for any number of nodes, processes and loader workers, each patch exactly once per epoch.
 
-The order is drawn over the whole index before anything is divided, so it depends neither on the number of shards nor on
-who reads: which images an update sees is a function of (order, images seen) alone. No loader state has to be saved.
+The order is drawn over the whole index before it is divided, so it depends neither on the number of shards nor on the
+processes: the images of an update are a function of (order, images seen) alone. No loader state has to be saved.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def webdataset_of(dataset: PatchDataset) -> webdataset.DataPipeline:
 
     Shards are divided over processes and loader workers, as ``webdataset`` does. A sample holds ``__key__``, ``png``,
     ``jpg`` or ``webp`` (bytes) and ``json`` (bytes), compared with their checksums; add ``webdataset.shuffle``,
-    ``webdataset.decode`` and others with ``pipeline.append(…)``. Where every patch has to be seen equally often, use
-    :class:`PatchStream`, which does without that package.
+    ``webdataset.decode`` and others with ``pipeline.append(…)``. :class:`PatchStream` needs no such package, and reads
+    every patch equally often.
 
     Raises:
         UserError: ``webdataset`` is not installed.
@@ -48,9 +48,9 @@ def webdataset_of(dataset: PatchDataset) -> webdataset.DataPipeline:
 
 
 def _samples(dataset: PatchDataset, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What webdataset reads from the shards, each sample compared with its checksums, none left out.
+    """The samples that webdataset reads from the shards, each compared with its checksums, none missing.
 
-    To webdataset, a tar whose next header is damaged has simply ended.
+    webdataset itself takes a damaged header for the end of the tar.
     """
     from webdataset import tariterators
 
@@ -93,7 +93,7 @@ class PatchBatch:
 
 
 def epochs(rows: np.ndarray, seed: int) -> Order:
-    """An order that visits every row once per epoch, each epoch in another permutation.
+    """An order that visits every row once per epoch, in a new permutation each epoch.
 
     Args:
         rows: Row numbers, at least one.
@@ -122,7 +122,7 @@ class PatchStream(IterableDataset):
 
     Args:
         dataset: Local or remote.
-        order: Which row stands at which position of the run, for all processes the same, such as :func:`epochs`.
+        order: The row at each position of the run, the same for all processes, such as :func:`epochs`.
         images: Length of the run over all processes, in images; rounded down to whole global batches, so that every
             process has equally many.
         global_batch: Images per update over all processes; a multiple of ``processes``.

@@ -1,6 +1,6 @@
-"""Which slides there are, found in a folder or named in a table, and what is known of each: key, patient, resolution.
+"""The slides of a folder or a table, each with its key, patient and resolution.
 
-A slide that cannot be named or found is left out by name, before any work starts; the others stay.
+A slide that has no usable name or file is left out with its reason, before any work starts; the others stay.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from latent_medi.metadata.tables import read_table, require_columns, settings_of
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
 from latent_medi.shards.importing.find_files import find_files
 from latent_medi.shards.importing.resolution import MPP_RANGE, check_mpp
-from latent_medi.shards.settings import SlideSettings
+from latent_medi.shards.settings import SlideSettings, field_columns
 from latent_medi.shards.writing.patch import check_key
 
 logger = get_logger(__name__)
 
 EXTENSIONS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi")
-"""File endings taken for slides in a folder; OpenSlide decides what they are. Not ``.dcm``: a DICOM slide is many
-files, each of which opens the whole; name one of them in a table.
+"""Endings of slides that a folder is searched for. Not ``.dcm``: a DICOM slide is many files, each of which opens the
+whole slide; name one of them in a table.
 """
 _MOST_BYTES = 155  # of a key: what a tar's header holds before the last slash
 _SHORTENED_BYTES = 110
-_MOST_OF_ONE_PERSON = 20  # slides whose names differ at the end only; more are rather a study's than a person's
+_MOST_OF_ONE_PERSON = 20  # slides whose names differ at the end only; more are a study's rather than a person's
 _MOST_NAMED = 5
+_COLUMN_SETTINGS = (
+    *("slide_column", "patient_column", "key_column"),
+    *("class_field", "categorical", "continuous", "extra"),
+)
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Listed:
 
     Args:
         path: Its file.
-        name: How the user names it: the table's cell, or the path below the folder.
+        name: The user's name for it: the table's cell, or the path below the folder.
         stem: Its name without folder and ending.
         row: Its row of the table; empty without one.
         key: Prefix of its patches' keys, unique.
@@ -71,30 +75,27 @@ def list_slides(settings: SlideSettings) -> tuple[list[Listed], Schema]:
             column, or are the same file; a slide has no patient; ``mpp_table`` cannot be followed.
     """
     root = Path(settings.source) if settings.source else Path(settings.table).parent
+    columns = [*field_columns(settings), *settings.extra, *([settings.key_column] if settings.key_column else [])]
     if settings.table:
-        slides, schema = _of_table(root, settings)
+        slides, schema = _of_table(root, columns, settings)
+    elif columns:
+        raise UserError(f"The columns {columns} need a table, and none is given.", "table=…")
     else:
-        if asked := [*_fields(settings), *settings.extra, *([settings.key_column] if settings.key_column else [])]:
-            raise UserError(f"Columns {asked} are asked for, but no table is given.", "table=…")
         slides, schema = _of_folder(root), Schema()
+    for slide in (slide for slide in slides if not slide.fault):
+        _set_key(slide, settings)
     good = [slide for slide in slides if not slide.fault]
-    for slide in good:
-        _name(slide, settings)
-    good = [slide for slide in good if not slide.fault]
     if settings.key_column:
         _refuse_equal_keys(good, settings)
     else:
-        _tell_apart(good, root)
+        _make_keys_unique(good, root)
     for slide in good:
-        _give_patient(slide, settings)
+        _set_patient(slide, settings)
     if not settings.table:
-        _tell_of_patients([slide for slide in good if not slide.fault])
-    _give_resolutions(slides, settings.mpp_table)
+        _warn_of_patients([slide for slide in good if not slide.fault])
+    if settings.mpp_table:
+        _set_resolutions(slides, settings.mpp_table)
     return slides, schema
-
-
-def _fields(settings: SlideSettings) -> list[str]:
-    return [*([settings.class_field] if settings.class_field else []), *settings.categorical, *settings.continuous]
 
 
 def _of_folder(root: Path) -> list[Listed]:
@@ -106,7 +107,7 @@ def _of_folder(root: Path) -> list[Listed]:
     once: dict[str, Path] = {}
     real_root = os.path.realpath(root)
     real = {path: os.path.realpath(path) for path in found.files}
-    # The path without links first: it is the one that stays.
+    # The path without links first, since it is kept.
     direct = {path: real[path] == os.path.join(real_root, os.path.relpath(path, root)) for path in found.files}
     for path in sorted(found.files, key=lambda path: (not direct[path], path)):
         first = once.setdefault(real[path], path)
@@ -117,45 +118,29 @@ def _of_folder(root: Path) -> list[Listed]:
     return sorted(slides, key=lambda slide: slide.path)
 
 
-def _of_table(root: Path, settings: SlideSettings) -> tuple[list[Listed], Schema]:
-    check_new_names(_fields(settings), settings.extra, settings.continuous)
+def _of_table(root: Path, columns: list[str], settings: SlideSettings) -> tuple[list[Listed], Schema]:
+    check_new_names(field_columns(settings), settings.extra, settings.continuous)
     table = read_table(settings.table)
-    wanted = [settings.slide_column, settings.patient_column, *_fields(settings), *settings.extra]
-    require_columns(
-        table, [*wanted, *([settings.key_column] if settings.key_column else [])],
-        f"The table of slides {settings.table}",
-        settings_of_columns(
-            settings, "slide_column", "patient_column", "key_column", "class_field", "categorical", "continuous",
-            "extra",
-        ),
-    )  # fmt: skip
-    rows = table.to_dict(orient="records")
-    if not rows:
-        raise UserError(f"The table of slides {settings.table} has no row.")
+    where = f"The table of slides {settings.table}"
+    named = settings_of_columns(settings, *_COLUMN_SETTINGS)
+    require_columns(table, [settings.slide_column, settings.patient_column, *columns], where, named)
+    if not len(table):
+        raise UserError(f"{where} has no row.")
     finder = _Finder(root)
-    slides = [
-        finder.find({str(k): str(v) for k, v in row.items()}, settings.slide_column, number)
-        for number, row in enumerate(rows, start=1)
-    ]
+    slides = []
     numbers: dict[str, int] = {}
-    for number, slide in enumerate(slides, start=1):
-        if slide.fault:
-            continue
-        first = numbers.setdefault(os.path.realpath(slide.path), number)
+    for number, row in enumerate(table.astype(str).to_dict(orient="records"), start=1):
+        slides.append(slide := finder.find(row, settings.slide_column, number))
+        first = number if slide.fault else numbers.setdefault(os.path.realpath(slide.path), number)
         if first != number:
-            raise UserError(
-                f"Rows {first} and {number} of {settings.table}, not counting its header, name the same slide: "
-                f"{slide.path}.",
-                "Keep one of them.",
-            )
-    schema = Schema.from_table(
-        table, settings.class_field or None, settings.categorical, settings.continuous, settings.units
-    )
-    return slides, schema
+            rows = f"Rows {first} and {number} of {settings.table}, not counting its header,"
+            raise UserError(f"{rows} name the same slide: {slide.path}.", "Keep one of them.")
+    fields = (settings.class_field or None, settings.categorical, settings.continuous, settings.units)
+    return slides, Schema.from_table(table, *fields)
 
 
 class _Finder:
-    """Finds the file that a table's cell means: its path, or the end of its path, with or without the ending."""
+    """Finds the file that a table's cell names by its path, or by the end of its path, with or without the ending."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -176,7 +161,7 @@ class _Finder:
             names = ", ".join(str(path.relative_to(self.root)) for path in fits[:_MOST_NAMED])
             fault = f"ambiguous: {len(fits)} files are meant ({names}); write the path below source"
             return Listed(path, cell, row=row, fault=fault)
-        # Perhaps it is out of reach for a moment; then its key is what it would be.
+        # It may be out of reach for the moment; its key stays the same.
         ending = path.suffix.lower() in (*EXTENSIONS, ".dcm")
         return Listed(path, cell, path.stem if ending else path.name, row)
 
@@ -198,12 +183,12 @@ class _Finder:
 
 
 def _normal(text: str) -> str:
-    """macOS and some archives write ü as u and two dots; tables are written elsewhere."""
+    """Text in one Unicode form: file names of macOS and of some archives hold ü as u and two dots, tables do not."""
     return unicodedata.normalize("NFC", text)
 
 
-def _name(slide: Listed, settings: SlideSettings) -> None:
-    """Give the slide its key, or its fault."""
+def _set_key(slide: Listed, settings: SlideSettings) -> None:
+    """Set the slide's key, or its fault."""
     if settings.key_column:
         slide.key = slide.row[settings.key_column]
         remedy = f"mend it in the column {settings.key_column!r}"
@@ -245,10 +230,8 @@ def _refuse_equal_keys(slides: list[Listed], settings: SlideSettings) -> None:
             )
 
 
-def _tell_apart(slides: list[Listed], root: Path) -> None:
-    """Put the folder into the keys of slides that are named alike, or what their path hashes to where that is not
-    enough; other keys stay as they are.
-    """
+def _make_keys_unique(slides: list[Listed], root: Path) -> None:
+    """Add the folder to the keys of slides with equal names, or a hash of the path where that is not enough."""
     alike: dict[str, list[Listed]] = defaultdict(list)
     for slide in slides:
         alike[slide.key].append(slide)
@@ -264,53 +247,50 @@ def _tell_apart(slides: list[Listed], root: Path) -> None:
         alone = longer.count(key) == 1 and key not in taken and len(key.encode()) <= _MOST_BYTES
         slide.key = key if alone and key == key.strip() and "\\" not in key else _shortened(slide.key, shown)
     if groups:
-        told = ", ".join(f"{slide.name}: {slide.key}" for _, _, slide in wanted[:_MOST_NAMED])
-        logger.info("%d slides are named alike; their keys tell them apart: %s", len(wanted), told)
+        keys = ", ".join(f"{slide.name}: {slide.key}" for _, _, slide in wanted[:_MOST_NAMED])
+        logger.info("%d slides have the name of another; their keys differ: %s", len(wanted), keys)
 
 
-def _give_patient(slide: Listed, settings: SlideSettings) -> None:
-    if not settings.table:
-        slide.patient = slide.key
-        if is_tcga([slide.path.name]):
-            try:
-                slide.patient = parse_barcode(slide.path.name).patient
-            except UserError:
-                slide.fault = (
-                    "its name begins like a TCGA barcode and is none: rename it, or give its patient (table=…)"
-                )
+def _set_patient(slide: Listed, settings: SlideSettings) -> None:
+    if settings.table:
+        slide.patient = slide.row[settings.patient_column]
+        if is_missing(slide.patient):  # never the slide's name: two slides of one person would become two people
+            raise UserError(f"{slide.path} has no patient.", "Fill the column: splits are by patient.")
         return
-    slide.patient = slide.row[settings.patient_column]
-    if is_missing(slide.patient):  # never the slide's name: two slides of one person would become two people
-        raise UserError(
-            f"{slide.path} has no patient.", "Without patients no honest split is possible; fill the column."
-        )
+    slide.patient = slide.key
+    if is_tcga([slide.path.name]):
+        try:
+            slide.patient = parse_barcode(slide.path.name).patient
+        except UserError:
+            slide.fault = "its name begins like a TCGA barcode and is none: rename it, or give its patient (table=…)"
 
 
-def _tell_of_patients(slides: list[Listed]) -> None:
-    """Say which slides are taken for a patient of their own, and which of these look like one person's."""
+def _warn_of_patients(slides: list[Listed]) -> None:
+    """Warn of slides that count as a patient each, and of those among them that may be of one person."""
     own = [slide for slide in slides if slide.patient == slide.key]
     if len(own) < 2:
         return
-    logger.warning(
-        "%d of %d slides are taken for a patient each, as their names hold no TCGA barcode: if a patient has several, "
-        "a split may divide them. Give a table with the columns slide and patient (table=…)", len(own), len(slides),
-    )  # fmt: skip
+    text = "%d of %d slides count as a patient each, since their names hold no TCGA barcode: if a patient has several, "
+    text += "a split may divide them. Give a table with the columns slide and patient (table=…)"
+    logger.warning(text, len(own), len(slides))
     people: dict[str, list[str]] = defaultdict(list)
     for slide in own:
-        people[f"{slide.path.parent}/{_key(slide)}"].append(slide.key)  # one scan in two formats, perhaps
-        # C3L-00001-21, 12345_2, case 7 B: a number, and one short part more.
+        people[f"{slide.path.parent}/{_key(slide)}"].append(slide.key)  # perhaps one scan in two formats
+        # C3L-00001-21, 12345_2, case 7 B: a number, and one more short part.
         if match := re.fullmatch(r"(.*\d.*?)[-_ ]+(?:\d{1,3}|[A-Za-z]{1,2}\d{0,2})", slide.key):
             people[match[1]].append(slide.key)
     several = [keys for keys in people.values() if 1 < len(keys) <= _MOST_OF_ONE_PERSON]
     if several:
-        told = "; ".join(", ".join(keys[:_MOST_NAMED]) for keys in several[:_MOST_NAMED])
-        logger.warning("These look like slides of one person (%d such groups): %s", len(several), told)
+        groups = "; ".join(", ".join(keys[:_MOST_NAMED]) for keys in several[:_MOST_NAMED])
+        logger.warning("These slides may be of one person (%d such groups): %s", len(several), groups)
 
 
-def _give_resolutions(slides: list[Listed], path: str) -> None:
-    """Give slides the µm per pixel that a table says."""
-    if not path:
-        return
+def _set_resolutions(slides: list[Listed], path: str) -> None:
+    """Set the µm per pixel of slides from a table.
+
+    Raises:
+        UserError: The table has no number, names an unknown slide or one of several, or has two values for one.
+    """
     table = read_table(path)
     require_columns(table, ["slide", "mpp"], f"The table of resolutions {path}")
     by_name: dict[str, list[Listed]] = defaultdict(list)
@@ -322,23 +302,19 @@ def _give_resolutions(slides: list[Listed], path: str) -> None:
         try:
             value = float(text)
         except ValueError:
-            raise UserError(
-                f"{path}: the resolution of {name!r} is {text!r}; it is a number of µm per pixel, from "
-                f"{MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}.",
-                "Write a point for a decimal comma.",
-            ) from None
+            limits = f"it is a number of µm per pixel, from {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}"
+            problem = f"{path}: the resolution of {name!r} is {text!r}; {limits}."
+            raise UserError(problem, "Write a point for a decimal comma.") from None
         check_mpp(value, f"{path}: the resolution of {name!r}")
         # The key or the path below the folder first: several may have the same name.
         fits = [slide for slide in by_name[name] if name in (slide.key, slide.name)] or by_name[name]
         if len(fits) > 1:
-            raise UserError(
-                f"{path} names {name!r}, which may be {' or '.join(slide.name for slide in fits[:_MOST_NAMED])}.",
-                "Write the path below the folder.",
-            )
+            choices = " or ".join(slide.name for slide in fits[:_MOST_NAMED])
+            raise UserError(f"{path} names {name!r}, which may be {choices}.", "Write the path below the folder.")
         unused += [] if fits else [name]
         for slide in fits:
             if slide.mpp not in (None, value):
                 raise UserError(f"{path} gives {slide.name} two resolutions: {slide.mpp:g} and {value:g}.", "Keep one.")
             slide.mpp = value
     if unused:
-        raise UserError(f"{path} names slides that are not there: {sorted(unused)[:5]}.", "Correct the names.")
+        raise UserError(f"{path} names unknown slides: {sorted(unused)[:5]}.", "Correct the names.")

@@ -1,7 +1,7 @@
-"""One whole-slide image, opened with OpenSlide: its resolution, and patches that are what the scanner saw or nothing.
+"""One whole-slide image, opened with OpenSlide: its resolution, and patches with the scanner's pixels or none.
 
-OpenSlide errors latch: after one, every further call on that handle fails. So a failed read closes the slide, opens it
-again and is tried once more; a patch that fails twice is dropped and counted, never replaced by white or black pixels.
+After an error, every further call on an OpenSlide handle fails. So a failed read closes the slide, opens it again and
+is tried once more; a patch that fails twice is dropped and counted, never replaced by white or black pixels.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ with needs("Cutting slides", "openslide-python openslide-bin"):
     import openslide
 
 CACHE_BYTES = 64 * 2**20
-_SLACK = 1e-3  # pixels of a region that rounding may account for
+_SLACK = 1e-3  # pixels of a region by which rounding may change its size
 _BLOCK_EDGE = 2048  # pixels of a level that a thumbnail reads at once
 LEVEL_TOLERANCE = 0.02
-"""Share by which a level may be coarser than asked for and still be taken as equal."""
+"""Share by which a level may be coarser than requested and still be taken as equal."""
 
 
 class SlideError(Exception):
-    """A slide that cannot be used; the message is the reason that the quality table gives."""
+    """A slide that cannot be used; the message is its reason in the quality table."""
 
 
 class SlideSkipped(SlideError):
-    """A slide that is whole, but not what was asked for: no resolution, too coarse, or stored in another way."""
+    """A slide without damage that cannot be cut: no resolution, too coarse, or stored in an unsupported way."""
 
 
 class PatchError(Exception):
@@ -41,16 +41,16 @@ class PatchError(Exception):
 
 
 def _check_samples(tags: TiffTags) -> None:
-    """Refuse samples that OpenSlide would cut to 8 bits, or cannot read.
+    """Refuse samples that OpenSlide would reduce to 8 bits, or cannot read.
 
     Raises:
-        SlideSkipped: They are such.
+        SlideSkipped: Names the samples and the conversion.
     """
     convert = "convert to 8 bits, vips linear IN OUT.tif[tile,pyramid,bigtiff]"
     if tags.floating:
         raise SlideSkipped(f"floating-point samples: {convert} 255 0 --uchar (if white is 1)")
     if tags.bits > 8:
-        # Which of them are used is not written anywhere: 12 bits in 16 would come out near-black.
+        # No tag says how many of them are used: 12 bits in 16 would become near-black.
         raise SlideSkipped(f"{tags.bits} bits per sample: {convert} A 0 --uchar, A = 255 / white (12 bits: 255 / 4095)")
 
 
@@ -59,13 +59,13 @@ class Slide:
 
     Args:
         path: The slide's file.
-        mpp: µm per pixel of level 0 to use instead of what the file says; ``None`` to ask the file.
+        mpp: µm per pixel of level 0 to use instead of the file's; ``None`` to read it from the file.
         srgb: Whether to convert colours from the slide's ICC profile to sRGB; otherwise pixels stay as the scanner
             delivered them, whatever profile is embedded.
 
     Raises:
         SlideError: OpenSlide cannot read it.
-        SlideSkipped: It does not say its resolution, or is stored in a way that OpenSlide cannot read or would alter.
+        SlideSkipped: It has no resolution, or is stored in a way that OpenSlide cannot read or would alter.
     """
 
     def __init__(self, path: str | Path, mpp: float | None = None, srgb: bool = False) -> None:
@@ -81,8 +81,8 @@ class Slide:
             found = Resolution(mpp, mpp, "override") if mpp is not None else resolution(self.properties)
             if found is None:
                 power = self.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER, "")
-                told = f" (its objective power, {power}, does not tell)" if power else ""
-                raise SlideSkipped(f"no resolution in µm per pixel: give it in mpp_table{told}")
+                note = f" (its objective power, {power}, does not tell)" if power else ""
+                raise SlideSkipped(f"no resolution in µm per pixel: give it in mpp_table{note}")
             self.mpp = found
             background = self.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
             self.background = tuple(int(background[i : i + 2], 16) for i in (0, 2, 4))
@@ -119,9 +119,8 @@ class Slide:
                 convert = "vips tiffsave IN OUT.tif --tile --pyramid --bigtiff"
                 if not tags.tiled:
                     raise SlideSkipped(f"a TIFF in strips, not in tiles: convert it, {convert}") from None
-                raise SlideError(
-                    f"a TIFF that OpenSlide does not read: cut off, or in another form ({convert})"
-                ) from None
+                reason = f"a TIFF that OpenSlide does not read: cut off, or in another form ({convert})"
+                raise SlideError(reason) from None
             raise SlideError("not a slide: OpenSlide does not know the format") from None
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideError(f"OpenSlide cannot open it: {error}") from None
@@ -146,7 +145,7 @@ class Slide:
         return max(fine, key=lambda i: self.downsamples[i], default=0)
 
     def _region(self, x: int, y: int, level: int, size: tuple[int, int]) -> Image.Image:
-        """RGB of a region; where the slide has no tile (transparent), the slide's own background colour."""
+        """A region as RGB, with the slide's background colour where it has no tile (transparent)."""
         for attempt in (1, 2):
             try:
                 if self._handle is None:  # after an error, even one of opening again
@@ -185,7 +184,7 @@ class Slide:
         whole = (max(1, math.ceil(width - _SLACK)), max(1, math.ceil(height - _SLACK)))
         image = self._region(x, y, level, whole)
         if max(abs(width - patch_size), abs(height - patch_size)) <= _SLACK:
-            return np.asarray(image)  # within rounding of a resolution or downsample nothing is interpolated
+            return np.asarray(image)  # within rounding of a resolution or downsample, nothing is interpolated
         box = (0.0, 0.0, min(width, whole[0]), min(height, whole[1]))
         return np.asarray(image.resize((patch_size, patch_size), Image.Resampling.LANCZOS, box=box))
 
@@ -200,7 +199,7 @@ class Slide:
         level = self.level_for(min(mpp / self.mpp.x, mpp / self.mpp.y))
         across, down = self._levels[level][0] / width, self._levels[level][1] / height
         out = np.empty((height, width, 3), np.uint8)
-        # In blocks, since a slide without coarse levels does not fit memory as a whole.
+        # In blocks, since a slide without coarse levels does not fit in memory.
         step = max(1, int(_BLOCK_EDGE / max(across, down)))
         for top in range(0, height, step):
             for left in range(0, width, step):

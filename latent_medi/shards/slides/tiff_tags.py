@@ -1,4 +1,4 @@
-"""The few tags of a TIFF that OpenSlide does not tell: it turns 16 bits into 8 without a word, for one."""
+"""A few tags of a TIFF that OpenSlide does not report: it silently turns 16 bits into 8, for example."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class TiffTags:
 
 
 def tiff_tags(path: str | Path) -> TiffTags | None:
-    """The tags of a TIFF's or BigTIFF's first image, or ``None`` if the file is none that can be followed.
+    """The tags of a TIFF's or BigTIFF's first image, or ``None`` if the file is no valid TIFF.
 
     Args:
-        path: A regular file. Not one of Hamamatsu's: beyond 4 GiB they keep offsets in a way of their own.
+        path: A regular file. Not one of Hamamatsu's, which has other offsets beyond 4 GiB.
 
     Raises:
         OSError: It cannot be read.
@@ -77,7 +77,6 @@ def _read(path: Path) -> TiffTags | None:
             found[tag] = struct.unpack(f"{order}{number}{_TYPES[kind]}", value[:needed])
     if not found:
         return None
-    return TiffTags(
-        bits=max(found.get(_BITS, (1,)), default=1), tiled=_TILE_WIDTH in found,
-        floating=_FLOAT in found.get(_SAMPLE_FORMAT, ()), white_is_zero=found.get(_PHOTOMETRIC) == (0,),
-    )  # fmt: skip
+    floating = _FLOAT in found.get(_SAMPLE_FORMAT, ())
+    bits = max(found.get(_BITS, (1,)), default=1)
+    return TiffTags(bits, _TILE_WIDTH in found, floating, white_is_zero=found.get(_PHOTOMETRIC) == (0,))

@@ -1,8 +1,8 @@
-"""Where the tissue is: a mask on a thumbnail, without a network.
+"""A mask of the tissue on a thumbnail, without a network.
 
-Pen and black are set aside; Otsu's threshold on colour saturation finds the tissue; a second pass repeats it in the
-surroundings of what the first found, where glass and tissue are balanced, so that pale tissue on a mostly empty slide
-is kept (Otsu, IEEE Trans. SMC 9, 1979).
+Pen and black are excluded; Otsu's threshold on colour saturation finds the tissue (Otsu, IEEE Trans. SMC 9, 1979). A
+second pass repeats it around the tissue of the first, where glass and tissue are balanced: it keeps pale tissue on a
+mostly empty slide.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from PIL import Image
 from scipy import ndimage
 
 THUMBNAIL_MPP = 8.0
-"""µm per pixel of the thumbnail that masks are made on."""
+"""µm per pixel of the thumbnail from which masks are made."""
 _SMALLEST_UM2 = 20_000.0  # smaller specks are dust
 _LARGEST_HOLE_UM2 = 20_000.0  # smaller holes are lumina
-_AROUND_UM = 400.0  # how far the second pass looks around the first one's tissue
+_AROUND_UM = 400.0  # extent of the second pass around the first one's tissue
 _LOG_SCALE = 255 / np.log(256)
 _LEAST_SATURATION = 8.0  # of 255 between glass and tissue; below it the slide is taken for empty
 
@@ -33,7 +33,7 @@ def otsu(values: np.ndarray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         between = below * above * (moment / below - (moment[-1] - moment) / above) ** 2
     between = np.nan_to_num(between)
-    # Between two groups apart every threshold is as good: the middle one.
+    # Between two separate groups every threshold is as good: take the middle one.
     best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
     return float(best.mean())
 
@@ -49,9 +49,9 @@ def hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def pen_and_black(image: np.ndarray) -> np.ndarray:
-    """Marker ink (green, blue, red, black), scanner borders and folds that let no light through; bool [h, w].
+    """Marker ink (green, blue, red, black), scanner borders and opaque folds; bool [h, w].
 
-    Haematoxylin and eosin lie between violet-blue and pink (hues of 235° to 350°); inks lie outside, or are far more
+    Haematoxylin and eosin have hues from violet-blue to pink (235° to 350°); inks have others, or are far more
     saturated.
 
     Args:
@@ -66,7 +66,7 @@ def pen_and_black(image: np.ndarray) -> np.ndarray:
 
 
 def tissue_mask(image: np.ndarray, mpp: float = THUMBNAIL_MPP) -> np.ndarray:
-    """Where there is tissue, bool [h, w].
+    """The mask of tissue, bool [h, w].
 
     Args:
         image: Thumbnail, uint8 [h, w, 3].
@@ -86,11 +86,12 @@ def tissue_mask(image: np.ndarray, mpp: float = THUMBNAIL_MPP) -> np.ndarray:
         return around
     second = around & (saturation > min(_threshold(saturation[around]), _threshold(saturation[usable])))
     second = ndimage.binary_closing(np.pad(second, 2), iterations=2)[2:-2, 2:-2] & usable
-    return _fill_small_holes(_without_small(second, mpp), mpp) & usable
+    holes = ~_without_small(second, mpp)
+    return ~_without_small(holes, mpp, _LARGEST_HOLE_UM2) & usable
 
 
 def why_no_tissue(image: np.ndarray, mpp: float = THUMBNAIL_MPP) -> str:
-    """What a thumbnail looks like in which no tissue was found, in words.
+    """The likely reason why no tissue was found on a thumbnail, in words.
 
     Args:
         image: Thumbnail, uint8 [h, w, 3].
@@ -112,9 +113,9 @@ def why_no_tissue(image: np.ndarray, mpp: float = THUMBNAIL_MPP) -> str:
 
 
 def _threshold(saturation: np.ndarray) -> float:
-    """Otsu's threshold, or one above everything if there are no two groups apart.
+    """Otsu's threshold on a logarithmic scale, or one above everything if there are no two groups.
 
-    Taken on a logarithmic scale, where glass and pale tissue are as far apart as pale and dark tissue.
+    On that scale glass and pale tissue differ as much as pale and dark tissue.
     """
     level = float(np.expm1(otsu(np.log1p(saturation) * _LOG_SCALE) / _LOG_SCALE))
     low, high = saturation[saturation <= level], saturation[saturation > level]
@@ -127,20 +128,12 @@ def _threshold(saturation: np.ndarray) -> float:
     return level
 
 
-def _without_small(mask: np.ndarray, mpp: float) -> np.ndarray:
+def _without_small(mask: np.ndarray, mpp: float, least: float = _SMALLEST_UM2) -> np.ndarray:
+    """The connected regions of at least ``least`` µm²."""
     labels, count = ndimage.label(mask)
-    sizes = np.bincount(labels.reshape(-1), minlength=count + 1) * mpp**2
-    keep = sizes >= _SMALLEST_UM2
+    keep = np.bincount(labels.reshape(-1), minlength=count + 1) * mpp**2 >= least
     keep[0] = False
     return keep[labels]
-
-
-def _fill_small_holes(mask: np.ndarray, mpp: float) -> np.ndarray:
-    labels, count = ndimage.label(~mask)
-    sizes = np.bincount(labels.reshape(-1), minlength=count + 1) * mpp**2
-    fill = sizes < _LARGEST_HOLE_UM2
-    fill[0] = False
-    return mask | fill[labels]
 
 
 def tissue_share(mask: np.ndarray, boxes: np.ndarray) -> np.ndarray:

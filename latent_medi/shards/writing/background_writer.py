@@ -1,4 +1,4 @@
-"""Shards written by a thread while a device makes the next patches: encoding images takes as long as making them."""
+"""A thread that writes shards while a device generates the next patches; encoding takes as long as generating."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _WHOLE, _OVER = object(), object()
 
 
 class _GivenUp(Exception):
-    """No more patches come for a shard that is being written."""
+    """The patches of a shard that is being written end early."""
 
 
 def write_behind(
     shards: Iterable[tuple[int, Iterable[Patch]]], write: Callable[[int, Iterator[Patch]], object], room: int
 ) -> None:
-    """Have shards written by a thread, in their order, while the caller's thread makes their patches.
+    """Write shards in a thread, in their order, while the caller's thread generates their patches.
 
-    If making them ends early, whatever the reason, the shards that are whole are written before it is told, and the one
-    that is not is given up. If writing fails, no more patches are made.
+    If generating ends early, for any reason, the complete shards are written first, and the incomplete one is dropped.
+    If writing fails, no more patches are generated.
 
     Args:
-        shards: Number and patches of each; asked for in the caller's thread, where signals arrive.
+        shards: Number and patches of each; iterated in the caller's thread, where signals arrive.
         write: Writes a shard, as :func:`latent_medi.shards.writing.writer.write_shard` does.
-        room: Patches that may wait to be written, at least 1; then the making of more waits.
+        room: Most patches that wait to be written, at least 1; with more, generating pauses.
 
     Raises:
-        BaseException: What making or writing raised; both did: what writing did.
+        BaseException: The error of generating or of writing; if both failed, that of writing.
     """
     waiting: Queue[Any] = Queue(room)
     failed: list[BaseException] = []
@@ -49,7 +49,7 @@ def write_behind(
             return
         except BaseException as error:
             failed.append(error)
-            while waiting.get() is not _OVER:  # or who makes them would wait for room for ever
+            while waiting.get() is not _OVER:  # otherwise the caller would wait for room for ever
                 pass
 
     thread = Thread(target=work, name="shards", daemon=True)

@@ -1,9 +1,9 @@
-"""What is remembered of each shard until its dataset is finished, so that a run cut off goes on where it stopped."""
+"""A record of each finished shard, kept until its dataset is finished: an interrupted run continues after the last."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ logger = get_logger(__name__)
 PROGRESS_FOLDER = ".progress"
 
 _SUM = "content_sha256"
+_IN_SUMMARY = ("sha256", "size", "codec", "patch_size", "token", "notes")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def begin(folder: Path) -> None:
     """Make a dataset folder an unfinished one, to be written (again): without its index, with a folder for records.
 
     Raises:
-        UserError: It holds files of somebody else's that would be replaced.
+        UserError: It holds files of another kind that would be replaced.
     """
     claim(folder)
     remove(folder / INFO_FILE)
@@ -76,7 +77,7 @@ def claim(folder: Path) -> None:
 
 
 def refuse_others(folder: Path) -> None:
-    """Refuse a folder with files of somebody else's that a dataset would replace."""
+    """Refuse a folder that is no dataset, with files that a dataset would replace."""
     signs = {INFO_FILE: "schema_version", PROGRESS_FOLDER: ""}
     refuse_foreign(folder, signs, [INFO_FILE, INDEX_FILE, "data/part-*.tar"])
 
@@ -84,6 +85,11 @@ def refuse_others(folder: Path) -> None:
 def shard_file(number: int) -> str:
     """Path of a shard inside the dataset folder."""
     return f"data/part-{number:06d}.tar"
+
+
+def shard_number(file: str) -> int:
+    """The number in the path of a shard or of its record."""
+    return int(Path(file).stem.removeprefix("part-"))
 
 
 def _record_path(folder: Path, number: int) -> Path:
@@ -96,10 +102,8 @@ def _sum(summary: Mapping[str, Any], rows: pd.DataFrame) -> str:
 
 
 def write_record(folder: Path, record: ShardRecord) -> None:
-    summary = {
-        "sha256": record.sha256, "size": record.size, "codec": record.codec, "patch_size": record.patch_size,
-        "token": record.token, "notes": dict(record.notes),
-    }  # fmt: skip
+    """Write a record, atomically, with a checksum of its content."""
+    summary = {name: getattr(record, name) for name in _IN_SUMMARY} | {"notes": dict(record.notes)}
     summary[_SUM] = _sum(summary, record.rows)
     table = pa.Table.from_pandas(record.rows, preserve_index=False)
     table = table.replace_schema_metadata({"shard": json.dumps(summary)})
@@ -108,7 +112,7 @@ def write_record(folder: Path, record: ShardRecord) -> None:
 
 
 def remove_record(folder: Path, number: int) -> None:
-    """Forget a shard; its tar stays."""
+    """Remove a shard's record; its tar stays."""
     _record_path(folder, number).unlink(missing_ok=True)
 
 
@@ -117,18 +121,15 @@ def _read_record(path: Path) -> ShardRecord:
         raise OSError("it is not a file")
     table = pq.read_table(path)
     summary = json.loads(table.schema.metadata[b"shard"])
-    number = int(path.stem.removeprefix("part-"))
     rows = table.replace_schema_metadata(None).to_pandas()
-    told = summary.pop(_SUM, None)  # earlier versions wrote none
-    if told is not None and told != _sum(summary, rows):
+    checksum = summary.pop(_SUM, None)  # earlier versions wrote none
+    if checksum is not None and checksum != _sum(summary, rows):
         raise ValueError("its content is not what was written")
-    return ShardRecord(number, count=len(rows), rows=rows, **summary)
+    return ShardRecord(shard_number(path.name), count=len(rows), rows=rows, **summary)
 
 
 def finished_shards(folder: str | Path) -> dict[int, ShardRecord]:
-    """The shards of an unfinished dataset folder whose tar is there with the recorded SHA-256; others are logged and
-    left out.
-    """
+    """The shards of an unfinished dataset folder whose tar has the recorded SHA-256; others are logged and left out."""
     folder = Path(folder)
     found: dict[int, ShardRecord] = {}
     for path in sorted((folder / PROGRESS_FOLDER).glob("part-*.parquet")):
@@ -145,3 +146,9 @@ def finished_shards(folder: str | Path) -> dict[int, ShardRecord]:
             record = replace(record, rows=with_sums(tar, record.rows))
         found[record.number] = record
     return found
+
+
+def kept_shards(folder: Path, tokens: Sequence[str]) -> dict[int, ShardRecord]:
+    """The finished shards that a rerun keeps: shard ``n`` if it was made from ``tokens[n]``."""
+    found = finished_shards(folder).items()
+    return {n: record for n, record in found if n < len(tokens) and record.token == tokens[n]}

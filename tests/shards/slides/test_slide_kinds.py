@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slide_parts import GLASS, PINK, tissue, write_slide
 
+from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slides.job import SlideJob, run
 from latent_medi.shards.slides.tiff_tags import tiff_tags
 
@@ -62,28 +63,56 @@ KINDS: dict[str, tuple[np.ndarray, dict, str]] = {
 def test_every_kind_has_its_words(tmp_path: Path, kind: str) -> None:
     image, options, expected = KINDS[kind]
     path = tiff(tmp_path / f"{kind}.tif", image, **options)
-    row = run(SlideJob(str(path), kind, "p", 64, 0.5, folder=str(tmp_path / "out"), max_patches=4))
+    row = run(
+        SlideJob(
+            str(path), kind, "p", SlideSettings(patch_size=64, mpp=0.5, max_patches=4), folder=str(tmp_path / "out")
+        )
+    )
     assert f"{row['status']}: {row['reason']}".startswith(expected)
     if row["status"] != "kept":
         assert not list((tmp_path / "out").rglob("*.tar"))
     # A dry run tells the same.
-    dry = run(SlideJob(str(path), kind, "p", 64, 0.5, folder=str(tmp_path / "out"), max_patches=4, dry_run=True))
+    dry = run(
+        SlideJob(
+            str(path),
+            kind,
+            "p",
+            SlideSettings(patch_size=64, mpp=0.5, max_patches=4, dry_run=True),
+            folder=str(tmp_path / "out"),
+        )
+    )
     assert (dry["reason"], dry["status"]) == (row["reason"], row["status"].replace("kept", "estimated"))
 
 
 def test_tissue_that_is_not_enough_and_patches_that_do_not_pass(tmp_path: Path) -> None:
     path = write_slide(tmp_path / "dotted.tif", DOTTED)
-    row = run(SlideJob(str(path), "k", "p", 256, 1.0, folder=str(tmp_path / "out"), min_tissue=0.9))
+    row = run(
+        SlideJob(
+            str(path), "k", "p", SlideSettings(patch_size=256, mpp=1.0, min_tissue=0.9), folder=str(tmp_path / "out")
+        )
+    )
     assert row["status"] == "empty"
     assert row["reason"].startswith("no patch with enough tissue: at most ")
     assert row["reason"].endswith("% of one is tissue, min_tissue asks for 90 %")
-    row = run(SlideJob(str(path), "k", "p", 64, 0.5, folder=str(tmp_path / "out"), min_sharpness=1e6))
+    row = run(
+        SlideJob(
+            str(path), "k", "p", SlideSettings(patch_size=64, mpp=0.5, min_sharpness=1e6), folder=str(tmp_path / "out")
+        )
+    )
     assert row["reason"] == f"no patch passed: of {row['candidates']} with tissue, " + (
         f"{row['rejected_blur']} blurred (min_sharpness)"
     )
     # All may be asked for, where tissue cannot be told.
     grey = tiff(tmp_path / "grey.tif", GREY, photometric="minisblack")
-    row = run(SlideJob(str(grey), "g", "p", 64, 0.5, folder=str(tmp_path / "all"), min_tissue=0.0, max_white=1.0))
+    row = run(
+        SlideJob(
+            str(grey),
+            "g",
+            "p",
+            SlideSettings(patch_size=64, mpp=0.5, min_tissue=0.0, max_white=1.0),
+            folder=str(tmp_path / "all"),
+        )
+    )
     assert (row["status"], row["kept"]) == ("kept", 14 * 10)
 
 

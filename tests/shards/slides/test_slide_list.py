@@ -37,8 +37,11 @@ def keys(slides: list[Listed]) -> dict[str, str]:
 def test_names_alike_are_told_apart_by_their_folder_and_others_stay_as_they_are(tmp_path: Path) -> None:
     source = touch(tmp_path / "s", "P1/HE.tif", "P2/HE.tif", "P2/Ki67.b.tif", "alone.svs")
     assert keys(listed(source)) == {
-        "P1/HE.tif": "P1-HE", "P2/HE.tif": "P2-HE", "P2/Ki67.b.tif": "Ki67-b", "alone.svs": "alone"
-    }  # fmt: skip
+        "P1/HE.tif": "P1-HE",
+        "P2/HE.tif": "P2-HE",
+        "P2/Ki67.b.tif": "Ki67-b",
+        "alone.svs": "alone",
+    }
     # What a folder does not tell apart, what the path hashes to does, whatever else is there.
     touch(source, "S1.2.tif", "S1-2.tif", "x.tif", "x.tiff", "P1-HE.tif")
     found = keys(listed(source))
@@ -72,9 +75,11 @@ def test_a_table_names_slides_with_or_without_ending_and_folder(tmp_path: Path, 
     source = touch(tmp_path / "s", "s_1.tif", "S2.B.tif", "sub/s_3.tif", "other.tif")
     (source / "s_1").mkdir()  # as a MIRAX slide has
     slides = listed(
-        source, "slide_id,case_id\n" + "".join(f"{cell},p{i}\n" for i, cell in enumerate(cells)),
-        slide_column="slide_id", patient_column="case_id",
-    )  # fmt: skip
+        source,
+        "slide_id,case_id\n" + "".join(f"{cell},p{i}\n" for i, cell in enumerate(cells)),
+        slide_column="slide_id",
+        patient_column="case_id",
+    )
     stems = {"s": "s_1", "S": "S2-B"}
     assert [slide.key for slide in slides] == ["s_3" if "s_3" in cell else stems[cell[0]] for cell in cells]
     assert all(slide.path.is_file() for slide in slides)
@@ -164,7 +169,7 @@ def test_patients_that_are_only_guessed_are_told_of(tmp_path: Path, caplog: pyte
     source = touch(tmp_path / "s", *(f"{name}.tif" for name in names))
     with caplog.at_level(logging.WARNING):
         listed(source)
-    assert "3 of 5 slides are taken for a patient each" in caplog.text
+    assert "3 of 5 slides count as a patient each" in caplog.text
     assert "one person (1 such groups): C3L-00001-21, C3L-00001-22" in caplog.text
     caplog.clear()
     listed(source, "slide,patient\nC3L-00001-21,C3L-00001\nC3L-00001-22,C3L-00001\n")

@@ -23,8 +23,9 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.importing.images import import_images
 from latent_medi.shards.importing.resolution import resolution
 from latent_medi.shards.settings import ImportSettings, SlideSettings
-from latent_medi.shards.slides.cut import cut_slides, run_slide
-from latent_medi.shards.slides.job import SlideJob, grid, run, shuffled
+from latent_medi.shards.slides.cut import cut_slides
+from latent_medi.shards.slides.cutter import grid, shuffled
+from latent_medi.shards.slides.job import SlideJob, run, run_slide
 from latent_medi.shards.slides.slide import PatchError, Slide, SlideError
 from latent_medi.shards.slides.tissue import otsu, pen_and_black, tissue_mask, tissue_share
 
@@ -240,14 +241,32 @@ def test_unreadable_patches_are_dropped_and_too_many_quarantine(
         return real(self, x, y, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Slide, "patch", sometimes)
-    job = SlideJob(str(path), "k", "p", 64, 1.0, folder=str(tmp_path / "out"), max_unreadable=0.5)
+    job = SlideJob(
+        str(path), "k", "p", SlideSettings(patch_size=64, mpp=1.0, max_unreadable=0.5), folder=str(tmp_path / "out")
+    )
     row = run(job)
     assert row["rejected_unreadable"] == len(bad) > 0
     assert row["kept"] == row["candidates"] - len(bad) - row["rejected_white"]
     # A share of what was read, not of what could have been: a few patches out of a damaged slide are no sample of it.
-    row = run(SlideJob(str(path), "k", "p", 64, 1.0, folder=str(tmp_path / "few"), max_unreadable=0.02, max_patches=30))
+    row = run(
+        SlideJob(
+            str(path),
+            "k",
+            "p",
+            SlideSettings(patch_size=64, mpp=1.0, max_unreadable=0.02, max_patches=30),
+            folder=str(tmp_path / "few"),
+        )
+    )
     assert row["status"] == "quarantined"
-    row = run(SlideJob(str(path), "k", "p", 64, 1.0, folder=str(tmp_path / "other"), max_unreadable=0.0))
+    row = run(
+        SlideJob(
+            str(path),
+            "k",
+            "p",
+            SlideSettings(patch_size=64, mpp=1.0, max_unreadable=0.0),
+            folder=str(tmp_path / "other"),
+        )
+    )
     assert row["status"] == "quarantined"
     assert "tile is damaged" in row["reason"]
     assert not list((tmp_path / "other").rglob("*.tar"))
@@ -271,7 +290,7 @@ def test_unreadable_patches_are_dropped_and_too_many_quarantine(
         ({"openslide.mpp-x": "0", "openslide.mpp-y": "0"}, None),
         ({}, None),
     ],
-)  # fmt: skip
+)
 def test_the_chain_of_resolutions(properties: dict[str, str], expected: tuple[float, float, str] | None) -> None:
     found = resolution(properties)
     if expected is None:
@@ -370,9 +389,17 @@ def test_real_slides(shared: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_random_moments_and_rerun_gives_the_unbroken_bytes(slides: Path, tmp_path: Path) -> None:
     words = [
-        sys.executable, "-m", "latent_medi.cli", "shards", "slides", f"source={slides}", "patch_size=64", "mpp=0.5",
-        "name=same", "jobs=2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "latent_medi.cli",
+        "shards",
+        "slides",
+        f"source={slides}",
+        "patch_size=64",
+        "mpp=0.5",
+        "name=same",
+        "jobs=2",
+    ]
     start = time.monotonic()
     subprocess.run([*words, f"out={tmp_path / 'whole'}"], check=True)
     takes = time.monotonic() - start
@@ -496,8 +523,14 @@ def endless_slide(path: Path) -> Path:
 
 def test_a_slide_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     path = endless_slide(tmp_path / "forever.tif")
-    job = SlideJob(str(path), "forever", "p", 2, 0.5, folder=str(tmp_path / "out"), max_white=1.0)
-    row = run_slide(job, 1.5)  # it may well not have begun
+    job = SlideJob(
+        str(path),
+        "forever",
+        "p",
+        SlideSettings(patch_size=2, mpp=0.5, max_white=1.0, timeout=1.5),
+        folder=str(tmp_path / "out"),
+    )
+    row = run_slide(job)  # it may well not have begun
     assert (row["status"], row["reason"]) == ("quarantined", "killed after 1.5 s")
     assert not list((tmp_path / "out").rglob("*.tar"))
 
@@ -529,7 +562,12 @@ def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) ->
 def test_patches_smaller_than_a_pixel_of_the_contact_sheet(tmp_path: Path) -> None:
     path = write_slide(tmp_path / "wide.tif", tissue(9000, 400), mpp=0.5, levels=1)
     job = SlideJob(
-        str(path), "k", "p", 4, 0.5, folder=str(tmp_path / "out"), max_patches=3, sheet=str(tmp_path / "s.png")
+        str(path),
+        "k",
+        "p",
+        SlideSettings(patch_size=4, mpp=0.5, max_patches=3),
+        folder=str(tmp_path / "out"),
+        sheet=str(tmp_path / "s.png"),
     )
     row = run(job)
     assert (row["status"], row["reason"]) == ("kept", "")

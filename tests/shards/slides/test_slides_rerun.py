@@ -74,8 +74,9 @@ def test_killed_around_a_shard_and_its_sheet_the_rerun_gives_the_unbroken_folder
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     killed = subprocess.run(
         [sys.executable, "-m", "latent_medi.cli", *words, "max_patches=5"],
-        env={**os.environ, "PYTHONPATH": path, "WATCHED": str(out / watched)}, capture_output=True,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": path, "WATCHED": str(out / watched)},
+        capture_output=True,
+    )
     assert killed.returncode == -signal.SIGKILL
     assert not (out / INFO_FILE).exists()
     cut(source, out)
