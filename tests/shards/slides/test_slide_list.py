@@ -108,7 +108,7 @@ def test_a_key_column(tmp_path: Path) -> None:
         listed(source, rows.replace("two", "one"), key_column="name")
     with pytest.raises(UserError, match=r"lacks column 'nam' .*closest: 'name'"):
         listed(source, rows, key_column="nam")
-    with pytest.raises(UserError, match="but no table is given"):
+    with pytest.raises(UserError, match="need a table"):
         listed(source, key_column="name")
 
 

@@ -173,7 +173,7 @@ def test_a_table_brings_fields_and_patients(slides: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="decimal comma"):
         cut_slides(cut(slides, tmp_path / "x", mpp_table=str(tmp_path / "mpp.csv")))
     (tmp_path / "mpp.csv").write_text("slide,mpp\nother.tif,0.5\n")
-    with pytest.raises(UserError, match="names slides that are not there"):
+    with pytest.raises(UserError, match="names unknown slides"):
         cut_slides(cut(slides, tmp_path / "x", mpp_table=str(tmp_path / "mpp.csv")))
 
 

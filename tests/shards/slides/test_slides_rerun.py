@@ -141,7 +141,7 @@ def test_a_split_is_never_dropped(source: Path, whole: Path, tmp_path: Path) -> 
     cut(source, tmp_path / "classes", table=str(table), class_field="class")
     PatchDataset.open(tmp_path / "classes").add_split("held", ["train"] * 5 + ["test"] * 5, {"kind": "by class"})
     table.write_text("slide,patient,class\na,a,x\n=b,=b,x\n")
-    with pytest.raises(UserError, match=r"splits held, which may rest on fields that have changed since.*such as =b"):
+    with pytest.raises(UserError, match=r"splits held, which may depend on fields that have changed since.*such as =b"):
         cut(source, tmp_path / "classes", table=str(table), class_field="class")
     (out / INDEX_FILE).write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"would drop its splits \(main\)"):
