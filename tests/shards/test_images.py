@@ -292,6 +292,6 @@ def test_what_was_written_and_checked_is_said_in_a_line(
     words = [f"table={source / 'table.csv'}", f"out={tmp_path / 'out'}", "patch_size=16", "source_mpp=0.5"]
     assert main(["shards", "images", *words, "max_bad=0.1"]) == 0
     told = f"11 patches of 6 patients in {tmp_path / 'out'}"
-    assert capsys.readouterr().out == f"{told}; 1 image rejected, named in its dataset.json\n"
+    assert capsys.readouterr().out == f"{told}; 1 image rejected, see its dataset.json\n"
     assert main(["shards", "verify", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"no problem: {told}\n"
