@@ -106,7 +106,7 @@ def main() -> None:
     settings = EvaluateSettings(
         real=str(arguments.run / "data"), synthetic={name: str(out / name) for name in chosen}, out=str(out),
         held_out=run.held_out, encoders=[arguments.encoder], colour_free=False, site_field=run.site_field,
-        downstream=False, memorisation=False, deals=0, seed=run.seed, **judging,
+        downstream=False, memorisation=False, real_splits=0, seed=run.seed, **judging,
     )  # fmt: skip
     metrics = evaluate(settings)
     means = metrics.fidelity[arguments.encoder].unseen.means

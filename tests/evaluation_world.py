@@ -129,7 +129,7 @@ class World:
             "held_out": HELD_OUT,
             "resamples": 60,
             "repeats": 2,
-            "deals": 0,
+            "real_splits": 0,
             "memorisation": False,
             "cache": str(self.root / "features"),
             "colour_free": False,

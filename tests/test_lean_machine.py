@@ -82,7 +82,7 @@ def test_a_whole_experiment_runs_there(tmp_path: Path) -> None:
         "unseen_per_cell=4",
         "evaluate.resamples=20",
         "evaluate.repeats=1",
-        "evaluate.deals=0",
+        "evaluate.real_splits=0",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "report.html").is_file()

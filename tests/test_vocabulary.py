@@ -47,7 +47,6 @@ BANNED = {
 NOT_YET = {
     "told",
     "tells",
-    "deals",
     "dealt",
     "rival",
     "rivals",
@@ -69,7 +68,10 @@ NOT_YET = {
 }
 """Banned words that are still in use. This set only shrinks."""
 
-ALLOWED: set[tuple[str, str]] = set()
+ALLOWED: set[tuple[str, str]] = {
+    ("latent_medi/evaluation/real_baseline.py", "deals"),  # a key of floors.json
+    ("latent_medi/evaluation/settings.py", "deals"),  # the name of a setting before it was renamed
+}
 """(File, word) where the word must stay, such as a key of a file that earlier versions wrote."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")

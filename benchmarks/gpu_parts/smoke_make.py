@@ -197,7 +197,7 @@ def _evaluate(context: Context) -> None:
             colour_free=True,
             downstream=False,
             memorisation=True,
-            deals=0,
+            real_splits=0,
             resamples=10,
             cache=str(root / f"features-{name}"),
         )

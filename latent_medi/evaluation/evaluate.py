@@ -112,16 +112,14 @@ def check_settings(settings: EvaluateSettings) -> None:
         UserError: Names the value and what it may be.
     """
     check_downstream(settings)
-    if not 0.0 <= settings.max_copy_rate <= 1.0:
-        raise UserError(f"max_copy_rate is {settings.max_copy_rate}; it is a share from 0 to 1.")
     if settings.max_copy_rate < 1 and not settings.memorisation:
         raise UserError(
             f"max_copy_rate={settings.max_copy_rate:g} cannot be checked: memorisation=false finds no copies.",
             "Set memorisation=true, or max_copy_rate=1.",
         )
-    if settings.deals and settings.deals < real_split_range.MIN_REAL_SPLITS:
+    if settings.real_splits and settings.real_splits < real_split_range.MIN_REAL_SPLITS:
         raise UserError(
-            f"deals is {settings.deals}: too few for a range.",
+            f"real_splits is {settings.real_splits}: too few for a range.",
             f"Give {real_split_range.MIN_REAL_SPLITS} or more, or 0.",
         )
 
@@ -203,7 +201,7 @@ class _Comparisons:
             comparison_sets.held_out_comparisons(study, seed),
             comparison_sets.class_comparisons(study, seed),
             comparison_sets.field_comparisons(study, [settings.site_field], seed),
-            {" × ".join(f): comparison_sets.field_comparisons(study, f, seed) for f in settings.cells},
+            {" × ".join(f): comparison_sets.field_comparisons(study, f, seed) for f in settings.by_fields},
             comparison_sets.comparison_for(study, {}, seed),
         )
 
@@ -242,8 +240,8 @@ def _fidelity(
         )
 
     ranges = None
-    if settings.deals:
-        ranges = real_split_range.real_split_range(study, features, settings.deals, settings.seed)
+    if settings.real_splits:
+        ranges = real_split_range.real_split_range(study, features, settings.real_splits, settings.seed)
     return Fidelity(
         fingerprint=fingerprint,
         unseen=table(comparisons.unseen),

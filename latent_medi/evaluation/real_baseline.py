@@ -25,7 +25,7 @@ from latent_medi.core.progress import get_logger, progress
 from latent_medi.core.records import encode
 from latent_medi.evaluation.cohort.combinations import categorical_fields, describe
 from latent_medi.evaluation.cohort.matching import strata
-from latent_medi.evaluation.fidelity.real_split_range import MIN_REAL_SPLITS, Groups, real_splits
+from latent_medi.evaluation.fidelity.real_split_range import Groups, real_splits
 from latent_medi.evaluation.provenance import portable, recorded_settings, run_record
 from latent_medi.evaluation.settings import FloorsSettings
 from latent_medi.features.cache import cached_features, content_hash
@@ -126,7 +126,7 @@ def _floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None, accel
         declared.add_settings(settings, without=("data", "weights", "device", "cache"))
         declared.add_settings({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
     index, rows = cohort.dataset.index, cohort.rows
-    splits = real_splits(cohort.patients, strata(index, rows, cohort.pair), 0.5, settings.deals, settings.seed)
+    splits = real_splits(cohort.patients, strata(index, rows, cohort.pair), 0.5, settings.real_splits, settings.seed)
     out = Path(settings.out)
     cache = Path(settings.cache) if settings.cache else out / "features"
     found: dict[str, Any] = {}
@@ -162,8 +162,6 @@ def _open(settings: FloorsSettings) -> _Cohort:
     Raises:
         UserError: As :func:`floors`.
     """
-    if settings.deals < MIN_REAL_SPLITS:
-        raise UserError(f"deals is {settings.deals}: too few for a range.", f"Give {MIN_REAL_SPLITS} or more.")
     dataset = PatchDataset.open(settings.data)
     if dataset.schema.class_field is None:
         raise UserError(f"{settings.data} has no class field.", "Name the class when the dataset folder is made.")

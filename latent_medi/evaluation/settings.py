@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import Settings
+from latent_medi.core.settings import NonNegativeInt, Range, Settings, UnitInterval
 
 
 @dataclass
@@ -87,7 +87,7 @@ class EvaluateSettings(Settings):
             downstream=false.
         unseen: Whether the combinations of held_out must be without a training patch; false to evaluate combinations
             that training has few of.
-        cells: Fields whose combinations are compared one by one, such as [[class, site]].
+        by_fields: Fields whose combinations are compared one by one, such as [[class, site]].
         encoders: Names or folders of encoders; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
         colour_free: Also use each encoder on the haematoxylin channel alone.
@@ -101,8 +101,8 @@ class EvaluateSettings(Settings):
         seed: Seed of every subsample and resample.
         repeats: Draws of added patches per downstream arm; those without a draw are the same each time.
         resamples: Patient resamples for the intervals.
-        deals: Random splits of real patients into two groups, for the range of each measure between real patients; 0
-            leaves that out.
+        real_splits: Random splits of real patients into two groups, for the range of each measure between real
+            patients; 0 leaves that out.
         regularisation: C of the logistic regressions (inverse strength, standardised features). 0 chooses it per
             encoder by cross-validation on the real training patches alone, the same for every downstream arm; the
             probes of the adherence then use 1.
@@ -135,7 +135,7 @@ class EvaluateSettings(Settings):
     out: PathText = "runs/evaluation"
     held_out: list[dict[str, str]] = field(default_factory=list)
     unseen: bool = True
-    cells: list[list[str]] = field(default_factory=list)
+    by_fields: list[list[str]] = field(default_factory=list)
     encoders: list[PathText] = field(default_factory=lambda: ["phikon-v2"])
     weights: dict[str, PathText] = field(default_factory=dict)
     colour_free: bool = True
@@ -148,12 +148,12 @@ class EvaluateSettings(Settings):
     seed: int = 0
     repeats: int = 5
     resamples: int = 200
-    deals: int = 60
+    real_splits: NonNegativeInt = 60
     regularisation: float = 1.0
     added_per_cell: int = 0
     downstream: bool = True
     memorisation: bool = True
-    max_copy_rate: float = 1.0
+    max_copy_rate: UnitInterval = 1.0
     downstream_arms: list[str] = field(default_factory=list)
     stain_jitter: float = 0.2
     classifier: str = "probe"
@@ -165,6 +165,8 @@ class EvaluateSettings(Settings):
     device: str = ""
     batch: int = 128
     cache: PathText = ""
+
+    RENAMED: ClassVar = {"deals": "real_splits", "cells": "by_fields"}
 
 
 @dataclass
@@ -179,7 +181,7 @@ class FloorsSettings(Settings):
         colour_free: Also use each encoder on the haematoxylin channel alone.
         site_field: Field that names the hospital.
         fields: Categorical fields for further linear probes, besides class and site.
-        deals: Random splits of patients into two groups, 20 or more.
+        real_splits: Random splits of patients into two groups, 20 or more.
         seed: Seed of the splits.
         regularisation: C of the linear probes (inverse strength, standardised features).
         device: Torch device of the encoders; empty takes a GPU if there is one.
@@ -194,9 +196,11 @@ class FloorsSettings(Settings):
     colour_free: bool = True
     site_field: str = "site"
     fields: list[str] = field(default_factory=list)
-    deals: int = 40
+    real_splits: Annotated[int, Range(20)] = 40
     seed: int = 0
     regularisation: float = 1.0
     device: str = ""
     batch: int = 128
     cache: PathText = ""
+
+    RENAMED: ClassVar = {"deals": "real_splits"}

@@ -33,7 +33,7 @@ def test_from_a_dataset_folder_to_the_curve(tmp_path: Path, capsys: pytest.Captu
     experiment = {
         "base": "demo/shift", "train": TRAIN, "seen_per_cell": 2, "unseen_per_cell": 24, "encoders": ["demo"],
         "plan_fields": ["class", "site"], "generate": {"sampler": {"steps": 3}},
-        "evaluate": {"repeats": 1, "resamples": 20, "deals": 0, "colour_free": False},
+        "evaluate": {"repeats": 1, "resamples": 20, "real_splits": 0, "colour_free": False},
     }  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(experiment))
     out = tmp_path / "shift"

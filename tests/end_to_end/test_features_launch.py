@@ -69,8 +69,8 @@ def test_two_launched_processes_find_what_one_does(verb: str, tmp_path: Path) ->
     (tmp_path / "settings.yaml").write_text(
         yaml.safe_dump(
             {"real": str(world.real), "synthetic": {"medi": str(world.medi)}, "held_out": HELD_OUT, "resamples": 20,
-             "deals": 0, "repeats": 1, "downstream_arms": ["real", "oversample", "medi"]}
-            if verb == "evaluate" else {"data": str(world.real), "deals": 20}
+             "real_splits": 0, "repeats": 1, "downstream_arms": ["real", "oversample", "medi"]}
+            if verb == "evaluate" else {"data": str(world.real), "real_splits": 20}
         )
     )  # fmt: skip
     found = []

@@ -12,4 +12,4 @@ __all__ = ["metrics", "world"]
 
 @pytest.fixture(scope="session")
 def metrics(world: World) -> dict[str, Any]:
-    return evaluated(world.settings("full", colour_free=True, deals=30, memorisation=True), [filters()])
+    return evaluated(world.settings("full", colour_free=True, real_splits=30, memorisation=True), [filters()])

@@ -136,7 +136,7 @@ def test_a_second_run_gives_the_same_numbers(world: World) -> None:
     arms = ["real", "stain_transfer", "medi", "reweight"]
     runs = [
         evaluated(
-            world.settings("again", repeats=1, resamples=40, deals=20, memorisation=True, downstream_arms=arms),
+            world.settings("again", repeats=1, resamples=40, real_splits=20, memorisation=True, downstream_arms=arms),
             [filters()],
         )
         for _ in range(2)
@@ -261,7 +261,7 @@ def test_one_class_alone_can_be_judged_but_not_told_apart(world: World) -> None:
     write_real(folder, Size(), classes=["stripes"])
     with pytest.raises(UserError, match=r"class = stripes.*\n.*downstream=false"):
         evaluate(world.settings("stripes-out", real=str(folder), held_out=HELD_OUT[:1]), [filters()])
-    settings = world.settings("stripes-out", real=str(folder), held_out=HELD_OUT[:1], downstream=False, deals=20)
+    settings = world.settings("stripes-out", real=str(folder), held_out=HELD_OUT[:1], downstream=False, real_splits=20)
     result = evaluated(settings, [filters()])
     assert "class_mix" not in result["fidelity"]["filters"]["real_splits"]["synthetic"]["medi"]
 

@@ -20,7 +20,7 @@ from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 def test_planted_cohort_has_small_floors_and_high_ceilings(world: World, tmp_path: Path) -> None:
-    settings = FloorsSettings(data=str(world.real), out=str(tmp_path), colour_free=False, deals=20)
+    settings = FloorsSettings(data=str(world.real), out=str(tmp_path), colour_free=False, real_splits=20)
     result = floors(settings, [filters()])
     assert (result, True) == read_sealed(tmp_path / "floors.json", "")
     [found] = result["encoders"].values()
@@ -62,7 +62,7 @@ def coloured_patients(folder: Path, per_cell: int, one: str = "") -> Path:
 
 def test_a_patient_who_is_recognised_raises_no_ceiling(tmp_path: Path) -> None:
     data = coloured_patients(tmp_path / "data", 12)
-    settings = FloorsSettings(data=str(data), out=str(tmp_path / "out"), colour_free=False, deals=20)
+    settings = FloorsSettings(data=str(data), out=str(tmp_path / "out"), colour_free=False, real_splits=20)
     [found] = floors(settings, [filters()])["encoders"].values()
     for field in ("class", "site"):
         low, high = found["ceilings"][field]["range"]
@@ -75,7 +75,7 @@ def test_a_patient_who_is_recognised_raises_no_ceiling(tmp_path: Path) -> None:
 
 def test_a_combination_of_one_patient_says_so(tmp_path: Path) -> None:
     data = coloured_patients(tmp_path / "data", 4, one="bx")
-    settings = FloorsSettings(data=str(data), out=str(tmp_path / "out"), colour_free=False, deals=20)
+    settings = FloorsSettings(data=str(data), out=str(tmp_path / "out"), colour_free=False, real_splits=20)
     result = floors(settings, [filters()])
     [found] = result["encoders"].values()
     alone = {cell["name"]: cell for cell in found["cells"]}["b × x"]
@@ -102,7 +102,7 @@ def test_a_value_of_one_patient_lowers_no_ceiling(tmp_path: Path) -> None:
     write_dataset(
         tmp_path / "data", patches, "lonely", Schema.from_table(pd.DataFrame(rows), "class", ["site"]), 16, 0.5
     )
-    settings = FloorsSettings(data=str(tmp_path / "data"), out=str(tmp_path / "out"), colour_free=False, deals=20)
+    settings = FloorsSettings(data=str(tmp_path / "data"), out=str(tmp_path / "out"), colour_free=False, real_splits=20)
     [found] = floors(settings, [filters()])["encoders"].values()
     ceiling = found["ceilings"]["site"]
     assert ceiling["value"] > 0.95
@@ -111,8 +111,8 @@ def test_a_value_of_one_patient_lowers_no_ceiling(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_explained(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="deals is 3"):
-        floors(FloorsSettings(data=str(world.real), out=str(tmp_path), deals=3))
+    with pytest.raises(UserError, match="real_splits is 3"):
+        floors(FloorsSettings(data=str(world.real), out=str(tmp_path), real_splits=3))
     with pytest.raises(UserError, match=r"holds \d+ synthetic patches"):
         floors(FloorsSettings(data=str(world.medi), out=str(tmp_path)))
     with pytest.raises(UserError, match="no categorical field 'age'"):
@@ -128,7 +128,7 @@ def test_what_is_thinned_says_how_many_are_left(tmp_path: Path, monkeypatch: pyt
     """The number of directions that a distance is taken in goes by the patches that it really looks at."""
     data = coloured_patients(tmp_path / "data", 12)
     monkeypatch.setattr(floors_module, "_MOST", 8)
-    settings = FloorsSettings(data=str(data), out=str(tmp_path / "out"), colour_free=False, deals=20)
+    settings = FloorsSettings(data=str(data), out=str(tmp_path / "out"), colour_free=False, real_splits=20)
     [found] = floors(settings, [filters()])["encoders"].values()
     assert {cell["n"] for cell in found["cells"]} == {8}
     assert {cell["pca_dims"] for cell in found["cells"]} == {2}

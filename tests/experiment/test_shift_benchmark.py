@@ -26,7 +26,7 @@ def judge(changes: dict[str, Any], ran: list[dict[str, Any]]) -> None:
     ran.append(changes)
     own = {key: changes[key] for key in ("out", "split", "held_out", "seed", "site_field")}
     settings = EvaluateSettings(
-        real=changes["data"], **own, **changes["evaluate"], repeats=1, resamples=20, deals=0, memorisation=False,
+        real=changes["data"], **own, **changes["evaluate"], repeats=1, resamples=20, real_splits=0, memorisation=False,
         colour_free=False, downstream_arms=["real", "stain_transfer", "oracle"],
     )  # fmt: skip
     if not (Path(changes["out"]) / "metrics.json").is_file():
@@ -98,8 +98,8 @@ def test_bad_input(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"changes\.evaluate\.downstream=false leaves nothing to draw"):
         run(changes={"evaluate": {"downstream": False}})
     assert not (tmp_path / "x").exists()
-    with pytest.raises(UserError, match="deals is 5"):
-        evaluate(world.settings("few", deals=5), [filters()])
+    with pytest.raises(UserError, match="real_splits is 5"):
+        evaluate(world.settings("few", real_splits=5), [filters()])
 
 
 def finished(folder: Path, seed: int, medi: list[float], **changes: Any) -> str:

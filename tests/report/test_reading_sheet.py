@@ -107,7 +107,7 @@ def test_a_class_only_dataset_is_balanced_by_class(small_world: World, tmp_path:
 def test_bad_input_for_a_sheet(small_world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data, synthetic and out"):
         make_sheet(ReadingSheetSettings())
-    with pytest.raises(UserError, match="n = 1"):
+    with pytest.raises(UserError, match="n is 1"):
         make_sheet(_settings(small_world, tmp_path / "s.html", n=1))
     with pytest.raises(UserError, match="no split 'mian'"):
         make_sheet(_settings(small_world, tmp_path / "s.html", split="mian"))

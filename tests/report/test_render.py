@@ -103,7 +103,7 @@ def test_held_out_and_unseen_combinations_are_marked(page_text: str) -> None:
     # stripes × south, and south × frozen for each class
     assert sum(a.get("class") == "tag" for a in page.all("span")) == 4
     assert "Also held out: south × frozen." in " ".join(page.text.split())
-    assert "judged on test patients, and training has none of them." in " ".join(page.text.split())
+    assert "compared on test patients, and training has none of them." in " ".join(page.text.split())
 
 
 def test_what_training_has_of_a_combination_is_not_hidden(evaluated: dict[str, Any], tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_training_has_of_a_combination_is_not_hidden(evaluated: dict[str, A
     assert "1234" in page
     assert "training has none" not in page
     assert page.index("Look out: <b>.") < page.index("Table 1.")
-    assert "Per class, not judged: rings (medi: 12 samples match, fewer than 20)." in page
+    assert "Per class, not compared: rings (medi: 12 samples match, fewer than 20)." in page
 
 
 def test_it_fits_a_telephone_and_paper(page_text: str) -> None:

@@ -139,9 +139,9 @@ def _open_real(settings: EvaluateSettings) -> PatchDataset:
         raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
     assert_patient_disjoint(index, column)
     known = categorical_fields(real.schema)
-    for name in (name for fields in settings.cells for name in fields):
+    for name in (name for fields in settings.by_fields for name in fields):
         if name not in known:
-            raise UserError(f"cells names {name!r}, no class or categorical field; {nearest(name, known)}.")
+            raise UserError(f"by_fields names {name!r}, no class or categorical field; {nearest(name, known)}.")
     return real
 
 

@@ -1,4 +1,4 @@
-"""Roles of synthetic sets: the candidate, about which an evaluation gives its verdict, and the baselines beside it."""
+"""Roles of synthetic sets: the candidate, about which an evaluation gives its verdict, and its baselines."""
 
 from __future__ import annotations
 

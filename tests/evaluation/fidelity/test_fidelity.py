@@ -60,13 +60,13 @@ def test_sites_are_judged_like_classes(metrics: dict[str, Any]) -> None:
 
 
 def test_any_cell_is_judged_by_itself(world: World) -> None:
-    settings = world.settings("cells", cells=[["class", "site"]], downstream=False)
+    settings = world.settings("cells", by_fields=[["class", "site"]], downstream=False)
     found = evaluated(settings, [filters()])["fidelity"]["filters"]["by_fields"]["class × site"]["combinations"]
     assert [each["name"] for each in found][:4] == ["blobs × east", "blobs × north", "blobs × south", "rings × east"]
     assert len(found) == 9
     assert all({"medi", "real"} <= set(each["sources"]) for each in found)
-    with pytest.raises(UserError, match=r"cells names 'sites', no class or categorical field.*'site'"):
-        evaluate(world.settings("cells", cells=[["sites"]]), [filters()])
+    with pytest.raises(UserError, match=r"by_fields names 'sites', no class or categorical field.*'site'"):
+        evaluate(world.settings("cells", by_fields=[["sites"]]), [filters()])
 
 
 def test_patients_are_dealt_whole_and_by_stratum() -> None:

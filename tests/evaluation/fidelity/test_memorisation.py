@@ -139,8 +139,14 @@ def test_the_gate_fails_the_command_and_keeps_the_metrics(
     with pytest.raises(UserError, match=r"max_copy_rate is 1\.5"):
         evaluate(replace(settings, max_copy_rate=1.5), [filters()])
     out = tmp_path / "out"
-    words = ["evaluate", f"real={world.real}", f"synthetic.medi={thief}", f"out={out}", "encoders=[demo]", "deals=0"]
-    words += ["held_out=[{class: stripes, site: south}]", "downstream=false", "colour_free=false", "resamples=20"]
+    words = ["evaluate", f"real={world.real}", f"synthetic.medi={thief}", f"out={out}", "encoders=[demo]"]
+    words += [
+        "real_splits=0",
+        "held_out=[{class: stripes, site: south}]",
+        "downstream=false",
+        "colour_free=false",
+        "resamples=20",
+    ]
     assert main([*words, "--max-copy-rate", "0.05"]) == 2
     assert "are copies of training patches" in capsys.readouterr().err
     assert read_metrics(out).memorisation["demo"].synthetic["medi"].copies >= 72
