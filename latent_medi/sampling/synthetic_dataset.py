@@ -67,11 +67,7 @@ class SyntheticDataset:
         return done
 
     def write(
-        self,
-        patches: Callable[[range], Iterator[Patch]],
-        accelerator: Accelerator,
-        desc: str,
-        waiting: int,
+        self, patches: Callable[[range], Iterator[Patch]], accelerator: Accelerator, desc: str, waiting: int
     ) -> PatchDataset:
         """Write the shards that are not finished, and then the index.
 

@@ -31,12 +31,7 @@ _LARGEST = 256  # pixels of a patch on the sheet, beyond which it is thinned
 
 
 def stain_mappings(
-    data: PatchDataset,
-    rows: np.ndarray,
-    images: np.ndarray,
-    to: Mapping[str, str],
-    pool: np.ndarray,
-    seed: int = 0,
+    data: PatchDataset, rows: np.ndarray, images: np.ndarray, to: Mapping[str, str], pool: np.ndarray, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Patches mapped to the stain of another site (or of another value of any categorical field).
 

@@ -85,11 +85,7 @@ def _select(settings: SelectSettings, encoder: ImageEncoder | None, accelerator:
 
 
 def _choose(
-    settings: SelectSettings,
-    inputs: Inputs,
-    recipe: dict[str, Any],
-    features: np.ndarray,
-    real_features: np.ndarray,
+    settings: SelectSettings, inputs: Inputs, recipe: dict[str, Any], features: np.ndarray, real_features: np.ndarray
 ) -> None:
     """Score, choose, and write the columns. Features are changed in place.
 
