@@ -1,4 +1,4 @@
-"""Features on disk, keyed by what they were made from, so that nothing is embedded twice and nothing stale is read."""
+"""Features on disk, keyed by dataset and encoder, so that no patch is embedded twice and no stale feature is read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dataset_hash(dataset: PatchDataset) -> str:
 
 
 def content_hash(dataset: PatchDataset) -> str:
-    """Hash of the pixels and of all that is known of them: fields, splits and every other column of the index."""
+    """Hash of the pixels, the schema and every column of the index."""
     digest = hashlib.sha256(dataset_hash(dataset).encode())
     digest.update(json.dumps(dataset.schema.to_dict(), sort_keys=True).encode())
     for name in sorted(dataset.index.columns):
@@ -50,13 +50,13 @@ def content_hash(dataset: PatchDataset) -> str:
     return digest.hexdigest()
 
 
-def tell_if_foreign(encoder: ImageEncoder, dataset: PatchDataset) -> None:
-    """Warn where the demo's encoder, which has seen procedural tissue alone, is to judge other real patches."""
+def warn_if_demo_encoder(encoder: ImageEncoder, dataset: PatchDataset) -> None:
+    """Warn if the demo's encoder, which was trained on procedural tissue alone, embeds other real patches."""
     made_by, name = dataset.info.get("provenance", {}).get("generator"), encoder.name.split(":")[0].split("@")[0]
     if name == "demo" and made_by != DEMO_GENERATOR and (dataset.index["origin"] == "real").any():
         _warn(
-            f"The encoder 'demo' has seen the demo's procedural tissue alone and judges {dataset.folder}: take one of "
-            "pathology, such as phikon-v2, for any number that is to mean something."
+            f"The encoder 'demo' was trained on the demo's procedural tissue alone, and embeds {dataset.folder}. "
+            "Use an encoder of pathology, such as phikon-v2, for meaningful numbers."
         )
 
 
@@ -80,12 +80,12 @@ def cached_features(
         dataset: Real or synthetic patches.
         rows: Row numbers of the index; any order, repeats allowed.
         encoder: The encoder.
-        cache_folder: Where the cache lies; one file per dataset content and encoder fingerprint.
+        cache_folder: Folder of the cache, with one file per dataset content and encoder fingerprint.
         batch: Patches per forward pass.
         device: Torch device; the encoder's own if None.
-        accelerator: With several processes, batch i of what the cache lacks is embedded by process i modulo their
-            number, and the first process writes the cache, which lies where all of them can read it. Every process
-            must call, with the same arguments but ``device``.
+        accelerator: With several processes, process i modulo their number embeds batch i of the missing rows, and the
+            first process writes the cache, which all must be able to read. Every process must call this function with
+            the same arguments but ``device``.
 
     Returns:
         float32 [len(rows), d], in the order of ``rows``; the same in every process and for any number of them.
@@ -93,7 +93,7 @@ def cached_features(
     Raises:
         UserError: The processes do not see the same cache.
     """
-    tell_if_foreign(encoder, dataset)
+    warn_if_demo_encoder(encoder, dataset)
     rows = np.asarray(rows, np.int64)
     n = len(dataset.index)
     key = hashlib.sha256(f"{dataset_hash(dataset)} {encoder.fingerprint}".encode()).hexdigest()[:32]
@@ -103,7 +103,7 @@ def cached_features(
     if accelerator is not None and accelerator.num_processes > 1:
         _check_same(missing, path, accelerator)
     if len(missing):
-        # Whole batches are dealt out: how rows are batched can move the last digits of a feature.
+        # Processes share whole batches, since batching may change the last digits of a feature.
         rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         chunks = _chunks(missing, batch)
         mine = np.concatenate([missing[:0], *chunks[rank::processes]])
@@ -118,10 +118,10 @@ def cached_features(
                     known[share] = True
                 if rank == 0:
                     save_tensors({"features": features, "known": known.astype(np.uint8)}, path)
-            for _ in batches:  # ends its progress display; there is nothing left in it
+            for _ in batches:  # no batch is left; this ends the progress display
                 pass
         if accelerator is not None:
-            accelerator.wait_for_everyone()  # nobody reads the next time what is being written now
+            accelerator.wait_for_everyone()  # so that no process reads the file while it is written
     return features[rows]
 
 
@@ -130,17 +130,14 @@ def _chunks(rows: np.ndarray, batch: int) -> list[np.ndarray]:
 
 
 def _parts(chunks: list[np.ndarray], processes: int, batch: int) -> list[list[np.ndarray]]:
-    """Batches that are embedded before the cache is written again: an interrupted run loses a sixteenth at most.
-
-    Fewer than 4,096 rows are not worth the whole file's writing.
-    """
+    """Groups of batches between two writes of the cache: a sixteenth of them, and at least 4,096 rows."""
     size = max(-(-len(chunks) // _WRITES), -(-_LEAST // batch))
     size = -(-size // processes) * processes
     return [chunks[i : i + size] for i in range(0, len(chunks), size)]
 
 
 def _check_same(missing: np.ndarray, path: Path, accelerator: Accelerator) -> None:
-    """Refuse to go on if processes lack different rows: their parts would be put in wrong places."""
+    """Check that all processes lack the same rows."""
     from accelerate.utils import gather_object
 
     digests = gather_object([hashlib.sha256(path.name.encode() + missing.tobytes()).hexdigest()])
@@ -152,7 +149,7 @@ def _check_same(missing: np.ndarray, path: Path, accelerator: Accelerator) -> No
 
 
 def _gathered(mine: np.ndarray, accelerator: Accelerator | None) -> list[np.ndarray]:
-    """What each process has, in the order of the processes."""
+    """The arrays of all processes, in their order."""
     if accelerator is None or accelerator.num_processes == 1:
         return [mine]
     from accelerate.utils import gather_object
@@ -170,7 +167,7 @@ def _read(path: Path, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
                     warn_unsealed(path, "Remove it to have its features embedded again.")
                 return features, known
             raise UserError("it holds features of another shape")
-        except (UserError, KeyError) as error:  # costs time, nothing else: everything in it can be made again
+        except (UserError, KeyError) as error:  # its features can be computed again
             log.warning("The feature cache %s is embedded again: %s", path, error)
         remove(path)
     return np.zeros((n, dim), np.float32), np.zeros(n, bool)

@@ -24,7 +24,7 @@ from latent_medi.features.user_encoders import CONTRACT, own_network
 
 COLOUR_FREE_SUFFIX = ":haematoxylin"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a network may be run in under autocast."""
+"""Precisions of a network's arithmetic, with the autocast type."""
 KNOWN = tuple(ENCODERS)
 DEMO_FOLDER = Path(latent_medi.__file__).parent / "demo" / "weights" / "encoder"
 
@@ -37,7 +37,7 @@ class ImageEncoder:
     Args:
         network: The module with its preprocessing.
         device: Torch device.
-        precision: Arithmetic inside the network, one of :data:`PRECISIONS`; what comes before and after is fp32.
+        precision: Arithmetic inside the network, one of :data:`PRECISIONS`; pre- and postprocessing are fp32.
     """
 
     def __init__(self, network: Network, device: str | torch.device = "cpu", precision: str = "fp32") -> None:
@@ -56,16 +56,14 @@ class ImageEncoder:
         self.device = device
         with torch.inference_mode(False):
             self.module.to(device)
-            # Once: brought along with every batch, they would each time wait for what a GPU is doing.
+            # Copied once: copied with every batch, they would wait for the GPU each time.
             self._mean, self._std = (
                 torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (how.mean, how.std)
             )
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over the weights, the class of the network, the preprocessing, how features are read out, and the
-        precision where it is not fp32.
-        """
+        """Hex SHA-256 of the weights, the network's class, preprocessing and readout, and a precision below fp32."""
         if not self._weights_hash:
             digest = hashlib.sha256(type(self.module).__qualname__.encode())
             for key, value in sorted(self.module.state_dict().items()):
@@ -87,7 +85,7 @@ class ImageEncoder:
         # Copied, since arrays read from an archive may be read-only and torch warns about those.
         x = torch.from_numpy(np.array(images))
         if self.device.type == "cuda" and torch.cuda.is_available():
-            x = x.pin_memory()  # from other memory the copy would wait for what the GPU is doing
+            x = x.pin_memory()  # a copy from other memory would wait for the GPU
         x = x.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255.0
         how = self.preprocessing
         if how.channel == "haematoxylin":
@@ -131,7 +129,7 @@ class ImageEncoder:
         before: Tensor | None = None
         for batch in batches:
             found = self._forward(batch) if len(batch) else None
-            # Fetched when the next batch is on its way: a GPU is not kept waiting for the next one to be read.
+            # Fetched once the next batch is running, so that the GPU need not wait for it to be read.
             if before is not None:
                 parts.append(before.cpu().numpy())
             before = found
@@ -172,7 +170,7 @@ def load_encoder(
         return ImageEncoder(networks.tiny(text, Path(text).name), device)
     if name not in ENCODERS and ":" in text:
         encoder = ImageEncoder(own_network(text, weights), device)
-        if pixels := encoder.preprocessing.size:  # a wrong network is told now, not after hours
+        if pixels := encoder.preprocessing.size:  # refuses a wrong network now
             encoder.features([np.zeros((2, pixels, pixels, 3), np.uint8)])
         return encoder
     if name not in ENCODERS:
@@ -183,7 +181,7 @@ def load_encoder(
     if size and not (size.isdigit() and int(size) >= 32):
         raise UserError(
             f"The input size in {text!r} must be a number of pixels, 32 or more.",
-            "Behind another '@' may stand bf16 or fp16, such as squeezenet@128@bf16.",
+            "A precision follows another '@', such as squeezenet@128@bf16.",
         )
     entry = ENCODERS[name]
     if size and not entry.resizable:
@@ -200,12 +198,12 @@ def load_encoder(
         network = vision_transformer(name, weights)
     network = networks.resized(network, int(size)) if size else network
     if precision != "fp32":
-        network = replace(network, name=f"{network.name}@{precision}")  # its numbers are not those of fp32
+        network = replace(network, name=f"{network.name}@{precision}")  # its features differ from those of fp32
     return ImageEncoder(network, device, precision)
 
 
 def colour_free(encoder: ImageEncoder) -> ImageEncoder:
-    """The same network on the haematoxylin channel alone, so that eosin and tint cannot tell sites apart."""
+    """The same network on the haematoxylin channel alone, so that eosin and tint cannot identify a site."""
     twin = replace(
         encoder.network,
         name=encoder.name + COLOUR_FREE_SUFFIX,

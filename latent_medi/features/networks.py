@@ -23,12 +23,12 @@ class Network:
     """A module with its readout dimension, preprocessing and licence.
 
     Args:
-        name: What it is called in records.
+        name: Its name in records.
         module: From normalised images [n, 3, S, S], float32, to features [n, dim].
         dim: Features per patch.
-        preprocessing: What the module was trained with.
-        license: Of the weights.
-        readout: Text that changes whenever the features could although weights, class and preprocessing stay; part of
+        preprocessing: The preprocessing that it was trained with.
+        license: Licence of the weights.
+        readout: Text that differs if features differ for another reason than weights, class and preprocessing; part of
             the fingerprint.
     """
 
@@ -53,13 +53,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own exceptions for the same fact: the file is not what it claims
+    except Exception as error:  # each format has its own exceptions for a damaged file
         raise UserError(f"The weights {path} cannot be read: {type(error).__name__}: {error}") from None
     return state.get("state_dict", state) if isinstance(state, dict) else state
 
 
 def find_weights(weights: str | Path, patterns: tuple[str, ...]) -> Path:
-    """The weight file itself, or the first file in the folder that fits a pattern.
+    """The weight file itself, or the first file of the folder that matches a pattern.
 
     Raises:
         UserError: No file of the folder fits.
@@ -74,12 +74,12 @@ def find_weights(weights: str | Path, patterns: tuple[str, ...]) -> Path:
 
 
 def load_strictly(module: nn.Module, weights: Path, assign: bool = False) -> None:
-    """Load a state dict of which every tensor must be wanted, present and of the right shape.
+    """Load a state dict; missing and unexpected tensors and other shapes are refused.
 
     Args:
-        module: What is loaded.
+        module: The module to load into.
         weights: The file.
-        assign: Put the file's tensors in place of the module's, which may then be on torch's device without memory.
+        assign: Replace the module's tensors by the file's; the module may then be on torch's "meta" device.
 
     Raises:
         UserError: See :func:`read_weights`, or a tensor does not fit.
@@ -143,7 +143,7 @@ def inception(weights: str | Path | None) -> Network:
             f"weights.inception=PATH (`select`: weights=PATH), or put it at {cached}.",
         )
     path = find_weights(weights or cached, ("*inception*.pth", "*.pth"))
-    # torch-fidelity unpickles freely; a file that passes the restricted reader first holds only tensors.
+    # torch-fidelity unpickles without restriction; the restricted reader makes sure that there are only tensors.
     read_weights(path)
     with needs("The encoder 'inception'", "torch-fidelity"):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -170,10 +170,10 @@ def tiny(folder: str | Path, name: str) -> Network:
     config = model.config
     preprocessing = Preprocessing(int(config["image_size"]), tuple(config["mean"]), tuple(config["std"]))
     license = config.get("license", "same as latent-medi")
-    # The number of groups is in no tensor.
+    # The configuration is part of the readout, since no tensor holds the number of groups.
     return Network(name, model, int(config["dim"]), preprocessing, license, json.dumps(config, sort_keys=True))
 
 
 def resized(network: Network, size: int) -> Network:
-    """The same network fed at another input size."""
+    """The same network with another input size."""
     return replace(network, name=f"{network.name}@{size}", preprocessing=replace(network.preprocessing, size=size))

@@ -1,10 +1,9 @@
-"""Whether one patch is another one's copy, as far as pixels tell: turned, mirrored, shifted or encoded again.
+"""Copies found by their pixels, also rotated, mirrored, shifted or encoded again.
 
-A patch is made small, its slow changes are taken out, and what is left is correlated with the other one's at every
-small shift and in all eight symmetries of the square. The score is the largest normalised correlation, 1 for the same
-patch. Brightness, contrast and stain do not count. Two patches that are alike in kind score far below a copy, because
-nuclei do not fall on the same places twice. Which pairs are worth comparing, amplitudes of the spectrum tell, which no
-shift and none of the symmetries changes.
+A patch is reduced in size and high-pass filtered, and correlated with another one at every small shift and in all eight
+symmetries of the square. The score is the largest normalised correlation, 1 for the same patch. Brightness, contrast
+and stain do not count. Different patches of similar tissue score far below a copy, because their nuclei are in other
+places. Candidate pairs are found by the amplitudes of the spectrum, which neither shifts nor the symmetries change.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from latent_medi.core.progress import progress
 SIDE = 32
 """Pixels of a small patch."""
 SHIFT = 4
-"""Largest shift that is looked at, in pixels of the small patch: an eighth of the side."""
-VIEWS = ("as it is", "turned by 90°", "turned by 180°", "turned by 270°", "mirrored", "mirrored, turned by 90°",
-         "mirrored, turned by 180°", "mirrored, turned by 270°")  # fmt: skip
+"""Largest shift that is compared, in pixels of the small patch: an eighth of the side."""
+_TURNS = ("turned by 90°", "turned by 180°", "turned by 270°")
+VIEWS = ("as it is", *_TURNS, "mirrored", *(f"mirrored, {turn}" for turn in _TURNS))
 """Names of the eight symmetries, by the code that :func:`copy_scores` returns."""
 
 _OCTANT = [(i, j) for i in range(1, 3 * SIDE // 8 + 1) for j in range(i + 1)]
@@ -30,7 +29,7 @@ _PAIRS = 2048  # pairs of patches per block: 8 views × 32² × 2048 in float32 
 
 
 def small_patches(images: np.ndarray) -> np.ndarray:
-    """What :func:`copy_scores` compares: optical density at 32 px, without slow changes, mean 0 and length 1.
+    """Input of :func:`copy_scores`: optical density at 32 px, high-pass filtered, with mean 0 and length 1.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -41,20 +40,20 @@ def small_patches(images: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255.0
     density = -torch.log10(x.clamp_min(_DARKEST)).mean(1, keepdim=True)
     small = F.interpolate(density, size=(SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
-    # Tissue edges and folds are alike in many patches; cells are not.
+    # Tissue edges and folds are similar in many patches; cells are not.
     slow = F.avg_pool2d(F.pad(small, (SIDE // 8,) * 4, mode="replicate"), SIDE // 4 + 1, stride=1)
     fine = (small - slow)[:, 0]
     fine = fine - fine.mean(dim=(1, 2), keepdim=True)
     length = fine.flatten(1).norm(dim=1)[:, None, None]
-    # An empty patch has nothing but the codec's noise: it is like no other one.
+    # An empty patch shows only the codec's noise, and resembles no other one.
     return torch.where(length > 0.01 * SIDE, fine / length.clamp_min(1e-12), torch.zeros(())).numpy()
 
 
 def invariants(small: np.ndarray) -> np.ndarray:
-    """What is the same for a patch and for its copies, to find candidates by nearest neighbours.
+    """Features that a patch shares with its copies, to find candidates by nearest neighbours.
 
-    Amplitudes of the Fourier transform, which a shift does not change, averaged over the eight symmetries, up to three
-    quarters of the highest frequency, which another codec changes little.
+    They are amplitudes of the Fourier transform, which a shift does not change, averaged over the eight symmetries; up
+    to three quarters of the highest frequency, since another codec changes higher ones.
 
     Args:
         small: Patches from :func:`small_patches`, [N, S, S].
@@ -66,7 +65,7 @@ def invariants(small: np.ndarray) -> np.ndarray:
     for start in range(0, len(small), _PAIRS):
         part = slice(start, start + _PAIRS)
         amplitude = torch.fft.fft2(torch.from_numpy(small[part])).abs()
-        # A real patch's spectrum is the same turned by 180°: four of the eight symmetries are left.
+        # The spectrum of a real-valued patch is symmetric under rotation by 180°: four symmetries are left.
         quarter = torch.roll(torch.flip(amplitude.transpose(1, 2), (2,)), 1, 2)
         both = amplitude + quarter
         mean = (both + torch.roll(torch.flip(both, (2,)), 1, 2)) / 4
@@ -83,13 +82,13 @@ def _views(x: Tensor) -> Tensor:
 def _near_shifts() -> tuple[Tensor, Tensor]:
     """Matrices of the inverse Fourier transform for small shifts alone, [2·SHIFT + 1, S] and [S/2 + 1, 2·SHIFT + 1].
 
-    A tenth of the shifts is looked at, and two small products are several times faster than the whole transform.
+    A tenth of the shifts is needed, and two small products are several times faster than the whole transform.
     """
     shifts = torch.arange(-SHIFT, SHIFT + 1, dtype=torch.float64)
     turn = 2j * torch.pi / SIDE
     rows = torch.exp(turn * shifts[:, None] * torch.arange(SIDE, dtype=torch.float64)) / SIDE
     half = torch.arange(SIDE // 2 + 1, dtype=torch.float64)
-    # The other half of a real patch's spectrum is the conjugate of this one.
+    # The other half of the spectrum is the conjugate of this one.
     twice = torch.full_like(half, 2.0)
     twice[0] = twice[-1] = 1.0
     columns = twice[:, None] * torch.exp(turn * half[:, None] * shifts) / SIDE
@@ -99,11 +98,11 @@ def _near_shifts() -> tuple[Tensor, Tensor]:
 def copy_scores(
     small: np.ndarray, bank: np.ndarray, candidates: np.ndarray, device: str | torch.device = "cpu"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How much each patch is like the most similar of its candidates.
+    """Correlation of each patch with the most similar of its candidates.
 
     Args:
         small: Patches from :func:`small_patches`, [N, S, S].
-        bank: Others, [M, S, S].
+        bank: Patches to compare with, [M, S, S].
         candidates: Positions in the bank to compare with, int [N, k].
         device: Torch device.
 
@@ -119,9 +118,9 @@ def copy_scores(
     rows, columns = (x.to(where) for x in _near_shifts())
     for start in progress(starts, desc="comparing pixels", unit="block") if len(starts) > 16 else starts:
         part = slice(start, min(start + size, n))
-        mine = torch.fft.rfft2(_views(torch.from_numpy(small[part]).to(where)))
+        own = torch.fft.rfft2(_views(torch.from_numpy(small[part]).to(where)))
         other = torch.fft.rfft2(torch.from_numpy(bank[candidates[part]]).to(where))
-        product = mine[:, :, None] * other[:, None].conj()
+        product = own[:, :, None] * other[:, None].conj()
         near = (rows @ (product @ columns)).real
         best, code = near.amax(dim=(-2, -1)).flatten(1).max(dim=1)
         views, which = (x.cpu().numpy() for x in (code // k, code % k))

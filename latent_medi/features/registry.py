@@ -1,8 +1,8 @@
-"""What is known of every published encoder: where it lies, how it is built, what it was fed and how it is read out.
+"""The table of published encoders: source, architecture, preprocessing and readout of each.
 
-A table that imports neither torch nor any model library; :mod:`latent_medi.features.networks` and
-:mod:`latent_medi.features.transformer` build what stands here. Patches are square, so that "resize the shorter side to
-224, then crop the centre", as most authors write it, is one resize of the whole field.
+It imports neither torch nor a model library; :mod:`latent_medi.features.networks` and
+:mod:`latent_medi.features.transformer` build its entries. Patches are square, so "resize the shorter side to 224, then
+crop the centre", as most authors write, is one resize of the whole patch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DEMO_GENERATOR = "latent_medi.demo.cohort"
-"""What the provenance of the demo's procedural tissue says, the only data that the demo's encoder has seen."""
+"""Generator in the provenance of the demo's procedural tissue, the only data that the demo's encoder was trained on."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = (0.5,) * 3
@@ -20,7 +20,7 @@ _HALF = (0.5,) * 3
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens between stored bytes and the network.
+    """The steps between a stored patch and the network.
 
     Args:
         size: Side of the network's input in pixels; 0 keeps the patch's own.
@@ -37,7 +37,7 @@ class Preprocessing:
 
     @property
     def text(self) -> str:
-        """One line that changes whenever a pixel could."""
+        """One line, different for every preprocessing."""
         return f"uint8/255 -> {self.channel} -> {self.resize} antialiased {self.size} -> ({self.mean}, {self.std})"
 
 
@@ -46,16 +46,16 @@ class Entry:
     """A published encoder.
 
     Args:
-        library: What builds it.
+        library: Library that builds it.
         source: Where its weights are: a repository of the Hugging Face hub for timm and transformers, elsewhere the
             name of the file.
         dim: Features per patch.
-        license: Of the weights.
-        preprocessing: What it was trained on.
+        license: Licence of the weights.
+        preprocessing: The preprocessing that it was trained with.
         gated: Whether its licence must be accepted on the hub before it can be downloaded.
         architecture: Name in timm, or class in transformers.
-        arguments: Of that architecture: all that timm must be given, and what a transformers configuration must say.
-        tokens: "cls" reads the class token; "cls+mean" puts the mean of the patch tokens behind it.
+        arguments: Arguments of the architecture in timm, or entries that a transformers configuration must have.
+        tokens: "cls" reads the class token; "cls+mean" appends the mean of the patch tokens.
         prefix: Tokens before the first patch token: the class token and the registers.
         unused: Beginnings of the names of stored tensors that the features do not depend on.
     """
@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def resizable(self) -> bool:
-        """Whether the network takes images of another size than that of its table."""
+        """Whether the network takes images of another size than that of its entry."""
         if self.library == "torch-fidelity":
             return False
         return bool(self.arguments.get("dynamic_img_size", self.architecture != "ViTModel"))
@@ -82,7 +82,7 @@ class Entry:
 
 _IMAGENET = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD)
 _IMAGENET_BICUBIC = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, "bicubic")
-# Its authors give it patches of 224 px as they are; others are resized as timm does for its architecture.
+# Its authors do not resize, since their patches have 224 px; others are resized as timm does for the architecture.
 _H_OPTIMUS = Preprocessing(224, (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517), "bicubic")
 # Named, not imported: the classes are looked up in timm and torch when a network is built.
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
@@ -147,11 +147,11 @@ ENCODERS: Mapping[str, Entry] = {
         arguments={**_VIT_L, "patch_size": 14},
     ),
 }  # fmt: skip
-"""By name. The demo's preprocessing lies in its folder."""
+"""By name. The demo's preprocessing is in its folder."""
 
 
 def access_hint(entry: Entry) -> str:
-    """What to do for weights that cannot be had, in steps."""
+    """Steps to take if weights cannot be downloaded."""
     page = f"https://huggingface.co/{entry.source}"
     by_hand = f"download the files of {page} by hand and name their folder: weights.NAME=PATH (`select`: weights=PATH)"
     if entry.gated:

@@ -41,19 +41,19 @@ STAINS = _stain_matrix()
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _of_haematoxylin(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Share of each channel's density in haematoxylin, [3]; brought to a device once, not with every batch."""
+    """Share of each channel's density in haematoxylin, [3]; copied to a device once."""
     return torch.as_tensor(np.linalg.inv(STAINS)[:, 0], dtype=dtype, device=device)
 
 
 def haematoxylin(images: torch.Tensor) -> torch.Tensor:
-    """What each patch would look like in grey if it were stained with haematoxylin alone.
+    """Light that each patch would transmit if it were stained with haematoxylin alone.
 
     Args:
         images: RGB in [0, 1], float, [N, 3, H, W].
 
     Returns:
         10^(−c_h), in [0, 1], [N, 1, H, W]; c_h ≥ 0 is the concentration of haematoxylin (Ruifrok & Johnston 2001).
-        Glass is 1, and the amount of eosin changes nothing.
+        Glass is 1; eosin has no effect.
     """
     density = -torch.log10(images.clamp(_DARKEST, 1.0))
     concentration = torch.einsum("nchw,c->nhw", density, _of_haematoxylin(images.dtype, images.device)).clamp_min(0.0)
@@ -62,7 +62,7 @@ def haematoxylin(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StainStats:
-    """Colour of one site, enough for both transfer methods.
+    """Colour statistics of one site, for both transfer methods.
 
     Args:
         mean: Mean of each channel in lαβ, [3].
@@ -121,7 +121,7 @@ def fit_stain(images: np.ndarray) -> StainStats:
 
 
 def tissue_density(images: np.ndarray) -> np.ndarray:
-    """Mean optical density of each patch where it shows tissue.
+    """Mean optical density of the tissue in each patch.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -157,14 +157,14 @@ def _macenko(density: np.ndarray, percentile: float = 1.0) -> np.ndarray:
 
 
 def transfer(images: np.ndarray, source: StainStats, target: StainStats, method: Method = "reinhard") -> np.ndarray:
-    """Patches of the source site as the target site would have stained them.
+    """Patches of the source site in the stain of the target site.
 
     Args:
         images: uint8 [N, H, W, 3].
         source: Statistics of the site that the patches come from.
         target: Statistics of the site to imitate.
-        method: "reinhard" matches mean and spread of each lαβ channel; "macenko" replaces the stain vectors and their
-            strength, and keeps what the two stains do not explain.
+        method: "reinhard" matches mean and standard deviation of each lαβ channel; "macenko" replaces the stain vectors
+            and their strength, and keeps the residual that the two stains do not explain.
 
     Returns:
         uint8 [N, H, W, 3].

@@ -28,7 +28,7 @@ _DECIDES_FEATURES = (
     "qkv_bias",
     "use_swiglu_ffn",
 )
-"""Entries of a transformers configuration; the others (labels, versions, dropout) would only part equal encoders."""
+"""Entries of a transformers configuration that features depend on; labels, versions and dropout do not matter."""
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -44,7 +44,7 @@ class _ClassToken(nn.Module):
 
 
 class _ClassAndMean(nn.Module):
-    """First token, and behind it the mean of the patch tokens: those after ``prefix`` tokens, so never a register."""
+    """First token, then the mean of the patch tokens, which are those after ``prefix`` tokens (no registers)."""
 
     def __init__(self, model: nn.Module, prefix: int) -> None:
         super().__init__()
@@ -92,19 +92,17 @@ def vision_transformer(name: str, weights: str | Path | None) -> Network:
 
 
 def built_from(model: nn.Module, entry: Entry) -> str:
-    """What else decides the features and is in no tensor, such as the activation: arguments or configuration, as
-    JSON.
-    """
+    """Arguments or configuration that features depend on and that no tensor holds, such as the activation, as JSON."""
     if entry.library == "timm":
-        told: dict[str, Any] = {"architecture": entry.architecture, **entry.arguments}
+        decisive: dict[str, Any] = {"architecture": entry.architecture, **entry.arguments}
     else:
         whole: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
-        told = {key: whole[key] for key in _DECIDES_FEATURES if key in whole}
-    return json.dumps(told, sort_keys=True, default=str)
+        decisive = {key: whole[key] for key in _DECIDES_FEATURES if key in whole}
+    return json.dumps(decisive, sort_keys=True, default=str)
 
 
 def build_timm(entry: Entry) -> nn.Module:
-    """The network of an entry without memory for its weights: filling billions of numbers at random takes minutes."""
+    """The network of an entry on torch's "meta" device; random initialisation of large ones would take minutes."""
     with needs(f"The encoder's architecture {entry.architecture}", "timm"):
         import timm
         import timm.layers
@@ -128,7 +126,7 @@ def _hub_file(name: str, entry: Entry) -> Path:
     for file in _FILES:
         try:
             return Path(hf_hub_download(entry.source, file))
-        except Exception as error:  # no licence, no such file, no connection: the client has a class for each
+        except Exception as error:  # the client has a class each for no licence, no such file, no connection
             problem = error
     raise _no_access(name, entry, problem)
 
@@ -153,18 +151,18 @@ def _from_transformers(name: str, entry: Entry, weights: str | Path | None) -> n
         wanted = ", ".join(f"{k} {v}" for k, v in entry.arguments.items())
         raise UserError(f"{source} is not {entry.source}: it has {', '.join(differ)}.", f"{name!r} has {wanted}.")
     try:
-        model, told = architecture.from_pretrained(
+        model, loading = architecture.from_pretrained(
             source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except OSError as error:
         raise _no_access(name, entry, error) from None
     except Exception as error:  # safetensors, torch and transformers each have their own for a damaged or wrong file
         raise UserError(f"The weights in {source} cannot be loaded: {error}") from None
-    # Transformers fills what is missing or does not fit with random numbers, and passes over what it does not know.
-    wrong = [f"{k} is missing" for k in sorted(told["missing_keys"])]
-    wrong += [f"{k} is not known" for k in sorted(told["unexpected_keys"]) if not k.startswith(entry.unused or (" ",))]
-    # A tuple of the name and both shapes.
-    wrong += [f"{k[0]} has another shape" for k in sorted(told["mismatched_keys"])]
+    # Transformers initialises missing and mismatched tensors at random, and ignores unknown ones.
+    wrong = [f"{k} is missing" for k in sorted(loading["missing_keys"])]
+    wrong += [f"{k} is unknown" for k in sorted(loading["unexpected_keys"]) if not k.startswith(entry.unused or (" ",))]
+    # Each is a tuple of the name and both shapes.
+    wrong += [f"{k[0]} has another shape" for k in sorted(loading["mismatched_keys"])]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{source} does not fit the network: {', '.join(wrong[:5])}{more}.")

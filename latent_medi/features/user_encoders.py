@@ -1,4 +1,4 @@
-"""Encoders of the user's own: a function that returns a network, named as ``module:callable``."""
+"""A user's own encoders: a function that returns a network, named as ``module:callable``."""
 
 from __future__ import annotations
 
@@ -58,21 +58,20 @@ def _find(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UserError(f"The encoder {name!r} is not module:callable.", CONTRACT)
-    importlib.invalidate_caches()  # the file may be younger than what was listed before
+    importlib.invalidate_caches()  # the file may be newer than the cached listing
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the module is there, and lacks something itself: its traceback says what
+            raise  # the module itself fails to import something
         top = Path(module_name.partition(".")[0])
         if top.is_dir() or top.with_suffix(".py").is_file():
             raise UserError(
-                f"The encoder {name!r}: the module {module_name!r} lies in the working folder, from which no code is "
-                "run unasked.",
+                f"The encoder {name!r}: the module {module_name!r} is in the working folder, whose code is not run.",
                 "If it is yours, start the command with PYTHONPATH=. before it.",
             ) from None
         raise UserError(
-            f"The encoder {name!r}: there is no module {module_name!r} among the installed ones or in PYTHONPATH.",
+            f"The encoder {name!r}: the module {module_name!r} is not installed.",
             "Install it, or add its folder to PYTHONPATH.",
         ) from None
     found: Any = module
@@ -91,7 +90,7 @@ def _kind(value: Any) -> str:
 
 
 def _sources(*things: Any) -> str:
-    """Hash of the source files: an edited encoder is another one, though its weights stay."""
+    """Hash of the source files, so that an edited encoder has another fingerprint."""
     digest = hashlib.sha256()
     for thing in things:
         digest.update(_source(thing) or _source(type(thing)))

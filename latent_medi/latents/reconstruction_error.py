@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from latent_medi.core.progress import progress
-from latent_medi.features.cache import tell_if_foreign
+from latent_medi.features.cache import warn_if_demo_encoder
 from latent_medi.features.encoders import load_encoder
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.settings import FloorSettings
@@ -65,7 +65,7 @@ def measure_floor(
         UserError: The encoder is unknown or not at hand.
     """
     encoder = load_encoder(settings.encoder, settings.weights or None, autoencoder.device)
-    tell_if_foreign(encoder, data)
+    warn_if_demo_encoder(encoder, data)
     store = LatentStore(latents, "mmap")
     n = min(settings.patches, len(data))
     rows = np.sort(np.random.default_rng(settings.seed).choice(len(data), n, replace=False))

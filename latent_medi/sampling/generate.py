@@ -1,8 +1,7 @@
-"""From a plan and a model to a dataset folder of synthetic patches.
+"""Generate a dataset folder of synthetic patches from a plan and a model.
 
-Shards are the unit of work, of distribution and of resume. An image is a pure function of the model, the sampler's
-settings, its condition and its own seed: it does not matter which process makes it, after how many kills, or next to
-which others.
+Shards are the unit of work, of distribution and of resume. An image depends on the model, the sampler's settings, its
+condition and its own seed alone, whichever process generates it, after however many kills, and in whichever batch.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _WIDTH, _LINES = 16, 24
 
 
 def generate(settings: GenerateSettings, accelerator: Accelerator | None = None) -> PatchDataset | None:
-    """Generate what the settings say; see :func:`generate_plan`. ``None`` if only a picture was asked for.
+    """Generate a dataset folder, a picture, or both; see :func:`generate_plan`. ``None`` for a picture alone.
 
     Raises:
         UserError: Plan, model or out is not given; or as for :func:`generate_plan`.
@@ -50,7 +49,7 @@ def generate(settings: GenerateSettings, accelerator: Accelerator | None = None)
     plan: pd.DataFrame | str = settings.plan
     if settings.n:
         if settings.plan:
-            raise UserError("A plan is given and n too.", "Leave out n, or the plan.")
+            raise UserError("Both plan and n are given.", "Leave out one.")
         plan = pd.DataFrame([{**settings.fields, "count": settings.n, "seed": settings.seed}])
     elif settings.fields:
         raise UserError("Fields are given, but not how many images.", "Add n=16, or write a plan.")
@@ -61,26 +60,26 @@ def generate(settings: GenerateSettings, accelerator: Accelerator | None = None)
         raise UserError("A plan's images need a folder.", "Give out; grid alone goes with n.")
     if not settings.out and settings.n > _WIDTH * _LINES:
         raise UserError(
-            f"A picture alone holds {_WIDTH * _LINES} patches, not {settings.n}.", "Give out: they are kept there."
+            f"A picture alone holds {_WIDTH * _LINES} patches, not {settings.n}.", "Give out, a folder to keep them in."
         )
     if settings.grid:
         check_picture(settings.grid)
     accelerator = accelerator or make_accelerator(patient=True)
-    if not settings.out and accelerator.num_processes > 1:  # each would make it in a folder of its own
-        raise UserError("A picture alone is made by one process.", "Give out too, or start one process.")
+    if not settings.out and accelerator.num_processes > 1:
+        raise UserError("A picture without out is drawn by one process.", "Give out too, or start one process.")
     if settings.out:
         dataset = generate_plan(plan, settings.model, settings.out, settings, accelerator)
         if settings.grid and accelerator.is_main_process:
             save_grid(dataset, settings.grid)
         return dataset
-    with tempfile.TemporaryDirectory(prefix="latent-medi-") as folder:  # made and kept in one way, with or without out
+    with tempfile.TemporaryDirectory(prefix="latent-medi-") as folder:
         whole = replace(settings, patches_per_shard=max(settings.n, 1), name="grid")
         save_grid(generate_plan(plan, settings.model, Path(folder) / "grid", whole, accelerator), settings.grid)
     return None
 
 
 def save_grid(dataset: PatchDataset, path: str | Path) -> None:
-    """Write a picture: a line of 16 patches for each of the plan's first 24 rows, or 24 lines of its only one."""
+    """Write a picture: a line of 16 patches for each of the plan's first 24 rows, or 24 lines of its only row."""
     rows = dataset.index["plan_row"].to_numpy()
     numbers = np.unique(rows)
     each = _WIDTH if len(numbers) > 1 else _WIDTH * _LINES
@@ -97,18 +96,18 @@ def generate_plan(
     settings: GenerateSettings | None = None,
     accelerator: Accelerator | None = None,
 ) -> PatchDataset:
-    """Generate what a plan asks for, or go on where a killed run left off.
+    """Generate the images of a plan into a dataset folder, or complete the folder of a killed run.
 
     Args:
         plan: The plan or its file.
         model: A pipeline or its folder.
         out: Dataset folder to write.
-        settings: Sampler, guidance, batch and shard sizes; its plan, model and out are not looked at.
+        settings: Sampler, guidance, batch and shard sizes; its plan, model and out are ignored.
         accelerator: Devices; by default made from the launcher's environment. Its processes share the shards.
 
     Returns:
         The dataset: origin "synthetic", patient ``synthetic:<model hash>:<plan row>``, and the columns ``plan_row`` and
-        ``sample_seed``. A field that the model was not told is "unknown".
+        ``sample_seed``. A field that an image was not conditioned on is "unknown".
 
     Raises:
         UserError: A plan that does not fit the model, nothing to generate, guidance or a sampler that the model does

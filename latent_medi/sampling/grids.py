@@ -1,5 +1,4 @@
-"""Pictures of what a model makes: contact sheets, one field's values blended into another's, and a sample's way out of
-the noise."""
+"""Pictures of generated patches: tables of combinations, blends of two values of a field, denoising trajectories."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ _GAP, _LETTERS = 4, 14  # pixels
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
-    """Pillow's own font draws a box for ×, ᾱ and every letter with an accent, such as in the names of hospitals."""
+    """DejaVu Sans; Pillow's own font lacks ×, ᾱ and the accented letters in names of hospitals."""
     with needs("A contact sheet", "matplotlib"):
         from matplotlib import get_data_path
     return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _LETTERS)
@@ -38,12 +37,12 @@ def _font() -> ImageFont.FreeTypeFont:
 def contact_sheet(
     rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), columns: Sequence[str] = ()
 ) -> Image.Image:
-    """Patches in labelled rows, white between them.
+    """Patches in labelled rows, with white gaps.
 
     Args:
-        rows: Patches uint8 [H, W, 3], all of one size; rows may be of different length.
-        labels: What stands left of each row.
-        columns: What stands above each column.
+        rows: Patches uint8 [H, W, 3], all of one size; rows may differ in length.
+        labels: Label to the left of each row.
+        columns: Label above each column.
     """
     height, width = rows[0][0].shape[:2]
     font = _font()
@@ -65,10 +64,10 @@ def contact_sheet(
 
 
 def check_picture(path: str | Path) -> Path:
-    """The path of a picture to write, looked at before hours go into what it shows.
+    """The path of a picture, checked before the patches are generated.
 
     Raises:
-        UserError: The name does not end in .png, or it cannot be written, or another file is there.
+        UserError: The name does not end in .png, it cannot be written, or another kind of file has it.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -89,19 +88,19 @@ def save_sheet(sheet: Image.Image, path: str | Path) -> Path:
 
 
 def grid(settings: GridSettings) -> Path:
-    """Write the picture that the settings ask for.
+    """Generate and write the picture that the settings describe.
 
     Raises:
-        UserError: A field or value that the model does not know, or settings that do not go together.
+        UserError: A field or value that the model does not know, or settings that contradict each other.
     """
     accelerator = make_accelerator()
-    if accelerator.num_processes > 1:  # each would draw it
+    if accelerator.num_processes > 1:
         raise UserError("A grid is drawn by one process.", "Start one, without a launcher.")
     pipeline = MediPipeline.from_pretrained(settings.model).to(accelerator.device)
     known, problems = pipeline.schema, settings.problems()
-    asked = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
-    for name in dict.fromkeys([*settings.fields, *(name for name in asked if name)]):
-        known.field(name)  # an unknown one is refused, with the closest
+    varied = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
+    for name in [*settings.fields, *filter(None, varied)]:
+        known.field(name)  # refuses an unknown field
     if problems:
         raise UserError("The grid cannot be drawn: " + "; ".join(problems) + ".")
     check_picture(settings.out)
@@ -110,12 +109,10 @@ def grid(settings: GridSettings) -> Path:
 
 
 def _images(pipeline: MediPipeline, settings: GridSettings, rows: list[dict[str, Any]], seeds: list[int]) -> np.ndarray:
-    """Images uint8 [n, H, W, 3] of conditions by name, each from its seed."""
+    """Images uint8 [n, H, W, 3] of conditions, value by field, each from its seed."""
     noise, generators = draw_noise(seeds, pipeline.latent_shape)
-    latents = pipeline.generate_latents(
-        pipeline.conditions(rows), noise, settings.sampler, settings.guidance, generators, settings.device_batch,
-        pad=True,
-    )  # fmt: skip
+    conditions, how = pipeline.conditions(rows), (settings.sampler, settings.guidance)
+    latents = pipeline.generate_latents(conditions, noise, *how, generators, settings.device_batch, pad=True)
     parts = torch.split(latents, settings.device_batch)
     return np.concatenate([pipeline.decode(part.to(pipeline.unet.device)) for part in parts])
 
@@ -125,26 +122,24 @@ def _seeds(settings: GridSettings) -> list[int]:
 
 
 def _cells(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
-    """A cell per pair of values, ``n`` patches in it; the same seeds everywhere, so that only the condition differs."""
+    """``n`` patches per pair of values, from the same seeds in every cell, so that only the condition differs."""
     across, down = pipeline.schema.field(settings.columns), pipeline.schema.field(settings.rows)
-    asked = [
-        {**settings.fields, down.name: d, across.name: a} for d in down.values for a in across.values
-        for _ in range(settings.n)
-    ]  # fmt: skip
-    images = _images(pipeline, settings, asked, _seeds(settings) * (len(across.values) * len(down.values)))
+    pairs = [{down.name: d, across.name: a} for d in down.values for a in across.values]
+    conditions = [{**settings.fields, **pair} for pair in pairs for _ in range(settings.n)]
+    images = _images(pipeline, settings, conditions, _seeds(settings) * len(pairs))
     rows = images.reshape(len(down.values), -1, *images.shape[1:])
     columns = [value if i == 0 else "" for value in across.values for i in range(settings.n)]
     return contact_sheet([list(row) for row in rows], list(down.values), columns)
 
 
-def blended(conditioner: MetadataConditioner, known: Field, start: str, stop: str, shares: Sequence[float]) -> tuple[
-    MetadataConditioner, list[str]
-]:  # fmt: skip
-    """A copy of a conditioner with further values of a field, whose vectors lie between those of two values.
+def blended(
+    conditioner: MetadataConditioner, known: Field, start: str, stop: str, shares: Sequence[float]
+) -> tuple[MetadataConditioner, list[str]]:
+    """A copy of a conditioner with further values of a field, whose embeddings are interpolated between two values.
 
     Args:
-        conditioner: Of the model.
-        known: A class or categorical field of it.
+        conditioner: The model's conditioner.
+        known: A class or categorical field of the model.
         start, stop: Two of its values.
         shares: 0 is ``start``, 1 is ``stop``.
 
@@ -168,7 +163,7 @@ def blended(conditioner: MetadataConditioner, known: Field, start: str, stop: st
 
 
 def _blend(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
-    """A row per seed, from one value of a field to another in even steps."""
+    """A row per seed, from one value of a field to another in equal steps."""
     known = pipeline.schema.field(settings.field)
     shares = np.linspace(0.0, 1.0, settings.steps).tolist()
     if known.continuous:
@@ -186,16 +181,14 @@ def _blend(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
 
 
 def _trajectory(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
-    """Two rows per seed: the noisy latent decoded, and the clean one that the network saw in it, along the steps."""
+    """Two rows per seed along the denoising trajectory: the noisy latent and the predicted clean one, decoded."""
     conditions = pipeline.conditions([settings.fields] * settings.n)
     check_guidance(settings.guidance, pipeline.conditioning, conditions)
     noise, generators = draw_noise(_seeds(settings), pipeline.latent_shape)
-    seen: list[tuple[float, torch.Tensor, torch.Tensor]] = []
-    pipeline.generate_latents(
-        conditions, noise, settings.sampler, settings.guidance, generators,
-        watch=lambda alpha_bar, noisy, clean: seen.append((alpha_bar, noisy, clean)),
-    )  # fmt: skip
-    chosen = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, settings.steps).round().astype(int))]
+    steps: list[tuple[float, torch.Tensor, torch.Tensor]] = []
+    how = (settings.sampler, settings.guidance)
+    pipeline.generate_latents(conditions, noise, *how, generators, watch=lambda *step: steps.append(step))
+    chosen = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, settings.steps).round().astype(int))]
     pictures = [(alpha, pipeline.decode(noisy), pipeline.decode(clean)) for alpha, noisy, clean in chosen]
     rows = [[p[kind][i] for p in pictures] for i in range(settings.n) for kind in (1, 2)]
     labels = [f"seed {seed}: {what}" for seed in _seeds(settings) for what in ("x_t", "x_0")]
@@ -207,14 +200,14 @@ def samples_sheet(images: np.ndarray, rows: np.ndarray, labels: dict[int, str], 
 
     Args:
         images: uint8 [n, H, W, 3].
-        rows: Row of the plan of each, [n].
-        labels: What to call each row.
+        rows: Row of the plan of each image, [n].
+        labels: Label of each row.
         width: Images per line.
     """
     lines: list[list[np.ndarray]] = []
     names: list[str] = []
     for number in dict.fromkeys(rows.tolist()):
-        mine = list(images[np.flatnonzero(rows == number)])
-        lines += [mine[start : start + width] for start in range(0, len(mine), width)]
+        own = list(images[rows == number])
+        lines += [own[start : start + width] for start in range(0, len(own), width)]
         names += [labels[number], *[""] * (len(lines) - len(names) - 1)]
     return contact_sheet(lines, names)

@@ -31,7 +31,7 @@ class GenerateSettings(Settings):
         autoguidance: Guidance by a weaker version of the model.
         classifier: Guidance by a classifier of noisy latents.
         device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
-            number of processes. Halved, with a warning, when the device's memory is full.
+            number of processes. It is halved, with a warning, when the device's memory is full.
         patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
         codec: "png" (exact), "jpg" or "webp"; that of the real patches, where both are compared.
         precision: Arithmetic inside the denoiser: "fp32", "bf16" or "fp16".
@@ -40,8 +40,7 @@ class GenerateSettings(Settings):
         name: The dataset's name; empty means the folder's name.
         mpp: µm per pixel of the patches; 0 means what the model was trained on.
         n: Without a plan: images of the one combination in ``fields``.
-        fields: Without a plan: what the model is told, value by field; on the command line also --class VALUE and so
-            on.
+        fields: Without a plan: the condition, value by field; on the command line also --class VALUE and so on.
         seed: Without a plan: seed of the images.
         grid: PNG to write, a line of up to 16 patches for each of the plan's first 24 rows. With n, up to 384 patches
             in lines of 16; out may then be left out.
@@ -71,13 +70,13 @@ class GenerateSettings(Settings):
 
 @dataclass
 class GridSettings(Settings):
-    """A picture of what a model makes.
+    """A picture of generated patches.
 
     Args:
         model: Model folder.
         out: PNG to write.
         kind: "cells": a cell per pair of values of ``rows`` × ``columns``; "blend": from ``start`` to ``stop`` of a
-            field in even steps; "trajectory": a sample's way out of the noise.
+            field in equal steps; "trajectory": the denoising trajectory of samples.
         n: Patches per cell, or rows of a blend or trajectory; each from its own seed.
         seed: Seed of the first; the same seeds in every cell.
         rows: Field down the side of "cells".
@@ -86,7 +85,7 @@ class GridSettings(Settings):
         start: Its first value.
         stop: Its last value.
         steps: Columns of "blend" and "trajectory".
-        fields: What the model is told beside, value by field.
+        fields: Values of the other fields that the model is conditioned on.
         sampler: The sampler and its steps.
         guidance: Guidance scales per field.
         device_batch: Images per forward pass.
@@ -109,9 +108,9 @@ class GridSettings(Settings):
     device_batch: int = 16
 
     def problems(self) -> list[str]:
-        """What does not go together, in words."""
-        found = [f"{k} is {getattr(self, k)}, and at least {n}" for k, n in
-                 (("n", 1), ("steps", 2), ("device_batch", 1)) if getattr(self, k) < n]  # fmt: skip
+        """Settings that contradict each other, in words."""
+        least = {"n": 1, "steps": 2, "device_batch": 1}
+        found = [f"{k} is {getattr(self, k)}; it is at least {n}" for k, n in least.items() if getattr(self, k) < n]
         if self.kind == "cells" and self.rows == self.columns:
             found.append(f"rows and columns are both {self.rows!r}")
         if self.kind == "blend" and not (self.start and self.stop):
@@ -124,34 +123,34 @@ class GridSettings(Settings):
 
 @dataclass
 class TranslateSettings(Settings):
-    """Real patches as another hospital (or another value of any field) would have made them.
+    """Translate real patches to another hospital, or to another value of any field.
 
     Args:
         data: Dataset folder with the patches to translate.
         model: Model folder.
         out: Dataset folder to write.
-        to: New value by field, as in ``--to site=radboud``; the other fields stay what they are.
-        where: Value, or list of values, by field or column of the index: which patches. Empty means all.
+        to: New value by field, as in ``--to site=radboud``; the other fields do not change.
+        where: Value, or list of values, by field or column of the index, of the patches to translate. Empty means all.
         split: Named split to choose patches by; empty means every row. A training set for a study may only hold
             translations of its training patients.
         split_value: The part of the split to translate.
-        stain_value: The part of the split whose patches say what each site's stain is, for the mappings shown beside.
-        limit: Patches to translate at most, patients in equal parts; 0 means all.
-        seed: Seed of the choice when there is a limit, and of the choices for measures and figure.
+        stain_value: The part of the split on whose patches stains are measured, for the stain-mapping baselines.
+        limit: Patches to translate at most, patients in turn; 0 means all.
+        seed: Seed of the choice of patches under a limit, and of those for measures and figure.
         synthetic: Whether synthetic patches may be translated too.
         adapters: Folders (or hub ids) of low-rank adapters to stack on the model, in order.
         adapter_scales: Scale of each adapter's update, 1 as trained; empty means 1 for each.
-        strength: Share of the noise schedule to go back, above 0 and up to 1: how much may change.
-        steps: DDIM steps of the whole schedule, dividing the training timesteps; strength × steps of them are taken
-            back and forth.
-        refinements: Further network evaluations per step back, which bring the round trip closer to the input.
-        guidance: Guidance on the way forth.
+        strength: Share of the noise schedule that is inverted, above 0 and up to 1: how much may change.
+        steps: DDIM steps of the whole schedule, a divisor of the training timesteps; strength × steps of them are
+            taken in each direction.
+        refinements: Further network evaluations per inversion step, which bring the round trip closer to the input.
+        guidance: Guidance of denoising; inversion uses none.
         device_batch: Images per forward pass; short batches are padded to it, so that results do not depend on the
             number of processes.
         patches_per_shard: Patches per tar, the unit of work of a process and of a resume.
         codec: "png" (exact), "jpg" or "webp"; that of the real patches, where both are compared.
         name: The dataset's name; empty means the folder's name.
-        measured: Patches at most whose structure is measured beside the rivals' when all is done; 0 measures nothing.
+        measured: Patches at most whose structure is compared with that of the baselines at the end; 0 for none.
         figure: PNG to write, with a row per patch: original, round trip, no-op, stain mappings, translated.
         figure_rows: Patches in the figure, of different patients as far as possible.
     """

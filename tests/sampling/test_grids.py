@@ -135,7 +135,7 @@ def test_the_verb_and_what_it_refuses(model: Path, tmp_path: Path, capsys: pytes
         (["rows=clas"], "closest: 'class'"),
         (["rows=site"], "rows and columns are both"),
         (["kind=blend"], "start and stop"),
-        (["n=0", "steps=1"], "n is 0, and at least 1; steps is 1"),
+        (["n=0", "steps=1"], "n is 0.*steps is 1"),
         (["--site", "NA"], "which the picture varies"),
         (["out=a.jpg"], "must end in .png"),
         (["kind=blend", "--class", "tumour", "start=aster", "stop=birsh"], "closest: 'birch'"),
