@@ -111,7 +111,7 @@ def _adjusted(effects: Effects | None, scored: Sequence[str], features: np.ndarr
     """
     if effects is None:
         return features
-    return effects.take_out(features, index, [name for name in effects.values if name not in scored])
+    return effects.subtract(features, index, [name for name in effects.values if name not in scored])
 
 
 def _confidence(

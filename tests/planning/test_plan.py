@@ -124,8 +124,15 @@ def test_a_plan_without_such_columns_is_drawn_as_ever(schema: Schema) -> None:
     # Made before there were such columns.
     rows = [{"class": "benign", "age": "real"}, {"class": "tumour", "age": "real", "seed": 7}]
     assert [a if a == UNKNOWN_WORD else round(a, 6) for a in drawn(rows, schema, 4)] == [
-        UNKNOWN_WORD, 48.072891, 42.1574, UNKNOWN_WORD, UNKNOWN_WORD, UNKNOWN_WORD, 55.710995, 41.009161,
-    ]  # fmt: skip
+        UNKNOWN_WORD,
+        48.072891,
+        42.1574,
+        UNKNOWN_WORD,
+        UNKNOWN_WORD,
+        UNKNOWN_WORD,
+        55.710995,
+        41.009161,
+    ]
     empty = [{**row, "age_quantiles": "", "age_unknown": ""} for row in rows]
     assert drawn(empty, schema, 4) == drawn(rows, schema, 4)
 

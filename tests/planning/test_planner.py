@@ -192,9 +192,13 @@ def test_summary(ask) -> None:
     assert summary.before_after.fields == ["class", "site"]
     cells = {(c["class"], c["site"]): (c["real"], c["planned"]) for c in summary.before_after.cells}
     assert cells == {
-        (B, "NA"): (2, 2), (B, "aster"): (6, 0), (B, "birch"): (4, 1),
-        (T, "NA"): (3, 2), (T, "aster"): (3, 1), (T, "birch"): (0, 3),
-    }  # fmt: skip
+        (B, "NA"): (2, 2),
+        (B, "aster"): (6, 0),
+        (B, "birch"): (4, 1),
+        (T, "NA"): (3, 2),
+        (T, "aster"): (3, 1),
+        (T, "birch"): (0, 3),
+    }
     json.dumps(encode(summary), allow_nan=False)
 
 

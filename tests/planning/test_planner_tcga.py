@@ -88,10 +88,14 @@ def plan(tables: Path, tmp_path_factory: pytest.TempPathFactory):
         start = time.process_time()
         result = plan_from(
             PlanSettings(
-                data=str(tables / table), out=str(out), class_field="project_id", site_field="tissue_source_site",
-                tss_table="" if codes else str(tables / "tissueSourceSite.tsv"), **settings,
+                data=str(tables / table),
+                out=str(out),
+                class_field="project_id",
+                site_field="tissue_source_site",
+                tss_table="" if codes else str(tables / "tissueSourceSite.tsv"),
+                **settings,
             )
-        )  # fmt: skip
+        )
         assert time.process_time() - start < 10  # of the processor; others may share it
         return result
 

@@ -287,9 +287,13 @@ def test_guidance_is_used_and_checked_first(
 
 
 def test_a_full_memory_halves_the_batch_and_goes_on(
-    plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    plan: pd.DataFrame,
+    model: Path,
+    whole: PatchDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     real, sizes = MediPipeline.generate_latents, []
 
     def small(self: MediPipeline, conditions: Any, noise: torch.Tensor, *rest: Any, batch: int, **named: Any) -> Any:
@@ -353,9 +357,11 @@ def test_one_combination_without_a_plan(
         assert np.array_equal(np.asarray(picture), first)
     patch = kept.read([0])[0]
     found = [
-        (y, x) for y in range(first.shape[0] - 31) for x in range(first.shape[1] - 31)
+        (y, x)
+        for y in range(first.shape[0] - 31)
+        for x in range(first.shape[1] - 31)
         if np.array_equal(first[y : y + 32, x : x + 32], patch)
-    ]  # fmt: skip
+    ]
     assert len(found) == 1  # the picture holds the patch itself
     for wrong, why in (
         (["--site", "birhc"], "closest: 'birch'"),
@@ -405,9 +411,16 @@ def make_classifier(folder: Path, model: Path, scale: float = 1.0) -> Path:
         block_out_channels=[16, 32], attention=[False, False], attention_head_dim=16, norm_num_groups=8
     )
     classifier = LatentClassifier(
-        LatentEncoder(settings, 4, 8, 2), settings, pipeline.latent_shape, "class", ("benign", "tumour"),
-        pipeline.objective, pipeline.shift, scale * pipeline.scale, pipeline.autoencoder.hash,
-    )  # fmt: skip
+        LatentEncoder(settings, 4, 8, 2),
+        settings,
+        pipeline.latent_shape,
+        "class",
+        ("benign", "tumour"),
+        pipeline.objective,
+        pipeline.shift,
+        scale * pipeline.scale,
+        pipeline.autoencoder.hash,
+    )
     classifier.save_pretrained(folder)
     return folder
 

@@ -42,9 +42,17 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
 def settings(cohort: PatchDataset, model: Path, tmp_path: Path) -> TranslateSettings:
     """16 patches of aster in 4 shards, batches of 4 and 1."""
     return TranslateSettings(
-        data=str(cohort.folder), model=str(model), out=str(tmp_path / "out"), to={"site": "birch"},
-        where={"site": "aster"}, steps=4, strength=0.5, device_batch=4, patches_per_shard=5, measured=0,
-    )  # fmt: skip
+        data=str(cohort.folder),
+        model=str(model),
+        out=str(tmp_path / "out"),
+        to={"site": "birch"},
+        where={"site": "aster"},
+        steps=4,
+        strength=0.5,
+        device_batch=4,
+        patches_per_shard=5,
+        measured=0,
+    )
 
 
 def files(folder: Path) -> dict[str, str]:

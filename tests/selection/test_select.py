@@ -129,8 +129,9 @@ def kinds(keys: set[str]) -> dict[str, int]:
 def files(folder: Path) -> dict[str, str]:
     return {
         str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in sorted(folder.rglob("*")) if f.is_file()
-    }  # fmt: skip
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -305,10 +306,16 @@ def test_bad_input_is_named(synthetic: PatchDataset, real: PatchDataset, tmp_pat
     one_site = write_real(tmp_path / "one_site", 12, [(c, "aster") for c in ("benign", "tumour")])
     both = ["class", "site"]
     refuse("confidence cannot judge site 'birch': 0 training patients", real=str(one_site.folder), fields=both)
-    refuse("centroid cannot judge site 'birch'.*Leave site out", real=str(one_site.folder), filters=["centroid"],
-           rank="centroid", fields=both)  # fmt: skip
-    small = write_dataset(tmp_path / "small", [replace(p, image=p.image[:8, :8]) for p in planted(real)][:9], "small",
-                          SCHEMA, 8, 0.5)  # fmt: skip
+    refuse(
+        "centroid cannot judge site 'birch'.*Leave site out",
+        real=str(one_site.folder),
+        filters=["centroid"],
+        rank="centroid",
+        fields=both,
+    )
+    small = write_dataset(
+        tmp_path / "small", [replace(p, image=p.image[:8, :8]) for p in planted(real)][:9], "small", SCHEMA, 8, 0.5
+    )
     refuse("8 px", data=str(small.folder))
 
 
@@ -353,8 +360,18 @@ def test_test_patients_teach_nothing(real: PatchDataset, tmp_path: Path) -> None
 def test_the_command_prints_one_screen(
     synthetic: PatchDataset, real: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["select", str(synthetic.folder), f"real={real.folder}", "per_cell=3", "--json", str(tmp_path / "out.json"),
-             "workers=0", "encoder=demo", "filters=[confidence]", "confidence=0"]  # fmt: skip
+    words = [
+        "select",
+        str(synthetic.folder),
+        f"real={real.folder}",
+        "per_cell=3",
+        "--json",
+        str(tmp_path / "out.json"),
+        "workers=0",
+        "encoder=demo",
+        "filters=[confidence]",
+        "confidence=0",
+    ]
     assert cli.main(words) == 0
     text = capsys.readouterr().out
     assert "tumour × cedar (unseen)" in text

@@ -31,7 +31,7 @@ def test_effects_add_up_in_combinations_that_training_lacks() -> None:
     effects = additive_effects(features, table, ["class", "site"])
     wanted = pd.DataFrame([(*pair, "s") for pair in COMBINATIONS] + [("benign", "unknown", "s")], columns=table.columns)
     theirs = [of[row["class"]] + of.get(row["site"], 0.0) + 3.0 for _, row in wanted.iterrows()]
-    adjusted = effects.take_out(np.stack(theirs).astype(np.float32), wanted, ["site"])
+    adjusted = effects.subtract(np.stack(theirs).astype(np.float32), wanted, ["site"])
     mean = np.mean([of[site] for site in SITES], axis=0) + 3.0
     for row, (kind, _) in zip(adjusted, COMBINATIONS, strict=False):
         assert row == pytest.approx(of[kind] + mean, abs=1e-4)  # of the class alone, unseen or not

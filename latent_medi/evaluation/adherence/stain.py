@@ -9,6 +9,7 @@ from latent_medi.evaluation.cohort.combinations import Combination, describe, ma
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.features.stain import fit_stain, stain_angles, tissue_density
+from latent_medi.statistics.additive_effects import least_squares
 from latent_medi.statistics.bootstrap import Estimate, PatientResamples, PatientTable, share_of_samples
 from latent_medi.statistics.subsampling import balanced_draw
 
@@ -121,11 +122,10 @@ class _SiteDensities:
         names = sorted({str(c) for patches in training for c in patches.classes})
         rows = [(i, names.index(c)) for i, patches in enumerate(training) for c in patches.classes]
         site, tumour = np.array(rows).T
-        design = np.concatenate([np.eye(len(training))[site], np.eye(len(names))[tumour]], axis=1)
-        # The shortest of all solutions: what is common to sites and classes is shared between them evenly.
-        effects = np.linalg.lstsq(design, np.concatenate([p.density for p in training]), rcond=None)[0]
-        self.sites, self.of_site = sites, effects[: len(training)]
-        self.of_class = dict(zip(names, effects[len(training) :], strict=True))
+        density = np.concatenate([p.density for p in training])
+        # Without an intercept, what is common to sites and classes is shared between them evenly.
+        self.of_site, of_class = least_squares(density, [site, tumour], [len(training), len(names)])
+        self.sites, self.of_class = sites, dict(zip(names, of_class, strict=True))
 
     def nearest(self, site: str, patches: _Patches, classes: set[str], people: PatientResamples | None) -> Estimate:
         """Share of patches of some classes whose density is nearest to this site's. Samples are independent draws; real
