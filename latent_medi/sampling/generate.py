@@ -114,9 +114,6 @@ def generate_plan(
             not support, or a folder with another dataset.
     """
     settings = settings or GenerateSettings()
-    for name in ("device_batch", "patches_per_shard"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}.")
     accelerator = accelerator or make_accelerator(patient=True)
     with output_lock(out, accelerator):
         return _generate(plan, model, out, settings, accelerator)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from dataclasses import field as dataclass_field
-from typing import Literal
+from typing import Annotated, Literal
 
+from latent_medi.core.kinds import Range
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import Settings
+from latent_medi.core.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings
 from latent_medi.diffusion.settings import (
     AutoguidanceSettings,
     ClassifierGuidanceSettings,
@@ -55,14 +56,14 @@ class GenerateSettings(Settings):
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     autoguidance: AutoguidanceSettings = field(default_factory=AutoguidanceSettings)
     classifier: ClassifierGuidanceSettings = field(default_factory=ClassifierGuidanceSettings)
-    device_batch: int = 64
-    patches_per_shard: int = 512
+    device_batch: PositiveInt = 64
+    patches_per_shard: PositiveInt = 512
     codec: Literal["png", "jpg", "webp"] = "png"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ignore: list[str] = field(default_factory=list)
     name: str = ""
-    mpp: float = 0.0
-    n: int = 0
+    mpp: NonNegativeFloat = 0.0
+    n: NonNegativeInt = 0
     fields: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     grid: PathText = ""
@@ -94,23 +95,22 @@ class GridSettings(Settings):
     model: PathText
     out: PathText
     kind: Literal["cells", "blend", "trajectory"] = "cells"
-    n: int = 1
+    n: PositiveInt = 1
     seed: int = 0
     rows: str = "class"
     columns: str = "site"
     field: str = "site"
     start: str = ""
     stop: str = ""
-    steps: int = 8
+    steps: Annotated[int, Range(2)] = 8
     fields: dict[str, str] = dataclass_field(default_factory=dict)
     sampler: SamplerSettings = dataclass_field(default_factory=SamplerSettings)
     guidance: GuidanceSettings = dataclass_field(default_factory=GuidanceSettings)
-    device_batch: int = 16
+    device_batch: PositiveInt = 16
 
     def problems(self) -> list[str]:
         """Settings that contradict each other, in words."""
-        least = {"n": 1, "steps": 2, "device_batch": 1}
-        found = [f"{k} is {getattr(self, k)}; it is at least {n}" for k, n in least.items() if getattr(self, k) < n]
+        found = []
         if self.kind == "cells" and self.rows == self.columns:
             found.append(f"rows and columns are both {self.rows!r}")
         if self.kind == "blend" and not (self.start and self.stop):
@@ -163,19 +163,19 @@ class TranslateSettings(Settings):
     split: str = "main"
     split_value: str = "train"
     stain_value: str = "train"
-    limit: int = 0
+    limit: NonNegativeInt = 0
     seed: int = 0
     synthetic: bool = False
     adapters: list[PathText] = field(default_factory=list)
     adapter_scales: list[float] = field(default_factory=list)
     strength: float = 1.0
     steps: int = 20
-    refinements: int = 1
+    refinements: NonNegativeInt = 1
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
-    device_batch: int = 64
-    patches_per_shard: int = 512
+    device_batch: PositiveInt = 64
+    patches_per_shard: PositiveInt = 512
     codec: Literal["png", "jpg", "webp"] = "png"
     name: str = ""
-    measured: int = 256
+    measured: NonNegativeInt = 256
     figure: PathText = ""
-    figure_rows: int = 8
+    figure_rows: PositiveInt = 8

@@ -88,10 +88,6 @@ def translate(
         raise UserError(
             f"Translation needs {' and '.join([*needed, *([] if settings.model or model else ['model'])])}."
         )
-    at_least_1, at_least_0 = ("device_batch", "patches_per_shard", "figure_rows"), ("limit", "refinements", "measured")
-    for name, least in [(n, 1) for n in at_least_1] + [(n, 0) for n in at_least_0]:
-        if getattr(settings, name) < least:
-            raise UserError(f"{name} must be at least {least}, not {getattr(settings, name)}.")
     first_step_of(settings.strength, settings.steps)
     if settings.measured:
         structural_similarity()  # fail now rather than after the last patch if it is not installed

@@ -57,7 +57,7 @@ class Inputs:
 
 
 def check_settings(settings: SelectSettings) -> None:
-    """Check that numbers are in range and that the part of the split is a training part.
+    """Check that both datasets are given, the name of the selection, and that it learns from a training part.
 
     Raises:
         UserError: Names the setting.
@@ -65,14 +65,6 @@ def check_settings(settings: SelectSettings) -> None:
     if missing := [name for name in ("data", "real") if not getattr(settings, name)]:
         raise UserError(f"Selection needs {' and '.join(missing)}.", "latent-medi select SYNTHETIC real=REAL")
     check_selection_name(settings.name)
-    for name in ("confidence", "outliers", "copies", "duplicates", "share"):
-        if not 0.0 <= getattr(settings, name) <= 1.0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it is a number from 0 to 1.")
-    for name, least in (("per_cell", 0), ("most", 100), ("batch", 1), ("workers", 0), ("regularisation", 0)):
-        if getattr(settings, name) < least:
-            raise UserError(f"{name} is {getattr(settings, name)}; it is {least} or more.")
-    if not settings.share:
-        raise UserError("share is 0: nothing would be chosen.")
     if not settings.split_value.startswith("train"):
         raise UserError(
             f"A selection learns from a training part of a split, not from {settings.split_value!r}.",

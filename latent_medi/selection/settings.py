@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
+from latent_medi.core.kinds import Range
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import Settings
+from latent_medi.core.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings, UnitInterval
 
 Filter = Literal["centroid", "confidence", "outliers", "copies", "duplicates"]
 Score = Literal["confidence", "centroid", "distance"]
@@ -62,6 +63,8 @@ class SelectSettings(Settings):
         replace: Whether another selection of that name may be overwritten.
     """
 
+    RENAMED: ClassVar = {"criteria": "filters"}
+
     data: PathText = ""
     real: PathText = ""
     name: str = "best"
@@ -72,22 +75,22 @@ class SelectSettings(Settings):
     filters: list[Filter] = field(default_factory=lambda: ["outliers", "copies", "duplicates"])
     centroids: list[list[str]] = field(default_factory=list)
     adjust: bool = True
-    confidence: float = 0.5
-    outliers: float = 0.99
-    copies: float = 0.001
-    duplicates: float = 0.001
+    confidence: UnitInterval = 0.5
+    outliers: UnitInterval = 0.99
+    copies: UnitInterval = 0.001
+    duplicates: UnitInterval = 0.001
     rank: Score = "confidence"
-    per_cell: int = 0
-    share: float = 0.5
+    per_cell: NonNegativeInt = 0
+    share: Annotated[float, Range(0, 1, above=True)] = 0.5
     control: bool = True
     encoder: PathText = "phikon-v2"
     weights: PathText = ""
     colour_free: bool = False
-    regularisation: float = 0.0
-    most: int = 10_000
+    regularisation: NonNegativeFloat = 0.0
+    most: Annotated[int, Range(100)] = 10_000
     seed: int = 0
-    batch: int = 128
+    batch: PositiveInt = 128
     device: str = ""
-    workers: int = 2
+    workers: NonNegativeInt = 2
     cache: PathText = ""
     replace: bool = False

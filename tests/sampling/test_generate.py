@@ -277,12 +277,13 @@ def test_guidance_is_used_and_checked_first(
         (plan, replace(SETTINGS, guidance=GuidanceSettings("chain", scales={"sit": 2.0})), "sit"),
         (plan, replace(SETTINGS, sampler=SamplerSettings("ddim", steps=7)), "ddim"),
         (plan.assign(count=0), SETTINGS, "every count is 0"),
-        (plan, replace(SETTINGS, device_batch=0), "device_batch"),
         (plan.assign(site="astor"), SETTINGS, "astor"),
     )
     for asked, settings, words in bad:
         with pytest.raises(UserError, match=words):
             generate_plan(asked, model, tmp_path / "bad", settings)
+    with pytest.raises(UserError, match="device_batch is 0"):
+        replace(SETTINGS, device_batch=0)
     assert not (tmp_path / "bad").exists()
 
 
