@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -14,6 +14,7 @@ from latent_medi.core.checksums import inside, verify_checksums, warn_unsealed, 
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_object
 from latent_medi.core.json_types import check_config, check_sizes, check_types
+from latent_medi.core.kinds import hints
 from latent_medi.diffusion.conditioning import MetadataConditioner
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.latents.autoencoder import Autoencoder, first_line, in_own_memory, load_autoencoder, refuse_missing
@@ -116,7 +117,7 @@ def _objective(told: dict[str, Any], path: Path) -> ObjectiveSettings:
         objective = ObjectiveSettings(**told)
     except TypeError as error:  # an entry that is not there in this version
         raise UserError(f"{path} cannot be used: {error}.", REMEDY) from None
-    for name, kind in get_type_hints(ObjectiveSettings).items():
+    for name, kind in hints(ObjectiveSettings).items():
         if (choices := get_args(kind)) and getattr(objective, name) not in choices:
             raise UserError(f"{path} says {name} {getattr(objective, name)!r}; known: {', '.join(choices)}.", REMEDY)
     objective.check()
