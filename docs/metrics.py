@@ -56,7 +56,7 @@ def _within(annotation: Any) -> list[type]:
 
 
 def _type(annotation: Any) -> str:
-    kinds = alternatives(plain(annotation))
+    kinds = alternatives(annotation)
     if len(kinds) > 1:
         return " or ".join(map(_type, kinds))
     kind = plain(annotation)
