@@ -173,6 +173,10 @@ def find(settings_class: type, dotted: str) -> tuple[list[str], Any] | None:
     if not is_mapping(annotation):
         return None
     value = arguments(annotation)[1]
+    if (inner := settings_in(value)) is not None:  # models.NAME.train.max_steps
+        name, dot, rest = rest.partition(".")
+        found = find(inner, rest) if dot else ([], value)
+        return None if found is None else ([head, name, *found[0]], found[1])
     return ([head, *rest.replace("-", "_").split(".")], Any) if value is Any else ([head, rest], value)
 
 

@@ -324,6 +324,8 @@ def _made(annotation: Any, value: Any, where: str) -> Any:
     inner = settings_in(annotation)
     if inner is not None and origin(annotation) is not dict and isinstance(value, Mapping):
         return make(inner, value, where)
+    if origin(annotation) is dict and isinstance(value, Mapping):
+        return {key: _made(arguments(annotation)[1], item, where) for key, item in value.items()}
     return tuple(value) if origin(annotation) is tuple and isinstance(value, Sequence) else value
 
 

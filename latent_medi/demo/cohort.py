@@ -1,9 +1,8 @@
 """The demo's cohort: three classes at four hospitals, skewed as real data are, with combinations held out.
 
-Shape depends on class, patient and patch; stain on hospital and slide; the two never depend on each other, so a
-generator that has understood
-class and hospital apart can draw every combination, and the truth for each is a call of
-:func:`latent_medi.demo.tissue.render` away.
+Shape depends on class, patient and patch, stain on hospital and slide, and neither on the other. A generator that has
+separated class from hospital can therefore draw every combination, and :func:`latent_medi.demo.tissue.render` gives the
+truth for each.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ HELD_OUT = (
     {"class": "glandular", "site": "dogwood"},
     {"site": "dogwood", "fixation": "frozen"},
 )
-"""Combinations without a single training patch."""
+"""Combinations without a training patch."""
 
 _TRAIN_PATIENTS = {  # skewed: some hospitals are specialised, as referral centres are
     "aster": {"glandular": 108, "solid": 26, "spindle": 22},
@@ -148,9 +147,7 @@ def is_held_out(values: dict[str, str]) -> bool:
 
 
 def patients(settings: CohortSettings) -> list[Patient]:
-    """Draw the patients of all three splits: ``train`` (no held-out combination), ``probe`` and ``test`` (every
-    combination).
-    """
+    """The patients of all three splits: ``train`` (no held-out combination), ``probe`` and ``test`` (all of them)."""
     cohort: list[Patient] = []
     for split in ("train", "probe", "test"):
         for site, stain in SITES.items():
@@ -158,7 +155,7 @@ def patients(settings: CohortSettings) -> list[Patient]:
                 unseen_cell = is_held_out({"class": tumour, "site": site, "fixation": ""})
                 count = {
                     "train": settings.train_patients or _TRAIN_PATIENTS[site][tumour],
-                    # Held-out cells have no training patients, so the probes and the oracle draw more of these.
+                    # Held-out cells have no training patients: linear probes and the oracle need more of them here.
                     "probe": settings.probe_patients * (2 if unseen_cell else 1),
                     "test": settings.test_patients,
                 }[split]
@@ -186,7 +183,7 @@ def patients(settings: CohortSettings) -> list[Patient]:
 
 
 def patches(patient: Patient, settings: CohortSettings) -> Iterator[Patch]:
-    """Render one patient's patches; they depend on nothing but the seed and the patient's name."""
+    """One patient's patches, which depend on the seed and the patient's name alone."""
     digest = hashlib.sha256(f"{settings.seed}/{patient.name}/patches".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     for number in range(settings.patches_per_patient):
@@ -229,7 +226,7 @@ def _write_part(folder: Path, number: int, part: list[Patient], settings: Cohort
 def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset:
     """Render the cohort into a dataset folder with the split ``main`` (train, probe, test).
 
-    A rerun keeps the shards that are there already, if they are of the same settings.
+    A rerun keeps existing shards of the same settings.
 
     Args:
         folder: Where to write; what it holds of another cohort is replaced.

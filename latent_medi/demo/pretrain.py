@@ -1,16 +1,15 @@
-"""Train the demo's two frozen networks on procedural tissue of no class and no hospital.
+"""Training of the demo's two frozen networks on procedural tissue of no class and no hospital.
 
 ``python -m latent_medi.demo.pretrain encoder|autoencoder --out FOLDER`` makes the weights in
 ``latent_medi/demo/weights`` again.
 
-Encoder: a small convolutional network that learns to read the renderer's own parameters (shape and stain alike) off a
-patch. It has never seen one
-of the demo's classes or hospitals; its features are the layer before the read-out.
+Encoder: a small convolutional network that learns to predict the renderer's parameters, of shape and of stain, from a
+patch. It sees none of the demo's classes and hospitals. Its features are the layer before the prediction.
 
-Autoencoder: diffusers' ``AutoencoderKL`` with 4× downsampling; L1 + edge loss, an L1 loss of 8 × 8 means (else a
-thrifty code drops the tint of a rare stain, and with it the hospital), and a small Kullback–Leibler term. It is
-polished with a perceptual loss, as Stable Diffusion's is: the distance of the encoder's feature maps, at last of its
-features too.
+Autoencoder: diffusers' ``AutoencoderKL`` with 4× downsampling; L1 and edge loss, an L1 loss of 8 × 8 means (without it
+the code drops the tint of a rare stain, and with it the hospital), and a small Kullback–Leibler term. It is then
+fine-tuned with a perceptual loss, as Stable Diffusion's is: the distance between the encoder's feature maps, in the end
+also between its features.
 """
 
 from __future__ import annotations
@@ -46,16 +45,14 @@ POLISH: tuple[dict[str, Any], ...] = (
     {"steps": 800, "perceptual": 0.3, "features": 3.0},
     {"steps": 800, "perceptual": 0.3, "features": 10.0},
 )
-"""Stages of the polish; the third halved the Fréchet distance between patches and their reconstructions."""
+"""Stages of the autoencoder's fine-tuning; the third halved the Fréchet distance of reconstructions to patches."""
 
 SHAPE_PARAMETERS = ("nucleus_aspect", "alignment", "gland_radius")
-"""The parameters that the encoder's features must read linearly."""
+"""The parameters that must be linear in the encoder's features."""
 
 
 def _targets(shape: Shape, stain: Stain) -> dict[str, float]:
-    """What the encoder learns to read off a patch, as numbers; orientation as a double angle, since a fibre has no
-    direction.
-    """
+    """What the encoder learns to predict, as numbers; orientation as a double angle, since fibres have no direction."""
     numbers = parameters(shape)
     angle = numbers.pop("orientation")
     numbers["along"] = shape.alignment * np.cos(2 * angle)
@@ -91,7 +88,7 @@ def shape_r2(encoder: TinyEncoder, images: np.ndarray, truth: pd.DataFrame) -> d
     """R² of ridge probes from features to shape parameters, fitted on the first half and scored on the second.
 
     Args:
-        encoder: Encoder to judge.
+        encoder: The encoder.
         images: uint8 [n, 64, 64, 3].
         truth: Their parameters, as :func:`tissue_bank` gives them.
     """
@@ -119,10 +116,10 @@ def embed(encoder: TinyEncoder, images: np.ndarray, batch: int = 256) -> np.ndar
 def train_encoder(
     images: np.ndarray, truth: pd.DataFrame, steps: int = 2200, seed: int = 0, batch: int = 96
 ) -> TinyEncoder:
-    """Train the encoder to read the renderer's parameters off a patch; see the module's text.
+    """An encoder that is trained to predict the renderer's parameters from a patch; see the module's text.
 
     Args:
-        images: uint8 [n, 64, 64, 3]; a twentieth is kept for the log.
+        images: uint8 [n, 64, 64, 3]; a twentieth is kept for validation.
         truth: Their parameters.
         steps: Optimiser steps.
         seed: Seed of weights and order.
@@ -139,7 +136,7 @@ def train_encoder(
     head = torch.nn.Sequential(
         torch.nn.LayerNorm(48), torch.nn.Linear(48, 128), torch.nn.SiLU(), torch.nn.Linear(128, truth.shape[1])
     )
-    # A linear read-out beside the deep one, because probes and Fréchet distances see no further than linear maps.
+    # Also a linear prediction, since linear probes and Fréchet distances use no more than linear maps.
     linear = torch.nn.Linear(48, truth.shape[1])
     optimizer = torch.optim.AdamW(
         [*encoder.parameters(), *head.parameters(), *linear.parameters()], lr=2e-3, weight_decay=1e-2
@@ -187,11 +184,15 @@ def new_autoencoder(seed: int = 0) -> AutoencoderKL:
     """An untrained autoencoder of 64 × 64 RGB to 4 × 16 × 16."""
     torch.manual_seed(seed)
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1,
+        latent_channels=4,
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, sample_size=64,
-        mid_block_add_attention=False, scaling_factor=1.0,
-    )  # fmt: skip
+        sample_size=64,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
 
 
 def train_autoencoder(
@@ -205,14 +206,14 @@ def train_autoencoder(
     seed: int = 0,
     batch: int = 16,
 ) -> AutoencoderKL:
-    """Train the autoencoder, or polish it; see the module's text.
+    """The autoencoder after training, or after fine-tuning with an encoder; see the module's text.
 
     Args:
         autoencoder: What to train, in place.
         images: uint8 [n, 64, 64, 3].
         steps: Optimiser steps.
-        encoder: Judges what is seen; with it the autoencoder, trained before, is polished at a quarter of the learning
-            rate.
+        encoder: Network of the perceptual loss; with it the autoencoder, trained before, is fine-tuned at a quarter of
+            the learning rate.
         perceptual: Weight of the L1 distance of its feature maps.
         features: Weight of the squared distance of its features.
         decoder_only: Leave the latents as they are.
@@ -239,7 +240,7 @@ def train_autoencoder(
         edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
         tint = F.avg_pool2d(error, 8).abs().mean()
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        # The divergence comes in late: from the first step on it would silence channels before they carry anything.
+        # The divergence's weight rises slowly: at full weight from the start it would silence channels for good.
         prior = 3e-4 * (1.0 if encoder else min(1.0, step / (0.3 * steps)))
         loss = error.abs().mean() + 0.5 * edges + tint + prior * divergence
         if encoder:
@@ -274,10 +275,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument("--patches", type=int, default=24_000, help="patches to render for training")
     parser.add_argument("--jobs", type=int, default=2, help="processes that render")
-    parser.add_argument("--encoder", type=Path, help="for the autoencoder: folder of the encoder that polishes it")
+    parser.add_argument(
+        "--encoder", type=Path, help="for the autoencoder: folder of the encoder of its perceptual loss"
+    )
     arguments = parser.parse_args()
     if arguments.network == "autoencoder" and not arguments.encoder:
-        parser.error("the autoencoder is polished with the encoder: train that first and give its folder as --encoder")
+        parser.error("the autoencoder's loss needs the encoder: train that first and give its folder as --encoder")
     set_up_logging()
     # Subnormal numbers slow a processor down tenfold and carry nothing here.
     torch.set_flush_denormal(True)

@@ -10,12 +10,12 @@ from latent_medi.core.settings import Settings
 
 @dataclass(frozen=True)
 class CohortSettings(Settings):
-    """How large the demo's cohort is.
+    """Size of the demo's cohort.
 
     Args:
         seed: Seed of everything drawn.
         patches_per_patient: Patches of each patient.
-        probe_patients: Patients per class × site cell for the probes and the oracle.
+        probe_patients: Patients per class × site cell for linear probes and the oracle.
         test_patients: Patients per class × site cell for testing.
         train_patients: Patients per class × site cell to train on, none held out, as many frozen as elsewhere;
             0 for the skewed cohort in which combinations are held out.

@@ -206,7 +206,7 @@ def jitter_stain(stain: Stain, rng: np.random.Generator, amount: float = 1.0) ->
 
 
 def random_shape(rng: np.random.Generator) -> Shape:
-    """Shape parameters drawn independently and widely: tissue of no class, for pre-training the frozen networks."""
+    """Shape parameters drawn independently over wide ranges: tissue of no class, to train the frozen networks on."""
     return Shape(
         nucleus_radius=rng.uniform(3.8, 6.0),
         nucleus_aspect=rng.uniform(1.1, 3.0),
@@ -221,7 +221,7 @@ def random_shape(rng: np.random.Generator) -> Shape:
 
 
 def random_stain(rng: np.random.Generator) -> Stain:
-    """Stain parameters drawn widely: a laboratory of no site, for pre-training the frozen networks."""
+    """Stain parameters drawn over wide ranges: a laboratory of no site, to train the frozen networks on."""
 
     def near(value: tuple[float, float, float], width: float) -> tuple[float, float, float]:
         moved = np.clip(np.asarray(value) + rng.uniform(-width, width, 3), 0.01, 1.0)
@@ -239,5 +239,5 @@ def random_stain(rng: np.random.Generator) -> Stain:
 
 
 def parameters(shape: Shape) -> dict[str, float]:
-    """The shape parameters as numbers, for probes against the truth."""
+    """The shape parameters as numbers, to compare predictions with."""
     return {f.name: float(getattr(shape, f.name)) for f in fields(Shape)}

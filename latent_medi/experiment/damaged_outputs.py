@@ -1,6 +1,6 @@
-"""Whether what an experiment made is still there and whole, found out in moments: files, their sizes and headers.
+"""Whether outputs of an experiment are complete, by files, sizes and headers alone, which takes moments.
 
-Each function names what is absent or not whole, as paths to remove before it is made again.
+Each function lists what is absent or damaged, as paths to remove before the output is made again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from latent_medi.core.files import read_object
 
 
 def damaged_dataset(folder: Path) -> list[Path]:
-    """Of a dataset folder: its two files if they cannot be opened, else shards that are absent or cut off."""
+    """A dataset folder's two files if they cannot be opened, else its shards that are absent or cut off."""
     from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
 
     try:
@@ -23,7 +23,7 @@ def damaged_dataset(folder: Path) -> list[Path]:
 
 
 def reopen(*folders: Path) -> None:
-    """Let dataset folders that are not whole be written again: shards that are stay, and so do splits."""
+    """Let damaged dataset folders be written again: intact shards stay, and so do splits."""
     from latent_medi.shards.dataset import INFO_FILE
     from latent_medi.shards.writing.records import PROGRESS_FOLDER
     from latent_medi.shards.writing.rewrite import reopen_dataset
@@ -36,7 +36,7 @@ def reopen(*folders: Path) -> None:
 
 
 def damaged_latents(folder: Path) -> list[Path]:
-    """Of a latent folder: what says that it is finished, if a part of it is absent or cut off."""
+    """A latent folder's ``latents.json``, which marks it as finished, if a part of it is absent or cut off."""
     from latent_medi.latents.store import INFO_FILE, LatentStore
 
     try:
@@ -47,7 +47,7 @@ def damaged_latents(folder: Path) -> list[Path]:
 
 
 def damaged_model(folder: Path) -> list[Path]:
-    """Of a training run's model or adapter: the whole folder if a file of it is absent or cut off."""
+    """The folder of a model, an adapter or a classifier, if a file of it is absent or cut off."""
     from safetensors import SafetensorError, safe_open
 
     from latent_medi.core.checksums import CHECKSUMS_FILE
@@ -55,27 +55,27 @@ def damaged_model(folder: Path) -> list[Path]:
     try:
         listed = read_object(folder / CHECKSUMS_FILE)["sha256"] if (folder / CHECKSUMS_FILE).is_file() else None
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        if listed is not None:  # others are somebody's notes
+        if listed is not None:  # other files are the user's
             files = [folder / name for name in listed]
         for path in files:
             if path.suffix == ".json":
                 read_object(path)
             if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):  # looks at its length
+                with safe_open(path, "pt"):  # compares its length with the header's
                     pass
         names = {path.relative_to(folder).as_posix() for path in files}
     except (UserError, OSError, SafetensorError, KeyError, TypeError):
         return [folder]
     weights = {name.rpartition("/")[0] for name in names if name.endswith(".safetensors")}
-    # Every part with a configuration of a network has its weights beside it.
+    # A part that has a network's configuration has its weights too.
     parts = {name.rpartition("/")[0] for name in names if name.endswith("/config.json")} - {"scheduler"}
     if "model_index.json" in names:
         listed = [name for name, what in read_object(folder / "model_index.json").items() if isinstance(what, list)]
         parts |= {name for name in listed if name not in ("scheduler", "autoencoder")}
-        whole = {"model_index.json", "autoencoder.json", "unet/config.json"} <= names and parts <= weights
+        complete = {"model_index.json", "autoencoder.json", "unet/config.json"} <= names and parts <= weights
     else:
-        whole = "adapter.json" in names and "" in weights
-    return [] if whole else [folder]
+        complete = bool({"adapter.json", "config.json"} & names) and "" in weights  # an adapter or a classifier
+    return [] if complete else [folder]
 
 
 def damaged_metrics(path: Path) -> list[Path]:

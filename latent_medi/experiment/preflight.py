@@ -1,84 +1,167 @@
-"""What would end an experiment after hours of training, found out before it."""
+"""Checks before an experiment runs: what would otherwise stop it after hours of training."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
-from latent_medi.core.errors import UserError
-from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
-from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.core import config
+from latent_medi.core.device import check_precision
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.progress import get_logger
+from latent_medi.evaluation.cohort.study import Study
+from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.kinds.datasets import make_plans
+from latent_medi.experiment.models import Model
+from latent_medi.metadata.schema import Schema
+from latent_medi.sampling.settings import GenerateSettings
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.training.settings import TrainSettings
 
-if TYPE_CHECKING:
-    from latent_medi.evaluation.cohort.study import Study
-    from latent_medi.metadata.schema import Schema
-    from latent_medi.training.finetune.transfer import Source
+log = get_logger(__name__)
 
 
-def check_study(judging: EvaluateSettings) -> Study:
-    """The real side of an evaluation, opened.
+def preflight(e: Experiment) -> None:
+    """Check the stages that are not finished; needs the dataset folder.
 
     Raises:
-        UserError: Settings that cannot be followed; a split, field or held-out combination that the dataset does not
-            have; or a combination that training patches cannot tell anything of.
+        UserError: Training settings that build no network; a sampler, guidance, selection or evaluation that cannot
+            be followed; a split, field or held-out combination that the dataset does not have, or one that training
+            patches cannot identify; an encoder that cannot be loaded.
     """
+    if all(e.stages.finished(name) for name in e.settings.stages if name != "report"):
+        return
+    if e.has("evaluate") and not e.stages.finished("evaluate"):
+        _check_evaluation(e)
+    _check_precisions(e)
+    dataset = PatchDataset.open(e.data)
+    schema = dataset.schema
+    if e.settings.split not in dataset.splits:
+        raise UserError(
+            f"{e.data} has no split {e.settings.split!r}; {nearest(e.settings.split, dataset.splits)}.",
+            "`latent-medi split` makes one.",
+        )
+    _check_guidance_names(e, schema)
+    for model in e.models.values():
+        _check_model(e, model, schema)
+    if e.has("select"):
+        _check_selection(e)
+    if e.has("plan") and not e.stages.finished("plan"):
+        make_plans(e)
+
+
+def _check_evaluation(e: Experiment) -> None:
     from latent_medi.evaluation.cohort.combinations import describe
     from latent_medi.evaluation.cohort.open_study import open_study
-    from latent_medi.evaluation.evaluate import check_settings
+    from latent_medi.evaluation.cohort.roles import synthetic_roles
+    from latent_medi.evaluation.cohort.sample_size import thin_support
+    from latent_medi.evaluation.evaluate import check_settings, load_encoders
     from latent_medi.metadata.estimability import verdict
 
-    check_settings(judging)
-    if judging.downstream_protocol == "histodiffusion":
+    settings = e.evaluation
+    check_settings(settings)
+    synthetic_roles(settings.synthetic, settings.candidate)
+    if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
         raise UserError(
-            "downstream_protocol histodiffusion needs a selection, and an experiment makes none.",
-            "After it, `latent-medi select` the samples and `latent-medi evaluate` them with that protocol.",
+            f"evaluate.selected names {unknown[0]!r}, no model that is sampled; "
+            f"{nearest(unknown[0], settings.synthetic)}."
         )
-    study = open_study(dataclasses.replace(judging, synthetic={}, selected={}))
+    if settings.downstream_protocol == "histodiffusion":
+        wanted = settings.histodiffusion_protocol.selection
+        if not e.has("select") or wanted not in ("", e.selection_name):
+            raise UserError(
+                f"downstream_protocol histodiffusion needs the selection {wanted or e.selection_name!r}.",
+                f"List the stage select before evaluate{f', with select.name={wanted}' if wanted else ''}.",
+            )
+    study: Study = open_study(dataclasses.replace(settings, synthetic={}, selected={}, candidate=""))
     for combination in study.held_out:
         found = verdict(study.index.iloc[study.shown], combination)
         if found["verdict"] == "unidentifiable":
             raise UserError(
                 f"{describe(combination)} cannot be generated from the training patches: {found['reason']}.",
-                "Hold out other combinations: `latent-medi audit` tells which can be told apart.",
+                "Hold out other combinations: `latent-medi audit` lists those that can be identified.",
             )
-    return study
+    for warning in (*study.notes, *thin_support(study, settings.downstream)):
+        log.warning("%s", warning)
+    load_encoders(settings)
 
 
-def check_training(asked: TrainSettings, guidance: GuidanceSettings, sampler: SamplerSettings, schema: Schema) -> None:
-    """Refuse a network that cannot be built, and a sampler or guidance that its training does not allow.
+def _check_precisions(e: Experiment) -> None:
+    for encoding in e.encodings.values():
+        check_precision(encoding.precision, encoding.device or "cuda")
+    for model in e.to_train:
+        check_precision((model.training or {}).get("precision"), "cuda")
+    for model in e.sampled:
+        check_precision(e.generation(model)["precision"], "cuda")
 
-    Args:
-        asked: How it will be trained.
-        guidance, sampler: How it will be sampled.
-        schema: Of the dataset.
 
-    Raises:
-        UserError: Says which and why.
-    """
+def _check_guidance_names(e: Experiment, schema: Schema) -> None:
+    """Refuse guidance scales of fields that the dataset does not have; each model takes those of its own fields."""
+    guidance = e.settings.generate.guidance
+    for name in [*guidance.scales, *guidance.order]:
+        if name not in schema.names:
+            raise UserError(
+                f"generate.guidance names {name!r}, no field of the dataset; {nearest(name, schema.names)}."
+            )
+
+
+def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
+    """Refuse a network that cannot be built, and a sampler or guidance that its training does not allow."""
     from latent_medi.diffusion.conditioning import MetadataConditioner
-    from latent_medi.diffusion.guidance import check_guidance
-    from latent_medi.diffusion.samplers import check_sampler
-    from latent_medi.training.finetune.transfer import inherited_objective, open_source
-
-    asked.model.resolved()
-    if asked.init_from:  # what a transferred conditioner can be asked is known when it is there
-        check_sampler(inherited_objective(open_source(asked.init_from), asked), sampler)
-        return
-    check_sampler(asked.objective, sampler)
-    known = schema if asked.model.fields is None else schema.subset(asked.model.fields)
-    conditioner = None
-    if known.names:  # of any width: only what it knows is looked at
-        patterns = dataclasses.asdict(asked.dropout)
-        conditioner = MetadataConditioner(known.to_dict(), 1, fusion="additive", dropout_patterns=patterns)
-    check_guidance(guidance, conditioner)
-
-
-def check_model(model: Source, guidance: GuidanceSettings, sampler: SamplerSettings) -> None:
-    """The same for a model that is trained already."""
     from latent_medi.diffusion.guidance import check_guidance
     from latent_medi.diffusion.objective import settings_of
     from latent_medi.diffusion.samplers import check_sampler
+    from latent_medi.training.finetune.transfer import inherited_objective, open_source
 
-    check_sampler(settings_of(model.scheduler), sampler)
-    check_guidance(guidance, model.conditioner)
+    if model in e.guided:
+        e.classifier(model).check()
+    generate = config.make(GenerateSettings, e.generation(model), "generate") if model.entry.sample else None
+    if model.source is not None:
+        if generate:
+            check_sampler(settings_of(model.source.scheduler or {}), generate.sampler)
+            check_guidance(generate.guidance, model.source.conditioner)
+        return
+    settings = config.make(TrainSettings, model.training or {}, model.name)
+    if model.entry.data:
+        _warn_of_shared_patients(e, model)
+    if settings.init_from and (model.parent is None or model.parent.source is not None):
+        objective = inherited_objective(open_source(settings.init_from), settings)
+        if generate:  # what a transferred conditioner allows is known when it is made
+            check_sampler(objective, generate.sampler)
+        return
+    settings.model.resolved()
+    if generate is None or model.parent is not None:
+        return
+    check_sampler(settings.objective, generate.sampler)
+    known = schema if settings.model.fields is None else schema.subset(settings.model.fields)
+    conditioner = None
+    if known.names:  # of any width: only the names of its fields matter here
+        patterns = dataclasses.asdict(settings.dropout)
+        conditioner = MetadataConditioner(known.to_dict(), 1, fusion="additive", dropout_patterns=patterns)
+    check_guidance(generate.guidance, conditioner)
+
+
+def _warn_of_shared_patients(e: Experiment, model: Model) -> None:
+    """Warn where a dataset of its own has patients whom the experiment does not train on."""
+    other, own = PatchDataset.open(model.entry.data), PatchDataset.open(e.data)
+    rows = other.rows({SPLIT_PREFIX + model.entry.split: "train"}) if model.entry.split else slice(None)
+    split = SPLIT_PREFIX + e.settings.split
+    kept_out = own.index["patient"][own.index[split] != "train"] if split in own.index else own.index["patient"]
+    if shared := sorted(set(other.index["patient"].iloc[rows]) & set(kept_out)):
+        log.warning(
+            "%s is trained on %d patients of %s, such as %s, whom split %r of %s keeps out of training.",
+            model.name,
+            len(shared),
+            model.entry.data,
+            shared[0],
+            e.settings.split,
+            e.data,
+        )
+
+
+def _check_selection(e: Experiment) -> None:
+    from latent_medi.features.encoders import load_encoder
+    from latent_medi.selection.inputs import check_settings
+
+    settings = e.selection(e.sampled[0].name)
+    check_settings(settings)
+    load_encoder(settings.encoder, settings.weights or None)

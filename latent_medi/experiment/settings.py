@@ -3,49 +3,101 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from latent_medi.core.kinds import PartOf
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import Settings
+from latent_medi.core.settings import NonNegativeInt, PositiveInt, Settings
 from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.latents.settings import EncodeSettings
+from latent_medi.planning.settings import PlanSettings
 from latent_medi.sampling.settings import GenerateSettings
+from latent_medi.selection.settings import SelectSettings
 from latent_medi.training.settings import TrainSettings
+
+StageName = Literal[
+    "shards", "audit", "encode", "train", "classifier", "plan", "sample", "select", "evaluate", "report"
+]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""Every kind of stage, in the order in which an experiment runs them."""
+OPTIONAL_STAGES = ("classifier", "select")
+"""Stages that an experiment has only if its settings list them."""
+
+
+@dataclass
+class ExperimentModel(Settings):
+    """One model of an experiment.
+
+    Args:
+        config: Name or path of its training configuration.
+        folder: Model folder of a model that is trained already; it is not trained, whatever the other settings say.
+        train: Training settings put over the experiment's ``train``.
+        init_from: Name of another model of the experiment, which is trained first and whose weights this one starts
+            from. A model elsewhere is given as ``train.init_from``.
+        data: Dataset folder to train on in place of the experiment's, such as unlabelled tissue.
+        latents: Latent folder of ``data``, encoded if it does not exist; empty means one inside ``out``.
+        split: Named split of ``data`` whose part "train" is used; empty means every patch.
+        classifier: Name or path of a latent classifier's training configuration. The stage "classifier" trains it on
+            the experiment's dataset, and it guides this model's samples.
+        classifier_train: Settings put over that configuration, such as max_steps.
+        generate: Sampling settings put over the experiment's ``generate``.
+        sample: Whether it is sampled and evaluated; false for a model that only others start from.
+    """
+
+    config: PathText = ""
+    folder: PathText = ""
+    train: Annotated[dict[str, Any], PartOf(TrainSettings)] = field(default_factory=dict)
+    init_from: str = ""
+    data: PathText = ""
+    latents: PathText = ""
+    split: str = ""
+    classifier: PathText = ""
+    classifier_train: Annotated[dict[str, Any], PartOf(ClassifierSettings)] = field(default_factory=dict)
+    generate: Annotated[dict[str, Any], PartOf(GenerateSettings)] = field(default_factory=dict)
+    sample: bool = True
+
+
+def demo_models() -> dict[str, ExperimentModel]:
+    """The demo's two models: one knows class and metadata, the other the class alone."""
+    return {name: ExperimentModel(config=f"demo/{name}") for name in ("medi", "cls")}
 
 
 @dataclass
 class ExperimentSettings(Settings):
-    """One whole experiment.
+    """One whole experiment: a list of stages over any number of named models.
 
     Args:
-        out: Folder of the experiment; everything it writes lies there.
+        out: Folder of the experiment, which holds everything that it writes.
         title: Heading of the report.
+        stages: Stages to run, in the order shards, audit, encode, train, classifier, plan, sample, select, evaluate,
+            report; each needs the results of some of those before it. By default all but classifier and select.
+        models: The models by name. Model NAME is trained in ``out``/NAME, and its samples are the synthetic set NAME.
         recipe: Recipe that makes the dataset folder; "demo" is procedural tissue.
         source: Folder that the recipe reads.
-        data: Dataset folder that is there already, instead of one that the recipe makes.
-        latents: Latent folder of that dataset, encoded if it is not there; empty means one inside ``out``.
+        data: Existing dataset folder, in place of one that the recipe makes.
+        latents: Latent folder of that dataset, encoded if it does not exist; empty means one inside ``out``.
         split: Named split of the dataset.
         patch_size: Width and height of a patch, pixels.
         seed: Seed of data, training, plan and evaluation.
         autoencoder: Name or folder of the frozen autoencoder.
         encode: Encoding settings, such as precision; ``device_batch`` is 16 here unless it is given.
-        encoders: Names or folders of the image encoders that judge; the first gives the headline.
+        encoders: Names or folders of the image encoders of selection and evaluation; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
         site_field: Field that names the hospital.
         held_out: Combinations without a training patch.
-        medi: Training configuration (name or path) of the model that knows class and metadata.
-        cls: Training configuration (name or path) of the model that knows the class alone.
-        models: Model folder by arm ("medi", "cls") of those that are trained already; the others are trained.
-        train: Training settings put over both, such as max_steps.
+        train: Training settings put over the configuration of every model, such as max_steps.
         plan_fields: Class and categorical fields whose combinations are generated; empty means all.
         seen_per_cell: Patches to generate per combination that training has seen.
         unseen_per_cell: Patches to generate per combination without a training patch.
         draw_from: Whose values of a continuous field, such as age, are drawn for a combination: "cell", its own
             training patients', else its class's; or "all", where they depend on neither.
+        plan: Planning settings put over these, such as {goal: all_sites_of_classes, ratio: 1}; with a goal,
+            seen_per_cell and unseen_per_cell do not count.
         generate: Sampler, guidance and batch.
+        select: Selection settings, such as {name: best, share: 0.5}; the evaluation takes the selected patches.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
-        parallel: Commands that run side by side in training and sampling; 0 chooses 2 on a machine without a GPU,
+        parallel: Commands that run at the same time in training and sampling; 0 chooses 2 on a machine without a GPU,
             otherwise 1.
         processes: Processes for rendering and importing; 0 means one per core.
         report_cells: Example patches per combination in the report.
@@ -53,14 +105,18 @@ class ExperimentSettings(Settings):
             these, instead of stopping.
     """
 
+    RENAMED: ClassVar = {"medi": "models.medi.config", "cls": "models.cls.config"}
+
     out: PathText = "runs/experiment"
     title: str = "latent-medi"
+    stages: list[StageName] = field(default_factory=lambda: [s for s in STAGES if s not in OPTIONAL_STAGES])
+    models: dict[str, ExperimentModel] = field(default_factory=demo_models)
     recipe: str = "demo"
     source: PathText = ""
     data: PathText = ""
     latents: PathText = ""
     split: str = "main"
-    patch_size: int = 64
+    patch_size: PositiveInt = 64
     seed: int = 0
     autoencoder: PathText = "demo"
     encode: Annotated[dict[str, Any], PartOf(EncodeSettings)] = field(default_factory=dict)
@@ -68,19 +124,18 @@ class ExperimentSettings(Settings):
     weights: dict[str, PathText] = field(default_factory=dict)
     site_field: str = "site"
     held_out: list[dict[str, str]] = field(default_factory=list)
-    medi: PathText = "demo/medi"
-    cls: PathText = "demo/cls"
-    models: dict[str, PathText] = field(default_factory=dict)
     train: Annotated[dict[str, Any], PartOf(TrainSettings)] = field(default_factory=dict)
     plan_fields: list[str] = field(default_factory=list)
-    seen_per_cell: int = 30
-    unseen_per_cell: int = 90
+    seen_per_cell: NonNegativeInt = 30
+    unseen_per_cell: NonNegativeInt = 90
     draw_from: Literal["cell", "all"] = "cell"
+    plan: Annotated[dict[str, Any], PartOf(PlanSettings)] = field(default_factory=dict)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
+    select: Annotated[dict[str, Any], PartOf(SelectSettings)] = field(default_factory=dict)
     evaluate: Annotated[dict[str, Any], PartOf(EvaluateSettings)] = field(default_factory=dict)
-    parallel: int = 0
-    processes: int = 0
-    report_cells: int = 6
+    parallel: NonNegativeInt = 0
+    processes: NonNegativeInt = 0
+    report_cells: NonNegativeInt = 6
     replace: bool = False
 
 

@@ -1,8 +1,8 @@
-"""``benchmark-shift``: the direct test of "unseen".
+"""``benchmark-shift``: how classification suffers as class and site become associated in training, and what helps.
 
-Class and site are tied together more and more, in training sets of one size; at each level models are trained, patches
-generated, and classifiers judged on the real patients of every combination, those of the targets among them. What a
-level runs is an experiment like any other, which is handed in: this file makes the splits and reads the results.
+The association rises from level to level, in training sets of one size. At each level models are trained, patches
+generated, and classifiers evaluated on real patients of every combination, the targets included. What a level runs is
+an experiment like any other, which is handed in: this file makes the splits and reads the results.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.evaluation.cohort.roles import synthetic_roles
 from latent_medi.evaluation.results import read_metrics
-from latent_medi.experiment.shift_result import SHOWN, loss, mean, write_result
+from latent_medi.experiment.shift_result import BASELINES, loss, mean, write_result
 from latent_medi.experiment.shift_settings import ShiftSettings
 from latent_medi.metadata.association_levels import association, patients_by_level, rotating_targets
 from latent_medi.shards.checking.duplicates import allowed
@@ -38,17 +39,17 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
     Args:
         settings: The dataset, the levels and what each runs.
         run_level: Runs one experiment, given changes to the settings' experiment (``out``, ``data``, ``latents``,
-            ``split``, ``held_out``, ``seed``, ``evaluate``); it returns at once if that is finished.
+            ``split``, ``held_out``, ``seed``, ``models``, ``evaluate``); it returns at once if that is finished.
 
     Returns:
         The content of ``shift.json``: ``settings``, ``targets``, and ``levels``, each with ``level``, ``tie`` (Cramér's
-        V of class and site over training patients), ``n_patients``, ``n_patches``, ``arms`` (``accuracy_shift``
-        with its ``interval``, ``recall`` and ``false_positive_rate`` of the targets), ``distance``, ``recovery`` and
-        the ``encoder`` that judged; ``loss`` by arm: the mean over levels above the lowest of accuracy over the real
-        patches' accuracy at the lowest, less 1.
+        V of class and site over training patients), ``n_patients``, ``n_patches``, ``arms`` (by training set
+        ``accuracy_shift`` with its ``interval``, ``recall`` and ``false_positive_rate`` of the targets), ``distance``,
+        ``recovery`` and the ``encoder`` of all these; ``loss`` by training set, see
+        :func:`latent_medi.experiment.shift_result.loss`.
 
     Raises:
-        UserError: Settings that cannot be followed, or another benchmark in that folder, done or at work.
+        UserError: Settings that cannot be followed, or another benchmark in that folder, finished or running.
     """
     with output_lock(settings.out):
         return _benchmark(settings, run_level)
@@ -58,65 +59,98 @@ def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
     dataset = PatchDataset.open(settings.data)
     column = _pool(dataset, settings)
     if dict(settings.changes.get("evaluate") or {}).get("downstream") is False:
-        raise UserError(
-            "changes.evaluate.downstream=false leaves nothing to draw a curve of: it is of downstream accuracies.",
-            "Leave it out.",
-        )
+        raise UserError("changes.evaluate.downstream is false: the curve is of downstream accuracies.", "Remove it.")
     out = Path(settings.out)
     record_file = out / "settings.json"
     left_out = {"mean", "replace"} | (set() if settings.models else {"models"})
-    asked = {key: value for key, value in asdict(settings).items() if key not in left_out}
-    if record_file.is_file() and read_sealed(record_file, f"Remove {record_file}.")[0] != asked:
+    given = {key: value for key, value in asdict(settings).items() if key not in left_out}
+    if record_file.is_file() and read_sealed(record_file, f"Remove {record_file}.")[0] != given:
         raise UserError(f"{out} holds another benchmark.", "Choose another folder, or remove this one first.")
     pool = dataset.index[column == "train"]
     levels = sorted(set(map(float, settings.levels)))
     if settings.models and levels != [1.0]:
         raise UserError(
             f"Models that are trained already cannot be of the levels {levels}.",
-            "levels='[1]' holds them against targets that they did not see; other levels train their own.",
+            "levels='[1]' evaluates them on targets that they did not see; other levels train their own.",
         )
     targets = settings.held_out or rotating_targets(
         pool, settings.class_field, settings.site_field, settings.rotation, settings.per_site
     )
     chosen = patients_by_level(pool, settings.class_field, settings.site_field, targets, levels, settings.seed)
-    write_sealed(record_file, asked)
-    names = [f"shift_{round(1000 * level):04d}_{_short(settings, targets, levels)}" for level in levels]
-    if set(names) - set(dataset.splits):  # all at once, since the dataset may gain others while levels run
-        with output_lock(settings.data):
-            dataset = PatchDataset.open(settings.data)
-            for level, patients, name in zip(levels, chosen, names, strict=True):
-                part = np.where((column == "train") & ~dataset.index["patient"].isin(patients), "", column)
-                recipe = {"kind": "class and site tied", "level": level, "targets": targets, "pool": settings.split,
-                          "seed": settings.seed}  # fmt: skip
-                recipe |= allowed(dataset.info["splits"][settings.split]["recipe"].get("allow_duplicates", ()))
-                if name not in dataset.splits:
-                    dataset.add_split(name, part.tolist(), recipe)
+    write_sealed(record_file, given)
+    splits = _add_splits(settings, column, targets, levels, chosen)
     records = []
-    for level, patients, name in zip(levels, chosen, names, strict=True):
+    for level, patients, split in zip(levels, chosen, splits, strict=True):
         folder = out / f"level-{level:.3f}"
         log.info("Level %.2f: %d training patients", level, len(patients))
         run_level(
-            {"out": str(folder), "data": settings.data, "latents": settings.latents or str(out / "latents"),
-             "split": name, "held_out": targets, "seed": settings.seed, "site_field": settings.site_field,
-             "replace": settings.replace,
-             **({"models": settings.models} if settings.models else {}), "evaluate": {"unseen": level == 1.0}}
-        )  # fmt: skip
+            {
+                "out": str(folder),
+                "data": settings.data,
+                "latents": settings.latents or str(out / "latents"),
+                "split": split,
+                "held_out": targets,
+                "seed": settings.seed,
+                "site_field": settings.site_field,
+                "replace": settings.replace,
+                "models": {name: {"folder": model} for name, model in settings.models.items()},
+                "evaluate": {"unseen": level == 1.0},
+            }
+        )
         training = pool[pool["patient"].isin(patients)]
-        records.append(
-            {"level": level, "tie": association(training, settings.class_field, settings.site_field),
-             "n_patients": len(patients), "n_patches": len(training), **_result(folder)}
-        )  # fmt: skip
-    result = {"settings": asked, "targets": targets, "levels": records, "loss": loss(records)}
+        v = association(training, settings.class_field, settings.site_field)
+        of_level = {"level": level, "tie": v, "n_patients": len(patients), "n_patches": len(training)}
+        records.append(of_level | _result(folder))
+    result = {"settings": given, "targets": targets, "levels": records, "loss": loss(records)}
     write_result(result, out)
     return result
 
 
+def _add_splits(
+    settings: ShiftSettings,
+    column: np.ndarray,
+    targets: list[dict[str, str]],
+    levels: list[float],
+    chosen: list[set[str]],
+) -> list[str]:
+    """Give the dataset a split per level, if it lacks one; returns their names.
+
+    Args:
+        settings: The benchmark.
+        column: The split that levels draw from, by row.
+        targets: The combinations that training lacks more and more.
+        levels: The levels.
+        chosen: The training patients of each level.
+    """
+    # The name differs where another choice of patients would: how many there are depends on all levels.
+    key = (settings.split, settings.seed, settings.class_field, settings.site_field, targets, levels)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:6]
+    names = [f"shift_{round(1000 * level):04d}_{digest}" for level in levels]
+    if not set(names) - set(PatchDataset.open(settings.data).splits):
+        return names
+    with output_lock(settings.data):  # all at once, since the dataset may gain others while levels run
+        dataset = PatchDataset.open(settings.data)
+        source = allowed(dataset.info["splits"][settings.split]["recipe"].get("allow_duplicates", ()))
+        for level, patients, name in zip(levels, chosen, names, strict=True):
+            recipe = {
+                "kind": "class and site tied",
+                "level": level,
+                "targets": targets,
+                "pool": settings.split,
+                "seed": settings.seed,
+            }
+            if name not in dataset.splits:
+                part = np.where((column == "train") & ~dataset.index["patient"].isin(patients), "", column)
+                dataset.add_split(name, part.tolist(), recipe | source)
+    return names
+
+
 def _pool(dataset: PatchDataset, settings: ShiftSettings) -> np.ndarray:
-    """The part of each row in the split that levels draw from."""
+    """Each row's value in the split that levels draw from."""
     if settings.split not in dataset.splits:
         raise UserError(
             f"{settings.data} has no split {settings.split!r}; {nearest(settings.split, dataset.splits)}.",
-            "Its training part is what levels draw from: `latent-medi split` makes one.",
+            "Levels draw from its training part; `latent-medi split` makes one.",
         )
     column = dataset.index[SPLIT_PREFIX + settings.split].to_numpy(str)
     for part in ("train", "test"):
@@ -128,31 +162,26 @@ def _pool(dataset: PatchDataset, settings: ShiftSettings) -> np.ndarray:
     return column
 
 
-def _short(settings: ShiftSettings, targets: list[dict[str, str]], levels: list[float]) -> str:
-    """A few letters that differ where another choice of patients would: how many there are depends on all levels."""
-    text = repr((settings.split, settings.seed, settings.class_field, settings.site_field, targets, levels))
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
-
-
 def _result(folder: Path) -> dict[str, Any]:
     """What one level's experiment found, with its first encoder."""
     metrics = read_metrics(folder)
     encoder = next(iter(metrics.downstream))
     compared = metrics.downstream[encoder]["arms"]
+    roles = synthetic_roles(metrics.synthetic, metrics.settings.candidate)
     arms = {}
-    for name in SHOWN:
+    for name in (*BASELINES, *roles.baselines, roles.candidate, "oracle"):
         if name not in compared:
             continue
         entry = compared[name]
-        cells = entry["cells"]
         arms[name] = {
             "accuracy_shift": entry["accuracy_shift"]["value"],
             "interval": entry["accuracy_shift"]["interval"],
-            **{what: mean(cell[what]["value"] for cell in cells) for what in ("recall", "false_positive_rate")},
+            "recall": mean(cell["recall"]["value"] for cell in entry["cells"]),
+            "false_positive_rate": mean(cell["false_positive_rate"]["value"] for cell in entry["cells"]),
         }
     # The kernel distance at every level, though the Fréchet distance is the metric where there are samples enough.
     means = metrics.fidelity[encoder].unseen.means
-    keys = {"medi": "medi", "cls": "cls", "floor": REAL}
+    keys = {name: name for name in (roles.candidate, *roles.baselines)} | {"floor": REAL}
     distance = {key: means[source].kid for key, source in keys.items() if source in means}
     fields = metrics.adherence[encoder].fields
     names = {"class": metrics.dataset.class_field, "site": metrics.dataset.site_field}

@@ -11,25 +11,25 @@ from latent_medi.core.settings import Settings
 
 @dataclass
 class ShiftSettings(Settings):
-    """How a classifier, and each way to help it, fares as class and site are tied together in training.
+    """The accuracy of a classifier, and what each remedy gains, as class and site become associated in training.
 
     Args:
         data: Dataset folder. It gains a split per level, and loses nothing.
-        out: Folder of the benchmark; one experiment per level lies in it.
-        latents: Latent folder of the dataset, encoded if it is not there; empty means one inside ``out``.
-        split: Named split whose training part is the pool that levels draw from; its parts ``probe`` and ``test`` stay.
-        levels: Ties of class and site: 0, targets are as frequent as other combinations, to 1, they are absent.
+        out: Folder of the benchmark, with one experiment per level.
+        latents: Latent folder of the dataset, encoded if it does not exist; empty means one inside ``out``.
+        split: Named split whose training part levels draw from; its parts ``probe`` and ``test`` stay.
+        levels: Association of class and site, from 0 (targets are as frequent as other combinations) to 1 (they are
+            absent).
         held_out: The targets; empty takes rotating ones.
         rotation: Which rotating targets, 0 and up.
         per_site: Classes that each site lacks, of rotating targets.
         class_field: Class column.
         site_field: Site column.
-        seed: Seed of the patients' turns, training, plan and evaluation.
+        seed: Seed of the order in which patients are drawn, of training, plan and evaluation.
         experiment: Packaged configuration or path of the experiment that each level runs.
-        models: Model folder by arm ("medi", "cls") of those that are trained already, without the targets; then the
-            only level is 1.
-        mean: Folders of finished benchmarks to average, which differ in their seeds, instead of running one; only
-            ``out`` is asked for beside it.
+        models: Model folder by name of models that are trained already, without the targets; then the only level is 1.
+        mean: Folders of finished benchmarks to average, which differ in their seeds, instead of running one; goes with
+            ``out`` alone.
         replace: Remove a level's latents, models and samples that were made from other data or settings than these,
             instead of stopping.
         changes: Settings put over that experiment's, such as ``{train: {max_steps: 400}}``.

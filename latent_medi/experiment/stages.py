@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latent_medi.core.errors import BAD_INPUT, UserError
+from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_json, read_object, refuse_foreign, remove, set_aside, write_json
 from latent_medi.core.locks import output_lock
-from latent_medi.core.processes import PARENT, environment, python_words
 from latent_medi.core.progress import duration, get_logger
 
 log = get_logger(__name__)
@@ -29,27 +23,34 @@ class Stage:
     Args:
         action: The work; it may itself continue where it was broken off.
         inputs: JSON-able: all that the outcome depends on besides the stages that it needs.
-        needs: Names of the stages that it builds on.
+        needs: Names of the stages whose results it reads.
         outputs: Files and folders that it writes, relative to the experiment's folder; without them it is not
             finished.
-        extras: The same, but it depends on the settings whether they are written.
-        damaged: Names what of its outputs is absent or not whole, such as a file: then it is not finished, and these
-            are removed before it runs again.
-        mend: What else is needed before it runs again on damaged outputs.
+        by_model: The same by model: each is removed only if what that model depends on has changed.
+        extras: The same as ``outputs``, but whether they are written depends on the settings.
         shared: Paths that it writes and other experiments may use too: never removed, and without them it is not
             finished.
-        costly: Whether its outputs are too dear to be removed unasked.
+        damaged: Lists those of its outputs that are absent or damaged: then it is not finished, and they are removed
+            before it runs again.
+        mend: What else is needed before it runs again on damaged outputs.
+        costly: Whether its outputs took too long to be removed without ``replace``.
     """
 
     action: Callable[[], Any]
     inputs: Any = None
     needs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    by_model: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     damaged: Callable[[], list[Path]] = list
     mend: Callable[[], None] = lambda: None
-    shared: tuple[str, ...] = ()
     costly: bool = False
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Everything inside the experiment's folder without which it is not finished."""
+        return (*self.outputs, *(path for paths in self.by_model.values() for path in paths))
 
 
 class Stages:
@@ -58,49 +59,65 @@ class Stages:
     Args:
         folder: Folder of the experiment; records go to ``stages/``.
         names: Every stage, in order; the log counts them.
+        concerning: Given a record of inputs and a model's name, the part of it that the model's outputs depend on.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        concerning: Callable[[Mapping[str, Any], str], Mapping[str, Any]] = lambda made_from, _: made_from,
+    ) -> None:
         self.folder = folder
         self.names = list(names)
+        self.concerning = concerning
         self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
 
     def add(self, name: str, stage: Stage) -> None:
-        """Say what a stage is, or what it has become; those that it needs were added before it."""
+        """Define a stage, or define it anew.
+
+        Raises:
+            UserError: A stage that it needs was not added before it.
+        """
+        if absent := [needed for needed in stage.needs if needed not in self._stages]:
+            raise UserError(
+                f"The stage {name!r} needs the stage {absent[0]!r}, which stages does not list before it.",
+                "List it; a stage that is finished is not run again.",
+            )
         self._stages[name] = stage
 
     def finished(self, name: str) -> bool:
-        """Whether an earlier run finished a stage from the same inputs, and what it wrote is still there and whole."""
+        """Whether an earlier run finished a stage from the same inputs, and its outputs are complete."""
         record, stage = self._record(name), self._stages[name]
         if record["seconds"] is None or record["made_from"] != self._made_from(name):
             return False
-        written = [*stage.shared, *(self.folder / path for path in (*stage.outputs, *record.get("extras", ())))]
+        written = [*stage.shared, *(self.folder / path for path in (*stage.required, *record.get("extras", ())))]
         return all(Path(path).exists() for path in written) and not stage.damaged()
 
     def check(self) -> None:
-        """Look, before anything runs, whether something costly was made from other inputs than it would be now.
+        """Refuse to remove costly outputs: to be called before anything runs.
 
         Raises:
-            UserError: Names all that would be removed, and which inputs differ.
+            UserError: Lists the costly outputs that were made from other inputs than these, and which inputs differ.
         """
-        gone: list[str] = []
+        stale: list[str] = []
         differ: dict[str, str] = {}
         for name, stage in self._stages.items():
-            there = [str(path) for path in self._outputs(name)]
-            if stage.costly and there and self._is_of_other_inputs(name):
-                gone += there
+            if stage.costly and (paths := self._stale(name)):
+                stale += map(str, paths)
                 differ |= _differences(self._record(name)["made_from"], self._made_from(name))
-        if gone:
-            told = "; ".join(list(differ.values())[:5]) + (f"; and {len(differ) - 5} more" if len(differ) > 5 else "")
+        if stale:
+            more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
             raise UserError(
-                f"{', '.join(gone)} {'was' if len(gone) == 1 else 'were'} made from other inputs: {told}.",
-                f"Another out= keeps {self.folder} as it is; replace=true removes what no longer fits and makes it "
-                "anew.",
+                f"{', '.join(stale)} {'was' if len(stale) == 1 else 'were'} made from other inputs: "
+                f"{'; '.join(list(differ.values())[:5])}{more}.",
+                f"Choose another out to keep {self.folder} unchanged, or replace=true to remove what no longer fits "
+                "and make it anew.",
             )
 
     def begin(self, *files: str) -> None:
-        """Look, before the first stage ever runs, what the folder holds already: folders of the user's will be kept.
+        """Record, before the first stage ever runs, which outputs exist already: those of the user are never removed.
 
         Args:
             files: What else the experiment writes.
@@ -108,58 +125,67 @@ class Stages:
         Raises:
             UserError: A file of the user's would be replaced.
         """
-        there = [path.relative_to(self.folder).as_posix() for name in self._stages for path in self._outputs(name)]
-        refuse_foreign(
-            self.folder, {"stages": ""}, [*files, *(name for name in there if (self.folder / name).is_file())]
-        )
-        if there and not self._found().parent.is_dir():
-            write_json(self._found(), there)
+        existing = [path.relative_to(self.folder).as_posix() for name in self._stages for path in self._outputs(name)]
+        in_the_way = [name for name in existing if (self.folder / name).is_file()]
+        refuse_foreign(self.folder, {"stages": ""}, [*files, *in_the_way])
+        if existing and not self._found().parent.is_dir():
+            write_json(self._found(), existing)
 
     def _found(self) -> Path:
         return self.folder / "stages" / "found.json"
 
     def run(self, *names: str) -> None:
-        """Run stages that are not finished. What an earlier run made from other inputs is removed first; what was
-        broken off with the same inputs goes on.
+        """Run the stages that are not finished. What an earlier run made from other inputs is removed first; what was
+        broken off with the same inputs continues.
         """
         for name in names:
             self._run(name, self._stages[name])
 
     def _run(self, name: str, stage: Stage) -> None:
         number = f"{self.names.index(name) + 1}/{len(self.names)}"
+        before, made_from = self._record(name), self._made_from(name)
         if self.finished(name):
-            self.seconds[name] = self._record(name)["seconds"]
+            self.seconds[name] = before["seconds"]
             log.info("%s %s: finished before (took %s), kept", number, name, duration(self.seconds[name]))
             return
-        if self._is_of_other_inputs(name):
-            self._discard(name, self._outputs(name))
-            remove(self._file(name))
-        before = self._record(name)
-        if before["seconds"] is not None:
-            log.warning("%s %s: what it wrote is no longer there or whole; it is made again", number, name)
-        if before["made_from"]:
+        if before["made_from"] is not None:
+            if before["made_from"] == made_from and before["seconds"] is not None:
+                log.warning("%s %s: its outputs are absent or damaged; it runs again", number, name)
+            self._discard(self._stale(name))
             self._set_aside([path for path in stage.damaged() if path.exists()])
             stage.mend()
         log.info("%s %s …", number, name)
-        record = {"made_from": self._made_from(name)}
-        write_json(self._file(name), {**record, "seconds": None})
+        write_json(self._file(name), {"made_from": made_from, "seconds": None})
         start = time.monotonic()
         stage.action()
         self.seconds[name] = round(time.monotonic() - start, 1)
         extras = [
             file for path in stage.extras for file in sorted([self.folder / path, *(self.folder / path).rglob("*")])
         ]
-        there = [str(file.relative_to(self.folder)) for file in extras if file.exists()]
-        write_json(self._file(name), {**record, "extras": there, "seconds": self.seconds[name]})
+        written = [str(file.relative_to(self.folder)) for file in extras if file.exists()]
+        write_json(self._file(name), {"made_from": made_from, "extras": written, "seconds": self.seconds[name]})
         log.info("%s %s: done in %s", number, name, duration(self.seconds[name]))
 
     def _outputs(self, name: str) -> list[Path]:
-        """What a stage may write, as far as it is there."""
+        """The outputs of a stage that exist."""
         stage = self._stages[name]
-        return [path for output in (*stage.outputs, *stage.extras) if (path := self.folder / output).exists()]
+        return [path for output in (*stage.required, *stage.extras) if (path := self.folder / output).exists()]
+
+    def _stale(self, name: str) -> list[Path]:
+        """The outputs of a stage that exist and were made from other inputs than it has now."""
+        stage, before, now = self._stages[name], self._record(name)["made_from"], self._made_from(name)
+        if before is None or before == now:
+            return []
+        fresh = {
+            path
+            for model, paths in stage.by_model.items()
+            if self.concerning(before, model) == self.concerning(now, model)
+            for path in paths
+        }
+        return [path for path in self._outputs(name) if path.relative_to(self.folder).as_posix() not in fresh]
 
     def _set_aside(self, paths: Sequence[Path]) -> None:
-        """Rename what is not whole, or remove a damaged shard, which can be told by its hash from what was written."""
+        """Rename damaged outputs; remove a damaged shard, which its hash shows to be none that was written."""
         self._check_own(paths)
         for path in paths:
             if path.suffix == ".tar":
@@ -167,11 +193,11 @@ class Stages:
             else:
                 log.warning("%s is damaged: it is kept as %s", path, set_aside(path).name)
 
-    def _discard(self, name: str, paths: Sequence[Path]) -> None:
-        """Remove what an earlier run of a stage wrote.
+    def _discard(self, paths: Sequence[Path]) -> None:
+        """Remove outputs of an earlier run.
 
         Raises:
-            UserError: It was there before that, or another job writes it.
+            UserError: They existed before that run, or another job is writing them.
         """
         self._check_own(paths)
         for path in paths:
@@ -182,13 +208,13 @@ class Stages:
                 remove(path)
 
     def _check_own(self, paths: Sequence[Path]) -> None:
-        """Refuse to touch what was there before the run."""
+        """Refuse to touch what existed before the first run."""
         found = [self.folder / path for path in (read_json(self._found()) if self._found().is_file() else [])]
         for path in paths:
             if any(path.is_relative_to(one) for one in found):
                 raise UserError(
-                    f"{path} does not fit any more, and this run has not made it: it was there before.",
-                    "Move it away, or give another out.",
+                    f"{path} does not fit the settings, and no run of this experiment made it.",
+                    "Move it to another place, or choose another out.",
                 )
 
     def _file(self, name: str) -> Path:
@@ -197,10 +223,6 @@ class Stages:
     def _record(self, name: str) -> dict[str, Any]:
         record = read_object(self._file(name)) if self._file(name).exists() else {}
         return {"made_from": None, "seconds": None, **record}
-
-    def _is_of_other_inputs(self, name: str) -> bool:
-        earlier = self._record(name)["made_from"]
-        return earlier is not None and earlier != self._made_from(name)
 
     def _made_from(self, name: str) -> dict[str, Any]:
         stage = self._stages[name]
@@ -223,58 +245,3 @@ def _differences(before: Any, after: Any, where: str = "") -> dict[str, str]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:12]}…"  # a hash
-
-
-def side_by_side(commands: dict[str, list[str]], threads: int | None = None) -> None:
-    """Run ``latent-medi`` commands at the same time, one process each; what they log is passed on with their name
-    before it.
-
-    Args:
-        commands: Words after ``latent-medi`` by the name to show.
-        threads: Threads that each may use; ``None`` for as many as this process may.
-
-    Raises:
-        UserError: One was given what it cannot follow, and has said so; the others are stopped.
-        RuntimeError: The same of one that failed.
-    """
-    few = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    its_environment = environment(**few, **{PARENT: str(os.getpid())})
-    running: dict[str, subprocess.Popen[str]] = {}
-    readers = []
-
-    def pass_on(name: str, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:  # read to the end, whatever becomes of it: a full pipe would hold the process up
-            with suppress(OSError):
-                print(f"[{name}] {line}", end="", file=sys.stderr, flush=True)
-
-    try:
-        for name, words in commands.items():
-            process = subprocess.Popen(
-                python_words("latent_medi.cli", *words),
-                env=its_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            )  # fmt: skip
-            running[name] = process
-            reader = threading.Thread(target=pass_on, args=(name, process), daemon=True)
-            reader.start()
-            readers.append(reader)
-        while running:
-            for name, process in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[name]
-                if code == BAD_INPUT:
-                    raise UserError(f"{name} cannot go on; its message is above.", "Mend that and repeat the command.")
-                if code:
-                    raise RuntimeError(
-                        f"{name} ended with exit code {code}; its messages are above. The same command continues."
-                    )
-            time.sleep(0.1)
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-        for reader in readers:
-            reader.join(timeout=5)

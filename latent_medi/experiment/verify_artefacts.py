@@ -1,4 +1,4 @@
-"""Checking latent folders, models, adapters, classifiers and runs of them all, and adding checksums to older ones."""
+"""Comparison of latent folders, models, adapters, classifiers and training runs with their checksums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latent_medi.training.run_folder import RUN_FILE, read_record
 
 
 def kind_of(folder: Path) -> str:
-    """What a folder holds: "latents", "model", "adapter", "classifier", "run", or "" for none of these."""
+    """Kind of a folder: "latents", "model", "adapter", "classifier", "run", or "" for none of these."""
     for kind, file in (("latents", INFO_FILE), ("model", "model_index.json"), ("adapter", ADAPTER_FILE)):
         if (folder / file).is_file():
             return kind
@@ -30,11 +30,11 @@ def verify_artefact(folder: Path, seal: bool = False) -> str:
     """Compare everything in a folder with its checksums.
 
     Args:
-        folder: A folder of which :func:`kind_of` knows the kind.
+        folder: A folder of any kind.
         seal: Also add the checksums that a folder of an earlier version lacks.
 
     Returns:
-        Its kind.
+        Its kind, see :func:`kind_of`.
 
     Raises:
         UserError: Something is damaged.

@@ -54,7 +54,7 @@ _EVERYTHING_KEPT = DropoutSettings(keep_all=1.0, all_null=0.0, metadata_null=0.0
 _LOOK_EVERY = 100  # updates after which measures are fetched from the device at the latest
 
 # Where things are, and what changes speed, memory and rounding only; data and model are told apart by their content.
-_FREE = {
+FREE = {
     "data", "latents", "resident", "stream", "out", "autoencoder", "model", "device_batch", "checkpoint_every_images",
     "keep_checkpoints", "log_every_images",
 }  # fmt: skip
@@ -278,7 +278,7 @@ def describe(
 ) -> dict[str, Any]:  # fmt: skip
     """What makes this run this run: its settings, but for paths and speed, and the content of data and model."""
     effective = replace(settings, objective=objective, values=list(values))
-    kept = {key: value for key, value in run_folder.plain(asdict(effective)).items() if key not in _FREE}
+    kept = {key: value for key, value in run_folder.plain(asdict(effective)).items() if key not in FREE}
     inherited: dict[str, Any] = {}
     if source is not None and source.autoencoder is not None:
         inherited = {name: source.autoencoder[name] for name in ("shift", "scale")}

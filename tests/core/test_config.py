@@ -140,8 +140,10 @@ def test_every_packaged_configuration_fits_its_settings() -> None:
             values = {"data": "data", "out": "out", **values}
         settings_class = kinds.get(path.stem) or (ExperimentSettings if "recipe" in values else TrainSettings)
         settings = config.build(settings_class, values)
-        arms = [settings.medi, settings.cls] if isinstance(settings, ExperimentSettings) else []
-        for model in [config.load_yaml(arm)["model"] for arm in arms] or [values.get("model")] * ("model" in values):
+        models = settings.models.values() if isinstance(settings, ExperimentSettings) else []
+        for model in [config.load_yaml(model.config)["model"] for model in models] or [values.get("model")] * (
+            "model" in values
+        ):
             if settings_class is not ClassifierSettings:
                 config.build(ModelSettings, model).resolved()  # channels and preset do not contradict each other
     assert found >= 5

@@ -18,7 +18,7 @@ from latent_medi.core.files import read_json
 PROGRAM = """
 import json, sys
 from latent_medi import cli
-from latent_medi.experiment.stages import side_by_side
+from latent_medi.experiment.commands import side_by_side
 
 def step(_):
     print("begun", flush=True)

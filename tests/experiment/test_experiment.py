@@ -20,8 +20,11 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import DropoutSettings, ObjectiveSettings
 from latent_medi.evaluation.fidelity.memorisation import TooManyCopies
 from latent_medi.evaluation.settings import EvaluateSettings
-from latent_medi.experiment.run import _Experiment, _plan, run
-from latent_medi.experiment.settings import ExperimentSettings
+from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.kinds import KINDS, results
+from latent_medi.experiment.kinds.datasets import make_plans
+from latent_medi.experiment.run import run
+from latent_medi.experiment.settings import ExperimentModel, ExperimentSettings
 from latent_medi.experiment.stages import Stages
 from latent_medi.latents.autoencoder import load_autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode_dataset
@@ -33,12 +36,14 @@ from latent_medi.planning.planner import make_plan
 from latent_medi.planning.settings import PlanSettings
 from latent_medi.shards.dataset import PatchDataset
 
+SELECTING = ["shards", "audit", "encode", "train", "plan", "sample", "select", "evaluate"]
+
 
 def test_few_patients_are_not_unseen(tmp_path: Path) -> None:
     """A combination with a training patch is generated as a seen one, however few its patients are."""
     make_cohort(tmp_path / "data", ("aster", "birch", "cedar"))
-    _plan(ExperimentSettings(seen_per_cell=3, unseen_per_cell=50), tmp_path)
-    plan = pd.read_csv(tmp_path / "plan-medi.csv", keep_default_na=False)
+    settings = ExperimentSettings(data=str(tmp_path / "data"), seen_per_cell=3, unseen_per_cell=50)
+    plan = make_plans(Experiment(settings))["medi"]
     assert set(plan["verdict"]) == {"thin"}
     assert set(plan["count"]) == {3}
 
@@ -74,8 +79,8 @@ def test_a_run_draws_from_the_combination_and_the_demo_from_all(tmp_path: Path) 
     make_cohort(tmp_path / "data", ("aster", "birch"))
     plans = {}
     for draw_from in ("cell", "all"):
-        _plan(ExperimentSettings(seen_per_cell=3, draw_from=draw_from), tmp_path)
-        plans[draw_from] = pd.read_csv(tmp_path / "plan-medi.csv", keep_default_na=False)
+        settings = ExperimentSettings(data=str(tmp_path / "data"), seen_per_cell=3, draw_from=draw_from)
+        plans[draw_from] = make_plans(Experiment(settings))["medi"]
     assert ExperimentSettings().draw_from == "cell"
     assert load(ExperimentSettings, "demo/experiment")["draw_from"] == "all"
     assert set(plans["cell"].columns) - set(plans["all"].columns) == {"age_quantiles", "age_unknown", "age_from"}
@@ -89,10 +94,13 @@ def given_model(folder: Path, shown: list[list[str | int]]) -> Path:
     network = small_model()
     conditioner = MetadataConditioner(schema.to_dict(), network.embed_dim, dropout_patterns=asdict(DropoutSettings()))
     MediPipeline.from_parts(
-        Denoiser(build_unet(network, 4, 8, conditional=True), conditioner), ObjectiveSettings(),
-        load_autoencoder(str(folder / "autoencoder")), torch.zeros(4), torch.ones(4),
+        Denoiser(build_unet(network, 4, 8, conditional=True), conditioner),
+        ObjectiveSettings(),
+        load_autoencoder(str(folder / "autoencoder")),
+        torch.zeros(4),
+        torch.ones(4),
         {"seen": {"complete": True, "parts": [{"fields": ["class", "site"], "rows": shown}]}},
-    ).save_pretrained(folder / "model")  # fmt: skip
+    ).save_pretrained(folder / "model")
     return folder / "model"
 
 
@@ -100,12 +108,12 @@ def test_given_models_are_looked_at_before_anything_runs(tmp_path: Path) -> None
     held_out = [{"class": "tumour", "site": "birch"}]
     shown = given_model(tmp_path / "shown", [["tumour", "birch", 9]])
     own = given_model(tmp_path / "out" / "cls", [["tumour", "aster", 9]])
-    for models, why in (
-        ({"mdei": str(shown)}, "'mdei'.*'medi'"),
-        ({"medi": str(tmp_path / "absent")}, "absent"),
-        ({"medi": str(shown)}, "was trained on patches of tumour × birch"),
-        ({"medi": str(own)}, "where this experiment keeps the cls that it trains"),
+    for folder, why in (
+        (tmp_path / "absent", "absent"),
+        (shown, "was trained on patches of tumour × birch"),
+        (own, r"models\.medi.*out/cls"),
     ):
+        models = {"medi": ExperimentModel(folder=str(folder)), "cls": ExperimentModel(config="demo/cls")}
         with pytest.raises(UserError, match=why):
             run(ExperimentSettings(out=str(tmp_path / "out"), held_out=held_out, models=models))
     assert (own / "model_index.json").is_file()
@@ -170,14 +178,19 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         ({}, "is not held out: .* training patches have it"),
         (judged | {"site_field": "hospital"}, "has no field 'hospital'"),
         (judged | {"encoders": ["squeezenet"]}, "'squeezenet' needs its weights"),
-        (judged | {"encoders": ["demo", "demo"]}, "Two of the encoders are called alike"),
-        ({"evaluate": {"unseen": False, "max_copy_rate": 2.0}}, "it is a share from 0 to 1"),
+        (judged | {"encoders": ["demo", "demo"]}, "demo, demo"),
+        ({"evaluate": {"unseen": False, "max_copy_rate": 2.0}}, "max_copy_rate is 2"),
         ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'evaluate.deal'"),
-        ({"evaluate": {"unseen": False, "protocol": "papers"}}, "protocol is 'papers'; closest: 'paper'"),
-        ({"evaluate": {"unseen": False, "classifier": "cnnn"}}, "classifier is 'cnnn'; closest: 'cnn'"),
-        ({"evaluate": {"unseen": False, "downstream_arms": ["rael"]}}, "no downstream arm 'rael'; closest: 'real'"),
-        ({"evaluate": {"unseen": False, "classifier": "cnn", "cnn": {"network": "resnet81"}}}, "no network 'resnet81'"),
-        ({"evaluate": {"unseen": False, "downstream_protocol": "histodiffusion"}}, "an experiment makes none"),
+        ({"evaluate": {"unseen": False, "protocol": "papers"}}, "protocol is 'papers'"),
+        ({"evaluate": {"unseen": False, "classifier": "cnnn"}}, "classifier is 'cnnn'"),
+        ({"evaluate": {"unseen": False, "downstream_arms": ["rael"]}}, "'rael'.*'real'"),
+        ({"evaluate": {"unseen": False, "classifier": "cnn", "cnn": {"network": "resnet81"}}}, "'resnet81'"),
+        ({"evaluate": {"unseen": False, "downstream_protocol": "histodiffusion"}}, "stage select before evaluate"),
+        (judged | {"evaluate": {"unseen": False, "candidate": "mdei"}}, "candidate is 'mdei'.*'medi'"),
+        (judged | {"stages": SELECTING, "select": {"share": 3.0}}, "share is 3.0"),
+        (judged | {"stages": SELECTING, "evaluate": {"unseen": False, "selected": {"mdei": "x"}}}, "'mdei'"),
+        (judged | {"generate": {"guidance": {"scales": {"sit": 3.0}}}}, "'sit'.*'site'"),
+        (judged | {"plan": {"goal": "all_sites_of_classes", "ratio": 1.0, "per_cell": 3}}, "per_cell"),
         (judged | {"generate": {"sampler": {"name": "ddim", "steps": 30}}}, "ddim steps must divide"),
         (
             judged
@@ -187,7 +200,10 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
             },
             "The model cannot be asked for what guidance of the form 'chain' needs",
         ),
-        (judged | {"medi": str(contradictory)}, "sets block_out_channels and attention, and others are given too"),
+        (
+            judged | {"models": {"medi": {"config": str(contradictory)}}},
+            "sets block_out_channels and attention, and others are given too",
+        ),
     ):
         with pytest.raises(UserError, match=why):
             run(build(ExperimentSettings, {"out": str(tmp_path / "out")} | there | changes))
@@ -201,8 +217,7 @@ def test_a_run_encodes_in_another_process_and_as_it_is_told(
     monkeypatch.setattr("latent_medi.latents.encode.encode", lambda settings: pytest.fail("encoded in this process"))
     given = {"precision": "bf16", "floor": {"patches": 0}}
     settings = build(ExperimentSettings, {"data": str(tiny / "data"), "out": str(tmp_path / "out"), "encode": given})
-    experiment = _Experiment(settings)
-    experiment.encode()
+    KINDS["encode"](Experiment(settings)).action()
     info = read_info(tmp_path / "out" / "latents")
     assert info["autoencoder"]["precision"] == "bfloat16"
     assert "floor" not in info
@@ -219,18 +234,18 @@ def test_a_run_encodes_in_another_process_and_as_it_is_told(
 
 def test_an_evaluation_leaves_no_memory_behind(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another experiment of the same process trains in processes of its own, on the same GPU."""
-    experiment = _Experiment(ExperimentSettings(data=str(tiny / "data"), out=str(tmp_path / "out")))
+    experiment = Experiment(ExperimentSettings(data=str(tiny / "data"), out=str(tmp_path / "out")))
     done: list[str] = []
     monkeypatch.setattr("latent_medi.evaluation.evaluate.evaluate", lambda settings: done.append("evaluate"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
-    experiment.evaluate()
+    KINDS["evaluate"](experiment).action()
     assert done == ["evaluate", "emptied"]
 
 
 def test_copies_end_the_run_and_are_shown(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = _Experiment(ExperimentSettings(data=str(tiny / "data"), out=str(tmp_path / "out")))
+    experiment = Experiment(ExperimentSettings(data=str(tiny / "data"), out=str(tmp_path / "out")))
     done: list[str] = []
 
     def judge(settings: EvaluateSettings) -> None:
@@ -238,9 +253,9 @@ def test_copies_end_the_run_and_are_shown(tiny: Path, tmp_path: Path, monkeypatc
         raise TooManyCopies("9 of 10 patches of medi are copies")
 
     monkeypatch.setattr("latent_medi.evaluation.evaluate.evaluate", judge)
-    monkeypatch.setattr(experiment, "report", lambda: done.append("report"))
+    monkeypatch.setattr(results, "_report", lambda _: done.append("report"))
     with pytest.raises(TooManyCopies):
-        experiment.evaluate()
+        KINDS["evaluate"](experiment).action()
     assert done == ["evaluate", "report"]
 
 
@@ -253,10 +268,10 @@ def test_what_training_patches_cannot_tell_is_not_held_out(tmp_path: Path) -> No
     dataset = PatchDataset.open(tmp_path / "data")
     linked = (index["class"] == "tumour") == (index["site"] == "aster")
     dataset.add_split("tied", ["train" if seen else "test" for seen in linked], {})
+    held_out = [{"class": "tumour", "site": "birch"}]
     settings = ExperimentSettings(
-        out=str(tmp_path / "out"), data=str(tmp_path / "data"), split="tied",
-        held_out=[{"class": "tumour", "site": "birch"}],
-    )  # fmt: skip
+        out=str(tmp_path / "out"), data=str(tmp_path / "data"), split="tied", held_out=held_out
+    )
     with pytest.raises(UserError, match=r"tumour × birch cannot be generated .* no chain of seen combinations links"):
         run(settings)
 
@@ -266,18 +281,21 @@ def test_nothing_is_removed_for_settings_that_cannot_be_followed(tiny: Path, tmp
     dataset = PatchDataset.open(tiny / "data")
     last = dataset.index.iloc[-1]
     out = tmp_path / "out"
-    for name in ("medi", "cls", "synthetic"):
+    for name in ("medi", "cls", "synthetic/medi"):
         (out / name).mkdir(parents=True)
     for name in ("train", "sample"):
         write_json(out / "stages" / f"{name}.json", {"made_from": {name: "other settings"}, "seconds": 1.0})
     (out / "settings.yaml").write_text("title: as it was\n")
     values = {
-        "out": str(out), "data": str(tiny / "data"), "replace": True, "evaluate": {"unseen": False},
+        "out": str(out),
+        "data": str(tiny / "data"),
+        "replace": True,
+        "evaluate": {"unseen": False},
         "held_out": [{"class": last["class"], "site": last["site"]}],
-    }  # fmt: skip
+    }
     with pytest.raises(UserError, match="has no split 'mian'"):
         run(build(ExperimentSettings, values | {"split": "mian"}))
-    assert all((out / name).is_dir() for name in ("medi", "cls", "synthetic"))
+    assert all((out / name).is_dir() for name in ("medi", "cls", "synthetic/medi"))
     assert (out / "settings.yaml").read_text() == "title: as it was\n"
-    with pytest.raises(UserError, match=r"medi, .*cls, .*synthetic were made from other inputs"):
+    with pytest.raises(UserError, match=r"medi, .*cls, .*synthetic/medi were made from other inputs"):
         run(build(ExperimentSettings, values | {"replace": False}))

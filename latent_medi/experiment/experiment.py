@@ -1,0 +1,174 @@
+"""An experiment's settings as its stages need them: folders, models, and the settings that each command is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latent_medi.core import config
+from latent_medi.core.errors import UserError
+from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.experiment.models import Model, concerning, data_folder, latents_folder, open_models, split_record
+from latent_medi.experiment.settings import STAGES, ExperimentSettings
+from latent_medi.experiment.stages import Stages
+from latent_medi.latent_classifier.settings import ClassifierSettings
+from latent_medi.latents.settings import EncodeSettings
+from latent_medi.selection.settings import SelectSettings
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.format.selections import SELECTED_PREFIX
+
+_ENCODED_AT_ONCE = 16  # of 256 px, Stable Diffusion's autoencoder takes 2.5 GiB for them, 1.3 in bf16
+
+
+class Experiment:
+    """What the stages of one experiment share.
+
+    Args:
+        settings: The experiment.
+
+    Raises:
+        UserError: Settings that cannot be followed, found without opening any data.
+    """
+
+    def __init__(self, settings: ExperimentSettings) -> None:
+        if settings.stages != [name for name in STAGES if name in settings.stages]:
+            raise UserError(
+                f"stages is [{', '.join(settings.stages)}]; stages are listed once and in order.",
+                f"The order is {', '.join(STAGES)}.",
+            )
+        if not settings.data and settings.recipe != "demo" and not settings.source:
+            raise UserError(
+                f"The recipe {settings.recipe!r} needs the folder of its source.",
+                f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
+            )
+        self.settings = settings
+        self.folder = Path(settings.out)
+        self.data = data_folder(settings)
+        self.latents = latents_folder(settings)
+        self.models = open_models(settings)
+        self.to_train = [model for model in self.models.values() if model.training is not None]
+        self.sampled = [model for model in self.models.values() if model.entry.sample]
+        self.guided = [model for model in self.models.values() if model.entry.classifier and self.has("classifier")]
+        unguided = [model.name for model in self.sampled if model.entry.classifier and model not in self.guided]
+        if unguided and self.has("sample"):
+            raise UserError(
+                f"models.{unguided[0]} has a classifier, and stages does not list classifier.",
+                "List it before plan, or remove the classifier.",
+            )
+        self.synthetic = {model.name: self.folder / "synthetic" / model.name for model in self.sampled}
+        self.encodings = self._encodings()
+        self.evaluation = self._evaluation()
+        self.stages = Stages(self.folder, settings.stages, concerning)
+
+    def has(self, stage: str) -> bool:
+        """Whether the experiment has a stage."""
+        return stage in self.settings.stages
+
+    def needs(self, *stages: str) -> tuple[str, ...]:
+        """Those of some stages that the experiment has."""
+        return tuple(stage for stage in stages if self.has(stage))
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the dataset folder exists, complete."""
+        return bool(self.settings.data) or (self.has("shards") and self.stages.finished("shards"))
+
+    @property
+    def split_record(self) -> dict[str, Any]:
+        """Record of the split: whoever splits the patients anew, or corrects their metadata, has another experiment."""
+        name = self.settings.split
+        return {"split": split_record(self.data, name) if self.has_data else {"name": name}}
+
+    def _encodings(self) -> dict[str, EncodeSettings]:
+        """Encoding settings by the first model of a dataset of its own; "" is the experiment's dataset."""
+        folders = {self.latents: ("", str(self.data))}
+        for model in self.to_train:
+            if model.entry.data:
+                folders.setdefault(latents_folder(self.settings, model.name), (model.name, model.entry.data))
+        found = {}
+        for latents, (name, data) in folders.items():
+            derived = {"data": data, "out": latents, "autoencoder": self.settings.autoencoder}
+            values = config.merge({"device_batch": _ENCODED_AT_ONCE} | self.settings.encode, derived)
+            found[name] = config.make(EncodeSettings, values, "encode")
+            found[name].check()
+        return found
+
+    def _evaluation(self) -> EvaluateSettings:
+        settings = self.settings
+        derived = {
+            "real": str(self.data),
+            "synthetic": {name: str(folder) for name, folder in self.synthetic.items()},
+            "out": str(self.folder),
+            "held_out": settings.held_out,
+            "split": settings.split,
+            "encoders": settings.encoders,
+            "weights": settings.weights,
+            "site_field": settings.site_field,
+            "seed": settings.seed,
+        }
+        # HistoDiffusion's protocol compares selected with random patches itself.
+        if self.has("select") and settings.evaluate.get("downstream_protocol") != "histodiffusion":
+            derived["selected"] = dict.fromkeys(self.synthetic, SELECTED_PREFIX + self.selection_name)
+        return config.make(EvaluateSettings, config.merge(derived, settings.evaluate), "evaluate")
+
+    @property
+    def selection_name(self) -> str:
+        """Name of the selection that the stage "select" makes."""
+        return self.settings.select.get("name", SelectSettings.name)
+
+    def selection(self, name: str) -> SelectSettings:
+        """Settings of the selection among one model's samples."""
+        settings = self.settings
+        derived = {
+            "data": str(self.synthetic[name]),
+            "real": str(self.data),
+            "split": settings.split,
+            "encoder": settings.encoders[0],
+            "weights": settings.weights.get(settings.encoders[0], ""),
+            "cache": str(self.folder / "features"),
+            "seed": settings.seed,
+            "replace": True,  # its record says whether it is the one that these settings make
+        }
+        return config.make(SelectSettings, config.merge(derived, settings.select), "select")
+
+    def classifier(self, model: Model) -> ClassifierSettings:
+        """Settings of the latent classifier that guides a model's samples."""
+        values = config.load(ClassifierSettings, Path(model.entry.classifier))
+        derived = {
+            "data": str(self.data),
+            "latents": self.latents,
+            "model": model.folder,
+            "split": self.settings.split,
+            "out": str(self.folder / "classifiers" / model.name),
+            "seed": self.settings.seed,
+        }
+        values = config.merge(config.merge(values, model.entry.classifier_train), derived)
+        return config.make(ClassifierSettings, values, f"models.{model.name}.classifier")
+
+    def conditions(self, model: Model) -> list[str] | None:
+        """Fields whose values a sample of a model is asked for: what it is conditioned on, and what its classifier
+        tells apart; ``None`` means every field.
+        """
+        if model.fields is None or model not in self.guided:
+            return model.fields
+        class_field = PatchDataset.open(self.data).schema.class_field
+        field = self.classifier(model).field or (class_field.name if class_field else "")
+        return [*model.fields, *([field] if field not in model.fields else [])]
+
+    def generation(self, model: Model) -> dict[str, Any]:
+        """Sampling settings of a model (a partial)."""
+        values = config.merge(config.as_dict(self.settings.generate), model.entry.generate)
+        guidance, fields = values["guidance"], model.fields
+        if fields is not None:  # scales are given for all models, some of which are conditioned on fewer fields
+            scales = {name: scale for name, scale in guidance["scales"].items() if name in fields}
+            guidance = {**guidance, "scales": scales, "order": [name for name in guidance["order"] if name in fields]}
+        if model in self.guided:
+            values = config.merge(values, {"classifier": {"model": f"{self.classifier(model).out}/classifier"}})
+        return {
+            **values,
+            "guidance": guidance,
+            "model": model.folder,
+            "adapters": [str(model.adapter)] if model.adapter else values["adapters"],
+            "plan": str(self.folder / f"plan-{model.name}.csv"),
+            "out": str(self.synthetic[model.name]),
+        }

@@ -1,0 +1,188 @@
+"""Stages on the real patches: the dataset folder, its audit, its latents, and the plan of what to generate."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from latent_medi.core import config
+from latent_medi.core.files import write_json, write_text
+from latent_medi.experiment.commands import side_by_side
+from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_latents, reopen
+from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.models import Model
+from latent_medi.experiment.stages import Stage
+from latent_medi.latents.settings import EncodeSettings
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+
+
+def shards(e: Experiment) -> Stage:
+    """The dataset folder, made by a recipe; of one that exists, its content."""
+    from latent_medi.features.cache import dataset_hash
+
+    settings = e.settings
+    if settings.data:
+        return Stage(lambda: None, {"sha256": dataset_hash(PatchDataset.open(e.data))})
+    return Stage(
+        lambda: _make_dataset(e),
+        {key: getattr(settings, key) for key in ("recipe", "source", "patch_size", "seed")},
+        outputs=("data",),
+        damaged=lambda: damaged_dataset(e.data),
+        mend=lambda: reopen(e.data),
+        costly=True,
+    )
+
+
+def _make_dataset(e: Experiment) -> None:
+    settings = e.settings
+    jobs = settings.processes or os.cpu_count() or 1
+    if settings.recipe == "demo":
+        from latent_medi.demo.cohort import build
+        from latent_medi.demo.settings import CohortSettings
+
+        build(e.data, CohortSettings(seed=settings.seed), jobs=jobs)
+        return
+    from latent_medi.recipes.registry import load_recipe
+
+    recipe = load_recipe(settings.recipe)
+    recipe.build(Path(settings.source), e.data, patch_size=settings.patch_size, seed=settings.seed, jobs=jobs)
+
+
+def audit(e: Experiment) -> Stage:
+    """What the training patches can support, as ``audit.json`` and ``audit.txt``."""
+    inputs = e.split_record | {"held_out": e.settings.held_out}
+    return Stage(lambda: _audit(e), inputs, ("shards",), ("audit.json", "audit.txt"))
+
+
+def _audit(e: Experiment) -> None:
+    from latent_medi.metadata.audit import audit as audit_of
+    from latent_medi.metadata.audit_text import audit_text
+
+    index, schema = _training_rows(e)
+    result = audit_of(index, schema, requested=e.settings.held_out or None)
+    text = audit_text(result)
+    if e.settings.held_out:
+        result["all_combinations"] = audit_of(index, schema)["verdict_counts"]
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in result["all_combinations"].items() if count)
+        text += f"\nall combinations of the fields, held out or not: {counts}"
+    write_json(e.folder / "audit.json", result)
+    write_text(e.folder / "audit.txt", text)
+    print(text)
+
+
+def encode(e: Experiment) -> Stage:
+    """Latents of the experiment's dataset, and of other datasets that models are trained on."""
+    from latent_medi.features.cache import dataset_hash
+
+    chosen = e.encodings[""]
+    inputs: dict[str, Any] = {"autoencoder": chosen.autoencoder}
+    # What earlier versions could not choose is left out where it is what they did.
+    inputs |= {n: v for n in ("precision", "views") if (v := getattr(chosen, n)) != getattr(EncodeSettings, n)}
+    if others := {name: dataset_hash(PatchDataset.open(s.data)) for name, s in e.encodings.items() if name}:
+        inputs["models"] = others
+    inside = {name: Path(s.out) for name, s in e.encodings.items() if Path(s.out).parent == e.folder}
+    return Stage(
+        lambda: _encode(e),
+        inputs,
+        ("shards",),
+        by_model={name: (folder.name,) for name, folder in inside.items()},
+        shared=tuple(f"{s.out}/latents.json" for name, s in e.encodings.items() if name not in inside),
+        damaged=lambda: [path for folder in inside.values() for path in damaged_latents(folder)],
+        costly=True,
+    )
+
+
+def _encode(e: Experiment) -> None:
+    """In a process of its own, so that this one holds no memory that training needs."""
+    for name, settings in e.encodings.items():
+        job = f"encode-{name}" if name else "encode"
+        config.save_settings(settings, e.folder / f"{job}.yaml")
+        side_by_side({job: ["encode", "--config", str(e.folder / f"{job}.yaml")]})
+
+
+def plan(e: Experiment) -> Stage:
+    """What each model generates, as ``plan-NAME.csv``."""
+    settings = e.settings
+    inputs: dict[str, Any] = {
+        key: getattr(settings, key) for key in ("plan_fields", "seen_per_cell", "unseen_per_cell", "seed")
+    }
+    if settings.plan:
+        inputs["plan"] = settings.plan
+    if e.has_data:
+        schema = PatchDataset.open(e.data).schema
+        # What earlier versions could not choose is left out where it is what they did.
+        if settings.draw_from != "all" and any(field.continuous for field in schema.fields):
+            inputs["draw_from"] = settings.draw_from
+        fields = {model.name: e.conditions(model) for model in e.sampled}
+        earlier = {"medi": None, "cls": [schema.class_field.name] if schema.class_field else []}
+        if own := {name: known for name, known in fields.items() if known != earlier.get(name, ...)}:
+            inputs["models"] = own
+    outputs = tuple(f"plan-{model.name}.csv" for model in e.sampled)
+    return Stage(lambda: _plan(e), inputs | e.split_record, ("shards",), outputs)
+
+
+def _plan(e: Experiment) -> None:
+    from latent_medi.planning.plan import write_plan
+
+    for name, table in make_plans(e).items():
+        write_plan(table, e.folder / f"plan-{name}.csv")
+
+
+def make_plans(e: Experiment) -> dict[str, pd.DataFrame]:
+    """The plan of each model that is sampled: every combination of the fields that it is conditioned on, those without
+    a training patch more often.
+    """
+    from latent_medi.planning.planner import make_plan
+    from latent_medi.planning.settings import PlanSettings
+
+    settings = e.settings
+    derived = {
+        "goal": "each",
+        "per_cell": settings.seen_per_cell,
+        "seed": settings.seed,
+        "fields": settings.plan_fields,
+        "draw_from": settings.draw_from,
+    }
+    if "goal" in settings.plan:
+        del derived["per_cell"]
+    index, schema = _training_rows(e)
+    asked = config.make(PlanSettings, config.merge(derived, settings.plan), "plan")
+    whole = make_plan(index, schema, asked).table
+    if "goal" not in settings.plan:
+        names = [f.name for f in schema.fields if f.name in whole.columns and not f.continuous]
+        seen = set(index[names].astype(str).itertuples(index=False, name=None))
+        unseen = ~whole[names].astype(str).apply(tuple, axis=1).isin(seen)
+        whole.loc[unseen & (whole["count"] > 0), "count"] = settings.unseen_per_cell
+    return {model.name: _plan_of(model, e.conditions(model), whole, schema, settings.seed) for model in e.sampled}
+
+
+def _plan_of(model: Model, known: list[str] | None, whole: pd.DataFrame, schema: Schema, seed: int) -> pd.DataFrame:
+    """The whole plan; for a model that knows fewer fields, the same number of patches by combination of these."""
+    from latent_medi.planning.plan import stable_seed
+
+    if known is None or set(schema.names) <= set(known):
+        return whole
+    kept = [f.name for f in schema.fields if f.name in whole.columns and f.name in known and not f.continuous]
+    groups: Any = whole.groupby(kept, sort=True, observed=True) if kept else [((), whole)]
+    rows = []
+    for values, group in groups:
+        shown = group["verdict"].isin(["seen", "thin"]).any()
+        rows.append(
+            dict(zip(kept, values, strict=True))
+            | {
+                "count": group["count"].sum(),
+                "verdict": "seen" if shown else group["verdict"].iloc[0],
+                "seed": stable_seed(seed, model.name, *values),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _training_rows(e: Experiment) -> tuple[pd.DataFrame, Schema]:
+    """The index's training rows, and the schema."""
+    dataset = PatchDataset.open(e.data)
+    return dataset.index.iloc[dataset.rows({SPLIT_PREFIX + e.settings.split: "train"})], dataset.schema

@@ -1,0 +1,98 @@
+"""Stages on the samples: selection, evaluation and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latent_medi.core import config
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import write_json
+from latent_medi.experiment.damaged_outputs import damaged_metrics
+from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.stages import Stage
+from latent_medi.shards.dataset import PatchDataset
+
+
+def select(e: Experiment) -> Stage:
+    """The best of each model's samples, as columns of their dataset folder and counts in ``selection-NAME.json``."""
+    free = {"data", "real", "weights", "cache", "batch", "device", "workers", "replace"}
+    settings = config.as_dict(e.selection(e.sampled[0].name))
+    inputs = {key: value for key, value in settings.items() if key not in free}
+    outputs = {name: e.folder / f"selection-{name}.json" for name in e.synthetic}
+    return Stage(
+        lambda: _select(e, outputs),
+        inputs,
+        ("sample",),
+        by_model={name: (path.name,) for name, path in outputs.items()},
+        damaged=lambda: [path for name, path in outputs.items() if not _has_selection(e, name)],
+    )
+
+
+def _has_selection(e: Experiment, name: str) -> bool:
+    """Whether a model's samples have the selection: samples that were made again have lost it."""
+    try:
+        return e.selection_name in PatchDataset.open(e.synthetic[name]).selections
+    except UserError:
+        return False
+
+
+def _select(e: Experiment, outputs: dict[str, Path]) -> None:
+    from latent_medi.core.device import release_memory
+    from latent_medi.selection.result import selection_text
+    from latent_medi.selection.select import select as select_samples
+
+    try:
+        for name, path in outputs.items():
+            selection = select_samples(e.selection(name))
+            write_json(path, selection.to_json())
+            print(f"{name}: {selection_text(selection)}")
+    finally:
+        release_memory()
+
+
+def evaluate(e: Experiment) -> Stage:
+    """Every model's samples against real patients, as ``metrics.json``, ``predictions.csv`` and ``reference``."""
+    free = {"real", "synthetic", "out", "cache", "batch", "device"}
+    inputs = {key: value for key, value in config.as_dict(e.evaluation).items() if key not in free}
+    return Stage(
+        lambda: _evaluate(e),
+        inputs | {"synthetic": list(e.synthetic)},
+        e.needs("select") or ("sample",),
+        ("metrics.json",),
+        extras=("predictions.csv", "reference"),  # cached features are found by content, and stay
+        damaged=lambda: damaged_metrics(e.folder / "metrics.json"),
+    )
+
+
+def _evaluate(e: Experiment) -> None:
+    from latent_medi.core.device import release_memory
+    from latent_medi.evaluation import evaluate as evaluation
+    from latent_medi.evaluation.fidelity.memorisation import TooManyCopies
+
+    try:
+        evaluation.evaluate(e.evaluation)
+    except TooManyCopies:
+        _report(e)  # which shows the copies
+        raise
+    finally:
+        release_memory()  # another experiment of this process trains in processes of its own
+
+
+def report(e: Experiment) -> Stage:
+    """The page."""
+    inputs = {"title": e.settings.title, "report_cells": e.settings.report_cells}
+    return Stage(lambda: _report(e), inputs, ("evaluate",), ("report.html",))
+
+
+def _report(e: Experiment) -> None:
+    from latent_medi.evaluation.results import read_metrics
+    from latent_medi.report.render import render_report
+
+    render_report(
+        read_metrics(e.folder),
+        e.folder / "report.html",
+        title=e.settings.title,
+        real=e.data,
+        synthetic=e.synthetic,
+        per_cell=e.settings.report_cells,
+    )

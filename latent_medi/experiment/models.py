@@ -1,0 +1,228 @@
+"""The named models of an experiment: how each is trained or where it is, what it starts from, what it knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_medi.core import config
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.experiment.settings import ExperimentModel, ExperimentSettings
+from latent_medi.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from latent_medi.training.finetune.transfer import Source
+
+_OTHER_FOLDERS = {"classifiers", "data", "features", "reference", "stages", "synthetic"}
+_RECORD_KEYS = {"models", "split"}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One model of an experiment.
+
+    Args:
+        name: Its name.
+        entry: Its settings.
+        out: Folder of its training run.
+        folder: Its model folder, which training may yet have to make; of an adapter, that of the model it changes.
+        training: Its training settings (a partial); ``None`` for a model that is trained already.
+        source: The model that is trained already; ``None`` for one to train.
+        parent: The model of the experiment that its training starts from, or ``None``.
+    """
+
+    name: str
+    entry: ExperimentModel
+    out: Path
+    folder: str
+    training: dict[str, Any] | None = None
+    source: Source | None = None
+    parent: Model | None = None
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the low-rank adapter that its training makes; ``None`` for a whole model."""
+        return self.out / "adapter" if self.training and self.training.get("lora") else None
+
+    @property
+    def fields(self) -> list[str] | None:
+        """Fields that it is conditioned on; ``None`` means every field of its dataset."""
+        if self.source is not None:
+            return [] if self.source.conditioner is None else list(self.source.conditioner.schema.names)
+        own = (self.training or {}).get("model", {}).get("fields")
+        inherited = self.parent.fields if self.parent else []
+        return None if own is None or inherited is None else list(dict.fromkeys([*inherited, *own]))
+
+    def record(self) -> Any:
+        """What it depends on besides the latents: a trained model's hash, else settings without paths and speed."""
+        from latent_medi.training.run_folder import FREE
+
+        if self.source is not None:
+            return self.source.model_hash
+        free = FREE - {"init_from", "autoencoder", "stream"}
+        kept = {key: value for key, value in (self.training or {}).items() if key not in free}
+        if self.entry.data:
+            kept["data"] = split_record(Path(self.entry.data), self.entry.split)
+        return kept | ({"init_from": self.parent.record()} if self.parent else {})
+
+
+def open_models(settings: ExperimentSettings) -> dict[str, Model]:
+    """The models by name, each after the one that it starts from.
+
+    Raises:
+        UserError: A name that no model can have, a model without configuration, an unknown or circular ``init_from``,
+            or a trained model that cannot be used.
+    """
+    for name, entry in settings.models.items():
+        _check(name, entry)
+    found: dict[str, Model] = {}
+    for name in _order(settings.models):
+        entry = settings.models[name]
+        parent = found[entry.init_from] if entry.init_from else None
+        found[name] = _trained(settings, name, entry) if entry.folder else _to_train(settings, name, entry, parent)
+    if not any(model.entry.sample for model in found.values()):
+        raise UserError("No model of the experiment is sampled.", "Name models, and leave sample=true for one.")
+    return found
+
+
+def _check(name: str, entry: ExperimentModel) -> None:
+    taken = name in _OTHER_FOLDERS | _RECORD_KEYS or name.startswith("latents")
+    if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise UserError(
+            f"No model of an experiment can be called {name!r}.",
+            "The experiment uses that name itself." if taken else "Use letters, digits, - and _.",
+        )
+    if not entry.folder and not entry.config:
+        raise UserError(
+            f"models.{name} has neither config nor folder.",
+            "Give config for a model to train, or folder for one that is trained already.",
+        )
+    if not entry.data and (entry.latents or entry.split):
+        key = "latents" if entry.latents else "split"
+        raise UserError(f"models.{name}.{key} goes with models.{name}.data, which is empty.")
+    if entry.classifier_train and not entry.classifier:
+        raise UserError(f"models.{name}.classifier_train goes with models.{name}.classifier, which is empty.")
+
+
+def _order(entries: Mapping[str, ExperimentModel]) -> list[str]:
+    """Names such that a model comes after the one that it starts from; otherwise as they are given."""
+    order: list[str] = []
+
+    def add(name: str, children: list[str]) -> None:
+        if name in children:
+            raise UserError(f"init_from of the models goes round in a circle: {' → '.join([*children, name])}.")
+        parent = entries[name].init_from
+        if parent and parent not in entries:
+            raise UserError(
+                f"models.{name}.init_from is {parent!r}, no model of the experiment; {nearest(parent, entries)}.",
+                f"A model folder elsewhere is given as models.{name}.train.init_from.",
+            )
+        if parent:
+            add(parent, [*children, name])
+        if name not in order:
+            order.append(name)
+
+    for name in entries:
+        add(name, [])
+    return order
+
+
+def _to_train(settings: ExperimentSettings, name: str, entry: ExperimentModel, parent: Model | None) -> Model:
+    out = Path(settings.out) / name
+    values = config.load(TrainSettings, Path(entry.config))
+    for over in (settings.train, entry.train):
+        values = config.merge(values, over)
+    values |= {
+        "data": entry.data or str(data_folder(settings)),
+        "latents": latents_folder(settings, name),
+        "split": entry.split if entry.data else settings.split,
+        "out": str(out),
+        "seed": settings.seed,
+    }
+    if parent is not None:
+        if values.get("init_from"):
+            raise UserError(
+                f"models.{name} has init_from={entry.init_from} and train.init_from={values['init_from']}.",
+                "Give one of them.",
+            )
+        if parent.adapter:
+            raise UserError(
+                f"models.{name} starts from {parent.name}, which trains an adapter and no whole model.",
+                f"Start it from {parent.name}'s own init_from.",
+            )
+        values["init_from"] = parent.folder
+    folder = values["init_from"] if values.get("lora") and values.get("init_from") else str(out / "model")
+    return Model(name, entry, out, folder, training=values, parent=parent)
+
+
+def _trained(settings: ExperimentSettings, name: str, entry: ExperimentModel) -> Model:
+    """A model that is trained already, opened before anything is run."""
+    from latent_medi.metadata.training_record import was_trained_on
+    from latent_medi.training.finetune.transfer import open_source
+
+    path = Path(entry.folder)
+    for other in settings.models:
+        own = Path(settings.out) / other
+        if path.resolve().is_relative_to(own.resolve()):
+            raise UserError(
+                f"The folder of models.{name}, {path}, is inside {own}, where this experiment trains {other}.",
+                "Copy it to a folder of its own; or give config: a model that is trained is kept.",
+            )
+    source = open_source(path)
+    if source.scheduler is None or source.autoencoder is None:
+        raise UserError(f"{path} is no whole model of this program.", "Give the folder `model` of a finished run.")
+    for combination in settings.held_out if settings.evaluate.get("unseen", True) else []:
+        if was_trained_on(source.seen, combination):
+            raise UserError(
+                f"The model {path} ({name}) was trained on patches of {' × '.join(combination.values())}.",
+                "Train one without them, or hold out combinations that it did not see.",
+            )
+    return Model(name, entry, Path(settings.out) / name, str(path), source=source)
+
+
+def data_folder(settings: ExperimentSettings) -> Path:
+    """The experiment's dataset folder."""
+    return Path(settings.data or Path(settings.out) / "data")
+
+
+def latents_folder(settings: ExperimentSettings, name: str = "") -> str:
+    """Latent folder that a model is trained on, or of the experiment's dataset."""
+    entry = settings.models[name] if name else ExperimentModel()
+    if not entry.data:
+        return settings.latents or str(Path(settings.out) / "latents")
+    # Models with the same dataset share one folder, named after the first of them.
+    first = next(other for other, one in settings.models.items() if one.data == entry.data)
+    return entry.latents or str(Path(settings.out) / f"latents-{first}")
+
+
+def split_record(data: Path, name: str) -> dict[str, str]:
+    """Name of a split, and hash of its column and of the metadata; without the column if there is no such split."""
+    import pandas as pd
+
+    from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+    from latent_medi.shards.format.selections import column_hash
+
+    dataset = PatchDataset.open(data)
+    columns = ["patient", *dataset.schema.names, *([SPLIT_PREFIX + name] if name in dataset.splits else [])]
+    return {"name": name, "sha256": column_hash(pd.Series([column_hash(dataset.index[c]) for c in columns]))}
+
+
+def concerning(made_from: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The part of a record that one model's outputs depend on; with "" what those depend on that belong to no model.
+
+    Models stand under ``models`` in a stage's inputs, and beside ``split`` in those of the stage "train", as earlier
+    versions wrote them.
+    """
+    found: dict[str, Any] = {}
+    for stage, inputs in made_from.items():
+        if not isinstance(inputs, Mapping):
+            found[stage] = inputs
+            continue
+        kept = {k: v for k, v in inputs.items() if k != "models" and (stage != "train" or k in ("split", model))}
+        if model in inputs.get("models", {}):
+            kept["models"] = {model: inputs["models"][model]}
+        found[stage] = kept
+    return found

@@ -1,0 +1,291 @@
+"""One runner for any list of stages over any number of named models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from evaluation_world import Size, write_real
+from parts import make_cohort
+
+from latent_medi.cli import main
+from latent_medi.core.config import build
+from latent_medi.core.errors import UserError
+from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.kinds import KINDS, declare
+from latent_medi.experiment.kinds import models as model_stages
+from latent_medi.experiment.kinds.datasets import make_plans
+from latent_medi.experiment.models import concerning
+from latent_medi.experiment.run import run
+from latent_medi.experiment.settings import STAGES, ExperimentSettings
+from latent_medi.experiment.stages import Stage, Stages
+from latent_medi.shards.dataset import PatchDataset
+
+NETWORK = {
+    "block_out_channels": [16, 32],
+    "attention": [False, True],
+    "attention_head_dim": 16,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+TO_SAMPLE = list(STAGES[: STAGES.index("sample") + 1])
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Callable[..., Experiment]:
+    """Makes an experiment on a tiny dataset, given changes to its settings."""
+    make_cohort(tmp_path / "data", ("aster", "birch"))
+
+    def make(**values: Any) -> Experiment:
+        own = {"data": str(tmp_path / "data"), "out": str(tmp_path / "out")}
+        return Experiment(build(ExperimentSettings, own | values))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"models": {"data": {"config": "demo/medi"}}}, "'data'"),
+        ({"models": {"latents-2": {"config": "demo/medi"}}}, "'latents-2'"),
+        ({"models": {"a.b": {"config": "demo/medi"}}}, r"'a\.b'"),
+        ({"models": {"mine": {}}}, "models.mine has neither config nor folder"),
+        ({"models": {"mine": {"config": "demo/medi", "init_from": "bas"}, "base": {"config": "demo/cls"}}}, "'base'"),
+        ({"models": {n: {"config": "demo/cls", "init_from": o} for n, o in ("ab", "ba")}}, "a → b → a"),
+        ({"models": {"mine": {"config": "demo/medi", "split": "x"}}}, "models.mine.split"),
+        ({"models": {"mine": {"config": "demo/medi", "sample": False}}}, "No model of the experiment is sampled"),
+        ({"models": {"mine": {"config": "demo/medi", "classifier": "demo/classifier"}}}, "models.mine.*classifier"),
+        ({"models": {"mine": "runs/m"}}, "models.mine is 'runs/m'"),
+        ({"stages": ["shards", "plan", "audit"]}, "in order"),
+        ({"stages": ["shards", "shards"]}, "once"),
+        ({"stages": ["shards", "smaple"]}, r"stages\[1\].*'sample'"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(
+    experiment: Callable[..., Experiment], values: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(UserError, match=why):
+        experiment(**values)
+
+
+def test_a_stage_needs_those_whose_results_it_reads(experiment: Callable[..., Experiment]) -> None:
+    for stages, absent in (
+        (["shards", "train"], "encode"),
+        (["shards", "plan", "sample"], "train"),
+        (["plan"], "shar"),
+    ):
+        with pytest.raises(UserError, match=f"needs the stage '{absent}"):
+            declare(experiment(stages=stages))
+    with pytest.raises(UserError, match="needs the stage 'sample'"):
+        declare(experiment(stages=["shards", "encode", "train", "plan", "evaluate"]))
+
+
+def test_a_model_is_trained_after_the_one_that_it_starts_from(
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = {"config": "demo/medi", "init_from": "base"}
+    adapted = {"config": "demo/medi", "init_from": "tuned", "train": {"lora": {"rank": 2}}}
+    base = {"config": "demo/medi", "train": {"model": {"fields": []}}, "data": str(tmp_path / "data")}
+    models = {"adapted": adapted, "tuned": tuned, "plain": {"config": "demo/cls"}, "base": base | {"sample": False}}
+    e = experiment(models=models)
+    ran: list[list[str]] = []
+    monkeypatch.setattr(model_stages, "run_models", lambda commands, _: ran.append(list(commands)))
+    e.folder.mkdir()
+    KINDS["train"](e).action()
+    assert [sorted(names) for names in ran] == [["base", "plain"], ["tuned"], ["adapted"]]
+    written = yaml.safe_load((e.folder / "train-tuned.yaml").read_text())
+    assert written["init_from"] == str(e.folder / "base" / "model")
+    assert (e.models["base"].fields, e.models["plain"].fields, e.models["tuned"].fields) == ([], ["class"], None)
+    # Unlabelled tissue: every patch of a dataset of its own, encoded once for all models that train on it.
+    written = yaml.safe_load((e.folder / "train-base.yaml").read_text())
+    assert (written["split"], written["latents"]) == ("", str(e.folder / "latents-base"))
+    assert [encoding.out for encoding in e.encodings.values()] == [str(e.folder / "latents"), written["latents"]]
+    # An adapter's samples are those of the model that it changes, with it.
+    generation = e.generation(e.models["adapted"])
+    assert generation["model"] == str(e.folder / "tuned" / "model")
+    assert generation["adapters"] == [str(e.folder / "adapted" / "adapter")]
+    assert set(e.synthetic) == {"adapted", "tuned", "plain"}
+
+
+def test_a_plan_has_the_fields_that_the_model_knows(experiment: Callable[..., Experiment]) -> None:
+    fields = {"all": None, "both": ["class", "site"], "site": ["site"], "none": []}
+    models: dict[str, Any] = {
+        name: {"config": "demo/medi", "train": {"model": {"fields": known}}} for name, known in fields.items()
+    }
+    models["guided"] = models["none"] | {"classifier": "demo/classifier"}
+    plans = make_plans(experiment(models=models, stages=list(STAGES)))
+    assert {name: [c for c in plan if c in ("class", "site")] for name, plan in plans.items()} == {
+        "all": ["class", "site"],
+        "both": ["class", "site"],
+        "site": ["site"],
+        "none": [],
+        "guided": ["class"],
+    }
+    assert {plan["count"].sum() for plan in plans.values()} == {4 * ExperimentSettings().seen_per_cell}
+    union = make_plans(experiment(plan={"goal": "all_sites_of_classes", "per_cell": 7}))["medi"]
+    assert set(union["count"]) == {7}
+
+
+def test_guidance_scales_reach_the_models_that_know_their_fields(experiment: Callable[..., Experiment]) -> None:
+    guidance = {"form": "chain", "scales": {"class": 2.0, "site": 3.0}, "order": ["site"]}
+    own = {"generate": {"sampler": {"steps": 5}}}
+    e = experiment(
+        models={"all": {"config": "demo/medi"}, "one": {"config": "demo/cls"} | own}, generate={"guidance": guidance}
+    )
+    all_fields, one = (e.generation(e.models[name]) for name in ("all", "one"))
+    assert (all_fields["guidance"]["scales"], all_fields["guidance"]["order"]) == ({"class": 2, "site": 3}, ["site"])
+    assert (one["guidance"]["scales"], one["guidance"]["order"]) == ({"class": 2.0}, [])
+    assert (all_fields["sampler"]["steps"], one["sampler"]["steps"]) == (20, 5)
+
+
+def two_stages(folder: Path, ran: list[str], **models: Any) -> Stages:
+    """Training and sampling of some models, as files."""
+
+    def write(name: str) -> None:
+        ran.append(name)
+        for model in models:
+            (folder / f"{name}-{model}").touch()
+
+    stages = Stages(folder, ["train", "sample"], concerning)
+    names = {name: {model: (f"{name}-{model}",) for model in models} for name in ("train", "sample")}
+    stages.add("train", Stage(lambda: write("train"), models, by_model=names["train"], costly=True))
+    stages.add("sample", Stage(lambda: write("sample"), 1, ("train",), by_model=names["sample"], costly=True))
+    return stages
+
+
+def test_a_changed_model_leaves_the_others(tmp_path: Path) -> None:
+    ran: list[str] = []
+    two_stages(tmp_path, ran, a={"steps": 1}, b={"steps": 1}).run("train", "sample")
+    made = {path.name: path.stat().st_ino for path in tmp_path.glob("*-*")}
+    with pytest.raises(UserError, match=r"train-b, .*sample-b were made from other inputs: train.b.steps was 1, is 2"):
+        two_stages(tmp_path, ran, a={"steps": 1}, b={"steps": 2}).check()
+    # A further model removes nothing, and neither does one less.
+    more = two_stages(tmp_path, ran, a={"steps": 1}, b={"steps": 1}, c={"steps": 1})
+    more.check()
+    more.run("train", "sample")
+    assert {name: (tmp_path / name).stat().st_ino for name in made} == made
+    assert (tmp_path / "sample-c").exists()
+    two_stages(tmp_path, ran, a={"steps": 1}).check()
+    assert ran == ["train", "sample"] * 2
+    (tmp_path / "train-a").write_text("kept")
+    changed = two_stages(tmp_path, ran, a={"steps": 1}, b={"steps": 2}, c={"steps": 1})
+    (tmp_path / "train-b").write_text("removed")
+    changed.run("train")
+    assert [(tmp_path / f"train-{name}").read_text() for name in "ab"] == ["kept", ""]
+
+
+def words(folder: Path, values: dict[str, Any]) -> list[str]:
+    """The command that runs an experiment with these settings."""
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return ["run", "--config", str(file)]
+
+
+def tiny_settings(folder: Path, **values: Any) -> dict[str, Any]:
+    """Settings of an experiment on a planted cohort, which takes seconds where it trains."""
+    if not (folder / "data").exists():
+        write_real(folder / "data", Size(train=10, probe=10, test=10, patches=2))
+    return {
+        "data": str(folder / "data"),
+        "out": str(folder / "out"),
+        "held_out": [{"class": "stripes", "site": "south"}],
+        "train": {"max_steps": 2, "global_batch": 8, "log_every_images": 8, "model": NETWORK},
+        "plan_fields": ["class", "site"],
+        "seen_per_cell": 4,
+        "unseen_per_cell": 24,
+        "generate": {"sampler": {"steps": 2}},
+        "evaluate": {"repeats": 1, "resamples": 20, "real_splits": 0, "colour_free": False},
+    } | values
+
+
+def written_at(*paths: Path) -> list[int]:
+    return [path.stat().st_mtime_ns for path in paths]
+
+
+@pytest.mark.slow
+def test_two_models_under_names_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = tiny_settings(tmp_path, models={"plain": {"config": "demo/cls"}, "ours": {"config": "demo/medi"}})
+    values["evaluate"] |= {"candidate": "ours"}
+    assert main(words(tmp_path, values)) == 0
+    capsys.readouterr()
+    out = tmp_path / "out"
+    for name in ("plain", "ours"):
+        assert (out / name / "model" / "model_index.json").is_file()
+        assert len(PatchDataset.open(out / "synthetic" / name))
+    assert list(pd.read_csv(out / "plan-plain.csv")["class"]) == ["blobs", "rings", "stripes"]
+    assert (out / "report.html").is_file()
+    assert set(json.loads((out / "metrics.json").read_text())["synthetic"]) == {"plain", "ours"}
+    before = written_at(out / "plain" / "model", out / "synthetic" / "plain" / "dataset.json")
+    # The same command has nothing to do; one model's settings leave the other one as it is.
+    assert main(words(tmp_path, values)) == 0
+    values["models"]["ours"]["train"] = {"max_steps": 3}
+    values["replace"] = True
+    assert main(words(tmp_path, values)) == 0
+    assert written_at(out / "plain" / "model", out / "synthetic" / "plain" / "dataset.json") == before
+
+
+@pytest.mark.slow
+def test_one_model_alone_to_its_samples_and_then_selected_and_evaluated(tmp_path: Path) -> None:
+    values = tiny_settings(tmp_path, models={"only": {"config": "demo/medi"}}, stages=TO_SAMPLE)
+    values["stages"].remove("classifier")
+    result = run(build(ExperimentSettings, values))
+    assert list(result["seconds"]) == values["stages"]
+    out = tmp_path / "out"
+    assert not (out / "metrics.json").exists()
+    before = written_at(out / "only" / "model", out / "latents" / "latents.json")
+    values["stages"] += ["select", "evaluate"]
+    values["select"] = {"filters": ["duplicates"], "rank": "distance", "share": 0.5}
+    headline = run(build(ExperimentSettings, values))
+    assert written_at(out / "only" / "model", out / "latents" / "latents.json") == before
+    samples = PatchDataset.open(out / "synthetic" / "only")
+    chosen = samples.index["selected_best"].astype(bool).sum()
+    assert 0 < chosen < len(samples)
+    record = json.loads((out / "metrics.json").read_text())["synthetic"]["only"]
+    assert record["selected"] == "selected_best"
+    assert set(headline["seconds"]) == set(values["stages"])
+    # Samples that are made again have lost their selection, which is made again too.
+    shutil.rmtree(out / "synthetic" / "only")
+    run(build(ExperimentSettings, values))
+    assert "best" in PatchDataset.open(out / "synthetic" / "only").selections
+
+
+@pytest.mark.slow
+def test_pre_training_fine_tuning_and_a_classifier_that_guides(tmp_path: Path) -> None:
+    """As HistoDiffusion: unconditional on unlabelled tissue, on the labelled, guided by a latent classifier."""
+    values = tiny_settings(tmp_path, stages=TO_SAMPLE)
+    write_real(tmp_path / "unlabelled", Size(train=6, probe=0, test=0, patches=2), seed=5)
+    unconditional = {"config": "demo/medi", "train": {"model": {"fields": []}}}
+    classifier = {
+        "classifier": "demo/classifier",
+        "classifier_train": {
+            "max_steps": 2,
+            "global_batch": 8,
+            "network": {**NETWORK, "attention": [False, True]},
+        },
+        "generate": {"classifier": {"scale": 5.0}},
+    }
+    values["models"] = {
+        "base": unconditional | {"data": str(tmp_path / "unlabelled"), "sample": False},
+        "guided": unconditional | classifier | {"init_from": "base"},
+        "plain": {"config": "demo/cls"},
+    }
+    run(build(ExperimentSettings, values))
+    out = tmp_path / "out"
+    provenance = json.loads((out / "guided" / "run.json").read_text())
+    assert json.dumps(provenance).count('"source": ""') == 0
+    samples = PatchDataset.open(out / "synthetic" / "guided")
+    assert set(samples.index["class"]) == {"blobs", "rings", "stripes"}
+    assert samples.info["provenance"]["classifier"]["scale"] == 5.0
+    assert not (out / "synthetic" / "base").exists()
+    before = written_at(out / "base" / "model", out / "classifiers" / "guided" / "classifier")
+    shutil.rmtree(out / "guided" / "model" / "unet")
+    shutil.rmtree(out / "classifiers" / "guided")
+    run(build(ExperimentSettings, values))
+    after = written_at(out / "base" / "model", out / "classifiers" / "guided" / "classifier")
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
