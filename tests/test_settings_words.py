@@ -306,7 +306,7 @@ def test_help_shows_only_what_the_command_line_takes(settings_class: type, capsy
         config.parse(settings_class, ["--help"], "verb")
     shown = capsys.readouterr().out
     assert shown.startswith("usage: latent-medi verb [--config NAME] [key=value …] [--json FILE]")
-    assert not re.search(r"\+ \[|configuration file\.|Args:|CONFIG\n", shown)
+    assert not re.search(r"\+ \[|configuration file\.|Args:|CONFIG\n|Unvalidated|Annotated", shown)
     for name in re.findall(r"^  --([\w.]+)", shown, re.MULTILINE):
         assert name == "config" or name in config.known_keys(settings_class)
 

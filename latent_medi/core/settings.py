@@ -24,8 +24,7 @@ the setting: a nested setting is renamed in the nested class. An old name in a f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from latent_medi.core.kinds import Range
 from latent_medi.core.typed import check
@@ -38,13 +37,11 @@ PositiveInt = Annotated[int, Range(1)]
 
 
 class Settings:
-    """Base class of settings dataclasses.
+    """Base class of settings dataclasses. A class may have a table ``RENAMED``, see above.
 
     Raises:
         UserError: A value that the annotation of its setting does not accept.
     """
-
-    RENAMED: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         check(self)
