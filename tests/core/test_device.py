@@ -274,7 +274,7 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.Monk
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", lean)
-    versions = run_record(0, tmp_path)["versions"]
+    versions = run_record(0, tmp_path).versions
     assert (versions["torchmetrics"], versions["torch-fidelity"]) == (None, None)
     assert versions["torch"] == importlib.metadata.version("torch")
     assert versions["python"] == sys.version.split()[0]
