@@ -71,8 +71,9 @@ def cohort(n: int, planted: int, rng: np.random.Generator) -> tuple[np.ndarray, 
 def cost_of_writing(count: int) -> tuple[float, float]:
     """Milliseconds to write a patch of 256 px with its fingerprint, and to make the fingerprint."""
     rng = np.random.default_rng(0)
-    images = [np.kron(render(random_shape(rng), random_stain(rng), rng), np.ones((4, 4, 1), np.uint8))
-              for _ in range(count)]  # fmt: skip
+    images = [
+        np.kron(render(random_shape(rng), random_stain(rng), rng), np.ones((4, 4, 1), np.uint8)) for _ in range(count)
+    ]
     images = [np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8) for image in images]
     patches = [Patch(f"p/{i}", image, "p", "p", -1, -1, 0.5, {}) for i, image in enumerate(images)]
     fingerprint(images[0])
@@ -104,13 +105,20 @@ def main() -> None:
     write_ms, fingerprint_ms = cost_of_writing(20 if arguments.quick else 100)
     tell(
         {
-            "patches": n, "planted": planted, "found": int(right.sum()), "found_share": float(right.mean()),
-            "near_misses": planted, "false_patches": len(others), "search_seconds": seconds,
-            "patches_per_second": n / seconds, "write_ms": write_ms, "fingerprint_ms": fingerprint_ms,
+            "patches": n,
+            "planted": planted,
+            "found": int(right.sum()),
+            "found_share": float(right.mean()),
+            "near_misses": planted,
+            "false_patches": len(others),
+            "search_seconds": seconds,
+            "patches_per_second": n / seconds,
+            "write_ms": write_ms,
+            "fingerprint_ms": fingerprint_ms,
             "fingerprint_share": fingerprint_ms / write_ms,
         },
         arguments.json,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

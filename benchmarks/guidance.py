@@ -104,10 +104,19 @@ def main() -> None:
         generate_plan(pd.DataFrame(unseen), arguments.run / "medi" / "model", out / name, settings)
     judging: dict[str, Any] = {"weights": {arguments.encoder: arguments.weights}} if arguments.weights else {}
     settings = EvaluateSettings(
-        real=str(arguments.run / "data"), synthetic={name: str(out / name) for name in chosen}, out=str(out),
-        held_out=run.held_out, encoders=[arguments.encoder], colour_free=False, site_field=run.site_field,
-        downstream=False, memorisation=False, real_splits=0, seed=run.seed, **judging,
-    )  # fmt: skip
+        real=str(arguments.run / "data"),
+        synthetic={name: str(out / name) for name in chosen},
+        out=str(out),
+        held_out=run.held_out,
+        encoders=[arguments.encoder],
+        colour_free=False,
+        site_field=run.site_field,
+        downstream=False,
+        memorisation=False,
+        real_splits=0,
+        seed=run.seed,
+        **judging,
+    )
     metrics = evaluate(settings)
     means = metrics.fidelity[arguments.encoder].unseen.means
     fields = metrics.adherence[arguments.encoder].fields

@@ -26,7 +26,7 @@ from demo_tissue import demo_run, in_batches, real_patches
 from output import options, tell
 
 from latent_medi.core import config
-from latent_medi.diffusion.guidance import ClassifierGuidance
+from latent_medi.diffusion.guidance import ClassifierGuidance, Guidance
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.diffusion.settings import SamplerSettings
@@ -70,15 +70,20 @@ def draw(
         if scale == 0 and images:  # nothing guides: the same images
             images[value] = next(iter(images.values()))
             continue
-        guidance = ClassifierGuidance(classifier.log_probability([value]), scale, (low, 1.0))
-        images[value] = pipeline.decode(pipeline.generate_latents(None, noise, sampler, classifier=guidance))
+        guidance = Guidance(classifier=ClassifierGuidance(classifier.log_probability([value]), scale, (low, 1.0)))
+        images[value] = pipeline.decode(pipeline.generate_latents(None, noise, sampler, guidance))
     return images
 
 
 def judge(
-    encoder: ImageEncoder, name: str, dataset: PatchDataset, field: str, samples: dict[float, dict[str, np.ndarray]],
-    learn: tuple[np.ndarray, pd.DataFrame], cache: Path,
-) -> dict[str, float]:  # fmt: skip
+    encoder: ImageEncoder,
+    name: str,
+    dataset: PatchDataset,
+    field: str,
+    samples: dict[float, dict[str, np.ndarray]],
+    learn: tuple[np.ndarray, pd.DataFrame],
+    cache: Path,
+) -> dict[str, float]:
     """Recovery and spread at each scale, and the probe's ceiling."""
     rows = dataset.rows({f"{SPLIT_PREFIX}main": JUDGE})
     features, labels = cached_features(dataset, rows, encoder, cache), dataset.index[field].to_numpy(dtype=str)[rows]

@@ -32,10 +32,13 @@ def generate(path: Path, rows: int) -> None:
     site = draw.integers(0, rows * 600 // 1_000_000, patients)
     kind = (site % 32 + draw.integers(0, 3, patients)) % 32
     columns = {
-        "slide": slide, "patient": patient, "class": kind[patient], "site": site[patient],
+        "slide": slide,
+        "patient": patient,
+        "class": kind[patient],
+        "site": site[patient],
         "gender": draw.choice(["male", "female"], patients)[patient],
         "race": draw.choice(["white", "black", "asian", "not reported"], patients, p=[0.7, 0.1, 0.1, 0.1])[patient],
-    }  # fmt: skip
+    }
     pd.DataFrame(columns).to_csv(path, index=False)
 
 
@@ -58,9 +61,13 @@ def main() -> None:
         audit, memory = timed([*program, "audit", str(table), *AUDIT])
         split, most = timed([*program, "split", str(table), f"out={name}/split.csv", *SPLIT])
     result = {
-        "rows": rows, "audit_seconds": audit, "split_seconds": split, "peak_gib": max(memory, most),
-        "audit_over_pandas_read_csv": audit / read, "split_over_pandas_read_csv": split / read,
-    }  # fmt: skip
+        "rows": rows,
+        "audit_seconds": audit,
+        "split_seconds": split,
+        "peak_gib": max(memory, most),
+        "audit_over_pandas_read_csv": audit / read,
+        "split_over_pandas_read_csv": split / read,
+    }
     tell(result, arguments.json)
 
 

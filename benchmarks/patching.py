@@ -77,10 +77,18 @@ def build(path: Path, base: np.ndarray, edge: int) -> None:
     with tifffile.TiffWriter(path) as file:
         for level in range(4):
             file.write(
-                tiles(level), shape=(edge >> level, edge >> level, 3), dtype="uint8", tile=(TILE, TILE),
-                photometric="ycbcr", subsampling=(2, 2), compression="jpeg", subfiletype=1 if level else 0,
-                metadata=None, resolution=(20_000 / 2**level,) * 2, resolutionunit="CENTIMETER",
-            )  # fmt: skip
+                tiles(level),
+                shape=(edge >> level, edge >> level, 3),
+                dtype="uint8",
+                tile=(TILE, TILE),
+                photometric="ycbcr",
+                subsampling=(2, 2),
+                compression="jpeg",
+                subfiletype=1 if level else 0,
+                metadata=None,
+                resolution=(20_000 / 2**level,) * 2,
+                resolutionunit="CENTIMETER",
+            )
 
 
 def cut(slide: Path, folder: Path, patches: int) -> tuple[float, np.ndarray]:

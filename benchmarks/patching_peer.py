@@ -25,9 +25,15 @@ def tiatoolbox(slide: str, patch: int, mpp: float, slide_mpp: float, folder: Pat
 
     reader = OpenSlideWSIReader(slide, mpp=(slide_mpp, slide_mpp))
     patches = get_patch_extractor(
-        "slidingwindow", input_img=reader, input_mask="otsu", patch_size=(patch, patch), resolution=mpp, units="mpp",
-        min_mask_ratio=0.0, within_bound=True,
-    )  # fmt: skip
+        "slidingwindow",
+        input_img=reader,
+        input_mask="otsu",
+        patch_size=(patch, patch),
+        resolution=mpp,
+        units="mpp",
+        min_mask_ratio=0.0,
+        within_bound=True,
+    )
     for number, image in enumerate(patches):
         imwrite(folder / f"{number}.png", image)
         yield

@@ -50,10 +50,12 @@ from latent_medi.sampling.generate import generate_plan
 from latent_medi.statistics.distances import frechet_distance
 
 STEPS, SCALE = 50, 2.0
-SCHEMA = Schema((
-    Field("class", "class", tuple(f"c{i}" for i in range(3))),
-    Field("site", "categorical", tuple(f"s{i}" for i in range(4))),
-))  # fmt: skip
+SCHEMA = Schema(
+    (
+        Field("class", "class", tuple(f"c{i}" for i in range(3))),
+        Field("site", "categorical", tuple(f"s{i}" for i in range(4))),
+    )
+)
 
 
 def plain_loop(denoiser: Denoiser, conditions: Conditions, noise: torch.Tensor, dtype: torch.dtype | None) -> None:
@@ -75,9 +77,11 @@ def speed(quick: bool) -> dict[str, float]:
     """Images per second of each way, the median of turns."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    model = ModelSettings(preset="S") if gpu else config.build(
-        ModelSettings, config.load_yaml("demo/medi")["model"] | {"fields": None}
-    )  # fmt: skip
+    model = (
+        ModelSettings(preset="S")
+        if gpu
+        else config.build(ModelSettings, config.load_yaml("demo/medi")["model"] | {"fields": None})
+    )
     size, batch, dtype = (32, 64, torch.bfloat16) if gpu else (16, 16, None)
     torch.manual_seed(0)
     conditioner = MetadataConditioner(SCHEMA.to_dict(), model.embed_dim, dropout_patterns=asdict(DropoutSettings()))
@@ -156,11 +160,15 @@ def quality(folder: Path, quick: bool) -> dict[str, float]:
         ratios.append(a / b)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return {
-        "samples": samples, "real_patches": len(reference), "real_patients": len(sides[0]), "floor": floor,
+        "samples": samples,
+        "real_patches": len(reference),
+        "real_patients": len(sides[0]),
+        "floor": floor,
         **{f"fd_{name}": value for name, value in distance.items()},
         "dpmpp_2m_20_over_ddim_100": (distance["dpmpp_2m_20"] - floor) / (distance["ddim_100"] - floor),
-        "ratio_low": float(low), "ratio_high": float(high),
-    }  # fmt: skip
+        "ratio_low": float(low),
+        "ratio_high": float(high),
+    }
 
 
 def main() -> None:

@@ -53,9 +53,10 @@ from latent_medi.training.data import Batch, TrainingData, open_data
 from latent_medi.training.estimate.report import GIB, EstimateSettings, matmul_tflops, measure, release, stand_in_schema
 from latent_medi.training.estimate.step_cost import step_cost
 from latent_medi.training.log import read_log
-from latent_medi.training.loop import ACCELERATE_PRECISION, train
+from latent_medi.training.loop import train
 from latent_medi.training.run_folder import build
 from latent_medi.training.settings import TrainSettings
+from latent_medi.training.updates import ACCELERATE_PRECISION
 
 NOT_MEASURED = "not measured (no GPU)"
 MEDI_PIXELS = ModelSettings(
@@ -242,9 +243,17 @@ def run_settings(folder: Path, quick: bool, gpu: bool) -> TrainSettings:
     window, windows = ((20, 4) if quick else (50, 6)) if gpu else ((8, 3) if quick else (20, 4))
     batch = 64 if gpu else 16
     return replace(
-        settings, split="", global_batch=batch, device_batch=batch, max_images=0, max_steps=window * windows,
-        log_every_images=window * batch, checkpoint_every_images=0, weight_decay=0.0, balance=[],
-    )  # fmt: skip
+        settings,
+        split="",
+        global_batch=batch,
+        device_batch=batch,
+        max_images=0,
+        max_steps=window * windows,
+        log_every_images=window * batch,
+        checkpoint_every_images=0,
+        weight_decay=0.0,
+        balance=[],
+    )
 
 
 def speed_of_loops(quick: bool, gpu: bool) -> dict[str, Any]:
@@ -326,10 +335,14 @@ def against_pixels(gpu: bool, memory_gib: float) -> dict[str, Any]:
         "medi_pixels_flop_over_latent_l": work["pixel"] / work["latent"],
     }
     keys = [
-        "latent_l_images_per_s", "medi_pixels_images_per_s", "medi_pixels_same_options_images_per_s",
-        "latent_l_over_medi_pixels", "latent_l_over_medi_pixels_same_options", "matmul_tflops",
+        "latent_l_images_per_s",
+        "medi_pixels_images_per_s",
+        "medi_pixels_same_options_images_per_s",
+        "latent_l_over_medi_pixels",
+        "latent_l_over_medi_pixels_same_options",
+        "matmul_tflops",
         "unet_b_share_of_matmul",
-    ]  # fmt: skip
+    ]
     if not gpu:
         return {**result, **dict.fromkeys(keys, NOT_MEASURED)}
     total = torch.cuda.get_device_properties(0).total_memory / GIB
@@ -343,9 +356,12 @@ def against_pixels(gpu: bool, memory_gib: float) -> dict[str, Any]:
     rate, _ = best_rate(middle, latent, **fast)
     values = [ours, medi, same, ours / medi, ours / same, peak, rate * flops(middle, latent) / (peak * 1e12)]
     return {
-        **result, **dict(zip(keys, values, strict=True)), "latent_l_batch": ours_batch, "medi_pixels_batch": medi_batch,
+        **result,
+        **dict(zip(keys, values, strict=True)),
+        "latent_l_batch": ours_batch,
+        "medi_pixels_batch": medi_batch,
         "memory_gib": memory_gib or 0.95 * total,
-    }  # fmt: skip
+    }
 
 
 def tell(result: dict[str, Any], path: Path | None) -> None:

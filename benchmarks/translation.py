@@ -126,15 +126,25 @@ def main() -> None:
         for scale in arguments.guidance:
             guidance = guidance_of({site: scale, class_field.name: 1.0} if scale != 1 else None)
             settings = TranslateSettings(
-                data=str(data.folder), to=dict(to), where=dict(where), split=arguments.split, limit=count,
-                split_value=arguments.split_value, strength=strength, steps=arguments.steps, guidance=guidance,
-            )  # fmt: skip
+                data=str(data.folder),
+                to=dict(to),
+                where=dict(where),
+                split=arguments.split,
+                limit=count,
+                split_value=arguments.split_value,
+                strength=strength,
+                steps=arguments.steps,
+                guidance=guidance,
+            )
             asked = make_request(settings, pipeline)
             began = time.perf_counter()
             made = translate_images(
-                data.read(asked.rows), pipeline.conditions(asked.source), pipeline.conditions(asked.target),
-                pipeline, settings,
-            )  # fmt: skip
+                data.read(asked.rows),
+                pipeline.conditions(asked.source),
+                pipeline.conditions(asked.target),
+                pipeline,
+                settings,
+            )
             seconds = time.perf_counter() - began
             images, ways = versions(asked, np.arange(len(asked.rows)), made, pipeline, settings)
             patients = of_patient[asked.rows]
@@ -161,10 +171,12 @@ def main() -> None:
             if arguments.sheet:
                 shown = some_patches(patients, min(8, len(images)), 0)
                 write_sheet(
-                    arguments.sheet, {"original": images[shown], **{n: w[shown] for n, w in ways.items()}},
-                    [f"{data.index['key'].iloc[asked.rows[i]]}\n{source}" for i in shown], target,
+                    arguments.sheet,
+                    {"original": images[shown], **{n: w[shown] for n, w in ways.items()}},
+                    [f"{data.index['key'].iloc[asked.rows[i]]}\n{source}" for i in shown],
+                    target,
                     f"strength {strength:g}, {arguments.steps} steps, guidance {scale:g}",
-                )  # fmt: skip
+                )
     tell(result, arguments.json)
 
 

@@ -19,7 +19,7 @@ import torch
 from gpu_parts.child import Context, NeedsGpu, NotHere, fresh_accelerator
 from latent_medi.core import config
 from latent_medi.launch import make_accelerator
-from latent_medi.training import loop
+from latent_medi.training import loop, updates
 from latent_medi.training.ema import Ema
 from latent_medi.training.log import read_log
 from latent_medi.training.optimizer import build_optimizer
@@ -102,7 +102,7 @@ def reference(context: Context, model: str, skipped: Sequence[int] = ()) -> list
         optimizer.step = lambda *a, **k: None if next(count) in skipped else step(*a, **k)  # type: ignore[method-assign]
         return optimizer
 
-    with mock.patch.object(loop, "build_optimizer", leaving_out if skipped else build_optimizer):
+    with mock.patch.object(updates, "build_optimizer", leaving_out if skipped else build_optimizer):
         losses = losses_of(context, settings_of(context, model))[0]
     file.write_text(json.dumps(losses))
     return losses
@@ -193,7 +193,7 @@ def _fused(context: Context) -> None:
             fused=False,
         )
 
-    with mock.patch.object(loop, "build_optimizer", plain):
+    with mock.patch.object(updates, "build_optimizer", plain):
         losses, _ = losses_of(context, settings_of(context, "demo"))
     compare(context, "demo", losses)
 

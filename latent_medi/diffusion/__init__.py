@@ -1,4 +1,4 @@
-"""The model: conditioning on metadata, denoiser, objective, guidance, samplers, and the pipeline of them all.
+"""The model: conditioning on metadata, denoiser, objective, guidance, samplers, adapters, and the pipeline.
 
-Model code only: no training loop, and no file but the pipeline's own model folder.
+It has no training code, and reads and writes no files but model folders and adapters.
 """

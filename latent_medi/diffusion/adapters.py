@@ -1,17 +1,16 @@
-"""Low-rank adapters (LoRA) of a model: made, saved alone, stacked on the model and merged into it; by peft.
+"""Low-rank adapters (LoRA) of a model, with peft: created, saved, stacked on the model, and merged into it.
 
-An adapter folder is peft's own, ``adapter_config.json`` and ``adapter_model.safetensors`` over the network, so peft
-alone can read it too; beside them ``adapter.json`` (its model's hash, values it adds to fields, how it was trained)
-and, if it adds values, ``values.safetensors`` with their vectors. A few MB, and useless without its model.
+An adapter folder has peft's format, ``adapter_config.json`` and ``adapter_model.safetensors`` for the network, so peft
+alone can read it too. In addition it has ``adapter.json`` (hash of its model, values it adds to fields, provenance)
+and, if it adds values, ``values.safetensors`` with their vectors. It takes a few MB and works only with its model.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,11 +25,9 @@ from latent_medi.core.checksums import verify_checksums, warn_unsealed, write_ch
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_object, sha256_file, write_json
 from latent_medi.core.json_types import check_types
-from latent_medi.diffusion.conditioning import MetadataConditioner, embedding_key
+from latent_medi.diffusion.conditioning import embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.model_folder import REMEDY, SEEN, local_folder
-from latent_medi.diffusion.objective import settings_of
-from latent_medi.latents.autoencoder import weight_hash
 
 ADAPTER_FILE, VALUES_FILE = "adapter.json", "values.safetensors"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -53,35 +50,10 @@ def require_peft() -> ModuleType:
     return peft
 
 
-def parts_hash(
-    unet: nn.Module,
-    conditioning: MetadataConditioner | None,
-    scheduler: Mapping[str, Any],
-    autoencoder: str,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-) -> str:
-    """SHA-256 over all that a model's images depend on.
-
-    Args:
-        unet: The network.
-        conditioning: The conditioner, or ``None``.
-        scheduler: Configuration of the noise schedule.
-        autoencoder: The autoencoder's hash.
-        shift: fp32 [C].
-        scale: fp32 [C].
-    """
-    facts: list[Any] = [weight_hash(unet), asdict(settings_of(scheduler)), autoencoder]
-    facts += [shift.tolist(), scale.tolist()]
-    if conditioning is not None:
-        facts += [weight_hash(conditioning), conditioning.schema.to_dict(), conditioning.config["fusion"]]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def add_lora(
     unet: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float, name: str = _TRAINED
 ) -> None:
-    """Put an adapter into a network, in place; its update starts at zero, and everything else is frozen.
+    """Add an adapter to a network, in place; its update starts at zero, and everything else is frozen.
 
     Args:
         unet: The network.
@@ -98,7 +70,7 @@ def add_lora(
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is an adapter already, which is meant
+            warnings.simplefilter("ignore")  # that the network already has an adapter, which is intended
             peft.inject_adapter_in_model(config, unet, adapter_name=name)
     except ValueError as error:
         raise UserError(f"The network has no layer named {', '.join(targets)}: {error}") from None
@@ -107,13 +79,13 @@ def add_lora(
 def save_adapter(
     folder: str | Path, denoiser: Denoiser, base: str, added: Mapping[str, Sequence[str]], provenance: Mapping[str, Any]
 ) -> None:
-    """Write the adapter of a network, and the vectors of the values that came with it, at once or not at all.
+    """Write the adapter of a network and the vectors of the values that it adds, at once or not at all.
 
     Args:
         folder: The adapter's folder; an older adapter there is replaced.
         denoiser: With an adapter from :func:`add_lora`.
         base: Hash of the model that it adapts.
-        added: Values that the model does not have, by field: the last of their vocabularies.
+        added: Values by field that the model does not have: the last ones of their vocabularies.
         provenance: JSON-able facts about its training.
 
     Raises:
@@ -151,14 +123,14 @@ class Adapter:
     """An adapter as read from its folder.
 
     Args:
-        folder: Where it is.
+        folder: Its folder.
         hash: SHA-256 over its files.
         base: Hash of the model that it adapts.
         config: Rank, alpha and targets, for :func:`add_lora`.
         weights: Its matrices, by name in the network.
         values: Values that it adds, by field.
         vectors: fp32 [values, width] by field.
-        seen: Which combinations it, and the model that it adapts, were shown, or ``None`` if it does not say.
+        seen: The combinations that it and its model were trained on, or ``None`` if not recorded.
     """
 
     folder: Path
@@ -175,7 +147,7 @@ def open_adapter(folder: str | Path) -> Adapter:
     """Read an adapter's folder (or hub id ``owner/name``); JSON and safetensors only.
 
     Raises:
-        UserError: It is no adapter of this program, of a newer version, or damaged.
+        UserError: It is no adapter of this program, is from a newer version, or is damaged.
     """
     path = local_folder(folder)
     if not (path / ADAPTER_FILE).is_file():
@@ -188,14 +160,14 @@ def open_adapter(folder: str | Path) -> Adapter:
     if facts.get("format") != FORMAT:
         raise UserError(
             f"The adapter {folder} has format {facts.get('format')}; this program reads {FORMAT}.",
-            f"It was written by version {facts.get('version')}: use that, or train it again.",
+            f"It was written by version {facts.get('version')}: use that version, or train the adapter again.",
         )
     check_types(facts, _FACTS, path / ADAPTER_FILE, REMEDY)
     config = read_object(path / CONFIG_FILE)
     try:
         weights = {key.removeprefix(_PREFIX): value for key, value in load_file(path / WEIGHTS_FILE).items()}
         vectors = load_file(path / VALUES_FILE) if facts["values"] else {}
-        # Only these entries of peft's file are followed: the others could name further code or files.
+        # Other entries of peft's file are ignored: they could name code or files to load.
         lora: dict[str, Any] = {"rank": int(config["r"]), "alpha": float(config["lora_alpha"]), "dropout": 0.0}
         lora["targets"] = [str(name) for name in config["target_modules"]]
         values = {str(name): [str(v) for v in listed] for name, listed in facts["values"].items()}
@@ -210,7 +182,7 @@ def open_adapter(folder: str | Path) -> Adapter:
 
 
 def seal_adapter(folder: str | Path) -> None:
-    """Add checksums to an adapter's folder of an earlier version, as it is.
+    """Add checksums to an adapter's folder of an earlier version; its other files stay unchanged.
 
     Raises:
         UserError: It is no adapter, or damaged.
@@ -220,7 +192,7 @@ def seal_adapter(folder: str | Path) -> None:
 
 
 def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[float]) -> None:
-    """Stack an adapter on a model and those that it already has, in place; its values are appended to their fields.
+    """Stack an adapter on a model and the adapters that it has, in place; its values are appended to their fields.
 
     Args:
         adapter: The adapter.
@@ -229,12 +201,12 @@ def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[flo
         scales: Scale of every adapter in the order in which they were attached, this one last.
 
     Raises:
-        UserError: It belongs to another model, does not fit, or adds a value that is already there.
+        UserError: It belongs to another model, does not fit, or adds a value that the model already has.
     """
     if adapter.base != base:
         raise UserError(
             f"The adapter {adapter.folder} belongs to the model {adapter.base[:12]}, and this one is {base[:12]}.",
-            "Load the model it was trained on, in fp32 (the hash is over the exact weights); convert afterwards.",
+            "Load the model it was trained on, in fp32 (the hash is that of the exact weights); convert afterwards.",
         )
     conditioner, unet = denoiser.conditioner, denoiser.unet
     for name, values in adapter.values.items():
@@ -243,7 +215,7 @@ def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[flo
         if there := [value for value in values if value in conditioner.schema.field(name).values]:
             raise UserError(
                 f"The adapter {adapter.folder} adds {name} {', '.join(there)}, which another adapter added before.",
-                "Load one of them.",
+                "Load only one of them.",
             )
         width = conditioner.embeddings[embedding_key(name)].codes.weight.shape[1]  # type: ignore[union-attr,index]
         if adapter.vectors[name].shape != (len(values), width):
@@ -268,7 +240,7 @@ def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[flo
 
 
 def _shapes(unet: nn.Module, config: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Shape by name of the matrices of an adapter: A takes a layer's input to the rank, B from there to its output."""
+    """Shape by name of the matrices of an adapter: A maps a layer's input to the rank, B the rank to its output."""
     ends, rank = tuple(f".{target}" for target in config["targets"]), config["rank"]
     found = {}
     for name, layer in unet.named_modules():
@@ -280,7 +252,7 @@ def _shapes(unet: nn.Module, config: Mapping[str, Any]) -> dict[str, torch.Size]
 
 
 def merge(unet: Any) -> None:
-    """Add every adapter's update, at its scale, to the layers that it changes, and take the adapters out, in place."""
+    """Add the update of every adapter, at its scale, to the weights, and remove the adapters, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(unet.named_modules()):
@@ -289,8 +261,3 @@ def merge(unet: Any) -> None:
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, layer.get_base_layer())
     del unet.peft_config
-
-
-def adapted_hash(base: str, adapters: Sequence[tuple[str, float]]) -> str:
-    """SHA-256 of a model with adapters: of its own hash, and hash and scale of each adapter in order."""
-    return hashlib.sha256(json.dumps([base, [list(each) for each in adapters]]).encode()).hexdigest()

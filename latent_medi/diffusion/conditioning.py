@@ -1,7 +1,7 @@
-"""Conditions as codes and values, the embedding of them that the denoiser is given, and condition dropout.
+"""Conditions as codes and values, their embedding for the denoiser, and condition dropout.
 
-z_cond = concat(z_class, z_meta,1 … z_meta,k) ∈ R^{d_t} is added to the timestep embedding, so every residual block
-sees it.
+z_cond = concat(z_class, z_meta,1 … z_meta,k) ∈ R^{d_t} is added to the timestep embedding, which every residual block
+receives.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _FREQUENCIES = 16
 
 @dataclass
 class Conditions:
-    """What N samples are conditioned on: a code and a value per field of a schema, in its order.
+    """The conditions of N samples: a code and a value per field of a schema, in its order.
 
     Args:
-        codes: int64 [N, F]; of a continuous field its state (null, unknown, value).
-        values: fp32 [N, F]; standardised value of a continuous field, 0 where there is none.
+        codes: int64 [N, F]; for a continuous field its state (null, unknown, value).
+        values: fp32 [N, F]; standardised value of a continuous field, 0 without one.
     """
 
     codes: torch.Tensor
@@ -51,7 +51,7 @@ class Conditions:
             absent: Whether a field that is not given is null or an error.
 
         Raises:
-            UserError: A value that the schema does not know.
+            UserError: A value is not in the schema.
         """
         codes, values = schema.encode(table, absent=absent)
         return Conditions(torch.from_numpy(codes), torch.from_numpy(values))
@@ -64,7 +64,7 @@ class Conditions:
         return Conditions(self.codes.to(device, non_blocking=True), self.values.to(device, non_blocking=True))
 
     def rows(self, which: torch.Tensor | np.ndarray | slice | Sequence[int]) -> Conditions:
-        """Some samples' conditions."""
+        """The conditions of some samples."""
         index = which if isinstance(which, slice) else torch.as_tensor(which, device=self.codes.device)
         return Conditions(self.codes[index], self.values[index])
 
@@ -88,9 +88,9 @@ class Conditions:
 
 
 def default_widths(schema: Schema, embed_dim: int) -> dict[str, int]:
-    """Width per field: ⌊d_t/(1+k)⌋ for each of the k metadata fields, and the class's part with the remainder.
+    """Width per field: ⌊d_t/(1+k)⌋ for each of k metadata fields, and that with the remainder for the class.
 
-    Without a class field the k fields share d_t, the first with the remainder.
+    Without a class field the k fields share d_t, and the first gets the remainder.
     """
     parts = len(schema.fields)
     if not parts:
@@ -102,7 +102,7 @@ def default_widths(schema: Schema, embed_dim: int) -> dict[str, int]:
 def fourier_features(values: torch.Tensor) -> torch.Tensor:
     """Sines and cosines of standardised values, fp32 [N] to fp32 [N, 32].
 
-    Standardised values span about ±3: periods go from 64 (monotone over the data) down to 1/4 of a standard deviation.
+    Standardised values span about ±3. Periods range from 64 (monotone over the data) to 1/4 of a standard deviation.
     """
     frequencies = torch.logspace(math.log2(1 / 64), math.log2(4), _FREQUENCIES, base=2, device=values.device)
     angles = 2 * math.pi * values.float()[:, None] * frequencies
@@ -142,7 +142,7 @@ class FieldEmbedding(nn.Module):
 
 
 class MetadataConditioner(ModelMixin, ConfigMixin):
-    """Conditions to the vector z_cond that is added to the timestep embedding.
+    """Maps conditions to the vector z_cond, which is added to the timestep embedding.
 
     Args:
         schema: A metadata schema's ``to_dict()``.
@@ -150,11 +150,11 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
         fields: Names of the fields to use; unset: all.
         fusion: "concat", "additive" or "linear"; see :class:`~latent_medi.diffusion.settings.ModelSettings`.
         widths: For "concat", width by field, summing to d_t; unset: :func:`default_widths`.
-        dropout_patterns: The :class:`~latent_medi.diffusion.settings.DropoutSettings` it is trained with, as a dict;
-            guidance refuses what they do not train. Unset: every sample keeps all conditions.
+        dropout_patterns: The :class:`~latent_medi.diffusion.settings.DropoutSettings` of its training, as a dict;
+            guidance refuses patterns that these do not cover. Unset: every sample keeps all conditions.
 
     Raises:
-        UserError: No field, or widths that do not fit.
+        UserError: There is no field, or widths do not fit.
     """
 
     config_name = "config.json"  # type: ignore[assignment]
@@ -177,7 +177,7 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
         if fusion not in ("concat", "additive", "linear"):
             raise UserError(f"There is no fusion {fusion!r}; there are concat, additive and linear.")
         if widths is not None and fusion != "concat":
-            raise UserError(f"Widths per field only mean something for fusion=concat, not {fusion}.")
+            raise UserError(f"Widths per field need fusion=concat, not {fusion}.")
         patterns = asdict(DropoutSettings(1.0, 0.0, 0.0, 0.0)) if dropout_patterns is None else dict(dropout_patterns)
         DropoutSettings(**patterns).check()
         if fusion == "concat":
@@ -197,23 +197,25 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
         for f in known.fields:
             key = embedding_key(f.name)
             if key in self.embeddings:
-                raise UserError(f"Field {f.name!r} differs from another field by signs only.", "Rename one of them.")
+                raise UserError(
+                    f"The field {f.name!r} differs from another one by punctuation only.", "Rename one of them."
+                )
             self.embeddings[key] = FieldEmbedding(f, chosen[f.name])
         self.mix = nn.Linear(len(known.fields) * time_embed_dim, time_embed_dim) if fusion == "linear" else None
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> MetadataConditioner:
-        """As for any diffusers model, with the weights in memory of their own."""
+        """As for any diffusers model, with the weights copied out of the file."""
         return cast(MetadataConditioner, in_own_memory(super().from_pretrained(*args, **kwargs)))
 
     @property
     def schema(self) -> Schema:
-        """The fields it is conditioned on; :class:`Conditions` given to it follow their order."""
+        """Its fields; :class:`Conditions` follow their order."""
         return self._schema
 
     @property
     def patterns(self) -> DropoutSettings:
-        """The dropout patterns it was trained with."""
+        """The dropout patterns of its training."""
         return DropoutSettings(**self.config["dropout_patterns"])
 
     def forward(self, conditions: Conditions) -> torch.Tensor:
@@ -229,7 +231,7 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def zero_init(self) -> None:
-        """Make z_cond exactly zero for every condition, so that a network with it starts as the network without it."""
+        """Make z_cond exactly zero for every condition, so that it does not change the network's predictions."""
         if self.mix is not None:
             self.mix.weight.zero_()
             self.mix.bias.zero_()
@@ -241,15 +243,15 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
     def append(
         self, field_name: str, values: Sequence[str], start: Literal["mean", "unknown", "zero"] = "mean"
     ) -> None:
-        """Grow a vocabulary, such as by a new hospital; every old vector stays as it is.
+        """Add values to a vocabulary, such as a new hospital; the vectors of all other values stay unchanged.
 
         Args:
             field_name: A class or categorical field.
             values: New values, which get the next codes in this order.
-            start: Their first vector: the mean of the known values', the one of "unknown", or zero.
+            start: Their initial vector: the mean over the known values, that of "unknown", or zero.
 
         Raises:
-            UserError: The field is continuous or unknown, or a value is already there.
+            UserError: The field is continuous or unknown, or it already has a value.
         """
         self._schema = self._schema.append(field_name, values)
         embedding = cast(FieldEmbedding, self.embeddings[embedding_key(field_name)])
@@ -268,7 +270,7 @@ class MetadataConditioner(ModelMixin, ConfigMixin):
 
 
 def embedding_key(field_name: str) -> str:
-    """Name of a field's embedding in the conditioner; a prefix keeps it apart from the container's attributes."""
+    """Name of a field's embedding in the conditioner; its prefix avoids clashes with attributes of the container."""
     return "field_" + re.sub(r"\W", "_", field_name)
 
 
@@ -294,7 +296,7 @@ def draw_dropout(
     alone = (
         torch.rand(count, fields, generator=generator, device=device, dtype=torch.float64) >= settings.independent_rate
     )
-    # The shares may sum to a little less than 1; what is left belongs to the last pattern that has a share.
+    # Rounded, the shares may sum to less than 1; the rest belongs to the last pattern with a share.
     last = max(i for i, share in enumerate(listed) if share)
     pattern = torch.searchsorted(shares.cumsum(0), draw, right=True).clamp(max=last)
     everything = torch.ones(fields, dtype=torch.bool, device=device)

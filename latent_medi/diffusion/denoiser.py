@@ -1,4 +1,4 @@
-"""The denoising network: diffusers' UNet2DModel, unchanged; conditions are added to its timestep embedding."""
+"""The denoising network: diffusers' UNet2DModel; conditions are added to its timestep embedding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build_unet(settings: ModelSettings, latent_channels: int, latent_size: int, 
         settings: Channels, attention and so on.
         latent_channels: Channels of a latent.
         latent_size: Edge of a latent, a multiple of 2^(resolutions − 1).
-        conditional: Whether it is given a condition vector. That adds no parameter, so weights fit either kind.
+        conditional: Whether it takes a condition vector. That adds no parameter, so weights fit either kind.
 
     Raises:
         UserError: It cannot be built, such as attention with a width that the head width does not divide.
@@ -44,11 +44,11 @@ def build_unet(settings: ModelSettings, latent_channels: int, latent_size: int, 
 
 
 def lay_out(unet: nn.Module, half: bool) -> None:
-    """Put a network's weights, in place, into the memory layout in which its convolutions are fastest for sampling.
+    """Convert a network's weights, in place, to the memory layout in which its convolutions sample fastest.
 
-    Channels last on CPUs (measured in benchmarks/sampling.py) and for the half precision of GPUs, whose matrix units
-    work in it, otherwise channels first; whatever they were before, so that results do not depend on it. Values agree
-    to rounding, saved files and hashes exactly.
+    That is channels last on CPUs (measured in benchmarks/sampling.py) and in half precision on GPUs, otherwise channels
+    first. The layout is always set, so that results do not depend on the previous one. Values agree to rounding; saved
+    files and hashes agree exactly.
 
     Args:
         unet: The network, on its device.
@@ -91,7 +91,7 @@ class Denoiser(nn.Module):
         embedding = None
         if self.conditioner is not None:
             if conditions is None:
-                raise ValueError("This denoiser is conditional: give conditions (null ones for none).")
+                raise ValueError("This denoiser is conditional: give conditions (null conditions for none).")
             embedding = self.conditioner(conditions)
         elif conditions is not None:
             raise ValueError("This denoiser is unconditional and was given conditions.")

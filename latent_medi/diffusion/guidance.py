@@ -1,11 +1,11 @@
-"""Guidance while sampling: over the fields of the conditions, and by a classifier of noisy latents."""
+"""Guidance while sampling: over the fields of the conditions, by a weaker model, by a classifier of noisy latents."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,11 +19,11 @@ from latent_medi.metadata.schema import NULL, Schema
 
 @dataclass(frozen=True)
 class Branch:
-    """One evaluation of the network, and its share in the guided prediction.
+    """One evaluation of the network, and its coefficient in the guided prediction.
 
     Args:
         fields: Names of the fields whose condition is kept.
-        weight: Its coefficient; those of all branches sum to 1.
+        weight: Its coefficient; the coefficients of all branches sum to 1.
     """
 
     fields: frozenset[str]
@@ -31,7 +31,7 @@ class Branch:
 
 
 def untrained(kept: frozenset[str], schema: Schema, patterns: DropoutSettings) -> str:
-    """Why a model cannot be asked with only the fields ``kept`` given; empty if training covered that pattern."""
+    """Why a model cannot be evaluated with only the fields ``kept``; empty if training covered that pattern."""
     everything = frozenset(schema.names)
     the_class = frozenset(f.name for f in schema.fields if f.kind == "class")
     shares = [
@@ -58,10 +58,10 @@ def guidance_of(guidance: float | Mapping[str, float] | GuidanceSettings | None)
 
 
 def guidance_order(settings: GuidanceSettings, schema: Schema) -> list[str]:
-    """All fields in the order in which a chain adds them: those named, then the rest in the order of the schema.
+    """All fields in the order in which a chain adds them: those named, then the others in the order of the schema.
 
     Raises:
-        UserError: A name that is no field, or twice the same.
+        UserError: A name is no field, or occurs twice.
     """
     for name in (*settings.order, *settings.scales):
         if name not in schema.names:
@@ -74,31 +74,31 @@ def guidance_order(settings: GuidanceSettings, schema: Schema) -> list[str]:
 
 
 def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch]:
-    """The evaluations a guidance needs. Those with coefficient 0 are left out: all scales 1 is the conditional model.
+    """The evaluations that a guidance needs, without those of coefficient 0; all scales 1 is the conditional model.
 
     Chain: ε(∅) + Σ_j w_j·[ε(f_1…f_j) − ε(f_1…f_{j−1})], that is Σ_j (w_j − w_{j+1})·ε(f_1…f_j) with w_0 = 1 and
         w_{k+1} = 0.
     Margins: ε(∅) + Σ_j w_j·[ε(f_j) − ε(∅)].
 
     Raises:
-        UserError: Settings that mean nothing for this model.
+        UserError: A setting is out of range, or does not fit the model.
     """
     low, high = settings.interval
     if not 0 <= low < high <= 1:
-        raise UserError(f"The guidance interval is a range of ᾱ within 0 and 1, not {low} to {high}.")
+        raise UserError(f"guidance.interval must be a range of ᾱ within 0 and 1, not {low} to {high}.")
     order = guidance_order(settings, schema)
     if not 0 <= settings.rescale <= 1:
-        raise UserError(f"guidance.rescale is a share from 0 to 1, not {settings.rescale}.")
+        raise UserError(f"guidance.rescale must be a share from 0 to 1, not {settings.rescale}.")
     whole = Branch(frozenset(order), 1.0)
     if settings.form == "none":
         if settings.scales or settings.scale != 1 or settings.rescale:
             raise UserError(
-                "Guidance scales are given, but the form of guidance is none.", "Set guidance.form to chain or margins."
+                "Guidance scales are given, but guidance.form is none.", "Set guidance.form to chain or margins."
             )
         return [whole]
     weights = [float(settings.scales.get(name, settings.scale)) for name in order]
     if not all(map(math.isfinite, weights)):
-        raise UserError(f"The guidance scales are {', '.join(f'{w:g}' for w in weights)}; they are finite numbers.")
+        raise UserError(f"The guidance scales must be finite, not {', '.join(f'{w:g}' for w in weights)}.")
     if settings.form == "chain":
         steps = [1.0, *weights, 0.0]
         branches = [Branch(frozenset(order[:j]), steps[j] - steps[j + 1]) for j in range(len(order) + 1)]
@@ -109,30 +109,30 @@ def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch
         raise UserError(f"There is no guidance form {settings.form!r}; there are none, chain and margins.")
     branches = [b for b in branches if b.weight != 0.0]
     if settings.rescale and branches != [whole] and all(b.fields != whole.fields for b in branches):
-        branches.append(Branch(whole.fields, 0.0))  # its standard deviation is what the others are brought back to
+        branches.append(Branch(whole.fields, 0.0))  # rescaling needs its standard deviation
     return branches
 
 
 def check_guidance(
     settings: GuidanceSettings, conditioner: MetadataConditioner | None, conditions: Conditions | None = None
 ) -> None:
-    """Refuse, before any sampling step, to ask a model for what its condition dropout never trained.
+    """Refuse, before any sampling step, guidance that needs a dropout pattern the model was not trained with.
 
     Args:
         settings: The guidance.
-        conditioner: Knows the fields and the dropout patterns; ``None`` for an unconditional model.
-        conditions: What will be asked, if known: a field that is null there is null in every branch.
+        conditioner: Has the fields and the dropout patterns; ``None`` for an unconditional model.
+        conditions: Conditions of the samples, if known: a field that is null there is null in every branch.
 
     Raises:
-        UserError: Says what cannot be asked, and why.
+        UserError: Names the pattern.
     """
     if conditioner is None:
         if settings.form != "none":
-            raise UserError(f"Guidance of the form {settings.form!r} needs conditions, and the model is unconditional.")
+            raise UserError(f"guidance.form={settings.form} needs conditions, and the model is unconditional.")
         return
     schema, patterns = conditioner.schema, conditioner.patterns
     branches = guidance_branches(settings, schema)
-    if tuple(settings.interval) != (0.0, 1.0):  # outside it, the conditional model is asked
+    if tuple(settings.interval) != (0.0, 1.0):  # outside it, the conditional model is evaluated
         branches.append(Branch(frozenset(schema.names), 0.0))
     given = (
         [[True] * len(schema.names)] if conditions is None else torch.unique(conditions.codes != NULL, dim=0).tolist()
@@ -145,22 +145,20 @@ def check_guidance(
             if there <= branch.fields:
                 hint = "Give the other fields too ('unknown' is a value of every field)."
             else:
-                hint = "Use the other form or order of guidance, or form none; or train with that dropout pattern."
-            raise UserError(
-                f"The model cannot be asked for what guidance of the form {settings.form!r} needs: {reason}.", hint
-            )
+                hint = "Use another form or order of guidance, or none; or train with that dropout pattern."
+            raise UserError(f"guidance.form={settings.form} cannot be used with this model: {reason}.", hint)
 
 
 class FieldGuidance:
-    """Guidance over the fields for some samples: what its branches are asked is the same at every step, and made once.
+    """Guidance over the fields for some samples; the conditions of its branches are prepared once for all steps.
 
-    A sum of predictions with coefficients that sum to 1 is the same for ε and v, since both are the same linear map of
+    A sum of predictions with coefficients that sum to 1 has the same form for ε and v, because each is a linear map of
     x₀ and x_t.
 
     Args:
         denoiser: The model.
         conditions: Of N samples, on the model's device; ``None`` for an unconditional model.
-        settings: The guidance, which the caller has had checked once by :func:`check_guidance`.
+        settings: The guidance, already checked by :func:`check_guidance`.
     """
 
     def __init__(self, denoiser: Denoiser, conditions: Conditions | None, settings: GuidanceSettings) -> None:
@@ -174,7 +172,7 @@ class FieldGuidance:
             return
         self.branches = branches
         keep = torch.tensor([[name in b.fields for name in schema.names] for b in branches], dtype=torch.bool)
-        kept = keep.to(conditions.codes.device)  # one copy for all branches: each waits for what a GPU is doing
+        kept = keep.to(conditions.codes.device)  # one copy for all branches, because each copy waits for a GPU
         self._asked = Conditions.cat([conditions.masked(row) for row in kept])
         self._whole = next((i for i, b in enumerate(branches) if len(b.fields) == len(schema.names)), None)
 
@@ -184,7 +182,7 @@ class FieldGuidance:
         Args:
             x_t: fp32 [N, C, h, w].
             t: int64 [N].
-            alpha_bar: ᾱ_t, for the guidance interval; ``None`` acts as if inside.
+            alpha_bar: ᾱ_t, for the guidance interval; ``None`` is inside.
 
         Returns:
             fp32 [N, C, h, w]; bit for bit the conditional prediction where guidance changes nothing.
@@ -201,13 +199,15 @@ class FieldGuidance:
 
 
 def evaluations(settings: GuidanceSettings, schema: Schema) -> int:
-    """Evaluations of the network per step and image within the interval of guidance; they are one batch."""
+    """Number of evaluations of the network per step and image within the guidance interval, which are one batch."""
     return len(guidance_branches(settings, schema)) if schema.fields else 1
 
 
 def rescaled(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
-    """A guided prediction with its standard deviation brought back, Lin et al. 2024 (arXiv 2305.08891), equations 15
-    and 16: φ·σ_cond/σ_guided·x + (1 − φ)·x. A guided prediction without any spread stays as it is.
+    """A guided prediction rescaled towards the standard deviation of the conditional one.
+
+    Lin et al. 2024 (arXiv 2305.08891), equations 15 and 16: φ·σ_cond/σ_guided·x + (1 − φ)·x. A prediction with standard
+    deviation 0 stays unchanged.
 
     Args:
         guided: fp32 [N, C, h, w].
@@ -229,8 +229,9 @@ def sum_of(predictions: Sequence[torch.Tensor], weights: Sequence[float]) -> tor
 
 @dataclass(frozen=True)
 class Autoguidance:
-    """Guidance by a weaker model: D_weak + w·(D − D_weak), Karras et al. 2024 (arXiv 2406.02507), equation 5. For ε and
-    v alike, since both are the same linear map of x₀ and x_t.
+    """Guidance by a weaker model: D_weak + w·(D − D_weak), Karras et al. 2024 (arXiv 2406.02507), equation 5.
+
+    It has the same form for ε and v, because each is a linear map of x₀ and x_t.
 
     Args:
         denoiser: The weaker model, of the same latents, objective and fields.
@@ -244,9 +245,9 @@ class Autoguidance:
 
     def __post_init__(self) -> None:
         if not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise UserError(f"The interval of autoguidance is a range of ᾱ within 0 and 1, not {self.interval}.")
+            raise UserError(f"autoguidance.interval must be a range of ᾱ within 0 and 1, not {self.interval}.")
         if not math.isfinite(self.scale):
-            raise UserError(f"The scale of autoguidance is {self.scale}.")
+            raise UserError(f"autoguidance.scale must be finite, not {self.scale}.")
 
     def guide(
         self,
@@ -256,7 +257,7 @@ class Autoguidance:
         conditions: Conditions | None,
         alpha_bar: float,
     ) -> torch.Tensor:
-        """The changed prediction, fp32 [N, C, h, w]."""
+        """The guided prediction, fp32 [N, C, h, w]."""
         if self.scale == 1 or not self.interval[0] <= alpha_bar <= self.interval[1]:
             return prediction
         weak = self.denoiser(x_t, t, conditions)
@@ -265,11 +266,10 @@ class Autoguidance:
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """While it lasts, the gradients of a network on a GPU come out the same every time, so that images are a function
-    of their seed; afterwards everything is as it was. On a CPU they do anyway.
+    """Make the gradients of a network on a GPU reproducible inside the context; on a CPU they always are.
 
-    Convolutions and attention are all that would differ: cuDNN's fastest backward passes, and those of the fused
-    attention, add up in the order in which threads happen to finish.
+    Only convolutions and attention are affected: cuDNN's fastest backward passes and those of fused attention add up in
+    the order in which threads finish.
     """
     if device.type != "cuda":
         yield
@@ -291,11 +291,9 @@ class ClassifierGuidance:
     Dhariwal & Nichol 2021 (arXiv 2105.05233), equation 14; in latent space as in HistoDiffusion (arXiv 2308.04020).
 
     Args:
-        log_probability: (x_t fp32 [N, C, h, w], t int64 [N]) to log p(y | x_t, t), [N], of each sample's own wanted
-            class.
+        log_probability: (x_t fp32 [N, C, h, w], t int64 [N]) to log p(y | x_t, t), [N], of each sample's target class.
         scale: s.
-        interval: Range of ᾱ in which it acts. Below 0.005 the latent is noise and the classifier's gradient means
-            nothing.
+        interval: Range of ᾱ in which it acts. Below 0.005 the latent is noise, and so is the classifier's gradient.
     """
 
     log_probability: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -304,14 +302,14 @@ class ClassifierGuidance:
 
     def __post_init__(self) -> None:
         if not 0 < self.interval[0] < self.interval[1] <= 1:
-            raise UserError(f"The classifier's interval is a range of ᾱ above 0 and up to 1, not {self.interval}.")
+            raise UserError(f"classifier.interval must be a range of ᾱ above 0 and up to 1, not {self.interval}.")
         if not math.isfinite(self.scale):
-            raise UserError(f"The scale of the classifier's guidance is {self.scale}; it is a finite number.")
+            raise UserError(f"classifier.scale must be finite, not {self.scale}.")
 
     def guide(
         self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, alpha_bar: float, prediction_type: str
     ) -> torch.Tensor:
-        """The changed prediction, fp32 [N, C, h, w].
+        """The guided prediction, fp32 [N, C, h, w].
 
         At given x_t, v = √ᾱ·ε − √(1−ᾱ)·x₀ changes by 1/√ᾱ times the change of ε.
         """
@@ -322,3 +320,23 @@ class ClassifierGuidance:
             gradient = torch.autograd.grad(self.log_probability(x, t).sum(), x)[0]
         change = -self.scale * (1 - alpha_bar) ** 0.5 * gradient
         return prediction + (change if prediction_type == "epsilon" else change / alpha_bar**0.5)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """All that guides samples beyond their conditions, in the order in which it acts.
+
+    Args:
+        fields: Guidance over the fields.
+        weak: Guidance by a weaker model.
+        classifier: Guidance by a latent classifier.
+    """
+
+    fields: GuidanceSettings = field(default_factory=GuidanceSettings)
+    weak: Autoguidance | None = None
+    classifier: ClassifierGuidance | None = None
+
+    @staticmethod
+    def of(guidance: Guidance | GuidanceSettings | None) -> Guidance:
+        """All guidance, from guidance over the fields alone or from none."""
+        return guidance if isinstance(guidance, Guidance) else Guidance(guidance or GuidanceSettings())

@@ -1,4 +1,4 @@
-"""The model card that is written into a model folder."""
+"""The model card in a model folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LISTED = 12  # values of a vocabulary that the card lists
 
 
 def model_card(pipeline: MediPipeline, name: str) -> str:
-    """Markdown with the hub's header: what the model knows, how to ask it, how it was trained, what it is not for."""
+    """The model card: Markdown with the hub's header, the fields, an example call, the training, and the limits."""
     schema, objective = pipeline.schema, pipeline.objective
     examples = {f.name: f.values[0] for f in schema.fields if f.values}
     asked = ", ".join(

@@ -1,4 +1,4 @@
-"""The noise schedule, what the network predicts, and the weighted loss, all in fp32 (the schedule made in fp64)."""
+"""The noise schedule, the prediction target, and the weighted loss, in fp32 (the schedule is computed in fp64)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from latent_medi.diffusion.settings import ObjectiveSettings
 
 
 def noise_schedule(settings: ObjectiveSettings) -> torch.Tensor:
-    """ᾱ_t of every timestep, fp32 [T], falling; the last is exactly 0 with ``zero_terminal_snr``.
+    """ᾱ_t of every timestep, fp32 [T], decreasing; the last is exactly 0 with ``zero_terminal_snr``.
 
     The rescaling is algorithm 1 of Lin et al. 2024 (arXiv 2305.08891).
     """
@@ -39,7 +39,7 @@ def noise_schedule(settings: ObjectiveSettings) -> torch.Tensor:
 
 
 def make_scheduler(settings: ObjectiveSettings) -> DDPMScheduler:
-    """The diffusers scheduler of an objective, whose configuration travels in a model's ``scheduler/``."""
+    """The diffusers scheduler of an objective; a model stores its configuration in ``scheduler/``."""
     settings.check()
     return DDPMScheduler(
         num_train_timesteps=settings.timesteps,
@@ -56,10 +56,10 @@ def make_scheduler(settings: ObjectiveSettings) -> DDPMScheduler:
 def settings_of(
     config: Any, weighting: str = "min_snr_plus_one", gamma: float = 5.0, loss: str = "l2"
 ) -> ObjectiveSettings:
-    """The objective that a scheduler's configuration stands for; the weighting is not in it, so it is given.
+    """The objective of a scheduler's configuration, which lacks weighting and loss.
 
     Raises:
-        UserError: A prediction type or schedule that is not supported.
+        UserError: Its prediction type or schedule is not supported.
     """
     values = dict(config)
     if values.get("trained_betas") is not None or values.get("prediction_type", "epsilon") not in (
@@ -67,7 +67,7 @@ def settings_of(
         "v_prediction",
     ):
         raise UserError(
-            "The scheduler has its own betas or predicts the sample; only ε and v on a named schedule are supported."
+            "The scheduler has betas of its own or predicts x₀; only ε and v on a named schedule are supported."
         )
     return ObjectiveSettings(
         prediction=values.get("prediction_type", "epsilon"),
@@ -83,7 +83,7 @@ def settings_of(
 
 
 class Objective:
-    """A noise schedule, a prediction and a weighting, with their tables.
+    """A noise schedule, a prediction and a weighting, as tables over the timesteps.
 
     Args:
         settings: The objective.
@@ -114,18 +114,18 @@ class Objective:
         """x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε, fp32 [N, C, h, w], for t int64 [N].
 
         Raises:
-            ValueError: Inputs that are not fp32; bf16 has too few digits for the noise of small t.
+            ValueError: An input is not fp32; bf16 has too few digits for the noise of small t.
         """
         if x0.dtype != torch.float32 or noise.dtype != torch.float32:
             raise ValueError(
-                f"Latents and noise are fp32, not {x0.dtype} and {noise.dtype}: bf16 loses the noise at small t."
+                f"Latents and noise must be fp32, not {x0.dtype} and {noise.dtype}: bf16 loses the noise at small t."
             )
         self._on(x0.device)
         alpha_bar = self._at(self.alphas_cumprod, t, x0)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network has to predict: v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀ (Salimans & Ho 2022, arXiv 2202.00512), or ε."""
+        """The target of the prediction: v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀ (Salimans & Ho 2022, arXiv 2202.00512), or ε."""
         if self.settings.prediction == "epsilon":
             return noise
         self._on(x0.device)
@@ -137,20 +137,21 @@ class Objective:
         self._on(t.device)
         return self.weights[t]
 
-    def clean(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The x₀ that a prediction at ``t`` stands for, fp32 [N, C, h, w]."""
-        self._on(x_t.device)
-        alpha_bar = self._at(self.alphas_cumprod, t, x_t)
-        if self.settings.prediction == "epsilon":
-            return (x_t - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
-        return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * prediction
+
+def clean_latent(
+    prediction: torch.Tensor, x_t: torch.Tensor, alpha_bar: torch.Tensor | float, prediction_type: str
+) -> torch.Tensor:
+    """The x₀ that a prediction at ᾱ stands for: (x_t − √(1−ᾱ)·ε)/√ᾱ, or √ᾱ·x_t − √(1−ᾱ)·v."""
+    if prediction_type == "epsilon":
+        return (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
+    return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * prediction
 
 
 def loss_weights(alphas_cumprod: torch.Tensor, settings: ObjectiveSettings) -> torch.Tensor:
-    """Weight of the squared error of the prediction at each timestep, fp32 [T], finite at zero signal.
+    """Weight of the error of the prediction at each timestep, fp32 [T], finite at zero signal.
 
-    "min_snr_plus_one" is min(snr+1, γ+1)/(snr+1): plain min-SNR for v (Hang et al. 2023, arXiv 2303.09556) is 0 at the
-    noisiest steps, where overall colour is decided.
+    "min_snr_plus_one" is min(snr+1, γ+1)/(snr+1). Plain min-SNR for v (Hang et al. 2023, arXiv 2303.09556) is 0 at the
+    noisiest steps, which determine overall colour.
     """
     alpha_bar = alphas_cumprod.double()
     snr = alpha_bar / (1 - alpha_bar)
@@ -159,7 +160,7 @@ def loss_weights(alphas_cumprod: torch.Tensor, settings: ObjectiveSettings) -> t
     elif settings.weighting == "min_snr_plus_one":
         weights = (snr.clamp(max=settings.gamma) + 1) / (snr + 1)
     elif settings.weighting == "min_snr":
-        # min(snr, γ)/snr is written as a minimum because snr may be 0.
+        # min(snr, γ)/snr, in a form that allows snr = 0.
         weights = (
             (settings.gamma / snr).clamp(max=1.0)
             if settings.prediction == "epsilon"
@@ -183,7 +184,7 @@ def diffusion_loss(
     """Weighted loss of each sample, fp32 [N]: mean over its latent of the squared (or absolute) error.
 
     Args:
-        denoiser: ``denoiser(x_t, t, conditions)``; wrapped for several devices or autocast or not.
+        denoiser: ``denoiser(x_t, t, conditions)``, possibly wrapped for several devices or autocast.
         x0: fp32 [N, C, h, w]; whitened latents.
         noise: fp32 [N, C, h, w].
         t: int64 [N].

@@ -1,10 +1,9 @@
-"""The model as one thing that is saved, loaded, published and asked for images by name."""
+"""The pipeline of a model: loading, saving, publishing, and images for conditions given by name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,17 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
-from latent_medi.core.checksums import write_checksums
 from latent_medi.core.device import check_precision, exact_fp32
 from latent_medi.core.errors import UserError
-from latent_medi.core.files import atomic_path, write_json, write_text
-from latent_medi.diffusion.adapters import adapted_hash, attach, merge, open_adapter, parts_hash
+from latent_medi.core.files import atomic_path
+from latent_medi.diffusion.adapters import attach, merge, open_adapter
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, lay_out
-from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, check_guidance, guidance_of
-from latent_medi.diffusion.idioms import (
+from latent_medi.diffusion.guidance import Guidance, check_guidance, guidance_of
+from latent_medi.diffusion.model_card import model_card
+from latent_medi.diffusion.model_folder import adapted_hash, complete_model, hash_model, read_model
+from latent_medi.diffusion.objective import make_scheduler, settings_of
+from latent_medi.diffusion.pipeline_arguments import (
     check_fields,
     check_guidance_argument,
     device_of,
@@ -35,30 +36,27 @@ from latent_medi.diffusion.idioms import (
     seeds_of,
     whole,
 )
-from latent_medi.diffusion.model_card import model_card
-from latent_medi.diffusion.model_folder import AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE, read_model
-from latent_medi.diffusion.objective import make_scheduler, settings_of
-from latent_medi.diffusion.pipeline_parts import PipelineParts
-from latent_medi.diffusion.samplers import Watcher, draw_noise, make_sampler, sample_latents
+from latent_medi.diffusion.pipeline_base import PipelineBase
+from latent_medi.diffusion.samplers import StepCallback, draw_noise, make_sampler, sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
-from latent_medi.latents.autoencoder import Autoencoder, forget_path, save_autoencoder
+from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.training_record import merge_records
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class MediPipeline(PipelineParts):
+class MediPipeline(PipelineBase):
     """A trained model: network, conditioner, noise schedule, autoencoder and the whitening of its latents.
 
     Args:
         unet: The network, with averaged weights.
         scheduler: Configuration of the noise schedule it was trained on.
         conditioning: ``None`` for an unconditional model.
-        autoencoder: What turns its latents into images.
+        autoencoder: Decodes its latents into images.
         shift: fp32 [C]; subtracted from raw latents in training.
         scale: fp32 [C]; then divided by.
-        objective: How it was trained, for further training; unset: read from the scheduler.
+        objective: Its training objective, for further training; unset: derived from the scheduler.
         provenance: JSON-able facts about its training, such as the dataset's name and mpp.
     """
 
@@ -96,14 +94,14 @@ class MediPipeline(PipelineParts):
         self.shift, self.scale = shift.float().cpu(), scale.float().cpu()
         self.objective = objective or settings_of(scheduler.config)
         self.provenance = dict(provenance or {})
-        self._carries_autoencoder = False  # whether it came out of the model folder itself
+        self._carries_autoencoder = False  # whether it was read from the model folder
         self.denoiser = Denoiser(unet, conditioning).eval()
         self._adapters: list[tuple[str, float]] = []  # hash and scale of each, in order
         self._base_hash = ""  # of the model without them
 
     @property
     def schema(self) -> Schema:
-        """The fields it is conditioned on; none for an unconditional model."""
+        """Its fields; none for an unconditional model."""
         return Schema() if self.conditioning is None else self.conditioning.schema
 
     @property
@@ -120,26 +118,27 @@ class MediPipeline(PipelineParts):
 
     @property
     def model_hash(self) -> str:
-        """SHA-256 over all that its images depend on: weights, fields, schedule, autoencoder, whitening, adapters."""
+        """SHA-256 over all that images depend on: weights, fields, schedule, autoencoder, whitening, adapters."""
         if self._adapters:
             return adapted_hash(self._base_hash, self._adapters)
         unet = getattr(self.unet, "_orig_mod", self.unet)  # compiled or not
-        return parts_hash(unet, self.conditioning, self.scheduler.config, self.autoencoder.hash, self.shift, self.scale)
+        return hash_model(unet, self.conditioning, self.scheduler.config, self.autoencoder.hash, self.shift, self.scale)
 
     # ---- adapters
 
     def load_adapter(self, folder: str | Path, scale: float = 1.0) -> None:
-        """Stack a low-rank adapter on the model; values that it adds to a field can then be asked for.
+        """Stack a low-rank adapter on the model; values that it adds to a field can then be used as conditions.
 
         Args:
             folder: Its folder, or a hub id ``owner/name``.
             scale: Factor of its update of the network, 1 as trained; the vectors of added values are not scaled.
 
         Raises:
-            UserError: It belongs to another model, adds a value that is there, is damaged, or peft is not installed.
+            UserError: It belongs to another model, adds a value that the model has, is damaged, or peft is not
+                installed.
         """
         if not math.isfinite(scale):
-            raise UserError(f"The scale of the adapter {folder} is {scale}.")
+            raise UserError(f"The scale of the adapter {folder} must be finite, not {scale}.")
         adapter, base = open_adapter(folder), self._base_hash or self.model_hash
         attach(adapter, self.denoiser, base, [*(s for _, s in self._adapters), float(scale)])
         self._base_hash = base
@@ -152,7 +151,7 @@ class MediPipeline(PipelineParts):
         return list(self._adapters)
 
     def merge_adapters(self) -> None:
-        """Work the adapters into the weights: as with them stacked, but for rounding, and a model that can be saved."""
+        """Merge the adapters into the weights, so that the model can be saved; predictions change by rounding only."""
         if not self._adapters:
             return
         merge(self.unet)
@@ -166,7 +165,7 @@ class MediPipeline(PipelineParts):
         self.autoencoder.to(self.unet.device)
         return self
 
-    # ---- asking for images
+    # ---- generating images
 
     @torch.no_grad()
     def __call__(
@@ -181,10 +180,10 @@ class MediPipeline(PipelineParts):
         batch: int = 16,
         **fields: Any,
     ) -> ImagePipelineOutput:
-        """Images of conditions given by name: ``pipe(class_="gleason4", site="radboud", num_images=4).images``.
+        """Images for conditions given by name: ``pipe(class_="gleason4", site="radboud", num_images=4).images``.
 
         Args:
-            num_images: How many; unset: as many as seeds or listed values, else 1.
+            num_images: Number of images; unset: as many as seeds or listed values, else 1.
             steps: Steps of the sampler.
             sampler: Its name or settings; DPM-Solver++ with 20 steps by default.
             guidance: One guidance scale for all fields or one by field (chain), or settings; none by default.
@@ -192,12 +191,12 @@ class MediPipeline(PipelineParts):
             seed: Seed of the first image.
             output_type: "pil", or "np" for uint8 [n, H, W, 3].
             batch: Images at a time.
-            fields: Value by field; ``class_`` is the class whatever its name. A list gives each image its own; a field
-                left out is not conditioned on, which the model must have been trained for.
+            fields: Value by field; ``class_`` is the class field, whatever its name. A list gives a value per image. A
+                field that is left out is null, which the model must have been trained with.
 
         Raises:
-            UserError: An unknown field or value (names the closest), or conditions or guidance the model was not
-                trained for.
+            UserError: A field or value is unknown (names the closest), or the model was not trained for the conditions
+                or the guidance.
         """
         if output_type not in ("pil", "np"):
             raise UserError(f"output_type is 'pil' or 'np', not {output_type!r}.")
@@ -218,12 +217,12 @@ class MediPipeline(PipelineParts):
         """Conditions of rows of values by name; a field not given is null. ``None`` for an unconditional model.
 
         Raises:
-            UserError: A field or value that the model does not know.
+            UserError: The model does not have a field or value.
         """
         if self.conditioning is not None:
             return Conditions.from_schema(self.schema, rows, absent="null")
         if named := sorted({str(n) for row in (rows if isinstance(rows, list) else [{}]) for n in row}):
-            raise UserError(f"The model is unconditional; it knows no field {', '.join(named)}.")
+            raise UserError(f"The model is unconditional; it has no field {', '.join(named)}.")
         return None
 
     @torch.no_grad()
@@ -233,15 +232,12 @@ class MediPipeline(PipelineParts):
         conditions: Conditions | None,
         noise: torch.Tensor,
         sampler: SamplerSettings | None = None,
-        guidance: GuidanceSettings | None = None,
+        guidance: Guidance | GuidanceSettings | None = None,
         generators: Sequence[torch.Generator] | None = None,
         batch: int | None = None,
         pad: bool = False,
         precision: str = "fp32",
-        first_step: int = 0,
-        classifier: ClassifierGuidance | None = None,
-        weak: Autoguidance | None = None,
-        watch: Watcher | None = None,
+        callback: StepCallback | None = None,
         keep_layout: bool = False,
     ) -> torch.Tensor:
         """Whitened latents of N samples.
@@ -250,16 +246,13 @@ class MediPipeline(PipelineParts):
             conditions: Of N samples over :attr:`schema`; ``None`` for an unconditional model.
             noise: fp32 [N, C, h, w]; from :func:`~latent_medi.diffusion.samplers.draw_noise`.
             sampler: Sampler and steps.
-            guidance: Guidance over the fields.
+            guidance: What guides the samples: the fields alone, or other models too.
             generators: One per sample, for samplers that add noise.
             batch: Samples at a time; unset: all.
             pad: Fill a short batch up to ``batch`` with copies of its last sample, so that a sample comes out bit for
                 bit the same whatever else is generated.
             precision: Arithmetic inside the network: "fp32" (that of its weights), "bf16" or "fp16".
-            first_step: Leading steps to leave out; the noise is then the noisy latent at that step.
-            classifier: Guidance by a latent classifier.
-            weak: Guidance by a weaker model.
-            watch: As for :func:`~latent_medi.diffusion.samplers.sample_latents`.
+            callback: Called at each evaluation of the network.
             keep_layout: Leave the weights' memory layout as it is instead of taking the fastest, for weights that a
                 training run shares.
 
@@ -267,17 +260,18 @@ class MediPipeline(PipelineParts):
             fp32 [N, C, h, w] on the CPU.
 
         Raises:
-            UserError: A sampler that does not go with the model, or conditions or guidance it was not trained for.
+            UserError: The sampler does not support the model's objective, or the model was not trained for the
+                conditions or the guidance.
         """
-        guidance = guidance or GuidanceSettings()
+        guidance = Guidance.of(guidance)
         if precision not in _DTYPES:
             raise UserError(f"precision is 'fp32', 'bf16' or 'fp16', not {precision!r}.")
         check_precision(precision, self.unet.device)
-        chosen = sampler or SamplerSettings()
-        scheduler = make_sampler(self.scheduler.config, chosen)
-        check_guidance(guidance, self.conditioning, conditions)
+        scheduler = make_sampler(self.scheduler.config, sampler or SamplerSettings())
+        check_guidance(guidance.fields, self.conditioning, conditions)
         self.denoiser.eval()
-        for network in [] if keep_layout else [self.unet, *([] if weak is None else [weak.denoiser.unet])]:
+        networks = [self.unet, *([] if guidance.weak is None else [guidance.weak.denoiser.unet])]
+        for network in [] if keep_layout else networks:
             lay_out(network, half=precision != "fp32")
         count, device = len(noise), self.unet.device
         batch = batch or max(count, 1)
@@ -287,23 +281,17 @@ class MediPipeline(PipelineParts):
             index = torch.arange(start, start + batch if pad else stop).clamp(max=stop - 1)
             drawn = None
             if generators is not None:
-                # The copies that fill a batch get generators of their own: they must not draw from the last sample's.
-                drawn = [
-                    generators[i] if at < stop - start else torch.Generator() for at, i in enumerate(index.tolist())
-                ]
+                # Copies that fill a batch get generators of their own, so that they do not draw from the last sample's.
+                drawn = [*generators[start:stop], *(torch.Generator() for _ in range(len(index) - (stop - start)))]
             latents = sample_latents(
                 self.denoiser,
                 None if conditions is None else conditions.rows(index).to(device),
                 noise[index].to(device),
                 scheduler,
                 guidance,
-                generators=drawn,
-                eta=chosen.eta,
-                first_step=first_step,
-                classifier=classifier,
+                drawn,
                 dtype=_DTYPES[precision],
-                weak=weak,
-                watch=watch,
+                callback=callback,
             )
             parts.append(latents[: stop - start].float().cpu())
         return torch.cat(parts) if parts else noise.float().cpu()
@@ -330,8 +318,8 @@ class MediPipeline(PipelineParts):
 
         Args:
             save_directory: The folder; an older model there is replaced.
-            include_autoencoder: Whether to put the autoencoder's weights inside; unset: if it came from inside a model
-                folder, or from a folder of this machine, which another machine would not find.
+            include_autoencoder: Whether to store the autoencoder's weights with it; unset: if it was read from a model
+                folder, or from a folder of this machine, which other machines do not have.
             kwargs: ``push_to_hub=True`` with ``repo_id`` and so on also publishes it.
 
         Raises:
@@ -340,8 +328,8 @@ class MediPipeline(PipelineParts):
         folder = Path(save_directory)
         if self._adapters:
             raise UserError(
-                "A model with stacked adapters is not saved: they have folders of their own.",
-                "Call merge_adapters() first to save one model.",
+                "A model with stacked adapters cannot be saved; the adapters have folders of their own.",
+                "Call merge_adapters() first.",
             )
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
             raise UserError(f"{folder} is not empty and holds no model.", "Choose another folder.")
@@ -352,18 +340,7 @@ class MediPipeline(PipelineParts):
         inside = inside if include_autoencoder is None else include_autoencoder
         with atomic_path(folder) as temporary:
             super().save_pretrained(str(temporary), safe_serialization=True)
-            for config in temporary.rglob("*.json"):
-                forget_path(config)
-            if inside:
-                save_autoencoder(self.autoencoder, temporary / "autoencoder")
-            source = Path(self.autoencoder.source).name if inside else self.autoencoder.source
-            description = {**self.autoencoder.description, "source": source, "latent_size": self.latent_shape[1]}
-            description |= {"shift": self.shift.tolist(), "scale": self.scale.tolist()}
-            write_json(temporary / AUTOENCODER_FILE, description)
-            write_json(temporary / OBJECTIVE_FILE, asdict(self.objective))
-            write_json(temporary / PROVENANCE_FILE, self.provenance)
-            write_text(temporary / "README.md", model_card(self, folder.name))
-            write_checksums(temporary)
+            complete_model(temporary, self, model_card(self, folder.name), inside)
         if push:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -376,20 +353,20 @@ class MediPipeline(PipelineParts):
         device: torch.device | str = "cpu",
         **kwargs: Any,
     ) -> MediPipeline:
-        """Load a model. Classes are fixed here: nothing that a folder says is imported, and no pickle is opened.
+        """Load a model. Nothing that a folder names is imported, and no pickle is opened.
 
         Args:
             folder: Model folder, or a hub id ``owner/name``.
-            autoencoder: One already loaded, or where it is; unset: inside the folder, else where it was when the model
-                was trained.
+            autoencoder: The loaded autoencoder, or its name or folder; unset: that in the folder, else that of the
+                training.
             torch_dtype: Precision of the denoiser's weights: fp32, fp16 or bf16, as a dtype or its name.
             device: Where to put everything.
             kwargs: As for other pipelines: ``dtype`` and ``device_map`` (one device) for the two above; ``cache_dir``,
                 ``revision``, ``token``, ``local_files_only`` and ``force_download`` of a hub id.
 
         Raises:
-            UserError: Something is absent or damaged, the autoencoder is not the one the model was trained with, or an
-                argument means nothing here.
+            UserError: Something is absent or damaged, the autoencoder is not the one of the training, or an argument is
+                not supported.
         """
         dtype = dtype_of(kwargs.pop("dtype", None) or torch_dtype)
         place = device_of(device, kwargs.pop("device_map", None))
@@ -408,7 +385,7 @@ class MediPipeline(PipelineParts):
         scale: torch.Tensor,
         provenance: Mapping[str, Any] | None = None,
     ) -> MediPipeline:
-        """The pipeline of a denoiser that was just trained."""
+        """The pipeline of a denoiser after training."""
         return MediPipeline(
             denoiser.unet,
             make_scheduler(objective),
@@ -421,6 +398,6 @@ class MediPipeline(PipelineParts):
         )
 
 
-# DiffusionPipeline.from_pretrained looks a folder's class up in this module, where it would only miss the name. So it
-# finds the class, which says how to read the whole folder.
+# DiffusionPipeline.from_pretrained looks up the class of a folder in diffusers, and finds this one, whose error says
+# how to read the whole folder.
 setattr(diffusers, MediPipeline.__name__, MediPipeline)

@@ -1,4 +1,4 @@
-"""From noise to latents: which sampler goes with which objective, and the loop that all of them share."""
+"""Sampling of latents from noise: the samplers, the objectives they support, and the loop that they share."""
 
 from __future__ import annotations
 
@@ -21,21 +21,28 @@ from torch import nn
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, FieldGuidance, check_guidance
-from latent_medi.diffusion.objective import noise_schedule, settings_of
+from latent_medi.diffusion.guidance import FieldGuidance, Guidance, check_guidance
+from latent_medi.diffusion.objective import clean_latent, noise_schedule, settings_of
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 
-Watcher = Callable[[float, torch.Tensor, torch.Tensor], None]
+StepCallback = Callable[[float, torch.Tensor, torch.Tensor], None]
+"""Called at each evaluation of the network with ᾱ, the noisy latent x_t and the x₀ that the prediction stands for, fp32
+[N, C, h, w] each."""
 
 _FAINT = 1e-6
-"""ᾱ below which an ε prediction says next to nothing about x₀."""
+"""ᾱ below which an ε prediction contains almost no information about x₀."""
 
 
 class _DDIM(DDIMScheduler):
-    """DDIM whose fresh noise is never more than the noise at the end of a step.
+    """DDIM whose fresh noise never exceeds the noise level at the end of a step.
 
-    From ᾱ_t = 0 with η = 1 it is all of it: σ² = 1 − ᾱ_s. Rounded up, it would make √(1 − ᾱ_s − σ²) NaN.
+    From ᾱ_t = 0 with η = 1 the two are equal, σ² = 1 − ᾱ_s, and rounding up would make √(1 − ᾱ_s − σ²) NaN.
+
+    Attributes:
+        eta: Share of fresh noise per step, 0 to 1.
     """
+
+    eta = 0.0
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> torch.Tensor:
         variance = super()._get_variance(timestep, prev_timestep)
@@ -60,7 +67,7 @@ SAMPLERS: tuple[str, ...] = tuple(_KINDS)
 
 
 def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
-    """Why a sampler cannot be used with an objective; empty if it can.
+    """Why a sampler cannot be used with an objective; empty if it can be used.
 
     | objective                        | dpmpp_2m, _sde, unipc, euler | heun      | ddim                | ddpm        |
     |----------------------------------|------------------------------|-----------|---------------------|-------------|
@@ -70,47 +77,47 @@ def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
     | ε, cosine (terminal ᾱ of 2e-9)   | refused                      | refused   | refused             | all T steps |
     | ε, zero terminal SNR             | refused                      | refused   | refused             | refused     |
 
-    Heun's correction is multiplied by the length of its first step in σ = √((1−ᾱ)/ᾱ), thousands where ᾱ ends near 0.
-    DDIM takes T // steps as the distance to the previous timestep, which is wrong where steps does not divide T.
+    Heun's correction is multiplied by the length of its first step in σ = √((1−ᾱ)/ᾱ), which is thousands if ᾱ ends near
+    0. DDIM uses T // steps as the distance to the previous timestep, which is wrong unless steps divides T.
     """
     if sampler.name not in _KINDS:
         return f"there is no sampler {sampler.name!r}; {nearest(sampler.name, SAMPLERS)}"
     total, steps = objective.timesteps, sampler.steps
     if not 1 <= steps <= total:
-        return f"steps must lie between 1 and the {total} training timesteps, not be {steps}"
+        return f"steps must be between 1 and the {total} training timesteps, not {steps}"
     if sampler.eta and sampler.name != "ddim":
-        return f"eta = {sampler.eta} only means something for ddim"
+        return f"eta = {sampler.eta} needs ddim"
     if not 0 <= sampler.eta <= 1:
-        return f"eta must lie between 0 and 1, not be {sampler.eta}"
+        return f"eta must be between 0 and 1, not {sampler.eta}"
     if objective.prediction == "epsilon":
         if objective.zero_terminal_snr:
             return "an ε prediction has no x₀ at a terminal SNR of zero (0/0); train with v_prediction"
         terminal = float(noise_schedule(objective)[-1])
         if terminal < _FAINT and not (sampler.name == "ddpm" and steps == total):
             return (
-                f"the schedule ends at ᾱ = {terminal:.0e}, so that an ε prediction is divided by {terminal**0.5:.0e}: "
+                f"the schedule ends at ᾱ = {terminal:.0e}, so an ε prediction would be divided by {terminal**0.5:.0e}: "
                 f"use ddpm with all {total} steps, or train with v_prediction"
             )
     if sampler.name == "heun" and (terminal := float(noise_schedule(objective)[-1])) < _FAINT:
         return (
-            f"the schedule ends at ᾱ = {terminal:.0e}, and its correction is multiplied by the first step's length in "
-            "noise, which is then thousands: use dpmpp_2m or euler"
+            f"the schedule ends at ᾱ = {terminal:.0e}, and heun multiplies its correction by the length of the first "
+            "step in noise, which is then thousands: use dpmpp_2m or euler"
         )
     if sampler.name == "ddim" and total % steps:
         below = next(d for d in range(steps, 0, -1) if total % d == 0)
         above = next(d for d in range(steps, total + 1) if total % d == 0)
         return (
-            f"ddim steps must divide the {total} training timesteps, or each step lands beside the next visited one: "
-            f"use {below} or {above} instead of {steps}, or dpmpp_2m"
+            f"ddim steps must divide the {total} training timesteps, or steps end between the visited timesteps: use "
+            f"{below} or {above} instead of {steps}, or dpmpp_2m"
         )
     return ""
 
 
 def check_sampler(objective: ObjectiveSettings, sampler: SamplerSettings) -> None:
-    """Refuse a sampler that does not go with an objective.
+    """Refuse a sampler that does not support an objective.
 
     Raises:
-        UserError: Says why.
+        UserError: Gives the reason.
     """
     if reason := refusal(objective, sampler):
         raise UserError(f"The sampler {sampler.name!r} cannot be used here: {reason}.")
@@ -124,7 +131,7 @@ def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
         settings: Name and steps of the sampler.
 
     Raises:
-        UserError: The pair is not supported; says why.
+        UserError: The sampler does not support the objective, with the reason.
     """
     objective = settings_of(scheduler_config)
     check_sampler(objective, settings)
@@ -139,23 +146,25 @@ def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
         "timestep_spacing": "trailing",
         **options,
     }
-    if kind is HeunDiscreteScheduler:  # which is never asked for zero terminal SNR, and does not know it
+    if kind is HeunDiscreteScheduler:  # it does not have this option, and is refused with zero terminal SNR
         del config["rescale_betas_zero_snr"]
     scheduler = kind(**config)
+    if isinstance(scheduler, _DDIM):
+        scheduler.eta = settings.eta
     scheduler.set_timesteps(settings.steps)
     visited = [round(float(t)) for t in scheduler.timesteps]
-    if kind is HeunDiscreteScheduler:  # goes to each but the first twice
+    if kind is HeunDiscreteScheduler:  # it visits each timestep but the first twice
         visited = visited[:1] + visited[1::2]
     falling = all(a > b for a, b in pairwise(visited))
     if len(visited) != settings.steps or visited[0] != objective.timesteps - 1 or not falling:
         raise UserError(
-            f"The sampler {settings.name!r} cannot take {settings.steps} even steps.", "Use another number of steps."
+            f"The sampler {settings.name!r} cannot make {settings.steps} even steps.", "Use another number of steps."
         )
     return scheduler
 
 
 def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """First noise of each sample, from its own seed, and its generator for the noise of later steps.
+    """The initial noise of each sample, from its own seed, and its generator for the noise of later steps.
 
     Args:
         seeds: N seeds, 0 to 2^63 − 1.
@@ -169,9 +178,11 @@ def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor
     return (torch.stack(noise) if noise else torch.empty(0, *shape)), generators
 
 
-def draws_noise(sampler: Any, eta: float = 0.0) -> bool:
+def draws_noise(sampler: Any) -> bool:
     """Whether a sampler adds fresh noise at its steps, and so needs a generator per sample."""
-    return eta > 0 or isinstance(sampler, DDPMScheduler) or str(sampler.config.get("algorithm_type")).startswith("sde")
+    if isinstance(sampler, _DDIM):
+        return sampler.eta > 0
+    return isinstance(sampler, DDPMScheduler) or str(sampler.config.get("algorithm_type")).startswith("sde")
 
 
 def _prepare(sampler: Any, first_step: int, device: torch.device) -> tuple[list[Any], torch.Tensor]:
@@ -179,7 +190,7 @@ def _prepare(sampler: Any, first_step: int, device: torch.device) -> tuple[list[
     sampler.set_timesteps(sampler.num_inference_steps)
     unipc: Any = sampler if isinstance(sampler, UniPCMultistepScheduler) else None
     if unipc is not None:
-        unipc.sigmas = unipc.sigmas.to(device)  # or it brings six of them there at every step
+        unipc.sigmas = unipc.sigmas.to(device)  # otherwise it copies six of them at every step
     if isinstance(sampler, HeunDiscreteScheduler):
         first_step *= 2  # a step and its correction
     timesteps = list(sampler.timesteps)[first_step:]
@@ -189,19 +200,12 @@ def _prepare(sampler: Any, first_step: int, device: torch.device) -> tuple[list[
     return timesteps, alphas_cumprod[torch.tensor([round(float(t)) for t in timesteps], dtype=torch.long)]
 
 
-def clean_latent(prediction: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
-    """The x₀ that a prediction stands for: (x_t − √(1−ᾱ)·ε)/√ᾱ, or √ᾱ·x_t − √(1−ᾱ)·v."""
-    if prediction_type == "epsilon":
-        return (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
-    return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * prediction
-
-
 @contextmanager
 def low_precision(device: torch.device, dtype: torch.dtype | None, networks: Sequence[nn.Module]) -> Iterator[None]:
     """Autocast around all steps of some networks, which casts each weight once; none if ``dtype`` is ``None``.
 
-    Leaving autocast forgets the cast weights, so around each step it would cast them again. It remembers those alone
-    that could receive a gradient: frozen ones are marked so while it lasts.
+    Autocast drops the cast weights when it ends, so one autocast per step would cast them at every step. It caches only
+    weights that require a gradient, so frozen ones are marked as such inside the context.
     """
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         frozen = [p for network in networks for p in network.parameters()] if dtype is not None else []
@@ -221,14 +225,11 @@ def sample_latents(
     conditions: Conditions | None,
     noise: torch.Tensor,
     sampler: Any,
-    guidance: GuidanceSettings | None = None,
+    guidance: Guidance | GuidanceSettings | None = None,
     generators: Sequence[torch.Generator] | None = None,
-    eta: float = 0.0,
     first_step: int = 0,
-    classifier: ClassifierGuidance | None = None,
     dtype: torch.dtype | None = None,
-    weak: Autoguidance | None = None,
-    watch: Watcher | None = None,
+    callback: StepCallback | None = None,
 ) -> torch.Tensor:
     """Run a sampler.
 
@@ -238,15 +239,11 @@ def sample_latents(
         noise: fp32 [N, C, h, w]; drawn per sample from its own seed, so that a sample does not depend on its batch.
             With ``first_step`` the noisy latent at that step's timestep.
         sampler: From :func:`make_sampler`; may be used again.
-        guidance: Guidance over the fields; ``None`` is the conditional model.
+        guidance: What guides the samples; ``None`` is the conditional model.
         generators: One per sample, for samplers that add noise at each step.
-        eta: For ddim, share of fresh noise.
         first_step: Number of leading steps to leave out, for starting from a noised image.
-        classifier: Guidance by a latent classifier on top.
         dtype: Arithmetic inside the network, bf16 or fp16; ``None`` is that of its weights. The sampler's own is fp32.
-        weak: Guidance by a weaker model, after that over the fields.
-        watch: Called at each evaluation with ᾱ, the noisy latent x_t and the clean one that the prediction stands for,
-            fp32 [N, C, h, w] each.
+        callback: Called at each evaluation.
 
     Returns:
         fp32 [N, C, h, w]; clean whitened latents.
@@ -255,19 +252,20 @@ def sample_latents(
         UserError: Guidance that the model was not trained for.
         ValueError: The sampler adds noise and has no generator per sample.
     """
-    draws = draws_noise(sampler, eta)
+    draws = draws_noise(sampler)
     if draws and (generators is None or len(generators) != len(noise)):
         raise ValueError("This sampler adds noise at each step: give one generator per sample.")
-    guidance = guidance or GuidanceSettings()
-    check_guidance(guidance, denoiser.conditioner, conditions)
+    guidance = Guidance.of(guidance)
+    weak, classifier = guidance.weak, guidance.classifier
+    check_guidance(guidance.fields, denoiser.conditioner, conditions)
     timesteps, alphas = _prepare(sampler, first_step, noise.device)
     # Euler's and Heun's state is x/√ᾱ = x₀ + σε.
     euler = isinstance(sampler, (EulerDiscreteScheduler, HeunDiscreteScheduler))
     x = noise * (sampler.sigmas[-len(timesteps) - 1] ** 2 + 1).sqrt() if euler else noise
     options: dict[str, Any] = {"generator": list(generators)} if draws and generators is not None else {}
-    if isinstance(sampler, DDIMScheduler):
-        options["eta"] = eta
-    predicts, guide = sampler.config["prediction_type"], FieldGuidance(denoiser, conditions, guidance)
+    if isinstance(sampler, _DDIM):
+        options["eta"] = sampler.eta
+    predicts, guide = sampler.config["prediction_type"], FieldGuidance(denoiser, conditions, guidance.fields)
     networks = [denoiser, *([] if weak is None else [weak.denoiser])]
     full = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False)
     with low_precision(x.device, dtype, networks):
@@ -281,7 +279,7 @@ def sample_latents(
             with full:
                 if classifier is not None:
                     prediction = classifier.guide(prediction, x_t, step, alpha_bar, predicts)
-                if watch is not None:
-                    watch(alpha_bar, x_t, clean_latent(prediction, x_t, alpha_bar, predicts))
+                if callback is not None:
+                    callback(alpha_bar, x_t, clean_latent(prediction, x_t, alpha_bar, predicts))
                 x = sampler.step(prediction, t, x, return_dict=False, **options)[0]
     return x

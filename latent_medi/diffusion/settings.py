@@ -14,17 +14,17 @@ PRESETS: dict[str, tuple[int, ...]] = {
     "B": (192, 384, 576, 768),  # about 210 M
     "L": (256, 512, 768, 1024),  # about 373 M
 }
-"""Channels per resolution of the named sizes; each has attention at all resolutions but the first."""
+"""Channels per resolution by preset; all resolutions but the first have attention."""
 
 
 @dataclass
 class ModelSettings(Settings):
-    """The denoising network and what it is conditioned on.
+    """The denoising network and its fields.
 
     Args:
-        preset: "S" (93 M parameters), "B" (210 M), "L" (373 M) set block_out_channels and attention; empty uses those
-            given.
-        block_out_channels: Channels per resolution, each half the one before; conditions have 4 × the first as width.
+        preset: "S" (93 M parameters), "B" (210 M) and "L" (373 M) set block_out_channels and attention; empty: none.
+        block_out_channels: Channels per resolution, each half the one before; the width of the conditions is 4 × the
+            first.
         layers_per_block: Residual blocks per resolution on the way down (one more on the way up).
         attention: Whether a resolution has self-attention, one entry per resolution; unset: all but the first.
         attention_head_dim: Channels per attention head; must divide every attention width.
@@ -34,8 +34,8 @@ class ModelSettings(Settings):
         norm_num_groups: Groups of the group normalisation; must divide every width.
         dropout: Share of activations dropped inside residual blocks while training, 0 to 1.
         fields: Names of the fields to condition on; unset: all of the schema; an empty list: unconditional.
-        fusion: "concat" gives each field its part of the width; "additive" sums full-width embeddings; "linear" mixes
-            them by one layer.
+        fusion: "concat" gives each field part of the width; "additive" sums full-width embeddings; "linear" mixes them
+            in one layer.
         widths: For "concat", width by field, with the sum 4 × the first channel count; unset: equal parts, the
             remainder to the class.
     """
@@ -62,7 +62,7 @@ class ModelSettings(Settings):
         """These settings with the preset and the default attention filled in.
 
         Raises:
-            UserError: An unknown preset, or one given together with other channels or attention.
+            UserError: The preset is unknown, or given together with other channels or attention.
         """
         if not self.preset:
             attention = self.attention
@@ -78,8 +78,8 @@ class ModelSettings(Settings):
             attention,
         ):
             raise UserError(
-                f"The preset {self.preset!r} sets block_out_channels and attention, and others are given too.",
-                "Leave out the preset or the channels.",
+                f"The preset {self.preset!r} sets block_out_channels and attention, but others are given.",
+                "Leave out the preset, or block_out_channels and attention.",
             )
         return replace(self, preset="", block_out_channels=channels, attention=attention)
 
@@ -117,7 +117,7 @@ class ModelSettings(Settings):
 
 @dataclass
 class ObjectiveSettings(Settings):
-    """What the network learns to predict, on which noise schedule, and how noise levels are weighted.
+    """The prediction of the network, the noise schedule, and the weights of the noise levels.
 
     Args:
         prediction: "v_prediction" (v = √ᾱ·ε − √(1−ᾱ)·x₀) or "epsilon".
@@ -151,7 +151,7 @@ class ObjectiveSettings(Settings):
         """
         if self.prediction == "epsilon" and self.zero_terminal_snr:
             raise UserError(
-                "prediction=epsilon cannot go with zero_terminal_snr: at pure noise ε says nothing of the image (0/0).",
+                "prediction=epsilon cannot be used with zero_terminal_snr: at pure noise ε gives no x₀ (0/0).",
                 "Use prediction=v_prediction, or zero_terminal_snr=false.",
             )
         if self.timesteps < 2:
@@ -166,14 +166,14 @@ class ObjectiveSettings(Settings):
 
 @dataclass
 class DropoutSettings(Settings):
-    """How often conditions are left out while training; one pattern is drawn per sample. The four shares sum to 1.
+    """How often conditions are dropped in training. One pattern is drawn per sample; the four shares sum to 1.
 
     Args:
         keep_all: Share of samples that keep every condition.
         all_null: Share without any condition.
         metadata_null: Share that keeps the class and drops everything else.
-        independent: Share in which each field is dropped on its own.
-        independent_rate: Probability that a field is dropped in these.
+        independent: Share in which each field is dropped independently.
+        independent_rate: Probability that a field is dropped there.
     """
 
     keep_all: float = 0.7
@@ -183,10 +183,10 @@ class DropoutSettings(Settings):
     independent_rate: float = 0.5
 
     def check(self) -> None:
-        """Refuse shares that are no distribution.
+        """Refuse shares that are negative or do not sum to 1, and a rate that is no probability.
 
         Raises:
-            UserError: As said.
+            UserError: Gives the values.
         """
         shares = {n: getattr(self, n) for n in ("keep_all", "all_null", "metadata_null", "independent")}
         if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
@@ -195,7 +195,7 @@ class DropoutSettings(Settings):
                 + ", ".join(f"{n}={s}" for n, s in shares.items())
             )
         if not 0 <= self.independent_rate <= 1:
-            raise UserError(f"independent_rate is a probability, not {self.independent_rate}.")
+            raise UserError(f"independent_rate must be a probability, not {self.independent_rate}.")
 
 
 @dataclass
@@ -204,17 +204,17 @@ class GuidanceSettings(Settings):
 
     Args:
         form: "none" is the conditional model. "chain": ε(∅) + Σ_j w_j·[ε(f_1…f_j) − ε(f_1…f_{j−1})]; all w = 1 is the
-            conditional model exactly. "margins": ε(∅) + Σ_j w_j·[ε(f_j) − ε(∅)], which never asks for a joint of
-            conditions.
+            conditional model exactly. "margins": ε(∅) + Σ_j w_j·[ε(f_j) − ε(∅)], which evaluates no combination of
+            fields.
         scale: Guidance scale w of every field that ``scales`` does not name.
         scales: Guidance scale by field.
-        order: For "chain", the fields in the order in which they are added; fields left out follow in the model's
-            order, the class first.
+        order: For "chain", the fields in the order in which they are added; others follow in the model's order, the
+            class first.
         interval: Lowest and highest ᾱ (1 = clean, 0 = noise) between which guidance acts; elsewhere the conditional
             model is used.
-        rescale: Share, 0 to 1, in which the guided prediction is brought back to the conditional one's standard
-            deviation, against the washed-out or glaring colours of strong guidance (Lin et al. 2024, section 3.4). The
-            form margins then asks for the whole condition too.
+        rescale: Share, 0 to 1, by which the guided prediction is rescaled to the standard deviation of the conditional
+            one, against the washed-out or oversaturated colours of strong guidance (Lin et al. 2024, section 3.4).
+            "margins" then evaluates the whole condition too.
     """
 
     form: Literal["none", "chain", "margins"] = "none"
@@ -246,9 +246,9 @@ class ClassifierGuidanceSettings(Settings):
     """Guidance by a classifier of noisy latents: ε′ = ε − s·√(1−ᾱ_t)·∇ log p(y | x_t, t), as in HistoDiffusion.
 
     Args:
-        model: Folder that `latent-medi classifier` wrote; empty: none. The plan's column of its field says what is
-            wanted, whether or not the model itself knows that field.
-        scale: s; HistoDiffusion's is 10, and larger ones draw the class more surely at a cost in variety.
+        model: Folder that `latent-medi classifier` wrote; empty: none. The plan's column of its field gives the target
+            value, whether or not the model has that field.
+        scale: s; HistoDiffusion's is 10. Larger scales give the class more reliably, at a cost in variety.
         interval: Lowest and highest ᾱ between which it acts; above 0, where the latent is noise.
     """
 
@@ -259,7 +259,7 @@ class ClassifierGuidanceSettings(Settings):
 
 @dataclass
 class SamplerSettings(Settings):
-    """How noise becomes a latent.
+    """The sampler.
 
     Args:
         name: "dpmpp_2m" (DPM-Solver++ 2M), "dpmpp_2m_sde", "unipc", "euler", "heun", "ddim" or "ddpm".

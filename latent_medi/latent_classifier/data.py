@@ -1,5 +1,4 @@
-"""What a latent classifier learns from: the model whose latents it is to judge, rows to train and to measure on, the
-field and its values."""
+"""The data of a latent classifier: the model to guide, training and validation rows, the field and its values."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.reading.remote import open_dataset
 from latent_medi.training.data import (
     TrainingData,
-    cell_weights,
+    combination_weights,
     open_latents,
     refuse_null,
     stream_latents,
@@ -32,15 +31,15 @@ logger = get_logger("training")
 
 
 def open_model(folder: str) -> Source:
-    """The model to guide, as far as the classifier has to fit it.
+    """The model to guide, whose latents and noise schedule the classifier uses.
 
     Raises:
-        UserError: It is no whole model of this program.
+        UserError: It is not a complete model of this program.
     """
     source = open_source(folder)
     if source.scheduler is None or source.autoencoder is None:
         raise UserError(
-            f"{folder} does not say which autoencoder, whitening and noise schedule it was trained with.",
+            f"{folder} does not record the autoencoder, whitening and noise schedule of its training.",
             "Give a model that `latent-medi train` wrote, or leave model empty and set objective.",
         )
     return source
@@ -49,10 +48,11 @@ def open_model(folder: str) -> Source:
 def open_parts(
     settings: ClassifierSettings, source: Source | None, device: torch.device
 ) -> tuple[TrainingData, Validation, Field, tuple[str, ...]]:
-    """The rows to train on and those to measure on, the field, and the values in the order of the logits.
+    """Training rows, validation rows, the field, and its values in the order of the logits.
 
     Raises:
-        UserError: Data, split, field or value absent; patients in both parts; or latents that are not the model's.
+        UserError: Data, split, field or value are absent; a patient is in both parts; or the latents are not those of
+            the model.
     """
     dataset = open_dataset(settings.data)
     field = chosen_field(dataset, settings.field)
@@ -68,8 +68,8 @@ def open_parts(
     encoded_by = store.info["autoencoder"]["hash"]
     if source is not None and source.autoencoder is not None and source.autoencoder["hash"] != encoded_by:
         raise UserError(
-            f"The latents are of the autoencoder {encoded_by[:12]}, and {settings.model} was trained on those of "
-            f"{source.autoencoder['hash'][:12]}.",
+            f"The latents were encoded by the autoencoder {encoded_by[:12]}, and {settings.model} was trained on those "
+            f"of {source.autoencoder['hash'][:12]}.",
             "Encode the data with the model's autoencoder.",
         )
     table = dataset.index.iloc[rows]
@@ -77,11 +77,11 @@ def open_parts(
     if empty := [value for value in values if value not in present]:
         raise UserError(
             f"No training patch has {field.name} {', '.join(map(repr, empty))}, so it cannot be learned.",
-            "Name the values to tell apart in values.",
+            "List the other values in the setting values.",
         )
     schema = dataset.schema.subset([field.name])
     balance = [field.name] if settings.balance is None else settings.balance
-    weights = cell_weights(dataset, rows, balance, settings.balance_temperature)
+    weights = combination_weights(dataset, rows, balance, settings.balance_temperature)
     info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
     info |= {"training_patients": int(table["patient"].nunique()), "seen": training_record(table, dataset.schema)}
     conditions = Conditions.from_schema(schema, table[[field.name]])
@@ -94,43 +94,44 @@ def open_parts(
         others = labelled(dataset, field, values, others)
     table = dataset.index.iloc[others]
     labels = torch.tensor([values.index(str(value)) for value in table[field.name]], dtype=torch.long)
-    validation = Validation(store, others, table["key"].to_numpy(), labels, int(table["patient"].nunique()))
+    patients = int(table["patient"].nunique())
+    validation = Validation(store, others, table["key"].to_numpy(), labels, patients, len(values))
     return data, validation, field, values
 
 
 def chosen_field(dataset: PatchDataset, name: str) -> Field:
-    """The field to tell values of apart.
+    """The field to classify.
 
     Raises:
-        UserError: There is none of that name (names the closest), no class, or it is a number.
+        UserError: There is no such field (names the closest), no class, or it is continuous.
     """
     field = dataset.schema.field(name) if name else dataset.schema.class_field
     if field is None:
         raise UserError(f"{dataset.folder} has no class.", f"Set field to one of {', '.join(dataset.schema.names)}.")
     if field.continuous:
-        raise UserError(f"The field {field.name!r} is a number; a classifier tells the values of a vocabulary apart.")
+        raise UserError(f"The field {field.name!r} is a number; a classifier needs a field with a vocabulary.")
     return field
 
 
 def chosen_values(field: Field, names: Sequence[str]) -> tuple[str, ...]:
-    """The values to tell apart, in the order of the vocabulary.
+    """The classes: values of the field, in the order of its vocabulary.
 
     Raises:
-        UserError: A value that is none of the field's (names the closest), or fewer than two.
+        UserError: The field does not have a value (names the closest), or there are fewer than two.
     """
     for name in names:
         field.code(name)
     values = tuple(value for value in field.values if not names or value in names)
     if len(values) < 2:
         raise UserError(
-            f"There are {len(values)} values of {field.name} to tell apart ({', '.join(values) or 'none'}); a "
-            "classifier needs two or more."
+            f"There are {len(values)} values of {field.name} to classify ({', '.join(values) or 'none'}); a classifier "
+            "needs two or more."
         )
     return values
 
 
 def labelled(dataset: PatchDataset, field: Field, values: Sequence[str], rows: np.ndarray) -> np.ndarray:
-    """Those of some rows whose value of a field is one of ``values``.
+    """The rows whose value of a field is one of ``values``.
 
     Raises:
         UserError: A row has no value, not even "unknown".
@@ -139,8 +140,7 @@ def labelled(dataset: PatchDataset, field: Field, values: Sequence[str], rows: n
     column = dataset.index[field.name].iloc[rows].astype(str)
     kept = rows[column.isin(values).to_numpy()]
     if len(kept) < len(rows):
-        logger.info(
-            "%s of %s patches are left out: their %s is %s.", f"{len(rows) - len(kept):,}", f"{len(rows):,}",
-            field.name, f"{UNKNOWN_WORD} or another" if len(values) < len(field.values) else UNKNOWN_WORD,
-        )  # fmt: skip
+        others = f"{UNKNOWN_WORD} or another" if len(values) < len(field.values) else UNKNOWN_WORD
+        missing = f"{len(rows) - len(kept):,} of {len(rows):,}"
+        logger.info("%s patches are left out: their %s is %s.", missing, field.name, others)
     return kept

@@ -1,7 +1,7 @@
-"""The classifier of noisy latents that guides a diffusion model: its network, its folder, and what it may guide.
+"""The classifier of noisy latents that guides a diffusion model: its network, its folder, and the models it can guide.
 
-p(y | x_t, t) has to be learned at every noise level, since that is where sampling asks for its gradient (Dhariwal &
-Nichol 2021, arXiv 2105.05233, section 4). One that saw clean latents only, asked about noisy ones, points anywhere.
+It learns p(y | x_t, t) at every noise level, because sampling needs its gradient there (Dhariwal & Nichol 2021, arXiv
+2105.05233, section 4). The gradient of a classifier that was trained on clean latents is arbitrary for noisy ones.
 """
 
 from __future__ import annotations
@@ -37,18 +37,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 KIND = "latent-medi latent classifier"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_FACTS = {
-    "field": str, "values": [str], "network": dict, "latent_shape": [int], "objective": dict, "autoencoder": str,
-    "shift": [float], "scale": [float], "weights_sha256": str, "provenance": dict,
-}  # fmt: skip
-_SAME = 1e-4  # relative difference of whitening up to which two trainings measured the same latents
+_FACTS = {"field": str, "values": [str], "network": dict, "latent_shape": [int], "objective": dict, "autoencoder": str}
+_FACTS |= {"shift": [float], "scale": [float], "weights_sha256": str, "provenance": dict}
+_SAME = 1e-4  # relative difference of whitening up to which latents count as the same
 
 
 class LatentEncoder(nn.Module):
-    """Logits of the classes of noisy latents: a denoiser's way down and its middle, a pooling, a linear layer.
+    """Logits of noisy latents: the downward half of a denoiser, a pooling, and a linear layer.
 
-    Every residual block is given the timestep. Normalisation is within a sample, so a sample's logits and their
-    gradient do not depend on the batch.
+    Every residual block receives the timestep. Normalisation is within a sample, so logits and their gradient do not
+    depend on the batch.
 
     Args:
         settings: Channels, attention and so on.
@@ -57,7 +55,7 @@ class LatentEncoder(nn.Module):
         classes: Number of classes, at least 2.
 
     Raises:
-        UserError: It cannot be built, such as attention with a width that the head width does not divide.
+        UserError: It cannot be built, for example because the head width does not divide an attention width.
     """
 
     def __init__(self, settings: EncoderSettings, latent_channels: int, latent_size: int, classes: int) -> None:
@@ -65,11 +63,9 @@ class LatentEncoder(nn.Module):
         settings.check(latent_size)
         widths, groups = list(settings.block_out_channels), settings.norm_num_groups
         first, last, embedding = widths[0], widths[-1], 4 * widths[0]
-        common: dict[str, Any] = {
-            "temb_channels": embedding, "resnet_eps": 1e-5, "resnet_act_fn": "silu", "resnet_groups": groups,
-            "attention_head_dim": settings.attention_head_dim, "resnet_time_scale_shift": "scale_shift",
-            "dropout": settings.dropout,
-        }  # fmt: skip
+        common: dict[str, Any] = {"temb_channels": embedding, "resnet_time_scale_shift": "scale_shift"}
+        common |= {"resnet_eps": 1e-5, "resnet_act_fn": "silu", "resnet_groups": groups}
+        common |= {"attention_head_dim": settings.attention_head_dim, "dropout": settings.dropout}
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, embedding)
         self.conv_in = nn.Conv2d(latent_channels, first, 3, padding=1)
@@ -108,45 +104,44 @@ class LatentEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class LogProbability:
-    """log p(wanted class | x_t, t) of each sample, as :class:`~latent_medi.diffusion.guidance.ClassifierGuidance` asks
-    for it.
+    """log p(target class | x_t, t) of each sample, for :class:`~latent_medi.diffusion.guidance.ClassifierGuidance`.
 
     Args:
         network: In eval mode.
-        wanted: int64 [N]; position of each sample's class, or [1] for the same class in any number of samples; on the
+        target: int64 [N]; position of each sample's class, or [1] for the same class in any number of samples; on the
             network's device.
     """
 
     network: LatentEncoder
-    wanted: torch.Tensor
+    target: torch.Tensor
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """fp32 [N] of x_t fp32 [N, C, h, w] and t int64 [N]; differentiable in x_t.
 
         Raises:
-            ValueError: Another number of samples than of wanted classes.
+            ValueError: The numbers of samples and target classes differ.
         """
-        if len(self.wanted) not in (1, len(x_t)):
-            raise ValueError(f"{len(x_t)} samples and {len(self.wanted)} wanted classes; choose them with rows().")
-        wanted = self.wanted.to(x_t.device).expand(len(x_t))
-        return F.log_softmax(self.network(x_t.float(), t), dim=1).gather(1, wanted[:, None])[:, 0]
+        if len(self.target) not in (1, len(x_t)):
+            raise ValueError(f"{len(x_t)} samples and {len(self.target)} target classes; choose them with rows().")
+        target = self.target.to(x_t.device).expand(len(x_t))
+        return F.log_softmax(self.network(x_t.float(), t), dim=1).gather(1, target[:, None])[:, 0]
 
     def rows(self, which: torch.Tensor | Sequence[int]) -> LogProbability:
-        """The same for some of the samples, in this order, repeats allowed: for a batch of them."""
-        index = torch.as_tensor(which, dtype=torch.long, device=self.wanted.device)
-        return LogProbability(self.network, self.wanted if len(self.wanted) == 1 else self.wanted[index])
+        """The same for some of the samples, in this order; samples may repeat."""
+        index = torch.as_tensor(which, dtype=torch.long, device=self.target.device)
+        return LogProbability(self.network, self.target if len(self.target) == 1 else self.target[index])
 
 
 class LatentClassifier:
-    """A trained network with all that says what it may be asked: classes, noise schedule, and whose latents.
+    """A trained network with its classes, noise schedule, autoencoder and whitening.
 
     Args:
         network: The network.
-        settings: What it was built from.
+        settings: Settings of the network.
         latent_shape: (C, h, w) of a latent.
-        field: The field that its classes are values of.
+        field: The field whose values are the classes.
         values: The classes, in the order of the logits.
-        objective: The noise schedule that it was trained on; prediction and weighting are not used.
+        objective: The noise schedule of its training; prediction and weighting are not used.
         shift: fp32 [C]; subtracted from raw latents in training.
         scale: fp32 [C]; then divided by.
         autoencoder_hash: SHA-256 of the autoencoder of the latents.
@@ -177,16 +172,21 @@ class LatentClassifier:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over all that its answers depend on: weights, classes, schedule, autoencoder, whitening."""
+        """SHA-256 over all that its predictions depend on: weights, classes, schedule, autoencoder, whitening."""
         facts = [weight_hash(self.network), self._facts()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "field": self.field, "values": list(self.values), "network": asdict(self.settings),
-            "latent_shape": list(self.latent_shape), "objective": asdict(self.objective),
-            "autoencoder": self.autoencoder_hash, "shift": self.shift.tolist(), "scale": self.scale.tolist(),
-        }  # fmt: skip
+            "field": self.field,
+            "values": list(self.values),
+            "network": asdict(self.settings),
+            "latent_shape": list(self.latent_shape),
+            "objective": asdict(self.objective),
+            "autoencoder": self.autoencoder_hash,
+            "shift": self.shift.tolist(),
+            "scale": self.scale.tolist(),
+        }
 
     def to(self, device: torch.device | str) -> LatentClassifier:
         """Move the network; returns itself."""
@@ -194,23 +194,23 @@ class LatentClassifier:
         return self
 
     def log_probability(self, values: Sequence[str]) -> LogProbability:
-        """What guides N samples to a value each.
+        """The function that guides N samples, each to its own value.
 
         Args:
-            values: N values of :attr:`field`; a single one stands for any number of samples.
+            values: N values of :attr:`field`; a single one applies to any number of samples.
 
         Raises:
-            UserError: A value that the classifier does not know; names the closest.
+            UserError: A value is not one of the classes; names the closest.
         """
         for value in values:
             if value not in self.values:
                 raise UserError(
-                    f"The classifier knows no {self.field} {value!r}; {nearest(value, self.values)}.",
-                    "It can only guide to values that it was trained on.",
+                    f"The classifier has no class {self.field} {value!r}; {nearest(value, self.values)}.",
+                    "It can only guide to the classes of its training.",
                 )
         if not values:
             raise UserError("No value to guide to is given.")
-        device = next(self.network.parameters()).device  # at once, rather than at every step
+        device = next(self.network.parameters()).device  # copied once, not at every step
         return LogProbability(self.network, torch.tensor([self.values.index(value) for value in values], device=device))
 
     @torch.no_grad()
@@ -219,10 +219,10 @@ class LatentClassifier:
         return self.network(x_t, t).softmax(1)
 
     def check_model(self, model: MediPipeline) -> None:
-        """Refuse to guide a model whose noisy latents are not what the classifier learned from.
+        """Refuse to guide a model whose noisy latents differ from those of the classifier's training.
 
         Raises:
-            UserError: Its autoencoder, latents, whitening or noise schedule differ; names each.
+            UserError: Names each difference in autoencoder, shape, whitening and noise schedule.
         """
         problems = []
         if model.autoencoder.hash != self.autoencoder_hash:
@@ -236,7 +236,7 @@ class LatentClassifier:
         else:
             for name in ("shift", "scale"):
                 theirs, ours = getattr(model, name), getattr(self, name)
-                # Against the scale of the latents, since a shift may be about 0.
+                # Relative to the scale of the latents, because a shift may be about 0.
                 if ((theirs - ours).abs() > _SAME * self.scale).any():
                     problems.append(
                         f"the {name} of its latents is {_numbers(theirs)}, the classifier's {_numbers(ours)}"
@@ -252,7 +252,7 @@ class LatentClassifier:
         if problems:
             raise UserError(
                 f"The classifier of {self.field} cannot guide this model: {'; '.join(problems)}.",
-                "Train the classifier with model=<the model's folder>, which takes all of these from it.",
+                "Train the classifier with model=<the model's folder>, which takes these from the model.",
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -277,7 +277,7 @@ class LatentClassifier:
         """Read a classifier's folder (or hub id ``owner/name``); JSON and safetensors only.
 
         Raises:
-            UserError: It is no classifier of this program, of a newer version, or damaged.
+            UserError: It is no classifier, is from a newer version, or is damaged.
         """
         path = local_folder(folder)
         facts, sealed = read_sealed(path / CONFIG_FILE, REMEDY) if (path / CONFIG_FILE).is_file() else ({}, True)
@@ -286,7 +286,7 @@ class LatentClassifier:
         if facts.get("format") != FORMAT:
             raise UserError(
                 f"The classifier {folder} has format {facts.get('format')}; this program reads {FORMAT}.",
-                f"It was written by version {facts.get('version')}: use that, or train it again.",
+                f"It was written by version {facts.get('version')}: use that version, or train the classifier again.",
             )
         check_types(facts, _FACTS, path / CONFIG_FILE, REMEDY)
         compare(path, {WEIGHTS_FILE: facts["weights_sha256"]}, path / CONFIG_FILE, REMEDY)
@@ -296,16 +296,16 @@ class LatentClassifier:
             settings, shape = EncoderSettings(**facts["network"]), tuple(facts["latent_shape"])
             network = LatentEncoder(settings, shape[0], shape[1], len(facts["values"]))
             network.load_state_dict(load_file(path / WEIGHTS_FILE))
-            return LatentClassifier(
-                network, settings, shape, facts["field"], facts["values"], ObjectiveSettings(**facts["objective"]),
-                torch.tensor(facts["shift"]), torch.tensor(facts["scale"]), facts["autoencoder"], facts["provenance"],
-            ).to(device)  # fmt: skip
+            objective, autoencoder = ObjectiveSettings(**facts["objective"]), facts["autoencoder"]
+            whitening = torch.tensor(facts["shift"]), torch.tensor(facts["scale"])
+            known = facts["field"], facts["values"], objective, *whitening, autoencoder, facts["provenance"]
+            return LatentClassifier(network, settings, shape, *known).to(device)
         except Exception as error:  # safetensors, shapes, missing entries and files each have their own
             raise UserError(f"The classifier {folder} cannot be read: {error}", REMEDY) from error
 
 
 def seal_classifier(folder: str | Path) -> None:
-    """Add checksums to a latent classifier's folder of an earlier version, as it is.
+    """Add checksums to a latent classifier's folder of an earlier version; its other files stay unchanged.
 
     Raises:
         UserError: It is no classifier, or damaged.

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latent_medi.core.errors import UserError
 from latent_medi.core.settings import Settings
 from latent_medi.diffusion.settings import ModelSettings
 
 
 @dataclass
 class EncoderSettings(Settings):
-    """The network that reads a class from a noisy latent: the downward half of a denoiser, and a pooling.
+    """The network that classifies noisy latents: the downward half of a denoiser, and a pooling.
 
     Args:
         block_out_channels: Channels per resolution, each half the one before.
@@ -44,9 +43,7 @@ class EncoderSettings(Settings):
         Raises:
             UserError: Names every problem.
         """
-        if self.pooling not in ("attention", "mean"):
-            raise UserError(f"There is no pooling {self.pooling!r}; there are attention and mean.")
-        # The same rules as for the denoiser, whose middle block has attention as well.
+        # The same rules as for the denoiser, whose middle block has attention too.
         ModelSettings(
             block_out_channels=list(self.block_out_channels),
             layers_per_block=self.layers_per_block,

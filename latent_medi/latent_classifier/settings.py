@@ -9,38 +9,39 @@ from typing import Literal
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PathText
 from latent_medi.core.settings import Settings
-from latent_medi.diffusion.settings import ModelSettings, ObjectiveSettings
+from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 from latent_medi.latent_classifier.network_settings import EncoderSettings
 from latent_medi.training.settings import StreamSettings, TrainSettings
 
 
 @dataclass
 class ClassifierSettings(Settings):
-    """How a classifier of noisy latents is trained, which guides a model to a class that the model does not know.
+    """Training of a classifier of noisy latents, which guides a model to values of a field that it need not have.
+
     Progress is counted in images seen; the number of processes changes speed only.
 
     Args:
         data: Dataset folder (metadata and splits), or the URL of one.
         out: Folder of the run: checkpoints, log.csv, evaluation.csv, settings.yaml and, when finished, classifier.
-        model: Folder of the model to guide, whose noise schedule and whitening of latents are then used, so that the
-            two fit. Empty: objective, and the whitening measured over the training rows.
-        field: The field to tell values of apart; empty: the class.
-        values: The values; empty: all of the field. Rows with another value, or an unknown one, are left out.
+        model: Folder of the model to guide, whose noise schedule and whitening are used. Empty: objective, and the
+            whitening measured over the training rows.
+        field: The field to classify; empty: the class.
+        values: The values to classify; empty: all of the field. Rows with other or unknown values are left out.
         latents: Latent folder encoded from the data; empty encodes the patches while training, which needs
             autoencoder.
         autoencoder: Name or folder of the autoencoder to encode with.
         resident: Where latents are held: "device", "ram", "mmap" or "auto", as in `train`.
         stream: Without latents: how patches are encoded while training.
         split: Named split of the dataset; empty trains on every row, and evaluates on none.
-        split_value: The part of the split to train on.
-        validation_value: The part, of other patients, that scores by noise level are measured on; nothing is chosen by
-            them. Empty: none are measured.
-        validation_patches: Most patches to measure on, drawn once; 0 for all.
+        split_value: Value of the split to train on.
+        validation_value: Value of the split, of other patients, to score on by noise level; nothing is selected by
+            these scores. Empty: no scores.
+        validation_patches: Most patches to score, drawn once; 0 for all.
         max_images: Length of the run in images seen, rounded up to whole global batches; 0 if max_steps is given.
         max_steps: Length of the run in updates; 0 if max_images is given.
         global_batch: Images per update, over all processes.
-        device_batch: Most images per forward pass of one process; caps memory and leaves the update the same. Unset:
-            no cap.
+        device_batch: Most images per forward pass of one process; limits memory and does not change the update. Unset:
+            no limit.
         seed: Seed of initial weights, order, noise and timesteps.
         precision: Arithmetic inside the network: "fp32", "bf16" or "fp16". Everything else is fp32 always.
         lr: Highest learning rate.
@@ -51,12 +52,11 @@ class ClassifierSettings(Settings):
         schedule: "cosine" falls to 0 at the end of the run; "constant" stays.
         grad_clip: Largest gradient norm; 0 does not clip.
         balance: Fields whose combinations are balanced by drawing rare ones more often (with replacement); unset: the
-            field itself, so that no value is favoured where noise hides which one it is; an empty list visits each
-            patch once per epoch.
+            field itself, so that no value is favoured at high noise; an empty list visits each patch once per epoch.
         balance_temperature: 0 keeps the data's frequencies, 1 draws every combination equally often.
         network: The network.
-        objective: Without model: the noise schedule; prediction and weighting do not matter here.
-        evaluate_every_images: Images between measurements; 0 for one at the end only.
+        objective: Without model: the noise schedule; prediction and weighting are not used.
+        evaluate_every_images: Images between scores; 0 scores once at the end.
         checkpoint_every_images: Images between checkpoints; 0 writes one at the end only.
         keep_checkpoints: Newest checkpoints to keep, at least 1.
         log_every_images: Images per row of log.csv.
@@ -98,18 +98,14 @@ class ClassifierSettings(Settings):
     log_every_images: int = 3_200
 
     def training(self) -> TrainSettings:
-        """What this run has in common with a model's: length, batches, optimizer and so on."""
-        names = (
-            "data", "out", "latents", "autoencoder", "resident", "stream", "split", "split_value", "max_images",
-            "max_steps", "global_batch", "device_batch", "seed", "precision", "lr", "betas", "weight_decay",
-            "warmup_images", "warmup_fraction", "schedule", "grad_clip", "balance_temperature", "objective",
-            "checkpoint_every_images", "keep_checkpoints", "log_every_images",
-        )  # fmt: skip
-        common = {name: getattr(self, name) for name in names}
-        return TrainSettings(**common, balance=self.balance or [], model=ModelSettings(fields=[]))
+        """The settings that this training shares with a model's: length, batches, optimizer and so on."""
+        names = {field.name for field in dataclasses.fields(TrainSettings)} - {"model", "balance"}
+        common = {name: value for name, value in vars(self).items() if name in names}
+        everything = DropoutSettings(keep_all=1.0, all_null=0.0, metadata_null=0.0, independent=0.0)
+        return TrainSettings(**common, balance=self.balance or [], model=ModelSettings(fields=[]), dropout=everything)
 
     def check(self) -> None:
-        """Refuse settings that no run can follow.
+        """Refuse settings that contradict each other or are out of range.
 
         Raises:
             UserError: Lists the problems.
@@ -124,8 +120,7 @@ class ClassifierSettings(Settings):
             problems.append(f"values repeats one: {', '.join(self.values)}")
         if self.split and self.validation_value == self.split_value:
             problems.append(
-                f"split_value and validation_value are both {self.split_value!r}: "
-                "scores on training patches say nothing"
+                f"split_value and validation_value are both {self.split_value!r}, but scores need other patients"
             )
         if problems:
             raise UserError("The classifier's settings cannot be followed: " + "; ".join(problems) + ".")

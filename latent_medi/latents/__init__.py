@@ -1,1 +1,1 @@
-"""The frozen autoencoder, the encoding of a dataset into posterior moments, and the random-access store of them."""
+"""The frozen autoencoder, latent folders with the posterior moments of a dataset, and random access to them."""

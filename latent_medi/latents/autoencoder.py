@@ -1,4 +1,4 @@
-"""The frozen autoencoder: uint8 images to raw posterior moments, and raw latents to uint8 images."""
+"""The frozen autoencoder: uint8 images to raw posterior moments, raw latents to uint8 images."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin
 """Short names of autoencoders on the model hub."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What an autoencoder may run in, by the word of the settings."""
+"""Type in which an autoencoder runs, by precision."""
 
 DECODED_PIXELS = 8 * 256 * 256
-"""Pixels that a GPU decodes at a time: Stable Diffusion's decoder takes 1.5 GiB for 8 patches of 256 px, 12 for 64."""
+"""Most pixels that a GPU decodes at a time: Stable Diffusion's decoder takes 1.5 GiB for 8 patches of 256 px, 12 for
+64."""
 
 _REMEDY = "Use precision=bf16, smaller patches, or another device."
 
@@ -39,14 +40,14 @@ _KINDS: dict[str, Any] = {
 
 
 class Autoencoder:
-    """A frozen autoencoder. Raw latents are its own, with no scaling factor applied.
+    """A frozen autoencoder. Raw latents are those of the model, without a scaling factor.
 
-    Where a device's memory is full, patches pass in halves of the batch, and in no larger ones from then on. In fp32
-    that is the same but for rounding, as with any other batch.
+    If the memory of a device is full, the batch is halved from then on. In fp32 this changes rounding only, as does any
+    other batch size.
 
     Args:
         model: An AutoencoderKL, AutoencoderTiny or AutoencoderTAEF2.
-        source: Where it was loaded from: a name, a hub id or a folder.
+        source: Name, hub id or folder from which it was loaded.
 
     Attributes:
         source: As given.
@@ -54,14 +55,14 @@ class Autoencoder:
         hash: SHA-256 over its weights as fp32, whatever precision it runs in.
         latent_channels: Channels C of a latent.
         factor: Pixels per latent pixel along an edge.
-        deterministic: Whether it has no posterior, only a latent.
-        slicing: Whether patches pass one by one, whatever the batch; set by :meth:`enable_slicing`.
+        deterministic: Whether it gives a latent instead of a posterior.
+        slicing: Whether it takes patches one by one, independent of the batch; set by :meth:`enable_slicing`.
     """
 
     def __init__(self, model: Any, source: str) -> None:
         self.kind = type(model).__name__
         if self.kind not in _KINDS:
-            raise UserError(f"{self.kind} is not a supported autoencoder; there are {', '.join(_KINDS)}.")
+            raise UserError(f"{self.kind} is not a supported autoencoder; supported are {', '.join(_KINDS)}.")
         self.model: Any = model.eval().requires_grad_(False)
         self.source = source
         self.hash = weight_hash(model)
@@ -73,27 +74,26 @@ class Autoencoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device on which it runs."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision it runs in."""
+        """Precision in which it runs."""
         return next(self.model.parameters()).dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Autoencoder:
-        """Move it; its hash stays."""
+        """Move it to a device, a precision, or both; its hash stays the same."""
         self.model.to(device=device)
         if dtype is not None and dtype != self.dtype:
-            nn.Module.to(self.model, dtype=dtype)  # diffusers' own warns of layers that stay in fp32, where none does
+            nn.Module.to(self.model, dtype=dtype)  # diffusers' own warns about fp32 layers, but there are none
         return self
 
     def enable_slicing(self) -> Autoencoder:
-        """Pass patches one by one, for the memory of one.
+        """Take patches one by one from now on, which needs the memory of one patch.
 
-        Tiling, diffusers' other way to save memory, is not offered: it leaves patches up to the size that the
-        autoencoder was made for as they are, and changes the latents of larger ones, because each tile is normalised
-        by itself.
+        Tiling, diffusers' other way to save memory, is not offered. It changes the latents of patches above the
+        autoencoder's own size, because each tile is normalised separately, and has no effect on smaller patches.
         """
         self.slicing = True
         if hasattr(self.model, "enable_slicing"):
@@ -101,16 +101,14 @@ class Autoencoder:
         return self
 
     def _run(self, part: Any, x: torch.Tensor) -> torch.Tensor:
-        """A part of the TAEF2 model, which knows no slicing of its own."""
+        """The output of a part of the TAEF2 model, which has no slicing of its own."""
         return torch.cat([part(one) for one in x.split(1)]) if self.slicing and len(x) > 1 else part(x)
 
     @property
     def description(self) -> dict[str, Any]:
-        """What identifies it, JSON-able."""
-        return {
-            "source": self.source, "kind": self.kind, "hash": self.hash, "latent_channels": self.latent_channels,
-            "factor": self.factor, "deterministic": self.deterministic,
-        }  # fmt: skip
+        """The facts that identify it, JSON-able."""
+        names = ("source", "kind", "hash", "latent_channels", "factor", "deterministic")
+        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     @exact_fp32()
@@ -125,13 +123,13 @@ class Autoencoder:
             autoencoder.
 
         Raises:
-            UserError: Images of another shape or type, or a memory too small for one of them.
+            UserError: Images have another shape or type, or the memory is too small for one of them.
         """
         if isinstance(images, np.ndarray) and not images.flags.writeable:
-            images = images.copy()  # torch warns about memory it must not write to
+            images = images.copy()  # torch warns about read-only memory
         pixels = torch.as_tensor(images)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-            raise UserError(f"Images to encode are uint8 [n, H, W, 3], not {pixels.dtype} {list(pixels.shape)}.")
+            raise UserError(f"Images to encode must be uint8 [n, H, W, 3], not {pixels.dtype} {list(pixels.shape)}.")
         if pixels.shape[1] % self.factor or pixels.shape[2] % self.factor:
             raise UserError(
                 f"{pixels.shape[2]}×{pixels.shape[1]} images cannot be encoded: edges are multiples of {self.factor}."
@@ -161,11 +159,11 @@ class Autoencoder:
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Images of raw latents fp32 [n, C, h, w]: uint8 [n, H, W, 3], rounded and clamped.
 
-        A GPU decodes at most :data:`DECODED_PIXELS` at a time, whatever the batch of latents; the last part is filled
-        up, since a kernel may round otherwise for another number of patches.
+        A GPU decodes at most :data:`DECODED_PIXELS` at a time, independent of the batch of latents. The last part is
+        padded, because a kernel may round differently for another number of patches.
 
         Raises:
-            UserError: Pixels that are not finite, or a memory too small for one image.
+            UserError: A pixel is not finite, or the memory is too small for one image.
         """
         height, width = (edge * self.factor for edge in latents.shape[-2:])
         if not len(latents):
@@ -175,7 +173,7 @@ class Autoencoder:
         return np.concatenate([images for _, images in parts])
 
     def _images(self, latents: torch.Tensor, size: int) -> np.ndarray:
-        """Images of a part of the latents, decoded among ``size`` of them."""
+        """Images of a part of the latents, padded to ``size`` for decoding."""
         count = len(latents)
         if count < size:
             latents = latents[torch.arange(size, device=latents.device).clamp(max=count - 1)]
@@ -186,7 +184,7 @@ class Autoencoder:
             x = self.model.decode(z).sample.float() / 2 + 0.5
         if not torch.isfinite(x).all():
             raise UserError(
-                f"The autoencoder {self.source} gave pixels that are not finite in {self.dtype}.", "Run it in fp32."
+                f"The autoencoder {self.source} gives pixels that are not finite in {self.dtype}.", "Run it in fp32."
             )
         images = (x[:count].clamp(0, 1) * 255).round().to(torch.uint8)
         return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -201,10 +199,10 @@ def _factor(model: Any) -> int:
 
 
 def in_own_memory(model: Any) -> Any:
-    """The model, its weights moved out of the file that they are mapped from; in place.
+    """The model with its weights copied out of the memory-mapped file, in place.
 
-    A weight in a safetensors file begins wherever the names before it end. Some processors' matrix products round
-    otherwise where memory is not aligned, so a model read from disk would not give the bits of the one written.
+    Weights in a safetensors file are not aligned. On some processors matrix products of unaligned memory round
+    differently, so a model read from disk would not reproduce the bits of the model that was written.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
@@ -212,7 +210,7 @@ def in_own_memory(model: Any) -> Any:
 
 
 def weight_hash(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and fp32 values of all weights, in order of name."""
+    """SHA-256 over the names, shapes and fp32 values of all weights, in order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -235,7 +233,7 @@ def latent_shape(autoencoder: Autoencoder, patch_size: int) -> tuple[int, int, i
 
 
 def demo_folder() -> Path:
-    """The folder of the autoencoder that is packaged for the demo."""
+    """The folder of the demo's autoencoder, which the package includes."""
     return Path(__file__).resolve().parents[1] / "demo" / "weights" / "autoencoder"
 
 
@@ -246,13 +244,13 @@ def load_autoencoder(
 
     Args:
         name_or_folder: "demo"; a short name of :data:`HUB_NAMES`; a folder with ``config.json`` and safetensors, or
-            with the two TAEF2 files; or a hub id ``owner/name``. A folder wins over a hub id.
-        device: Where it runs.
-        dtype: Precision it runs in.
+            with the two TAEF2 files; or a hub id ``owner/name``. A folder takes precedence over a hub id.
+        device: Device on which it runs.
+        dtype: Precision in which it runs.
 
     Raises:
-        UserError: It is not here and cannot be downloaded (says what to download and where to put it), or is of an
-            unknown kind; or the GPU does not compute in this precision.
+        UserError: It is not on this machine and cannot be downloaded (says how to get it), or its kind is not
+            supported; or the GPU does not support the precision.
     """
     check_precision(dtype, device)
     name = str(name_or_folder)
@@ -277,7 +275,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _from_folder(folder: Path) -> nn.Module:
-    verify_checksums(folder, "Copy the whole folder again.")  # those of other programs have no checksums
+    verify_checksums(folder, "Copy the whole folder again.")  # folders of other programs have none
     if (folder / ENCODER_FILE).is_file() or (folder / DECODER_FILE).is_file():
         return AutoencoderTAEF2.from_state_dicts(folder / ENCODER_FILE, folder / DECODER_FILE)
     if not (folder / "config.json").is_file():
@@ -288,37 +286,37 @@ def _from_folder(folder: Path) -> nn.Module:
     kind = read_object(folder / "config.json").get("_class_name")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(
-            f"{folder} holds a {kind}, which is not a supported autoencoder; there are {', '.join(_KINDS)}."
+            f"{folder} holds a {kind}, which is not a supported autoencoder; supported are {', '.join(_KINDS)}."
         )
     check_config(folder / "config.json", _KINDS[kind], "Copy the whole folder again.")
-    # Other file names would be pickles, which are never opened.
+    # Files of other names would be pickles, which are never opened.
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(
             f"{folder} has no {WEIGHTS_FILE}; pickled weights are not loaded.", "Convert the weights to safetensors."
         )
     try:
-        model, told = _KINDS[kind].from_pretrained(
+        model, loading = _KINDS[kind].from_pretrained(
             str(folder), use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # a wrong entry of its configuration ends in whatever first uses it
+    except Exception as error:  # a wrong entry of its configuration raises any kind of error
         raise UserError(f"The autoencoder in {folder} cannot be loaded: {error}") from None
-    refuse_missing(told, folder)
+    refuse_missing(loading, folder)
     return in_own_memory(model)
 
 
-def refuse_missing(told: dict[str, Any], folder: Path) -> None:
-    """Refuse a network some of whose weights its files do not have: diffusers leaves those as they are by chance.
+def refuse_missing(loading: dict[str, Any], folder: Path) -> None:
+    """Refuse a network whose files lack some weights, which diffusers would leave random.
 
     Args:
-        told: What ``from_pretrained`` told of loading.
-        folder: The network's.
+        loading: The loading info of ``from_pretrained``.
+        folder: Folder of the network.
 
     Raises:
-        UserError: Names the first of them.
+        UserError: Names the first missing weight.
     """
-    if gone := sorted(told["missing_keys"]):
+    if gone := sorted(loading["missing_keys"]):
         raise UserError(
-            f"The weights in {folder} lack {len(gone)} tensors that its config.json asks for, such as {gone[0]}.",
+            f"The weights in {folder} lack {len(gone)} tensors that its config.json needs, such as {gone[0]}.",
             "Copy the whole folder again.",
         )
 
@@ -332,8 +330,8 @@ def _from_hub(name: str, hub_id: str) -> nn.Module:
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise UserError(
             f"The autoencoder {name!r} ({hub_id}) is not on this machine and cannot be downloaded: {first_line(error)}",
-            f"Where there is a network, run `hf download {hub_id} config.json {WEIGHTS_FILE} --local-dir FOLDER`, "
-            "copy FOLDER to this machine, and give its path as the autoencoder.",
+            f"On a machine with a network, run `hf download {hub_id} config.json {WEIGHTS_FILE} --local-dir FOLDER`. "
+            "Copy FOLDER to this machine, and give its path as the autoencoder.",
         ) from None
     return _from_folder(Path(folder))
 
@@ -344,7 +342,7 @@ def first_line(error: Exception) -> str:
 
 
 def save_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> None:
-    """Write it as a folder that :func:`load_autoencoder` reads, in the precision it runs in, at once or not at all."""
+    """Write a folder that :func:`load_autoencoder` reads, in its current precision, at once or not at all."""
     with atomic_path(folder) as temporary:
         autoencoder.model.save_pretrained(str(temporary), safe_serialization=True)
         forget_path(temporary / "config.json")
@@ -352,7 +350,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> None:
 
 
 def forget_path(config: Path) -> None:
-    """Remove the path a component was loaded from: it tells of this machine, and makes equal models differ."""
+    """Remove the path from which a component was loaded, because equal models must have equal files."""
     values = read_json(config)
     if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
         write_json(config, values)

@@ -18,18 +18,13 @@ SCHEMA_VERSION = 2
 REMEDY = "Restore the folder from a copy, or remove it and encode again."
 
 
-_SHARD = {
-    "file": str, "sha256": str, "source": str, "source_sha256": str, "count": int,
-}  # fmt: skip
+_SHARD = {"file": str, "sha256": str, "source": str, "source_sha256": str, "count": int}
 _AUTOENCODER = {"source": str, "hash": str, "deterministic": bool, "precision?": str}
-_FLOOR = {
-    "patches": int, "of": int, "psnr": {"mean": float, "worst": float, "worst_key": str},
-    "encoder": {"name": str, "dim": int}, "fd": (float, None), "kid": (float, None),
-}  # fmt: skip
-_INFO = {
-    "dataset?": str, "autoencoder": _AUTOENCODER, "shape": [int], "views?": int, "count?": int, "shards": [_SHARD],
-    "floor?": _FLOOR,
-}  # fmt: skip
+_PSNR = {"mean": float, "worst": float, "worst_key": str}
+_ENCODER = {"name": str, "dim": int}
+_FLOOR = {"patches": int, "of": int, "psnr": _PSNR, "encoder": _ENCODER, "fd": (float, None), "kid": (float, None)}
+_INFO = {"dataset?": str, "autoencoder": _AUTOENCODER, "shape": [int], "views?": int, "count?": int}
+_INFO |= {"shards": [_SHARD], "floor?": _FLOOR}
 
 
 def read_info(folder: Path) -> dict[str, Any]:

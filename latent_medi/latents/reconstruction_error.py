@@ -1,4 +1,4 @@
-"""The autoencoder's reconstruction floor: what is lost before any model has learned anything."""
+"""The autoencoder's reconstruction error: what is lost before any model has learned anything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latent_medi.core.progress import progress
 from latent_medi.features.cache import warn_if_demo_encoder
 from latent_medi.features.encoders import load_encoder
 from latent_medi.latents.autoencoder import Autoencoder
-from latent_medi.latents.settings import FloorSettings
+from latent_medi.latents.settings import ReconstructionSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.distances import RANK_RULE, frechet_distance, full_rank, polynomial_kernel
@@ -43,10 +43,15 @@ def paired_kid(a: np.ndarray, b: np.ndarray) -> float:
     return float((kernel.sum() - np.trace(kernel)) / (len(a) * (len(a) - 1)))
 
 
-def measure_floor(
-    data: PatchDataset, latents: Path, autoencoder: Autoencoder, settings: FloorSettings, batch: int, workers: int = 0
+def measure_reconstruction(
+    data: PatchDataset,
+    latents: Path,
+    autoencoder: Autoencoder,
+    settings: ReconstructionSettings,
+    batch: int,
+    workers: int = 0,
 ) -> dict[str, Any]:
-    """How far patches decoded from their stored means lie from the patches themselves.
+    """The distance between patches and what is decoded from their stored means.
 
     Args:
         data: The dataset.
@@ -71,14 +76,14 @@ def measure_floor(
     rows = np.sort(np.random.default_rng(settings.seed).choice(len(data), n, replace=False))
     ratios, features = [], []
     starts = range(0, n, batch)
-    for start in progress(starts, desc="reconstruction floor", unit="batch"):
+    for start in progress(starts, desc="reconstruction error", unit="batch"):
         part = rows[start : start + batch]
         images = data.read(part, workers)
         decoded = autoencoder.decode(store.moments(part)[0])
         ratios.append(psnr(images, decoded))
         features.append([encoder.features([images]), encoder.features([decoded])])
     ratio = np.concatenate(ratios)
-    real, rebuilt = (np.concatenate(side) for side in zip(*features, strict=True))
+    real, rebuilt = (np.concatenate(parts) for parts in zip(*features, strict=True))
     valid = full_rank(n, encoder.dim)
     return {
         "patches": n,
@@ -96,17 +101,17 @@ def measure_floor(
     }
 
 
-def floor_text(floor: dict[str, Any]) -> str:
-    """The floor in one line."""
-    ratio, encoder = floor["psnr"], floor["encoder"]
+def reconstruction_text(error: dict[str, Any]) -> str:
+    """The reconstruction error in one line."""
+    ratio, encoder = error["psnr"], error["encoder"]
     least = RANK_RULE * encoder["dim"]
-    if floor["fd"] is not None:
-        distance = f"Fréchet distance {floor['fd']:.4g}, kernel distance {floor['kid']:.3g}"
-    elif floor["kid"] is not None:
-        distance = f"kernel distance {floor['kid']:.3g}; a Fréchet distance takes {least:,} patches"
+    if error["fd"] is not None:
+        distance = f"Fréchet distance {error['fd']:.4g}, kernel distance {error['kid']:.3g}"
+    elif error["kid"] is not None:
+        distance = f"kernel distance {error['kid']:.3g}; a Fréchet distance takes {least:,} patches"
     else:
         distance = f"no distance of one patch; a Fréchet distance takes {least:,}"
     return (
-        f"Reconstruction floor over {floor['patches']:,} of {floor['of']:,} patches: {ratio['mean']:.2f} dB, worst "
+        f"Reconstruction error over {error['patches']:,} of {error['of']:,} patches: {ratio['mean']:.2f} dB, worst "
         f"{ratio['worst']:.2f} dB ({ratio['worst_key']}); {distance} ({encoder['name']}, {encoder['dim']} features)."
     )

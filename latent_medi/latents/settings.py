@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PathText
@@ -11,15 +11,15 @@ from latent_medi.core.settings import Settings
 
 
 @dataclass
-class FloorSettings(Settings):
-    """The autoencoder's own reconstruction floor: what no model of its latents can surpass.
+class ReconstructionSettings(Settings):
+    """Measurement of the autoencoder's reconstruction error, a lower bound for models of its latents.
 
     Args:
-        patches: Patches to reconstruct, drawn over the whole dataset; 0 measures nothing. Decoding them takes about as
+        patches: Patches to reconstruct, drawn from the whole dataset; 0 measures nothing. Decoding them takes about as
             long as encoding twice as many.
         encoder: Encoder of the Fréchet distance: "demo" (packaged), "squeezenet", "inception", "uni", "phikon-v2" or a
-            folder. It needs at least two patches per feature; with fewer there is a kernel distance instead.
-        weights: The encoder's weights, where they do not come with the package.
+            folder. It needs at least two patches per feature; with fewer only a kernel distance is measured.
+        weights: The encoder's weights, if the package does not include them.
         seed: Seed of the sample.
     """
 
@@ -31,21 +31,21 @@ class FloorSettings(Settings):
 
 @dataclass
 class EncodeSettings(Settings):
-    """How a dataset folder becomes a latent folder.
+    """Encoding of a dataset folder into a latent folder.
 
     Args:
         data: Dataset folder, or the URL of one.
-        out: Latent folder to write; a folder that was cut off is continued.
+        out: Latent folder to write; an unfinished folder is continued.
         autoencoder: "demo", "sd-vae-ft-mse", "taesd", a folder with an autoencoder, or a hub id.
         device_batch: Patches per forward pass.
         device: Torch device, such as "cpu" or "cuda"; empty means the launcher's.
         precision: Arithmetic of the autoencoder: "fp32", "bf16" or "fp16".
-        workers: Threads that decode images ahead of the autoencoder; 0 decodes in the main one, in between; ``None``
-            takes 4, or 0 where the autoencoder runs on the CPU that they would take from it.
-        slicing: Patch by patch through the autoencoder, whatever the batch: least memory, slower on a GPU.
+        workers: Threads that decode images ahead of the autoencoder; 0 decodes in the main thread; ``None`` takes 4, or
+            0 where the autoencoder runs on the CPU.
+        slicing: Encode patches one by one, independent of device_batch: least memory, slower on a GPU.
         views: 1 encodes each patch as it was cut, 8 under every symmetry of the square (eight times the work and the
             disk); training then draws one per image.
-        floor: The reconstruction floor to measure and print.
+        reconstruction_error: The measurement of the reconstruction error.
     """
 
     data: PathText
@@ -57,7 +57,9 @@ class EncodeSettings(Settings):
     workers: int | None = None
     slicing: bool = False
     views: int = 1
-    floor: FloorSettings = field(default_factory=FloorSettings)
+    reconstruction_error: ReconstructionSettings = field(default_factory=ReconstructionSettings)
+
+    RENAMED: ClassVar = {"floor": "reconstruction_error"}
 
     def check(self) -> None:
         """Refuse settings that cannot be followed.
@@ -72,8 +74,8 @@ class EncodeSettings(Settings):
             problems.append(f"device_batch must be at least 1, not {self.device_batch}")
         for name, value in (
             ("workers", self.workers or 0),
-            ("floor.patches", self.floor.patches),
-            ("floor.seed", self.floor.seed),
+            ("reconstruction_error.patches", self.reconstruction_error.patches),
+            ("reconstruction_error.seed", self.reconstruction_error.seed),
         ):
             if value < 0:
                 problems.append(f"{name} must not be negative, but it is {value}")

@@ -1,4 +1,4 @@
-"""The files of a latent folder: compared with their hashes before they are read, and few of them open at a time."""
+"""The files of a latent folder: compared with their hashes before they are read, with a limit on open files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.latents.info import REMEDY
 
 _OPEN = 64
-"""Files that one folder keeps open: far below any limit, and enough that neighbouring batches find theirs open."""
+"""Files that one folder keeps open: far below the limit of a process, and enough for neighbouring batches."""
 
 _BLOCK = 1 << 22
 _HEADER = 1 << 20  # bytes; a header is a few hundred
@@ -31,7 +31,7 @@ _compared: set[tuple[str, int, int, str]] = set()
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor's numbers lie in its file.
+    """The place of a tensor in its file.
 
     Args:
         start: First byte.
@@ -48,15 +48,15 @@ class Tensor:
 
 
 class ShardFile:
-    """One safetensors file with fp16 tensors: a length, a JSON header, and the tensors' bytes.
+    """One safetensors file with fp16 tensors: a length, a JSON header, and the bytes of the tensors.
 
     Args:
         path: The file.
-        sha256: The hash that was noted when it was written.
+        sha256: Its recorded hash.
         shapes: Shape by name of every tensor.
 
     Raises:
-        UserError: It is absent, cut off, or holds something else.
+        UserError: It is absent, truncated, or has other content.
     """
 
     def __init__(self, path: Path, sha256: str, shapes: dict[str, list[int]]) -> None:
@@ -82,14 +82,14 @@ class ShardFile:
         if entry["shape"] != shape or entry["dtype"] != "F16" or end - start != int(np.prod(shape)) * _ITEM:
             raise ValueError(f"{name} is {entry['dtype']} {entry['shape']} instead of F16 {shape}")
         if not 0 <= start <= end <= size - base:
-            raise ValueError(f"{name} is cut off")
+            raise ValueError(f"{name} is truncated")
         return Tensor(base + start, tuple(shape))
 
     def compare(self, handle: int) -> None:
-        """Compare the file, open as ``handle``, with its hash, unless this process has done so since it last changed.
+        """Compare the file, open as ``handle``, with its hash, unless this process did so since its last change.
 
         Raises:
-            UserError: It is not what was written.
+            UserError: Its content has changed.
         """
         stat = os.fstat(handle)
         key = (str(self.path.absolute()), stat.st_size, stat.st_mtime_ns, self.sha256)
@@ -100,21 +100,21 @@ class ShardFile:
             digest.update(block)
             at += len(block)
         if digest.hexdigest() != self.sha256:
-            raise UserError(f"{self.path} is damaged: it does not have the hash it was written with.", REMEDY)
+            raise UserError(f"{self.path} is damaged: it does not have its recorded hash.", REMEDY)
         _compared.add(key)
 
     def read(self, handle: int, name: str, first: int, out: np.ndarray) -> None:
-        """Read consecutive latents, the views of a row one after the other, into ``out``, contiguous fp16.
+        """Read consecutive latents, all views of a row in turn, into ``out``, contiguous fp16.
 
         Raises:
-            UserError: The file has become shorter.
+            UserError: The file is too short.
         """
         tensor, buffer = self.tensors[name], memoryview(out.reshape(-1).view(np.uint8).data)
         at = tensor.start + first * tensor.latent_bytes
         while buffer:
             count = os.preadv(handle, [buffer], at)
             if not count:
-                raise UserError(f"{self.path} was cut off while it was read.", REMEDY)
+                raise UserError(f"{self.path} was truncated while it was read.", REMEDY)
             buffer, at = buffer[count:], at + count
 
 
@@ -124,9 +124,9 @@ def _close(files: OrderedDict[Path, int]) -> None:
 
 
 class OpenFiles:
-    """Descriptors of shard files, the :data:`_OPEN` last used kept open; each file is compared with its hash first.
+    """File descriptors of the :data:`_OPEN` last used shard files; each file is first compared with its hash.
 
-    A map would keep a descriptor per file for as long as it lives, and a slide is a file.
+    A memory map would keep a descriptor per file, and there is a file per slide.
     """
 
     def __init__(self) -> None:
@@ -164,6 +164,6 @@ class OpenFiles:
         return handle
 
     def close(self) -> None:
-        """Close all of them; they open again when asked for."""
+        """Close all of them; they are opened again when needed."""
         with self._lock:
             _close(self._open)

@@ -1,6 +1,6 @@
-"""Random access to the moments of a latent folder: read from disk on demand, or resident in memory or on a device.
+"""Random access to the moments of a latent folder: read from disk on demand, or resident in RAM or on a device.
 
-Every file is compared with its hash once per process, before anything of it is used.
+Every file is compared with its hash once per process, before it is used.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from latent_medi.latents.shard_files import OpenFiles, ShardFile
 Residence = Literal["auto", "mmap", "ram", "device"]
 Moments = tuple[torch.Tensor, torch.Tensor | None]
 
-_SHARE = 0.4  # of the free memory that "auto" is willing to fill
-DEVICE_SHARE = 0.1  # of a device's, where the model has to fit as well
+_SHARE = 0.4  # most of the free RAM that "auto" fills
+DEVICE_SHARE = 0.1  # most of a device's free memory, which the model needs as well
 _CHUNK = 4096  # latents per step of the statistics
 
 
 class LatentStore:
-    """The moments of a dataset's patches by row number of its index.
+    """The moments of the patches of a dataset, by row number of its index.
 
     Args:
         folder: Latent folder.
         resident: "mmap" reads rows from disk on demand, "ram" loads everything, "device" loads everything onto
             ``device``; "auto" takes a device other than the CPU if the moments fill at most 10 % of its free memory,
             else RAM if they fill at most 40 % of that, else "mmap".
-        device: Where moments are wanted, such as "cuda".
+        device: Device on which moments are needed, such as "cuda".
 
     Attributes:
         info: The content of ``latents.json``.
@@ -65,14 +65,14 @@ class LatentStore:
         ]
         self._files = OpenFiles()
         if resident not in ("auto", "mmap", "ram", "device"):
-            raise UserError(f"Latents are resident 'auto', 'mmap', 'ram' or 'device', not {resident!r}.")
+            raise UserError(f"resident must be 'auto', 'mmap', 'ram' or 'device', not {resident!r}.")
         self.resident = choose_residence(self.nbytes, device) if resident == "auto" else resident
         self._loaded: dict[str, torch.Tensor] = {}
         if self.resident != "mmap":
             self._load(torch.device(device if self.resident == "device" else "cpu"))
 
     def _load(self, device: torch.device) -> None:
-        """All moments, [n·views, C, h, w] by name: shard by shard, so that a device's copy needs no second in RAM."""
+        """Load all moments, [n·views, C, h, w] by name, shard by shard, so that RAM never holds all for a device."""
         shape = (len(self) * self.views, *self.shape)
         self._loaded = {name: torch.empty(shape, dtype=torch.float16, device=device) for name in self._names}
         for start, shard in zip(self._starts * self.views, self._shards, strict=False):
@@ -93,11 +93,11 @@ class LatentStore:
 
     @property
     def identity(self) -> str:
-        """What tells these moments from others of the same patches and autoencoder; empty for one view."""
+        """What distinguishes these moments from others of the same patches and autoencoder; empty for one view."""
         return f"views={self.views}" if self.views > 1 else ""
 
     def _rows(self, rows: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
-        """Moments by name, fp32, of rows and views in range."""
+        """Moments by name, fp32, of valid rows and views."""
         at = rows * self.views + views
         if self.resident != "mmap":
             index = moved(torch.from_numpy(at), self._loaded["mean"].device)
@@ -107,7 +107,7 @@ class LatentStore:
         for number in np.unique(shard):
             where = np.flatnonzero(shard == number)
             inside = at[where] - self._starts[number] * self.views
-            # Neighbours that are asked for one after the other are read at once.
+            # Consecutive rows are read at once.
             breaks = np.flatnonzero((np.diff(inside) != 1) | (np.diff(where) != 1)) + 1
             first = np.concatenate([[0], breaks])
             runs = [
@@ -120,7 +120,7 @@ class LatentStore:
         return {name: torch.from_numpy(values).float() for name, values in out.items()}
 
     def moments(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> Moments:
-        """Moments of some rows, in the order asked for, repeats allowed.
+        """Moments of some rows, in their order; rows may repeat.
 
         Args:
             rows: Row numbers.
@@ -132,9 +132,9 @@ class LatentStore:
             autoencoder.
 
         Raises:
-            UserError: A row or view number out of range.
+            UserError: A row or view number is out of range.
         """
-        rows, views = check_asked(rows, views, len(self), self.views, str(self.folder))
+        rows, views = check_rows(rows, views, len(self), self.views, str(self.folder))
         found = self._rows(rows, views)
         return found["mean"], found.get("std")
 
@@ -158,40 +158,38 @@ class LatentStore:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """What is on the CPU in memory that a GPU copies from by itself, and in one piece: another tensor is gathered
-    first, into memory that is not."""
+    """A contiguous tensor of the CPU in pinned memory, from which a GPU copies asynchronously; others unchanged."""
     return tensor.contiguous().pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor on a device, by a copy that waits for nothing.
+    """A tensor on a device, copied asynchronously.
 
-    From other memory than :func:`pinned` a copy to a GPU waits for all that the GPU still has to do, and whoever
-    prepares the next batch would wait with it.
+    A copy from memory that is not :func:`pinned` would wait for all work of the GPU, and delay the next batch.
     """
     device = torch.device(device)
     ready = device.type != "cuda" or tensor.is_cuda or (tensor.is_contiguous() and tensor.is_pinned())
     return (tensor if ready else pinned(tensor)).to(device, non_blocking=True)
 
 
-def check_asked(
+def check_rows(
     rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None, count: int, known: int, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row and view numbers as int64 [n] each.
 
     Raises:
-        UserError: One is out of range.
+        UserError: A number is out of range.
     """
     rows = np.asarray(rows, dtype=np.int64).reshape(-1)
     if len(rows) and (rows.min() < 0 or rows.max() >= count):
-        raise UserError(f"Rows of {where} run from 0 to {count - 1}, not {rows.min()} to {rows.max()}.")
+        raise UserError(f"Rows of {where} must be from 0 to {count - 1}, not {rows.min()} to {rows.max()}.")
     if views is None:
         return rows, np.zeros(len(rows), np.int64)
     views = np.asarray(views, dtype=np.int64).reshape(-1)
     if len(views) != len(rows):
-        raise UserError(f"Each of {len(rows)} rows has one view; there are {len(views)}.")
+        raise UserError(f"There must be a view for each of {len(rows)} rows, not {len(views)}.")
     if len(views) and (views.min() < 0 or views.max() >= known):
-        raise UserError(f"Views of {where} run from 0 to {known - 1}, not {views.min()} to {views.max()}.")
+        raise UserError(f"Views of {where} must be from 0 to {known - 1}, not {views.min()} to {views.max()}.")
     return rows, views
 
 
@@ -201,19 +199,19 @@ def channel_statistics(
     """Mean and standard deviation per channel of sampled latents: var = var(mean) + E[std²].
 
     Args:
-        chunks: Gives the moments in parts; called twice, since a difference of large sums would cost digits.
+        chunks: Gives the moments in parts; called twice, because a difference of large sums would lose digits.
         shape: (C, h, w).
         count: Latents in all parts.
-        where: Where they are, for messages.
+        where: Their folder, for messages.
 
     Returns:
         Shift and scale, fp32 [C] each, on the CPU.
 
     Raises:
-        UserError: There is none, or a channel is constant.
+        UserError: There is no latent, or a channel is constant.
     """
     if not count:
-        raise UserError(f"There is no row of {where} to take the shift and scale from.")
+        raise UserError(f"There is no row of {where} to measure shift and scale on.")
     channels = shape[0]
     total, spread = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     pixels = count * shape[1] * shape[2]
@@ -228,14 +226,17 @@ def channel_statistics(
     if not bool((scale > 1e-6).all()):
         flat = [i for i, s in enumerate(scale.tolist()) if not s > 1e-6]
         raise UserError(
-            f"Latent channels {flat} of {where} are constant over the training rows.", "Is every patch the same?"
+            f"Latent channels {flat} of {where} are constant over the training rows.", "Check that patches differ."
         )
     return shift.float(), scale.float()
 
 
 def choose_residence(nbytes: int, device: torch.device | str) -> Literal["mmap", "ram", "device"]:
-    """Where moments of ``nbytes`` are held: on the device if it is no CPU and they fill at most 10 % of its free
-    memory, in RAM if they fill at most 40 % of that, or on disk."""
+    """Where to hold moments of ``nbytes``.
+
+    On the device if it is no CPU and they take at most 10 % of its free memory; else in RAM if they take at most 40 %
+    of it; else on disk.
+    """
     device = torch.device(device)
     if device.type != "cpu" and nbytes <= DEVICE_SHARE * _free_on(device):
         return "device"
@@ -243,13 +244,12 @@ def choose_residence(nbytes: int, device: torch.device | str) -> Literal["mmap",
 
 
 def _free_on(device: torch.device) -> int:
-    """Free bytes of an accelerator; 0 where it does not tell."""
+    """Free bytes of an accelerator; 0 if unknown."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _free_memory() -> int:
-    """Free bytes of RAM for this process: of the machine or of its container, and its share where the launcher started
-    several."""
+    """Free bytes of RAM for this process: its share of the free memory of the machine or container."""
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

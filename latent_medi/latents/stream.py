@@ -1,4 +1,4 @@
-"""Latents straight from image shards, with the frozen autoencoder in the loop, for data too large to store encoded."""
+"""Latents encoded on demand from image shards by the frozen autoencoder, for data too large to store encoded."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ import torch
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import progress
 from latent_medi.latents.autoencoder import Autoencoder, latent_shape
-from latent_medi.latents.store import Moments, channel_statistics, check_asked
+from latent_medi.latents.store import Moments, channel_statistics, check_rows
 from latent_medi.latents.views import view_of
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.reading.read_ahead import ReadAhead, read_ahead_threads
 
-_SAMPLE = 3  # the stream of random numbers that the statistics draw from
+_SAMPLE = 3  # stream of random numbers of the statistics
 
 
 class StreamedLatents:
-    """Moments of a dataset's patches by row number, encoded when they are asked for: in place of a
-    :class:`latent_medi.latents.store.LatentStore`, whose values it gives, rounding to fp16 included; up to one such
-    rounding where the processor encodes a patch otherwise in another batch.
+    """Moments of the patches of a dataset by row number, encoded on demand.
+
+    It replaces a :class:`latent_medi.latents.store.LatentStore` and gives its values, rounded to fp16 as well. They
+    differ by at most one such rounding, on processors that round differently in another batch.
 
     Args:
-        data: The dataset, local or behind a URL.
-        autoencoder: Frozen; where it runs, the moments are.
+        data: The dataset, local or at a URL.
+        autoencoder: Frozen; its device holds the moments.
         views: Symmetries to draw from, 1 or 8.
         device_batch: Most patches per forward pass of the autoencoder.
         workers: Threads that read and decode patches announced with :meth:`expect`; ``None`` takes what suits the
             device.
-        sample: Patches that the statistics are taken from.
+        sample: Number of patches from which statistics are measured.
 
     Attributes:
-        info: The part of a latent folder's ``latents.json`` that training looks at.
+        info: The part of a latent folder's ``latents.json`` that training reads.
         shape: (C, h, w) of a latent.
         deterministic: Whether there is a mean only.
         views: As given.
@@ -70,17 +71,15 @@ class StreamedLatents:
 
     @property
     def identity(self) -> str:
-        """What tells these moments, and the whitening measured over a sample of them, from others of the same patches
-        and autoencoder."""
+        """What distinguishes these moments and their whitening from others of the same patches and autoencoder."""
         return f"streamed views={self.views} sample={self.sample} precision={self.info['autoencoder']['precision']}"
 
     def expect(self, rows: Sequence[int] | np.ndarray) -> None:
-        """Announce rows that :meth:`moments` will be asked for, together and in this order: they are read and decoded
-        in the background."""
+        """Announce the rows of a later call of :meth:`moments`, in their order, to read them in the background."""
         self._reader.expect(np.asarray(rows, dtype=np.int64).reshape(-1))
 
     def moments(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> Moments:
-        """Moments of some rows, in the order asked for, repeats allowed.
+        """Moments of some rows, in their order; rows may repeat.
 
         Args:
             rows: Row numbers of the dataset's index.
@@ -88,13 +87,13 @@ class StreamedLatents:
 
         Returns:
             Mean fp32 [n, C, h, w], and standard deviation of the same shape or ``None`` for a deterministic
-            autoencoder, where the autoencoder runs, rounded to fp16 as stored ones are.
+            autoencoder, on the autoencoder's device, rounded to fp16 as in a latent folder. Moments beyond fp16 are
+            infinite and show in the loss of the training; checking them here would make a GPU wait.
 
         Raises:
-            UserError: A row or view number out of range, or a damaged patch. Moments beyond fp16 are infinite, which
-                the training loop finds in its loss: looking at them here would make a GPU wait.
+            UserError: A row or view number is out of range, or a patch is damaged.
         """
-        rows, views = check_asked(rows, views, len(self), self.views, str(self.data.folder))
+        rows, views = check_rows(rows, views, len(self), self.views, str(self.data.folder))
         images = view_of(self._reader.read(rows), views)
         parts = [self._encode(images[i : i + self.device_batch]) for i in range(0, len(rows), self.device_batch)]
         if not parts:
@@ -109,8 +108,7 @@ class StreamedLatents:
         return mean.half().float(), None if std is None else std.half().float()
 
     def statistics(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation per channel of sampled latents, over a fixed random sample of some rows, each in
-        one of the views.
+        """Mean and standard deviation per channel of sampled latents, over a fixed random sample of rows and views.
 
         Returns:
             Shift and scale, fp32 [C] each, on the CPU; (latent − shift) / scale has mean about 0 and standard
@@ -126,7 +124,7 @@ class StreamedLatents:
         views = rng.integers(self.views, size=len(rows))
         parts: list[Moments] = []
         starts = range(0, len(rows), self.device_batch)
-        # One of several processes shows progress, though each measures for itself.
+        # One of several processes shows progress; each measures for itself.
         first = os.environ.get("RANK", "0") == "0"
         for i in progress(starts, desc="shift and scale", unit="batch") if first else starts:
             for j in (i, i + self.device_batch, i + 2 * self.device_batch):

@@ -1,4 +1,4 @@
-"""A small autoencoder with 32 latent channels (TAEF2); its pooled branch keeps it out of AutoencoderTiny."""
+"""A small autoencoder with 32 latent channels (TAEF2), whose pooled branch AutoencoderTiny does not have."""
 
 from __future__ import annotations
 
@@ -17,30 +17,23 @@ ENCODER_FILE, DECODER_FILE = "taef2_encoder.pth", "taef2_decoder.pth"
 
 
 class _Clamp(nn.Module):
-    """3·tanh(x/3): leaves usual latents alone and bounds the others."""
+    """3·tanh(x/3), which hardly changes usual latents and bounds the others."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x / 3) * 3
 
 
 class _Block(nn.Module):
-    """Three convolutions with a skip; in the lowest resolution a normalised 1×1 branch is added to the input first."""
+    """Three convolutions with a skip; at the lowest resolution a normalised 1×1 branch is added to the input first."""
 
     def __init__(self, width: int, pool: bool) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )  # fmt: skip
-        self.pool = (
-            nn.Sequential(
-                nn.Conv2d(width, 4 * width, 1, bias=False), nn.GroupNorm(4, 4 * width), nn.ReLU(),
-                nn.Conv2d(4 * width, width, 1, bias=False),
-            )
-            if pool
-            else None
-        )  # fmt: skip
+        first, second, third = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+        self.pool: nn.Module | None = None
+        if pool:
+            wider, narrower = (nn.Conv2d(a * width, b * width, 1, bias=False) for a, b in ((1, 4), (4, 1)))
+            self.pool = nn.Sequential(wider, nn.GroupNorm(4, 4 * width), nn.ReLU(), narrower)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.pool is not None:
@@ -86,7 +79,7 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
         """Load the two published state dicts, in fp32.
 
         Raises:
-            UserError: A file is absent, holds more than tensors, or does not fit.
+            UserError: A file is absent, does not only hold tensors, or does not fit.
         """
         weights = {f"encoder.{k}": v for k, v in _tensors(Path(encoder)).items()}
         weights |= {f"decoder.{k}": v for k, v in _tensors(Path(decoder)).items()}
@@ -105,5 +98,5 @@ def _tensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist.", f"The folder needs {ENCODER_FILE} and {DECODER_FILE}.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{path} is not a plain file of tensors, and is not opened: {str(error).splitlines()[0]}"
+            f"{path} is not a plain file of tensors and was not opened: {str(error).splitlines()[0]}"
         ) from None

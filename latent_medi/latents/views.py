@@ -1,7 +1,7 @@
-"""The eight symmetries of a square: histology has no up, so each of them shows tissue as likely as it was cut.
+"""The eight symmetries of a square (views): histology has no orientation, so each is as likely as the patch as cut.
 
-They act on pixels. An autoencoder's latents do not turn with its images: turning latents instead gives others than
-encoding turned patches, far beyond rounding, so that views are encoded, never made from stored latents.
+Views are symmetries of pixels. Rotating latents is not the same as encoding rotated patches, far beyond rounding, so
+views are always encoded and never computed from stored latents.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ VIEWS = 8
 def view_of(images: np.ndarray, views: int | np.ndarray) -> np.ndarray:
     """Patches under symmetries of the square.
 
-    View v is a mirror image (left to right) if v ≥ 4, then turned v mod 4 times by 90° against the clock.
+    View v is mirrored (left to right) if v ≥ 4, then rotated v mod 4 times by 90° counter-clockwise.
 
     Args:
         images: [n, H, W, …] of any type, H = W.
-        views: One view for all, or int [n]: one for each; 0 to 7.
+        views: One view for all, or int [n], one for each; 0 to 7.
 
     Returns:
-        Of the same type and shape; the patches themselves, not a copy, for the single view 0.
+        Of the same type and shape; not a copy for the single view 0.
     """
     if isinstance(views, (int, np.integer)):
         mirrored = images[:, :, ::-1] if views >= 4 else images

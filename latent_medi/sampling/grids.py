@@ -187,7 +187,7 @@ def _trajectory(pipeline: MediPipeline, settings: GridSettings) -> Image.Image:
     noise, generators = draw_noise(_seeds(settings), pipeline.latent_shape)
     steps: list[tuple[float, torch.Tensor, torch.Tensor]] = []
     how = (settings.sampler, settings.guidance)
-    pipeline.generate_latents(conditions, noise, *how, generators, watch=lambda *step: steps.append(step))
+    pipeline.generate_latents(conditions, noise, *how, generators, callback=lambda *step: steps.append(step))
     chosen = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, settings.steps).round().astype(int))]
     pictures = [(alpha, pipeline.decode(noisy), pipeline.decode(clean)) for alpha, noisy, clean in chosen]
     rows = [[p[kind][i] for p in pictures] for i in range(settings.n) for kind in (1, 2)]

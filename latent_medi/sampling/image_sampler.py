@@ -13,7 +13,7 @@ import torch
 
 from latent_medi.core.device import HalvedBatch, check_precision
 from latent_medi.core.errors import UserError
-from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, evaluations
+from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, Guidance, evaluations
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.latent_classifier.network import LatentClassifier
@@ -151,13 +151,11 @@ class ImageSampler:
             pipeline.conditions(conditions),
             noise,
             settings.sampler,
-            settings.guidance,
+            Guidance(settings.guidance, self.weak, guidance),
             generators,
             batch=size,
             pad=True,
             precision=settings.precision,
-            weak=self.weak,
-            classifier=guidance,
         )
         # The decoder also gets full batches, since a kernel may round differently for another batch size.
         filled = latents[torch.arange(size).clamp(max=len(part) - 1)]

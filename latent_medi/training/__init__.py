@@ -1,6 +1,5 @@
-"""Training: which sample comes when, the loop, its running average, checkpoints that survive a kill, and starting from
-another model.
+"""Training: the order of the samples, the updates, running averages of the weights, checkpoints, and fine-tuning.
 
-Everything that happens at a step is a pure function of the settings and of the number of images seen, so a resume is
-the same command again.
+Everything that happens at an update is a pure function of the settings and of the number of images seen. To resume a
+run, repeat its command.
 """

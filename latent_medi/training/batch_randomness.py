@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_STREAM = 2  # apart from the streams of sample_order.py
+_STREAM = 2  # different from the streams of sample_order.py
 
 
 def batch_seed(seed: int, number: int) -> int:
@@ -16,15 +16,15 @@ def batch_seed(seed: int, number: int) -> int:
 
 
 def batch_generator(seed: int, number: int) -> torch.Generator:
-    """CPU generator of the ``number``-th global batch: the same for any number of processes and any resume."""
+    """The CPU generator of the ``number``-th global batch, the same for any number of processes and any resume."""
     return torch.Generator().manual_seed(batch_seed(seed, number))
 
 
 def stratified_timesteps(count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
     """One timestep from each of ``count`` equal parts of ``range(timesteps)``, in ascending order.
 
-    Every timestep is as likely as when drawn one by one, but a batch always covers the whole range, which lowers the
-    loss's variance.
+    Every timestep is as likely as in independent draws. A batch always covers the whole range, which lowers the
+    variance of the loss.
 
     Returns:
         int64 [count].
@@ -40,8 +40,8 @@ class Draws:
 
     Args:
         timesteps: int64 [B].
-        noise: fp32 [B, C, h, w]; the noise that the denoiser has to find.
-        posterior: fp32 [B, C, h, w]; picks a sample of the autoencoder's posterior; ``None`` for a deterministic
+        noise: fp32 [B, C, h, w]; added to the latents.
+        posterior: fp32 [B, C, h, w]; chooses a sample of the autoencoder's posterior; ``None`` for a deterministic
             autoencoder.
     """
 

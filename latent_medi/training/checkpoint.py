@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or absent, checked by hash, with the newest few kept."""
+"""Checkpoints: written at once or not at all, compared with their hashes, the newest few kept."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ logger = get_logger("training")
 _NAME = re.compile(r"images-(\d{12})")
 _STATE = "state.json"
 _REMEDY = "Remove this checkpoint, or restore it from a copy."
-_STATE_TYPES = {
-    "images": int, "sha256": dict, "run?": dict, "whitening?": [[float]], "losses?": [[float]], "scaler?": dict,
-    "window?": [[(float, None)]],  # no norm where fp16's loss scaler skipped the update
-}  # fmt: skip
+_STATE_TYPES: dict[str, Any] = {"images": int, "sha256": dict, "run?": dict, "scaler?": dict}
+_STATE_TYPES |= {"whitening?": [[float]], "losses?": [[float]]}
+_STATE_TYPES |= {"window?": [[(float, None)]]}  # no norm where fp16's loss scaler skipped the update
 
 
 def checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -44,8 +43,8 @@ def save_checkpoint(
         images: Images seen.
         tensors: Tensors of each file, such as {"model": …, "ema": …, "optimizer": …}; each becomes
             ``<name>.safetensors``.
-        state: What is not a tensor; must be JSON-able (floats keep every bit).
-        keep: Checkpoints to keep, >= 1. Two let a run go on when the newest is damaged.
+        state: Everything that is not a tensor; must be JSON-able (floats keep every bit).
+        keep: Checkpoints to keep, >= 1. With two, a run can continue when the newest is damaged.
     """
     path = folder / f"images-{images:012d}"
     with atomic_path(path) as temporary:
@@ -54,7 +53,7 @@ def save_checkpoint(
             save_file({k: v.detach().contiguous() for k, v in mapping.items()}, temporary / f"{name}.safetensors")
         hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
         write_sealed(temporary / _STATE, {"images": images, "sha256": hashes, **state})
-    # Only after the new one is safe. A newer one was found damaged, or this one would not have been written.
+    # Only after the new one is safe. A checkpoint of more images is damaged, or this one would not have been written.
     older = [(seen, old) for seen, old in checkpoint_folders(folder) if seen < images]
     for _, old in older[: len(older) - keep + 1] + [e for e in checkpoint_folders(folder) if e[0] > images]:
         remove(old)
@@ -68,18 +67,18 @@ def _state(path: Path) -> tuple[dict[str, Any], bool]:
         UserError: It is damaged, or belongs to another checkpoint.
     """
     state, sealed = read_sealed(path / _STATE, _REMEDY)
-    # Earlier versions noted no checksum of these: what they lack would end the run later, with less clear words.
+    # Earlier versions wrote no checksum of the state, so what it must hold is checked here.
     needed = _STATE_TYPES if sealed else {**_STATE_TYPES, "run": dict, "whitening": [[float]]}
     check_types(state, needed, path / _STATE, _REMEDY)
     if len({len(values) for values in state.get("whitening", [])}) > 1 or len(state.get("whitening", "12")) != 2:
         raise UserError(f"{path / _STATE} is damaged: whitening is not a shift and a scale.", _REMEDY)
     if (match := _NAME.fullmatch(path.name)) and state["images"] != int(match[1]):
-        raise UserError(f"{path / _STATE} is of {state['images']:,} images, not of {int(match[1]):,}.", _REMEDY)
+        raise UserError(f"{path / _STATE} is for {state['images']:,} images, not {int(match[1]):,}.", _REMEDY)
     return state, sealed
 
 
 def verify_checkpoint(path: Path) -> str:
-    """What is wrong with a checkpoint, or "" if every file is as it was written."""
+    """The problem with a checkpoint, or "" if every file has the content that was written."""
     try:
         state, sealed = _state(path)
         compare(path, state["sha256"], path / _STATE, _REMEDY)
@@ -93,17 +92,17 @@ def verify_checkpoint(path: Path) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; a damaged one is named in the log and passed over."""
+    """The newest checkpoint that is whole; damaged ones are logged and skipped."""
     for _, path in reversed(checkpoint_folders(folder)):
         problem = verify_checkpoint(path)
         if not problem:
             return path
-        logger.warning("The checkpoint %s is damaged: %s Going back to the one before.", path, problem)
+        logger.warning("The checkpoint %s is damaged: %s Using the one before.", path, problem)
     return None
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left half-written in ``folder``."""
+    """Remove the temporary files that a killed process left in ``folder``."""
     for path in temporaries(folder):
         remove(path)
 
@@ -112,7 +111,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """The state of a checkpoint that was verified.
 
     Raises:
-        UserError: It was damaged since.
+        UserError: It was damaged in the meantime.
     """
     return _state(path)[0]
 
@@ -121,7 +120,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     """The tensors by file name (without extension) and the state of a checkpoint that was verified.
 
     Raises:
-        UserError: It was damaged since.
+        UserError: It was damaged in the meantime.
     """
     state = load_state(path)
     files = [inside(path, name, path / _STATE) for name in sorted(state["sha256"])]
@@ -154,7 +153,7 @@ def checked_checkpoints(folder: Path) -> list[Path]:
 
 
 def trained_tensors(module: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
-    """A module's state without its frozen parameters, which the run's source holds.
+    """A module's state without its frozen parameters, which are those of the model that the run started from.
 
     Args:
         module: The denoiser or its average.
@@ -165,15 +164,21 @@ def trained_tensors(module: torch.nn.Module, names: list[str]) -> dict[str, torc
 
 
 def load_trained(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
-    """Put the tensors of :func:`trained_tensors` back; none may be absent or left over."""
+    """Load the tensors of :func:`trained_tensors` into a module.
+
+    Raises:
+        UserError: A tensor is missing or has no place.
+    """
     expected = set(trained_tensors(module, names))
     if expected != set(tensors):
-        raise UserError(f"The checkpoint lacks or adds {', '.join(sorted(expected ^ set(tensors))[:5])}.")
+        raise UserError(
+            f"The checkpoint lacks or adds tensors: {', '.join(sorted(expected ^ set(tensors))[:5])}.", _REMEDY
+        )
     module.load_state_dict(tensors, strict=False)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
-    """An AdamW's state as named tensors ``<parameter>/<entry>``; hyperparameters are settings, so they are not state.
+    """An AdamW's state as named tensors ``<parameter>/<entry>``, without hyperparameters, which are settings.
 
     Args:
         optimizer: The optimizer; one parameter group, or several in the order of ``names``. The 8-bit one's nested
@@ -191,7 +196,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
-    """Put the tensors of :func:`optimizer_tensors` back."""
+    """Load the tensors of :func:`optimizer_tensors` into an optimizer."""
     position = {name: i for i, name in enumerate(names)}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
@@ -199,7 +204,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch
         name, entry, *inner = key.split("/")
         at = position[name]
         if value.shape == parameters[at].shape:
-            # In the parameter's own memory layout, since fused kernels walk through both by address.
+            # In the memory layout of the parameter, because fused kernels read both in order of address.
             value = torch.empty_like(parameters[at], device="cpu", dtype=value.dtype).copy_(value)
         # The 8-bit optimizer counts its steps in a Python number.
         kept = int(value) if value.ndim == 0 and not value.is_floating_point() else value

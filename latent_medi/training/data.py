@@ -1,4 +1,4 @@
-"""The training rows of a dataset as the loop needs them: moments, codes, and one batch at a time."""
+"""The training rows of a dataset: latents, conditions, and their batches."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from latent_medi.training.sample_order import balance_weights, rank_slice, rows_
 from latent_medi.training.settings import StreamSettings, TrainSettings
 
 AHEAD = 2
-"""Updates whose patches are read and decoded before they are asked for, when streaming."""
+"""Updates whose patches are read and decoded in advance, when streaming."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process trains on in one update: n images of the global batch.
+    """The part of a global batch that one process trains on: n images.
 
     Args:
         latents: fp32 [n, C, h, w]; whitened sample of the autoencoder's posterior.
@@ -49,7 +49,7 @@ class Batch:
     conditions: Conditions | None
 
     def pinned(self) -> Batch:
-        """The same, what is on the CPU in memory that a GPU copies from by itself."""
+        """The same, with tensors of the CPU in pinned memory."""
         return self._each(pinned)
 
     def to(self, device: torch.device) -> Batch:
@@ -57,7 +57,7 @@ class Batch:
         return self._each(lambda tensor: moved(tensor, device))
 
     def parts(self, size: int, device: torch.device) -> list[Batch]:
-        """The batch on a device, moved at once and cut into parts of at most ``size`` images."""
+        """The batch, moved to a device as a whole and split into parts of at most ``size`` images."""
         whole = self.to(device)
         parts = [slice(i, i + size) for i in range(0, len(self), size)]
         return [whole._each(lambda tensor, part=part: tensor[part]) for part in parts]  # type: ignore[misc]
@@ -76,13 +76,13 @@ class TrainingData:
     """The rows to train on.
 
     Args:
-        store: The latents of the whole dataset, stored or encoded as they are asked for.
+        store: The latents of the whole dataset, stored or encoded on demand.
         rows: int64 [n]; row numbers of the dataset's index.
         keys: Keys of these rows.
         schema: Fields of the model, or ``None`` for an unconditional one.
         conditions: Conditions of these rows, or ``None``.
         weights: float64 [n] for weighted draws, or ``None`` for each row once per epoch.
-        info: Name of the dataset, its patch size in pixels, µm per pixel, and the combinations that it shows.
+        info: Name of the dataset, its patch size in pixels, µm per pixel, and the combinations that occur in the rows.
         shift: fp32 [C]; subtracted from raw latents; set by :meth:`whiten`.
         scale: fp32 [C]; then divided by.
     """
@@ -96,22 +96,26 @@ class TrainingData:
     info: dict[str, Any]
     shift: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
     scale: torch.Tensor = field(default_factory=lambda: torch.ones(1))
-    # Both as they are, and where the latents are.
+    # Both as given, and on the device of the latents.
     _placed: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def whiten(
-        self, source: Source | None, override: list[str], known: list[list[float]] | None = None,
+        self,
+        source: Source | None,
+        override: list[str],
+        known: list[list[float]] | None = None,
         accelerator: Accelerator | None = None,
-    ) -> None:  # fmt: skip
-        """Fix the whitening for the run: what a checkpoint has; else the source's if there is one; else measured over
-        these rows, by the main process for all.
+    ) -> None:
+        """Set the whitening of the run: that of its checkpoint, else that of the source, else measured over these rows.
+
+        The main process measures for all.
 
         Args:
             source: The model to start from.
-            override: Parts not to inherit from it.
+            override: Parts that are not inherited from it.
             known: Shift and scale of a checkpoint.
             accelerator: The processes; every one must call.
         """
@@ -134,9 +138,9 @@ class TrainingData:
     def batch(
         self, number: int, batch: int, seed: int, timesteps: int, dropout: DropoutSettings, rank: int, processes: int
     ) -> Batch:
-        """A process's share of the ``number``-th global batch: latents where the store holds them, the rest on the CPU.
+        """A process's share of the ``number``-th global batch: latents on the store's device, the rest on the CPU.
 
-        All draws are made for the whole global batch, so that they do not depend on how many processes share it.
+        Random numbers are drawn for the whole global batch, so they do not depend on the number of processes.
         """
         generator = batch_generator(seed, number)
         mine = rank_slice(rank, processes)
@@ -149,7 +153,7 @@ class TrainingData:
         if self.conditions is not None and self.schema is not None:
             everyone = self.conditions.rows(torch.from_numpy(members))
             conditions = draw_dropout(everyone, dropout, generator, self.schema).rows(mine)
-        # Drawn last, and not at all for one view: with and without views, everything else about a batch is the same.
+        # Drawn last, and only for several views, so that everything else about a batch does not depend on views.
         views = None
         if self.store.views > 1:
             views = torch.randint(self.store.views, (batch,), generator=generator).numpy()[mine]
@@ -170,21 +174,21 @@ class TrainingData:
         return self._placed[2:]
 
     def table_hash(self) -> str:
-        """SHA-256 over the rows and what is known of them."""
+        """SHA-256 over the rows and their conditions and weights."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
         self._add_known(digest)
         return digest.hexdigest()
 
     def latents_hash(self) -> str:
-        """SHA-256 over what is recorded of the latents, their patches' hashes among it; not the autoencoder's path."""
+        """SHA-256 over the record of the latents with the hashes of their patches, without the autoencoder's path."""
         info = {key: value for key, value in self.store.info.items() if key != "floor"}
         info["autoencoder"] = {key: value for key, value in info["autoencoder"].items() if key != "source"}
         shards = self.store.data.info["shards"] if isinstance(self.store, StreamedLatents) else []
-        told = [info, self.store.identity, [shard["sha256"] for shard in shards]]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        record = [info, self.store.identity, [shard["sha256"] for shard in shards]]
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the rows, what is known of them, and what their latents were encoded from and by."""
+        """SHA-256 over the rows, their conditions and weights, the autoencoder, and the views of their latents."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
         digest.update(str(self.store.info["autoencoder"]["hash"]).encode())
         digest.update(self.store.identity.encode())
@@ -201,16 +205,16 @@ class TrainingData:
 
 
 def open_data(settings: TrainSettings, source: Source | None, device: torch.device | str = "cpu") -> TrainingData:
-    """The rows that the settings name, encoded by the model's fields.
+    """The rows that the settings select, with their conditions.
 
     Args:
         settings: The run.
         source: The model to start from, whose fields keep their codes, or ``None``.
-        device: Where the run trains: where an autoencoder in the loop runs, and where latents may be held.
+        device: Device of the training, which also runs an autoencoder in the loop and may hold the latents.
 
     Raises:
-        UserError: Data, split or field absent; latents of other images or of another autoencoder than the source's; or
-            a source that cannot be conditioned on these fields.
+        UserError: Data, split or field are absent; the latents belong to other images, or to another autoencoder than
+            the source's; or the source cannot be conditioned on these fields.
     """
     dataset = open_dataset(settings.data)
     rows = training_rows(dataset, settings.split, settings.split_value)
@@ -226,7 +230,7 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
     ):
         made = f"latents in {settings.latents} were encoded" if settings.latents else "patches are encoded"
         raise UserError(
-            f"The {made} by another autoencoder than the one of {source.folder}.",
+            f"The {made} by another autoencoder than that of {source.folder}.",
             "Encode the data with the source's autoencoder.",
         )
     if dataset.schema.class_field is not None:
@@ -237,35 +241,35 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
     table = dataset.index.iloc[rows]
     conditions = None
     if schema is not None:
-        # Only the fields asked for: one that the source has beyond them stays null, as the source knows it.
+        # Only the requested fields: a further field of the source stays null, which the source was trained with.
         conditions = Conditions.from_schema(schema, table[list(own.names)], absent="null")
-    weights = cell_weights(dataset, rows, settings.balance, settings.balance_temperature)
+    weights = combination_weights(dataset, rows, settings.balance, settings.balance_temperature)
     info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
     info["seen"] = training_record(table, dataset.schema)
     return TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
 
 
 def training_rows(dataset: PatchDataset, split: str, value: str) -> np.ndarray:
-    """Row numbers of a part of a split, or of all rows if ``split`` is empty.
+    """Row numbers of one value of a split, or of all rows if ``split`` is empty.
 
     Raises:
-        UserError: There is no such split, or no row in it.
+        UserError: There is no such split, or it has no row with that value.
     """
     if not split:
         return np.arange(len(dataset))
     rows = dataset.rows({f"{SPLIT_PREFIX}{split}": value})
     if not len(rows):
         raise UserError(
-            f"The split {split!r} of {dataset.folder} has no row in {value!r}.", "Choose another split or part."
+            f"The split {split!r} of {dataset.folder} has no row in {value!r}.", "Choose another split or value."
         )
     return rows
 
 
 def refuse_null(dataset: PatchDataset, field: str, rows: np.ndarray) -> None:
-    """Refuse rows without a value of a field: a model taught "no condition" for them would learn without a word.
+    """Refuse rows without a value of a field, which would be trained as "no condition" without notice.
 
     Raises:
-        UserError: Says how many there are; "unknown" is a value.
+        UserError: Gives their number and the first; "unknown" is a value.
     """
     column = dataset.index[field].iloc[rows]
     if missing := int(column.isna().sum()):
@@ -279,7 +283,7 @@ def refuse_null(dataset: PatchDataset, field: str, rows: np.ndarray) -> None:
 def stream_latents(
     dataset: PatchDataset, autoencoder: str, settings: StreamSettings, device: torch.device | str
 ) -> StreamedLatents:
-    """Latents that a frozen autoencoder makes while training.
+    """Latents that a frozen autoencoder encodes during training.
 
     Raises:
         UserError: The autoencoder is absent, or does not take these patches.
@@ -298,7 +302,7 @@ def open_latents(
     """The latents of a dataset.
 
     Raises:
-        UserError: They were encoded from other images.
+        UserError: They were encoded from other images than the dataset's.
     """
     store = LatentStore(folder, resident, device)
     hashes = [shard["sha256"] for shard in dataset.info["shards"]]
@@ -310,7 +314,9 @@ def open_latents(
     return store
 
 
-def cell_weights(dataset: PatchDataset, rows: np.ndarray, fields: list[str], temperature: float) -> np.ndarray | None:
+def combination_weights(
+    dataset: PatchDataset, rows: np.ndarray, fields: list[str], temperature: float
+) -> np.ndarray | None:
     """Sampling weights that balance the combinations of some fields; ``None`` without fields.
 
     Raises:

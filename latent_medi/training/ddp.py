@@ -1,4 +1,4 @@
-"""What DistributedDataParallel needs to be told, so that memory and numbers are those of one process."""
+"""Help for DistributedDataParallel (DDP), so that memory and numbers are those of one process."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from torch.nn.parallel import DistributedDataParallel
 def settle(
     model: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[], None], resumed: bool, parts: int
 ) -> None:
-    """Bring DDP to where it is after its first updates, by passes that change nothing; nothing without DDP.
+    """Bring DDP into the state that it has after its first updates, by passes that change no weight.
 
-    After its first pass DDP sums gradients in another order, which more than two processes see in the last bit. The
-    unbroken run has that behind it, so a resumed one takes such a pass first. And gradients become views of DDP's
-    buckets in a pass that is shared. Those of an update's first parts, which are not shared, would lie outside, a copy
-    as large as the weights: so an update of several parts begins with gradients that are views, zeroed
-    (:func:`clear`), of the buckets that DDP forms anew for its second pass.
+    Nothing happens without DDP. There are two reasons for such passes:
+
+    - After its first pass DDP sums gradients in another order, which more than two processes see in the last bit. An
+      unbroken run did that pass at its beginning, so a resumed run does it too.
+    - Gradients become views of DDP's buckets only in a pass that is synchronised, and the first parts of an update are
+      not. Their gradients would take a copy as large as the weights. So an update of several parts starts with
+      gradients that are already views, zeroed (:func:`clear`), of the buckets that DDP rebuilds for its second pass.
 
     Args:
         model: The model, wrapped or not.
         optimizer: Of its parameters.
-        backward: A pass over any images; every process calls it as often.
-        resumed: Whether the run goes on from a checkpoint.
+        backward: A pass over any images; every process must call it equally often.
+        resumed: Whether the run continues from a checkpoint.
         parts: Parts of an update.
     """
     if not isinstance(model, DistributedDataParallel):
@@ -36,15 +38,15 @@ def settle(
 
 
 def clear(model: nn.Module, optimizer: torch.optim.Optimizer, parts: int) -> None:
-    """Forget the gradients of an update; with DDP and several parts, zero them where they are, in DDP's buckets."""
+    """Delete the gradients of an update; with DDP and several parts, zero them in DDP's buckets instead."""
     stay = parts > 1 and isinstance(model, DistributedDataParallel)
     optimizer.zero_grad(set_to_none=not stay)
 
 
 def compile_whole(checkpointing: bool, processes: int) -> None:
-    """Have a network compiled in one piece where older versions of torch cannot cut it along DDP's buckets.
+    """Compile a network as one graph where older versions of torch cannot split it along DDP's buckets.
 
-    Cut, the buckets are shared while the backward pass goes on; but before 2.15 torch refuses to cut a network with
+    A split graph synchronises buckets during the backward pass. Before 2.15, torch cannot split a network with
     recomputed blocks.
     """
     if checkpointing and processes > 1 and torch.__version__ < "2.15":

@@ -1,4 +1,4 @@
-"""The running average of the weights, kept in fp32; its decay is a pure function of images seen."""
+"""The running average of the weights, in fp32; its decay is a pure function of the images seen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @lru_cache(maxsize=8)
 def power_exponent(relative_width: float) -> float:
-    """Exponent γ of the averaging profile t^γ whose standard deviation is ``relative_width`` of the run so far.
+    """Exponent γ of the averaging profile t^γ whose standard deviation is the share ``relative_width`` of the run.
 
     Solves σ² (γ+2)² (γ+3) = γ+1 (power-function averaging, Karras et al. 2024, arXiv 2312.02696, section 3).
     """
@@ -59,7 +59,7 @@ class Ema(Generic[M]):
             p for p, follows in zip(self.module.parameters(), trained, strict=True) if follows
         ]
         if any(p.dtype != torch.float32 for p in self._averages):
-            # bf16 cannot hold an update of size 1e-4 and would stand still.
+            # bf16 rounds an update of size 1e-4 away.
             raise ValueError("The average is kept in fp32; the module has parameters of another type.")
 
     @torch.no_grad()
@@ -69,8 +69,8 @@ class Ema(Generic[M]):
         Args:
             module: The trained module.
             decay: As of :func:`ema_decay`.
-            made: bool []; whether the weights were updated at all, told on the device, which is not waited for: if not,
-                the average stays as it is. Unset: they were.
+            made: bool [], on the device; whether the weights were updated at all. If not, the average stays unchanged.
+                Unset: they were.
         """
         weights = [p.detach() for p in module.parameters() if p.requires_grad]
         if made is None:

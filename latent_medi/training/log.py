@@ -1,4 +1,4 @@
-"""log.csv and its like: rows by images seen, consistent with the checkpoint that a run goes on from; and trackers."""
+"""CSV logs with a row per interval of images seen, consistent with the checkpoint that a run resumes from; trackers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import write_text
 from latent_medi.metadata.tables import escape_cell, unescape_cell
 
-Measure = tuple[float, float | None]
-"""Loss and gradient norm of one update; no norm where fp16's loss scaler skipped the update."""
-
-COLUMNS = ("images", "loss", "lr", "grad_norm", "images_per_s")
-
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a log; a last line that a kill cut short is left out."""
+    """The complete rows of a log, without a last line that was cut short."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -38,7 +33,7 @@ class CsvLog:
     Args:
         path: The file.
         columns: Names of its columns.
-        images: Images seen where the run goes on; later rows, of work that was lost, are removed.
+        images: Images seen where the run continues; later rows, of work that was lost, are removed.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], images: int) -> None:
@@ -60,21 +55,15 @@ class CsvLog:
             file.write(text.getvalue())
 
 
-def mean_measures(window: list[Measure]) -> tuple[float, float]:
-    """Mean loss and mean gradient norm (NaN where no update had one) of some updates."""
-    norms = [entry[1] for entry in window if entry[1] is not None]
-    return sum(entry[0] for entry in window) / len(window), sum(norms) / len(norms) if norms else float("nan")
-
-
 def start_trackers(accelerator: Accelerator, names: Sequence[str], out: Path, images: int, run: str) -> None:
-    """Open TensorBoard or Weights & Biases through Accelerate; log.csv is written in any case.
+    """Open TensorBoard or Weights & Biases through Accelerate, in addition to log.csv.
 
     Args:
         accelerator: Made with these trackers.
         names: "tensorboard", "wandb".
         out: Folder of the run; its name becomes the run's.
-        images: Images seen where the run goes on; TensorBoard drops what it has beyond.
-        run: What tells this run and folder from others, so that a resumed run continues its own page.
+        images: Images seen where the run continues; TensorBoard drops later values.
+        run: Identifies this run and folder, so that a resumed run continues its own page.
 
     Raises:
         UserError: A tracker that is not installed or cannot be reached.
@@ -87,7 +76,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], out: Path, im
     }
     try:
         accelerator.init_trackers(out.name, init_kwargs={name: options[name] for name in names})
-        if len(accelerator.trackers) < len(names):  # Accelerate leaves out what is not installed without a word
+        if len(accelerator.trackers) < len(names):  # Accelerate silently leaves out what is not installed
             raise ImportError(f"only {[tracker.name for tracker in accelerator.trackers]} of them are installed")
     except Exception as error:  # each service has its own kinds
         raise UserError(

@@ -1,4 +1,4 @@
-"""The loss by noise level and by value of each field: which hospital is learned worst, and at which noise."""
+"""The loss by noise level and by value of each field, such as by hospital."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ COLUMNS = ("images", "group", "value", "loss", "n")
 class LossTable:
     """Sums of the weighted loss by tenth of the noise levels and by code of every field, over a logging interval.
 
-    Dropped conditions are counted under "null". Sums are collected on the device and fetched when the loop looks at its
-    losses anyway.
+    Dropped conditions count as "null". Sums stay on the device until :meth:`fold`.
 
     Args:
         schema: The model's fields, or ``None``.
@@ -36,7 +35,7 @@ class LossTable:
             starts.append(len(self.labels))
             values = ("value",) if field.continuous else field.values
             self.labels += [(field.name, value) for value in ("null", "unknown", *values)]
-        # Every label belongs to one column of a sample's labels: its timestep's, or a field's.
+        # Every label belongs to one column of a sample's labels: that of its timestep, or of a field.
         counts = [BUCKETS, *(b - a for a, b in pairwise([*starts, len(self.labels)]))]
         self._column = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
         self._label = torch.arange(len(self.labels), device=device)
@@ -48,7 +47,7 @@ class LossTable:
         self._total = np.zeros((len(self.labels), 2))
 
     def add(self, each: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions | None) -> None:
-        """Take in the weighted losses fp32 [n] of samples at timesteps int64 [n]."""
+        """Add the weighted losses fp32 [n] of samples at timesteps int64 [n]."""
         rows = (timesteps * BUCKETS // self._timesteps)[:, None]
         if conditions is not None:
             rows = torch.cat([rows, conditions.codes + self._starts], 1)
@@ -60,12 +59,12 @@ class LossTable:
             self._recent += sums_by_label(values, rows[:, self._column] == self._label)
 
     def fold(self, accelerator: Accelerator) -> None:
-        """Add what all processes have collected to the interval's sums; every process must call."""
+        """Add the sums of all processes to those of the interval; every process must call."""
         self._total += accelerator.reduce(self._recent, "sum").double().cpu().numpy()
         self._recent.zero_()
 
     def rows(self, images: int) -> list[tuple[Any, ...]]:
-        """Rows of :data:`COLUMNS` for all groups that were seen."""
+        """Rows of :data:`COLUMNS`, one for every group with samples."""
         return [
             (images, *label, repr(float(total / count)), int(count))
             for label, (total, count) in zip(self.labels, self._total, strict=True)
@@ -81,7 +80,7 @@ class LossTable:
         return self._total.tolist()
 
     def load(self, state: list[list[float]]) -> None:
-        """Go on from :meth:`state`."""
+        """Continue from :meth:`state`."""
         if state:
             self._total = np.array(state, dtype=np.float64)
 
@@ -89,7 +88,7 @@ class LossTable:
 def sums_by_label(values: torch.Tensor, belongs: torch.Tensor) -> torch.Tensor:
     """Sum and number of the values [n] that belong (bool [n, labels]) to each label, [labels, 2].
 
-    A GPU's ``index_add_`` adds in the order in which its threads happen to come, so that last digits vary from run to
-    run; these sums have one order.
+    A GPU's ``index_add_`` adds in an order that varies from run to run, and so do its last digits. These sums have one
+    order.
     """
     return torch.stack([torch.where(belongs, values[:, None], 0.0).sum(0), belongs.sum(0)], 1)

@@ -1,4 +1,4 @@
-"""The optimizer of the settings."""
+"""AdamW, in fp32 or with 8-bit moments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from latent_medi.training.settings import TrainSettings
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel, or with its two moments in 8 bits (a quarter of their memory).
+    """The optimizer of the settings: AdamW as one fused kernel, or with its two moments in 8 bits.
+
+    8-bit moments take a quarter of the memory.
 
     Raises:
         UserError: The 8-bit one is not installed.

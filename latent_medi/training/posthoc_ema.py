@@ -1,8 +1,8 @@
-"""Choosing the length of the weights' average after training, from a few averages kept on the way.
+"""Averages of the weights over a length that is chosen after training, from averages that were kept during training.
 
 A run with ``ema.also`` and ``ema.snapshot_every_images`` keeps averages of two or more lengths at several moments.
-Any other length, at any moment up to the last, is a weighted sum of them (Karras et al. 2024, arXiv 2312.02696,
-section 3.2): the weights are those whose averaging profiles add up best to the wanted profile.
+An average of any other length, at any of these moments, is approximated by a weighted sum of them: the sum whose
+averaging profile is closest to the wanted one (Karras et al. 2024, arXiv 2312.02696, section 3.2).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Snapshot:
 def save_snapshots(out: Path, images: int, averages: Mapping[float, Mapping[str, torch.Tensor]]) -> None:
     """Write ``out/averages/images-N-width-W.safetensors`` for each relative width, in fp32.
 
-    Averages differ by little and are added with large shares of both signs, which half precision would not bear.
+    Half precision would not do: averages differ little, and are added with large coefficients of both signs.
     """
     for width, tensors in averages.items():
         path = out / FOLDER / f"images-{images:012d}-width-{width:.4f}.safetensors"
@@ -50,7 +50,7 @@ def save_snapshots(out: Path, images: int, averages: Mapping[float, Mapping[str,
 
 
 def list_snapshots(out: Path) -> list[Snapshot]:
-    """The averages that a run has kept, by images seen and width."""
+    """The averages that a run kept, ordered by images seen and width."""
     found = [(p, match) for p in (Path(out) / FOLDER).glob("*.safetensors") if (match := _NAME.fullmatch(p.name))]
     return sorted((Snapshot(int(m[1]), float(m[2]), p) for p, m in found), key=lambda s: (s.images, s.width))
 
@@ -58,13 +58,13 @@ def list_snapshots(out: Path) -> list[Snapshot]:
 def profile_product(gamma_a: np.ndarray, end_a: np.ndarray, gamma_b: np.ndarray, end_b: np.ndarray) -> np.ndarray:
     """∫ p_a·p_b over time, for profiles p(t) = (γ+1)/T · (t/T)^γ on [0, T]; arrays broadcast."""
     shorter = np.minimum(end_a, end_b)
-    # Ratios to the ends, not powers of images, which would overflow.
+    # Ratios to the ends, because powers of images would overflow.
     ratio = (shorter / end_a) ** gamma_a * (shorter / end_b) ** gamma_b * shorter / (end_a * end_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio
 
 
 def coefficients(kept: Sequence[tuple[int, float]], images: int, width: float) -> np.ndarray:
-    """How much of each kept average makes the wanted one, float64 [len(kept)].
+    """Coefficients of the kept averages in the wanted one, float64 [len(kept)].
 
     Args:
         kept: (images seen, relative width) of each.
@@ -72,7 +72,7 @@ def coefficients(kept: Sequence[tuple[int, float]], images: int, width: float) -
         width: Its relative width.
 
     Returns:
-        The least-squares solution of Σ x_i·p_i = p with Σ x_i = 1: what never moved must come back as it is.
+        The least-squares solution of Σ x_i·p_i = p with Σ x_i = 1, so that a weight that never changed is kept.
     """
     end = np.array([float(moment) for moment, _ in kept])
     gamma = np.array([power_exponent(each) for _, each in kept])
@@ -93,7 +93,7 @@ def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[st
         images: Moment, in images seen, of one of the kept averages; 0 for the last.
 
     Returns:
-        fp32 tensors by name, and what they were made from.
+        fp32 tensors by name, and a record of what they were made from.
 
     Raises:
         UserError: The run kept fewer than two averages, or none at that moment.
@@ -102,7 +102,7 @@ def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[st
     moments = sorted({s.images for s in every})
     if len(every) < 2:
         raise UserError(
-            f"{run} kept {len(every)} averages; two or more make another.",
+            f"{run} kept {len(every)} averages; another length needs two or more.",
             "Train with ema.also=[…] and ema.snapshot_every_images=….",
         )
     if not 0 < width < 0.28:

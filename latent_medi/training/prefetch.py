@@ -1,4 +1,4 @@
-"""Batches made before they are asked for: several at a time, in order, and only so many that memory stays small."""
+"""Batches prepared ahead by threads, in order, and few at a time so that memory stays small."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MOST_THREADS = 4
 
 
 def threads_for(data: TrainingData, device: torch.device) -> int:
-    """How many threads should make batches beside a device: none beside a CPU, where they would be in its way.
+    """Number of threads that prepare batches for a device: 0 for a CPU, whose cores the network needs.
 
-    A batch is drawn for all processes, so that it takes the longer the more devices share it; torch computes without
-    Python's lock, so that threads do draw at the same time. An autoencoder in the loop has threads of its own, which
-    are told in order what to read.
+    Every process draws the whole global batch, so a batch takes longer the more devices share it. Torch computes
+    without Python's lock, so threads draw in parallel. An autoencoder in the loop has its own reading threads, which
+    need their announcements in order; it gets one thread.
     """
     if device.type == "cpu":
         return 0
@@ -37,17 +37,17 @@ def threads_for(data: TrainingData, device: torch.device) -> int:
 def made_ahead(
     make: Callable[[int], Batch], steps: Sequence[int], threads: int, device: torch.device
 ) -> Iterator[Iterator[Batch]]:
-    """The batches of some updates, one after the other.
+    """The batches of some updates, in order.
 
     Args:
         make: Makes the batch of an update; called in several threads.
         steps: The updates.
-        threads: Threads that make them; 0 makes each where it is asked for. One batch more than threads is made or
-            waits.
+        threads: Threads that make them; 0 makes each batch when it is requested. At most one batch more than there are
+            threads exists at a time.
         device: Where the batches go.
 
     Returns:
-        An iterator over the batches; what making one raised, it raises at that one.
+        An iterator over the batches. An error in ``make`` is raised at its batch.
     """
     if not threads:
         yield map(make, steps)
@@ -69,6 +69,6 @@ def made_ahead(
 
 
 def _choose(device: torch.device) -> None:
-    """Make a device this thread's own; new threads begin with the first."""
+    """Select a device in this thread; new threads start with the first device."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)

@@ -1,8 +1,8 @@
-"""Looking at a model while it trains: a grid of its samples, and how far they are from the data.
+"""Previews during training: a grid of samples, and a Fréchet distance between samples and data.
 
-Every process generates an equal share, so that none waits for another. A GPU decodes the grid between two updates, a
-CPU in a thread while training goes on, and a thread writes it. Nothing here draws from the random numbers of the
-training.
+Every process generates an equal share, so that none waits for another. A GPU decodes the grid between two updates; a
+CPU decodes it in a thread during training. A thread writes it. Previews use random numbers of their own and leave those
+of the training unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = get_logger("training")
 
 FOLDER = "previews"
 COLUMNS = ("images", "fd_pooled", "fd_pooled_real", "n")
-_STREAM = 7  # apart from the streams of sample_order.py and batch_randomness.py
+_STREAM = 7  # different from the streams of sample_order.py and batch_randomness.py
 _DECODED_AT_ONCE = 8
 _MOST_SHOWN = 64
 
@@ -47,11 +47,12 @@ def pooled(latents: torch.Tensor) -> np.ndarray:
 
 
 class Previews:
-    """Samples of the averaged model at chosen moments of a run.
+    """Samples of the averaged model during a run.
 
-    The conditions are those of a seeded choice of training patches, so that the samples and the real latents of these
-    patches should be alike. The Fréchet distance is over :func:`pooled` latents: cheap, blind to structure, and good
-    enough to see a run go wrong; beside it stands that between two sets of real patches of the same size.
+    The conditions are those of a random choice of training patches, drawn once, so that samples and the real latents of
+    these patches should have the same distribution. The Fréchet distance is that of :func:`pooled` latents: it is cheap
+    and ignores structure, but shows a run that diverges. The distance between two sets of real patches of the same size
+    is reported with it.
 
     Args:
         settings: The run's.
@@ -62,9 +63,13 @@ class Previews:
     """
 
     def __init__(
-        self, settings: TrainSettings, data: TrainingData, autoencoder: Autoencoder, objective: ObjectiveSettings,
+        self,
+        settings: TrainSettings,
+        data: TrainingData,
+        autoencoder: Autoencoder,
+        objective: ObjectiveSettings,
         accelerator: Accelerator,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.out = Path(settings.out)
         self._autoencoder, self._objective, self._accelerator = autoencoder, objective, accelerator
         self._shift, self._scale, self._precision = data.shift, data.scale, settings.precision
@@ -78,7 +83,7 @@ class Previews:
         chosen = np.sort(draw.choice(len(data), count, replace=len(data) < count))
         others = np.sort(draw.choice(len(data), count, replace=len(data) < count))
         conditions = None if data.conditions is None else data.conditions.rows(torch.from_numpy(chosen))
-        if conditions is not None:  # alike combinations beside each other
+        if conditions is not None:  # equal combinations next to each other
             order = np.lexsort(conditions.codes.numpy().T[::-1])
             chosen, conditions = chosen[order], conditions.rows(torch.from_numpy(order))
         self.count, mine = count, slice(rank, None, processes)
@@ -86,7 +91,7 @@ class Previews:
         self._noise = draw_noise(range(count), data.store.shape)[0][mine]
         self._real, self._other = (pooled(self._latents(data, rows)) for rows in (chosen, others))
         self._floor = frechet_distance(self._real, self._other)
-        make_sampler(make_scheduler(objective).config, self._sampler)  # refused now rather than after hours
+        make_sampler(make_scheduler(objective).config, self._sampler)  # refuses settings now rather than after hours
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
@@ -96,7 +101,7 @@ class Previews:
         return (raw - self._shift.view(-1, 1, 1)) / self._scale.view(-1, 1, 1)
 
     def make(self, images: int, averaged: Denoiser) -> tuple[int, float, float, int]:
-        """Generate, measure, and have the grid written; every process must call.
+        """Generate samples, measure their distance, and start writing the grid; every process must call.
 
         Args:
             images: Images seen.
@@ -107,20 +112,15 @@ class Previews:
         """
         pipeline = MediPipeline.from_parts(averaged, self._objective, self._autoencoder, self._shift, self._scale)
         mine = pipeline.generate_latents(
-            self._conditions,
-            self._noise,
-            self._sampler,
-            batch=self._batch,
-            precision=self._precision,
-            keep_layout=True,
+            self._conditions, self._noise, self._sampler, batch=self._batch, precision=self._precision, keep_layout=True
         )
         # [processes, share, …] back into the order of the whole.
         gathered = self._accelerator.gather(mine.to(self._accelerator.device)).cpu()
         share = gathered.unflatten(0, (self._accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1)
         distance = frechet_distance(pooled(share), self._real) if bool(share.isfinite().all()) else float("nan")
         if self._accelerator.is_main_process and self._last is not None and not self._last.done():
-            # Decoding is slower than training here: others must not wait for a picture.
-            logger.warning("No picture at %s images: the one before is still being drawn.", f"{images:,}")
+            # Decoding is slower than training here, and the other processes must not wait for a picture.
+            logger.warning("No picture at %s images: the previous one is still being drawn.", f"{images:,}")
         elif self._accelerator.is_main_process:
             self.finish()
             shown = share[:: -(-self.count // _MOST_SHOWN)]
@@ -131,7 +131,7 @@ class Previews:
         return images, distance, self._floor, self.count
 
     def finish(self) -> None:
-        """Wait for the last grid; one that failed is named in the log and does not end the training."""
+        """Wait for the last grid; a failure is logged and does not end the training."""
         if self._last is None:
             return
         error = self._last.exception()
@@ -155,16 +155,16 @@ def _decoded(pipeline: MediPipeline, latents: torch.Tensor) -> np.ndarray:
 
 
 def decode_on(device: torch.device, pipeline: MediPipeline, latents: torch.Tensor, precision: str) -> np.ndarray | None:
-    """Images of latents, decoded on the training's device in its precision; the memory is given back afterwards.
+    """Images of latents, decoded on the training's device in its precision; the memory is released afterwards.
 
     Args:
         device: Where to decode.
-        pipeline: Its autoencoder is moved there, and back to where it was.
+        pipeline: Its autoencoder is moved there, and back afterwards.
         latents: fp32 [n, C, h, w], whitened.
         precision: "fp32", "bf16" or "fp16".
 
     Returns:
-        uint8 [n, H, W, 3]; ``None`` if the memory is too small or pixels are beyond the precision's range.
+        uint8 [n, H, W, 3]; ``None`` if the memory is too small or a pixel is beyond the range of the precision.
     """
     autoencoder, dtype = pipeline.autoencoder, AUTOCAST[precision]
     before = autoencoder.device

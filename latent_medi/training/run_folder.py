@@ -1,4 +1,4 @@
-"""What a run is, on disk: its settings, the check that a folder holds this run and no other, and the finished model."""
+"""The folder of a run: what identifies the run, the check that a folder holds no other run, and the finished model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,9 @@ from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.metadata.training_record import merge_records
 from latent_medi.training.batch_randomness import batch_seed
-from latent_medi.training.checkpoint import (
-    checkpoint_folders,
-    load_state,
-    newest_checkpoint,
-    remove_unfinished,
-)
+from latent_medi.training.checkpoint import checkpoint_folders, load_state, newest_checkpoint, remove_unfinished
 from latent_medi.training.data import TrainingData
-from latent_medi.training.finetune.trainable_parts import added_values, choose_parts, fold
+from latent_medi.training.finetune.parameter_groups import added_values, fold, freeze_others
 from latent_medi.training.finetune.transfer import Source, describe_table, transfer, with_adapter
 from latent_medi.training.posthoc_ema import reconstruct
 from latent_medi.training.settings import LORA_TARGETS, AverageSettings, TrainSettings
@@ -44,16 +39,14 @@ logger = get_logger("training")
 
 RUN_FILE = "run.json"
 
-# Where things are, and what changes speed, memory and rounding only. Data and source are told apart by their content
-# instead, the latents' views and the like among it.
-FREE = {
-    "data", "latents", "resident", "stream", "out", "autoencoder", "init_from", "device_batch",
-    "checkpoint_every_images", "keep_checkpoints", "log_every_images", "channels_last", "compile",
-    "checkpoint_activations", "trackers", "preview_every_images", "preview_images", "preview_steps",
-}  # fmt: skip
+# What does not identify a run. Data and source are compared by their content, the latents' views and the like included.
+FREE = {"data", "latents", "autoencoder", "init_from", "out"}  # where things are
+FREE |= {"resident", "stream", "device_batch", "channels_last", "compile", "checkpoint_activations"}  # speed and memory
+FREE |= {"checkpoint_every_images", "keep_checkpoints", "log_every_images", "trackers"}
+FREE |= {"preview_every_images", "preview_images", "preview_steps"}
 
-# A compiled network draws other masks for its own dropout, and so does another memory layout: with dropout they change
-# more than rounding. Runs of earlier versions do not say what theirs were.
+# A compiled network, or one in another memory layout, draws other dropout masks, so with dropout these change more than
+# rounding. Runs of earlier versions did not record them.
 MASKING = ("compile", "channels_last")
 
 
@@ -67,23 +60,23 @@ def plain(value: Any) -> Any:
 
 
 def describe(settings: TrainSettings, data: TrainingData, source: Source | None) -> dict[str, Any]:
-    """What makes this run this run: its settings, but for paths and speed, and the content of data and source."""
+    """What identifies a run: its settings without paths and speed, and the content of its data and source."""
     free = FREE - set(MASKING) if drops(settings, source) else FREE
     kept = {key: value for key, value in plain(asdict(settings)).items() if key not in free}
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
 
 
 def drops(settings: TrainSettings, source: Source | None) -> bool:
-    """Whether the network, or an adapter of it, drops activations while it trains."""
+    """Whether the network or its adapter uses dropout in training."""
     own = settings.model.dropout if source is None else source.unet.config["dropout"]
     return bool(own or (settings.lora is not None and settings.lora.dropout))
 
 
 def declare(declared: Declared, settings: Any, data: TrainingData) -> None:
-    """Tell the other processes what this one is about to train on, and how; what only its memory decides may differ.
+    """Report to the other processes what this one will train on, and how. Settings of memory alone may differ.
 
     Args:
-        declared: What this process declares; filled here.
+        declared: The report.
         settings: Of a model's or a classifier's training.
         data: Its rows.
     """
@@ -105,34 +98,34 @@ def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) ->
     if not changed:
         return
     words = {"data": "the training data", "source": "the model in init_from"}
-    told = [
+    changes = [
         f"{words[key]} changed"
         if key in words
         else f"{key.removeprefix('settings.')} was {a.get(key)!r} and is {b.get(key)!r}"
         for key in changed
     ]
     raise UserError(
-        f"{out} holds a run with other settings: {'; '.join(told)}.",
-        "Choose another out, or repeat the command with the settings in settings.yaml beside it.",
+        f"{out} holds a run with other settings: {'; '.join(changes)}.",
+        "Choose another out, or repeat the command with the settings in its settings.yaml.",
     )
 
 
 def product(settings: TrainSettings) -> str:
-    """Name in ``out`` of what a run makes: its model, or the adapter alone."""
+    """Name in ``out`` of a run's result: "model", or "adapter" with ``lora``."""
     return "adapter" if settings.lora else "model"
 
 
 def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("model", "adapter")) -> bool:
-    """Whether ``out`` holds what this run makes, finished.
+    """Whether ``out`` holds the result of this run.
 
     Args:
         out: The run's folder.
-        record: What makes this run this run.
-        products: Names of what such runs make.
+        record: What identifies the run.
+        products: Possible names of the result.
 
     Raises:
-        UserError: It holds another run's product or checkpoints, a product of unknown origin, or files of the user's
-            that would be replaced.
+        UserError: It holds the result or checkpoints of another run, a result of unknown origin, or the user's own
+            files, which would be replaced.
     """
     made = next((name for name in products if (out / name).exists()), "")
     if not made and not checkpoint_folders(out / "checkpoints"):
@@ -140,7 +133,7 @@ def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("m
         return False
     if not (out / RUN_FILE).exists():
         held = f"a finished {made}" if made else "checkpoints"
-        raise UserError(f"{out} holds {held} but no {RUN_FILE} that says how it was trained.", "Choose another out.")
+        raise UserError(f"{out} holds {held} but no {RUN_FILE}, which records its settings.", "Choose another out.")
     check_same(out, record, _record_in(out))
     if made:
         check_product(out / made)
@@ -148,48 +141,48 @@ def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("m
 
 
 def check_product(folder: Path) -> None:
-    """Compare what a finished run made with its checksums, if it has any.
+    """Compare the result of a finished run with its checksums, if it has any.
 
     Raises:
-        UserError: It is damaged; the checkpoints beside it can make it again.
+        UserError: It is damaged; it can be written again from the checkpoints.
     """
     try:
         verify_checksums(folder, "")
     except UserError as error:
         raise UserError(
             error.message,
-            f"Restore {folder} from a copy; or remove it and repeat the command, which writes it again from the last "
+            f"Restore {folder} from a copy. Or remove it and repeat the command, which writes it again from the last "
             "checkpoint.",
         ) from None
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """What makes the run in ``out`` this run, of its run.json.
+    """What identifies the run in ``out``, from its run.json.
 
     Raises:
         UserError: It is absent or damaged.
     """
     remedy = "Restore it from a copy, or choose another out."
-    told, _ = read_sealed(out / RUN_FILE, remedy)
-    check_types(told, {"run": dict}, out / RUN_FILE, remedy)
-    return told["run"]
+    content, _ = read_sealed(out / RUN_FILE, remedy)
+    check_types(content, {"run": dict}, out / RUN_FILE, remedy)
+    return content["run"]
 
 
 def _record_in(out: Path) -> dict[str, Any]:
-    """What makes the run in ``out`` this run: of run.json or, where that is damaged, of the newest checkpoint."""
+    """What identifies the run in ``out``, from run.json or, if that is damaged, from the newest checkpoint."""
     try:
         return read_record(out)
     except UserError as error:
         if (newest := newest_checkpoint(out / "checkpoints")) is None:
             raise
-        logger.warning("%s The checkpoint %s says what the run is.", error.message, newest)
+        logger.warning("%s The settings of the run are read from the checkpoint %s.", error.message, newest)
         return load_state(newest)["run"]
 
 
 def build(settings: TrainSettings, data: TrainingData, source: Source | None) -> tuple[Denoiser, pd.DataFrame | None]:
-    """The denoiser at its start, fp32 on the CPU, and the table of transferred tensors if it starts from a model.
+    """The denoiser before training, fp32 on the CPU, and the table of transferred tensors if it starts from a model.
 
-    Initial weights come from ``settings.seed`` and leave the caller's random state alone.
+    Initial weights are drawn from ``settings.seed``, without changing the caller's random state.
     """
     channels, height, width = data.store.shape
     if height != width:
@@ -198,7 +191,7 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
         torch.manual_seed(settings.seed)
         if source is not None:
             denoiser, table = transfer(source, data.schema, settings.model, settings.dropout, (channels, height, width))
-            table = choose_parts(denoiser, table, source, settings)
+            table = freeze_others(denoiser, table, source, settings)
             if settings.lora is not None:
                 lora, before = settings.lora, {name for name, _ in denoiser.named_parameters()}
                 targets = [end for name in lora.targets for end in LORA_TARGETS[name]]
@@ -209,12 +202,9 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
             conditioner = None
             unet = build_unet(settings.model, channels, height, conditional=data.schema is not None)
             if data.schema is not None:
+                model, patterns = settings.model, asdict(settings.dropout)
                 conditioner = MetadataConditioner(
-                    data.schema.to_dict(),
-                    settings.model.embed_dim,
-                    fusion=settings.model.fusion,
-                    widths=settings.model.widths,
-                    dropout_patterns=asdict(settings.dropout),
+                    data.schema.to_dict(), model.embed_dim, None, model.fusion, model.widths, patterns
                 )
             denoiser, table = Denoiser(unet, conditioner), None
     if settings.checkpoint_activations:
@@ -223,8 +213,7 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
 
 
 def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFrame | None = None) -> None:
-    """Write run.json, settings.yaml and, when starting from a model, transfer.csv; clear what a killed process left
-    behind."""
+    """Write run.json, settings.yaml and, when fine-tuning, transfer.csv; remove what a killed process left."""
     write_sealed(out / RUN_FILE, {"run": record})
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
@@ -235,10 +224,10 @@ def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFra
 
 
 def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source | None) -> Autoencoder:
-    """The autoencoder of the latents, looked for before training so that a finished run can write its model.
+    """The autoencoder of the latents, loaded before training because a finished run stores it with the model.
 
     Raises:
-        UserError: It is absent, or another than the one that encoded the latents.
+        UserError: It is absent, or is not the one that encoded the latents.
     """
     known = data.store.info["autoencoder"]
     inside = source.folder / "autoencoder" if source else None
@@ -247,8 +236,8 @@ def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source
     if autoencoder.hash != known["hash"]:
         raise UserError(
             f"The latents in {settings.latents} were encoded by {known['source']} ({known['hash'][:12]}), and the "
-            f"autoencoder {where} ({autoencoder.hash[:12]}) is another.",
-            "Set autoencoder to where the right one is.",
+            f"autoencoder {where} ({autoencoder.hash[:12]}) is another one.",
+            "Set autoencoder to the name or folder of the right one.",
         )
     return autoencoder
 
@@ -263,7 +252,7 @@ def finish(
     averaged: Denoiser,
     source: Source | None,
 ) -> None:
-    """Write ``out/model`` (or ``out/adapter``) with the averaged weights; it is there whole or not at all."""
+    """Write ``out/model`` or ``out/adapter`` with the averaged weights, at once or not at all."""
     out = Path(settings.out)
     provenance = {**data.info, "training_patches": len(data), "images_seen": images, **record}
     if source is not None:
@@ -285,7 +274,7 @@ def write_average(settings: AverageSettings) -> Path:
         The model folder.
 
     Raises:
-        UserError: The run is not finished, kept too few averages, or the folder is there already.
+        UserError: The run is not finished, kept too few averages, or the folder exists.
     """
     run, out = Path(settings.run), Path(settings.out)
     if not (run / "model").is_dir():
@@ -296,7 +285,7 @@ def write_average(settings: AverageSettings) -> Path:
 
 def _write_average(run: Path, out: Path, settings: AverageSettings) -> Path:
     if out.exists():
-        raise UserError(f"{out} is there already.", "Choose another out.")
+        raise UserError(f"{out} exists already.", "Choose another out.")
     tensors, made = reconstruct(run, settings.width, settings.images)
     pipeline = MediPipeline.from_pretrained(run / "model")
     pipeline.denoiser.load_state_dict(tensors)

@@ -1,7 +1,7 @@
-"""Which training row stands at which position of the run: drawn once for all processes, addressable at any position.
+"""The training row at each position of a run, for all processes alike.
 
-A position counts the images of the whole run, over all processes and epochs. Nothing here has state, so any number of
-processes and any resume see the same rows, batches may span epochs, and nothing is dropped or repeated.
+A position counts the images of the whole run, over all processes and epochs. The order is a pure function of the seed,
+so any number of processes and any resume see the same rows. Batches may span epochs; no row is dropped or repeated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 _BLOCK = 4096  # positions whose weighted draws share one generator
-_EPOCH, _DRAW = 0, 1  # separate the random streams that one seed feeds
+_EPOCH, _DRAW = 0, 1  # two independent random streams from one seed
 
 
 @lru_cache(maxsize=2)  # a batch touches two epochs at most, unless the data are smaller than the batch
@@ -67,21 +67,23 @@ def rows_at(first_image: int, count: int, n: int, seed: int, weights: np.ndarray
 
 
 def rank_slice(rank: int, processes: int) -> slice:
-    """The share of a global batch that a process takes: every ``processes``-th position, so that stratified draws stay
-    stratified in each share."""
+    """The positions of a global batch that a process trains on.
+
+    It takes every ``processes``-th position, so that stratified draws stay stratified in each share.
+    """
     return slice(rank, None, processes)
 
 
-def balance_weights(cells: np.ndarray, temperature: float) -> np.ndarray:
-    """Weights that make rare cells more frequent: count(cell) ** -temperature.
+def balance_weights(combinations: np.ndarray, temperature: float) -> np.ndarray:
+    """Weights that make rare combinations more frequent: count(combination) ** -temperature.
 
     Args:
-        cells: Any [n, k]; rows with equal entries belong to one cell.
-        temperature: 0 keeps the data's frequencies, 1 draws every cell equally often.
+        combinations: Any [n, k]; a row per sample.
+        temperature: 0 keeps the frequencies of the data, 1 draws every combination equally often.
 
     Returns:
         float64 [n] that sums to 1.
     """
-    _, inverse, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(combinations, axis=0, return_inverse=True, return_counts=True)
     weights = counts[inverse.reshape(-1)].astype(np.float64) ** -temperature
     return weights / weights.sum()

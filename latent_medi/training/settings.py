@@ -14,15 +14,15 @@ from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, Objec
 
 @dataclass
 class EmaSettings(Settings):
-    """The running average of the weights, which is what a finished model holds.
+    """The running average of the weights, which a finished model holds.
 
     Args:
         kind: "power": the window is a fixed share of the run so far; "constant": the usual fixed decay with a short
             warm-up.
         relative_width: For "power": standard deviation of the window as a share of the run, above 0 and below 0.28.
-        decay: For "constant": decay per update, 0 to 1.
-        also: For "power": further relative widths that are averaged along, 4 bytes per parameter each, so that the
-            length can be chosen afterwards with `latent-medi average`; [0.05] beside 0.10 serves well.
+        decay: For "constant": decay per update, at least 0 and below 1.
+        also: For "power": further relative widths to average, 4 bytes per parameter each, so that the length can be
+            chosen after training with `latent-medi average`; [0.05] in addition to 0.10 serves well.
         snapshot_every_images: Images between snapshots of all averages in out/averages; 0 keeps those at the end only.
     """
 
@@ -39,16 +39,17 @@ class EmaSettings(Settings):
 
 @dataclass
 class StreamSettings(Settings):
-    """Training straight from images, with the frozen autoencoder in the loop; counts only without latents.
+    """Training from images with the frozen autoencoder in the loop; used only without latents.
 
     Args:
         views: 1 encodes patches as they were cut, 8 draws one of the symmetries of the square for each.
-        statistics_patches: Training patches, drawn once, that shift and scale of the latents are measured over.
+        statistics_patches: Number of training patches, drawn once, from which shift and scale of the latents are
+            measured.
         precision: Arithmetic of the autoencoder: "fp32", "bf16" or "fp16".
-        device_batch: Most patches per forward pass of the autoencoder; caps memory.
-        workers: Threads per process that read and decode patches ahead; 0 does it in between; ``None`` takes 4, or 0
-            where the autoencoder runs on the CPU that they would take from it.
-        slicing: Patch by patch through the autoencoder: least memory, slower on a GPU.
+        device_batch: Most patches per forward pass of the autoencoder; limits memory.
+        workers: Threads per process that read and decode patches ahead; 0 reads in the main thread; ``None`` takes 4,
+            or 0 where the autoencoder runs on the CPU.
+        slicing: Encode patches one by one: least memory, slower on a GPU.
     """
 
     views: int = 1
@@ -59,7 +60,7 @@ class StreamSettings(Settings):
     slicing: bool = False
 
 
-PARTS: dict[str, str] = {
+PARAMETER_GROUPS: dict[str, str] = {
     "conditioning": "the embeddings of all fields",
     "attention": "self-attention blocks",
     "time": "the timestep embedding and each residual block's projection of it, through which conditions act",
@@ -68,20 +69,21 @@ PARTS: dict[str, str] = {
     "up": "blocks on the way up and output layer",
     "new": "only what the source does not have: vectors of new values and fields",
 }
-"""Named groups of tensors that train_parts knows; a tensor may be in several."""
+"""Groups of parameters that train_parts takes; a parameter may be in several."""
 
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "time": ("time_emb_proj",),
     "residual": ("conv1", "conv2"),
 }
-"""Layers that an adapter can change, by name: the ends of their names in the network."""
+"""Groups of layers that an adapter can change, and the ends of their names in the network."""
 
 
 @dataclass
 class LoraSettings(Settings):
-    """A low-rank adapter (LoRA, Hu et al. 2022, arXiv 2106.09685): the model is frozen, and each targeted layer learns
-    an update (alpha / rank)·B·A of its weights.
+    """A low-rank adapter (LoRA, Hu et al. 2022, arXiv 2106.09685).
+
+    The model is frozen, and an update (alpha / rank)·B·A of the weights of each targeted layer is trained.
 
     Args:
         rank: Rows of A and columns of B; at least 1.
@@ -97,7 +99,7 @@ class LoraSettings(Settings):
     dropout: float = 0.0
 
     def problems(self) -> list[str]:
-        """What no adapter can have, in words."""
+        """Values that no adapter can have, as phrases of a message."""
         found = []
         if self.rank < 1:
             found.append(f"lora.rank must be at least 1, not {self.rank}")
@@ -120,16 +122,15 @@ class TrainSettings(Settings):
         latents: Latent folder encoded from the data; empty encodes the patches while training, which needs
             autoencoder.
         resident: Where latents are held: "device" (all on each GPU), "ram", "mmap" (read from disk), or "auto": the
-            first of these whose free memory they fill to at most 10 % (a device's, where the model has to fit too) or
-            40 % (RAM).
+            first of these of whose free memory they take at most 10 % (device) or 40 % (RAM).
         stream: Without latents: how patches are encoded while training.
         split: Named split of the dataset; empty trains on every row.
-        split_value: The part of the split to train on.
+        split_value: Value of the split to train on.
         max_images: Length of the run in images seen, rounded up to whole global batches; 0 if max_steps is given.
         max_steps: Length of the run in updates; 0 if max_images is given.
         global_batch: Images per update, over all processes.
-        device_batch: Most images per forward pass of one process; caps memory and leaves the update the same. Unset:
-            no cap.
+        device_batch: Most images per forward pass of one process; limits memory and does not change the update. Unset:
+            no limit.
         seed: Seed of initial weights, order, noise, timesteps and condition dropout.
         precision: Arithmetic inside the denoiser: "fp32", "bf16" or "fp16". Everything else is fp32 always.
         lr: Highest learning rate.
@@ -138,21 +139,21 @@ class TrainSettings(Settings):
         warmup_images: Images over which the learning rate rises linearly from 0; 0 means warmup_fraction of the run.
         warmup_fraction: Share of the run, 0 to 1, used if warmup_images is 0.
         schedule: "cosine" falls to 0 at the end of the run; "constant" stays; "inverse_sqrt" stays for decay_images and
-            then falls with the square root of the images seen, whatever the length of the run.
+            then falls with the square root of the images seen, independent of the length of the run.
         decay_images: For "inverse_sqrt": images from which it falls.
         optimizer: "adamw"; or "adamw8bit", which keeps its moments in 8 bits (bitsandbytes).
         grad_clip: Largest gradient norm; 0 does not clip.
         ema: The running average of the weights.
-        model: The denoiser. With init_from, only fields, fusion and widths count.
-        objective: What is predicted and how it is weighted. With init_from, the source's unless named in override.
-        dropout: How often conditions are left out, so that they can be guided later.
+        model: The denoiser. With init_from, only fields, fusion and widths are used.
+        objective: The prediction and its weighting. With init_from, the source's unless named in override.
+        dropout: How often conditions are dropped, which guidance needs.
         balance: Fields whose combinations are balanced by drawing rare ones more often (with replacement); empty
             visits each patch once per epoch.
         balance_temperature: 0 keeps the data's frequencies, 1 draws every combination equally often.
         checkpoint_every_images: Images between checkpoints; 0 writes one at the end only.
         keep_checkpoints: Newest checkpoints to keep, at least 1.
         log_every_images: Images per row of log.csv and losses.csv.
-        trackers: Besides the CSV files: "tensorboard", "wandb".
+        trackers: In addition to the CSV files: "tensorboard", "wandb".
         preview_every_images: Images between grids of samples in out/previews, with a light Fréchet distance in
             previews.csv; 0 for none.
         preview_images: Samples of a preview, over all processes.
@@ -161,17 +162,16 @@ class TrainSettings(Settings):
             autoencoder scaling and objective are inherited.
         override: With init_from, parts taken from these settings or data instead: any of "prediction", "schedule",
             "weighting", "scaling". The run then no longer starts exactly at the source.
-        train_parts: With init_from, the groups of tensors to train, everything else staying as it is bit for bit: any
-            of "conditioning", "attention", "time", "down", "mid", "up" and "new" (only what the source does not have,
-            such as the vector of a new hospital: all that it knows then samples exactly as before). Unset: everything.
-        lora: With init_from, train a low-rank adapter instead of the model, saved alone in out/adapter; with
-            train_parts=[new] the vectors of new values are trained with it and stored in it. Unset: none.
-        autoencoder: Where the model's autoencoder is found (name or folder); empty means where the latents' encoder
-            was.
+        train_parts: With init_from, the groups of parameters to train; all others stay unchanged bit for bit. Any of
+            "conditioning", "attention", "time", "down", "mid", "up" and "new" (only what the source does not have, such
+            as the vector of a new hospital, so that all other conditions sample exactly as before). Unset: everything.
+        lora: With init_from, train a low-rank adapter instead of the model, and save it alone in out/adapter. With
+            train_parts=[new] the adapter also holds the vectors of new values. Unset: none.
+        autoencoder: Name or folder of the model's autoencoder; empty: the autoencoder that encoded the latents.
         channels_last: Memory layout of the network; faster on GPUs with bf16.
         compile: Compile the network; a slower start and faster steps.
-        checkpoint_activations: Recompute residual blocks in the backward pass: about a third of the activations' memory
-            less, for about a fifth more work.
+        checkpoint_activations: Recompute residual blocks in the backward pass, which saves about a third of the memory
+            of activations for about a fifth more work.
     """
 
     data: PathText
@@ -229,7 +229,7 @@ class TrainSettings(Settings):
         return self.warmup_images or self.warmup_fraction * self.total_images
 
     def check(self) -> None:
-        """Refuse settings that no run can follow.
+        """Refuse settings that contradict each other or are out of range.
 
         Raises:
             UserError: Lists every problem.
@@ -292,8 +292,8 @@ class TrainSettings(Settings):
                 problems.append(
                     f"train_parts=[new] keeps what the model knew: no override of {', '.join(sorted(moved))}"
                 )
-            if not self.train_parts or set(self.train_parts) - set(PARTS):
-                problems.append(f"train_parts are some of {', '.join(PARTS)}, not {self.train_parts}")
+            if not self.train_parts or set(self.train_parts) - set(PARAMETER_GROUPS):
+                problems.append(f"train_parts are some of {', '.join(PARAMETER_GROUPS)}, not {self.train_parts}")
         if (self.ema.also or self.ema.snapshot_every_images) and (
             self.lora is not None or self.train_parts is not None
         ):
@@ -312,12 +312,12 @@ class TrainSettings(Settings):
 
 @dataclass
 class AverageSettings(Settings):
-    """A finished run, and another length of its weights' average.
+    """Averaging the weights of a finished run over another length.
 
     Args:
         run: Folder of a run with ema.also and snapshots.
         width: Relative width of the average, above 0 and below 0.28.
-        images: Moment in images seen, one of the snapshots'; 0 for the end.
+        images: Images seen at one of the snapshots; 0 for the end.
         out: Model folder to write.
     """
 
@@ -329,24 +329,23 @@ class AverageSettings(Settings):
 
 @dataclass
 class EstimateSettings(TrainSettings):
-    """A run whose memory and speed are to be told before it starts. Data need not be there; see the other settings in
-    `latent-medi train --help`.
+    """Estimating the memory and speed of a run. Data need not exist; `latent-medi train --help` has the other settings.
 
     Args:
-        data: Dataset folder, whose fields are used if it is there.
-        latents: Latent folder, whose shape is used if it is there.
+        data: Dataset folder, whose fields are used if it exists.
+        latents: Latent folder, whose shape is used if it exists.
         out: Not used.
-        latent_shape: Channels, height and width of a latent where there are none: (4, 32, 32) are Stable Diffusion's of
-            256 px.
-        stand_in_fields: Fields to be conditioned on where neither data nor model.fields say.
-        stand_in_values: Values of each field where there are no data.
+        latent_shape: Channels, height and width of a latent if there are no latents: (4, 32, 32) are Stable Diffusion's
+            of 256 px.
+        stand_in_fields: Number of fields to condition on if there are no data and no model.fields.
+        stand_in_values: Values per field if there are no data.
         processes: Devices that share the global batch.
-        card: GPU to estimate the speed of, such as "rtx4090"; empty: the one here, or the smallest that is large
-            enough.
-        card_gib: Its memory in GiB; 0: as known.
-        card_tflops: Its dense bf16 matrix products in 10^12 operations per second; 0: as known.
-        device_share: Share of that which training is expected to reach, above 0 and up to 1.
-        measure_steps: On a machine with a GPU, updates that are really made and timed.
+        card: GPU to estimate the speed of, such as "rtx4090"; empty: that of this machine, or the smallest with enough
+            memory.
+        card_gib: Its memory in GiB; 0: from the table of cards.
+        card_tflops: Its dense bf16 matrix products in 10^12 operations per second; 0: from the table of cards.
+        device_share: Share of that rate which training is expected to reach, above 0 and up to 1.
+        measure_steps: On a machine with a GPU, updates to make and time.
     """
 
     data: PathText = ""
@@ -363,7 +362,7 @@ class EstimateSettings(TrainSettings):
     measure_steps: int = 10
 
     def check(self) -> None:
-        """As for a run, whose length need not be given.
+        """Refuse what no run can follow; its length need not be given.
 
         Raises:
             UserError: Lists every problem.

@@ -16,6 +16,7 @@ from latent_medi.diffusion.guidance import (
     Branch,
     ClassifierGuidance,
     FieldGuidance,
+    Guidance,
     check_guidance,
     evaluations,
     guidance_branches,
@@ -23,7 +24,7 @@ from latent_medi.diffusion.guidance import (
     rescaled,
     untrained,
 )
-from latent_medi.diffusion.objective import Objective, make_scheduler
+from latent_medi.diffusion.objective import Objective, clean_latent, make_scheduler
 from latent_medi.diffusion.samplers import draw_noise, make_sampler, sample_latents
 from latent_medi.diffusion.settings import DropoutSettings, GuidanceSettings, ObjectiveSettings, SamplerSettings
 
@@ -206,7 +207,7 @@ def test_settings_that_mean_nothing_are_refused(schema):
     for settings, why in [
         (GuidanceSettings("chain", scales={"sites": 2.0}), "closest: 'site'"),
         (GuidanceSettings("chain", order=["site", "site"]), "twice"),
-        (GuidanceSettings(scales={"site": 2.0}), "form of guidance is none"),
+        (GuidanceSettings(scales={"site": 2.0}), "guidance.form"),
         (GuidanceSettings("chain", interval=(0.5, 0.2)), "interval"),
         (GuidanceSettings("cfg"), "no guidance form"),
     ]:
@@ -250,8 +251,9 @@ def test_autoguidance_by_hand(schema, denoiser, conditions):
     noise, _ = draw_noise([1, 2], (4, 8, 8))
     sampler = make_sampler(make_scheduler(ObjectiveSettings()).config, SamplerSettings(steps=3))
     plain = sample_latents(denoiser, conditions, noise, sampler)
-    assert torch.equal(sample_latents(denoiser, conditions, noise, sampler, weak=Autoguidance(weak, 1.0)), plain)
-    assert not torch.allclose(sample_latents(denoiser, conditions, noise, sampler, weak=Autoguidance(weak, 2.0)), plain)
+    one, two = (Guidance(weak=Autoguidance(weak, scale)) for scale in (1.0, 2.0))
+    assert torch.equal(sample_latents(denoiser, conditions, noise, sampler, one), plain)
+    assert not torch.allclose(sample_latents(denoiser, conditions, noise, sampler, two), plain)
     for scale, interval in ((2.0, (0.5, 0.5)), (float("nan"), (0.0, 1.0))):
         with pytest.raises(UserError):
             Autoguidance(weak, scale, interval)
@@ -266,7 +268,7 @@ def test_classifier_guidance_moves_epsilon_by_its_formula(prediction):
     x0, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     x_t = objective.add_noise(x0, noise, T)
     out = classifier.guide(objective.target(x0, noise, T), x_t, T, alpha_bar, prediction)
-    epsilon = (x_t - alpha_bar**0.5 * objective.clean(out, x_t, T)) / (1 - alpha_bar) ** 0.5
+    epsilon = (x_t - alpha_bar**0.5 * clean_latent(out, x_t, alpha_bar, prediction)) / (1 - alpha_bar) ** 0.5
     torch.testing.assert_close(epsilon, noise - 2 * (1 - alpha_bar) ** 0.5 * direction, atol=1e-4, rtol=1e-4)
 
 
@@ -285,7 +287,7 @@ def test_classifier_guidance_works_in_the_sampling_loop(denoiser, conditions):
     noise, _ = draw_noise([1, 2], (4, 8, 8))
     up = ClassifierGuidance(lambda x, t: x.mean((1, 2, 3)) * 100, scale=1.0)
     plain = sample_latents(denoiser, conditions, noise, sampler)
-    pushed = sample_latents(denoiser, conditions, noise, sampler, classifier=up)
+    pushed = sample_latents(denoiser, conditions, noise, sampler, Guidance(classifier=up))
     assert pushed.mean() > plain.mean()
     assert torch.isfinite(pushed).all()
 

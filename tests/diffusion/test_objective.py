@@ -9,7 +9,14 @@ import torch
 from diffusers import DDPMScheduler
 
 from latent_medi.core.errors import UserError
-from latent_medi.diffusion.objective import Objective, diffusion_loss, make_scheduler, noise_schedule, settings_of
+from latent_medi.diffusion.objective import (
+    Objective,
+    clean_latent,
+    diffusion_loss,
+    make_scheduler,
+    noise_schedule,
+    settings_of,
+)
 from latent_medi.diffusion.settings import ObjectiveSettings
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
@@ -55,10 +62,11 @@ def test_noisy_latent_and_targets_by_hand():
     torch.testing.assert_close(v, a * noise - s * x0)
     assert torch.equal(x_t[-1], noise[-1])  # the terminal step is pure noise
     assert torch.equal(v[-1], -x0[-1])  # and its target is the image
-    torch.testing.assert_close(objective.clean(v, x_t, T), x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(clean_latent(v, x_t, a**2, "v_prediction"), x0, atol=1e-5, rtol=1e-5)
     epsilon = Objective(ObjectiveSettings(prediction="epsilon", zero_terminal_snr=False))
     assert epsilon.target(x0, noise, T) is noise
-    torch.testing.assert_close(epsilon.clean(noise, epsilon.add_noise(x0, noise, T), T), x0, atol=1e-4, rtol=1e-4)
+    alpha_bar, x_t = epsilon.alphas_cumprod[T].view(-1, 1, 1, 1), epsilon.add_noise(x0, noise, T)
+    torch.testing.assert_close(clean_latent(noise, x_t, alpha_bar, "epsilon"), x0, atol=1e-4, rtol=1e-4)
 
 
 def test_small_noise_is_not_lost_and_bf16_is_refused():

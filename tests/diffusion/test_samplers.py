@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
-from latent_medi.diffusion.guidance import Autoguidance
+from latent_medi.diffusion.guidance import Autoguidance, Guidance
 from latent_medi.diffusion.objective import Objective, make_scheduler
 from latent_medi.diffusion.samplers import SAMPLERS, draw_noise, draws_noise, make_sampler, refusal, sample_latents
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
@@ -114,7 +114,7 @@ def test_wrong_steps_of_ddim_are_what_the_refusal_is_for():
         (ObjectiveSettings(), SamplerSettings("ddim", 30), "must divide"),
         (ObjectiveSettings(), SamplerSettings("dpmpp_2m", 0), "between 1 and"),
         (ObjectiveSettings(), SamplerSettings("dpmpp_2m", 1001), "between 1 and"),
-        (ObjectiveSettings(), SamplerSettings("dpmpp_2m", eta=0.5), "only means something for ddim"),
+        (ObjectiveSettings(), SamplerSettings("dpmpp_2m", eta=0.5), "eta = 0.5"),
         (ObjectiveSettings(), SamplerSettings("ddim", 50, eta=1.5), "between 0 and 1"),
         (ObjectiveSettings(), SamplerSettings("dpmpp2m"), "closest: 'dpmpp_2m'"),
     ],
@@ -152,7 +152,7 @@ def test_a_sample_is_its_own_seeds_whatever_its_batch(settings, schema):
     def run(order: list[int]) -> torch.Tensor:
         noise, generators = draw_noise([100 + i for i in order], (4, 8, 8))
         conditions = Conditions.from_schema(schema, [rows[i] for i in order])
-        return sample_latents(denoiser, conditions, noise, sampler, generators=generators, eta=settings.eta)
+        return sample_latents(denoiser, conditions, noise, sampler, generators=generators)
 
     first, other = run([0, 1, 2, 3]), run([3, 2, 0, 0])
     assert torch.equal(first[2], other[1])
@@ -166,10 +166,10 @@ def test_a_sampler_that_draws_noise_asks_for_generators(schema):
     noise, generators = draw_noise([1, 2], (4, 8, 8))
     for settings in (SamplerSettings("ddpm", 3), SamplerSettings("dpmpp_2m_sde", 3), SamplerSettings("ddim", 4, 0.5)):
         sampler = make_sampler(config, settings)
-        assert draws_noise(sampler, settings.eta)
+        assert draws_noise(sampler)
         for given in (None, generators[:1]):
             with pytest.raises(ValueError, match="generator per sample"):
-                sample_latents(make_denoiser(None), None, noise, sampler, generators=given, eta=settings.eta)
+                sample_latents(make_denoiser(None), None, noise, sampler, generators=given)
     assert not draws_noise(make_sampler(config, SamplerSettings()))
 
 
@@ -199,7 +199,7 @@ def test_latents_are_not_clipped():
 def test_heun_is_refused_where_its_first_step_would_overshoot():
     """Without the refusal it leaves the clean latent far behind, which is what the refusal is for."""
     objective = ObjectiveSettings()
-    assert "multiplied" in refusal(objective, SamplerSettings("heun", 10))
+    assert "dpmpp_2m" in refusal(objective, SamplerSettings("heun", 10))
     assert not refusal(ObjectiveSettings(zero_terminal_snr=False), SamplerSettings("heun", 10))
 
 
@@ -208,7 +208,7 @@ def test_a_watcher_sees_the_clean_latent_in_every_prediction():
         sampler = make_sampler(make_scheduler(objective).config, SamplerSettings("dpmpp_2m", 6))
         noise, _ = draw_noise([0], (4, 4, 4))
         oracle, seen = Oracle(objective, torch.full((1, 4, 4, 4), 2.0)), []
-        sample_latents(oracle, None, noise, sampler, watch=lambda *told, seen=seen: seen.append(told))
+        sample_latents(oracle, None, noise, sampler, callback=lambda *told, seen=seen: seen.append(told))
         assert len(seen) == 6
         assert [alpha for alpha, *_ in seen] == sorted(alpha for alpha, *_ in seen)
         for alpha, noisy, clean in seen:
@@ -307,17 +307,15 @@ def test_low_precision_casts_each_weight_once_and_changes_no_pixel(name, schema)
 
     def run(network, dtype, other):
         noise, generators = draw_noise([1, 2], (4, 8, 8))
-        guide = Autoguidance(other, 1.5)
         return sample_latents(
             network,
             conditions,
             noise,
             sampler,
-            guidance,
+            Guidance(guidance, weak=Autoguidance(other, 1.5)),
             generators,
             dtype=dtype,
-            weak=guide,
-            watch=lambda *_: states.append(torch.is_autocast_enabled("cpu")),
+            callback=lambda *_: states.append(torch.is_autocast_enabled("cpu")),
         )
 
     with Casts() as casts:

@@ -38,8 +38,11 @@ def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
         [*TWO, *words],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def told(cases: list[Case], folder: Path) -> list[list[str]]:
@@ -78,15 +81,23 @@ def test_what_is_read_is_compared(tiny: Path, other: Path, tmp_path: Path, autoe
         (wanted, away),
         (["classifier", "--config", "demo/classifier", *classes], away),
         (["floors", f"data={source}", "encoders=[demo]", f"out={tmp_path / 'floors'}"], away),
-    ]  # fmt: skip
+    ]
     first, second = told(cases, tmp_path)
     assert first[2] == f"Process 1 cannot begin: {second[2]}"  # and does not leave the other waiting
     second[2] = first[2]
     assert first == second
     named = [
-        "data is", "seed is 1 in process 0, and 2 in process 1", "Process 1 cannot begin", "", "data is", "plan is",
-        "sampler.steps is 2 in process 0, and 3 in process 1", "data is", "latents is", "data is",
-    ]  # fmt: skip
+        "data is",
+        "seed is 1 in process 0, and 2 in process 1",
+        "Process 1 cannot begin",
+        "",
+        "data is",
+        "plan is",
+        "sampler.steps is 2 in process 0, and 3 in process 1",
+        "data is",
+        "latents is",
+        "data is",
+    ]
     for (words, _), message, expected in zip(cases, first, named, strict=True):
         assert (expected in message) if expected else not message, (words[0], message)
         assert not message or "rocess 1" in message

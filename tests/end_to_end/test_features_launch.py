@@ -68,11 +68,19 @@ def test_two_launched_processes_find_what_one_does(verb: str, tmp_path: Path) ->
     world = build_world(tmp_path, Size(5, 5, 5, 2), count=4)
     (tmp_path / "settings.yaml").write_text(
         yaml.safe_dump(
-            {"real": str(world.real), "synthetic": {"medi": str(world.medi)}, "held_out": HELD_OUT, "resamples": 20,
-             "real_splits": 0, "repeats": 1, "downstream_arms": ["real", "oversample", "medi"]}
-            if verb == "evaluate" else {"data": str(world.real), "real_splits": 20}
+            {
+                "real": str(world.real),
+                "synthetic": {"medi": str(world.medi)},
+                "held_out": HELD_OUT,
+                "resamples": 20,
+                "real_splits": 0,
+                "repeats": 1,
+                "downstream_arms": ["real", "oversample", "medi"],
+            }
+            if verb == "evaluate"
+            else {"data": str(world.real), "real_splits": 20}
         )
-    )  # fmt: skip
+    )
     found = []
     for name, words in (("one", ALONE), ("two", TWO)):
         verb_words = [verb, "--config", str(tmp_path / "settings.yaml"), "encoders=[demo]", f"out={tmp_path / name}"]

@@ -82,6 +82,9 @@ def launched(how: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], 
         [*launcher(2, 0), str(program), str(folder), how],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     return done, time.monotonic() - start

@@ -17,9 +17,14 @@ def test_two_processes_are_refused_together(tiny: Path, tmp_path: Path, autoenco
     script.write_text("import sys\nfrom latent_medi.cli import main\nsys.exit(main())\n")
     out = tmp_path / "latents"
     words = [
-        *launcher(2, 0, module="accelerate.commands.launch"), str(script), "encode", f"data={tiny / 'data'}",
-        f"out={out}", f"autoencoder={autoencoder.source}", "floor.patches=0",
-    ]  # fmt: skip
+        *launcher(2, 0, module="accelerate.commands.launch"),
+        str(script),
+        "encode",
+        f"data={tiny / 'data'}",
+        f"out={out}",
+        f"autoencoder={autoencoder.source}",
+        "reconstruction_error.patches=0",
+    ]
 
     def run() -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}

@@ -41,9 +41,11 @@ def begun(
     """A command whose training has logged something, and all that it started."""
     with open(errors, "ab") as file:
         process = subprocess.Popen(
-            words, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            words,
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             **{"stdout": file, "stderr": file, **pipes},
-        )  # fmt: skip
+        )
     wait_until(lambda: images_logged(out) > 0, process, errors, every=0.1)
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
@@ -101,10 +103,16 @@ def test_workers_that_write_shards_end_with_their_command(tmp_path: Path) -> Non
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
     working: list[psutil.Process] = []
     wait_until(
-        lambda: len(working) >= 2
-        or working.extend(c for c in psutil.Process(process.pid).children() if "popen_loky" in " ".join(c.cmdline())),
-        process, tmp_path / "errors", every=0.2,
-    )  # fmt: skip
+        lambda: (
+            len(working) >= 2
+            or working.extend(
+                c for c in psutil.Process(process.pid).children() if "popen_loky" in " ".join(c.cmdline())
+            )
+        ),
+        process,
+        tmp_path / "errors",
+        every=0.2,
+    )
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(working, timeout=30)

@@ -151,7 +151,8 @@ def test_what_follows_from_a_split_is_made_anew_with_another(tmp_path: Path, mon
     settings.train, settings.generate.device_batch = {"device_batch": 3, "log_every_images": 9}, 7
     settings.evaluate = {"batch": 5}
     assert inputs() == after  # speed and memory alone
-    settings.encode = {"device_batch": 8, "workers": 1, "slicing": True, "device": "cpu", "floor": {"patches": 0}}
+    settings.encode = {"device_batch": 8, "workers": 1, "slicing": True, "device": "cpu"}
+    settings.encode["reconstruction_error"] = {"patches": 0}
     assert inputs() == after
     assert after["encode"]["encode"] == {"autoencoder": "demo"}  # as earlier versions noted it
     settings.encode = {"precision": "bf16"}
@@ -198,11 +199,11 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
                 "generate": {"guidance": {"form": "chain", "scales": {"class": 3.0}}},
                 "train": {"dropout": {"keep_all": 1.0, "all_null": 0.0, "metadata_null": 0.0, "independent": 0.0}},
             },
-            "The model cannot be asked for what guidance of the form 'chain' needs",
+            "guidance.form=chain cannot be used",
         ),
         (
             judged | {"models": {"medi": {"config": str(contradictory)}}},
-            "sets block_out_channels and attention, and others are given too",
+            "sets block_out_channels and attention",
         ),
     ):
         with pytest.raises(UserError, match=why):
@@ -215,7 +216,7 @@ def test_a_run_encodes_in_another_process_and_as_it_is_told(
 ) -> None:
     """What encodes in this process would hold a GPU's memory while another one trains there."""
     monkeypatch.setattr("latent_medi.latents.encode.encode", lambda settings: pytest.fail("encoded in this process"))
-    given = {"precision": "bf16", "floor": {"patches": 0}}
+    given = {"precision": "bf16", "reconstruction_error": {"patches": 0}}
     settings = build(ExperimentSettings, {"data": str(tiny / "data"), "out": str(tmp_path / "out"), "encode": given})
     KINDS["encode"](Experiment(settings)).action()
     info = read_info(tmp_path / "out" / "latents")

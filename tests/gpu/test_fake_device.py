@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.guidance import Autoguidance
+from latent_medi.diffusion.guidance import Autoguidance, Guidance
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise, make_sampler
@@ -27,7 +27,7 @@ from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.store import LatentStore
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.training import loop
+from latent_medi.training import loop, updates
 from latent_medi.training.data import open_data
 from latent_medi.training.ema import Ema
 from latent_medi.training.estimate.step_cost import build_denoiser
@@ -71,7 +71,7 @@ def test_a_training_step_stays_on_a_fake_card(schema: Schema) -> None:
         for parameter in denoiser.parameters():
             parameter.grad = torch.zeros_like(parameter)
         accelerator: Any = SimpleNamespace(unscale_gradients=lambda: None)
-        norm = loop.clip_gradients(accelerator, list(denoiser.parameters()), 1.0)
+        norm = updates.clip_gradients(accelerator, list(denoiser.parameters()), 1.0)
         assert norm.device == CARD
         optimizer.step()
         ema.update(denoiser, 0.9)
@@ -150,14 +150,14 @@ def test_training_computes_the_network_alone_in_half_precision(
         seen["loss"].add(loss.dtype)
         return loss
 
-    clip = loop.clip_gradients
+    clip = updates.clip_gradients
 
     def noted_clip(accelerator: Any, parameters: Any, limit: float) -> torch.Tensor:
         seen["gradients"] |= {p.grad.dtype for p in parameters}
         return clip(accelerator, parameters, limit)
 
     monkeypatch.setattr(loop, "diffusion_loss", noted_loss)
-    monkeypatch.setattr(loop, "clip_gradients", noted_clip)
+    monkeypatch.setattr(updates, "clip_gradients", noted_clip)
     with watching_layers() as layers:
         loop.train(tiny_run(tiny, tmp_path, precision=precision))
     assert layers == {"in": {torch.float32}, "inside": {inside}, "weights": {torch.float32}}
@@ -179,11 +179,10 @@ def test_sampling_computes_the_network_alone_in_half_precision(models: Models, n
             pipeline.conditions([{"class": "tumour", "site": "aster", "age": "50"}] * 2),
             noise,
             SamplerSettings(name, 3),
-            FORMS[form],
+            Guidance(FORMS[form], weak=Autoguidance(weak.denoiser, 2.0)),
             generators,
             precision="bf16",
-            weak=Autoguidance(weak.denoiser, 2.0),
-            watch=lambda alpha_bar, x_t, clean: seen.update([x_t.dtype, clean.dtype]),
+            callback=lambda alpha_bar, x_t, clean: seen.update([x_t.dtype, clean.dtype]),
         )
     assert layers == {"in": {torch.float32}, "inside": {torch.bfloat16}, "weights": {torch.float32}}
     assert seen == {latents.dtype} == {torch.float32}

@@ -40,10 +40,11 @@ from latent_medi.sampling.image_sampler import ImageSampler
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training.checkpoint import newest_checkpoint
 from latent_medi.training.data import TrainingData
-from latent_medi.training.loop import ACCELERATE_PRECISION, train
+from latent_medi.training.loop import train
 from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.run_folder import plain
 from latent_medi.training.settings import EmaSettings, TrainSettings
+from latent_medi.training.updates import ACCELERATE_PRECISION
 
 pytestmark = pytest.mark.gpu
 

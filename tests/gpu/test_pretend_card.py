@@ -32,7 +32,7 @@ from latent_medi.latents import encode as encoding
 from latent_medi.latents import store
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from latent_medi.latents.encode import encode
-from latent_medi.latents.settings import EncodeSettings, FloorSettings
+from latent_medi.latents.settings import EncodeSettings, ReconstructionSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.planning.plan import Sample
 from latent_medi.sampling.generate import generate
@@ -268,7 +268,7 @@ def test_encoding_runs_on_a_card(
         8,
         slicing=slicing,
         views=views,
-        floor=FloorSettings(8),
+        reconstruction_error=ReconstructionSettings(8),
     )
     with pretend_card() as places:
         encode(settings)

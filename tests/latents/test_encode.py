@@ -73,15 +73,15 @@ def test_a_deterministic_autoencoder_stores_the_mean_only(dataset, tmp_path, kin
 
 def test_a_cut_off_encoding_goes_on_and_gives_the_same_bytes(dataset, autoencoder, tmp_path, monkeypatch):
     whole = encode_dataset(dataset.folder, autoencoder, tmp_path / "whole")
-    real, done = module._encode_shard, []
+    real, done = module._Encoding.encode, []
 
-    def count_and_fail(reader, rows, shard, *rest):
+    def count_and_fail(encoding, reader, number):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(shard["file"])
-        real(reader, rows, shard, *rest)
+        done.append(number)
+        real(encoding, reader, number)
 
-    monkeypatch.setattr(module, "_encode_shard", count_and_fail)
+    monkeypatch.setattr(module._Encoding, "encode", count_and_fail)
     with pytest.raises(KeyboardInterrupt):
         encode_dataset(dataset.folder, autoencoder, tmp_path / "cut")
     with pytest.raises(UserError, match="not finished"):
@@ -89,17 +89,16 @@ def test_a_cut_off_encoding_goes_on_and_gives_the_same_bytes(dataset, autoencode
     # A shard that was damaged meanwhile is made again, the other one is kept.
     damaged = tmp_path / "cut" / "data" / "part-000001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    monkeypatch.setattr(module, "_encode_shard", lambda *a: (done.append(a[2]["file"]), real(*a)))
+    monkeypatch.setattr(module._Encoding, "encode", lambda *a: (done.append(a[2]), real(*a)))
     encode_dataset(dataset.folder, autoencoder, tmp_path / "cut")
-    shards = [s["file"] for s in dataset.info["shards"]]
-    assert done == [shards[0], shards[1], shards[1], shards[2]]
+    assert done == [0, 1, 1, 2]
     for file in sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file()):
         assert (whole / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
 
 
 def test_a_finished_folder_is_left_alone_and_another_one_is_refused(dataset, autoencoder, tmp_path, monkeypatch):
     out = encode_dataset(dataset.folder, autoencoder, tmp_path / "latents")
-    monkeypatch.setattr(module, "_encode_shard", lambda *a: pytest.fail("encoded again"))
+    monkeypatch.setattr(module._Encoding, "encode", lambda *a: pytest.fail("encoded again"))
     assert encode_dataset(dataset.folder, autoencoder, out) == out
     with pytest.raises(UserError, match="another autoencoder"):
         encode_dataset(dataset.folder, Autoencoder(random_model("AutoencoderKL", seed=1), "y"), out)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from latent_medi.latents import autoencoder as module
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.encode import encode_dataset
-from latent_medi.latents.settings import FloorSettings
+from latent_medi.latents.settings import ReconstructionSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.stream import StreamedLatents
 
@@ -54,13 +54,13 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=2**-9, atol=2**-10)
 
 
-def test_encoding_and_the_floor_go_on_in_halves_and_give_the_same(tmp_path: Path) -> None:
+def test_encoding_and_the_reconstruction_error_go_on_in_halves_and_give_the_same(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "data", count=14, per_shard=7)
-    floor = FloorSettings(patches=12)
-    plain = encode_dataset(data.folder, whole(), tmp_path / "plain", 6, floor=floor)
+    error = ReconstructionSettings(patches=12)
+    plain = encode_dataset(data.folder, whole(), tmp_path / "plain", 6, reconstruction=error)
     small = whole()
     sizes = limited(small, encoder=2, decoder=1)
-    halved = encode_dataset(data.folder, small, tmp_path / "halved", 6, floor=floor)
+    halved = encode_dataset(data.folder, small, tmp_path / "halved", 6, reconstruction=error)
     assert [size for name, size in sizes if name == "encoder"] == [6, 3, 1, 1, 1, 1, 1, 1, 1] + [1] * 7
     assert [size for name, size in sizes if name == "decoder"] == [6, 3] + [1] * 12
     for a, b in zip(LatentStore(plain).moments(range(14)), LatentStore(halved).moments(range(14)), strict=True):

@@ -38,7 +38,7 @@ def test_64_patches_of_256_px_through_the_verb(tmp_path) -> None:
     folder = stable_diffusion_vae(tmp_path / "vae")
     data = make_dataset(tmp_path / "data", count=64, per_shard=32, size=256)
     words = ["encode", f"data={data.folder}", f"out={tmp_path / 'latents'}", f"autoencoder={folder}"]
-    words += ["device=cpu", "device_batch=8", "floor.patches=4", "--json", str(tmp_path / "told.json")]
+    words += ["device=cpu", "device_batch=8", "reconstruction_error.patches=4", "--json", str(tmp_path / "told.json")]
     assert main(words) == 0
     store = LatentStore(tmp_path / "latents")
     assert (len(store), store.shape) == (64, (4, 32, 32))

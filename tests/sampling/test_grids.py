@@ -121,7 +121,8 @@ def test_a_trajectory_ends_with_the_image(settings: GridSettings, model: Path) -
     from latent_medi.diffusion.samplers import draw_noise
 
     noise, generators = draw_noise([5, 6], pipe.latent_shape)
-    pipe.generate_latents(pipe.conditions([wanted] * 2), noise, SamplerSettings(steps=6), None, generators, watch=watch)
+    conditions = pipe.conditions([wanted] * 2)
+    pipe.generate_latents(conditions, noise, SamplerSettings(steps=6), None, generators, callback=watch)
     for latents in last:
         for image in pipe.decode(latents):
             assert shows(path, image)

@@ -24,7 +24,7 @@ from latent_medi.diffusion.settings import SamplerSettings
 from latent_medi.metadata.training_record import was_trained_on
 from latent_medi.sampling.generate import generate, generate_plan
 from latent_medi.sampling.settings import GenerateSettings
-from latent_medi.training import loop
+from latent_medi.training import loop, updates
 from latent_medi.training.checkpoint import checkpoint_folders
 from latent_medi.training.loop import train
 from latent_medi.training.settings import LoraSettings, TrainSettings
@@ -128,7 +128,7 @@ def test_killed_and_resumed_equals_unbroken(base: Path, run_settings: Make, tiny
     torn = replace(whole, out=str(tmp_path / "torn"))
     assert finished(launch(torn, {"step": 13})) < 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", interrupt_at(10))
+        patch.setattr(updates, "clip_gradients", interrupt_at(10))
         with pytest.raises(KeyboardInterrupt):
             train(torn)
     train(torn)
@@ -235,7 +235,7 @@ def test_what_an_adapter_cannot_be_is_refused(base: Path, run_settings: Make, ti
         ({"init_from": ""}, "init_from, which is empty"),
         ({"train_parts": ["new"]}, "knows every value"),
         ({**cedar(tiny_more), "train_parts": None}, r"does not know: site cedar"),
-        ({"init_from": str(base / "unet")}, "no whole model"),
+        ({"init_from": str(base / "unet")}, "not a complete model"),
     ]
     for values, words in refused:
         with pytest.raises(UserError, match=words):

@@ -29,7 +29,7 @@ from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.store import LatentStore
-from latent_medi.training import loop, prefetch, preview
+from latent_medi.training import loop, prefetch, preview, updates
 from latent_medi.training.data import Batch, open_data
 from latent_medi.training.ema import Ema
 from latent_medi.training.estimate import report
@@ -282,7 +282,7 @@ class Scaled(Accelerator):
 def test_the_loop_leaves_averages_alone_where_the_scaler_skips(
     run_settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update, clip = Ema.update, loop.clip_gradients
+    update, clip = Ema.update, updates.clip_gradients
     seen: list[tuple[bool, bool]] = []  # by update: whether weights and averages stayed as they were
     last: list[torch.Tensor] = []
     count = [0]
@@ -306,7 +306,7 @@ def test_the_loop_leaves_averages_alone_where_the_scaler_skips(
         return clip(accelerator, parameters, limit)
 
     monkeypatch.setattr(Ema, "update", watched)
-    monkeypatch.setattr(loop, "clip_gradients", overflowing)
+    monkeypatch.setattr(updates, "clip_gradients", overflowing)
     loop.train(run_settings(max_steps=8, log_every_images=64), Scaled())
     assert seen == [(number in (3, 6),) * 2 for number in range(1, 9)]
 

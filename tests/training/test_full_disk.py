@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from latent_medi.cli import main
-from latent_medi.training import loop
+from latent_medi.training import updates
 from latent_medi.training.checkpoint import checkpoint_folders
 from latent_medi.training.settings import TrainSettings
 
@@ -41,8 +41,8 @@ def test_a_full_disk_keeps_the_checkpoints_and_a_rerun_with_room_goes_on(
     assert not list(out.rglob(".tmp-*"))
     subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(small_disk)], check=True)
     rates: list[int] = []
-    real = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda images, *rest: (rates.append(images), real(images, *rest))[1])
+    real = updates.learning_rate
+    monkeypatch.setattr(updates, "learning_rate", lambda images, *rest: (rates.append(images), real(images, *rest))[1])
     assert main([*words, f"out={out}"]) == 0
     assert min(rates) >= 64  # images: what was trained before was not trained again
     for file in (tmp_path / "whole" / "model").rglob("*.safetensors"):

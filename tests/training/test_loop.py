@@ -27,15 +27,16 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.latents.info import read_info, write_info
 from latent_medi.metadata.schema import FIRST_VALUE
-from latent_medi.training import loop
+from latent_medi.training import loop, updates
 from latent_medi.training.batch_randomness import batch_generator, draw_batch, stratified_timesteps
 from latent_medi.training.checkpoint import checkpoint_folders
 from latent_medi.training.ema import ema_decay
 from latent_medi.training.finetune.transfer import open_source
 from latent_medi.training.log import read_log
-from latent_medi.training.loop import crossed, learning_rate, train
+from latent_medi.training.loop import train
 from latent_medi.training.run_folder import MASKING, RUN_FILE, drops, read_record
 from latent_medi.training.settings import EmaSettings, LoraSettings, TrainSettings
+from latent_medi.training.updates import crossed, learning_rate
 
 Make = Callable[..., TrainSettings]
 
@@ -44,7 +45,7 @@ SCRIPT = """
 import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from latent_medi.training import checkpoint, loop
+from latent_medi.training import checkpoint, loop, updates
 from latent_medi.training.settings import EmaSettings, LoraSettings, StreamSettings, TrainSettings
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 
@@ -59,12 +60,12 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 if "step" in kill:
-    rate = loop.learning_rate
+    rate = updates.learning_rate
     def until(images, *rest):
         if images == kill["step"] * settings.global_batch:
             die()
         return rate(images, *rest)
-    loop.learning_rate = until
+    updates.learning_rate = until
 if "saving" in kill:  # after the first file of the checkpoint at these images
     save, count = checkpoint.save_file, [0]
     def once(tensors, path):
@@ -125,7 +126,7 @@ def test_killed_and_resumed_equals_unbroken(run_settings: Make, tmp_path: Path) 
 
 def interrupt_at(update: int) -> Callable[..., torch.Tensor]:
     """A stand-in for the loop's ``clip_gradients`` that does its work until an update, then stops the run."""
-    calls, clip = [0], loop.clip_gradients
+    calls, clip = [0], updates.clip_gradients
 
     def interrupt(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
@@ -141,7 +142,7 @@ def test_resume_keeps_the_memory_layout(run_settings: Make, tmp_path: Path, monk
     train(whole)
     torn = replace(whole, out=str(tmp_path / "torn"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", interrupt_at(10))
+        patch.setattr(updates, "clip_gradients", interrupt_at(10))
         with pytest.raises(KeyboardInterrupt):
             train(torn)
     train(torn)
@@ -211,12 +212,11 @@ def test_device_batch_changes_rounding_only(run_settings: Make, tmp_path: Path) 
 def test_learning_rate_by_images(schedule: str, run_settings: Make) -> None:
     settings = run_settings(schedule=schedule, max_steps=0, max_images=316, warmup_fraction=0.25)
     assert settings.total_images == 320  # whole batches
-    arguments = settings.lr, settings.total_images, settings.total_warmup_images, schedule
-    assert learning_rate(0, *arguments) == 0
-    assert learning_rate(40, *arguments) == pytest.approx(settings.lr / 2)
-    assert learning_rate(80, *arguments) == settings.lr
-    assert learning_rate(200, *arguments) == pytest.approx(settings.lr * (0.5 if schedule == "cosine" else 1))
-    assert learning_rate(320, *arguments) == pytest.approx(0 if schedule == "cosine" else settings.lr)
+    assert learning_rate(0, settings) == 0
+    assert learning_rate(40, settings) == pytest.approx(settings.lr / 2)
+    assert learning_rate(80, settings) == settings.lr
+    assert learning_rate(200, settings) == pytest.approx(settings.lr * (0.5 if schedule == "cosine" else 1))
+    assert learning_rate(320, settings) == pytest.approx(0 if schedule == "cosine" else settings.lr)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -231,13 +231,13 @@ def test_learning_rate_ends_where_it_should(processes: int, run_settings: Make, 
 
     def watched(optimizer: torch.optim.AdamW, *arguments: object) -> None:
         applied.append(optimizer.param_groups[0]["lr"])
-        step(optimizer, *arguments)
+        step(optimizer, settings)
 
     settings = run_settings(max_steps=16, warmup_images=32, log_every_images=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", watched)
         train(settings, OneOf())
-    assert applied == [learning_rate(seen, 1e-3, 128, 32, "cosine") for seen in range(0, 128, 8)]
+    assert applied == [learning_rate(seen, settings) for seen in range(0, 128, 8)]
     assert applied[4] == 1e-3
     assert applied[-1] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 88 / 96)))
     assert int(read_log(tmp_path / "run" / "log.csv")[-1]["images"]) == 128
@@ -250,7 +250,7 @@ def test_logged_learning_rate_is_that_function(run_settings: Make, tmp_path: Pat
         rows = list(csv.DictReader(file))
     assert [int(row["images"]) for row in rows] == [40, 80]
     for row in rows:
-        expected = learning_rate(int(row["images"]) - 8, settings.lr, 80, 16, "cosine")
+        expected = learning_rate(int(row["images"]) - 8, settings)
         assert float(row["lr"]) == expected
 
 
@@ -355,7 +355,7 @@ def test_unfinished_run_with_other_settings_is_refused(
 ) -> None:
     settings = run_settings(max_steps=30)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", interrupt_at(12))
+        patch.setattr(updates, "clip_gradients", interrupt_at(12))
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     assert checkpoint_folders(tmp_path / "run" / "checkpoints")
@@ -418,7 +418,7 @@ def test_batch_that_processes_cannot_share_is_refused(run_settings: Make) -> Non
         gradient_accumulation_steps = 1
 
     with pytest.raises(UserError, match="cannot share"):
-        loop.check_strategy(Three(), run_settings(global_batch=8))  # type: ignore[arg-type]
+        updates.check_strategy(Three(), run_settings(global_batch=8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

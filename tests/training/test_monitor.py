@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from latent_medi.cli import main
 from latent_medi.core.errors import RESUME, Preempted, UserError
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.training import loop, run_folder
+from latent_medi.training import loop, run_folder, updates
 from latent_medi.training.ema import power_exponent
 from latent_medi.training.log import read_log
-from latent_medi.training.loop import learning_rate, train
+from latent_medi.training.loop import train
 from latent_medi.training.posthoc_ema import coefficients, list_snapshots, profile_product, reconstruct
 from latent_medi.training.settings import AverageSettings, EmaSettings, TrainSettings
+from latent_medi.training.updates import learning_rate
 
 Make = Callable[..., TrainSettings]
 
@@ -57,7 +58,7 @@ def assert_equal(a: Path, b: Path) -> None:
 
 def cut_off(settings: TrainSettings, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train until an update, and stop in the middle of it."""
-    calls, clip = [0], loop.clip_gradients
+    calls, clip = [0], updates.clip_gradients
 
     def interrupt(*arguments: object) -> torch.Tensor:
         calls[0] += 1
@@ -66,7 +67,7 @@ def cut_off(settings: TrainSettings, update: int, monkeypatch: pytest.MonkeyPatc
         return clip(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", interrupt)
+        patch.setattr(updates, "clip_gradients", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(settings)
 
@@ -118,7 +119,7 @@ def test_processes_agree_on_stopping(run_settings: Make, tmp_path: Path) -> None
 
 def test_a_stop_in_this_process_leaves_its_handlers(run_settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    clip, calls = loop.clip_gradients, [0]
+    clip, calls = updates.clip_gradients, [0]
 
     def told(*arguments: object) -> torch.Tensor:
         calls[0] += 1
@@ -126,7 +127,7 @@ def test_a_stop_in_this_process_leaves_its_handlers(run_settings: Make, monkeypa
             os.kill(os.getpid(), signal.SIGUSR1)
         return clip(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "clip_gradients", told)
+    monkeypatch.setattr(updates, "clip_gradients", told)
     with pytest.raises(Preempted, match="SIGUSR1 at 40 of 320 images"):
         train(run_settings())
     assert signal.getsignal(signal.SIGUSR1) is before
@@ -194,8 +195,9 @@ def test_state_of_a_run_that_is_not_finite_is_kept(
     assert load_file(tmp_path / "run" / "not_finite" / "model.safetensors")
 
 
-def test_inverse_square_root() -> None:
-    rate = [learning_rate(images, 1.0, 0, 100, "inverse_sqrt", 400) for images in (0, 50, 100, 400, 1600)]
+def test_inverse_square_root(run_settings: Make) -> None:
+    settings = run_settings(lr=1.0, warmup_images=100, schedule="inverse_sqrt", decay_images=400)
+    rate = [learning_rate(images, settings) for images in (0, 50, 100, 400, 1600)]
     assert rate == [0, 0.5, 1, 1, 0.5]
 
 
@@ -239,7 +241,7 @@ def test_the_length_of_the_average_is_chosen_afterwards(run_settings: Make, tmp_
     again = reconstruct(tmp_path / "kept", 0.07)[0]
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.denoiser.state_dict().items())
     assert model.provenance["average"]["relative_width"] == 0.07
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         run_folder.write_average(AverageSettings(str(tmp_path / "kept"), 0.07, str(tmp_path / "other")))
     with pytest.raises(UserError, match="kept 0 averages"):
         reconstruct(tmp_path / "0.07", 0.1)

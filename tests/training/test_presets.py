@@ -133,7 +133,9 @@ def test_faithful_recipes_differ_in_the_fields_only() -> None:
     assert medi.model.fields == ["class", "site"]
     assert replace(cls, model=replace(cls.model, fields=medi.model.fields)) == medi
     assert (medi.objective.prediction, medi.objective.schedule, medi.objective.weighting) == (
-        "epsilon", "linear", "uniform",
-    )  # fmt: skip
+        "epsilon",
+        "linear",
+        "uniform",
+    )
     assert medi.dropout.keep_all == 1
     assert medi.betas == (0.95, 0.999)

@@ -26,7 +26,7 @@ from latent_medi.shards.reading.read_ahead import ReadAhead
 from latent_medi.training import data as module
 from latent_medi.training import loop
 from latent_medi.training.batch_randomness import batch_generator, draw_batch
-from latent_medi.training.data import Batch, TrainingData, cell_weights, open_data
+from latent_medi.training.data import Batch, TrainingData, combination_weights, open_data
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import train
 from latent_medi.training.sample_order import rows_at
@@ -280,7 +280,7 @@ def test_settings_that_cannot_be_followed(run_settings: Make, streaming: Make) -
 def test_the_class_balanced_sampler_of_medi_is_one_setting(tiny: Path) -> None:
     dataset = PatchDataset.open(tiny / "data")
     rows = np.concatenate([dataset.rows({"class": "tumour"}), dataset.rows({"class": "benign"})[:5]])
-    weights = cell_weights(dataset, rows, ["class"], 1.0)
+    weights = combination_weights(dataset, rows, ["class"], 1.0)
     classes = dataset.index["class"].iloc[rows].to_numpy()
     # MeDi draws with replacement by a WeightedRandomSampler with weight 1/count(class).
     expected = np.array([1.0 / np.sum(classes == name) for name in classes])
@@ -289,6 +289,6 @@ def test_the_class_balanced_sampler_of_medi_is_one_setting(tiny: Path) -> None:
     assert abs(np.mean(drawn == "tumour") - 0.5) < 0.02
     assert np.mean(classes == "tumour") > 0.8
     # Halfway between: the root of the ratio is left.
-    halfway = cell_weights(dataset, rows, ["class"], 0.5)
+    halfway = combination_weights(dataset, rows, ["class"], 0.5)
     share = halfway[classes == "tumour"].sum() / halfway[classes == "benign"].sum()
     assert share == pytest.approx(np.sqrt(np.sum(classes == "tumour") / 5))

@@ -1,9 +1,10 @@
-"""What GPUs did, beside what is estimated of them."""
+"""Training speed and memory as measured on GPUs, shipped with the package."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from latent_medi.core.files import read_object
 from latent_medi.core.json_types import check_types
@@ -14,16 +15,16 @@ MEASURED = Path(__file__).parent / "measured.json"
 
 @dataclass(frozen=True)
 class Measured:
-    """Training of one network on one GPU, as it was measured.
+    """A measurement of training: one network on one GPU.
 
     Args:
-        card: Name of the GPU, as torch tells it.
-        revision: Of this program, as git tells it.
+        card: Name of the GPU, from torch.
+        revision: Git revision of this program.
         network: Preset of the network: "S", "B" or "L", on latents of 4×32×32.
         precision: "fp32", "bf16" or "fp16".
         compile: Whether it was compiled.
-        images_per_second: Trained on, whole updates counted.
-        peak_gib: GiB that torch had allocated at the fullest moment.
+        images_per_second: Images trained on, in whole updates.
+        peak_gib: Most GiB that torch had allocated.
     """
 
     card: str
@@ -35,15 +36,7 @@ class Measured:
     peak_gib: float
 
 
-_TYPES: dict[str, type] = {
-    "card": str,
-    "revision": str,
-    "network": str,
-    "precision": str,
-    "compile": bool,
-    "images_per_second": float,
-    "peak_gib": float,
-}
+_TYPES: dict[str, type] = get_type_hints(Measured)
 
 
 def read_measured(path: Path = MEASURED) -> list[Measured]:
@@ -67,18 +60,18 @@ def read_measured(path: Path = MEASURED) -> list[Measured]:
 
 
 def measured_text(rows: list[Measured], network: str) -> list[str]:
-    """Lines that say on which card a network's training was measured, and what it did there.
+    """Lines with the cards on which training of a network was measured, and the results.
 
     Args:
-        rows: What was measured.
+        rows: The measurements.
         network: Preset of the network; empty for another.
     """
     if not rows:
-        return ["training was not measured on a GPU yet"]
+        return ["training has not been measured on a GPU yet"]
     alike = [row for row in rows if row.network == network]
     if not alike:
         known = ", ".join(sorted({f"{row.network} on {row.card}" for row in rows}))
-        return [f"this network was not measured on a GPU yet; measured: {known}"]
+        return [f"this network has not been measured on a GPU yet; measured: {known}"]
     return [
         f"measured on {row.card} at {row.revision}: network {row.network}, {row.precision}, "
         f"{'compiled' if row.compile else 'not compiled'}: {row.images_per_second:.4g} images/s, peak "

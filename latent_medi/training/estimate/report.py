@@ -1,9 +1,9 @@
-"""What a run will take, told before it starts: memory of one device, work per image, and updates per second.
+"""An estimate of a run before it starts: memory of one device, work per image, and updates per second.
 
-Nothing is computed and no memory is used: the network is built of fake tensors, which have shapes, types and storage
-sizes only, and one forward and backward pass of the loop's own loss is followed through them. Weights, gradients,
+Nothing is computed and no memory is used: the network consists of fake tensors, which have shapes, types and storage
+sizes only, and one forward and backward pass of the training's own loss is traced through them. Weights, gradients,
 optimizer and averages are exact. Activations are what autograd saves, at the settings' batch, precision and
-checkpointing. Rates are estimates; "measured" is said of what a GPU did.
+checkpointing. Rates are estimates; only what ran on a GPU is called measured.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ CARDS: dict[str, tuple[float, float]] = {
     "h100": (80, 989.4),
     "h200": (141, 989.4),
 }
-"""GiB of memory, and 10^12 operations per second of dense matrices in bf16 with sums in fp32, as the maker states."""
+"""GiB of memory, and 10^12 operations per second of dense bf16 matrices with fp32 sums, as the vendor states."""
 
-_CONTEXT = GIB // 2  # what CUDA itself takes of a card's memory, outside of what torch counts
-_NCCL = GIB // 2  # NCCL's channels between devices, outside as well: some dozens, a few MiB each
-_RESERVE_SHARE = 0.03  # of the peak: blocks that torch's allocator holds and that nothing fits into
-_FIXED_WORKSPACE = 128 * 2**20  # cuBLAS keeps 32 MiB per handle; cuDNN's kernels ask for a few times that
+_CONTEXT = GIB // 2  # memory of CUDA itself, which torch does not count
+_NCCL = GIB // 2  # NCCL's channels between devices, not counted either: some dozens, a few MiB each
+_RESERVE_SHARE = 0.03  # of the peak: blocks of torch's allocator that nothing fits into
+_FIXED_WORKSPACE = 128 * 2**20  # cuBLAS keeps 32 MiB per handle; cuDNN's kernels need a few times that
 _WORKSPACE_SHARE = 0.05  # of activations and passing tensors: rounding to the allocator's blocks, gaps between them
 
 
 PRESET_SHAPE = (4, 32, 32)
-"""Shape of the latents that presets are measured with."""
+"""Shape of the latents on which presets were measured."""
 
 
 def stand_in_schema(names: list[str] | None, count: int, values: int) -> Schema | None:
-    """A schema to estimate with where there are no data: categorical fields of ``values`` values each.
+    """A schema for an estimate without data: categorical fields of ``values`` values each.
 
     Args:
         names: The fields that the model is conditioned on; unset: ``count`` of them.
@@ -69,10 +69,10 @@ def stand_in_schema(names: list[str] | None, count: int, values: int) -> Schema 
     return Schema(tuple(Field(name, "categorical", vocabulary) for name in names)) if names else None
 
 
-def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema | None, str, int]:
-    """Shape (C, h, w) of a latent, the model's fields, a sentence on where they are from, and bytes of all latents.
+def estimate_inputs(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema | None, str, int]:
+    """Shape (C, h, w) of a latent, the model's fields, a phrase on their origin, and bytes of all latents.
 
-    The data and latents that the settings name, if they are there, otherwise a stand-in.
+    They come from the data and latents of the settings if these exist, otherwise from the stand-in settings.
 
     Raises:
         UserError: Data that do not fit the settings or each other.
@@ -82,35 +82,36 @@ def what_data(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema 
         dataset = PatchDataset.open(settings.data)
         schema = dataset.schema if names is None else dataset.schema.subset(names)
         fields: Schema | None = schema if schema.fields else None
-        told = f"fields of {settings.data}"
+        origin = f"fields of {settings.data}"
         if settings.latents and (Path(settings.latents) / "latents.json").is_file():
             store = open_latents(dataset, settings.latents, "mmap")
-            return store.shape, fields, f"{told}, latents of {settings.latents}", store.nbytes
+            return store.shape, fields, f"{origin}, latents of {settings.latents}", store.nbytes
     else:
         fields = stand_in_schema(names, settings.stand_in_fields, settings.stand_in_values)
         count = len(fields.fields) if fields else 0
-        told = f"{count or 'no'} stand-in field{'' if count == 1 else 's'} of {settings.stand_in_values} values"
+        origin = f"{count or 'no'} stand-in field{'' if count == 1 else 's'} of {settings.stand_in_values} values"
     channels, height, width = settings.latent_shape
-    return (channels, height, width), fields, told, 0
+    return (channels, height, width), fields, origin, 0
 
 
 def device_batch(settings: TrainSettings, processes: int = 1) -> int:
-    """Images per forward pass of one process, as the loop cuts its batch."""
+    """Images per forward pass of one process."""
     share = max(settings.global_batch // processes, 1)
     return min(settings.device_batch or share, share)
 
 
 def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[str, Any]:
-    """What a run takes on one device.
+    """An estimate of what a run takes on one device.
 
     Args:
-        settings: The run, and what to estimate it for.
+        settings: The run, and the card to estimate it for.
         ema_count: Running averages; unset: those of the settings.
 
     Returns:
         ``bytes`` by purpose with their sum ``peak``, the ``margin`` beyond it, parameters, batch, operations per image,
-        and the expected rates; ``measured`` holds what a GPU did now: nothing if its memory was too small, and ``None``
-        without one; ``measured_before`` the rows of :func:`~latent_medi.training.estimate.measured.read_measured`.
+        and the expected rates. ``measured`` holds rates of a GPU of this machine: empty if its memory was too small,
+        ``None`` without one. ``measured_before`` holds the rows of
+        :func:`~latent_medi.training.estimate.measured.read_measured`.
 
     Raises:
         UserError: Settings that cannot be followed, or an unknown card.
@@ -118,13 +119,14 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     settings.check()
     if settings.lora is not None or settings.train_parts is not None:
         raise UserError(
-            "Only whole models are estimated, not lora or train_parts.", "They take less than the same run without."
+            "Estimates are made for whole models, not for lora or train_parts.",
+            "Leave these out; with them a run takes less than the estimate.",
         )
     if settings.processes < 1 or settings.global_batch % settings.processes:
         raise UserError(
             f"{settings.processes} processes cannot share a global_batch of {settings.global_batch} equally."
         )
-    shape, schema, told, stored = what_data(settings)
+    shape, schema, origin, stored = estimate_inputs(settings)
     batch = device_batch(settings, settings.processes)
     cost, denoiser = step_cost(settings, shape, schema, batch)
     count = len(settings.ema.widths()) if ema_count is None else ema_count
@@ -152,7 +154,7 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
         except torch.cuda.OutOfMemoryError:
             measured = {}
     return {
-        "data": told,
+        "data": origin,
         "latent_shape": list(shape),
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "precision": settings.precision,
@@ -178,17 +180,17 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
 
 
 def beyond(peak: int, processes: int) -> dict[str, int]:
-    """Bytes of a card that a run takes beyond what torch counts as allocated: a margin, told apart from the estimate.
+    """Bytes of a card that a run takes beyond what torch counts as allocated, by purpose.
 
     Args:
-        peak: What torch is expected to count, in bytes.
+        peak: Bytes that torch is expected to count.
         processes: Devices that share the global batch.
     """
     return {"context": _CONTEXT, "nccl": _NCCL if processes > 1 else 0, "reserve": round(_RESERVE_SHARE * peak)}
 
 
 def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, float]:
-    """Name, GiB and TFLOP/s of the card that is asked for, or that is here, or the smallest that holds ``peak`` bytes.
+    """Name, GiB and TFLOP/s of the requested card, or of this machine's, or of the smallest with ``peak`` bytes.
 
     Raises:
         UserError: An unknown card.
@@ -196,7 +198,7 @@ def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, floa
     name = settings.card
     if name and name not in CARDS:
         raise UserError(
-            f"The speed of {name!r} is not known; {nearest(name, CARDS)}.", "Or give card_gib and card_tflops."
+            f"The speed of the card {name!r} is not known; {nearest(name, CARDS)}.", "Or give card_gib and card_tflops."
         )
     if not name and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -214,7 +216,7 @@ _FP32_SHARE = {"l40s": 0.25, "a100": 1 / 16, "h100": 1 / 15, "h200": 1 / 15}  # 
 
 
 def fp32_share(card: str) -> float:
-    """What a card does in fp32, which is computed without tensor cores, over what it does in bf16."""
+    """Speed of a card in fp32, which runs without tensor cores, relative to bf16."""
     return next((share for name, share in _FP32_SHARE.items() if name in card.lower().replace(" ", "")), 0.5)
 
 
@@ -241,13 +243,9 @@ def _wait(device: str) -> None:
 
 @exact_fp32()
 def measure(
-    settings: EstimateSettings,
-    shape: tuple[int, int, int],
-    schema: Schema | None,
-    batch: int,
-    device: str = "cuda",
+    settings: EstimateSettings, shape: tuple[int, int, int], schema: Schema | None, batch: int, device: str = "cuda"
 ) -> dict[str, float]:
-    """Real updates of the loop's kind on one device: bytes at the fullest moment, and their rate.
+    """Make real updates on one device and measure their peak memory and rate.
 
     Args:
         settings: The run.
@@ -257,18 +255,18 @@ def measure(
         device: Where to run.
 
     Returns:
-        On a GPU ``peak_bytes`` and ``reserved_bytes``, what torch had allocated and held at the fullest moment; and
-        ``steps_per_s`` of updates of one process's share of the global batch.
+        On a GPU ``peak_bytes`` and ``reserved_bytes``, the most that torch had allocated and reserved; and
+        ``steps_per_s``, updates of one process's share of the global batch.
     """
     try:
-        release(device)  # of what was before
+        release(device)
         return _measure(settings, shape, schema, batch, device)
     finally:
         release(device)
 
 
 def release(device: str = "cuda") -> None:
-    """Give back memory of a device that nothing uses: a compiled network is part of a cycle, which ``del`` leaves."""
+    """Release unused memory of a device, also that of reference cycles, which a compiled network is part of."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -322,17 +320,17 @@ def _measure(
 
 def estimate_text(result: dict[str, Any]) -> str:
     """The estimate as lines to read."""
-    told = {
+    purposes = {
         "weights": "weights, fp32",
         "gradients": "gradients, fp32",
         "optimizer": "AdamW's two moments",
         "averages": "running averages, fp32",
         "ddp_buckets": "DDP buckets (the gradients are views of them)",
         "batch": "latents and noise of one update",
-        "latents": "all latents, where the run keeps them on the device",
+        "latents": "all latents, if the run keeps them on the device",
         "activations": f"activations that autograd saves at a batch of {result['device_batch']}",
-        "passing": "more at the fullest moment of the backward pass",
-        "workspace": "allowance for libraries' workspaces and the allocator's gaps",
+        "passing": "further tensors at the peak of the backward pass",
+        "workspace": "allowance for workspaces of libraries and gaps of the allocator",
         "peak": "expected peak",
     }
     sizes, margin = result["bytes"], result["margin"]
@@ -342,9 +340,9 @@ def estimate_text(result: dict[str, Any]) -> str:
         f"global_batch {result['global_batch']} in parts of {result['device_batch']} on {result['processes']} "
         f"device{'s' if result['processes'] > 1 else ''}",
         "",
-        *(f"{sizes[key]:>16,} B {sizes[key] / GIB:7.2f} GiB  {text}" for key, text in told.items()),
-        f"{sum(margin.values()):>16,} B {sum(margin.values()) / GIB:7.2f} GiB  margin beyond it, not in the peak: CUDA "
-        f"itself {margin['context'] / GIB:.2f}, NCCL between devices {margin['nccl'] / GIB:.2f}, held back by torch's "
+        *(f"{sizes[key]:>16,} B {sizes[key] / GIB:7.2f} GiB  {text}" for key, text in purposes.items()),
+        f"{sum(margin.values()):>16,} B {sum(margin.values()) / GIB:7.2f} GiB  further margin: CUDA itself "
+        f"{margin['context'] / GIB:.2f}, NCCL between devices {margin['nccl'] / GIB:.2f}, reserved by torch's "
         f"allocator {margin['reserve'] / GIB:.2f} GiB",
         "",
         f"{result['flops_per_image'] / 1e9:.1f} GFLOP per image, forward and backward",
@@ -353,14 +351,14 @@ def estimate_text(result: dict[str, Any]) -> str:
         f"({result['card_gib']:.3g} GiB: {'enough' if result['fits'] else 'NOT enough'})",
     ]
     if result["measured"] is None:
-        lines.append("no GPU here, so nothing was tried on one")
+        lines.append("not measured: this machine has no GPU")
     elif not result["measured"]:
-        lines.append("measured on this GPU: its memory is too small; lower device_batch")
+        lines.append("not measured: the memory of this GPU is too small; lower device_batch")
     else:
         peak, held, rate = (result["measured"][key] for key in ("peak_bytes", "reserved_bytes", "steps_per_s"))
         lines.append(
-            f"measured on this GPU: peak {peak / GIB:.2f} GiB, held by torch {held / GIB:.2f} GiB, {rate:.3g} steps/s "
-            "per process"
+            f"measured on this GPU: peak {peak / GIB:.2f} GiB, reserved by torch {held / GIB:.2f} GiB, "
+            f"{rate:.3g} steps/s per process"
         )
     lines += measured_text([Measured(**row) for row in result["measured_before"]], result["network"])
     return "\n".join(lines)

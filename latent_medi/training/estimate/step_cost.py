@@ -1,4 +1,4 @@
-"""What one pass through a network takes, followed with fake tensors: bytes that stay, bytes that pass, operations."""
+"""The cost of one forward and backward pass, traced with fake tensors: saved bytes, temporary bytes, operations."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.training.settings import TrainSettings
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Type that autocast computes in, by precision."""
+"""Type of autocast by precision."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one forward and backward pass of one device's batch takes.
+    """The cost of one forward and backward pass of one device's batch.
 
     Args:
-        saved: Bytes that autograd saves: every storage once, parameters left out, autocast's copies of them included.
-        passing: Bytes at the fullest moment of the pass beyond ``saved``: gradients of activations, copies in another
-            type, recomputed blocks.
+        saved: Bytes that autograd saves: every storage once, without parameters, with autocast's copies of them.
+        passing: Bytes beyond ``saved`` at the peak of the pass: gradients of activations, copies in another type,
+            recomputed blocks.
         forward_flops: Floating-point operations of the forward pass, a multiplication and an addition being two.
         flops: Of forward and backward pass, recomputation included.
     """
@@ -46,15 +46,15 @@ class StepCost:
 
 
 class SavedBytes:
-    """Counts what autograd saves for the backward pass while :meth:`hooks` is entered.
+    """Counts the bytes that autograd saves for the backward pass, inside the context :meth:`hooks`.
 
     Args:
-        module: Its parameters and buffers are not counted: they are there anyway.
+        module: Its parameters and buffers are not counted.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._own = {t.untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
-        self._kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
+        self._kept: dict[int, torch.UntypedStorage] = {}  # references, so that no address is used twice
 
     def hooks(self) -> Any:
         """The context in which to run the forward pass."""
@@ -73,12 +73,12 @@ class SavedBytes:
         return sum(storage.nbytes() for storage in self._kept.values())
 
     def release(self) -> None:
-        """Stop holding the storages, so that they can be seen to be freed."""
+        """Drop the references to the storages, so that they can be freed."""
         self._kept.clear()
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all storages made while it is entered, and their highest sum."""
+    """Tracks the bytes of all storages created inside the context, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Leave out the storages of tensors that are counted elsewhere; operations in place return them again."""
+        """Exclude the storages of tensors that are counted elsewhere; in-place operations return them again."""
         self._seen |= {t.untyped_storage()._cdata for t in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -108,10 +108,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def normalise_as_on_gpu(module: nn.Module) -> None:
-    """Make every group normalisation take fp32, as a GPU's autocast does and the CPU's does not.
+    """Cast the inputs of group normalisations to fp32, as autocast does on a GPU and not on a CPU.
 
-    Of the operations in these networks only that one is treated differently, and it decides: its input and output are
-    the largest things saved. On a GPU's own fake tensors no backward pass can be followed where there is no GPU.
+    It is the only operation of these networks that differs, and its inputs and outputs are the largest saved tensors.
+    Without a GPU, no backward pass can be traced with fake tensors of a GPU.
     """
     for part in module.modules():
         if isinstance(part, nn.GroupNorm):
@@ -119,7 +119,7 @@ def normalise_as_on_gpu(module: nn.Module) -> None:
 
 
 def build_denoiser(settings: TrainSettings, shape: tuple[int, int, int], schema: Schema | None) -> Denoiser:
-    """The denoiser that a run with these settings trains, at random; with ``init_from``, the source's network.
+    """The denoiser of these settings with random weights; with ``init_from``, of the source's architecture.
 
     Raises:
         UserError: It cannot be built.
@@ -139,11 +139,9 @@ def build_denoiser(settings: TrainSettings, shape: tuple[int, int, int], schema:
         unet = build_unet(settings.model, channels, height, conditional=schema is not None)
     conditioner = None
     if schema is not None:
-        width = 4 * unet.config["block_out_channels"][0]
-        conditioner = MetadataConditioner(
-            schema.to_dict(), width, fusion=settings.model.fusion, widths=settings.model.widths,
-            dropout_patterns=asdict(settings.dropout),
-        )  # fmt: skip
+        width, model = 4 * unet.config["block_out_channels"][0], settings.model
+        patterns = asdict(settings.dropout)
+        conditioner = MetadataConditioner(schema.to_dict(), width, None, model.fusion, model.widths, patterns)
     if settings.checkpoint_activations:
         unet.enable_gradient_checkpointing()
     return Denoiser(unet, conditioner)
@@ -154,9 +152,7 @@ def _source_unet(folder: str, conditional: bool) -> Any:
 
     found = [f for f in (Path(folder) / "unet" / "config.json", Path(folder) / "config.json") if f.is_file()]
     if not found:
-        raise UserError(
-            f"There is no network in {folder} to estimate.", "Give a model folder, or leave out init_from here."
-        )
+        raise UserError(f"There is no network in {folder} to estimate.", "Give a model folder, or leave out init_from.")
     values = {key: value for key, value in read_json(found[0]).items() if not key.startswith("_")}
     return UNet2DModel(**{**values, "class_embed_type": "identity" if conditional else None})
 
@@ -173,20 +169,16 @@ def example(
 
 
 def step_cost(
-    settings: TrainSettings,
-    shape: tuple[int, int, int],
-    schema: Schema | None,
-    batch: int,
-    device: str = "cuda",
+    settings: TrainSettings, shape: tuple[int, int, int], schema: Schema | None, batch: int, device: str = "cuda"
 ) -> tuple[StepCost, Denoiser]:
-    """Follow one forward and backward pass through fake tensors.
+    """Trace one forward and backward pass with fake tensors.
 
     Args:
         settings: Model, objective, precision and checkpointing.
         shape: (C, h, w) of a latent.
         schema: The model's fields, or ``None``.
         batch: Images in the pass.
-        device: "cuda" for the types that autocast chooses on a GPU, "cpu" for those on the CPU.
+        device: "cuda" for the types that autocast uses on a GPU, "cpu" for those on the CPU.
 
     Returns:
         The cost, and the denoiser, of fake tensors.
@@ -199,7 +191,7 @@ def step_cost(
         denoiser = build_denoiser(settings, shape, schema).train()
         objective = Objective(settings.objective)
         inputs = example(denoiser, shape, batch, objective.timesteps)
-        # Gradients stay from one part of a batch to the next, and under DDP always, so they are there all along.
+        # Gradients are kept between the parts of a batch, and always under DDP, so they exist during the whole pass.
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
@@ -219,12 +211,11 @@ def step_cost(
 
 
 def state_bytes(denoiser: nn.Module, ema_count: int, eight_bit: bool = False) -> dict[str, int]:
-    """Exact bytes of what stays on a device during a run, all of it fp32 but for 8-bit moments.
+    """Exact bytes of what a device holds throughout a run, fp32 except for 8-bit moments.
 
     AdamW keeps two tensors per trained parameter and a step count of 4 bytes. In 8 bits, tensors of at least 4,096
     entries have two bytes per entry and two fp32 scales per 256 of them, and two maps are shared. DDP's buckets are the
-    gradients themselves (``gradient_as_bucket_view``, and see :mod:`latent_medi.training.ddp`), so they take nothing
-    more.
+    gradients themselves (``gradient_as_bucket_view``, see :mod:`latent_medi.training.ddp`) and take no more memory.
 
     Args:
         denoiser: The model.

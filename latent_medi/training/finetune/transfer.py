@@ -1,8 +1,8 @@
-"""Starting from another model, exactly at that model: what is taken over, what is new, and a table that says so.
+"""Starting a run from another model (the source), exactly at that model, with a table of what was transferred.
 
-A network with a condition input has the same parameters as one without, so an unconditional source's weights fit as
-they are, and conditions whose embeddings start at zero change nothing. A conditional source's embeddings are taken
-over; new fields start at zero, new values of an old field at the mean of its values.
+A network with a condition input has the same parameters as one without, so the weights of an unconditional source fit,
+and conditions whose embeddings start at zero do not change its predictions. The embeddings of a conditional source are
+kept; new fields start at zero, and new values of a field at the mean of its values.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from diffusers import UNet2DModel
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_object, sha256_file
-from latent_medi.diffusion.adapters import parts_hash
 from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.model_folder import REMEDY, check_model, local_folder, read_parts
+from latent_medi.diffusion.model_folder import REMEDY, check_model, hash_model, local_folder, read_parts
 from latent_medi.diffusion.objective import settings_of
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 from latent_medi.metadata.schema import FIRST_VALUE, Schema
@@ -35,15 +34,15 @@ class Source:
     """A model to start from.
 
     Args:
-        folder: Where it is.
+        folder: Its folder.
         hash: SHA-256 over its weight files.
         unet: Its network.
         conditioner: Its conditioner, or ``None``.
-        scheduler: Its scheduler's configuration, or ``None`` for a bare network.
+        scheduler: The configuration of its scheduler, or ``None`` for a bare network.
         autoencoder: Content of its autoencoder.json, or ``None`` for a model of another program.
-        objective: How it was trained, or ``None`` for a model of another program.
-        seen: The record of the combinations that it was trained on, see :mod:`latent_medi.metadata.training_record`, or
-            ``None`` if it has none.
+        objective: Its training objective, or ``None`` for a model of another program.
+        seen: The combinations it was trained on, see
+            :mod:`latent_medi.metadata.training_record`, or ``None`` if not recorded.
     """
 
     folder: Path
@@ -57,12 +56,15 @@ class Source:
 
     @property
     def model_hash(self) -> str:
-        """What :attr:`~latent_medi.diffusion.pipeline.MediPipeline.model_hash` is of it; adapters name their model by
-        it."""
+        """Its :attr:`~latent_medi.diffusion.pipeline.MediPipeline.model_hash`, which adapters refer to.
+
+        Raises:
+            UserError: It is not a complete model of this program.
+        """
         if self.scheduler is None or self.autoencoder is None:
-            raise UserError(f"{self.folder} is no whole model of this program.")
+            raise UserError(f"{self.folder} is not a complete model of this program.")
         shift, scale = (torch.tensor(self.autoencoder[n], dtype=torch.float32) for n in ("shift", "scale"))
-        return parts_hash(self.unet, self.conditioner, self.scheduler, self.autoencoder["hash"], shift, scale)
+        return hash_model(self.unet, self.conditioner, self.scheduler, self.autoencoder["hash"], shift, scale)
 
 
 def open_source(folder: str | Path) -> Source:
@@ -72,7 +74,7 @@ def open_source(folder: str | Path) -> Source:
         folder: The folder, or a hub id ``owner/name``, of which only JSON and safetensors are fetched.
 
     Raises:
-        UserError: It is none of these, or cannot be downloaded.
+        UserError: It is none of these, is damaged, or cannot be downloaded.
     """
     folder = local_folder(folder)
     check_model(folder)
@@ -82,12 +84,12 @@ def open_source(folder: str | Path) -> Source:
         or read_object(network / "config.json").get("_class_name") != "UNet2DModel"
     ):
         raise UserError(
-            f"{folder} is no model to start from.",
-            "Give one of this program's models, a diffusers pipeline with unet/, or a diffusers UNet2DModel's folder.",
+            f"{folder} holds no model to start from.",
+            "Give a model of this program, a diffusers pipeline with unet/, or the folder of a diffusers UNet2DModel.",
         )
     weights = sorted([*network.glob("*.safetensors"), *(folder / "conditioning").glob("*.safetensors")])
     if not any(path.parent == network for path in weights):
-        raise UserError(f"{network} has no .safetensors weights.", "Convert them: pickled weights are not loaded.")
+        raise UserError(f"{network} has no .safetensors weights.", "Convert the weights; pickles are not loaded.")
     digest = hashlib.sha256("".join(sha256_file(path) for path in weights).encode()).hexdigest()
     conditioning = folder / "conditioning"
     scheduler, parts = folder / "scheduler" / "scheduler_config.json", read_parts(folder)
@@ -113,10 +115,10 @@ def open_source(folder: str | Path) -> Source:
 
 
 def inherited_objective(source: Source, settings: TrainSettings) -> ObjectiveSettings:
-    """The source's objective, with the parts named in ``override`` ("prediction", "schedule", "weighting") from the
-    settings.
+    """The source's objective, with the parts named in ``override`` taken from the settings.
 
-    A source of another program does not say how it weighted noise levels: the settings' weighting and loss are used.
+    Parts are "prediction", "schedule" and "weighting". A source of another program does not record its weighting and
+    loss, so those of the settings are used.
     """
     own = settings.objective
     if source.scheduler is None:
@@ -136,8 +138,9 @@ def inherited_objective(source: Source, settings: TrainSettings) -> ObjectiveSet
 
 
 def transferred_schema(source: Source | None, own: Schema | None) -> Schema | None:
-    """The new model's fields: the source's with every code unchanged, then what is only in the data. ``None`` for no
-    field.
+    """The fields of the new model: those of the source with unchanged codes, then those that only the data have.
+
+    ``None`` for a model without fields.
 
     Raises:
         UserError: The source is conditional and the new model is not; or a field differs in kind or unit.
@@ -147,7 +150,7 @@ def transferred_schema(source: Source | None, own: Schema | None) -> Schema | No
     if own is None:
         raise UserError(
             f"{source.folder} is conditional, and model.fields is empty: an unconditional model cannot start at it.",
-            "Leave model.fields out, or start from an unconditional model.",
+            "Leave out model.fields, or start from an unconditional model.",
         )
     return Schema.merge(source.conditioner.schema, own)
 
@@ -162,9 +165,9 @@ def transfer(
     """A denoiser that predicts exactly what the source predicts, for every condition that the source knows.
 
     Args:
-        source: The model to start from; its network's architecture is kept.
+        source: The model to start from; the architecture of its network is kept.
         schema: From :func:`transferred_schema`.
-        model: Fusion and widths of a new conditioner; a conditional source's fusion is kept unless new fields need
+        model: Fusion and widths of a new conditioner. A conditional source keeps its fusion unless new fields need
             another.
         dropout: Condition dropout of the new training.
         latent_shape: (C, h, w) of the data.
@@ -200,7 +203,7 @@ def _row(name: str, status: str, tensor: torch.Tensor, note: str = "") -> dict[s
 def _load_network(unet: Any, source: Source) -> list[dict[str, str]]:
     theirs = source.unet.state_dict()
     missing, extra = unet.load_state_dict(theirs, strict=False)
-    if missing:  # cannot happen with the source's own configuration, and training must not go on if it does
+    if missing:  # impossible with the source's own configuration; training must not continue if it happens
         raise UserError(f"{source.folder} lacks the weights {', '.join(missing[:5])}.")
     skipped = [
         _row(f"unet.{n}", "skipped", theirs[n], "the source's class input is replaced by conditions") for n in extra
@@ -232,13 +235,13 @@ def _new_conditioner(
 
 @torch.no_grad()
 def _load_conditioner(new: MetadataConditioner, old: MetadataConditioner | None) -> list[dict[str, str]]:
-    """Take over the old fields' embeddings and start new fields at zero."""
+    """Copy the embeddings of the old fields and start new fields at zero."""
     if old is None:
         new.zero_init()
         return [_row(f"conditioner.{n}", "new", t, "z_cond starts at zero") for n, t in new.state_dict().items()]
     notes: dict[str, tuple[str, str]] = {}
     offset = 0
-    for known in old.schema.fields:  # a concatenated field's part of the width is where it stood
+    for known in old.schema.fields:  # a concatenated field keeps its place in the width
         key = embedding_key(known.name)
         theirs: FieldEmbedding = old.embeddings[key]  # type: ignore[assignment]
         ours: FieldEmbedding = new.embeddings[key]  # type: ignore[assignment]
@@ -268,7 +271,7 @@ def _load_conditioner(new: MetadataConditioner, old: MetadataConditioner | None)
 
 
 def _copy_embedding(old: FieldEmbedding, new: FieldEmbedding, columns: slice) -> int:
-    """Copy a field's vectors into some columns of the new ones, the others zero; returns how many values are new."""
+    """Copy a field's vectors into some columns of the new ones, the others zero; returns the number of new values."""
     new.zero()
     table = old.codes.weight
     new.codes.weight[: len(table), columns] = table
@@ -282,22 +285,23 @@ def _copy_embedding(old: FieldEmbedding, new: FieldEmbedding, columns: slice) ->
 
 
 def describe_table(table: pd.DataFrame) -> str:
-    """The table's counts in words, such as "312 loaded, 4 new; 300 frozen, 16 trained"."""
-    told = [table["status"].value_counts()]
+    """The counts of the table, such as "312 loaded, 4 new; 300 frozen, 16 trained"."""
+    columns = [table["status"]]
     if "training" in table:
-        told.append(table.loc[table["training"] != "", "training"].value_counts())
-    return "; ".join(", ".join(f"{count} {word}" for word, count in counts.items()) for counts in told)
+        columns.append(table.loc[table["training"] != "", "training"])
+    counts = [column.value_counts().items() for column in columns]
+    return "; ".join(", ".join(f"{count} {word}" for word, count in each) for each in counts)
 
 
 def with_adapter(table: pd.DataFrame, denoiser: Denoiser, before: set[str]) -> pd.DataFrame:
-    """The table with a row per matrix of the adapter that was put into the network.
+    """The table with a further row per matrix of the adapter.
 
     Args:
-        table: Before.
+        table: Without the adapter.
         denoiser: With the adapter.
-        before: The parameters it had without.
+        before: Names of the parameters that it had without the adapter.
     """
-    # peft renames an adapted layer's own parameters, which are frozen: what asks for a gradient is the adapter's.
+    # peft renames the parameters of an adapted layer, which are frozen, so those with a gradient are the adapter's.
     added = [(n, p) for n, p in denoiser.named_parameters() if p.requires_grad and n not in before]
     rows = [{**_row(name, "new", p, "low-rank update, zero at the start"), "training": "trained"} for name, p in added]
     return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)

@@ -274,12 +274,12 @@ def test_the_estimate_says_which_card_was_measured(tmp_path: Path) -> None:
     file = tmp_path / "measured.json"
     file.write_text(json.dumps({"rows": [ROW, {**ROW, "network": "B", "card": "NVIDIA L40S", "compile": False}]}))
     rows = read_measured(file)
-    assert measured_text([], "S") == ["training was not measured on a GPU yet"]
+    assert measured_text([], "S") == ["training has not been measured on a GPU yet"]
     assert measured_text(rows, "S") == [
         "measured on NVIDIA H100 80GB HBM3 at 2bebcb5: network S, bf16, compiled: 5400 images/s, peak 5.12 GiB"
     ]
     (other,) = measured_text(rows, "L")
-    assert "not measured" in other
+    assert "not been measured" in other
     assert "B on NVIDIA L40S" in other
     assert "S on NVIDIA H100 80GB HBM3" in other
     # The packaged file is read, and is what an estimate tells.

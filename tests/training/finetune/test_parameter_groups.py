@@ -21,12 +21,12 @@ from latent_medi.diffusion.settings import DropoutSettings, GuidanceSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.metadata.schema import FIRST_VALUE
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.training import loop
+from latent_medi.training import loop, updates
 from latent_medi.training.checkpoint import checkpoint_folders
 from latent_medi.training.data import TrainingData, open_data
 from latent_medi.training.finetune.transfer import Source, open_source
 from latent_medi.training.loop import train
-from latent_medi.training.settings import PARTS, TrainSettings
+from latent_medi.training.settings import PARAMETER_GROUPS, TrainSettings
 
 Make = Callable[..., TrainSettings]
 STRONG = {"lr": 1e-2, "weight_decay": 0.5}  # what is not held fast moves visibly
@@ -44,7 +44,7 @@ def further(tmp_path: Path, tiny_more: Path, **values: Any) -> dict[str, Any]:
     return {**more, "init_from": str(tmp_path / "source" / "model"), "train_parts": ["new"], **values}
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part != "new"])
+@pytest.mark.parametrize("part", [part for part in PARAMETER_GROUPS if part != "new"])
 def test_only_the_named_part_moves(part: str, source: MediPipeline, run_settings: Make, tmp_path: Path) -> None:
     start = {"init_from": str(tmp_path / "source" / "model"), "train_parts": [part], "max_steps": 3, **STRONG}
     after = MediPipeline.from_pretrained(train(run_settings(**start)))
@@ -202,7 +202,7 @@ def test_killed_and_resumed_equals_unbroken(
     torn = replace(whole, out=str(tmp_path / "torn"))
     assert finished(launch(torn, {"step": 11})) < 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", interrupt_at(10))
+        patch.setattr(updates, "clip_gradients", interrupt_at(10))
         with pytest.raises(KeyboardInterrupt):
             train(torn)
     train(torn)

@@ -1,4 +1,4 @@
-"""The parts of a pipeline: set, listed and shared in the ways that other pipelines of diffusers allow."""
+"""The base of a pipeline: its components can be set, listed and shared as in other pipelines of diffusers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.idioms import dtype_of, loading_options, scheduler_refusal
+from latent_medi.diffusion.pipeline_arguments import dtype_of, loading_options, scheduler_refusal
 
 
-class PipelineParts(DiffusionPipeline):
-    """What is common to pipelines of a denoiser."""
+class PipelineBase(DiffusionPipeline):
+    """A diffusers pipeline of a denoiser and its adapters."""
 
     _adapters: list[tuple[str, float]]
     _base_hash: str
     _carries_autoencoder: bool
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a part, such as ``pipe.unet = torch.compile(pipe.unet)``.
+        """Set a component, such as ``pipe.unet = torch.compile(pipe.unet)``.
 
         Raises:
-            UserError: A scheduler, which chooses no sampler here; or another network beneath stacked adapters.
+            UserError: It is a scheduler, which does not choose the sampler here; or a network under stacked adapters.
         """
         made = "denoiser" in self.__dict__
         if made and name == "scheduler" and value is not self.scheduler:
@@ -36,7 +36,7 @@ class PipelineParts(DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """All that another pipeline of the same model is made of: ``MediPipeline(**pipe.components)``."""
+        """The arguments of another pipeline of the same model: ``MediPipeline(**pipe.components)``."""
         names = ("unet", "scheduler", "conditioning", "autoencoder", "shift", "scale", "objective", "provenance")
         return {name: getattr(self, name) for name in names}
 
@@ -49,9 +49,9 @@ class PipelineParts(DiffusionPipeline):
             kwargs: ``torch_dtype``, as for :meth:`from_pretrained`.
 
         Raises:
-            UserError: A pipeline of another class, or arguments that mean nothing here.
+            UserError: It is a pipeline of another class, or an argument is not supported.
         """
-        if not isinstance(pipeline, PipelineParts):
+        if not isinstance(pipeline, PipelineBase):
             raise UserError(f"A {type(pipeline).__name__} is no MediPipeline.", "Use MediPipeline.from_pretrained.")
         wanted = [kwargs.pop(name, None) for name in ("torch_dtype", "dtype")]
         loading_options("", kwargs)

@@ -77,7 +77,7 @@ def test_another_scheduler_is_refused_wherever_it_is_given(pipe, folder, name, o
 
 
 def test_every_sampler_has_a_scheduler_that_leads_to_it(pipe):
-    from latent_medi.diffusion.idioms import _SAMPLER_OF
+    from latent_medi.diffusion.pipeline_arguments import _SAMPLER_OF
 
     assert {*_SAMPLER_OF.values(), "dpmpp_2m_sde"} == set(SAMPLERS)
 
@@ -90,11 +90,20 @@ def test_the_class_for_the_whole_folder_is_named(folder):
 @pytest.mark.parametrize(
     "options",
     [
-        {"torch_dtype": "auto"}, {"torch_dtype": None}, {"dtype": "float32"}, {"device_map": "cpu"},
-        {"device_map": {"": "cpu"}}, {"local_files_only": True}, {"use_safetensors": True}, {"cache_dir": "/nowhere"},
-        {"low_cpu_mem_usage": True}, {"variant": None}, {"trust_remote_code": False}, {"force_download": False},
+        {"torch_dtype": "auto"},
+        {"torch_dtype": None},
+        {"dtype": "float32"},
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"local_files_only": True},
+        {"use_safetensors": True},
+        {"cache_dir": "/nowhere"},
+        {"low_cpu_mem_usage": True},
+        {"variant": None},
+        {"trust_remote_code": False},
+        {"force_download": False},
     ],
-)  # fmt: skip
+)
 def test_usual_ways_to_load_that_change_nothing(pipe, folder, options):
     assert np.array_equal(images(MediPipeline.from_pretrained(folder, **options)), images(pipe))
 
@@ -117,8 +126,8 @@ def test_a_precision_by_name_is_the_precision(folder, name, given):
         ({"device": "tpu9"}, "no device 'tpu9'"),
         ({"use_safetensors": False}, "safetensors"),
         ({"variant": "fp16"}, r"torch_dtype=torch\.float16"),
-        ({"trust_remote_code": True}, "no code"),
-        ({"custom_pipeline": "x/y"}, "no code"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"custom_pipeline": "x/y"}, "custom_pipeline"),
         ({"revision": "v1"}, "revision"),
         ({"unet": None, "vae": "x"}, "autoencoder=…"),
         ({"torch_dtyp": "x"}, "closest: 'torch_dtype'"),
@@ -156,23 +165,23 @@ def test_a_download_is_given_its_options(monkeypatch, folder):
         ({"height": 64}, "one size"),
         ({"class_labels": [0]}, "class_="),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "generate_latents"),
-        ({"num_images": 2.0}, "num_images is 2.0; it takes a whole number"),
-        ({"num_images": "2"}, "num_images is '2'"),
-        ({"num_images": True}, "num_images is True"),
-        ({"seeds": 5}, "seeds is 5; it takes a list"),
-        ({"seeds": "12"}, "seeds is '12'"),
-        ({"seeds": [-1]}, r"seeds\[0\] is -1"),
-        ({"seeds": [1.5]}, r"seeds\[0\] is 1.5"),
-        ({"seed": 2**63}, "seed is"),
-        ({"seed": None}, "seed is None"),
-        ({"steps": 4.0}, "steps is 4.0"),
+        ({"num_images": 2.0}, "num_images .*2.0"),
+        ({"num_images": "2"}, "num_images .*'2'"),
+        ({"num_images": True}, "num_images .*True"),
+        ({"seeds": 5}, "seeds .*5"),
+        ({"seeds": "12"}, "seeds .*'12'"),
+        ({"seeds": [-1]}, r"seeds\[0\] .*-1"),
+        ({"seeds": [1.5]}, r"seeds\[0\] .*1.5"),
+        ({"seed": 2**63}, "seed .*9223372036854775808"),
+        ({"seed": None}, "seed .*None"),
+        ({"steps": 4.0}, "steps .*4.0"),
         ({"steps": 0}, "between 1 and the 1000"),
-        ({"batch": 0}, "batch is 0"),
-        ({"guidance": "3"}, "guidance is '3'"),
-        ({"guidance": {"site": "3"}}, "it takes a number"),
+        ({"batch": 0}, "batch .*0"),
+        ({"guidance": "3"}, "guidance .*'3'"),
+        ({"guidance": {"site": "3"}}, "guidance .*'site'"),
         ({"guidance": float("nan")}, "finite"),
-        ({"sampler": 3}, "sampler is 3"),
-        ({"sampler": {"name": "ddim"}}, "it takes a name"),
+        ({"sampler": 3}, "sampler .*3"),
+        ({"sampler": {"name": "ddim"}}, "sampler .*'ddim'"),
     ],
 )
 def test_a_wrong_argument_of_a_call_is_one_message(pipe, asked, why):
@@ -191,9 +200,11 @@ def test_whole_numbers_of_numpy_and_torch_are_whole_numbers(pipe):
 def test_copies_share_or_repeat_the_model(pipe):
     want, digest = images(pipe), pipe.model_hash
     for made in (
-        copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)), MediPipeline(**pipe.components),
+        copy.deepcopy(pipe),
+        pickle.loads(pickle.dumps(pipe)),
+        MediPipeline(**pipe.components),
         MediPipeline.from_pipe(pipe),
-    ):  # fmt: skip
+    ):
         assert np.array_equal(images(made), want)
         assert made.model_hash == digest
     assert MediPipeline.from_pipe(pipe).unet is pipe.unet

@@ -1,8 +1,8 @@
-"""Which tensors a run trains when it starts from a model: all, named groups, or only what the source does not have.
+"""The parameters that a fine-tuning run trains: all, named groups, or only those that the source does not have.
 
-What is frozen asks for no gradient, so it has no optimizer state, no weight decay and no average of its own. Of a
-tensor that is partly new, such as a vocabulary's table with a further row, the old part is held as a constant and the
-new part is a parameter of its own: nothing that acts on parameters can reach the old part.
+A frozen parameter has no gradient, no optimizer state, no weight decay and no average of its own. If only part of a
+tensor is new, such as a further row of a vocabulary's table, the old part is kept as a constant and the new part
+becomes a parameter of its own, so that no optimizer can change the old part.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.training.finetune.transfer import Source
-from latent_medi.training.settings import PARTS, TrainSettings
+from latent_medi.training.settings import PARAMETER_GROUPS, TrainSettings
 
 TRAINED, FROZEN, NEW_PART = "trained", "frozen", "new part"
 
 
 @dataclass(frozen=True)
 class NewPart:
-    """What of a tensor the source does not have.
+    """The part of a tensor that the source does not have.
 
     Args:
-        dim: The dimension along which it grew.
-        index: int64 [n]; the new positions along it.
+        dim: The dimension along which the tensor grew.
+        index: int64 [n]; the new positions along that dimension.
     """
 
     dim: int
     index: torch.Tensor
 
 
-def new_parts(source: Source, denoiser: Denoiser) -> dict[str, NewPart | None]:
-    """Names of the parameters that are new, with the new part of those that only grew (``None``: all of it)."""
+def new_parameters(source: Source, denoiser: Denoiser) -> dict[str, NewPart | None]:
+    """Names of the parameters that are new, with the new part of those that only grew (``None``: the whole tensor)."""
     conditioner, old = denoiser.conditioner, source.conditioner
     if conditioner is None:
         return {}
@@ -50,7 +50,7 @@ def new_parts(source: Source, denoiser: Denoiser) -> dict[str, NewPart | None]:
         if known.name not in old.schema.names:
             embedding = conditioner.embeddings[embedding_key(known.name)]
             found |= {f"{prefix}.{name}": None for name, _ in embedding.named_parameters()}
-            if conditioner.mix is not None:  # its columns for this field started at zero and must learn with it
+            if conditioner.mix is not None:  # its columns for this field started at zero and are trained with it
                 width = conditioner.mix.out_features
                 columns = torch.arange(position * width, (position + 1) * width)
                 if (before := found.get("conditioner.mix.weight")) is not None:
@@ -62,7 +62,7 @@ def new_parts(source: Source, denoiser: Denoiser) -> dict[str, NewPart | None]:
 
 
 def added_values(source: Source, denoiser: Denoiser) -> dict[str, tuple[str, ...]]:
-    """Values that the source's fields do not have, by field."""
+    """Values by field that the source does not have."""
     if denoiser.conditioner is None or source.conditioner is None:
         return {}
     old = source.conditioner.schema
@@ -70,52 +70,54 @@ def added_values(source: Source, denoiser: Denoiser) -> dict[str, tuple[str, ...
     return {name: values for name, values in grown.items() if values}
 
 
-def in_part(name: str, part: str) -> bool:
-    """Whether a denoiser's parameter belongs to a group of :data:`~latent_medi.training.settings.PARTS` ("new" aside).
+def in_group(name: str, group: str) -> bool:
+    """Whether a denoiser's parameter belongs to a group of :data:`~latent_medi.training.settings.PARAMETER_GROUPS`.
+
+    The group "new" depends on the source, see :func:`new_parameters`.
 
     Raises:
-        UserError: There is no such group.
+        ValueError: There is no such group.
     """
     inside = name.removeprefix("unet.")
-    if part == "conditioning":
+    if group == "conditioning":
         return name.startswith("conditioner.")
-    if part == "attention":
+    if group == "attention":
         return ".attentions." in inside
-    if part == "time":
+    if group == "time":
         return inside.startswith("time_embedding.") or ".time_emb_proj." in inside
-    if part == "down":
+    if group == "down":
         return inside.startswith(("conv_in.", "down_blocks."))
-    if part == "mid":
+    if group == "mid":
         return inside.startswith("mid_block.")
-    if part == "up":
+    if group == "up":
         return inside.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))
-    raise UserError(f"There is no part {part!r}; {nearest(part, PARTS)}.", f"The parts are {', '.join(PARTS)}.")
+    raise ValueError(f"There is no group {group!r}; there are {', '.join(PARAMETER_GROUPS)}.")
 
 
-def choose_parts(denoiser: Denoiser, table: pd.DataFrame, source: Source, settings: TrainSettings) -> pd.DataFrame:
-    """Freeze what the run does not train.
+def freeze_others(denoiser: Denoiser, table: pd.DataFrame, source: Source, settings: TrainSettings) -> pd.DataFrame:
+    """Freeze the parameters that a run does not train.
 
     Args:
-        denoiser: At its start; changed in place.
-        table: Of :func:`~latent_medi.training.finetune.transfer.transfer`.
-        source: The model it starts from.
-        settings: Says what to train.
+        denoiser: Before training; changed in place.
+        table: From :func:`~latent_medi.training.finetune.transfer.transfer`.
+        source: The model to start from.
+        settings: The run.
 
     Returns:
         The table with the column "training": "trained", "frozen", "new part" (the rest is frozen), or empty for a
         skipped tensor.
 
     Raises:
-        UserError: Nothing is left to train; or an adapter that would need what it cannot hold.
+        UserError: Nothing is left to train; or an adapter cannot hold what the data need.
     """
-    new = new_parts(source, denoiser)
+    new = new_parameters(source, denoiser)
     if settings.lora is not None:
         _check_adapter(source, denoiser, settings)
     wanted = settings.train_parts or []
     everything = settings.train_parts is None and settings.lora is None
     state: dict[str, str] = {}
     for name, parameter in list(denoiser.named_parameters()):
-        if everything or any(in_part(name, part) for part in wanted if part != "new"):
+        if everything or any(in_group(name, group) for group in wanted if group != "new"):
             state[name] = TRAINED
         elif "new" in wanted and name in new:
             part = new[name]
@@ -132,7 +134,7 @@ def choose_parts(denoiser: Denoiser, table: pd.DataFrame, source: Source, settin
         )
     conditioner = denoiser.conditioner
     if conditioner is not None and source.conditioner is not None and TRAINED not in state.values():
-        # Vectors of new values alone: what the network learned to leave out is what its own training left out.
+        # Only vectors of new values are trained, so the network still knows the dropout patterns of its own training.
         conditioner.register_to_config(dropout_patterns=source.conditioner.config["dropout_patterns"])
     return table.assign(training=[state.get(name, "") for name in table["tensor"]])
 
@@ -140,8 +142,8 @@ def choose_parts(denoiser: Denoiser, table: pd.DataFrame, source: Source, settin
 def _check_adapter(source: Source, denoiser: Denoiser, settings: TrainSettings) -> None:
     if source.scheduler is None or source.autoencoder is None:
         raise UserError(
-            f"{source.folder} is no whole model of this program, which an adapter needs to be sampled with.",
-            "Train a model from it without lora first.",
+            f"{source.folder} is not a complete model of this program, and an adapter can only be sampled with one.",
+            "First train a model from it without lora.",
         )
     old = () if source.conditioner is None else source.conditioner.schema.names
     ours = () if denoiser.conditioner is None else denoiser.conditioner.schema.names
@@ -161,7 +163,7 @@ def _check_adapter(source: Source, denoiser: Denoiser, settings: TrainSettings) 
 
 
 class _Grown(nn.Module):
-    """A tensor made of a constant and a trained part."""
+    """Parametrization of a tensor by its new part; the rest is constant."""
 
     index: torch.Tensor
     whole: torch.Tensor
@@ -186,7 +188,7 @@ def _hold_old_part(denoiser: Denoiser, name: str, part: NewPart) -> None:
 
 
 def fold(module: nn.Module) -> None:
-    """Make every tensor of which a part was trained one parameter again, under its own name."""
+    """Turn every tensor with a new part back into one parameter under its own name."""
     for inner in list(module.modules()):
         if parametrize.is_parametrized(inner):
             for tensor in list(_parametrized(inner)):
