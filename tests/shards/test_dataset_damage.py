@@ -436,7 +436,7 @@ def test_an_empty_cell_is_no_condition_left_out(schema: Schema) -> None:
     assert codes[:, 2].tolist() == [2, 1, 2]  # a number that is not known
     requested, _ = schema.encode([{"class": None, "site": "NA"}], absent="null")
     assert requested[0].tolist() == [0, 3, 0]
-    with pytest.raises(UserError, match="no value here"):
+    with pytest.raises(UserError, match="'class' is nan"):
         schema.encode([{"class": float("nan")}], absent="null")
 
 
