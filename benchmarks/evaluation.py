@@ -42,7 +42,7 @@ from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_
 from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
-from latent_medi.statistics.distances import FeatureStatistics, frechet_distance, kid, pca_basis, project
+from latent_medi.statistics.distances import FeatureStatistics, frechet_distance, pca_basis, project
 from latent_medi.statistics.neighbours import nearest_neighbours
 
 BATCH = 128
@@ -165,7 +165,6 @@ def _most(count: int, dim: int, out: Any) -> None:
     frechet_draws(reference, sample, np.ones((1, count)), None)
     kid_draws(reference[few], sample[few], np.ones((1, len(few))), None)
     frechet_distance(reference, sample)
-    kid(reference, sample)
     neighbourhoods(reference, sample)
     project(sample, basis.mean, basis.components[:64].T)
     nearest_neighbours(sample[:2048], reference)

@@ -117,7 +117,7 @@ class Judge:
 
     def kid(self, chosen: np.ndarray) -> float:
         """Kernel distance to the real test patches of the unseen combinations."""
-        return kid(self.real, self.features[chosen], subsets=0)[0]
+        return kid(self.real, self.features[chosen])
 
 
 def main() -> None:

@@ -215,13 +215,13 @@ def _distances(cell: _Cell, cells: list[_Cell], x: np.ndarray, basis: Basis, spl
         if n < 2:
             continue
         a, b = (x[rng.choice(part, n, replace=False)] for part in groups)
-        within["kid"].append(kid(a, b, subsets=0)[0])
+        within["kid"].append(kid(a, b))
         within["fd_pca"].append(frechet_distance(basis.project(a, dims), basis.project(b, dims)))
         for name, rows in others.items():
             elsewhere = np.intersect1d(group_b, rows)
             if len(elsewhere) > 1:
                 picked = rng.choice(elsewhere, min(n, len(elsewhere)), replace=False)
-                to_others[name].append(kid(a, x[picked], subsets=0)[0])
+                to_others[name].append(kid(a, x[picked]))
     medians = {name: float(np.median(values)) for name, values in to_others.items() if values}
     closest = min(medians, key=lambda name: medians[name], default=None)
     record |= {"n": int(np.median(usable)), "deals": len(usable), "pca_dims": dims}

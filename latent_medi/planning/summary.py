@@ -131,17 +131,14 @@ def before_and_after(
     """
     names = list(domain)
     axes = [names[0], *([name for name in names[1:] if name == site_field] or names[1:2])]
-    planned = table.groupby(axes)["count"].sum() if len(table) else {}
-    real = count_combinations(index, axes, each)
-    rows, columns = domain[axes[0]], domain[axes[1]] if axes[1:] else [""]
 
-    def frame(counts: Mapping[tuple[str, ...], int]) -> pd.DataFrame:
-        numbers = [[int(counts.get((r, c) if axes[1:] else (r,), 0)) for c in columns] for r in rows]
-        result = pd.DataFrame(numbers, index=list(rows), columns=list(columns))
-        return result.rename_axis(index=axes[0], columns=axes[1] if axes[1:] else "")
+    def frame(counts: pd.Series) -> pd.DataFrame:
+        grid = counts.unstack(fill_value=0) if axes[1:] else counts.to_frame("")
+        grid = grid.reindex(index=domain[axes[0]], columns=domain[axes[1]] if axes[1:] else [""], fill_value=0)
+        return grid.astype(int).rename_axis(index=axes[0], columns=axes[1] if axes[1:] else "")
 
-    before = frame(real)
-    after = before + frame({key if isinstance(key, tuple) else (key,): n for key, n in planned.items()})
+    before = frame(index.groupby(axes, observed=True).size() * each)
+    after = before + frame(table.groupby(axes)["count"].sum()) if len(table) else before
     used = after.columns[after.sum() > 0]
     return before[used], after[used]
 
@@ -208,20 +205,11 @@ def _table(plan: PlanResult) -> list[str]:
         return []
     for axis, most in ((0, _ROWS), (1, _COLUMNS)):
         before, after = _folded(before, after, axis, most)
-    added = after - before
-    cells = [[_cut(str(column)) for column in after.columns]]
-    cells += [
-        [f"{int(before.iat[i, j]):,}+{int(added.iat[i, j]):,}" for j in range(after.shape[1])]
-        for i in range(after.shape[0])
-    ]
-    names = [_cut(f"{after.index.name}"), *(_cut(str(name)) for name in after.index)]
-    widths = [max(len(row[j]) for row in cells) for j in range(after.shape[1])]
-    first = max(len(name) for name in names)
-    across = f" × {plan.after.columns.name}" if plan.after.columns.name else ""
-    lines = [f"{plan.after.index.name}{across}: real {plan.summary.unit} + planned images"]
-    for name, row in zip(names, cells, strict=True):
-        lines.append("  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(row, widths, strict=True))]).rstrip())
-    return lines
+    across = f" × {after.columns.name}" if after.columns.name else ""
+    title = f"{after.index.name}{across}: real {plan.summary.unit} + planned images"
+    cells = before.map("{:,}".format) + (after - before).map("+{:,}".format)
+    cells = cells.rename(index=lambda name: _cut(str(name)), columns=lambda name: _cut(str(name)))
+    return [title, *cells.rename_axis(index=None, columns=None).to_string().splitlines()]
 
 
 def _folded(before: pd.DataFrame, after: pd.DataFrame, axis: int, most: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -32,6 +32,7 @@ from latent_medi.sampling.image_sampler import ImageSampler
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.sampling.synthetic_dataset import SyntheticDataset, load_adapters, model_provenance
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.writing.finish import Description
 from latent_medi.shards.writing.writer import Patch
 
 logger = get_logger("synthesis")
@@ -143,23 +144,15 @@ def _generate(
             raise UserError("The model does not say how many µm a pixel is.", "Set mpp.")
         check_conditions(checked, pipeline, settings)
         model_hash = pipeline.model_hash
-        synthetic = SyntheticDataset(
-            Path(out),
-            settings.name or Path(out).name,
-            sampler.schema,
-            pipeline.patch_size,
-            mpp,
-            settings.codec,
-            _provenance(checked, sampler, model_hash),
-            int(ends[-1]),
-            settings.patches_per_shard,
-        )
+        provenance = _provenance(checked, sampler, model_hash)
+        name = settings.name or Path(out).name
+        about = Description(name, sampler.schema, pipeline.patch_size, mpp, settings.codec, provenance)
+        synthetic = SyntheticDataset(Path(out), about, int(ends[-1]), settings)
         done = synthetic.finished()
         declared.add_input("model", "" if is_loaded else model, lambda: model_hash)
-        plan_hash = synthetic.provenance["plan"]["sha256"]
-        declared.add_input("plan", plan if isinstance(plan, (str, Path)) else "", lambda: plan_hash)
+        declared.add_input("plan", plan if isinstance(plan, (str, Path)) else "", lambda: provenance["plan"]["sha256"])
         declared.add_settings(settings, without=("plan", "model", "adapters", "autoguidance", "classifier"))
-        declared.add_settings(synthetic.provenance, without=("model", "plan"))
+        declared.add_settings(provenance, without=("model", "plan"))
         declared.add_settings({"out": str(out), "mpp": mpp, "finished": done is not None})
     if done is not None:
         return done
@@ -170,7 +163,7 @@ def _generate(
         samples = [sample_at(checked, sampler.schema, position, ends) for position in positions]
         return _patches(samples, sampler, mpp, model_hash)
 
-    return synthetic.write(patches, accelerator, "generating", 2 * settings.device_batch)
+    return synthetic.write(patches, accelerator, "generating")
 
 
 def _patches(samples: list[Sample], sampler: ImageSampler, mpp: float, model_hash: str) -> Iterator[Patch]:

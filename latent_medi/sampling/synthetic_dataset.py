@@ -16,7 +16,7 @@ from latent_medi.core.errors import Preempted, UserError
 from latent_medi.core.preemption import listening
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.metadata.schema import Schema
+from latent_medi.sampling.settings import GenerateSettings, TranslateSettings
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.writing.background_writer import write_behind
 from latent_medi.shards.writing.finish import Description, finish_dataset
@@ -32,25 +32,16 @@ class SyntheticDataset:
 
     Args:
         folder: The folder.
-        name: The dataset's name.
-        schema: Its fields.
-        patch_size: Edge of a patch in pixels.
-        mpp: µm per pixel.
-        codec: "png", "jpg" or "webp".
-        provenance: JSON-able: everything that the patches depend on. Shards with another provenance are written again.
+        about: The dataset. Its provenance is everything that the patches depend on: shards with another provenance are
+            written again.
         patches: Number of patches.
-        patches_per_shard: Patches per tar.
+        settings: Sizes of batch and shard.
     """
 
     folder: Path
-    name: str
-    schema: Schema
-    patch_size: int
-    mpp: float
-    codec: str
-    provenance: dict[str, Any]
+    about: Description
     patches: int
-    patches_per_shard: int
+    settings: GenerateSettings | TranslateSettings
 
     def finished(self) -> PatchDataset | None:
         """The dataset if an earlier run has finished it; ``None`` if there is none.
@@ -61,27 +52,23 @@ class SyntheticDataset:
         if not (self.folder / INFO_FILE).exists():
             return None
         done = PatchDataset.open(self.folder)
-        if done.info["provenance"] != self.provenance or done.name != self.name:
+        if done.info["provenance"] != self.about.provenance or done.name != self.about.name:
             raise UserError(f"{self.folder} holds another dataset.", "Choose another folder, or remove this one first.")
         logger.info("%s is finished.", self.folder)
         return done
 
-    def write(
-        self, patches: Callable[[range], Iterator[Patch]], accelerator: Accelerator, desc: str, waiting: int
-    ) -> PatchDataset:
+    def write(self, patches: Callable[[range], Iterator[Patch]], accelerator: Accelerator, desc: str) -> PatchDataset:
         """Write the shards that are not finished, and then the index.
 
         Args:
             patches: Makes the patches of a range of positions, from 0 to the number of patches.
             accelerator: Its processes share the shards; the first one writes the index.
             desc: Name of the progress display.
-            waiting: Patches that may wait to be written while further ones are made.
 
         Raises:
             Preempted: SIGTERM or SIGUSR1 came; finished shards are kept.
         """
-        token = digest(self.provenance)
-        size = self.patches_per_shard
+        token, size = digest(self.about.provenance), self.settings.patches_per_shard
         shards = range(-(-self.patches // size))
         finished = kept_shards(self.folder, [token] * len(shards))
         own = [n for n in shards if n not in finished and n % accelerator.num_processes == accelerator.process_index]
@@ -99,15 +86,16 @@ class SyntheticDataset:
                     yield patch
 
             def write(number: int, made: Iterator[Patch]) -> None:
-                write_shard(self.folder, number, made, self.codec, token)
+                write_shard(self.folder, number, made, self.about.codec, token)
 
-            write_behind(((number, counted(part)) for number, part in positions.items()), write, waiting)
+            write_behind(
+                ((number, counted(part)) for number, part in positions.items()), write, 2 * self.settings.device_batch
+            )
         if shown and count:
             logger.info("%.3g images/s in each process", count / (time.monotonic() - start))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            known = (self.name, self.schema, self.patch_size, self.mpp, self.codec, self.provenance)
-            finish_dataset(self.folder, Description(*known), shards)
+            finish_dataset(self.folder, self.about, shards)
         accelerator.wait_for_everyone()
         return PatchDataset.open(self.folder)
 

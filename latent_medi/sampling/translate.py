@@ -40,6 +40,7 @@ from latent_medi.sampling.translation_request import (
     split_filter,
 )
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.writing.finish import Description
 from latent_medi.shards.writing.writer import Patch
 
 logger = get_logger("synthesis")
@@ -103,29 +104,23 @@ def _translate(settings: TranslateSettings, model: MediPipeline | None, accelera
         pipeline.to(accelerator.device)
         request = make_request(settings, pipeline)
         model_hash = pipeline.model_hash
-        synthetic = SyntheticDataset(
-            Path(settings.out),
-            settings.name or Path(settings.out).name,
-            Schema.merge(pipeline.schema, request.data.schema),
-            pipeline.patch_size,
-            float(request.data.info["mpp"]),
-            settings.codec,
-            _provenance(request, pipeline, settings, model_hash),
-            len(request.rows),
-            settings.patches_per_shard,
-        )
+        schema, mpp = Schema.merge(pipeline.schema, request.data.schema), float(request.data.info["mpp"])
+        provenance = _provenance(request, pipeline, settings, model_hash)
+        name = settings.name or Path(settings.out).name
+        about = Description(name, schema, pipeline.patch_size, mpp, settings.codec, provenance)
+        synthetic = SyntheticDataset(Path(settings.out), about, len(request.rows), settings)
         done = synthetic.finished()
         declared.add_input("model", settings.model, lambda: model_hash)
         declared.add_input("data", settings.data, lambda: content_hash(request.data))
         declared.add_settings(settings, without=("data", "model", "adapters"))
-        declared.add_settings(synthetic.provenance, without=("model", "source"))
+        declared.add_settings(provenance, without=("model", "source"))
         declared.add_settings({"finished": done is not None})
     if done is None:
 
         def patches(positions: range) -> Iterator[Patch]:
-            return _patches(request, positions, synthetic.schema, pipeline, settings, model_hash)
+            return _patches(request, positions, schema, pipeline, settings, model_hash)
 
-        done = synthetic.write(patches, accelerator, "translating", 2 * settings.device_batch)
+        done = synthetic.write(patches, accelerator, "translating")
     measures = _measured(done, request, pipeline, settings) if accelerator.is_main_process else {}
     return Translation(done, measures, request.unchanged)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from latent_medi.core.errors import needs
@@ -112,26 +113,27 @@ def compare(images: np.ndarray, versions: Mapping[str, np.ndarray], patients: np
         ``patches`` and ``patients`` (numbers), ``original`` with ``rgb`` (mean grey levels), and ``ways``: by name
         ``ssim_haematoxylin``, ``correlation_haematoxylin`` and ``rgb``.
     """
-    names = np.unique(patients)
 
-    def over_patients(values: np.ndarray) -> float | None:
-        means = [values[(patients == p) & np.isfinite(values)] for p in names]
-        present = [float(m.mean()) for m in means if len(m)]
-        return float(np.mean(present)) if present else None
+    def over_patients(values: np.ndarray) -> np.ndarray:
+        return pd.DataFrame(values).groupby(patients).mean().mean().to_numpy()
+
+    def known(values: np.ndarray) -> float | None:
+        mean = float(over_patients(values)[0])
+        return None if np.isnan(mean) else mean
 
     def colour(version: np.ndarray) -> list[float]:
-        each = version.reshape(len(version), -1, 3).mean(axis=1, dtype=np.float64)
-        return [round(float(np.mean([each[patients == p, c].mean() for p in names])), 2) for c in range(3)]
+        return over_patients(version.reshape(len(version), -1, 3).mean(axis=1, dtype=np.float64)).round(2).tolist()
 
     measures = {}
     for name, version in versions.items():
         similarity, correlation = structure_kept(images, version)
         measures[name] = {
-            "ssim_haematoxylin": over_patients(similarity),
-            "correlation_haematoxylin": over_patients(correlation),
+            "ssim_haematoxylin": known(similarity),
+            "correlation_haematoxylin": known(correlation),
             "rgb": colour(version),
         }
-    return {"patches": len(images), "patients": len(names), "original": {"rgb": colour(images)}, "ways": measures}
+    n_patients = len(np.unique(patients))
+    return {"patches": len(images), "patients": n_patients, "original": {"rgb": colour(images)}, "ways": measures}
 
 
 def measures_text(measures: Mapping[str, Any]) -> str:

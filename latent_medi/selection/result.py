@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from latent_medi.core.records import encode
 from latent_medi.statistics.linear_probe import ValidatedLinearProbe
@@ -172,16 +173,14 @@ def selection_text(selection: Selection, rows: int = 24) -> str:
     result = selection.result
     cells = sorted(result.cells, key=lambda c: (c.acceptance, *c.cell.values()))
     keys = [key for key in encode(result.total) if key != "acceptance"]
-    lines = [["patches", *(key.replace("passed_", "passed ") for key in keys), "acceptance"]]
-    for counts in cells[:rows]:
-        name = " × ".join(counts.cell.values()) + (" (unseen)" if counts.unseen else "")
-        lines.append([name, *(str(getattr(counts, key)) for key in keys), f"{counts.acceptance:.0%}"])
-    lines.append(["all cells", *(str(getattr(result.total, key)) for key in keys), f"{result.total.acceptance:.0%}"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *(word.rjust(w) for word, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
+    names = [" × ".join(c.cell.values()) + (" (unseen)" if c.unseen else "") for c in cells[:rows]]
+    counts = [
+        {**{k: getattr(c, k) for k in keys}, "acceptance": f"{c.acceptance:.0%}"} for c in [*cells[:rows], result.total]
     ]
+    table = pd.DataFrame(counts, index=[*names, "all cells"]).rename(
+        columns=lambda key: key.replace("passed_", "passed ")
+    )
+    text = table.to_string().splitlines()
     if len(cells) > rows:
         text.insert(-1, f"… and {len(cells) - rows} cells with higher acceptance")
     for name, probe in result.probes.items():

@@ -151,8 +151,12 @@ def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return inner * inner * inner
 
 
-def mmd2(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy with the cubic kernel; each set needs two samples."""
+def kid(a: np.ndarray, b: np.ndarray) -> float:
+    """Kernel distance (KID): the unbiased squared maximum mean discrepancy with the cubic kernel, over all samples.
+
+    Args:
+        a, b: Features [N, d] and [M, d]; each set needs two samples.
+    """
     n, m = len(a), len(b)
     if min(n, m) < 2:
         raise ValueError(f"the kernel distance needs two samples per set, there are {n} and {m}")
@@ -162,31 +166,6 @@ def mmd2(a: np.ndarray, b: np.ndarray) -> float:
         + (within_b.sum() - np.trace(within_b)) / (m * (m - 1))
         - 2.0 * polynomial_kernel(a, b).mean()
     )
-
-
-def kid(
-    a: np.ndarray, b: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Kernel distance: mean and standard deviation of the unbiased estimate over random subsets.
-
-    Args:
-        a, b: Features [N, d] and [M, d].
-        subsets: Number of subsets; 0 takes all samples at once, which has the least variance.
-        subset_size: Samples per set in a subset, at most min(N, M).
-        seed: Seed of the subsets.
-
-    Returns:
-        (mean, standard deviation over subsets; 0.0 where there is one).
-    """
-    size = min(subset_size, len(a), len(b))
-    if subsets == 0 or size == len(a) == len(b):
-        return mmd2(a, b), 0.0
-    rng = np.random.default_rng(seed)
-    values = [
-        mmd2(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)])
-        for _ in range(subsets)
-    ]
-    return float(np.mean(values)), float(np.std(values))
 
 
 def project(features: np.ndarray, mean: np.ndarray, directions: np.ndarray) -> np.ndarray:

@@ -308,7 +308,7 @@ def _compare(
         kept = _thinned(len(rows), options.seed, name)
         full = frechet_distance(reference, sample) if options.metric == "fd" or options.raw else None
         fd = full if options.metric == "fd" else None
-        kernel = kid(reference[few], sample[kept], subsets=0)[0]
+        kernel = kid(reference[few], sample[kept])
         if options.metric == "fd":
             draws[name] = frechet_draws(reference, sample, reference_weights, sample_weights)
         else:

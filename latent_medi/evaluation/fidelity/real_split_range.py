@@ -77,7 +77,7 @@ def measures_of(reference: Patches, sample: Patches, seed: int = 0) -> dict[str,
         result["fd_pca"] = frechet_distance(reference.projected, sample.projected)
     else:
         result["fd"] = frechet_distance(a, b)
-    result["kid"] = kid(a, b, subsets=0)[0]
+    result["kid"] = kid(a, b)
     if reference.predicted is not None and sample.predicted is not None:
         names = np.union1d(reference.predicted, sample.predicted)
         shares = [np.array([(found == n).mean() for n in names]) for found in (reference.predicted, sample.predicted)]
