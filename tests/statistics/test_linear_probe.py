@@ -144,11 +144,11 @@ def test_one_c_for_every_arm(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         "one-c", regularisation=0.0, repeats=1, resamples=20, downstream_arms=["real", "medi", "oversample"]
     )
     result = evaluate(settings, [filters()])
-    record = result["downstream"]["filters"]["regularisation"]
+    record = result.downstream["filters"]["regularisation"]
     assert record["chosen"] is True
     assert len(used) == 4
     assert set(used) == {record["value"]}
-    assert set(result["downstream"]["filters"]["arms"]) == {"real", "medi", "oversample"}
+    assert set(result.downstream["filters"]["arms"]) == {"real", "medi", "oversample"}
 
 
 def test_what_does_not_converge_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
