@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +27,7 @@ from latent_medi.evaluation.cohort.comparison_sets import Comparison
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.downstream.records import Protocols
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range
 from latent_medi.evaluation.fidelity.distance_to_real import Features
@@ -149,13 +149,12 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     copies = memorisation.find_copies(study, device) if settings.memorisation and study.synthetic else None
     clock.lap("memorisation")
     metrics = _begun(settings, study, chosen)
-    classifiers: dict[str, Any] = {"downstream": metrics.downstream, "protocols": metrics.protocols}
     for encoder in chosen:
         log.info("Evaluating with %s", encoder.name)
         name, fingerprint = encoder.name, encoder.fingerprint
         features = study_features(study, encoder, settings, device)
         _write_reference(out / "reference", study, encoder, features)
-        made = stage.embed(encoder)
+        derived = stage.embed(encoder)
         clock.lap("embed")
         metrics.fidelity[name] = _fidelity(settings, study, features, comparisons, fingerprint)
         metrics.projection[name] = projection.project(study, features, fingerprint, settings.seed)
@@ -172,13 +171,14 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
                 study, features, copies, fingerprint, settings.resamples, settings.seed, settings.patient_names, device
             )
             clock.lap("memorisation")
-        stage.judge(encoder, features, made, classifiers)
+        stage.evaluate(encoder, features, derived)
         clock.lap("downstream")
     if stage.tables:
         write_for_people(pd.concat(stage.tables), out / "predictions.csv")
     metrics.seconds.update(clock.seconds)
-    metrics = replace(metrics, headline=headline(metrics))
-    metrics = replace(metrics, verdict=verdict(metrics.headline))
+    metrics = replace(metrics, downstream=stage.results, protocols=stage.protocols)
+    record = headline(metrics)
+    metrics = replace(metrics, headline=record, verdict=verdict(record))
     folders = [study.real.folder, *(s.dataset.folder for s in study.synthetic.values()), Path.home(), Path.cwd()]
     write_metrics(out / "metrics.json", metrics, folders)
     memorisation.check_copy_rate(metrics.memorisation, settings.max_copy_rate)
@@ -221,12 +221,12 @@ def _begun(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncod
         stain=stain.stain(study, settings.resamples, settings.seed) if study.synthetic else None,
         memorisation={},
         downstream={},
-        protocols={},
+        protocols=Protocols({}, {}),
         projection={},
         notes=list(study.notes),
         warnings=[*study.warnings, *thin_support(study, settings.downstream)],
         seconds={},
-        headline={},
+        headline=None,
         verdict="",
     )
 

@@ -12,9 +12,12 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import write_sealed
 from latent_medi.core.records import Mismatch, decode, encode
 from latent_medi.evaluation.adherence.records import Adherence, Stain
+from latent_medi.evaluation.cohort.roles import Roles, synthetic_roles
+from latent_medi.evaluation.downstream.records import Downstream, Protocols
 from latent_medi.evaluation.fidelity.records import Fidelity, Memorisation, Projection
 from latent_medi.evaluation.provenance import EncoderRecord, RealDataset, RunRecord, SyntheticRecord, portable
 from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.evaluation.summary_records import Headline
 
 METRICS_VERSION = 2
 _AGAIN = "Run `latent-medi evaluate` again."
@@ -35,7 +38,7 @@ class Metrics:
         stain: Stain of the samples; null without a synthetic set.
         memorisation: Copies of training patches, by encoder (not of the colour-free ones: the pixels are the same).
         downstream: Accuracy of classifiers, by encoder.
-        protocols: Results of published protocols, by protocol and encoder.
+        protocols: Results of published protocols, by encoder.
         projection: Points of the plane of principal components, by encoder.
         notes: What a reader must know about the cohort.
         warnings: What the verdict must not be read without.
@@ -53,14 +56,19 @@ class Metrics:
     adherence: dict[str, Adherence]
     stain: Stain | None
     memorisation: dict[str, Memorisation]
-    downstream: dict[str, dict[str, Any]]
-    protocols: dict[str, dict[str, dict[str, Any]]]
+    downstream: dict[str, Downstream]
+    protocols: Protocols
     projection: dict[str, Projection]
     notes: list[str]
     warnings: list[str]
     seconds: dict[str, float]
-    headline: dict[str, Any]
+    headline: Headline | None
     verdict: str
+
+    @property
+    def roles(self) -> Roles:
+        """Which synthetic set is the candidate and which are its baselines."""
+        return synthetic_roles(self.synthetic, self.settings.candidate)
 
 
 def metrics_json(metrics: Metrics) -> dict[str, Any]:

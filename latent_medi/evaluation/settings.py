@@ -5,128 +5,145 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
+from latent_medi.core.kinds import Range
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import NonNegativeInt, Range, Settings, UnitInterval
+from latent_medi.core.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    UnitInterval,
+)
 
 
 @dataclass
 class CnnSettings(Settings):
-    """A small network that is trained on pixels, with the same number of steps in every arm.
+    """A small network that is trained on pixels, with the same number of steps for every training set.
 
     Args:
         network: Name of a torchvision classifier such as "resnet18", or "encoder" to fine-tune the evaluated encoder
             end to end.
         weights: File with a state dict to start a torchvision network from, its last layer aside; empty starts from
             random weights.
-        size: Side in pixels that patches are resized to for a torchvision network; 0 keeps their own.
-        steps: Optimiser steps in all; pre-training and fine-tuning take half each.
+        size: Width and height in pixels that patches are resized to for a torchvision network; 0 keeps their own.
+        steps: Optimiser steps; pre-training and fine-tuning take half each.
         batch: Patches per step.
         learning_rate: Highest learning rate of AdamW; it falls to zero along a cosine.
         weight_decay: Of AdamW.
         flips: Turn each training patch by a multiple of 90° and flip it at random.
-        seeds: Networks per arm, each with its own initial weights, order and draw of added patches.
+        seeds: Networks per training set, each with its own initial weights, order and draw of added patches.
     """
 
     network: str = "resnet18"
     weights: PathText = ""
-    size: int = 0
-    steps: int = 600
-    batch: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
+    size: NonNegativeInt = 0
+    steps: PositiveInt = 600
+    batch: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 1e-4
     flips: bool = True
-    seeds: int = 5
+    seeds: PositiveInt = 5
 
 
 @dataclass
 class MediProtocolSettings(Settings):
-    """MeDi's downstream comparison: a few sites, few real patches, and synthetic ones in proportion.
+    """MeDi's downstream protocol: a few sites, few real patches, and synthetic ones in proportion.
 
     Args:
         ratios: Synthetic patches per real one.
-        max_real: Real training patches per class, at most; 0 takes all. Several are swept.
-        sites: Number of training sites, drawn at random by seed; 0 takes all. Several are swept.
+        max_real: Real training patches per class, at most; 0 takes all.
+        sites: Number of training sites, drawn at random by seed; 0 takes all.
         seeds: Runs with seeds 0 to n − 1.
     """
 
-    ratios: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
-    max_real: list[int] = field(default_factory=lambda: [0])
-    sites: list[int] = field(default_factory=lambda: [0])
-    seeds: int = 5
+    ratios: list[NonNegativeFloat] = field(default_factory=lambda: [0.0, 0.5, 1.0])
+    max_real: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    sites: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    seeds: PositiveInt = 5
 
 
 @dataclass
 class HistoDiffusionProtocolSettings(Settings):
-    """HistoDiffusion's comparison: growing shares of synthetic patches, selected or random.
+    """HistoDiffusion's downstream protocol: growing shares of synthetic patches, selected or random.
 
     Args:
         percent: Synthetic patches per 100 real ones of the same class.
         selection: Name of the selection, without "selected_"; empty takes the first that a dataset has.
-        seeds: Runs with seeds 0 to n − 1, for the random choice and for a network's initial weights.
+        seeds: Runs with seeds 0 to n − 1, of the random choice and of a network's initial weights.
     """
 
-    percent: list[float] = field(default_factory=lambda: [50.0, 100.0, 300.0])
+    percent: list[NonNegativeFloat] = field(default_factory=lambda: [50.0, 100.0, 300.0])
     selection: str = ""
-    seeds: int = 5
+    seeds: PositiveInt = 5
 
 
 @dataclass
 class EvaluateSettings(Settings):
-    """The datasets of an evaluation and what is computed.
+    """An evaluation of synthetic sets on real patients.
 
     Args:
-        real: Folder of the real dataset; its split column names training, probe and test patches.
-        synthetic: Folder of each synthetic set by its name. The model of "medi" is conditioned on the metadata, that of
-            "cls" on the class alone.
+        real: Folder of the real dataset; its split column names training, reference and test patches.
+        synthetic: Folder of each synthetic set by name.
         candidate: Name of the synthetic set that the verdict is about; empty takes "medi" if there is one, otherwise
-            the first. The others are its baselines, "cls" or the first of them that of the ratios.
-        selected: Column of a selection by synthetic set, such as selected_best: only the patches that it chose take
+            the first. The others are its baselines; ratios are taken to "cls", or to the first of them.
+        selected: By synthetic set the column of a selection, such as selected_best: only the patches that it chose take
             part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
         held_out: Combinations without a training patch, each a mapping of field to value. May be empty with
             downstream=false.
-        unseen: Whether the combinations of held_out must be without a training patch; false to evaluate combinations
-            that training has few of.
-        by_fields: Fields whose combinations are compared one by one, such as [[class, site]].
+        unseen: Whether the combinations of held_out must be without a training patch; false allows combinations of
+            which training has few.
+        by_fields: Lists of fields, such as [[class, site]]: distances are also computed for each combination of their
+            values.
         encoders: Names or folders of encoders; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
         colour_free: Also use each encoder on the haematoxylin channel alone.
         split: Name of the split column, without "split_".
         train_value: Split value of training patches (seen combinations only).
-        probe_value: Split value of further real patients, held-out combinations included: they train the linear probes
-            and the oracle, and give the real-vs-real distances.
-        test_value: Split value of the test patients.
+        probe_value: Split value of further real patients, held-out combinations included. The linear probes of the
+            adherence and the oracle are trained on them, and they give the real-vs-real distance.
+        test_value: Split value of the patients that all scores are computed on.
         site_field: Field that names the hospital.
-        protocol: "default", or "paper" to add raw Fréchet distances where they are rank-deficient, with a label.
+        protocol: "default", or "paper" to add raw Fréchet distances where they are rank-deficient, labelled so.
         seed: Seed of every subsample and resample.
-        repeats: Draws of added patches per downstream arm; those without a draw are the same each time.
+        repeats: Draws of added patches per training set; those without a draw are built once.
         resamples: Patient resamples for the intervals.
-        real_splits: Random splits of real patients into two groups, for the range of each measure between real
-            patients; 0 leaves that out.
+        real_splits: Number of random splits of the real patients into two groups, which give the range that real
+            patients reach of each measure; 0 leaves that out.
         regularisation: C of the logistic regressions (inverse strength, standardised features). 0 chooses it per
-            encoder by cross-validation on the real training patches alone, the same for every downstream arm; the
+            encoder by cross-validation on the real training patches alone, the same for every training set; the linear
             probes of the adherence then use 1.
-        added_per_cell: Patches added per held-out cell in every downstream arm; 0 takes as many as the synthetic arms
-            have, at most the median count of the seen cells.
+        added_per_combination: Patches that each training set adds per held-out combination; 0 takes as many as the
+            synthetic sets have, at most the median count of the class × site cells that have training patches.
         downstream: Train and compare the downstream classifiers.
-        memorisation: Find copies of training patches, and samples that are too near to training patients.
-        max_copy_rate: Largest share, 0 to 1, of a synthetic set's patches that may be copies of training patches. With
-            more the command fails, after everything is written. 1 never fails.
-        downstream_arms: Names of the arms to train; empty for all that can take part.
+        memorisation: Look for copies of training patches, and for samples too near to training patients.
+        max_copy_rate: Largest share, 0 to 1, of a synthetic set's patches that may be copies of training patches; with
+            more the command fails, after everything is written. 1 lets all pass.
+        training_sets: Names of the training sets to compare; empty for all that can be built.
         stain_jitter: σ of the stain augmentation: each stain's concentration is multiplied by 1 ± σ and shifted by
             ± σ/10 in decadic optical density.
-        classifier: "probe" (linear, on frozen features) or "cnn" (a small network trained on the pixels).
+        classifier: Downstream classifier: "linear", a linear probe on frozen features, or "cnn", a small network that
+            is trained on the pixels.
         cnn: The small network.
         downstream_protocol: "default"; or also "medi" or "histodiffusion", a published protocol, into
             metrics["protocols"].
         medi_protocol: Sizes for "medi".
         histodiffusion_protocol: Sizes for "histodiffusion".
-        patient_names: Use the dataset's names of real patients and patches in metrics.json and the report; otherwise
-            numbers, which only the dataset's owner can resolve. predictions.csv has the names either way.
+        patient_names: Name real patients and patches in metrics.json and the report as the dataset does; otherwise they
+            are numbers, by which only who has the dataset can find them. predictions.csv has the names either way.
         device: Torch device of the encoders; empty takes a GPU if there is one.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
     """
+
+    RENAMED: ClassVar = {
+        "cells": "by_fields",
+        "deals": "real_splits",
+        "added_per_cell": "added_per_combination",
+        "downstream_arms": "training_sets",
+        "classifier=probe": "classifier=linear",
+    }
 
     real: PathText = ""
     synthetic: dict[str, PathText] = field(default_factory=dict)
@@ -146,32 +163,30 @@ class EvaluateSettings(Settings):
     site_field: str = "site"
     protocol: Literal["default", "paper"] = "default"
     seed: int = 0
-    repeats: int = 5
-    resamples: int = 200
+    repeats: PositiveInt = 5
+    resamples: NonNegativeInt = 200
     real_splits: NonNegativeInt = 60
-    regularisation: float = 1.0
-    added_per_cell: int = 0
+    regularisation: NonNegativeFloat = 1.0
+    added_per_combination: NonNegativeInt = 0
     downstream: bool = True
     memorisation: bool = True
     max_copy_rate: UnitInterval = 1.0
-    downstream_arms: list[str] = field(default_factory=list)
-    stain_jitter: float = 0.2
-    classifier: str = "probe"
+    training_sets: list[str] = field(default_factory=list)
+    stain_jitter: Annotated[float, Range(0, 1, below=True)] = 0.2
+    classifier: Literal["linear", "cnn"] = "linear"
     cnn: CnnSettings = field(default_factory=CnnSettings)
-    downstream_protocol: str = "default"
+    downstream_protocol: Literal["default", "medi", "histodiffusion"] = "default"
     medi_protocol: MediProtocolSettings = field(default_factory=MediProtocolSettings)
     histodiffusion_protocol: HistoDiffusionProtocolSettings = field(default_factory=HistoDiffusionProtocolSettings)
     patient_names: bool = False
     device: str = ""
-    batch: int = 128
+    batch: PositiveInt = 128
     cache: PathText = ""
-
-    RENAMED: ClassVar = {"deals": "real_splits", "cells": "by_fields"}
 
 
 @dataclass
 class FloorsSettings(Settings):
-    """What is measured on real patients alone.
+    """What an evaluation can reach, measured on real patients alone.
 
     Args:
         data: Folder of the real dataset; all its patches take part, whatever their split.
@@ -180,14 +195,16 @@ class FloorsSettings(Settings):
         weights: Weight file or folder by encoder name, for encoders that need one.
         colour_free: Also use each encoder on the haematoxylin channel alone.
         site_field: Field that names the hospital.
-        fields: Categorical fields for further linear probes, besides class and site.
-        real_splits: Random splits of patients into two groups, 20 or more.
+        fields: Further categorical fields that linear probes are trained for; class and site always are.
+        real_splits: Number of random splits of the patients into two groups, 20 or more.
         seed: Seed of the splits.
         regularisation: C of the linear probes (inverse strength, standardised features).
         device: Torch device of the encoders; empty takes a GPU if there is one.
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
     """
+
+    RENAMED: ClassVar = {"deals": "real_splits"}
 
     data: PathText = ""
     out: PathText = "runs/floors"
@@ -198,9 +215,7 @@ class FloorsSettings(Settings):
     fields: list[str] = field(default_factory=list)
     real_splits: Annotated[int, Range(20)] = 40
     seed: int = 0
-    regularisation: float = 1.0
+    regularisation: PositiveFloat = 1.0
     device: str = ""
-    batch: int = 128
+    batch: PositiveInt = 128
     cache: PathText = ""
-
-    RENAMED: ClassVar = {"deals": "real_splits"}

@@ -1,182 +1,226 @@
-"""The few numbers that matter, as one flat record, as a table for the terminal, and as a sentence."""
+"""The summary of an evaluation: as a record, as a table for the terminal, and the verdict as a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.core.records import encode
+from latent_medi.evaluation.cohort.roles import Roles
+from latent_medi.evaluation.downstream.records import Downstream
+from latent_medi.evaluation.downstream.registry import (
+    KINDS,
+    TrainingSetKind,
+    baseline_kinds,
+    label_of,
+    names_of,
+    summarised,
+)
 from latent_medi.evaluation.fidelity.records import DistanceTable
 from latent_medi.evaluation.results import Metrics
+from latent_medi.evaluation.summary_records import (
+    FurtherTrainingSet,
+    Headline,
+    SummaryDifference,
+    SummaryDistances,
+    SummaryRecovery,
+)
+from latent_medi.statistics.bootstrap import Interval
 
-ARMS = ("real", "oversample", "stain_transfer", "cls", "medi", "oracle")
-FURTHER_RIVALS = {
-    "stain_augmentation": "stain augmentation",
-    "nearest_site": "patches from the nearest site",
-    "reweight": "reweighting",
-}
-RIVALS = {"stain_transfer": "stain transfer", "oversample": "oversampling", "real": "the real patches alone"}
-CLASSIFIERS = {"probe": "a linear probe", "cnn": "a small network"}
-_SUFFIX = ":haematoxylin"
+CLASSIFIERS = {"linear": "a linear probe", "cnn": "a small network"}
+ACCURACIES = ("accuracy_shift", "accuracy_in_distribution", "accuracy_seen", "accuracy_unseen")
+_COLOUR_FREE = ":haematoxylin"
 
 
-def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """The headline record of ``metrics.json``.
+def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> Headline:
+    """The summary of an evaluation; its own summary and verdict are not read.
 
     Args:
-        metrics: Its content as far as it is known.
-        seconds: Times of all stages; the evaluation's own total is added if it is not among them.
-
-    Returns:
-        ``fd_unseen``, ``fd_unseen_colour_free`` and ``fd_per_class``: medi, cls, floor, ratio = (medi − floor) / (cls
-        − floor) and the metric ("fd", or "kid" where there are too few samples); ``accuracy_shift`` by arm, and the
-        same for ``accuracy_in_distribution``, ``accuracy_seen`` and ``accuracy_unseen``;
-        ``accuracy_shift_difference`` (medi minus each rival, with interval); ``further_arms`` (of every other arm
-        ``accuracy_shift``, ``accuracy_unseen``, ``medi_minus`` and its ``interval``); ``recovery_unseen``,
-        ``recovery_ceiling``; ``encoder`` and ``classifier`` that judged; ``n`` and ``seconds`` by stage;
-        ``warnings``, sentences that the verdict must not be read
-        without. What is not available is None. The distances also have ``left_out``: the combinations of which a side
-        is not judged, and why.
+        metrics: The evaluation.
+        seconds: Durations of all stages of an experiment; the evaluation's own total is added if it is missing.
     """
-    names = list(metrics.encoders)
-    plain = next(n for n in names if not n.endswith(_SUFFIX))
-    colour_free = plain + _SUFFIX
-    record: dict[str, Any] = {
-        "fd_unseen": _distances(metrics, plain, "unseen"),
-        "fd_unseen_colour_free": _distances(metrics, colour_free, "unseen"),
-        "fd_per_class": _distances(metrics, plain, "per_class"),
+    encoder = next(name for name in metrics.encoders if not name.endswith(_COLOUR_FREE))
+    roles = metrics.roles
+    plain, colour_free = (metrics.fidelity.get(name) for name in (encoder, encoder + _COLOUR_FREE))
+    downstream = metrics.downstream.get(encoder)
+    results = downstream.training_sets if downstream else {}
+    columns = names_of(summarised(KINDS), roles)
+    accuracies = {
+        score: {n: getattr(results[n], score).value if n in results else None for n in columns} for score in ACCURACIES
     }
-    comparison = metrics.downstream.get(plain, {})
-    for score in ("accuracy_shift", "accuracy_in_distribution", "accuracy_seen", "accuracy_unseen"):
-        record[score] = {arm: _value(comparison, "arms", arm, score) for arm in ARMS}
-    record["accuracy_shift_difference"] = {
-        rival: {
-            "value": _value(comparison, "differences", f"medi - {rival}", "accuracy_shift"),
-            "interval": _interval_of(comparison, f"medi - {rival}"),
-        }
-        for rival in (*RIVALS, "cls")
-    }
-    record["further_arms"] = {
-        arm: {
-            "accuracy_shift": _value(entry, "accuracy_shift"),
-            "accuracy_unseen": _value(entry, "accuracy_unseen"),
-            "medi_minus": _value(comparison, "differences", f"medi - {arm}", "accuracy_shift"),
-            "interval": _interval_of(comparison, f"medi - {arm}"),
-        }
-        for arm, entry in comparison.get("arms", {}).items()
-        if arm not in ARMS
-    }
-    found = metrics.adherence.get(plain)
-    fields = {"site": metrics.dataset.site_field, "class": metrics.dataset.class_field}
-    recoveries = {k: found.fields[f] for k, f in fields.items() if found and f in found.fields}
-    samples = {k: r.synthetic["medi"].value for k, r in recoveries.items() if "medi" in r.synthetic}
-    record["recovery_unseen"] = {k: samples.get(k) for k in fields}
-    record["recovery_ceiling"] = {k: recoveries[k].real.value if k in recoveries else None for k in fields}
-    shift = comparison.get("arms", {}).get("real", {}).get("accuracy_shift", {})
-    record["n"] = {"test_patches": shift.get("n_patches"), "test_patients": shift.get("n_patients")}
-    record["encoder"] = plain
-    record["classifier"] = CLASSIFIERS[comparison.get("classifier", "probe")]
-    own = {} if "evaluate" in (seconds or {}) else {"evaluate": round(sum(metrics.seconds.values()), 3)}
-    record["seconds"] = dict(seconds or {}) | own
-    chances: dict[str, float | None] = {k: recoveries[k].chance if k in recoveries else None for k in fields}
-    record["warnings"] = [*metrics.warnings, *_unlike(record, chances)]
-    return record
-
-
-def _unlike(record: Mapping[str, Any], chances: Mapping[str, float | None]) -> list[str]:
-    """What MeDi's samples do not show although a probe finds it in real patches: less than halfway from chance."""
-    told = []
-    for key, chance in chances.items():
-        found, ceiling = record["recovery_unseen"][key], record["recovery_ceiling"][key]
-        # A probe that hardly finds it in real patches cannot tell.
-        if None in (found, ceiling, chance) or ceiling - chance < 0.1 or found >= (chance + ceiling) / 2:
-            continue
-        told.append(
-            f"MeDi's samples of unseen combinations show the {key} that was asked for in {found:.0%}, real patches in "
-            f"{ceiling:.0%}: whatever they do to a classifier, they are not what they are named."
+    further = {
+        name: FurtherTrainingSet(
+            result.accuracy_shift.value, result.accuracy_unseen.value, _difference(downstream, roles.candidate, name)
         )
-    return told
-
-
-def _value(record: Any, *path: str) -> float | None:
-    for key in path:
-        record = record.get(key) if isinstance(record, Mapping) else None
-    return record.get("value") if isinstance(record, Mapping) else None
-
-
-def _interval_of(comparison: Mapping[str, Any], pair: str) -> Any:
-    return comparison.get("differences", {}).get(pair, {}).get("accuracy_shift", {}).get("interval")
-
-
-def _distances(metrics: Metrics, encoder: str, section: Literal["unseen", "per_class"]) -> dict[str, Any]:
-    found = metrics.fidelity.get(encoder)
-    if found is None:
-        return dict.fromkeys(("medi", "cls", "floor", "ratio", "metric")) | {"left_out": {}}
-    table: DistanceTable = getattr(found, section)
-    sources = {"medi": "medi", "cls": "cls", "floor": REAL}
-    values = {k: table.means[source].value if source in table.means else None for k, source in sources.items()}
-    return values | {"ratio": table.ratio.value, "metric": table.metric, "left_out": table.left_out}
-
-
-def useful(record: Mapping[str, Any]) -> bool | None:
-    """Whether MeDi beats every rival under shift: stain transfer, oversampling, the real patches alone, and stain
-    augmentation, the nearest site's patches and reweighting where they were tried; None if unknown, which it is
-    without stain transfer, the rival that costs nothing, unless another rival is as good already.
-    """
-    medi, rivals = record["accuracy_shift"].get("medi"), _rivals(record)
-    if medi is None or not rivals:
-        return None
-    beaten = all(medi > r for r in rivals.values())
-    return None if beaten and RIVALS["stain_transfer"] not in rivals else beaten
-
-
-def _rivals(record: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracy under shift of the rivals that were tried, by their names for people."""
-    scores = {RIVALS[r]: record["accuracy_shift"].get(r) for r in RIVALS}
-    others = record.get("further_arms", {})
-    scores |= {text: others.get(r, {}).get("accuracy_shift") for r, text in FURTHER_RIVALS.items()}
-    return {text: value for text, value in scores.items() if value is not None}
-
-
-def verdict(record: Mapping[str, Any]) -> str:
-    """One sentence: whether MeDi is useful here, which takes beating stain transfer and the other rivals."""
-    score = record["accuracy_shift"].get("medi")
-    answer = useful(record)
-    rivals = _rivals(record)
-    if score is None or not rivals:
-        return "Whether MeDi is useful cannot be said: there is no downstream comparison with its samples."
-    tried = RIVALS["stain_transfer"] in rivals
-    lead = RIVALS["stain_transfer"] if tried else max(rivals, key=lambda name: rivals[name])
-    intervals = _rival_intervals(record)
-    start = (
-        f"accuracy under shift is {score:.3f}, {score - rivals[lead]:+.3f} against {lead}"
-        f"{_interval(intervals.get(lead))}"
+        for name, result in results.items()
+        if name not in columns
+    }
+    shift = next((result.accuracy_shift for result in results.values()), None)
+    recoveries = [
+        _recovery(metrics, encoder, roles, f) for f in (metrics.dataset.site_field, metrics.dataset.class_field)
+    ]
+    total = {} if "evaluate" in (seconds or {}) else {"evaluate": round(sum(metrics.seconds.values()), 3)}
+    return Headline(
+        candidate=roles.candidate,
+        baseline=roles.baseline,
+        fd_unseen=_distances(plain.unseen if plain else None, roles),
+        fd_unseen_colour_free=_distances(colour_free.unseen if colour_free else None, roles),
+        fd_per_class=_distances(plain.per_class if plain else None, roles),
+        **accuracies,
+        accuracy_shift_difference={
+            name: _difference(downstream, roles.candidate, name)
+            for name in [*(kind.name for kind in summarised(baseline_kinds())), *reversed(roles.names[:-1])]
+        },
+        further=further,
+        recovery_site=recoveries[0],
+        recovery_class=recoveries[1],
+        n_test_patches=shift.n_patches if shift else None,
+        n_test_patients=shift.n_patients if shift else None,
+        encoder=encoder,
+        classifier=CLASSIFIERS[downstream.classifier.kind if downstream else "linear"],
+        seconds=dict(seconds or {}) | total,
+        warnings=[*metrics.warnings, *_not_recovered(metrics, encoder, roles, recoveries)],
     )
-    if answer is None:
-        return f"Whether MeDi is useful cannot be said, since stain transfer was not tried: {start}."
-    if not answer:
-        ahead = [text for text, value in rivals.items() if value >= score]
-        return (
-            f"MeDi is not useful here: {start}; {_list(ahead)} {'does' if len(ahead) == 1 else 'do'} at least as well."
+
+
+def headline_json(record: Headline) -> dict[str, Any]:
+    """The content of ``headline.json``, in which distances and accuracies are named by synthetic set."""
+    content: dict[str, Any] = {}
+    for name in ("fd_unseen", "fd_unseen_colour_free", "fd_per_class"):
+        row: SummaryDistances = getattr(record, name)
+        values = {record.candidate: row.candidate, record.baseline: row.baseline, "floor": row.real, "ratio": row.ratio}
+        content[name] = values | {"metric": row.metric, "left_out": row.left_out}
+    content |= {name: getattr(record, name) for name in (*ACCURACIES, "accuracy_shift_difference")}
+    content["further_arms"] = {
+        name: {
+            "accuracy_shift": entry.accuracy_shift,
+            "accuracy_unseen": entry.accuracy_unseen,
+            f"{record.candidate}_minus": entry.difference.value,
+            "interval": entry.difference.interval,
+        }
+        for name, entry in record.further.items()
+    }
+    recoveries = {"site": record.recovery_site, "class": record.recovery_class}
+    content["recovery_unseen"] = {key: recovery.found for key, recovery in recoveries.items()}
+    content["recovery_ceiling"] = {key: recovery.real for key, recovery in recoveries.items()}
+    content["n"] = {"test_patches": record.n_test_patches, "test_patients": record.n_test_patients}
+    content |= {name: getattr(record, name) for name in ("encoder", "classifier", "seconds", "warnings")}
+    encoded: dict[str, Any] = encode(content)
+    return encoded
+
+
+def _distances(table: DistanceTable | None, roles: Roles) -> SummaryDistances:
+    if table is None:
+        return SummaryDistances(None, None, None, None, None, {})
+    values = {name: mean.value for name, mean in table.means.items()}
+    return SummaryDistances(
+        candidate=values.get(roles.candidate),
+        baseline=values.get(roles.baseline),
+        real=values.get("real"),
+        ratio=table.ratio.value,
+        metric=table.metric,
+        left_out=table.left_out,
+    )
+
+
+def _difference(downstream: Downstream | None, a: str, b: str) -> SummaryDifference:
+    found = downstream.differences.get(a, {}).get(b) if downstream else None
+    if found is None:
+        return SummaryDifference(None, None)
+    return SummaryDifference(found.accuracy_shift.value, found.accuracy_shift.interval)
+
+
+def _recovery(metrics: Metrics, encoder: str, roles: Roles, field: str) -> SummaryRecovery:
+    record = metrics.adherence[encoder].fields.get(field) if encoder in metrics.adherence else None
+    if record is None:
+        return SummaryRecovery(None, None)
+    found = record.synthetic.get(roles.candidate)
+    return SummaryRecovery(found.value if found else None, record.real.value)
+
+
+def _not_recovered(metrics: Metrics, encoder: str, roles: Roles, recoveries: Sequence[SummaryRecovery]) -> list[str]:
+    """What the candidate's samples do not show although the linear probe finds it in real patches: where less than half
+    of the way from chance to real patches is found.
+    """
+    texts = []
+    for key, recovery in zip(("site", "class"), recoveries, strict=True):
+        if recovery.found is None or recovery.real is None:
+            continue
+        name = metrics.dataset.site_field if key == "site" else metrics.dataset.class_field
+        chance = metrics.adherence[encoder].fields[name].chance
+        # A linear probe that hardly finds it in real patches says nothing.
+        if recovery.real - chance < 0.1 or recovery.found >= (chance + recovery.real) / 2:
+            continue
+        texts.append(
+            f"{label_of(roles.candidate)}'s samples of unseen combinations show the requested {key} in "
+            f"{recovery.found:.0%}, real patches in {recovery.real:.0%}. Whatever the samples do to a classifier, they "
+            "are not of the combinations that they are named after."
         )
-    chance = [text for text in rivals if not (isinstance(intervals.get(text), list) and intervals[text][0] > 0)]
+    return texts
+
+
+def useful(record: Headline) -> bool | None:
+    """Whether the candidate beats every baseline without a generator that was compared.
+
+    None if that is unknown: without a comparison, and without a decisive baseline (stain transfer, which costs
+    nothing), unless another baseline is as good already.
+    """
+    score, baselines = record.accuracy_shift.get(record.candidate), _baselines(record)
+    if score is None or not baselines:
+        return None
+    beaten = all(score > value for _, value, _ in baselines)
+    return None if beaten and not _decisive(baselines) else beaten
+
+
+Compared = list[tuple[TrainingSetKind, float, Interval]]
+
+
+def _baselines(record: Headline) -> Compared:
+    """The baselines that were compared: accuracy under shift, and interval of the candidate's difference from it."""
+    found: Compared = []
+    for kind in baseline_kinds():
+        if kind.name in record.further:
+            value, difference = record.further[kind.name].accuracy_shift, record.further[kind.name].difference
+        else:
+            value = record.accuracy_shift.get(kind.name)
+            difference = record.accuracy_shift_difference.get(kind.name, SummaryDifference(None, None))
+        if value is not None:
+            found.append((kind, value, difference.interval))
+    return found
+
+
+def _decisive(baselines: Compared) -> bool:
+    tried = {kind.name for kind, _, _ in baselines}
+    return all(kind.name in tried for kind in KINDS if kind.decisive)
+
+
+def verdict(record: Headline) -> str:
+    """One sentence: whether the candidate is useful, which takes beating the baselines without a generator."""
+    name, score = label_of(record.candidate), record.accuracy_shift.get(record.candidate)
+    baselines = _baselines(record)
+    if score is None or not baselines:
+        return f"Whether {name} is useful cannot be said: there is no downstream comparison with its samples."
+    lead, best, interval = next((b for b in baselines if b[0].decisive), max(baselines, key=lambda b: b[1]))
+    start = f"accuracy under shift is {score:.3f}, {score - best:+.3f} against {lead.phrase}{_interval(interval)}"
+    answer = useful(record)
+    if answer is None:
+        missing = _list([kind.phrase for kind in KINDS if kind.decisive])
+        return f"Whether {name} is useful cannot be said, since {missing} was not tried: {start}."
+    if not answer:
+        ahead = [kind.phrase for kind, value, _ in baselines if value >= score]
+        verb = "does" if len(ahead) == 1 else "do"
+        return f"{name} is not useful here: {start}; {_list(ahead)} {verb} at least as well."
+    chance = [kind.phrase for kind, _, bounds in baselines if not (isinstance(bounds, tuple) and bounds[0] > 0)]
     word = "is useful here"
     if chance:
         word = "may be useful here, though the evidence does not exclude chance"
-        if chance != [lead]:
+        if chance != [lead.phrase]:
             word += f" against {_list(chance)}"
-    return f"MeDi {word}: {start}."
+    return f"{name} {word}: {start}."
 
 
-def _rival_intervals(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Interval of MeDi's difference from each rival, by its name for people."""
-    others = record.get("further_arms", {})
-    found = {text: record["accuracy_shift_difference"].get(r, {}).get("interval") for r, text in RIVALS.items()}
-    return found | {text: others.get(r, {}).get("interval") for r, text in FURTHER_RIVALS.items()}
-
-
-def _interval(bounds: Any) -> str:
-    if isinstance(bounds, list):
+def _interval(bounds: Interval) -> str:
+    if isinstance(bounds, tuple):
         return f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
     return f" (interval {bounds})" if bounds else ""
 
@@ -198,57 +242,48 @@ def distance_text(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def headline_text(record: Mapping[str, Any]) -> str:
-    """The headline as a table for a terminal, the verdict last."""
+def headline_text(record: Headline) -> str:
+    """The summary as a table for a terminal, the verdict last."""
+    names = [label_of(name)[:9] for name in (record.candidate, record.baseline)]
     lines = ["Distance to real patches of other patients (lower is better)"]
-    lines.append(f"  {'':<32}{'metric':>8}{'MeDi':>10}{'CLS':>10}{'floor':>10}{'ratio':>10}")
-    titles = {
-        "fd_unseen": "unseen combinations",
-        "fd_unseen_colour_free": "unseen, colour-free",
-        "fd_per_class": "per class, all sites",
+    lines.append(f"  {'':<32}{'metric':>8}" + "".join(f"{name:>10}" for name in (*names, "real", "ratio")))
+    rows = {
+        "unseen combinations": record.fd_unseen,
+        "unseen, colour-free": record.fd_unseen_colour_free,
+        "per class, all sites": record.fd_per_class,
     }
-    for key, title in titles.items():
-        row = record[key]
-        if row["metric"] is None or not (row["left_out"] or any(row[k] for k in ("medi", "cls", "floor"))):
+    for title, row in rows.items():
+        values = (row.candidate, row.baseline, row.real)
+        if row.metric is None or not (row.left_out or any(values)):
             continue
-        cells = "".join(f"{distance_text(row[k]):>10}" for k in ("medi", "cls", "floor"))
-        cells += f"{_number(row['ratio'], 2):>10}"
-        lines.append(f"  {title:<32}{(row['metric'] or '–').upper():>8}{cells}")
-        lines += [f"    not judged: {name} ({why})" for name, why in row["left_out"].items()]
-    lines += ["  ratio = (MeDi − floor) / (CLS − floor): 0 is real, 1 is no better than class alone"]
+        cells = "".join(f"{distance_text(value):>10}" for value in values)
+        lines.append(f"  {title:<32}{row.metric.upper():>8}{cells}{_number(row.ratio, 2):>10}")
+        lines += [f"    not compared: {name} ({why})" for name, why in row.left_out.items()]
+    lines.append(f"  ratio = ({names[0]} − real) / ({names[1]} − real): 0 is real, 1 is no better than {names[1]}")
     lines += _accuracies(record) + _recoveries(record)
-    times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
-    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record["warnings"]), verdict(record)]
+    times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record.seconds.items())
+    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record.warnings), verdict(record)]
     return "\n".join(lines)
 
 
-def _accuracies(record: Mapping[str, Any]) -> list[str]:
-    if not any(value is not None for value in record["accuracy_shift"].values()):
+def _accuracies(record: Headline) -> list[str]:
+    if not any(value is not None for value in record.accuracy_shift.values()):
         return []
-    lines = [""]
-    lines.append(f"Balanced accuracy of {record.get('classifier', CLASSIFIERS['probe'])} (higher is better)")
-    lines.append(
-        f"  {'':<32}" + "".join(f"{name:>10}" for name in ("real", "oversamp.", "stain", "CLS", "MeDi", "oracle"))
-    )
-    titles = {
-        "accuracy_shift": "under shift (all classes)",
-        "accuracy_in_distribution": "at sites without a gap",
-        "accuracy_seen": "seen combinations",
-        "accuracy_unseen": "unseen combinations",
-    }
-    for key, title in titles.items():
-        lines.append(f"  {title:<32}" + "".join(f"{_number(record[key][arm]):>10}" for arm in ARMS))
-    n = record["n"]
-    if n["test_patches"] is not None:
-        lines.append(f"  under shift: {n['test_patches']} test patches of {n['test_patients']} patients")
+    titles = ("under shift", "other sites", "seen", "unseen")
+    lines = ["", f"Balanced accuracy of {record.classifier} (higher is better)"]
+    lines.append(f"  {'':<32}" + "".join(f"{title:>13}" for title in titles))
+    for name in record.accuracy_shift:
+        values = [getattr(record, score)[name] for score in ACCURACIES]
+        lines.append(f"  {label_of(name)[:31]:<32}" + "".join(f"{_number(value):>13}" for value in values))
+    if record.n_test_patches is not None:
+        lines.append(f"  under shift: {record.n_test_patches} test patches of {record.n_test_patients} patients")
     return lines
 
 
-def _recoveries(record: Mapping[str, Any]) -> list[str]:
-    if not any(value is not None for value in record["recovery_ceiling"].values()):
+def _recoveries(record: Headline) -> list[str]:
+    rows = {"site": record.recovery_site, "class": record.recovery_class}
+    if all(row.real is None for row in rows.values()):
         return []
-    lines = ["", "Requested value found in MeDi's samples of unseen combinations (ceiling: in real patches of these)"]
-    for key in ("site", "class"):
-        found, ceiling = record["recovery_unseen"][key], record["recovery_ceiling"][key]
-        lines.append(f"  {key:<32}{_number(found):>10}  (ceiling {_number(ceiling)})")
-    return lines
+    lines = ["", f"Requested value found in {label_of(record.candidate)}'s samples of unseen combinations"]
+    lines.append(f"  {'':<32}{'samples':>10}{'real':>10}")
+    return lines + [f"  {key:<32}{_number(row.found):>10}{_number(row.real):>10}" for key, row in rows.items()]

@@ -72,10 +72,11 @@ def _run(settings: ExperimentSettings) -> dict[str, Any]:
         return {"out": settings.out, "seconds": stages.seconds}
 
     from latent_medi.evaluation.results import read_metrics
-    from latent_medi.evaluation.summary import headline, headline_text
+    from latent_medi.evaluation.summary import headline, headline_json, headline_text
 
     record = headline(read_metrics(folder), stages.seconds)
-    write_json(folder / "headline.json", record)
+    content = headline_json(record)
+    write_json(folder / "headline.json", content)
     page = f" Report: {folder / 'report.html'}" if experiment.has("report") else ""
     print(f"\n{headline_text(record)}\n\n{total} in all.{page}")
-    return record
+    return content

@@ -19,10 +19,10 @@ from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
-from latent_medi.evaluation.cohort.comparison_sets import REAL
-from latent_medi.evaluation.cohort.roles import synthetic_roles
+from latent_medi.core.records import encode
+from latent_medi.evaluation.downstream.registry import KINDS, names_of
 from latent_medi.evaluation.results import read_metrics
-from latent_medi.experiment.shift_result import BASELINES, loss, mean, write_result
+from latent_medi.experiment.shift_result import loss, mean, write_result
 from latent_medi.experiment.shift_settings import ShiftSettings
 from latent_medi.metadata.association_levels import association, patients_by_level, rotating_targets
 from latent_medi.shards.checking.duplicates import allowed
@@ -163,31 +163,30 @@ def _pool(dataset: PatchDataset, settings: ShiftSettings) -> np.ndarray:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    """What one level's experiment found, with its first encoder."""
+    """Results of one level's experiment, with its first encoder."""
     metrics = read_metrics(folder)
-    encoder = next(iter(metrics.downstream))
-    compared = metrics.downstream[encoder]["arms"]
-    roles = synthetic_roles(metrics.synthetic, metrics.settings.candidate)
-    arms = {}
-    for name in (*BASELINES, *roles.baselines, roles.candidate, "oracle"):
-        if name not in compared:
-            continue
-        entry = compared[name]
-        arms[name] = {
-            "accuracy_shift": entry["accuracy_shift"]["value"],
-            "interval": entry["accuracy_shift"]["interval"],
-            "recall": mean(cell["recall"]["value"] for cell in entry["cells"]),
-            "false_positive_rate": mean(cell["false_positive_rate"]["value"] for cell in entry["cells"]),
-        }
-    # The kernel distance at every level, though the Fréchet distance is the metric where there are samples enough.
+    encoder, downstream = next(iter(metrics.downstream.items()))
+    roles = metrics.roles
+    results = {}
+    for name in names_of((kind for kind in KINDS if kind.plotted), roles):
+        if name in downstream.training_sets:
+            found = downstream.training_sets[name]
+            results[name] = {
+                "accuracy_shift": found.accuracy_shift.value,
+                "interval": encode(found.accuracy_shift.interval),
+                "recall": mean(scores.recall.value for scores in found.combinations),
+                "false_positive_rate": mean(scores.false_positive_rate.value for scores in found.combinations),
+            }
     means = metrics.fidelity[encoder].unseen.means
-    keys = {name: name for name in (roles.candidate, *roles.baselines)} | {"floor": REAL}
-    distance = {key: means[source].kid for key, source in keys.items() if source in means}
+    # One metric for all levels: that of the summary is Fréchet's where there are samples enough.
+    distance = {name: means[name].kid for name in reversed(roles.names) if name in means}
+    if "real" in means:
+        distance["floor"] = means["real"].kid
     fields = metrics.adherence[encoder].fields
-    names = {"class": metrics.dataset.class_field, "site": metrics.dataset.site_field}
+    keys = {"class": metrics.dataset.class_field, "site": metrics.dataset.site_field}
     recovery = {
-        what: {source: found.value for source, found in fields[name].synthetic.items()}
-        for what, name in names.items()
+        what: {synthetic: found.value for synthetic, found in fields[name].synthetic.items()}
+        for what, name in keys.items()
         if name in fields
     }
-    return {"encoder": encoder, "arms": arms, "distance": {"metric": "kid", **distance}, "recovery": recovery}
+    return {"encoder": encoder, "arms": results, "distance": {"metric": "kid", **distance}, "recovery": recovery}

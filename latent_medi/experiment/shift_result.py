@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,10 @@ from latent_medi.core.checksums import read_result
 from latent_medi.core.errors import UserError, needs
 from latent_medi.core.files import atomic_path, refuse_foreign, write_sealed
 from latent_medi.core.locks import output_lock
+from latent_medi.evaluation.cohort.roles import synthetic_roles
+from latent_medi.evaluation.downstream.registry import KINDS, REAL, label_of, style_of
 from latent_medi.metadata.tables import write_for_people
 
-BASELINES = ("real", "oversample", "nearest_site", "stain_transfer")
-"""Training sets without synthetic patches that the curve shows, if they took part."""
-_STYLES = {
-    "real": ("real only", "#000000", "o", "-"),
-    "oversample": ("oversampling", "#999999", "v", ":"),
-    "nearest_site": ("nearest site", "#E69F00", "^", ":"),
-    "stain_transfer": ("stain transfer", "#D55E00", "s", "--"),
-    "cls": ("CLS", "#56B4E9", "D", "--"),
-    "medi": ("MeDi", "#0072B2", "*", "-"),
-    "oracle": ("oracle", "#009E73", "P", ":"),
-}
-"""Label, colour, marker and line by training set; a model of another name has one of the further colours."""
-_FURTHER_COLOURS = ("#CC79A7", "#7B3294", "#8C564B", "#17BECF")
 _EQUAL_SETTINGS = ("split", "per_site", "class_field", "site_field", "experiment", "changes")
 """Settings in which benchmarks to average must not differ."""
 SCORES = ("accuracy_shift", "recall", "false_positive_rate")
@@ -54,7 +42,7 @@ def loss(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Relative change of accuracy by training set: the mean, over levels above the lowest, of accuracy divided by that
     of the real patches alone at the lowest level, minus 1 (after PathoROB); None where these did not take part.
     """
-    base = records[0]["arms"].get("real", {}).get("accuracy_shift")
+    base = records[0]["arms"].get(REAL.name, {}).get("accuracy_shift")
     names, higher = in_all(records), records[1:]
     if not higher or not base:
         return dict.fromkeys(names)
@@ -128,23 +116,24 @@ def _check_comparable(file: Path, run: Mapping[str, Any], first: Path, other: Ma
 
 def _averaged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One level of all benchmarks."""
-    arms: dict[str, Any] = {}
-    for name in in_all(records):
+    results: dict[str, Any] = {}
+    names = in_all(records)
+    decisive = [kind.name for kind in KINDS if kind.decisive and kind.name in names]
+    for name in names:
         found = [record["arms"][name] for record in records]
-        arms[name] = {}
+        results[name] = {}
         for score in SCORES:
-            arms[name] |= _with_error(score, [entry[score] for entry in found])
-        if name != "stain_transfer" and all("stain_transfer" in record["arms"] for record in records):
-            differences = [
-                entry["accuracy_shift"] - record["arms"]["stain_transfer"]["accuracy_shift"]
-                for entry, record in zip(found, records, strict=True)
-            ]
-            arms[name] |= _with_error("over_stain_transfer", differences)
+            results[name] |= _with_error(score, [entry[score] for entry in found])
+        for other in decisive:
+            if name != other:
+                pairs = [(record["arms"][name], record["arms"][other]) for record in records]
+                gains = [a["accuracy_shift"] - b["accuracy_shift"] for a, b in pairs]
+                results[name] |= _with_error(f"over_{other}", gains)
     return {
         "level": records[0]["level"],
         "tie": mean(r["tie"] for r in records),
         "n_patients": round(float(np.mean([r["n_patients"] for r in records]))),
-        "arms": arms,
+        "arms": results,
     }
 
 
@@ -163,10 +152,6 @@ def _table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _label(name: str) -> str:
-    return _STYLES[name][0] if name in _STYLES else name
-
-
 def shift_text(result: Mapping[str, Any]) -> str:
     """The curve as a table for a terminal."""
     records = result["levels"]
@@ -174,7 +159,7 @@ def shift_text(result: Mapping[str, Any]) -> str:
     lines = ["Balanced accuracy over all classes at the targets' sites, by association of class and site in training"]
     if "seeds" in result:
         lines[0] += f"; mean of {len(result['seeds'])} benchmarks ± standard error"
-    lines += ["", f"  {'level':>6}{'V':>6}{'patients':>10}" + "".join(f"{_label(name):>16}" for name in names)]
+    lines += ["", f"  {'level':>6}{'V':>6}{'patients':>10}" + "".join(f"{label_of(name)[:15]:>16}" for name in names)]
     for record in records:
         cells = "".join(f"{_cell(record['arms'].get(name, {})):>16}" for name in names)
         lines.append(f"  {record['level']:>6.2f}{record['tie']:>6.2f}{record['n_patients']:>10}{cells}")
@@ -185,8 +170,8 @@ def shift_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(arm: Mapping[str, Any]) -> str:
-    value, error = arm.get("accuracy_shift"), arm.get("accuracy_shift_sem")
+def _cell(scores: Mapping[str, Any]) -> str:
+    value, error = scores.get("accuracy_shift"), scores.get("accuracy_shift_sem")
     return "–" if value is None else f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
@@ -197,20 +182,21 @@ def _curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    colours = itertools.cycle(_FURTHER_COLOURS)
-    for name in in_any(records):
+    names, known = in_any(records), {kind.name for kind in KINDS}
+    roles = synthetic_roles(name for name in names if name not in known)
+    for name in names:
         points = [(r["level"], r["arms"][name]) for r in records if name in r["arms"]]
-        label, colour, marker, line = _STYLES[name] if name in _STYLES else (name, next(colours), "*", "-")
+        style = style_of(name, roles)
         errors = [entry.get("accuracy_shift_sem") for _, entry in points]
         axes.errorbar(
             [level for level, _ in points],
             [entry["accuracy_shift"] for _, entry in points],
             yerr=None if None in errors else errors,
             capsize=2,
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            label=label,
+            color=style.colour,
+            marker=style.marker,
+            linestyle="-" if name in (REAL.name, roles.candidate) else "--",
+            label=label_of(name),
         )
     axes.set_xlabel("association of class and site in training (0 none, 1 targets absent)")
     axes.set_ylabel("balanced accuracy under shift")

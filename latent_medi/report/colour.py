@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from latent_medi.evaluation.downstream.registry import REAL, TrainingSetKind, baseline_kinds, label_of, summarised
 from latent_medi.evaluation.results import Metrics
-from latent_medi.evaluation.summary import RIVALS
 from latent_medi.report.page import TWIN, differences, number
 from latent_medi.statistics.bootstrap import Estimate
 
@@ -47,9 +47,15 @@ def colour_table(metrics: Metrics) -> ColourTable | None:
     plain = next((n for n in metrics.encoders if n + TWIN in metrics.encoders), None)
     if plain is None:
         return None
-    gains = {f"accuracy under shift: MeDi − {RIVALS[r]}": _gain(metrics, plain, r) for r in RIVALS}
+    candidate = label_of(metrics.roles.candidate)
+    baselines = summarised(baseline_kinds())
+    gains = {f"accuracy under shift: {candidate} − {k.phrase}": _gain(metrics, plain, k) for k in baselines}
     rows = [
-        ColourRow("unseen combinations: ratio (0 real, 1 as class alone)", "number", *_ratio(metrics, plain, "unseen")),
+        ColourRow(
+            f"unseen combinations: ratio (0 real, 1 as {label_of(metrics.roles.baseline)})",
+            "number",
+            *_ratio(metrics, plain, "unseen"),
+        ),
         ColourRow("per class: ratio", "number", *_ratio(metrics, plain, "per_class")),
         ColourRow("per site: ratio", "number", *_ratio(metrics, plain, "per_site")),
         *(ColourRow(name, "signed", *pair) for name, pair in gains.items()),
@@ -57,25 +63,27 @@ def colour_table(metrics: Metrics) -> ColourTable | None:
         ColourRow("class found in samples", "percent", *_found(metrics, plain, metrics.dataset.class_field)),
     ]
     rows = [row for row in rows if row.colour or row.without]
-    first = next((r for r in RIVALS if _gain(metrics, plain, r)[0]), "real")
+    first = next((kind for kind in baselines if _gain(metrics, plain, kind)[0]), REAL)
     return ColourTable(plain, rows, sentence(metrics, plain, first)) if rows else None
 
 
-def sentence(metrics: Metrics, encoder: str, baseline: str) -> str:
+def sentence(metrics: Metrics, encoder: str, baseline: TrainingSetKind) -> str:
     """What of the gain in fidelity and of that in accuracy is left without colour."""
+    candidate, other = label_of(metrics.roles.candidate), label_of(metrics.roles.baseline)
     parts = []
     colour, without = _ratio(metrics, encoder, "unseen")
     if colour and without and colour.value is not None and without.value is not None:
         gain, left = 1 - colour.value, 1 - without.value
         parts.append(
-            f"on unseen combinations MeDi closes {number(100 * gain, 0)} % of the distance between a class-only "
-            f"model and real patches in colour and {number(100 * left, 0)} % without: {_in_words(gain, left)}"
+            f"on unseen combinations {candidate} closes {number(100 * gain, 0)} % of the distance between {other} and "
+            f"real patches in colour and {number(100 * left, 0)} % without: {_in_words(gain, left)}"
         )
     colour, without = _gain(metrics, encoder, baseline)
     if colour and without and colour.value is not None and without.value is not None:
         parts.append(
-            f"in accuracy under shift MeDi's difference to {RIVALS[baseline]} is {number(colour, sign=True)} in colour "
-            f"and {number(without, sign=True)} without: {_in_words(colour.value, without.value)}"
+            f"in accuracy under shift {candidate}'s difference from {baseline.phrase} is "
+            f"{number(colour, sign=True)} in colour and {number(without, sign=True)} without: "
+            f"{_in_words(colour.value, without.value)}"
         )
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
@@ -102,12 +110,12 @@ def _ratio(metrics: Metrics, encoder: str, table: Literal["unseen", "per_class",
     return _pair(*ratios)
 
 
-def _gain(metrics: Metrics, encoder: str, baseline: str) -> Pair:
-    pair = f"medi - {baseline}"
-    return _pair(*(differences(metrics, name).get(pair) for name in (encoder, encoder + TWIN)))
+def _gain(metrics: Metrics, encoder: str, baseline: TrainingSetKind) -> Pair:
+    found = [differences(metrics, name, metrics.roles.candidate) for name in (encoder, encoder + TWIN)]
+    return _pair(*(gains.get(baseline.name) for gains in found))
 
 
 def _found(metrics: Metrics, encoder: str, field: str) -> Pair:
     records = [metrics.adherence.get(name) for name in (encoder, encoder + TWIN)]
     fields = [None if record is None else record.fields.get(field) for record in records]
-    return _pair(*(None if found is None else found.synthetic.get("medi") for found in fields))
+    return _pair(*(None if found is None else found.synthetic.get(metrics.roles.candidate) for found in fields))

@@ -10,8 +10,16 @@ from typing import Any, Literal
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import HTML, check_file, write_text
 from latent_medi.core.records import encode
+from latent_medi.evaluation.downstream.registry import (
+    KINDS,
+    REAL,
+    baseline_kinds,
+    label_of,
+    names_of,
+    style_of,
+    summarised,
+)
 from latent_medi.evaluation.results import Metrics, metrics_file, read_metrics
-from latent_medi.evaluation.summary import RIVALS
 from latent_medi.report import figures
 from latent_medi.report.page import (
     DASH,
@@ -160,19 +168,19 @@ def numbers(run: Metrics, encoder: str) -> dict[str, Number]:
                 found[name] = Number("distance", mean, table.metric, headline)
             found[f"ratio, {title}"] = Number("ratio", table.ratio, table.metric, headline)
     for name, accuracy in accuracies(run, encoder).items():
-        found[f"accuracy under shift: {figures.name_of(name)}"] = Number("number", accuracy)
-    gains = differences(run, encoder)
-    for baseline in RIVALS:
-        if gain := gains.get(f"medi - {baseline}"):
-            found[f"accuracy under shift: MeDi − {figures.name_of(baseline)}"] = Number("number", gain)
+        found[f"accuracy under shift: {label_of(name)}"] = Number("number", accuracy)
+    gains = differences(run, encoder, run.roles.candidate)
+    for kind in summarised(baseline_kinds()):
+        if gain := gains.get(kind.name):
+            found[f"accuracy under shift: {label_of(run.roles.candidate)} − {kind.label}"] = Number("number", gain)
     if adherence := run.adherence.get(encoder):
         for field, recovery in adherence.fields.items():
             for name, share_found in recovery.synthetic.items():
-                found[f"{field} found: {figures.name_of(name)}"] = Number("percent", share_found, headline=False)
+                found[f"{field} found: {label_of(name)}"] = Number("percent", share_found, headline=False)
             found[f"{field} found: real patches"] = Number("percent", recovery.real, headline=False)
     if memorisation := run.memorisation.get(encoder):
         for name, copies in memorisation.synthetic.items():
-            found[f"copy rate: {figures.name_of(name)}"] = Number("percent", copies.copy_rate)
+            found[f"copy rate: {label_of(name)}"] = Number("percent", copies.copy_rate)
     return {name: each for name, each in found.items() if each.estimate.value is not None}
 
 
@@ -182,7 +190,7 @@ def compare(runs: Sequence[Metrics]) -> list[Table]:
     The first table has the headline numbers, in the feature space of each run's own headline. Another one follows for
     each encoder that several runs have.
     """
-    own = [str(m.headline.get("encoder") or next(iter(m.encoders), "")) for m in runs]
+    own = [m.headline.encoder if m.headline else next(iter(m.encoders), "") for m in runs]
     tables = [Table("the headline, in the feature space of each run's own headline", _rows(runs, own, headline=True))]
     for encoder in dict.fromkeys(n for m in runs for n in m.encoders):
         if sum(encoder in m.encoders for m in runs) > 1:
@@ -322,8 +330,9 @@ def _figures(runs: Sequence[Metrics], names: Sequence[str]) -> list[dict[str, st
             if encoder not in run.encoders or run.encoders[encoder].fingerprint != fingerprint:
                 continue
             found = accuracies(run, encoder)
-            chosen = [n for n in ("real", "stain_transfer", "cls", "medi") if n in found]
-            rows += [(name, n, found[n]) for n in chosen]
+            kinds = [kind for kind in KINDS if kind is REAL or kind.decisive or kind.role == "candidate"]
+            chosen = [n for n in names_of(kinds, run.roles) if n in found]
+            rows += [(name, n, style_of(n, run.roles), found[n]) for n in chosen]
         uri = figures.runs(rows, "balanced accuracy under shift")
         if uri:
             alone = sum(name == encoder for name, _ in prints) == 1

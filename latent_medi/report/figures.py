@@ -13,6 +13,8 @@ from PIL import Image
 
 from latent_medi.core.errors import needs
 from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.evaluation.cohort.roles import Roles
+from latent_medi.evaluation.downstream.registry import KINDS, Style, label_of, names_of, style_of, summarised
 from latent_medi.evaluation.fidelity.records import DistanceTable, Projection
 from latent_medi.statistics.bootstrap import Estimate
 
@@ -22,46 +24,18 @@ with needs("The report", "matplotlib"):
 
 # Okabe & Ito 2008: distinct for any colour vision; every series also has a marker of its own.
 INK, MUTED, GRID = "#1b1f24", "#59616b", "#d9dde2"
-COLOURS = {
-    "medi": "#0072b2",
-    "cls": "#d55e00",
-    "real": "#59616b",
-    "oversample": "#8a6d00",
-    "stain_transfer": "#a8467f",
-    "oracle": "#00785a",
-}
-MARKERS = {"medi": "o", "cls": "s", "oracle": "D", "stain_transfer": "^", "oversample": "v", "real": "|"}
 # For values of a field: eight colours in eight shapes, so that neither alone carries the meaning.
 SERIES = ("#0072b2", "#d55e00", "#00785a", "#a8467f", "#8a6d00", "#2f9bd6", "#59616b", "#1b1f24")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
-NAMES = {
-    "medi": "MeDi",
-    "cls": "CLS",
-    "real": "real only",
-    "oversample": "oversampling",
-    "stain_transfer": "stain transfer",
-    "stain_augmentation": "stain augmentation",
-    "nearest_site": "nearest site",
-    "reweight": "reweighting",
-    "oracle": "oracle",
-}
 _WIDTH = 4.4  # inches; at this width the text is about 11 px high when the page is 390 px wide
 _FONT = 10
 _LONGEST = 24  # characters of a name in a plot
 _MOST_ROWS = 40
 
 
-def name_of(name: str) -> str:
-    """The name of a training set or a synthetic set for people."""
-    for prefix, words in (("synthetic_only_", "{} alone"), ("pretrain_finetune_", "{}, then real")):
-        if name.startswith(prefix):
-            return words.format(name_of(name.removeprefix(prefix)))
-    return NAMES.get(name, name)
-
-
 def source_name(name: str) -> str:
     """The name of a source of distances for people."""
-    return "real vs real" if name == REAL else name_of(name)
+    return "real vs real" if name == REAL else label_of(name)
 
 
 def short(name: str, longest: int = _LONGEST) -> str:
@@ -108,16 +82,16 @@ def _style(axes: Any) -> None:
         label.set_parse_math(False)  # a name may hold a dollar sign
 
 
-def _point(axes: Any, y: float, found: Estimate, name: str, label: str | None = None) -> None:
-    """An estimate with its interval, in the colour and shape of its name."""
-    colour, marker = COLOURS.get(name, INK), MARKERS.get(name, "o")
+def _point(axes: Any, y: float, found: Estimate, style: Style, label: str | None = None) -> None:
+    """An estimate with its interval."""
+    colour, marker = style.colour, style.marker
     if isinstance(found.interval, tuple):
         axes.plot(found.interval, [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", alpha=0.75)
-    style = {"color": colour, "markersize": 9 if marker == "|" else 5.5, "markeredgewidth": 1.8, "linestyle": ""}
-    axes.plot([found.value], [y], marker, label=label, **style)
+    look = {"color": colour, "markersize": 9 if marker == "|" else 5.5, "markeredgewidth": 1.8, "linestyle": ""}
+    axes.plot([found.value], [y], marker, label=label, **look)
 
 
-def distances(table: DistanceTable) -> str | None:
+def distances(table: DistanceTable, roles: Roles) -> str | None:
     """Distance of each source in each combination and as a mean, with intervals; ``None`` if there is none."""
     rows: list[tuple[str, Mapping[str, Estimate]]] = [(c.name, c.sources) for c in table.combinations if c.sources]
     if len(rows) > 1:
@@ -131,7 +105,7 @@ def distances(table: DistanceTable) -> str | None:
         for j, name in enumerate(names):
             if name in found and found[name].value is not None:
                 y = i + (j - (len(names) - 1) / 2) * 0.24
-                _point(axes, y, found[name], name, source_name(name) if i == len(rows) - 1 else None)
+                _point(axes, y, found[name], style_of(name, roles), source_name(name) if i == len(rows) - 1 else None)
     axes.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     metric = {"fd": "Fréchet distance", "kid": "KID"}[table.metric]
@@ -151,12 +125,12 @@ class _Line:
 
     Args:
         label: At its left.
-        name: Of its colour and shape.
+        style: Its colour and shape.
         estimate: The number.
     """
 
     label: str
-    name: str
+    style: Style
     estimate: Estimate
 
 
@@ -172,7 +146,7 @@ def _list_of_estimates(lines: Sequence[_Line], xlabel: str, number: str, height:
     figure = _figure(height + 0.33 * len(lines))
     axes = figure.subplots()
     for i, line in enumerate(lines):
-        _point(axes, i, line.estimate, line.name)
+        _point(axes, i, line.estimate, line.style)
         axes.annotate(
             format(line.estimate.value, number),
             (1.0, i),
@@ -191,24 +165,30 @@ def _list_of_estimates(lines: Sequence[_Line], xlabel: str, number: str, height:
     return figure, axes
 
 
-def forest(accuracies: Mapping[str, Estimate]) -> str | None:
+def forest(accuracies: Mapping[str, Estimate], roles: Roles) -> str | None:
     """Accuracy of each training set with its interval; the dashed line is that of the real patches alone."""
-    first = [n for n in ("real", "oversample", "stain_transfer", "cls", "medi", "oracle") if n in accuracies]
+    first = [n for n in names_of(summarised(KINDS), roles) if n in accuracies]
     order = [*first, *(n for n in accuracies if n not in first)]
-    lines = [_Line(short(name_of(n)), n, accuracies[n]) for n in order if accuracies[n].value is not None]
+    known = {n: accuracies[n] for n in order if accuracies[n].value is not None}
+    lines = [_Line(short(label_of(n)), style_of(n, roles), estimate) for n, estimate in known.items()]
     if not lines:
         return None
     figure, axes = _list_of_estimates(lines, "balanced accuracy (right is better)", ".3f")
-    if "real" in order and accuracies["real"].value is not None:
-        axes.axvline(accuracies["real"].value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    if REAL in known:
+        axes.axvline(known[REAL].value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     return _uri(figure)
 
 
-def differences(found: Mapping[str, Estimate]) -> str | None:
-    """Paired differences of a score between training sets, with intervals over patients; zero means no difference."""
-    chosen = [n for n in found if n.startswith("medi - ")] + [n for n in found if n == "oracle - real"]
-    names = [n.split(" - ") for n in chosen if found[n].value is not None]
-    lines = [_Line(" − ".join(map(name_of, pair)), pair[0], found[" - ".join(pair)]) for pair in names]
+def differences(found: Mapping[str, Mapping[str, Estimate]], roles: Roles) -> str | None:
+    """Paired differences of a score, by first and second training set, with intervals over patients; zero means no
+    difference.
+    """
+    lines = [
+        _Line(f"{label_of(a)} − {label_of(b)}", style_of(a, roles), estimate)
+        for a, others in found.items()
+        for b, estimate in others.items()
+        if estimate.value is not None
+    ]
     if not lines:
         return None
     figure, axes = _list_of_estimates(lines, "difference in balanced accuracy", "+.3f")
@@ -216,17 +196,17 @@ def differences(found: Mapping[str, Estimate]) -> str | None:
     return _uri(figure)
 
 
-def runs(rows: Sequence[tuple[str, str, Estimate]], xlabel: str) -> str | None:
+def runs(rows: Sequence[tuple[str, str, Style, Estimate]], xlabel: str) -> str | None:
     """One number of several runs with its interval, a line each.
 
     Args:
-        rows: Name of the run, of the training set, and estimate.
+        rows: Name of the run, of the training set, its style, and estimate.
         xlabel: What the axis shows.
     """
-    rows = [r for r in rows if r[2].value is not None]
+    rows = [row for row in rows if row[3].value is not None]
     if not rows:
         return None
-    lines = [_Line(f"{short(run, 14)}: {short(name_of(name), 14)}", name, found) for run, name, found in rows]
+    lines = [_Line(f"{short(run, 14)}: {short(label_of(name), 14)}", style, found) for run, name, style, found in rows]
     figure, axes = _list_of_estimates(lines, xlabel, ".3f", height=0.6)
     for i in range(1, len(rows)):
         if rows[i - 1][0] != rows[i][0]:
@@ -256,7 +236,7 @@ def projection(record: Projection, key: Literal["class", "site"], most: int = 12
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, (name, source) in zip(panels, sources.items(), strict=False):
         _panel(panel, np.asarray(source.x), np.asarray(source.y), codes[name], {c: labels[c] for c in order})
-        panel.set_title("real test patches" if name == REAL else short(name_of(name)), fontsize=_FONT, color=INK)
+        panel.set_title("real test patches" if name == REAL else short(label_of(name)), fontsize=_FONT, color=INK)
     for panel in panels[len(sources) :]:
         panel.set_visible(False)
     share = [f" ({100 * e:.0f} %)" if e is not None else "" for e in record.explained] + [" ", " "]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from latent_medi.core.progress import duration
-from latent_medi.core.records import decode
+from latent_medi.evaluation.downstream.registry import label_of
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary import distance_text
 from latent_medi.report import figures
@@ -38,7 +37,7 @@ def environment() -> jinja2.Environment:
         "percent": percent,
         "share": share,
         "duration": duration,
-        "label": figures.name_of,
+        "label": label_of,
         "source": figures.source_name,
         "encoder": encoder_name,
         "short": figures.short,
@@ -47,20 +46,17 @@ def environment() -> jinja2.Environment:
     return result
 
 
-def _estimate(record: Mapping[str, Any]) -> Estimate:
-    return decode(Estimate, {f.name: record[f.name] for f in fields(Estimate) if f.name in record})
-
-
 def accuracies(metrics: Metrics, encoder: str) -> dict[str, Estimate]:
     """Accuracy under shift by training set, in one encoder's features."""
-    found = metrics.downstream.get(encoder, {}).get("arms", {})
-    return {name: _estimate(entry["accuracy_shift"]) for name, entry in found.items()}
+    downstream = metrics.downstream.get(encoder)
+    return {name: r.accuracy_shift for name, r in downstream.training_sets.items()} if downstream else {}
 
 
-def differences(metrics: Metrics, encoder: str) -> dict[str, Estimate]:
-    """Paired differences in accuracy under shift, by "a - b", in one encoder's features."""
-    found = metrics.downstream.get(encoder, {}).get("differences", {})
-    return {name: _estimate(entry["accuracy_shift"]) for name, entry in found.items()}
+def differences(metrics: Metrics, encoder: str, name: str) -> dict[str, Estimate]:
+    """Paired differences in accuracy under shift of one training set from others, in one encoder's features."""
+    downstream = metrics.downstream.get(encoder)
+    found = downstream.differences.get(name, {}) if downstream else {}
+    return {other: difference.accuracy_shift for other, difference in found.items()}
 
 
 def value_of(record: Any) -> float | None:

@@ -14,10 +14,11 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
+from latent_medi.evaluation.downstream.registry import label_of
 from latent_medi.evaluation.fidelity.records import ListedPair, Memorisation
 from latent_medi.evaluation.provenance import RealDataset
 from latent_medi.evaluation.results import Metrics
-from latent_medi.report.figures import image_uri, name_of
+from latent_medi.report.figures import image_uri
 from latent_medi.shards.dataset import PatchDataset
 
 log = get_logger(__name__)
@@ -203,8 +204,8 @@ def grids(
         column = f"split_{info.split}"
         sources.append(("real", real, {column: settings.test_value} if column in real.index.columns else {}))
     selected = settings.selected
-    for name, dataset in sorted(synthetic.items(), key=lambda item: item[0] != "medi"):
-        sources.append((name_of(name), dataset, {selected[name]: "True"} if name in selected else {}))
+    for name, dataset in sorted(synthetic.items(), key=lambda item: item[0] != metrics.roles.candidate):
+        sources.append((label_of(name), dataset, {selected[name]: "True"} if name in selected else {}))
     train = info.counts.patches.get(settings.train_value)
     result = []
     for number, tumour in enumerate(info.classes):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import HTML, check_file, write_text
 from latent_medi.core.records import encode
 from latent_medi.evaluation.adherence.records import Adherence, FieldRecovery
 from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.evaluation.cohort.roles import Roles
+from latent_medi.evaluation.downstream.records import Downstream
+from latent_medi.evaluation.downstream.registry import KINDS, label_of
 from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity, Memorisation, Projection
 from latent_medi.evaluation.results import Metrics, metrics_file, read_metrics
 from latent_medi.report import figures, patches
@@ -25,7 +27,8 @@ _MOST_SITES = 40
 _CAPTIONS = {
     "unseen combinations": "Unseen combinations: distance to real test patches of the same combination, with equally "
     "many patches of every source.",
-    "each class": "Each class over all sites; MeDi's samples have the test patches' mix of sites.",
+    "each class": "Each class over all sites; samples of models that were conditioned on the site have the test "
+    "patches' mix of sites.",
     "each site": "Each site over all classes.",
     "all patches": "All classes and sites; samples have the test patches' mix.",
 }
@@ -55,7 +58,7 @@ class PageEncoder:
     name: str
     fidelity: Fidelity | None
     tables: list[PageDistances]
-    downstream: dict[str, Any] | None
+    downstream: Downstream | None
     forest: str | None
     differences: str | None
     adherence: Adherence | None
@@ -242,10 +245,10 @@ def _encoder(
     return PageEncoder(
         name=name,
         fidelity=fidelity,
-        tables=_distance_tables(fidelity) if fidelity else [],
+        tables=_distance_tables(fidelity, metrics.roles) if fidelity else [],
         downstream=downstream,
-        forest=figures.forest(accuracies(metrics, name)) if downstream else None,
-        differences=figures.differences(differences(metrics, name)) if downstream else None,
+        forest=figures.forest(accuracies(metrics, name), metrics.roles) if downstream else None,
+        differences=figures.differences(_differences(metrics, name), metrics.roles) if downstream else None,
         adherence=adherence,
         matrices=[_matrix(field, found) for field, found in adherence.fields.items()] if adherence else [],
         memorisation=memorisation,
@@ -256,17 +259,24 @@ def _encoder(
     )
 
 
-def _distance_tables(fidelity: Fidelity) -> list[PageDistances]:
+def _differences(metrics: Metrics, encoder: str) -> dict[str, dict[str, Estimate]]:
+    """Differences of the candidate from every other training set, and of the oracle from the real patches alone."""
+    oracles = {kind.name: differences(metrics, encoder, kind.name) for kind in KINDS if kind.role == "oracle"}
+    gains = {name: {REAL: found[REAL]} for name, found in oracles.items() if REAL in found}
+    return {metrics.roles.candidate: differences(metrics, encoder, metrics.roles.candidate)} | gains
+
+
+def _distance_tables(fidelity: Fidelity, roles: Roles) -> list[PageDistances]:
     tables = {
         "unseen combinations": fidelity.unseen,
         "each class": fidelity.per_class,
         "each site": fidelity.per_site,
         "all patches": fidelity.whole,
     }
-    return [_distances(title, table) for title, table in tables.items()]
+    return [_distances(title, table, roles) for title, table in tables.items()]
 
 
-def _distances(title: str, table: DistanceTable) -> PageDistances:
+def _distances(title: str, table: DistanceTable, roles: Roles) -> PageDistances:
     """Plot, caption, what was left out, and every number."""
     n = max((mean.n_patches for mean in table.means.values()), default=0)
     skipped = [
@@ -277,8 +287,8 @@ def _distances(title: str, table: DistanceTable) -> PageDistances:
     return PageDistances(
         title=title,
         metric=table.metric,
-        figure=figures.distances(table),
-        alt=f"distance of MeDi, CLS and real patches to real test patches, {title}; the numbers are listed below",
+        figure=figures.distances(table, roles),
+        alt=f"distance of samples and of real patches to real test patches, {title}; the numbers are listed below",
         caption=f"{_CAPTIONS[title]} n = {n} samples per source over all. {table.rule}.",
         rows=[(c.name, source, found) for c in table.combinations for source, found in c.sources.items()],
         skipped=skipped,
@@ -287,7 +297,7 @@ def _distances(title: str, table: DistanceTable) -> PageDistances:
 
 def _matrix(field: str, recovery: FieldRecovery) -> Matrix:
     """Requested and found values of a field, by synthetic set and for real patches."""
-    shares = {figures.name_of(n): rows for n, rows in recovery.confusion.items() if n != REAL}
+    shares = {label_of(n): rows for n, rows in recovery.confusion.items() if n != REAL}
     panels = [(f"{name}, all samples", rows) for name, rows in shares.items()]
     if panels:
         shares["real patches"] = recovery.confusion[REAL]

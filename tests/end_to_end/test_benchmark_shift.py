@@ -12,7 +12,8 @@ import yaml
 from evaluation_world import SCHEMA, SIZE, Size, real_patches
 
 from latent_medi.cli import main
-from latent_medi.experiment.shift_result import BASELINES
+from latent_medi.evaluation.cohort.roles import synthetic_roles
+from latent_medi.evaluation.downstream.registry import KINDS, names_of
 from latent_medi.metadata.training_record import was_trained_on
 from latent_medi.shards.writing.writer import write_dataset
 
@@ -58,16 +59,16 @@ def test_from_a_dataset_folder_to_the_curve(tmp_path: Path, capsys: pytest.Captu
         "rotation=1",
     ]
     assert main(words) == 0
-    shown = {*BASELINES, "cls", "medi", "oracle"}
     result = json.loads((out / "shift.json").read_text())
     assert [level["level"] for level in result["levels"]] == [0.0, 1.0]
     assert result["levels"][0]["n_patients"] == result["levels"][1]["n_patients"]
     assert result["levels"][0]["tie"] < result["levels"][1]["tie"]
+    curve = names_of((kind for kind in KINDS if kind.plotted), synthetic_roles(["medi", "cls"]))
     for level in result["levels"]:
-        assert shown <= set(level["arms"]), level["arms"].keys()
+        assert set(curve) <= set(level["arms"]), level["arms"].keys()
         assert all(0 <= arm["accuracy_shift"] <= 1 for arm in level["arms"].values())
         assert {"medi", "cls", "floor"} <= level["distance"].keys()
-    assert set(pd.read_csv(out / "shift.csv")["arm"]) == shown
+    assert set(pd.read_csv(out / "shift.csv")["arm"]) == set(curve)
     assert (out / "shift.png").stat().st_size > 10_000
     last = out / "level-1.000"
     shown = json.loads((last / "medi" / "model" / "provenance.json").read_text())["seen"]

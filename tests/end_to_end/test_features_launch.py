@@ -75,7 +75,7 @@ def test_two_launched_processes_find_what_one_does(verb: str, tmp_path: Path) ->
                 "resamples": 20,
                 "real_splits": 0,
                 "repeats": 1,
-                "downstream_arms": ["real", "oversample", "medi"],
+                "training_sets": ["real", "oversample", "medi"],
             }
             if verb == "evaluate"
             else {"data": str(world.real), "real_splits": 20}

@@ -31,8 +31,9 @@ from safetensors import safe_open
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.results import metrics_of
-from latent_medi.evaluation.summary import headline, headline_text, useful, verdict
+from latent_medi.evaluation.results import Metrics, metrics_of
+from latent_medi.evaluation.summary import headline, headline_json, headline_text, useful, verdict
+from latent_medi.evaluation.summary_records import Headline
 from latent_medi.features.cache import dataset_hash
 from latent_medi.metadata.training_record import training_record
 from latent_medi.report.render import render_report
@@ -84,24 +85,28 @@ def test_every_number_has_its_support(metrics: dict[str, Any]) -> None:
                 assert low <= high
 
 
-def test_headline_has_the_promised_shape(metrics: dict[str, Any]) -> None:
-    record = metrics["headline"]
+def test_headline_has_the_promised_shape(results: Metrics) -> None:
+    record = headline(results)
+    assert record == results.headline
+    content = headline_json(record)
     for key in ("fd_unseen", "fd_unseen_colour_free", "fd_per_class"):
-        row = record[key]
+        row = content[key]
         assert {"medi", "cls", "floor", "ratio"} <= row.keys()
         assert row["ratio"] == pytest.approx((row["medi"] - row["floor"]) / (row["cls"] - row["floor"]))
-    assert set(record["accuracy_shift"]) == {"real", "oversample", "stain_transfer", "cls", "medi", "oracle"}
-    assert set(record["recovery_unseen"]) == {"site", "class"}
-    assert record["recovery_unseen"]["site"] > 0.9
-    assert abs(record["recovery_unseen"]["class"] - record["recovery_ceiling"]["class"]) < 0.2
-    assert headline(metrics_of(metrics), {"train": 12.0})["seconds"].keys() == {"train", "evaluate"}
-    assert headline(metrics_of(metrics), {"evaluate": 12.0})["seconds"] == {"evaluate": 12.0}
+    assert set(content["accuracy_shift"]) == {"real", "oversample", "stain_transfer", "cls", "medi", "oracle"}
+    assert set(content["accuracy_shift_difference"]) == {"real", "oversample", "stain_transfer", "cls"}
+    assert {"accuracy_shift", "accuracy_unseen", "medi_minus", "interval"} == set(content["further_arms"]["reweight"])
+    assert set(content["recovery_unseen"]) == {"site", "class"}
+    assert content["recovery_unseen"]["site"] > 0.9
+    assert abs(content["recovery_unseen"]["class"] - content["recovery_ceiling"]["class"]) < 0.2
+    assert headline(results, {"train": 12.0}).seconds.keys() == {"train", "evaluate"}
+    assert headline(results, {"evaluate": 12.0}).seconds == {"evaluate": 12.0}
     text = headline_text(record)
-    assert record["warnings"] == []
+    assert record.warnings == []
     assert "Warning" not in text
-    assert "not judged" not in text
+    assert "not compared" not in text
     assert max(len(line) for line in text.splitlines()[:-1]) <= 110
-    assert text.splitlines()[-1] == metrics["verdict"]
+    assert text.splitlines()[-1] == results.verdict
 
 
 def test_adherence_has_ceiling_chance_and_confusion(metrics: dict[str, Any]) -> None:
@@ -114,29 +119,33 @@ def test_adherence_has_ceiling_chance_and_confusion(metrics: dict[str, Any]) -> 
     assert "preparation" in metrics["adherence"]["filters"]["fields"]
 
 
-def test_medi_is_useful_only_where_it_beats_stain_transfer(metrics: dict[str, Any]) -> None:
-    record = copy.deepcopy(metrics["headline"])
+def test_medi_is_useful_only_where_it_beats_stain_transfer(results: Metrics) -> None:
+    record = headline(results)
     assert useful(record)
     assert verdict(record).startswith("MeDi is useful here")
-    one = copy.deepcopy(record)
-    one["accuracy_shift_difference"]["oversample"]["interval"] = [-0.01, 0.2]
-    assert "does not exclude chance against oversampling: accuracy" in verdict(one)  # though it beats stain transfer
-    record["accuracy_shift_difference"]["stain_transfer"]["interval"] = [-0.01, 0.2]
-    assert "does not exclude chance: accuracy" in verdict(record)
-    record["accuracy_shift"]["stain_transfer"] = record["accuracy_shift"]["medi"] + 0.01
-    assert useful(record) is False
-    assert verdict(record).startswith("MeDi is not useful here")
-    assert "stain transfer does at least as well" in verdict(record)
-    record["accuracy_shift"] = dict.fromkeys(record["accuracy_shift"])
-    assert useful(record) is None
-    assert "cannot be said" in verdict(record)
+
+    def uncertain(name: str) -> Headline:
+        unsure = replace(record.accuracy_shift_difference[name], interval=(-0.01, 0.2))
+        return replace(record, accuracy_shift_difference=record.accuracy_shift_difference | {name: unsure})
+
+    # MeDi beats stain transfer all the same.
+    assert "does not exclude chance against oversampling: accuracy" in verdict(uncertain("oversample"))
+    assert "does not exclude chance: accuracy" in verdict(uncertain("stain_transfer"))
+    better = record.accuracy_shift | {"stain_transfer": 0.999}
+    worse = replace(record, accuracy_shift=better)
+    assert useful(worse) is False
+    assert verdict(worse).startswith("MeDi is not useful here")
+    assert "stain transfer does at least as well" in verdict(worse)
+    unknown = replace(record, accuracy_shift=dict.fromkeys(record.accuracy_shift))
+    assert useful(unknown) is None
+    assert "cannot be said" in verdict(unknown)
 
 
 def test_a_second_run_gives_the_same_numbers(world: World) -> None:
     arms = ["real", "stain_transfer", "medi", "reweight"]
     runs = [
         evaluated(
-            world.settings("again", repeats=1, resamples=40, real_splits=20, memorisation=True, downstream_arms=arms),
+            world.settings("again", repeats=1, resamples=40, real_splits=20, memorisation=True, training_sets=arms),
             [filters()],
         )
         for _ in range(2)
@@ -177,7 +186,7 @@ def test_patches_can_be_judged_where_nothing_is_held_out(world: World, capsys: p
     assert whole["real"]["n_patients"] > 10
     assert whole["real"]["interval"][0] < whole["real"]["value"] < whole["real"]["interval"][1]
     assert result["memorisation"]["filters"]["synthetic"]["medi"]["copies"] is not None
-    text = headline_text(result["headline"])
+    text = headline_text(headline(metrics_of(result)))
     assert "per class, all sites" in text
     assert "unseen" not in text
     assert "–" not in text.replace("KID", "").replace("(MeDi − floor)", "").split("ratio = ")[0]
@@ -199,7 +208,7 @@ def test_only_what_a_selection_chose_takes_part(world: World, tmp_path: Path) ->
         assert runs[0][part] == runs[1][part]
     assert runs[0]["synthetic"]["medi"]["n_patches"] == int(right.sum())
     assert runs[0]["synthetic"]["medi"]["n_unselected"] == len(patches)
-    assert runs[0]["headline"]["recovery_unseen"]["site"] > runs[2]["headline"]["recovery_unseen"]["site"] + 0.2
+    assert runs[0]["headline"]["recovery_site"]["found"] > runs[2]["headline"]["recovery_site"]["found"] + 0.2
 
 
 def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
@@ -231,14 +240,14 @@ def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
 
 
 def test_without_stain_transfer_nobody_is_called_useful(world: World) -> None:
-    """Only what was asked for is trained, and what was trained is what MeDi is held against."""
-    arms = ["medi", "reweight"]
-    result = evaluated(world.settings("few-arms", repeats=1, downstream_arms=arms), [filters()])
-    assert "against reweighting" in result["verdict"]
-    assert result["verdict"].startswith("Whether MeDi is useful cannot be said, since stain transfer was not tried")
-    assert useful(result["headline"]) is None
-    result["headline"]["further_arms"]["reweight"]["accuracy_shift"] = 0.99
-    assert verdict(result["headline"]).startswith("MeDi is not useful here")
+    """Only the named training sets are built, and MeDi is compared with those."""
+    result = evaluate(world.settings("few", repeats=1, training_sets=["medi", "reweight"]), [filters()])
+    assert "against reweighting" in result.verdict
+    assert result.verdict.startswith("Whether MeDi is useful cannot be said, since stain transfer was not tried")
+    record = headline(result)
+    assert useful(record) is None
+    better = replace(record.further["reweight"], accuracy_shift=0.99)
+    assert verdict(replace(record, further={"reweight": better})).startswith("MeDi is not useful here")
 
 
 def test_patches_without_a_class_take_no_part(world: World) -> None:
@@ -313,18 +322,19 @@ def test_a_headline_is_not_read_without_what_limits_it(metrics: dict[str, Any]) 
     halfway = (fields["chance"] + fields["real"]["value"]) / 2
     fields["synthetic"]["medi"]["value"] = halfway - 0.01
     record = headline(metrics_of(changed))
-    assert [text.split(":")[0] for text in record["warnings"]] == [
-        "Accuracy under shift has no interval",
-        f"MeDi's samples of unseen combinations show the class that was asked for in {halfway - 0.01:.0%}, real "
-        f"patches in {fields['real']['value']:.0%}",
-    ]
+    assert record.warnings[0].startswith("Accuracy under shift has no interval")
+    assert record.warnings[1].startswith(
+        f"MeDi's samples of unseen combinations show the requested class in {halfway - 0.01:.0%}, real patches in "
+        f"{fields['real']['value']:.0%}."
+    )
+    assert len(record.warnings) == 2
     text = headline_text(record)
-    assert all(warning in text for warning in record["warnings"])
-    assert "not judged: rings (medi: 12 samples match, fewer than 20)" in text
+    assert all(warning in text for warning in record.warnings)
+    assert "not compared: rings (medi: 12 samples match, fewer than 20)" in text
     fields["synthetic"]["medi"]["value"] = halfway + 0.01
-    assert len(headline(metrics_of(changed))["warnings"]) == 1
+    assert len(headline(metrics_of(changed)).warnings) == 1
     fields["synthetic"]["medi"]["value"], fields["real"]["value"] = 0.0, fields["chance"] + 0.05  # it cannot tell
-    assert len(headline(metrics_of(changed))["warnings"]) == 1
+    assert len(headline(metrics_of(changed)).warnings) == 1
 
 
 def _texts(value: Any) -> list[str]:

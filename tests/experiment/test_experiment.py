@@ -184,7 +184,7 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'evaluate.deal'"),
         ({"evaluate": {"unseen": False, "protocol": "papers"}}, "protocol is 'papers'"),
         ({"evaluate": {"unseen": False, "classifier": "cnnn"}}, "classifier is 'cnnn'"),
-        ({"evaluate": {"unseen": False, "downstream_arms": ["rael"]}}, "'rael'.*'real'"),
+        ({"evaluate": {"unseen": False, "training_sets": ["rael"]}}, "'rael'.*'real'"),
         ({"evaluate": {"unseen": False, "classifier": "cnn", "cnn": {"network": "resnet81"}}}, "'resnet81'"),
         ({"evaluate": {"unseen": False, "downstream_protocol": "histodiffusion"}}, "stage select before evaluate"),
         (judged | {"evaluate": {"unseen": False, "candidate": "mdei"}}, "candidate is 'mdei'.*'medi'"),

@@ -32,7 +32,7 @@ def judge(changes: dict[str, Any], ran: list[dict[str, Any]]) -> None:
         real_splits=0,
         memorisation=False,
         colour_free=False,
-        downstream_arms=["real", "stain_transfer", "oracle"],
+        training_sets=["real", "stain_transfer", "oracle"],
         **own,
         **changes["evaluate"],
     )

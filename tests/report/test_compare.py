@@ -27,7 +27,7 @@ DISTANCE = "distance, unseen combinations: MeDi"
 
 def test_numbers_are_those_of_the_files_and_differences_their_difference(evaluated: dict[str, Any]) -> None:
     other = copy.deepcopy(evaluated)
-    record = other["downstream"]["filters"]["arms"]["medi"]["accuracy_shift"]
+    record = other["downstream"]["filters"]["training_sets"]["medi"]["accuracy_shift"]
     old = record["value"]
     record["value"] = old - 0.125
     first, second = _row([evaluated, other], SHIFT)

@@ -18,6 +18,7 @@ from flips import flips
 from PIL import Image
 
 from latent_medi.core.errors import UserError
+from latent_medi.evaluation.downstream.registry import REAL
 from latent_medi.evaluation.results import metrics_of, read_metrics
 from latent_medi.report.colour import colour_table, sentence
 from latent_medi.report.figures import image_uri, short
@@ -147,12 +148,7 @@ def test_colour_and_colour_free_stand_side_by_side(evaluated: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("colour", "without", "said"),
     [
-        (
-            0.2,
-            0.6,
-            "closes 80 % of the distance between a class-only model and real patches in colour and 40 % "
-            "without: 50 % of the gain survives",
-        ),
+        (0.2, 0.6, "between CLS and real patches in colour and 40 % without: 50 % of the gain survives"),
         (0.2, 0.1, "in colour and 90 % without: all of the gain survives"),
         (0.5, 1.1, "in colour and −10 % without: none of the gain survives"),
         (1.2, 1.1, "no gain in colour that could be lost"),
@@ -165,7 +161,7 @@ def test_what_survives_without_colour_in_words(
     metrics = copy.deepcopy(evaluated)
     for name, value in (("filters", colour), ("filters:haematoxylin", without)):
         metrics["fidelity"][name]["unseen"]["ratio"]["value"] = value
-    assert said in sentence(metrics_of(metrics), "filters", "stain_transfer")
+    assert said in sentence(metrics_of(metrics), "filters", REAL)
 
 
 def test_memorised_pairs_are_the_patches_that_the_metrics_name(
@@ -214,7 +210,7 @@ def test_numbers_of_each_site_and_without_bias(full: dict[str, Any], tmp_path: P
     assert "FD∞" in text
     assert f"{distance(medi['fd_infinity'])} ± {distance(medi['fd_infinity_error'])}" in text
     assert "Per patient, sites with an unseen combination" in text
-    group = full["downstream"]["filters"]["arms"]["real"]["scores"]["patient"]["shift"]["worst_group"]["group"]
+    group = full["downstream"]["filters"]["training_sets"]["real"]["scores"]["patient"]["shift"]["worst_group"]["group"]
     assert group is None or short(group, 28) in text
 
 

@@ -11,7 +11,7 @@ from evaluation_world import World, filters
 from sklearn.linear_model import LogisticRegression
 
 from latent_medi.evaluation.cohort.open_study import open_study
-from latent_medi.evaluation.downstream.classifiers import probe_learner
+from latent_medi.evaluation.downstream.classifiers import linear_probe_classifier
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.statistics import linear_probe
 from latent_medi.statistics.linear_probe import (
@@ -118,19 +118,21 @@ def test_c_knows_nothing_of_the_test_patients(world: World) -> None:
     study = open_study(world.settings("choose"))
     rng = np.random.default_rng(0)
     real = rng.normal(size=(len(study.index), 4)).astype(np.float32)
-    chosen = probe_learner(study, real, 0, 0)
+    chosen = linear_probe_classifier(study, real, 0, 0)
     others = np.setdiff1d(np.arange(len(study.index)), study.train)
     spoiled = real.copy()
     spoiled[others] = np.nan  # reading any of them would fail
-    again = probe_learner(study, spoiled, 0, 0)
-    assert again.about == chosen.about
-    assert chosen.about["regularisation"]["over"] == "sites"
-    assert chosen.about["regularisation"]["n_patches"] == len(study.train)
-    assert chosen.regularisation == chosen.about["regularisation"]["value"]
-    assert probe_learner(study, real, 0.5, 0).regularisation == 0.5
+    again = linear_probe_classifier(study, spoiled, 0, 0)
+    assert again.record == chosen.record
+    about = chosen.record.regularisation
+    assert about is not None
+    assert about["over"] == "sites"
+    assert about["n_patches"] == len(study.train)
+    assert chosen.regularisation == about["value"]
+    assert linear_probe_classifier(study, real, 0.5, 0).regularisation == 0.5
 
 
-def test_one_c_for_every_arm(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_c_for_every_training_set(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from latent_medi.evaluation.downstream import classifiers
 
     used: list[float] = []
@@ -141,14 +143,16 @@ def test_one_c_for_every_arm(world: World, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(classifiers, "fit_linear_probe", listen)
     settings = world.settings(
-        "one-c", regularisation=0.0, repeats=1, resamples=20, downstream_arms=["real", "medi", "oversample"]
+        "one-c", regularisation=0.0, repeats=1, resamples=20, training_sets=["real", "medi", "oversample"]
     )
     result = evaluate(settings, [filters()])
-    record = result.downstream["filters"]["regularisation"]
-    assert record["chosen"] is True
+    downstream = result.downstream["filters"]
+    chosen = downstream.classifier.regularisation
+    assert chosen is not None
+    assert chosen["chosen"] is True
     assert len(used) == 4
-    assert set(used) == {record["value"]}
-    assert set(result.downstream["filters"]["arms"]) == {"real", "medi", "oversample"}
+    assert set(used) == {chosen["value"]}
+    assert set(downstream.training_sets) == {"real", "medi", "oversample"}
 
 
 def test_what_does_not_converge_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

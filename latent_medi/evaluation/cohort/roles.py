@@ -27,6 +27,13 @@ class Roles:
     baselines: tuple[str, ...]
 
     @property
+    def names(self) -> list[str]:
+        """Names of all synthetic sets, the candidate last and the first baseline before it. Without any set these two
+        names are given all the same.
+        """
+        return [*reversed(self.baselines or (BASELINE,)), self.candidate]
+
+    @property
     def baseline(self) -> str:
         """Name of the first baseline."""
         return self.baselines[0] if self.baselines else BASELINE

@@ -1,94 +1,160 @@
-"""What a team without a generator would do: repeat patches it has, jitter their stain or map it to the missing site's,
-or take them from the site most like it.
+"""Baselines that need no generator: repeated patches, stain augmentation, stain transfer, patches of the nearest site.
 
-The rivals get every advantage: stain statistics come from classes that both sites share, in equal parts, and of several
-variants the better one on the test patients is headlined.
+Each baseline gets every advantage: stain statistics come from classes that both sites share, in equal parts, and of
+several variants the best on the test patients is reported.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.combinations import Combination, among
+from latent_medi.evaluation.cohort.combinations import Combination, describe
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.features.stain import SiteStains, jitter_stains
-from latent_medi.statistics.subsampling import balanced_draw
+from latent_medi.evaluation.downstream.training_sets import DerivedPatches, Draw, Drawn, Request, Sources
+from latent_medi.statistics.subsampling import balanced_draw, repeated_draw
 
 
-@dataclass
-class Transferred:
-    """Real training patches in a held-out cell's stain.
+def sources_of_class(study: Study, combination: Combination, site: str | None = None) -> np.ndarray:
+    """Training rows of a combination's class from one site, or from all sites but the combination's own.
 
-    Args:
-        images: By method, uint8 [n, H, W, 3].
-        rows: Real row that each patch comes from, [n].
+    If some of them have the combination's other values (a frozen section, say), the others are left out.
     """
-
-    images: dict[str, np.ndarray]
-    rows: np.ndarray
-
-
-def alike_sources(study: Study, cell: Combination, site: str | None = None) -> np.ndarray:
-    """Training rows of a cell's class from sites other than its own, or from one site.
-
-    Those that already have the cell's other values (a frozen section, say) are preferred: the others are left out if
-    there are any.
-    """
-    sites = study.site_labels
-    rows = study.rows_of(study.train, {study.class_field: cell[study.class_field]})
-    rows = rows[sites[rows] == site] if site is not None else rows[sites[rows] != cell.get(study.site_field)]
-    others = {k: v for k, v in cell.items() if k not in (study.class_field, study.site_field)}
-    alike = among(rows, study.having(others))
+    rows = study.rows_of(study.train, {study.class_field: combination[study.class_field]})
+    sites = study.site_labels[rows]
+    rows = rows[sites == site] if site is not None else rows[sites != combination.get(study.site_field)]
+    others = {k: v for k, v in combination.items() if k not in (study.class_field, study.site_field)}
+    alike = study.rows_of(rows, others)
     return alike if len(alike) else rows
 
 
-def stain_augmentation(study: Study, cell: Combination, n: int, seed: int, sigma: float) -> Transferred | None:
-    """Training patches of the cell's class, sites in equal parts, each with jittered stain.
+def stain_augmentation(
+    study: Study, combination: Combination, n: int, seed: int, sigma: float
+) -> DerivedPatches | None:
+    """Training patches of a combination's class, sites in equal parts, each with randomly changed stain.
 
     Args:
         study: The cohort.
-        cell: The held-out cell.
-        n: Patches to make.
-        seed: Seed of draw and jitter.
+        combination: The held-out combination.
+        n: Number of patches.
+        seed: Seed of the draw and of the stain.
         sigma: See :func:`latent_medi.features.stain.jitter_stains`.
 
     Returns:
         ``n`` patches; None if the class has no training patch.
     """
+    from latent_medi.features.stain import jitter_stains
+
     rng = np.random.default_rng([seed, 13])
-    sources = alike_sources(study, {k: v for k, v in cell.items() if k != study.site_field})
-    if len(sources) == 0:
+    rows = sources_of_class(study, {k: v for k, v in combination.items() if k != study.site_field})
+    if len(rows) == 0:
         return None
-    rows = sources[balanced_draw(study.site_labels[sources], n, rng)]
-    return Transferred({"jitter": jitter_stains(study.real.read(rows), sigma, rng)}, rows)
+    rows = rows[balanced_draw(study.site_labels[rows], n, rng)]
+    return DerivedPatches({"jitter": jitter_stains(study.real.read(rows), sigma, rng)}, rows)
 
 
-def nearest_sites(study: Study, cells: list[Combination], features: np.ndarray) -> list[str | None]:
-    """Per held-out cell the site that has its class in training and looks most like the cell's own site.
+def stain_transfer(
+    study: Study, combination: Combination, n: int, seed: int, sigma: float = 0.0
+) -> DerivedPatches | None:
+    """Training patches of a combination's class from other sites, mapped to the stain of the combination's site.
 
-    Sites are compared by the mean features of the training patches of each class that both have, standardised over the
-    training patches: the root mean square distance over the shared classes.
+    Returns:
+        ``n`` patches by method, sites in equal parts; None if the combination names no site, or its site or its class
+        at other sites has no training patch. ``sigma`` has no effect.
+    """
+    from latent_medi.features.stain import SiteStains
+
+    if study.site_field not in combination:
+        return None
+    rng = np.random.default_rng([seed, 7])
+    target = combination[study.site_field]
+    sites = study.site_labels
+    rows = sources_of_class(study, combination)
+    if len(rows) == 0 or not (sites[study.train] == target).any():
+        return None
+    rows = rows[balanced_draw(sites[rows], n, rng)]
+    images = study.real.read(rows)
+
+    def read(positions: np.ndarray) -> np.ndarray:
+        return study.real.read(study.train[positions])
+
+    stains = SiteStains(read, sites[study.train], study.class_labels[study.train], seed)
+    return DerivedPatches(stains.transferred(images, sites[rows], target), rows)
+
+
+def draw_derived(name: str, variant: str) -> Draw:
+    """A :data:`Draw` from the patches that a training set's :attr:`derive` computed."""
+
+    def draw(sources: Sources, request: Request) -> Drawn | None:
+        features = sources.derived[name][variant][request.number]
+        if features is None:
+            return None
+        return features, repeated_draw(np.arange(len(features)), request.n, request.rng)
+
+    return draw
+
+
+def draw_nearest_site(sources: Sources, request: Request) -> Drawn | None:
+    """Real training patches of the class from the site most similar to the combination's own."""
+    site = sources.nearest_sites[request.number]
+    if site is None:
+        return None
+    rows = sources_of_class(sources.study, request.combination, site)
+    return sources.real, repeated_draw(rows, request.n, request.rng)
+
+
+def draw_held_out(sources: Sources, request: Request) -> Drawn:
+    """Real patches of the held-out combination from patients of the reference part."""
+    study = sources.study
+    rows = study.rows_of(study.probe, request.combination)
+    return sources.real, repeated_draw(rows, request.n, request.rng)
+
+
+def nothing_derived(name: str, reason: str) -> Callable[[Sources, str], str]:
+    """A check that gives ``reason`` if no patch could be derived for a training set."""
+    return lambda sources, synthetic: "" if any(sources.additions.derived[name]) else reason
+
+
+def no_nearest_site(sources: Sources, synthetic: str) -> str:
+    """Why there is no nearest site; empty if there is one."""
+    if any(sources.nearest_sites):
+        return ""
+    return "no site with the class shares a class with the site of a held-out combination"
+
+
+def no_oracle(sources: Sources, synthetic: str) -> str:
+    """Why there is no oracle; empty if there is one."""
+    study = sources.study
+    if study.oracle_reason:
+        return study.oracle_reason
+    lacking = [c for c in sources.additions.combinations if not len(study.rows_of(study.probe, c))]
+    return f"no probe patient has {describe(lacking[-1])}" if lacking else ""
+
+
+def nearest_sites(study: Study, combinations: list[Combination], features: np.ndarray) -> list[str | None]:
+    """The most similar site to each held-out combination's own, among the sites that have its class in training.
+
+    The distance between two sites is the root mean square, over the classes that both have, of the distance between
+    their mean features of training patches, standardised over the training patches.
 
     Args:
         study: The cohort.
-        cells: Held-out cells.
+        combinations: Held-out combinations.
         features: Features of every real row, [N, d].
 
     Returns:
-        None where the cell names no site, its site has no training patch, or no other site with the class shares a
-        class with it.
+        None where the combination names no site, its site has no training patch, or no other site with the class shares
+        a class with it.
     """
-    sites = study.site_labels[study.train]
-    classes = study.class_labels[study.train]
+    sites, classes = study.site_labels[study.train], study.class_labels[study.train]
     x = np.asarray(features[study.train], np.float64)
     x = x / np.maximum(x.std(axis=0), 1e-12)
     pairs = sorted(set(zip(sites.tolist(), classes.tolist(), strict=True)))
     means = {(s, c): x[(sites == s) & (classes == c)].mean(axis=0) for s, c in pairs}
     result: list[str | None] = []
-    for cell in cells:
-        target, value = cell.get(study.site_field), cell[study.class_field]
+    for combination in combinations:
+        target, value = combination.get(study.site_field), combination[study.class_field]
         distances: dict[str, float] = {}
         for site in sorted({s for s, c in means if c == value and s != target}):
             shared = [c for s, c in means if s == site and (target, c) in means]
@@ -97,26 +163,3 @@ def nearest_sites(study: Study, cells: list[Combination], features: np.ndarray) 
                 distances[site] = float(np.sqrt(np.mean(squares)))
         result.append(min(distances, key=lambda s: distances[s]) if distances else None)
     return result
-
-
-def stain_transfer(study: Study, cell: Combination, n: int, seed: int) -> Transferred | None:
-    """Training patches of the cell's class from other sites, mapped to the stain of the cell's site.
-
-    Patches that already have the cell's other values (a frozen section, say) are preferred.
-
-    Returns:
-        ``n`` patches per method, sites in equal parts; None if the cell names no site or there is nothing to map.
-    """
-    if study.site_field not in cell:
-        return None
-    rng = np.random.default_rng([seed, 7])
-    target = cell[study.site_field]
-    sites = study.site_labels
-    sources = alike_sources(study, cell)
-    if len(sources) == 0 or not (sites[study.train] == target).any():
-        return None
-    rows = sources[balanced_draw(sites[sources], n, rng)]
-    images = study.real.read(rows)
-    classes = study.class_labels[study.train]
-    stains = SiteStains(lambda positions: study.real.read(study.train[positions]), sites[study.train], classes, seed)
-    return Transferred(stains.transferred(images, sites[rows], target), rows)

@@ -1,4 +1,4 @@
-"""Scores of class probabilities at patch, slide and patient level, each with its patient bootstrap.
+"""Scores of class probabilities per patch, slide and patient, each with an interval over patients.
 
 Points are scikit-learn's where it has the score. Intervals weigh patients instead of repeating rows, all resamples at
 once, which is why each score has a weighted form here; with every weight 1 it equals the point.
@@ -6,9 +6,11 @@ once, which is why each score has a weighted form here; with every weight 1 it e
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,61 +18,87 @@ import pandas as pd
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_score
 
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.statistics.bootstrap import MIN_PATIENTS, NOT_ESTIMABLE, PatientResamples, measure
+from latent_medi.evaluation.downstream.records import (
+    ClassificationScores,
+    ScopedScores,
+    ScoresByUnit,
+    SmallGroup,
+    WorstGroup,
+)
+from latent_medi.statistics.bootstrap import MIN_PATIENTS, NOT_ESTIMABLE, Estimate, PatientResamples, estimate
 
-LEVELS = ("patch", "slide", "patient")
 BINS = 15
 """Bins of equal width for the calibration error."""
 
 
 @dataclass
 class Units:
-    """What is judged: patches, slides or patients.
+    """Patches, slides or patients, each with one class and site.
 
     Args:
-        group: Unit of each test patch, [n_test].
         truth: Class code of each unit, [U].
         sites: Site of each unit, [U].
         patients: Patient code of each unit, into the resamples' names, [U].
+        counts: Patches of each unit, [U].
     """
 
-    group: np.ndarray
     truth: np.ndarray
     sites: np.ndarray
     patients: np.ndarray
+    counts: np.ndarray
+
+    def __getitem__(self, keep: np.ndarray) -> Units:
+        return Units(self.truth[keep], self.sites[keep], self.patients[keep], self.counts[keep])
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+
+@dataclass
+class Grouping:
+    """Test patches grouped into units.
+
+    Args:
+        group: Unit of each test patch, [n_test].
+        units: The units.
+    """
+
+    group: np.ndarray
+    units: Units
 
     @classmethod
-    def of(cls, level: str, study: Study, codes: np.ndarray, patients: np.ndarray) -> Units:
-        """Units of the test patches.
+    def by(cls, unit: str, study: Study, codes: np.ndarray, patients: np.ndarray) -> Grouping:
+        """Test patches by "patch", "slide" or "patient".
 
-        A slide's (or patient's) unit is its patches of one class and site: where it shows several classes it counts
-        once for each, since no single answer would be right.
+        A slide or patient with several classes or sites is a unit for each of them, since no single answer would be
+        right.
 
         Args:
-            level: One of ``LEVELS``.
+            unit: "patch", "slide" or "patient".
             study: The cohort.
             codes: Class code of each test patch.
             patients: Patient code of each test patch.
         """
         sites = study.site_labels[study.test]
-        if level == "patch":
-            return cls(np.arange(len(codes)), codes, sites, patients)
-        names = study.index[level].to_numpy(str)[study.test]
+        if unit == "patch":
+            return cls(np.arange(len(codes)), Units(codes, sites, patients, np.ones(len(codes), int)))
+        names = study.index[unit].to_numpy(str)[study.test]
         # A slide's name may recur with another patient.
         table = pd.DataFrame({"patient": patients, "name": names, "class": codes, "site": sites})
         group = table.groupby(list(table.columns), sort=True).ngroup().to_numpy()
         first = np.unique(group, return_index=True)[1]
-        return cls(group, codes[first], sites[first], patients[first])
+        counts = np.bincount(group, minlength=len(first))
+        return cls(group, Units(codes[first], sites[first], patients[first], counts))
 
     def mean(self, probabilities: np.ndarray) -> np.ndarray:
         """Mean probability over the patches of each unit: [n_test, K] to [U, K]."""
-        sums = np.zeros((len(self.truth), probabilities.shape[1]))
+        sums = np.zeros((len(self.units), probabilities.shape[1]))
         np.add.at(sums, self.group, probabilities)
-        return sums / np.bincount(self.group, minlength=len(self.truth))[:, None]
+        return sums / self.units.counts[:, None]
 
 
-class Levels:
-    """Scores at every level, over all test patches and over those under shift.
+class UnitScorer:
+    """Scores per patch, slide and patient, over all test patches and over those under shift.
 
     Args:
         study: The cohort.
@@ -80,104 +108,70 @@ class Levels:
     """
 
     def __init__(self, study: Study, codes: np.ndarray, shift: np.ndarray, bootstrap: PatientResamples) -> None:
-        self.classes = study.classes
-        self.bootstrap = bootstrap
-        self.units = {level: Units.of(level, study, codes, bootstrap.codes) for level in LEVELS}
-        self.shift = shift
+        self.classes, self.shift, self.weights = study.classes, shift, bootstrap.weights
+        units = (field.name for field in dataclasses.fields(ScoresByUnit))
+        self.groupings = {unit: Grouping.by(unit, study, codes, bootstrap.codes) for unit in units}
 
-    def score(self, probabilities: np.ndarray) -> dict[str, Any]:
-        """By level, then "shift" or "all", the record of :func:`unit_scores`.
+    def score(self, probabilities: np.ndarray) -> ScoresByUnit:
+        """Scores of probabilities [n_test, K], whose rows sum to 1."""
+        return ScoresByUnit(**{unit: self._scopes(g, probabilities) for unit, g in self.groupings.items()})
 
-        Args:
-            probabilities: [n_test, K], rows sum to 1.
-        """
-        result: dict[str, Any] = {}
-        for level, units in self.units.items():
-            mean = units.mean(probabilities)
-            counts = np.bincount(units.group, minlength=len(units.truth))
-            shifted = np.zeros(len(units.truth), bool)
-            shifted[units.group[self.shift]] = True  # a unit lies at one site, so all of it is shifted or none
-            result[level] = {
-                name: unit_scores(
-                    mean[keep], units.truth[keep], units.sites[keep], units.patients[keep], counts[keep],
-                    self.classes, self.bootstrap.weights,
-                )
-                for name, keep in (("shift", shifted), ("all", np.ones(len(units.truth), bool)))
-            }  # fmt: skip
-        return result
+    def _scopes(self, grouping: Grouping, probabilities: np.ndarray) -> ScopedScores:
+        mean, units = grouping.mean(probabilities), grouping.units
+        shifted = np.zeros(len(units), bool)
+        shifted[grouping.group[self.shift]] = True  # a unit has one site, so all of its patches are shifted or none
+        score = partial(unit_scores, classes=self.classes, weights=self.weights)
+        return ScopedScores(score(mean[shifted], units[shifted]), score(mean, units))
 
 
 def unit_scores(
-    probabilities: np.ndarray,
-    truth: np.ndarray,
-    sites: np.ndarray,
-    patients: np.ndarray,
-    counts: np.ndarray,
-    classes: Sequence[str],
-    weights: np.ndarray,
-) -> dict[str, Any]:
+    probabilities: np.ndarray, units: Units, classes: Sequence[str], weights: np.ndarray
+) -> ClassificationScores:
     """Every score of some units.
 
     Args:
         probabilities: [U, K].
-        truth: Class code, [U].
-        sites: Site, [U].
-        patients: Patient code, [U].
-        counts: Patches of each unit, [U].
+        units: The units.
         classes: Class values, K.
         weights: Patient weights, [B, P].
-
-    Returns:
-        Measures: ``balanced_accuracy``; ``site_averaged_accuracy`` (the mean over sites of the balanced accuracy over
-        the classes there); ``mcc``; ``auroc`` (one class versus one other, mean over pairs, Hand & Till 2001);
-        ``ece`` (of the most probable class, 15 bins of equal width); ``brier`` (squared error summed over classes, 0 to
-        2); ``worst_group`` (the lowest accuracy, averaged over patients, of class × site groups with at least 10
-        patients, with its ``group`` and the groups ``not_estimable``).
     """
-    support: dict[str, Any] = {
-        "n_patches": int(counts.sum()),
-        "n_patients": len(np.unique(patients)),
-        "n_units": len(truth),
-    }
-    names = ("balanced_accuracy", "site_averaged_accuracy", "mcc", "auroc", "ece", "brier", "worst_group")
-    if len(truth) == 0:
-        return {name: measure(None, 0, 0, n_units=0) for name in names}
+    truth, sites, n = units.truth, units.sites, len(units)
+    if n == 0:
+        nothing = estimate(None, 0, 0)
+        return ClassificationScores(0, nothing, nothing, nothing, nothing, nothing, nothing, _no_group([]))
     predicted = probabilities.argmax(axis=1)
-    unit_weights = weights[:, patients]
-    once = np.ones((1, len(truth)))
+    w = weights[:, units.patients]
     squares = ((probabilities - np.eye(len(classes))[truth]) ** 2).sum(axis=1)
-    points = {
-        "balanced_accuracy": quiet_balanced(truth, predicted),
-        "site_averaged_accuracy": site_averaged(truth, predicted, sites),
-        "mcc": float(matthews_corrcoef(truth, predicted)),
-        "auroc": _auroc(truth, probabilities),
-        "ece": float(calibration_errors(probabilities, truth, once)[0]),
-        "brier": float(squares.mean()),
-    }
-    draws = {
-        "balanced_accuracy": _recalls(truth, predicted, unit_weights).mean(axis=1),
-        "site_averaged_accuracy": _site_averages(truth, predicted, sites, unit_weights),
-        "mcc": correlations(truth, predicted, len(classes), unit_weights),
-        "auroc": aurocs(truth, probabilities, unit_weights),
-        "ece": calibration_errors(probabilities, truth, unit_weights),
-        "brier": _ratio(unit_weights @ squares, unit_weights.sum(axis=1)),
-    }
-    places = np.unique(np.column_stack([truth, np.unique(sites, return_inverse=True)[1], patients]), axis=0)
+    places = np.unique(np.column_stack([truth, np.unique(sites, return_inverse=True)[1], units.patients]), axis=0)
     by_class, by_site = _fewest(places[:, [0, 2]]), _fewest(places)
-    smallest = {"balanced_accuracy": by_class, "auroc": by_class, "site_averaged_accuracy": by_site}
-    record = {}
-    for name, value in points.items():
-        record[name] = measure(
-            value, draws=draws[name], smallest_group=smallest.get(name), lowest=-1.0 if name == "mcc" else 0.0,
-            # |gap| is raised by resampling, since the gaps of a resample do not cancel.
-            recentre=name == "ece", highest=2.0 if name == "brier" else 1.0,
-            rate=name in ("balanced_accuracy", "site_averaged_accuracy"), **support,
-        )  # fmt: skip
-        bounds = record[name]["interval"]
-        if isinstance(bounds, list) and bounds[0] == bounds[1]:
-            record[name] |= {"interval": NOT_ESTIMABLE, "reason": "all patients agree"}
-    record["worst_group"] = worst_group(truth, predicted, sites, patients, counts, classes, weights)
-    return record
+    n_patches, n_patients = int(units.counts.sum()), len(np.unique(units.patients))
+
+    def score(
+        value: float | None, draws: np.ndarray, lowest: float = 0.0, highest: float = 1.0, **how: Any
+    ) -> Estimate:
+        found = estimate(value, n_patches, n_patients, draws, lowest=lowest, highest=highest, **how)
+        if isinstance(found.interval, tuple) and found.interval[0] == found.interval[1]:
+            return dataclasses.replace(found, interval=NOT_ESTIMABLE, reason="all patients agree")
+        return found
+
+    balanced = _recalls(truth, predicted, w).mean(axis=1)
+    by_sites = _site_averages(truth, predicted, sites, w)
+    error = float(calibration_errors(probabilities, truth, np.ones((1, n)))[0])
+    return ClassificationScores(
+        n_units=n,
+        balanced_accuracy=score(quiet_balanced(truth, predicted), balanced, smallest_group=by_class, rate=True),
+        site_averaged_accuracy=score(
+            site_averaged(truth, predicted, sites), by_sites, smallest_group=by_site, rate=True
+        ),
+        mcc=score(
+            float(matthews_corrcoef(truth, predicted)), correlations(truth, predicted, len(classes), w), lowest=-1.0
+        ),
+        auroc=score(_auroc(truth, probabilities), aurocs(truth, probabilities, w), smallest_group=by_class),
+        # |gap| is raised by resampling, since the gaps of a resample do not cancel.
+        ece=score(error, calibration_errors(probabilities, truth, w), recentre=True),
+        brier=score(float(squares.mean()), _ratio(w @ squares, w.sum(axis=1)), highest=2.0),
+        worst_group=worst_group(predicted, units, classes, weights),
+    )
 
 
 def _fewest(rows: np.ndarray) -> int:
@@ -186,47 +180,44 @@ def _fewest(rows: np.ndarray) -> int:
     return int(np.unique(groups, axis=0, return_counts=True)[1].min())
 
 
-def worst_group(
-    truth: np.ndarray,
-    predicted: np.ndarray,
-    sites: np.ndarray,
-    patients: np.ndarray,
-    counts: np.ndarray,
-    classes: Sequence[str],
-    weights: np.ndarray,
-) -> dict[str, Any]:
-    """The class × site group with the lowest accuracy; arguments as in :func:`unit_scores`, ``predicted`` codes [U].
+def worst_group(predicted: np.ndarray, units: Units, classes: Sequence[str], weights: np.ndarray) -> WorstGroup:
+    """The class × site group with the lowest accuracy; ``predicted`` are class codes [U], the rest as in
+    :func:`unit_scores`.
 
     A group's accuracy is averaged over patients first; a resample's value is the lowest among the same groups. Groups
-    of fewer than 10 patients are named, not judged. The lowest of several estimates lies below the lowest truth, and
+    of fewer than 10 patients are listed, not scored. The lowest of several estimates lies below the lowest truth, and
     the lowest of several resampled ones below that: the interval is moved back to the value, which keeps its own bias.
     """
-    right = (predicted == truth).astype(float)
+    right = (predicted == units.truth).astype(float)
     groups: list[tuple[str, float, np.ndarray]] = []
-    small: list[dict[str, Any]] = []
-    n_patches, people, sizes = 0, set[int](), list[int]()
+    small: list[SmallGroup] = []
+    n_patches, patients, sizes = 0, set[int](), list[int]()
     for code, name in enumerate(classes):
-        for site in np.unique(sites):
-            rows = np.flatnonzero((truth == code) & (sites == site))
-            here, inverse = np.unique(patients[rows], return_inverse=True)
+        for site in np.unique(units.sites):
+            rows = np.flatnonzero((units.truth == code) & (units.sites == site))
+            here, inverse = np.unique(units.patients[rows], return_inverse=True)
             label = f"{name} × {site}"
             if 0 < len(here) < MIN_PATIENTS:
-                small.append({"group": label, "n_patients": len(here)})
+                small.append(SmallGroup(label, len(here)))
             elif len(here):
                 means = np.bincount(inverse, right[rows]) / np.bincount(inverse)
                 w = weights[:, here]
                 groups.append((label, float(means.mean()), _ratio(w @ means, w.sum(axis=1))))
-                n_patches += int(counts[rows].sum())
-                people |= set(here.tolist())
+                n_patches += int(units.counts[rows].sum())
+                patients |= set(here.tolist())
                 sizes.append(len(here))
     if not groups:
-        return measure(None, 0, 0, group=None, n_groups=0, not_estimable=small)
-    label, value, _ = min(groups, key=lambda g: g[1])
-    draws = np.stack([g[2] for g in groups])
-    draws = np.where(np.isnan(draws).any(axis=0), np.nan, draws.min(axis=0))
-    return measure(value, n_patches, len(people), draws, recentre=True, lowest=0.0, highest=1.0,
-                   rate=True, smallest_group=min(sizes),
-                   group=label, n_groups=len(groups), not_estimable=small)  # fmt: skip
+        return _no_group(small)
+    label, value, _ = min(groups, key=lambda group: group[1])
+    every = np.stack([group[2] for group in groups])
+    draws = np.where(np.isnan(every).any(axis=0), np.nan, every.min(axis=0))
+    limits = {"recentre": True, "lowest": 0.0, "highest": 1.0, "rate": True, "smallest_group": min(sizes)}
+    found = estimate(value, n_patches, len(patients), draws, **limits)  # type: ignore[arg-type]
+    return WorstGroup(**vars(found), group=label, n_groups=len(groups), not_estimable=small)
+
+
+def _no_group(small: list[SmallGroup]) -> WorstGroup:
+    return WorstGroup(**vars(estimate(None, 0, 0)), group=None, n_groups=0, not_estimable=small)
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

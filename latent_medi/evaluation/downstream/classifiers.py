@@ -1,21 +1,22 @@
-"""Classifiers behind one call: a lesson in, labels and probabilities of the test patches out."""
+"""Downstream classifiers: each is trained on a training set and predicts the real test patches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.downstream.training_sets import Lesson
+from latent_medi.evaluation.downstream.records import ClassifierRecord
+from latent_medi.evaluation.downstream.training_sets import TrainingSet
 from latent_medi.statistics.linear_probe import choose_regularisation, fine_tune_linear_probe, fit_linear_probe
 
 
 @dataclass
-class Learned:
-    """What a classifier says of the test patches.
+class Prediction:
+    """A classifier's answer for the test patches.
 
     Args:
         predicted: Class value of each, [n_test].
@@ -28,64 +29,66 @@ class Learned:
     converged: bool
 
 
-class Learner(Protocol):
-    """Learns from lessons and judges the test patches.
+class Classifier(Protocol):
+    """A downstream classifier.
 
     Attributes:
-        about: What a reader must know to make the numbers again, for metrics.json.
-        random: Whether the same lesson gives another classifier with another seed.
+        record: Its settings, for metrics.json.
+        random: Whether the same training set gives another classifier with another seed.
     """
 
-    about: dict[str, Any]
+    record: ClassifierRecord
     random: bool
 
-    def learn(self, lesson: Lesson, seed: int) -> Learned:
-        """Train on a lesson and judge the test patches."""
+    def fit_predict(self, training_set: TrainingSet, seed: int) -> Prediction:
+        """Train from scratch and predict the test patches."""
         ...
 
 
-class ProbeLearner:
+class LinearProbeClassifier:
     """The linear probe on frozen features.
 
     Args:
         test: Features of the test patches, [n_test, d].
         classes: Class values in the order of the probabilities.
-        regularisation: C, the same for every arm.
-        about: How C came about.
+        regularisation: C, the same for every training set.
+        chosen: How C was chosen; None if it was given.
     """
 
     random = False
 
     def __init__(
-        self, test: np.ndarray, classes: Sequence[str], regularisation: float, about: dict[str, Any] | None = None
+        self, test: np.ndarray, classes: Sequence[str], regularisation: float, chosen: dict[str, object] | None = None
     ) -> None:
         self.test, self.classes, self.regularisation = test, list(classes), regularisation
-        self.about = {"classifier": "probe", "regularisation": about or {"value": regularisation, "chosen": False}}
+        self.record = ClassifierRecord("linear", chosen or {"value": regularisation, "chosen": False})
 
-    def learn(self, lesson: Lesson, seed: int) -> Learned:
-        """Train on a lesson and judge the test patches; the seed has no part in it."""
-        if lesson.first is not None:
-            probe = fine_tune_linear_probe(lesson.first, lesson.features, lesson.labels, self.regularisation)
+    def fit_predict(self, training_set: TrainingSet, seed: int) -> Prediction:
+        """Train from scratch and predict the test patches; the result does not depend on the seed."""
+        x, labels = training_set.features, training_set.labels
+        if training_set.pretraining is not None:
+            probe = fine_tune_linear_probe(training_set.pretraining, x, labels, self.regularisation)
         else:
-            probe = fit_linear_probe(lesson.features, lesson.labels, self.regularisation, lesson.weights)
-        return Learned(
+            probe = fit_linear_probe(x, labels, self.regularisation, training_set.weights)
+        return Prediction(
             probe.predict(self.test).astype(str), probe.probabilities(self.test, self.classes), probe.converged
         )
 
 
-def probe_learner(study: Study, real: np.ndarray, regularisation: float, seed: int) -> ProbeLearner:
-    """The probe with a given C, or with one chosen on the real training patches alone.
+def linear_probe_classifier(study: Study, real: np.ndarray, regularisation: float, seed: int) -> LinearProbeClassifier:
+    """The linear probe with a given C, or with one chosen on the real training patches alone.
 
     Args:
         study: The cohort.
         real: Features of every real row, [N, d].
-        regularisation: C; 0 chooses it.
+        regularisation: C; 0 chooses it by cross-validation.
         seed: Seed of the folds.
     """
-    about = None
+    chosen = None
     if regularisation == 0:
         rows = study.train
-        labels, sites = (study.index[f].to_numpy(str)[rows] for f in (study.class_field, study.site_field))
-        choice = choose_regularisation(real[rows], labels, study.patients[rows], sites, seed)
-        about, regularisation = asdict(choice), choice.value
-    return ProbeLearner(real[study.test], study.classes, regularisation, about)
+        choice = choose_regularisation(
+            real[rows], study.class_labels[rows], study.patients[rows], study.site_labels[rows], seed
+        )
+        chosen, regularisation = asdict(choice), choice.value
+    return LinearProbeClassifier(real[study.test], study.classes, regularisation, chosen)

@@ -1,12 +1,13 @@
-"""A small network trained on the pixels, as the other classifier of the downstream comparison.
+"""A small network trained on the pixels, the other downstream classifier.
 
-Every arm gets the same number of steps, the same batches of its own patches for the same seed, and the same initial
-weights.
+Every training set gets the same number of steps and the same initial weights, and for one seed the same order of its
+own patches.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,8 +20,9 @@ from latent_medi.core.device import exact_fp32
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.downstream.classifiers import Learned
-from latent_medi.evaluation.downstream.training_sets import Drawer, Lesson, Plan
+from latent_medi.evaluation.downstream.classifiers import Prediction
+from latent_medi.evaluation.downstream.records import ClassifierRecord
+from latent_medi.evaluation.downstream.training_sets import Additions, Sources, TrainingSet
 from latent_medi.evaluation.settings import CnnSettings
 from latent_medi.features.encoders import ImageEncoder
 from latent_medi.features.networks import Network, Preprocessing, read_weights
@@ -30,33 +32,33 @@ log = get_logger(__name__)
 
 
 class PatchPools:
-    """Patches of every source, addressed by pairs (source, row), which stand in for features in a drawer.
+    """Patches of every source, addressed by pairs (source, row), which take the place of features in training sets.
 
     Args:
         study: The cohort.
-        plan: Holds the patches that rivals made; None if there are none.
+        additions: Has the derived patches; None if there are none.
     """
 
-    def __init__(self, study: Study, plan: Plan | None) -> None:
+    def __init__(self, study: Study, additions: Additions | None) -> None:
         self._readers: list[Callable[[np.ndarray], np.ndarray]] = [study.real.read]
         self.real = _pairs(0, np.arange(len(study.index)))
-        self.arms: dict[str, np.ndarray] = {}
-        for arm in study.synthetic.values():
-            self.arms[arm.name] = _pairs(len(self._readers), arm.rows)
-            self._readers.append(arm.dataset.read)
+        self.synthetic: dict[str, np.ndarray] = {}
+        for samples in study.synthetic.values():
+            self.synthetic[samples.name] = _pairs(len(self._readers), samples.rows)
+            self._readers.append(samples.dataset.read)
 
         def keep(images: np.ndarray) -> np.ndarray:
             self._readers.append(lambda rows: images[rows])
             return _pairs(len(self._readers) - 1, np.arange(len(images)))
 
-        self.made = plan.made(keep) if plan else {}
+        self.derived = additions.derived_features(keep) if additions else {}
 
-    def drawer(self, study: Study, plan: Plan, nearest_site: Sequence[str | None]) -> Drawer:
-        """A drawer whose features are pairs."""
-        return Drawer(study, plan, self.real, self.arms, self.made, nearest_site)
+    def sources(self, study: Study, additions: Additions, nearest_sites: Sequence[str | None]) -> Sources:
+        """Sources whose features are pairs."""
+        return Sources(study, additions, self.real, self.synthetic, self.derived, nearest_sites)
 
     def read(self, pairs: np.ndarray) -> np.ndarray:
-        """uint8 [n, H, W, 3] of pairs [n, 2], which a drawer may have made floating point.
+        """uint8 [n, H, W, 3] of pairs [n, 2], which may have become floating point in a training set.
 
         Raises:
             UserError: A patch is damaged, or the sources differ in patch size.
@@ -66,8 +68,8 @@ class PatchPools:
         shapes = {p.shape[1:] for p in parts.values()}
         if len(shapes) > 1:
             raise UserError(
-                f"A network cannot learn from patches of different sizes together: {sorted(shapes)}.",
-                "Use synthetic patches of the real ones' size, or classifier: probe.",
+                f"A network cannot be trained on patches of different sizes: {sorted(shapes)}.",
+                "Use synthetic patches of the real ones' size, or classifier: linear.",
             )
         images = np.empty((len(rows), *shapes.pop()), np.uint8)
         for source, part in parts.items():
@@ -79,15 +81,15 @@ def _pairs(source: int, rows: np.ndarray) -> np.ndarray:
     return np.column_stack([np.full(len(rows), source), rows]).astype(np.int64)
 
 
-class CnnLearner:
-    """Trains a small network from the same start in every arm.
+class NetworkClassifier:
+    """Trains a small network from the same start on every training set.
 
     Args:
         study: The cohort.
         pools: The patches.
         encoder: Gives the colour channel, and the network itself where ``settings.network`` is "encoder".
         settings: The network and its training.
-        lessons: Networks that will be trained, for the estimate of the time left; 0 if unknown.
+        n_networks: Networks that will be trained, for the estimate of the time left; 0 if unknown.
 
     Raises:
         UserError: Weights that do not fit.
@@ -96,27 +98,22 @@ class CnnLearner:
     random = True
 
     def __init__(
-        self, study: Study, pools: PatchPools, encoder: ImageEncoder, settings: CnnSettings, lessons: int = 0
+        self, study: Study, pools: PatchPools, encoder: ImageEncoder, settings: CnnSettings, n_networks: int = 0
     ) -> None:
         self.pools, self.settings, self.device = pools, settings, encoder.device
         self.classes = study.classes
         self.test = pools.real[study.test]
         self._start, self._prepare = _network(encoder, settings, len(self.classes))
-        total = lessons * settings.steps or None
-        self._steps = progress(_endless(), total, "training networks", "step")
-        self.about = {
-            "classifier": "cnn",
-            "network": encoder.name if settings.network == "encoder" else settings.network,
-            "steps": settings.steps,
-            "batch": settings.batch,
-            "seeds": settings.seeds,
-        }
+        total = n_networks * settings.steps or None
+        self._steps = progress(itertools.repeat(None), total, "training networks", "step")
+        name = encoder.name if settings.network == "encoder" else settings.network
+        self.record = ClassifierRecord("cnn", None, name, settings.steps, settings.batch, settings.seeds)
 
     @exact_fp32()
-    def learn(self, lesson: Lesson, seed: int) -> Learned:
-        """Train on a lesson of pairs and judge the test patches.
+    def fit_predict(self, training_set: TrainingSet, seed: int) -> Prediction:
+        """Train on a training set of pairs and predict the test patches.
 
-        With patches to learn from first, half of the steps go to them and half to the others.
+        Pre-training, if there is any, takes half of the steps.
         """
         settings = self.settings
         flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
@@ -124,18 +121,19 @@ class CnnLearner:
             torch.manual_seed(seed)
             model = self._start().to(self.device)
             first = 0
-            if lesson.first is not None and len(lesson.first[1]):
+            if training_set.pretraining is not None and len(training_set.pretraining[1]):
                 first = settings.steps // 2
-                self._train(model, *lesson.first, None, first, seed + 1)
-            loss = self._train(model, lesson.features, lesson.labels, lesson.weights, settings.steps - first, seed)
-        probabilities = self._judge(model)
+                self._train(model, *training_set.pretraining, None, first, seed + 1)
+            pairs, labels, weights = training_set.features, training_set.labels, training_set.weights
+            loss = self._train(model, pairs, labels, weights, settings.steps - first, seed)
+        probabilities = self._probabilities(model)
         predicted = np.array(self.classes)[probabilities.argmax(axis=1)]
-        return Learned(predicted, probabilities, math.isfinite(loss))
+        return Prediction(predicted, probabilities, math.isfinite(loss))
 
     def _train(
         self, model: nn.Module, pairs: np.ndarray, labels: np.ndarray, weights: np.ndarray | None, steps: int, seed: int
     ) -> float:
-        """Loss of the last step. Classes are weighted alike unless weights are given, as for the probe."""
+        """Loss of the last step. Classes weigh the same unless weights are given, as for the linear probe."""
         settings = self.settings
         codes = np.array([self.classes.index(v) for v in labels.tolist()])
         if weights is None:
@@ -165,7 +163,7 @@ class CnnLearner:
         return final
 
     @torch.no_grad()
-    def _judge(self, model: nn.Module) -> np.ndarray:
+    def _probabilities(self, model: nn.Module) -> np.ndarray:
         model.eval()
         size = self.settings.batch
         parts = []
@@ -173,11 +171,6 @@ class CnnLearner:
             logits = model(self._prepare(self.pools.read(self.test[start : start + size])))
             parts.append(torch.softmax(logits.double(), dim=1).cpu().numpy())
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)))
-
-
-def _endless() -> Iterator[None]:
-    while True:
-        yield None
 
 
 def _batches(n: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -203,7 +196,7 @@ def _turned(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _network(
     encoder: ImageEncoder, settings: CnnSettings, n_classes: int
 ) -> tuple[Callable[[], nn.Module], Callable[[np.ndarray], Tensor]]:
-    """What makes a fresh network from the current random state, and what prepares its input."""
+    """A function that gives a network with new random weights, and one that prepares its input."""
     if settings.network == "encoder":
 
         def tuned() -> nn.Module:
@@ -230,13 +223,11 @@ def _network(
 
 
 def check_network(settings: CnnSettings) -> None:
-    """Refuse a network that there is not, or one without a step.
+    """Refuse an unknown network.
 
     Raises:
-        UserError: Names the value and what it may be.
+        UserError: Names the closest known one.
     """
-    if min(settings.steps, settings.batch, settings.seeds) < 1:
-        raise UserError("cnn.steps, cnn.batch and cnn.seeds must each be 1 or more.")
     from torchvision import models
     from torchvision.models import list_models
 
@@ -260,10 +251,3 @@ def _load_body(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     if wrong:
         raise UserError(f"The weights {where} do not fit the network: {len(wrong)} tensors, such as {wrong[0]!r}.")
     model.load_state_dict(body, strict=False)
-
-
-def lesson_count(drawer: Drawer, only: Sequence[str], seeds: int) -> int:
-    """Networks that a comparison trains, for the estimate of its time."""
-    chosen = {a: v for a, v in drawer.variants().items() if not only or a in only}
-    # What reweighting learns is a variant of oversampling too.
-    return len({v if v == "balance" else (a, v) for a, names in chosen.items() for v in names}) * seeds

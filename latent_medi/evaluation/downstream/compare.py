@@ -1,15 +1,13 @@
-"""Does it help a classifier? Every arm adds equally many patches to each held-out cell and is judged on real test
-patients.
+"""Train a classifier on every training set and score it on real test patients.
 
-What the arms train on is in :mod:`latent_medi.evaluation.downstream.training_sets`. The score that counts,
-``accuracy_shift``, is the balanced accuracy over all classes of the test patches from sites that have a held-out
-combination, averaged over patients first.
+The score that counts, ``accuracy_shift``, is the balanced accuracy over all classes of the test patches from sites that
+have a held-out combination, averaged over patients first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -18,140 +16,196 @@ from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import progress
 from latent_medi.evaluation.cohort.combinations import any_match, describe
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.downstream.classifiers import Learned, Learner, ProbeLearner
+from latent_medi.evaluation.downstream.classification_scores import UnitScorer
+from latent_medi.evaluation.downstream.classifiers import Classifier, Prediction
+from latent_medi.evaluation.downstream.records import Accuracies, Downstream, HeldOutCombination, TrainingSetResult
+from latent_medi.evaluation.downstream.registry import Entry, comparisons, entries
 from latent_medi.evaluation.downstream.shift_accuracy import Scorer
-from latent_medi.evaluation.downstream.training_sets import FIRST, ONLY, Drawer, Plan, make_plan
+from latent_medi.evaluation.downstream.training_sets import WITHOUT_DRAW, Build, Sources
 
-__all__ = ["Drawer", "Plan", "Scorer", "compare", "make_plan"]
 
-RIVALS = ("real", "oversample", "stain_transfer", "reweight", "stain_augmentation", "nearest_site")
-"""What a generator must beat, apart from the other generators."""
+@dataclass
+class Run:
+    """One trained classifier.
+
+    Args:
+        prediction: Its answer for the test patches.
+        distinct: Number of different added patches by held-out combination.
+        n_training: Training patches.
+        n_synthetic: Synthetic ones among them.
+    """
+
+    prediction: Prediction
+    distinct: list[int]
+    n_training: int
+    n_synthetic: int
+
+
+@dataclass
+class Compared:
+    """Results and predictions of every training set.
+
+    Args:
+        results: Results by training set.
+        predictions: Class values [repeats, n_test] by training set.
+        probabilities: Mean class probabilities [n_test, K] by training set.
+        not_converged: Training sets, with their variant, whose classifier did not converge.
+    """
+
+    results: dict[str, TrainingSetResult] = field(default_factory=dict)
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    probabilities: dict[str, np.ndarray] = field(default_factory=dict)
+    not_converged: list[str] = field(default_factory=list)
 
 
 def compare(
-    study: Study,
-    drawer: Drawer,
-    learner: Learner | float,
+    sources: Sources,
+    classifier: Classifier,
+    fingerprint: str,
     repeats: int,
     resamples: int,
     seed: int,
     only: Sequence[str] = (),
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Train and judge every arm on one encoder's features.
+) -> tuple[Downstream, pd.DataFrame]:
+    """Train and score one classifier per training set and repeat.
 
     Args:
-        study: The cohort.
-        drawer: What each arm trains on.
-        learner: The classifier, or C of a linear probe on the drawer's features.
-        repeats: Draws of added patches per arm, and seeds of a learner that depends on one.
-        resamples: Patient resamples.
+        sources: What training sets are made of.
+        classifier: The classifier.
+        fingerprint: The encoder's.
+        repeats: Draws of added patches per training set, and seeds of a classifier that depends on one.
+        resamples: Patient resamples for the intervals.
         seed: Seed of draws and resamples.
-        only: Names of the arms to train; empty for all that can take part.
+        only: Names of the training sets to compare; empty for all that can be built.
 
     Returns:
-        The record for metrics.json, and a row per test patch with each arm's prediction, share of right repeats and
-        mean class probabilities.
+        The record for metrics.json; and a table with a row per test patch: each training set's prediction, share of
+        correct repeats and mean class probabilities.
 
     Raises:
-        UserError: ``only`` names an arm that does not exist or cannot take part.
+        UserError: ``only`` names a training set that does not exist or cannot be built.
     """
-    plan = drawer.plan
-    scorer = Scorer(study, plan.cells, resamples, seed)
-    if isinstance(learner, (int, float)):
-        learner = ProbeLearner(drawer.real[study.test], study.classes, learner)
-    arms: dict[str, Any] = {}
-    predictions: dict[str, np.ndarray] = {}
-    probabilities: dict[str, np.ndarray] = {}
-    not_converged: list[str] = []
-    variants = _chosen(drawer, only)
-    done: dict[tuple[str, str, int], tuple[Learned, dict[str, Any]]] = {}
-    jobs = [
-        (arm, variant, r)
-        for arm, names in variants.items()
-        for variant in names
-        for r in range(1 if (arm == "real" or variant == "balance") and not learner.random else repeats)
-    ]
-    results: dict[tuple[str, str], list[tuple[Learned, dict[str, Any]]]] = {}
-    # A network shows its own progress, by steps.
-    shown = jobs if learner.random else progress(jobs, desc="downstream classifiers", unit="classifier")
-    for arm, variant, r in shown:
-        # Reweighting is a variant of oversampling too: one lesson, learnt once.
-        key = ("" if variant == "balance" else arm, variant, r)
-        if key not in done:
-            lesson = drawer.lesson(arm, variant, seed + r)
-            about = {
-                "distinct_added": lesson.distinct,
-                "n_training": len(lesson.labels) + (len(lesson.first[1]) if lesson.first else 0),
-                "n_synthetic": lesson.n_synthetic,
-            }
-            done[key] = learner.learn(lesson, seed + r), about
-        results.setdefault((arm, variant), []).append(done[key])
-    for arm, names in variants.items():
-        scores: dict[str, float] = {}
-        for variant in names:
-            found = results[arm, variant]
-            table = np.stack([learned.predicted for learned, _ in found])
-            scores[variant] = scorer.headline(table)
-            if not all(learned.converged for learned, _ in found):
-                not_converged.append(f"{arm}/{variant}")
-        best = max(scores, key=lambda v: scores[v])
-        found = results[arm, best]
-        predictions[arm] = np.stack([learned.predicted for learned, _ in found])
-        probabilities[arm] = np.mean([learned.probabilities for learned, _ in found], axis=0)
-        arms[arm] = scorer.score(predictions[arm], probabilities[arm]) | {
-            "variant": best, "repeats": len(found), **found[-1][1], "variants": scores,
-        }  # fmt: skip
-    record = {
-        "classes": study.classes,
-        "affected_sites": scorer.affected,
-        "cells": [
-            {"name": describe(c), "combination": c, "added": n, "nearest_site": near}
-            for c, n, near in zip(plan.cells, plan.counts, drawer.nearest, strict=True)
+    study, additions = sources.study, sources.additions
+    chosen, reasons = choose(sources, only)
+    runs = _train(chosen, sources, classifier, repeats, seed)
+    scorer = Scorer(study, additions.combinations, resamples, seed)
+    compared = _score(study, chosen, runs, scorer)
+    predictions = compared.predictions
+    differences: dict[str, dict[str, Accuracies]] = {}
+    for a, b in comparisons(study.roles):
+        if a in predictions and b in predictions:
+            differences.setdefault(a, {})[b] = scorer.difference(predictions[a], predictions[b])
+    record = Downstream(
+        fingerprint=fingerprint,
+        classifier=classifier.record,
+        classes=study.classes,
+        affected_sites=scorer.affected_sites,
+        combinations=[
+            HeldOutCombination(describe(combination), combination, n, site)
+            for combination, n, site in zip(
+                additions.combinations, additions.counts, sources.nearest_sites, strict=True
+            )
         ],
-        "n_train": len(study.train),
-        **learner.about,
-        "arms": arms,
-        "differences": _differences(study, scorer, predictions),
-        "unavailable": dict(drawer.unavailable),
-        "not_converged": not_converged,
-    }
-    return record, _prediction_table(study, predictions, probabilities, scorer.truth)
+        n_train=len(study.train),
+        training_sets=compared.results,
+        differences=differences,
+        unavailable=reasons,
+        not_converged=compared.not_converged,
+    )
+    return record, _prediction_table(study, compared, scorer.truth)
 
 
-def _chosen(drawer: Drawer, only: Sequence[str]) -> dict[str, list[str]]:
-    variants = drawer.variants()
+def choose(sources: Sources, only: Sequence[str]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The training sets to compare; and, of those that cannot be built, the reason.
+
+    Raises:
+        UserError: ``only`` names a training set that does not exist or cannot be built.
+    """
+    every = entries(sources.study.synthetic)
+    reasons = {name: entry.kind.unavailable(sources, entry.synthetic) for name, entry in every.items()}
     for name in only:
-        if name in drawer.unavailable:
-            raise UserError(f"The downstream arm {name!r} cannot take part: {drawer.unavailable[name]}.")
-        if name not in variants:
-            raise UserError(f"There is no downstream arm {name!r}; {nearest(name, variants)}.")
-    return {a: v for a, v in variants.items() if not only or a in only}
+        if name not in every:
+            raise UserError(f"There is no training set {name!r}; {nearest(name, every)}.")
+        if reasons[name]:
+            raise UserError(f"The training set {name!r} cannot be built: {reasons[name]}.")
+    chosen = {name: entry for name, entry in every.items() if not reasons[name] and (not only or name in only)}
+    return chosen, {name: reason for name, reason in reasons.items() if reason}
 
 
-def _differences(study: Study, scorer: Scorer, predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    generators = [*dict.fromkeys(["medi", "cls", *study.synthetic])]
-    pairs = [(a, b) for a in (*generators, "oracle") for b in (*RIVALS, "cls") if a != b]
-    pairs += [(prefix + a, b) for prefix in (ONLY, FIRST) for a in generators for b in ("real", a)]
-    return {
-        f"{a} - {b}": {name: scorer.difference(predictions[a], predictions[b], name) for name in scorer.tables}
-        for a, b in pairs
-        if a in predictions and b in predictions
-    }
+def jobs(
+    chosen: Mapping[str, Entry], random: bool, repeats: int
+) -> dict[tuple[Build, str, int], list[tuple[str, str]]]:
+    """What is trained: by build, synthetic set and repeat the names and variants of the training sets that it gives.
+
+    Args:
+        chosen: The training sets.
+        random: Whether the classifier depends on a seed.
+        repeats: Number of repeats of what depends on chance.
+    """
+    found: dict[tuple[Build, str, int], list[tuple[str, str]]] = {}
+    for name, entry in chosen.items():
+        for variant, build in entry.variants.items():
+            for r in range(repeats if random or build not in WITHOUT_DRAW else 1):
+                found.setdefault((build, entry.synthetic, r), []).append((name, variant))
+    return found
 
 
-def _prediction_table(
-    study: Study,
-    predictions: Mapping[str, np.ndarray],
-    probabilities: Mapping[str, np.ndarray],
-    truth: np.ndarray,
-) -> pd.DataFrame:
+def _train(
+    chosen: Mapping[str, Entry], sources: Sources, classifier: Classifier, repeats: int, seed: int
+) -> dict[tuple[str, str], list[Run]]:
+    """Predictions of each training set's variants, one per repeat."""
+    todo = jobs(chosen, classifier.random, repeats)
+    results: dict[tuple[str, str], list[Run]] = {}
+    # A network shows its own progress, by steps.
+    shown = todo if classifier.random else progress(todo, desc="downstream classifiers", unit="classifier")
+    for build, synthetic, r in shown:
+        training_set = build(sources, synthetic, seed + r)
+        prediction = classifier.fit_predict(training_set, seed + r)
+        run = Run(prediction, training_set.distinct, training_set.size, training_set.n_synthetic)
+        for key in todo[build, synthetic, r]:
+            results.setdefault(key, []).append(run)
+    return results
+
+
+def _score(
+    study: Study, chosen: Mapping[str, Entry], runs: Mapping[tuple[str, str], list[Run]], scorer: Scorer
+) -> Compared:
+    """Score the best variant of each training set."""
+    units = UnitScorer(study, scorer.codes, scorer.shift, scorer.bootstrap)
+    compared = Compared()
+    for name, entry in chosen.items():
+        variants = {v: np.stack([run.prediction.predicted for run in runs[name, v]]) for v in entry.variants}
+        scores = {v: scorer.accuracy_shift(predicted) for v, predicted in variants.items()}
+        stuck = [v for v in variants if not all(run.prediction.converged for run in runs[name, v])]
+        compared.not_converged += [f"{name}/{v}" for v in stuck]
+        best = max(scores, key=lambda variant: scores[variant])
+        predicted, found = variants[best], runs[name, best]
+        probabilities = np.mean([run.prediction.probabilities for run in found], axis=0)
+        compared.predictions[name], compared.probabilities[name] = predicted, probabilities
+        compared.results[name] = TrainingSetResult(
+            **vars(scorer.accuracies(predicted)),
+            by_repeat=[scorer.accuracy_shift(one) for one in predicted],
+            combinations=scorer.by_combination(predicted),
+            scores=units.score(probabilities),
+            role=entry.role(study.roles),
+            variant=best,
+            variants=dict(scores),
+            repeats=len(found),
+            distinct_added=found[-1].distinct,
+            n_training=found[-1].n_training,
+            n_synthetic=found[-1].n_synthetic,
+        )
+    return compared
+
+
+def _prediction_table(study: Study, compared: Compared, truth: np.ndarray) -> pd.DataFrame:
     fixed = study.index.iloc[study.test][["key", "patient", *study.categorical()]].reset_index(drop=True)
     fixed["unseen"] = any_match(study.index, study.held_out)[study.test]
     columns: dict[str, np.ndarray] = {}
-    for arm, predicted in predictions.items():
-        columns[f"predicted_{arm}"] = predicted[0]
-        columns[f"right_{arm}"] = np.round((predicted == truth).mean(axis=0), 4)
-    for arm, found in probabilities.items():
+    for name, predicted in compared.predictions.items():
+        columns[f"predicted_{name}"] = predicted[0]
+        columns[f"right_{name}"] = np.round((predicted == truth).mean(axis=0), 4)
+    for name, found in compared.probabilities.items():
         for i, value in enumerate(study.classes):
-            columns[f"probability_{arm}_{value}"] = np.round(found[:, i], 6)
+            columns[f"probability_{name}_{value}"] = np.round(found[:, i], 6)
     return pd.concat([fixed, pd.DataFrame(columns)], axis=1)

@@ -1,87 +1,82 @@
-"""Scores of predictions on the test patients."""
+"""Accuracy of predictions on the test patients: under shift, in distribution, seen, unseen, and by combination."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from latent_medi.evaluation.cohort.combinations import Combination, any_match, describe, matches
+from latent_medi.evaluation.cohort.combinations import Combination, any_match, describe
 from latent_medi.evaluation.cohort.study import Study, affected_sites, domain
-from latent_medi.evaluation.downstream.classification_scores import Levels
-from latent_medi.statistics.bootstrap import PatientResamples, PatientTable
-
-HEADLINE = "accuracy_shift"
+from latent_medi.evaluation.downstream.records import Accuracies, CombinationScores
+from latent_medi.statistics.bootstrap import Estimate, PatientResamples, PatientTable
 
 
 class Scorer:
-    """Scores of predictions on the test patients; all intervals and differences share one patient bootstrap."""
+    """Scores of predictions on the test patients; all intervals and differences share one patient bootstrap.
 
-    def __init__(self, study: Study, cells: Sequence[Combination], resamples: int, seed: int) -> None:
-        self.study, self.cells = study, list(cells)
-        index = study.index
-        self.truth = index[study.class_field].to_numpy(str)[study.test]
-        classes = {v: i for i, v in enumerate(study.classes)}
-        self.codes = np.array([classes[v] for v in self.truth])
+    Args:
+        study: The cohort.
+        combinations: Held-out combinations, each with a class.
+        resamples: Patient resamples for the intervals.
+        seed: Their seed.
+    """
+
+    def __init__(self, study: Study, combinations: Sequence[Combination], resamples: int, seed: int) -> None:
+        self.study, self.combinations = study, list(combinations)
+        self.truth = study.class_labels[study.test]
+        codes = {value: i for i, value in enumerate(study.classes)}
+        self.codes = np.array([codes[value] for value in self.truth])
         self.bootstrap = PatientResamples(study.patients[study.test], resamples, seed)
-        sites = index[study.site_field].to_numpy(str)[study.test]
-        held = any_match(index, study.held_out)[study.test]
-        self.affected = sorted(affected_sites(study))
-        shift = np.isin(sites, self.affected)
-        self.levels = Levels(study, self.codes, shift, self.bootstrap)
-        self.tables = {
-            HEADLINE: self._table(shift),
-            "accuracy_in_distribution": self._table(~shift),
-            "accuracy_seen": self._table(~held),
-            "accuracy_unseen": self._table(held),
-        }
-        self.recalls, self.alarms = [], []
-        for cell in self.cells:
-            here = matches(index, domain(study, cell))[study.test]
-            of_class = self.truth == cell[study.class_field]
-            self.recalls.append(self._table(here & of_class))
-            self.alarms.append(self._table(here & ~of_class, one_group=True))
+        held = any_match(study.index, study.held_out)[study.test]
+        self.affected_sites = sorted(affected_sites(study))
+        self.shift = np.isin(study.site_labels[study.test], self.affected_sites)
+        parts = (self.shift, ~self.shift, ~held, held)  # in the order of the record's fields
+        fields = dataclasses.fields(Accuracies)
+        self.tables = {field.name: self._table(keep) for field, keep in zip(fields, parts, strict=True)}
 
-    def _table(self, keep: np.ndarray, one_group: bool = False) -> PatientTable:
-        codes = np.zeros_like(self.codes) if one_group else self.codes
-        groups = 1 if one_group else len(self.study.classes)
-        return PatientTable(codes, self.bootstrap.codes, keep, groups, len(self.bootstrap.names))
+    def _table(self, keep: np.ndarray, by_class: bool = True) -> PatientTable:
+        codes = self.codes if by_class else np.zeros_like(self.codes)
+        classes = len(self.study.classes) if by_class else 1
+        return PatientTable(codes, self.bootstrap.codes, keep, classes, len(self.bootstrap.names))
 
-    def score(self, predicted: np.ndarray, probabilities: np.ndarray | None = None) -> dict[str, Any]:
-        """Measures of an arm.
+    def accuracies(self, predicted: np.ndarray) -> Accuracies:
+        """Accuracies of class values [repeats, n_test]."""
+        return self._accuracies(self._correct(predicted), rate=True)
 
-        Args:
-            predicted: Class values, [repeats, n_test].
-            probabilities: Mean over repeats of the class probabilities, [n_test, K]; gives the entry ``scores``.
-        """
-        right = (predicted == self.truth).mean(axis=0)
+    def difference(self, a: np.ndarray, b: np.ndarray) -> Accuracies:
+        """Paired differences a − b of the accuracies of two predictions, each [repeats, n_test]."""
+        return self._accuracies(self._correct(a) - self._correct(b), rate=False)
+
+    def _correct(self, predicted: np.ndarray) -> np.ndarray:
+        """Share of repeats with the right class, [n_test]."""
+        return np.asarray((predicted == self.truth).mean(axis=0))
+
+    def _accuracies(self, values: np.ndarray, rate: bool) -> Accuracies:
         weights = self.bootstrap.weights
-        result: dict[str, Any] = {name: t.measure(right, weights, rate=True) for name, t in self.tables.items()}
-        result[HEADLINE]["by_repeat"] = [
-            float(self.tables[HEADLINE].mean((p == self.truth).astype(float))[0]) for p in predicted
-        ]
-        result["cells"] = []
-        for cell, recall, alarm in zip(self.cells, self.recalls, self.alarms, strict=True):
-            false = (predicted == cell[self.study.class_field]).mean(axis=0)
-            result["cells"].append(
-                {
-                    "name": describe(cell),
-                    "combination": cell,
-                    "recall": recall.measure(right, weights, rate=True),
-                    "false_positive_rate": alarm.measure(false, weights, rate=True),
-                }
-            )
-        if probabilities is not None:
-            result["scores"] = self.levels.score(probabilities)
-        return result
+        return Accuracies(**{name: table.estimate(values, weights, rate) for name, table in self.tables.items()})
 
-    def headline(self, predicted: np.ndarray) -> float:
-        """``accuracy_shift`` of predictions [repeats, n_test]; NaN without test patches under shift."""
-        return float(self.tables[HEADLINE].mean((predicted == self.truth).mean(axis=0))[0])
+    def accuracy_shift(self, predicted: np.ndarray) -> float:
+        """``accuracy_shift`` of class values [repeats, n_test], or [n_test]; NaN without test patches under shift."""
+        return float(self.tables["accuracy_shift"].mean(self._correct(np.atleast_2d(predicted)))[0])
 
-    def difference(self, a: np.ndarray, b: np.ndarray, name: str = HEADLINE) -> dict[str, Any]:
-        """Paired difference a − b of a score, with the interval over patients; arguments as in :meth:`score`."""
-        table = self.tables[name]
-        delta = (a == self.truth).mean(axis=0) - (b == self.truth).mean(axis=0)
-        return table.measure(delta, self.bootstrap.weights)
+    def by_combination(self, predicted: np.ndarray) -> list[CombinationScores]:
+        """Recall and false positive rate in each held-out combination of class values [repeats, n_test]."""
+        return [self._of_combination(combination, predicted) for combination in self.combinations]
+
+    def _of_combination(self, combination: Combination, predicted: np.ndarray) -> CombinationScores:
+        value = combination[self.study.class_field]
+        there = self.study.having(domain(self.study, combination))[self.study.test]
+        of_class = self.truth == value
+        called = (predicted == value).mean(axis=0)
+
+        def share(keep: np.ndarray, values: np.ndarray, by_class: bool) -> Estimate:
+            return self._table(keep, by_class).estimate(values, self.bootstrap.weights, rate=True)
+
+        return CombinationScores(
+            describe(combination),
+            combination,
+            recall=share(there & of_class, self._correct(predicted), True),
+            false_positive_rate=share(there & ~of_class, called, False),
+        )

@@ -1,9 +1,6 @@
-"""The downstream stage of an evaluation: the classifier and the protocols that the settings ask for."""
+"""The downstream stage of an evaluation: the classifier and the protocols that the settings choose."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,59 +8,61 @@ import pandas as pd
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.downstream.classifiers import Learner, probe_learner
-from latent_medi.evaluation.downstream.cnn import CnnLearner, PatchPools, check_network, lesson_count
-from latent_medi.evaluation.downstream.compare import compare
-from latent_medi.evaluation.downstream.published_protocols import (
-    PROTOCOLS,
-    check_protocol,
-    histodiffusion_protocol,
-    medi_protocol,
-)
-from latent_medi.evaluation.downstream.training_sets import Drawer, Plan, arm_variants, make_plan
+from latent_medi.evaluation.downstream.baselines import nearest_sites
+from latent_medi.evaluation.downstream.classifiers import Classifier, linear_probe_classifier
+from latent_medi.evaluation.downstream.cnn import NetworkClassifier, PatchPools, check_network
+from latent_medi.evaluation.downstream.compare import choose, compare, jobs
+from latent_medi.evaluation.downstream.published_protocols import histodiffusion_protocol, medi_protocol
+from latent_medi.evaluation.downstream.records import Downstream, Protocols
+from latent_medi.evaluation.downstream.registry import entries, plan_additions
+from latent_medi.evaluation.downstream.training_sets import DerivedFeatures, Sources
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.encoders import ImageEncoder
 
 log = get_logger(__name__)
 
-CLASSIFIERS = ("probe", "cnn")
-Made = dict[str, list[np.ndarray | None]]
-
 
 class DownstreamStage:
-    """Compares classifiers and keeps the predictions.
+    """Compares training sets in one encoder's features after another.
 
     Args:
         study: The cohort.
-        settings: What is asked for.
+        settings: The evaluation's settings.
 
     Attributes:
+        results: Results by encoder, so far.
+        protocols: Results of published protocols, so far.
         tables: Predictions of each encoder so far, a row per test patch.
     """
 
     def __init__(self, study: Study, settings: EvaluateSettings) -> None:
         self.study, self.settings = study, settings
+        self.results: dict[str, Downstream] = {}
+        self.protocols = Protocols({}, {})
         self.tables: list[pd.DataFrame] = []
-        self.plan: Plan | None = None
-        if settings.downstream:
-            self.plan = make_plan(study, settings.added_per_cell, settings.seed, settings.stain_jitter)
-        self.pools = PatchPools(study, self.plan) if settings.classifier == "cnn" else None
+        self.additions = (
+            plan_additions(study, settings.added_per_combination, settings.seed, settings.stain_jitter)
+            if settings.downstream
+            else None
+        )
+        self.pools = PatchPools(study, self.additions) if settings.classifier == "cnn" else None
         self._trained: set[str] = set()
 
-    def embed(self, encoder: ImageEncoder) -> Made:
-        """Features of the patches that rivals made of real ones."""
+    def embed(self, encoder: ImageEncoder) -> DerivedFeatures:
+        """Features of the derived patches."""
         size = self.settings.batch
 
         def features(images: np.ndarray) -> np.ndarray:
             return encoder.features([images[i : i + size] for i in range(0, len(images), size)])
 
-        return self.plan.made(features) if self.plan else {}
+        return self.additions.derived_features(features) if self.additions else {}
 
-    def judge(self, encoder: ImageEncoder, features: Features, made: Made, metrics: dict[str, Any]) -> None:
-        """Write the encoder's entries of ``downstream`` and ``protocols`` into metrics.json's content.
+    def evaluate(self, encoder: ImageEncoder, features: Features, derived: DerivedFeatures) -> None:
+        """Add the encoder's results.
 
-        A torchvision network looks at pixels, so it is trained once per colour channel, under the first encoder.
+        A torchvision network sees pixels instead of features, so it is trained once per colour channel, under the
+        first encoder.
         """
         settings, study = self.settings, self.study
         key = encoder.name if settings.cnn.network == "encoder" else encoder.preprocessing.channel
@@ -71,64 +70,68 @@ class DownstreamStage:
             log.info("%s: the same network as before, not trained again", encoder.name)
             return
         self._trained.add(key)
-        drawer = Drawer(study, self.plan, features.real, features.synthetic, made) if self.plan else None
-        learner: Learner
-        if self.pools is None:
-            learner = probe_learner(study, features.real, settings.regularisation, settings.seed)
-        else:
-            if self.plan and drawer:
-                drawer = self.pools.drawer(study, self.plan, drawer.nearest)
-            lessons = lesson_count(drawer, settings.downstream_arms, settings.cnn.seeds) if drawer else 0
-            learner = CnnLearner(study, self.pools, encoder, settings.cnn, lessons)
-        if drawer:
-            repeats = settings.cnn.seeds if learner.random else settings.repeats
+        sources = None
+        if self.additions:
+            sites = nearest_sites(study, self.additions.combinations, features.real)
+            sources = Sources(study, self.additions, features.real, features.synthetic, derived, sites)
+            if self.pools is not None:
+                sources = self.pools.sources(study, self.additions, sites)
+        classifier = self._classifier(encoder, features, sources)
+        if sources:
+            repeats = settings.cnn.seeds if classifier.random else settings.repeats
             record, table = compare(
-                study, drawer, learner, repeats, settings.resamples, settings.seed, settings.downstream_arms
+                sources,
+                classifier,
+                encoder.fingerprint,
+                repeats,
+                settings.resamples,
+                settings.seed,
+                settings.training_sets,
             )
-            metrics["downstream"][encoder.name] = {"fingerprint": encoder.fingerprint} | record
+            self.results[encoder.name] = record
             table.insert(0, "encoder", encoder.name)
             self.tables.append(table)
-        if settings.downstream_protocol != "default":
-            entry = metrics.setdefault("protocols", {}).setdefault(settings.downstream_protocol, {})
-            entry[encoder.name] = {"fingerprint": encoder.fingerprint} | self._protocol(features, learner)
+        self._run_protocol(encoder, features, classifier)
 
-    def _protocol(self, features: Features, learner: Learner) -> dict[str, Any]:
-        if self.settings.downstream_protocol == "medi":
-            return medi_protocol(self.study, features.real, features.synthetic, self.settings.medi_protocol)
-        real: np.ndarray = features.real
-        arms: Mapping[str, np.ndarray] = features.synthetic
-        if self.pools is not None:
-            real, arms = self.pools.real, self.pools.arms
-        return histodiffusion_protocol(self.study, real, arms, self.settings.histodiffusion_protocol, learner)
+    def _classifier(self, encoder: ImageEncoder, features: Features, sources: Sources | None) -> Classifier:
+        settings = self.settings
+        if self.pools is None:
+            return linear_probe_classifier(self.study, features.real, settings.regularisation, settings.seed)
+        n_networks = 0
+        if sources:
+            n_networks = len(jobs(choose(sources, settings.training_sets)[0], True, settings.cnn.seeds))
+        return NetworkClassifier(self.study, self.pools, encoder, settings.cnn, n_networks)
+
+    def _run_protocol(self, encoder: ImageEncoder, features: Features, classifier: Classifier) -> None:
+        study, settings = self.study, self.settings
+        if settings.downstream_protocol == "medi":
+            self.protocols.medi[encoder.name] = medi_protocol(
+                study, encoder.fingerprint, features.real, features.synthetic, settings.medi_protocol
+            )
+        elif settings.downstream_protocol == "histodiffusion":
+            patches = self.pools or features
+            self.protocols.histodiffusion[encoder.name] = histodiffusion_protocol(
+                study,
+                encoder.fingerprint,
+                patches.real,
+                patches.synthetic,
+                settings.histodiffusion_protocol,
+                classifier,
+            )
 
 
 def check_downstream(settings: EvaluateSettings) -> None:
-    """Refuse settings of the comparison that cannot be followed.
+    """Refuse settings of the comparison that are impossible.
 
     Raises:
         UserError: Names the value and what it may be.
     """
-
-    def one_of(name: str, known: Sequence[str]) -> None:
-        value = getattr(settings, name)
-        if value not in known:
-            raise UserError(f"{name} is {value!r}; {nearest(value, known)}.", f"Choose one of {', '.join(known)}.")
-
-    one_of("classifier", CLASSIFIERS)
-    one_of("downstream_protocol", PROTOCOLS)
-    if settings.regularisation < 0:
-        raise UserError(f"regularisation is {settings.regularisation}.", "Give C > 0, or 0 to have it chosen.")
-    if settings.repeats < 1:
-        raise UserError(f"repeats is {settings.repeats}.", "Give 1 or more.")
-    if not 0 <= settings.stain_jitter < 1:
-        raise UserError(f"stain_jitter is {settings.stain_jitter}.", "Give 0 to below 1.")
-    arms = arm_variants(settings.synthetic)
-    for name in settings.downstream_arms:
-        if name not in arms:
-            raise UserError(f"There is no downstream arm {name!r}; {nearest(name, arms)}.")
+    known = entries(settings.synthetic)
+    for name in settings.training_sets:
+        if name not in known:
+            raise UserError(f"There is no training set {name!r}; {nearest(name, known)}.")
     if settings.classifier == "cnn":
         check_network(settings.cnn)
-    check_protocol(settings)
     if settings.downstream_protocol == "histodiffusion" and settings.selected:
         raise UserError(
             "downstream_protocol histodiffusion compares selected with random patches itself.", "Leave `selected` out."

@@ -1,288 +1,267 @@
-"""What each downstream arm trains on. Every arm that adds patches adds equally many to each held-out cell.
+"""Training sets of the downstream classifiers: real training patches, and patches added to held-out combinations.
 
-Cheap rivals: ``oversample`` (repeat the class's patches, or weight the cells alike), ``reweight`` (the weights alone),
-``stain_augmentation`` (the class's patches with jittered stain), ``stain_transfer`` (mapped to the cell's site),
-``nearest_site`` (the class's patches from the site most like the cell's). Each synthetic dataset is an arm under its
-name, and twice more: ``synthetic_only_<name>`` learns from as many synthetic patches as the others have patches in
-all, and ``pretrain_finetune_<name>`` learns from those first and then from the real ones. ``oracle`` adds real patches
-of the held-out cells from other patients.
+Every training set adds equally many patches to each held-out combination. Which ones there are, and the role of each,
+is the table in :mod:`latent_medi.evaluation.downstream.registry`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from latent_medi.core.progress import get_logger
-from latent_medi.evaluation.cohort.combinations import Combination, describe, matches
-from latent_medi.evaluation.cohort.study import Study, SyntheticSet, held_out_with_class
-from latent_medi.evaluation.downstream.baselines import (
-    Transferred,
-    alike_sources,
-    nearest_sites,
-    stain_augmentation,
-    stain_transfer,
-)
-from latent_medi.features.stain import STAIN_METHODS
+from latent_medi.evaluation.cohort.combinations import Combination, matches
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.statistics.subsampling import balanced_draw, repeated_draw
 
-log = get_logger(__name__)
-
-JITTER = "jitter"
-ONLY, FIRST = "synthetic_only_", "pretrain_finetune_"
-
-
-@dataclass
-class Added:
-    """One draw of added patches.
-
-    Args:
-        features: [n, d].
-        labels: Class value of each, [n].
-        distinct: Different patches per cell, in the order of the plan's cells.
-    """
-
-    features: np.ndarray
-    labels: np.ndarray
-    distinct: list[int]
+Drawn = tuple[np.ndarray, np.ndarray]
+"""Features of a pool of patches, [n, d], and the rows drawn from it."""
+DerivedFeatures = dict[str, dict[str, list[np.ndarray | None]]]
+"""Features [n, d] of derived patches, by training set, variant and combination."""
 
 
 @dataclass
-class Lesson:
-    """What one classifier learns from.
+class TrainingSet:
+    """What one classifier is trained on.
 
     Args:
         features: [n, d].
-        labels: Class value of each, [n].
-        weights: Weight of each row, mean 1, [n]; None weights classes alike.
-        first: Features and labels to learn from before these; None starts afresh.
-        distinct: Different added patches per held-out cell.
-        n_synthetic: Rows, of both parts, that a model has made.
+        labels: Class value of each row, [n].
+        weights: Weight of each row, mean 1, [n]; None weights classes equally.
+        pretraining: Features and labels to train on before these; None trains from scratch.
+        distinct: Number of different added patches, by held-out combination.
+        n_synthetic: Number of synthetic rows in both parts.
     """
 
     features: np.ndarray
     labels: np.ndarray
     weights: np.ndarray | None = None
-    first: tuple[np.ndarray, np.ndarray] | None = None
+    pretraining: tuple[np.ndarray, np.ndarray] | None = None
     distinct: list[int] = field(default_factory=list)
     n_synthetic: int = 0
 
+    @property
+    def size(self) -> int:
+        """Number of rows in both parts."""
+        return len(self.labels) + (len(self.pretraining[1]) if self.pretraining else 0)
+
 
 @dataclass
-class Plan:
-    """How many patches each held-out cell gets, the same for every arm.
+class DerivedPatches:
+    """Patches computed from real training patches, such as the same tissue in another stain.
 
     Args:
-        cells: Held-out cells, each with a class.
-        counts: Patches per cell.
-        transferred: Stain-transferred patches per cell; None where no stain can be imitated.
-        augmented: Stain-augmented patches per cell; None where the class has no training patch.
-        unavailable: Reason by arm that cannot take part.
+        images: By variant, uint8 [n, H, W, 3].
+        rows: Real row that each patch was computed from, [n].
     """
 
-    cells: list[Combination]
-    counts: list[int]
-    transferred: list[Transferred | None] = field(default_factory=list)
-    augmented: list[Transferred | None] = field(default_factory=list)
-    unavailable: dict[str, str] = field(default_factory=dict)
+    images: dict[str, np.ndarray]
+    rows: np.ndarray
 
-    def made(self, embed: Callable[[np.ndarray], np.ndarray]) -> dict[str, list[np.ndarray | None]]:
-        """Features of the patches that the rivals made of real ones, per method and cell.
+
+@dataclass
+class Additions:
+    """How many patches every training set adds to each held-out combination.
+
+    Args:
+        combinations: Held-out combinations, each with a class.
+        counts: Patches to add, by combination.
+        derived: By training set, the patches that were computed for each combination; None where that is impossible.
+    """
+
+    combinations: list[Combination]
+    counts: list[int]
+    derived: dict[str, list[DerivedPatches | None]] = field(default_factory=dict)
+
+    def derived_features(self, embed: Callable[[np.ndarray], np.ndarray]) -> DerivedFeatures:
+        """Features of the derived patches, by training set, variant and combination.
 
         Args:
             embed: Gives features [n, d] of uint8 patches [n, H, W, 3].
         """
-        groups = [(m, self.transferred) for m in STAIN_METHODS] + [(JITTER, self.augmented)]
-        return {str(m): [None if t is None else embed(t.images[m]) for t in cells] for m, cells in groups}
+        found: DerivedFeatures = {}
+        for name, parts in self.derived.items():
+            variants = dict.fromkeys(variant for part in parts if part for variant in part.images)
+            found[name] = {v: [embed(part.images[v]) if part else None for part in parts] for v in variants}
+        return found
 
 
-def make_plan(study: Study, added_per_cell: int, seed: int, stain_jitter: float = 0.2) -> Plan:
-    """Fix cells, counts and the stain-transferred and stain-augmented patches, which are made and embedded once."""
-    cells = held_out_with_class(study)
-    table = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str)
-    typical = int(table.value_counts().median())
-    counts = []
-    for cell in cells:
-        available = [len(arm_rows(arm, cell)) for arm in study.synthetic.values() if _knows(arm, cell)]
-        counts.append(added_per_cell or min([typical, *(a for a in available if a)]))
-    plan = Plan(cells, counts)
-    # A half more than needed, so that the draws of different seeds differ.
-    asked = [(c, n + n // 2, seed + i) for i, (c, n) in enumerate(zip(cells, counts, strict=True))]
-    plan.transferred = [stain_transfer(study, *a) for a in asked]
-    plan.augmented = [stain_augmentation(study, *a, stain_jitter) for a in asked]
-    for arm in study.synthetic.values():
-        for cell, n in zip(cells, counts, strict=True):
-            here = len(arm_rows(arm, cell))
-            if here == 0:
-                plan.unavailable[arm.name] = f"it has no sample for {describe(cell)}"
-            elif here < n:
-                log.warning("Arm %s has %d samples for %s and repeats them to %d.", arm.name, here, describe(cell), n)
-        lacking = sorted(set(table[study.class_field]) - set(arm.index[study.class_field].astype(str)))
-        for name in (ONLY + arm.name, FIRST + arm.name):
-            if arm.name in plan.unavailable:
-                plan.unavailable[name] = plan.unavailable[arm.name]
-            elif lacking:
-                plan.unavailable[name] = f"{arm.name} has no sample of {', '.join(lacking)}"
-    if study.oracle_reason:
-        plan.unavailable["oracle"] = study.oracle_reason
-    else:
-        for cell in cells:
-            if not study.having(cell)[study.probe].any():
-                plan.unavailable["oracle"] = f"no probe patient has {describe(cell)}"
-    if not any(plan.transferred):
-        plan.unavailable["stain_transfer"] = "no held-out cell names a site whose stain is known from training patches"
-    if not any(plan.augmented):
-        plan.unavailable["stain_augmentation"] = "no class of a held-out cell has a training patch"
-    return plan
+@dataclass
+class Request:
+    """Patches that one held-out combination needs.
+
+    Args:
+        number: Position of the combination in :class:`Additions`.
+        combination: Its values.
+        n: Number of patches.
+        rng: Source of every random choice.
+        used: Rows that other combinations of the same class have taken from this training set's pool.
+    """
+
+    number: int
+    combination: Combination
+    n: int
+    rng: np.random.Generator
+    used: set[int]
 
 
-def _knows(arm: SyntheticSet, cell: Combination) -> bool:
-    return all(k in arm.fields for k in cell)
-
-
-def arm_rows(arm: SyntheticSet, cell: Mapping[str, str]) -> np.ndarray:
-    """Positions of an arm's samples that have those values of a cell that its model was given."""
-    return np.flatnonzero(matches(arm.index, {k: v for k, v in cell.items() if k in arm.fields}))
-
-
-def arm_variants(generators: Iterable[str]) -> dict[str, list[str]]:
-    """Every downstream arm with its variants, given the names of the synthetic datasets."""
-    names = list(generators)
-    return {
-        "real": ["real"],
-        "oversample": ["duplicate", "balance"],
-        "reweight": ["balance"],
-        "stain_augmentation": [JITTER],
-        "stain_transfer": list(STAIN_METHODS),
-        "nearest_site": ["nearest_site"],
-        **{name: [name] for name in names},
-        **{prefix + name: [prefix + name] for prefix in (ONLY, FIRST) for name in names},
-        "oracle": ["oracle"],
-    }
-
-
-class Drawer:
-    """Draws what each arm trains on.
+@dataclass
+class Sources:
+    """The patches that training sets are made of.
 
     Args:
         study: The cohort.
-        plan: Cells and counts.
+        additions: Held-out combinations and patches to add.
         real: Features of every real row, [N, d].
-        arms: Features of every row of each synthetic dataset.
-        transferred: Features of the patches that rivals made, per method and cell; see :meth:`Plan.made`.
-        nearest: Per cell the site most like its own, if known already; found from ``real`` otherwise.
-
-    Attributes:
-        unavailable: Reason by arm that cannot take part.
+        synthetic: Features of every row of each synthetic set.
+        derived: Features of the derived patches; see :meth:`Additions.derived_features`.
+        nearest_sites: By combination the most similar site; None where there is none.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        plan: Plan,
-        real: np.ndarray,
-        arms: Mapping[str, np.ndarray],
-        transferred: Mapping[str, Sequence[np.ndarray | None]],
-        nearest: Sequence[str | None] | None = None,
-    ) -> None:
-        self.study, self.plan, self.real, self.arms, self.transferred = study, plan, real, arms, transferred
-        self.nearest = list(nearest) if nearest is not None else nearest_sites(study, plan.cells, real)
-        self.unavailable = dict(plan.unavailable)
-        if JITTER not in transferred:
-            self.unavailable["stain_augmentation"] = "no patch with jittered stain was made"
-        if not any(self.nearest):
-            self.unavailable["nearest_site"] = "no site with the class shares a class with the site of a held-out cell"
-        self._seen = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str).value_counts()
+    study: Study
+    additions: Additions
+    real: np.ndarray
+    synthetic: Mapping[str, np.ndarray]
+    derived: DerivedFeatures
+    nearest_sites: Sequence[str | None]
 
-    def variants(self) -> dict[str, list[str]]:
-        """Variants of each arm that can take part; of several, the best is headlined."""
-        return {a: v for a, v in arm_variants(self.study.synthetic).items() if a not in self.unavailable}
+    @property
+    def labels(self) -> np.ndarray:
+        """Class value of each real training patch."""
+        return self.study.class_labels[self.study.train]
 
-    def lesson(self, arm: str, variant: str, seed: int) -> Lesson:
-        """What an arm's classifier learns from, with one seed."""
-        study = self.study
-        real = self.real[study.train]
-        labels = study.class_labels[study.train]
-        for prefix in (ONLY, FIRST):
-            if arm.startswith(prefix) and arm.removeprefix(prefix) in study.synthetic:
-                made = self.whole(arm.removeprefix(prefix), seed)
-                if prefix == ONLY:
-                    return Lesson(made.features, made.labels, None, None, made.distinct, len(made.labels))
-                return Lesson(real, labels, None, (made.features, made.labels), made.distinct, len(made.labels))
-        added = self.draw(arm, variant, seed)
-        return Lesson(
-            np.concatenate([real, added.features]),
-            np.concatenate([labels, added.labels]),
-            balancing_weights(study) if variant == "balance" else None,
-            None,
-            added.distinct,
-            len(added.labels) if arm in study.synthetic else 0,
-        )
 
-    def whole(self, name: str, seed: int) -> Added:
-        """A synthetic training set of the same size and mix as real and added patches together.
+Draw = Callable[[Sources, Request], Drawn | None]
+"""Draws what a training set adds to one combination; None stands for real patches of its class."""
+Build = Callable[[Sources, str, int], TrainingSet]
+"""Builds a training set from the sources, the name of a synthetic set (or "") and a seed."""
 
-        Each class × site cell gets as many samples as it has training patches; where the arm has none for the site,
-        samples of the class. The held-out cells get what every arm adds to them. Samples repeat only when a cell has
-        used all that it has.
-        """
-        study, arm = self.study, self.study.synthetic[name]
-        rng = np.random.default_rng([seed, 19])
-        added = self.draw(name, name, seed)
-        rows, labels = [], []
-        for (value, site), n in sorted(self._seen.items()):
-            pool = arm_rows(arm, {study.class_field: value, study.site_field: site})
-            if not len(pool):
-                pool = arm_rows(arm, {study.class_field: value})
-            rows.append(repeated_draw(pool, int(n), rng))
-            labels.append(np.full(len(rows[-1]), value))
-        return Added(
-            np.concatenate([self.arms[name][np.concatenate(rows)], added.features]),
-            np.concatenate([*labels, added.labels]),
-            added.distinct,
-        )
 
-    def draw(self, arm: str, variant: str, seed: int) -> Added:
-        """The patches that an arm adds to the held-out cells, with one seed."""
-        rng = np.random.default_rng([seed, 5])
-        taken: dict[str, set[int]] = {}
-        parts, labels, distinct = [np.zeros((0, self.real.shape[1]))], [np.zeros(0, str)], []
-        for i, (cell, n) in enumerate(zip(self.plan.cells, self.plan.counts, strict=True)):
-            value = cell[self.study.class_field]
-            source, rows = self._rows(arm, variant, i, n, rng, taken.setdefault(value, set()))
-            parts.append(source[rows])
-            labels.append(np.full(len(rows), value))
-            distinct.append(len(np.unique(rows)))
-        return Added(np.concatenate(parts), np.concatenate(labels), distinct)
+@dataclass(frozen=True)
+class Add:
+    """A :data:`Build` that adds drawn patches to the real training patches.
 
-    def _rows(
-        self, arm: str, variant: str, i: int, n: int, rng: np.random.Generator, taken: set[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        study, cell = self.study, self.plan.cells[i]
-        if arm in ("real",) or variant == "balance":
-            return self.real, np.zeros(0, int)
-        if arm == "oracle":
-            return self.real, repeated_draw(study.rows_of(study.probe, cell), n, rng)
-        if arm in ("stain_transfer", "stain_augmentation") and (features := self.transferred[variant][i]) is not None:
-            return features, repeated_draw(np.arange(len(features)), n, rng)
-        if arm == "nearest_site" and (site := self.nearest[i]) is not None:
-            return self.real, repeated_draw(alike_sources(study, cell, site), n, rng)
-        if arm in ("oversample", "stain_transfer", "stain_augmentation", "nearest_site"):
-            own = study.rows_of(study.train, {study.class_field: cell[study.class_field]})
-            sites = study.site_labels[own]
-            return self.real, own[balanced_draw(sites, n, rng)] if len(own) else own
-        rows = arm_rows(study.synthetic[arm], cell)
-        # An arm that knows only the class serves all cells of a class from one pool: without repeats while it lasts.
-        fresh = np.array([r for r in rows if r not in taken], dtype=int)
-        rows = repeated_draw(fresh if len(fresh) >= n else rows, n, rng)
-        taken.update(rows.tolist())
-        return self.arms[arm], rows
+    Args:
+        draw: Draws them.
+    """
+
+    draw: Draw
+
+    def __call__(self, sources: Sources, synthetic: str, seed: int) -> TrainingSet:
+        """The real training patches and the drawn ones."""
+        features, labels, distinct = _drawn(sources, self.draw, seed)
+        return _with_real(sources, features, labels, distinct)
+
+
+def real_alone(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
+    """The real training patches alone."""
+    nothing = np.zeros((0, sources.real.shape[1])), np.zeros(0, str)
+    return _with_real(sources, *nothing, [0] * len(sources.additions.counts))
+
+
+def balanced(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
+    """The real training patches, weighted so that all class × site cells with a patch count the same."""
+    result = real_alone(sources, synthetic, seed)
+    result.weights = balancing_weights(sources.study)
+    return result
+
+
+def with_synthetic(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
+    """The real training patches and patches of a synthetic set."""
+    result = _with_real(sources, *_drawn(sources, draw_synthetic(synthetic), seed))
+    result.n_synthetic = len(result.labels) - len(sources.study.train)
+    return result
+
+
+def synthetic_alone(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
+    """Synthetic patches in the number and mix of :func:`with_synthetic`.
+
+    Each class × site cell gets as many samples as it has real training patches, from samples of the class where the
+    set has none of the site. The held-out combinations get what every training set adds to them. Samples repeat only
+    after all of a cell's samples are used.
+    """
+    study = sources.study
+    rng = np.random.default_rng([seed, 19])
+    added, added_labels, distinct = _drawn(sources, draw_synthetic(synthetic), seed)
+    cells = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str).value_counts()
+    rows, labels = [], []
+    for (value, site), n in sorted(cells.items()):
+        pool = synthetic_rows(study.synthetic[synthetic], {study.class_field: value, study.site_field: site})
+        if not len(pool):
+            pool = synthetic_rows(study.synthetic[synthetic], {study.class_field: value})
+        rows.append(repeated_draw(pool, int(n), rng))
+        labels.append(np.full(len(rows[-1]), value))
+    features = np.concatenate([sources.synthetic[synthetic][np.concatenate(rows)], added])
+    every = np.concatenate([*labels, added_labels])
+    return TrainingSet(features, every, distinct=distinct, n_synthetic=len(every))
+
+
+def pretrained_on_synthetic(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
+    """The patches of :func:`synthetic_alone` for pre-training, then the real training patches."""
+    first = synthetic_alone(sources, synthetic, seed)
+    real = sources.real[sources.study.train]
+    return TrainingSet(real, sources.labels, None, (first.features, first.labels), first.distinct, first.n_synthetic)
+
+
+WITHOUT_DRAW: tuple[Build, ...] = (real_alone, balanced)
+"""What is the same with every seed."""
+
+
+def draw_synthetic(name: str) -> Draw:
+    """A :data:`Draw` from a synthetic set.
+
+    A set that is conditioned on the class alone serves all combinations of a class from one pool, without repeats while
+    it lasts.
+    """
+
+    def draw(sources: Sources, request: Request) -> Drawn:
+        rows = synthetic_rows(sources.study.synthetic[name], request.combination)
+        unused = np.array([row for row in rows if row not in request.used], dtype=int)
+        rows = repeated_draw(unused if len(unused) >= request.n else rows, request.n, request.rng)
+        request.used.update(rows.tolist())
+        return sources.synthetic[name], rows
+
+    return draw
+
+
+def draw_of_class(sources: Sources, request: Request) -> Drawn:
+    """Real training patches of the combination's class, sites in equal parts."""
+    study = sources.study
+    own = study.rows_of(study.train, {study.class_field: request.combination[study.class_field]})
+    return sources.real, own[balanced_draw(study.site_labels[own], request.n, request.rng)] if len(own) else own
+
+
+def _drawn(sources: Sources, draw: Draw, seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Features and labels of the patches drawn for every combination, and how many of each combination's differ."""
+    rng = np.random.default_rng([seed, 5])
+    used: dict[str, set[int]] = {}
+    parts, labels, distinct = [np.zeros((0, sources.real.shape[1]))], [np.zeros(0, str)], []
+    for i, (combination, n) in enumerate(zip(sources.additions.combinations, sources.additions.counts, strict=True)):
+        value = combination[sources.study.class_field]
+        request = Request(i, combination, n, rng, used.setdefault(value, set()))
+        features, rows = draw(sources, request) or draw_of_class(sources, request)
+        parts.append(features[rows])
+        labels.append(np.full(len(rows), value))
+        distinct.append(len(np.unique(rows)))
+    return np.concatenate(parts), np.concatenate(labels), distinct
+
+
+def _with_real(sources: Sources, features: np.ndarray, labels: np.ndarray, distinct: list[int]) -> TrainingSet:
+    return TrainingSet(
+        np.concatenate([sources.real[sources.study.train], features]),
+        np.concatenate([sources.labels, labels]),
+        distinct=distinct,
+    )
+
+
+def synthetic_rows(samples: SyntheticSet, combination: Mapping[str, str]) -> np.ndarray:
+    """Positions of the samples that have a combination's values, of the fields that the model was conditioned on."""
+    return np.flatnonzero(matches(samples.index, {k: v for k, v in combination.items() if k in samples.fields}))
 
 
 def balancing_weights(study: Study) -> np.ndarray:
-    """Weight of each training row that makes all seen class × site cells count the same; mean 1."""
+    """Weight of each real training patch such that all class × site cells with a patch count the same; mean 1."""
     cell = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str).agg("|".join, axis=1)
     weights = 1.0 / cell.map(cell.value_counts()).to_numpy(float)
     return weights * len(weights) / weights.sum()

@@ -15,7 +15,10 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream import classification_scores
-from latent_medi.statistics.bootstrap import PatientResamples, wilson
+from latent_medi.evaluation.downstream.classification_scores import Units
+from latent_medi.evaluation.downstream.records import SmallGroup
+from latent_medi.evaluation.results import Metrics
+from latent_medi.statistics.bootstrap import Estimate, PatientResamples, wilson
 
 
 def _case(seed: int, n: int = 200, k: int = 3, digits: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -26,20 +29,23 @@ def _case(seed: int, n: int = 200, k: int = 3, digits: int = 2) -> tuple[np.ndar
     return truth, probabilities / probabilities.sum(axis=1, keepdims=True)
 
 
-def _scores(truth: np.ndarray, probabilities: np.ndarray, sites: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
+def _scores(
+    truth: np.ndarray, probabilities: np.ndarray, sites: np.ndarray, patients: np.ndarray
+) -> dict[str, Estimate]:
     weights = PatientResamples(patients, 40, 0).weights
     codes = np.unique(patients, return_inverse=True)[1]
     names = [f"c{i}" for i in range(probabilities.shape[1])]
-    return classification_scores.unit_scores(
-        probabilities, truth, sites, codes, np.ones(len(truth), int), names, weights
-    )
+    units = Units(truth, sites, codes, np.ones(len(truth), int))
+    found = vars(classification_scores.unit_scores(probabilities, units, names, weights))
+    assert found.pop("n_units") == len(truth)
+    return found
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_points_are_those_of_known_libraries(k: int) -> None:
     truth, probabilities = _case(k, k=k, digits=12)  # none at the edge of a bin
     sites = np.array(["s", "t"])[np.arange(200) % 2]
-    found = {n: m["value"] for n, m in _scores(truth, probabilities, sites, np.arange(200) // 4).items()}
+    found = {n: e.value for n, e in _scores(truth, probabilities, sites, np.arange(200) // 4).items()}
     predicted = probabilities.argmax(axis=1)
     by_site = [balanced_accuracy_score(truth[sites == s], predicted[sites == s]) for s in ("s", "t")]
     assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(truth, predicted))
@@ -89,14 +95,14 @@ def test_scores_survive_a_missing_class_and_no_rows() -> None:
     found = _scores(truth[keep], probabilities[keep], np.full(keep.sum(), "s"), np.arange(keep.sum()) // 2)
     one = truth[keep] == 2
     wanted = np.mean([roc_auc_score(one, probabilities[keep, 2]), roc_auc_score(~one, probabilities[keep, 0])])
-    assert found["auroc"]["value"] == pytest.approx(wanted)
-    assert isinstance(found["mcc"]["interval"], list)
+    assert found["auroc"].value == pytest.approx(wanted)
+    assert isinstance(found["mcc"].interval, tuple)
     alone = _scores(
         truth[truth == 0], probabilities[truth == 0], np.full((truth == 0).sum(), "s"), np.arange((truth == 0).sum())
     )
-    assert alone["auroc"]["value"] is None
+    assert alone["auroc"].value is None
     nothing = _scores(truth[:0], probabilities[:0], np.zeros(0, str), np.zeros(0, int))
-    assert all(m["value"] is None for m in nothing.values())
+    assert all(e.value is None for e in nothing.values())
 
 
 def test_intervals_are_not_moved_by_what_resampling_does_to_an_extreme() -> None:
@@ -111,10 +117,12 @@ def test_intervals_are_not_moved_by_what_resampling_does_to_an_extreme() -> None
         probabilities[np.arange(120), guess] = confidence
         found = _scores(truth, probabilities, np.array(list("stuv"))[np.arange(120) % 4], np.arange(120))
         for name in outside:
-            low, high = found[name]["interval"]
-            middle = (low + high) / 2
-            outside[name] += not low < found[name]["value"] < high
-            assert abs(middle - found[name]["value"]) < 0.3 * (high - low)
+            value, interval = found[name].value, found[name].interval
+            assert value is not None
+            assert isinstance(interval, tuple)
+            low, high = interval
+            outside[name] += not low < value < high
+            assert abs((low + high) / 2 - value) < 0.3 * (high - low)
     assert outside == {"ece": 0, "worst_group": 0}
 
 
@@ -122,9 +130,9 @@ def test_patients_who_all_agree_leave_no_interval_of_no_width() -> None:
     truth = np.repeat([0, 1], 20)
     found = _scores(truth, np.eye(2)[truth], np.full(40, "s"), np.arange(40))
     for name in ("balanced_accuracy", "site_averaged_accuracy", "worst_group"):
-        assert found[name]["interval"] == pytest.approx(wilson(20, 20))
+        assert found[name].interval == pytest.approx(wilson(20, 20))
     for name in ("mcc", "auroc", "brier", "ece"):
-        assert found[name]["interval"] == "not estimable"
+        assert found[name].interval == "not estimable"
 
 
 def test_scores_that_weigh_classes_alike_are_as_sure_as_the_smallest() -> None:
@@ -132,10 +140,10 @@ def test_scores_that_weigh_classes_alike_are_as_sure_as_the_smallest() -> None:
     probabilities = np.random.default_rng(0).dirichlet(np.ones(3), 89)
     found = _scores(truth, probabilities, np.full(89, "s"), np.arange(89))
     for name in ("balanced_accuracy", "site_averaged_accuracy", "auroc"):
-        assert found[name]["interval"] == "not estimable"
-        assert found[name]["smallest_group"] == 9
+        assert found[name].interval == "not estimable"
+        assert found[name].smallest_group == 9
     for name in ("mcc", "brier", "ece"):
-        assert isinstance(found[name]["interval"], list)
+        assert isinstance(found[name].interval, tuple)
 
 
 def test_worst_group_needs_ten_patients() -> None:
@@ -149,15 +157,18 @@ def test_worst_group_needs_ten_patients() -> None:
     patients = np.unique([r[2] for r in rows], return_inverse=True)[1]
     weights = PatientResamples(np.array([r[2] for r in rows]), 50, 0).weights
     found = classification_scores.worst_group(
-        truth, np.where(right, truth, 1 - truth), np.array([r[1] for r in rows]), patients,
-        np.ones(len(rows), int), ["a", "b"], weights,
-    )  # fmt: skip
-    assert found["group"] == "a × s"
-    assert found["value"] == pytest.approx((0.25 + 4) / 10)
-    assert found["n_groups"] == 2
-    assert found["n_patients"] == 22
-    assert found["not_estimable"] == [{"group": "b × s", "n_patients": 9}]
-    low, high = found["interval"]
+        np.where(right, truth, 1 - truth),
+        Units(truth, np.array([r[1] for r in rows]), patients, np.ones(len(rows), int)),
+        ["a", "b"],
+        weights,
+    )
+    assert found.group == "a × s"
+    assert found.value == pytest.approx((0.25 + 4) / 10)
+    assert found.n_groups == 2
+    assert found.n_patients == 22
+    assert found.not_estimable == [SmallGroup("b × s", 9)]
+    assert isinstance(found.interval, tuple)
+    low, high = found.interval
     assert 0 <= low < high <= 1
 
 
@@ -168,41 +179,40 @@ def test_slides_and_patients_by_hand() -> None:
     )
     study = cast(
         Study,
-        SimpleNamespace(index=index, site_field="site", test=np.arange(5), classes=["a", "b"]),
+        SimpleNamespace(index=index, site_labels=index["site"].to_numpy(str), test=np.arange(5), classes=["a", "b"]),
     )
     bootstrap = PatientResamples(index["patient"].to_numpy(str), 20, 0)
     codes = np.array([0, 0, 0, 1, 1])
-    levels = classification_scores.Levels(study, codes, np.array([False] * 4 + [True]), bootstrap)
+    scorer = classification_scores.UnitScorer(study, codes, np.array([False] * 4 + [True]), bootstrap)
     probabilities = np.array([[0.9, 0.1], [0.3, 0.7], [0.0, 1.0], [0.2, 0.8], [0.6, 0.4]])
-    slide, patient = levels.units["slide"], levels.units["patient"]
+    slide, patient = scorer.groupings["slide"], scorer.groupings["patient"]
     # Patient 1: slide x has class a twice, slide y one patch of each class; patient 2's slide x is another slide.
     by_slide = {
         (int(p), int(c), round(float(m), 6))
-        for p, c, m in zip(slide.patients, slide.truth, slide.mean(probabilities)[:, 0], strict=True)
+        for p, c, m in zip(slide.units.patients, slide.units.truth, slide.mean(probabilities)[:, 0], strict=True)
     }
     assert by_slide == {(0, 0, 0.6), (0, 0, 0.0), (0, 1, 0.2), (1, 1, 0.6)}
     by_patient = {
         (int(p), int(c), round(float(m), 6))
-        for p, c, m in zip(patient.patients, patient.truth, patient.mean(probabilities)[:, 0], strict=True)
+        for p, c, m in zip(patient.units.patients, patient.units.truth, patient.mean(probabilities)[:, 0], strict=True)
     }
     assert by_patient == {(0, 0, 0.4), (0, 1, 0.2), (1, 1, 0.6)}
-    record = levels.score(probabilities)
+    record = scorer.score(probabilities)
     # Patients: class a is missed (0.4), class b found once of twice.
-    assert record["patient"]["all"]["balanced_accuracy"]["value"] == pytest.approx(0.25)
-    assert record["patient"]["all"]["balanced_accuracy"]["n_units"] == 3
-    assert record["patient"]["all"]["balanced_accuracy"]["n_patches"] == 5
-    assert record["patient"]["shift"]["balanced_accuracy"]["n_units"] == 1
-    assert record["slide"]["all"]["balanced_accuracy"]["value"] == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert record.patient.all.balanced_accuracy.value == pytest.approx(0.25)
+    assert record.patient.all.n_units == 3
+    assert record.patient.all.balanced_accuracy.n_patches == 5
+    assert record.patient.shift.n_units == 1
+    assert record.slide.all.balanced_accuracy.value == pytest.approx((1 / 2 + 1 / 2) / 2)
 
 
-def test_saved_probabilities_give_the_recorded_scores(world: World, metrics: dict[str, Any]) -> None:
+def test_saved_probabilities_give_the_recorded_scores(world: World, results: Metrics) -> None:
     table = pd.read_csv(world.root / "full" / "predictions.csv", dtype={"patient": str})
     table = table[table["encoder"] == "filters"]
     truth = table["class"].map({c: i for i, c in enumerate(CLASSES)}).to_numpy()
-    for arm, entry in metrics["downstream"]["filters"]["arms"].items():
-        found = table[[f"probability_{arm}_{c}" for c in CLASSES]].to_numpy()
+    for name, result in results.downstream["filters"].training_sets.items():
+        found = table[[f"probability_{name}_{c}" for c in CLASSES]].to_numpy()
         assert np.allclose(found.sum(axis=1), 1.0, atol=1e-5)
-        recorded = entry["scores"]["patch"]["all"]
-        assert recorded["mcc"]["value"] == pytest.approx(matthews_corrcoef(truth, found.argmax(axis=1)), abs=2e-3)
-        assert set(entry["scores"]) == {"patch", "slide", "patient"}
-        assert recorded["worst_group"]["group"]
+        recorded = result.scores.patch.all
+        assert recorded.mcc.value == pytest.approx(matthews_corrcoef(truth, found.argmax(axis=1)), abs=2e-3)
+        assert recorded.worst_group.group

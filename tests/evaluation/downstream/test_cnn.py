@@ -1,4 +1,4 @@
-"""The small network: the same budget and start for every arm, the same result for the same seed."""
+"""The small network: the same budget and start for every training set, the same result for the same seed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_world import World, evaluated, filters
+from evaluation_world import World, filters
 from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.downstream.cnn import CnnLearner, PatchPools, _batches, _turned, lesson_count
-from latent_medi.evaluation.downstream.training_sets import Lesson, make_plan
+from latent_medi.evaluation.downstream.cnn import NetworkClassifier, PatchPools, _batches, _turned
+from latent_medi.evaluation.downstream.compare import choose, jobs
+from latent_medi.evaluation.downstream.registry import plan_additions
+from latent_medi.evaluation.downstream.training_sets import TrainingSet
+from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.settings import CnnSettings
 
 SMALL = "shufflenet_v2_x0_5"
@@ -31,72 +34,77 @@ def study(world: World) -> Study:
 
 @pytest.fixture(scope="module")
 def pools(study: Study) -> PatchPools:
-    return PatchPools(study, make_plan(study, 6, 0))
+    return PatchPools(study, plan_additions(study, 6, 0, 0.2))
 
 
-def _lesson(study: Study, pools: PatchPools, n: int = 40, **more: Any) -> Lesson:
+def _training_set(study: Study, pools: PatchPools, n: int = 40, **more: Any) -> TrainingSet:
     rows = study.train[:: len(study.train) // n]
-    return Lesson(pools.real[rows], study.index["class"].to_numpy(str)[rows], **more)
+    return TrainingSet(pools.real[rows], study.index["class"].to_numpy(str)[rows], **more)
 
 
 def test_pairs_lead_to_their_patches(study: Study, pools: PatchPools) -> None:
-    made = pools.made["jitter"][0]
+    made = pools.derived["stain_augmentation"]["jitter"][0]
     assert made is not None
     medi = study.synthetic["medi"]
-    pairs = np.concatenate([pools.real[[5, 900]], pools.arms["medi"][[3]], made[[2]], pools.real[[7]]]).astype(float)
+    pairs = np.concatenate([pools.real[[5, 900]], pools.synthetic["medi"][[3]], made[[2]], pools.real[[7]]]).astype(
+        float
+    )
     images = pools.read(pairs)
     assert np.array_equal(images[[0, 1, 4]], study.real.read([5, 900, 7]))
     assert np.array_equal(images[2], medi.dataset.read([int(medi.rows[3])])[0])
     assert images[3].shape == (32, 32, 3)
-    drawer = pools.drawer(study, make_plan(study, 6, 0), [None] * 3)
-    assert lesson_count(drawer, ["real", "reweight", "oversample"], 2) == 6
+    sources = pools.sources(study, plan_additions(study, 6, 0, 0.2), [None] * 3)
+    chosen, _ = choose(sources, ["real", "reweight", "oversample"])
+    assert len(jobs(chosen, True, 2)) == 6  # reweighting is also a variant of oversampling, and trained once
 
 
 def test_a_seed_gives_one_network(study: Study, pools: PatchPools) -> None:
     settings = CnnSettings(network=SMALL, steps=3, batch=8)
-    learner = CnnLearner(study, pools, filters(), settings)
-    lesson = _lesson(study, pools)
+    classifier = NetworkClassifier(study, pools, filters(), settings)
+    training_set = _training_set(study, pools)
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    first = learner.learn(lesson, 4)
+    first = classifier.fit_predict(training_set, 4)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)  # whatever was drawn elsewhere must not matter
-    again = CnnLearner(study, pools, filters(), settings).learn(lesson, 4)
+    again = NetworkClassifier(study, pools, filters(), settings).fit_predict(training_set, 4)
     assert np.array_equal(first.probabilities, again.probabilities)
     assert first.probabilities.sum(axis=1) == pytest.approx(1.0)
-    assert not np.array_equal(first.probabilities, learner.learn(lesson, 5).probabilities)
+    assert not np.array_equal(first.probabilities, classifier.fit_predict(training_set, 5).probabilities)
     # Nothing to learn from first is the same as learning from the real patches alone.
     nothing = (np.zeros((0, 2)), np.zeros(0, str))
-    tuned = learner.learn(_lesson(study, pools, first=nothing), 4)
+    tuned = classifier.fit_predict(_training_set(study, pools, pretraining=nothing), 4)
     assert np.array_equal(first.probabilities, tuned.probabilities)
 
 
-def test_networks_are_trained_and_judged_in_fp32(study: Study, pools: PatchPools) -> None:
+def test_networks_are_trained_and_predict_in_fp32(study: Study, pools: PatchPools) -> None:
     """Whatever was set before: on a GPU, convolutions would round their factors to ten bits."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
-    learner = CnnLearner(study, pools, filters(), CnnSettings(network="encoder", steps=1, batch=8))
+    classifier = NetworkClassifier(study, pools, filters(), CnnSettings(network="encoder", steps=1, batch=8))
     seen: set[bool] = set()
     hook = register_module_forward_pre_hook(lambda module, inputs: seen.add(torch.backends.cudnn.allow_tf32))
-    learner.learn(_lesson(study, pools), 0)
+    classifier.fit_predict(_training_set(study, pools), 0)
     hook.remove()
     assert seen == {False}
     assert torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before
 
 
-def test_every_arm_takes_the_same_steps(study: Study, pools: PatchPools, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = CnnLearner(study, pools, filters(), CnnSettings(network="encoder", steps=7, batch=8))
+def test_every_training_set_takes_the_same_steps(
+    study: Study, pools: PatchPools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = NetworkClassifier(study, pools, filters(), CnnSettings(network="encoder", steps=7, batch=8))
     seen: list[np.ndarray] = []
     read = pools.read
     monkeypatch.setattr(pools, "read", lambda pairs: seen.append(np.asarray(pairs)) or read(pairs))
-    judged = -(-len(study.test) // 8)
-    arm = pools.arms["medi"]
+    batches = -(-len(study.test) // 8)
+    arm = pools.synthetic["medi"]
     labels = study.synthetic["medi"].index["class"].to_numpy(str)
     for n, first in ((40, None), (90, None), (40, (arm, labels))):
         seen.clear()
-        learner.learn(_lesson(study, pools, n, first=first), 0)
-        assert len(seen) == 7 + judged
+        classifier.fit_predict(_training_set(study, pools, n, pretraining=first), 0)
+        assert len(seen) == 7 + batches
         assert all(len(batch) == 8 for batch in seen[:7])
         assert [int(batch[0, 0]) for batch in seen[:7]] == ([0] * 7 if first is None else [1] * 3 + [0] * 4)
 
@@ -119,33 +127,31 @@ def test_weights_and_names_are_checked(study: Study, pools: PatchPools, tmp_path
     given = get_model(SMALL, weights=None, num_classes=11)  # trained for other classes
     save_file(given.state_dict(), tmp_path / "good.safetensors")
     settings = CnnSettings(network=SMALL, weights=str(tmp_path / "good.safetensors"), steps=1, batch=4)
-    model = CnnLearner(study, pools, filters(), settings)._start()
+    model = NetworkClassifier(study, pools, filters(), settings)._start()
     for name, value in model.state_dict().items():
         assert name.startswith("fc.") or torch.equal(value, given.state_dict()[name])
     assert model.state_dict()["fc.weight"].shape[0] == 3
     broken = {k: v for k, v in given.state_dict().items() if k != "conv1.0.weight"}
     save_file(broken, tmp_path / "bad.safetensors")
-    for match, changes in (
-        ("1 tensors, such as 'conv1.0.weight'", {"network": SMALL, "weights": str(tmp_path / "bad.safetensors")}),
-    ):
-        with pytest.raises(UserError, match=match):
-            CnnLearner(study, pools, filters(), CnnSettings(**changes))  # type: ignore[arg-type]
+    bad = CnnSettings(network=SMALL, weights=str(tmp_path / "bad.safetensors"))
+    with pytest.raises(UserError, match=r"conv1\.0\.weight"):
+        NetworkClassifier(study, pools, filters(), bad)
 
 
 @pytest.mark.slow
 def test_a_network_takes_the_probe_s_place(world: World) -> None:
     """The planted classes are found from the pixels; the headline has the network's numbers."""
     cnn = CnnSettings(network="encoder", steps=150, batch=32, learning_rate=0.05, seeds=1)
-    settings = world.settings(
-        "network", classifier="cnn", cnn=cnn,
-        downstream_arms=["real", "medi", "pretrain_finetune_medi"], resamples=20, colour_free=True,
-    )  # fmt: skip
-    result = evaluated(settings, [filters()])
-    assert set(result["downstream"]) == {"filters", "filters:haematoxylin"}
-    record = result["downstream"]["filters"]
-    assert (record["classifier"], record["network"], record["steps"]) == ("cnn", "filters", 150)
-    arms = record["arms"]
-    assert arms["real"]["accuracy_in_distribution"]["value"] > 0.5
-    assert arms["medi"]["repeats"] == 1
-    assert result["headline"]["accuracy_shift"]["medi"] == arms["medi"]["accuracy_shift"]["value"]
-    assert record["not_converged"] == []
+    names = ["real", "medi", "pretrain_finetune_medi"]
+    settings = world.settings("network", classifier="cnn", cnn=cnn, training_sets=names, resamples=20, colour_free=True)
+    result = evaluate(settings, [filters()])
+    assert set(result.downstream) == {"filters", "filters:haematoxylin"}
+    record = result.downstream["filters"]
+    assert (record.classifier.kind, record.classifier.network, record.classifier.steps) == ("cnn", "filters", 150)
+    found = record.training_sets
+    accuracy = found["real"].accuracy_in_distribution.value
+    assert accuracy is not None
+    assert accuracy > 0.5
+    assert found["medi"].repeats == 1
+    assert result.headline.accuracy_shift["medi"] == found["medi"].accuracy_shift.value
+    assert record.not_converged == []

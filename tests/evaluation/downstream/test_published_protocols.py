@@ -7,18 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_world import SCHEMA, SIZE, World, evaluated, filters, synthetic_patches
+from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 
+from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream import published_protocols
-from latent_medi.evaluation.downstream.classifiers import Learned
+from latent_medi.evaluation.downstream.classifiers import Prediction
+from latent_medi.evaluation.downstream.records import ClassifierRecord
 from latent_medi.evaluation.downstream.stage import check_downstream
-from latent_medi.evaluation.downstream.training_sets import Lesson
-from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings, MediProtocolSettings
+from latent_medi.evaluation.downstream.training_sets import TrainingSet
+from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.settings import EvaluateSettings, HistoDiffusionProtocolSettings, MediProtocolSettings
 from latent_medi.shards.writing.writer import write_dataset
 
 
@@ -35,21 +38,20 @@ def _features(study: Study, seed: int = 0) -> tuple[np.ndarray, dict[str, np.nda
 
 
 def test_mean_and_standard_error_by_hand() -> None:
-    found = published_protocols.mean_and_sem([0.5, 0.6, 1.0])
-    assert found["mean"] == pytest.approx(0.7)
-    assert found["sem"] == pytest.approx(np.sqrt((0.04 + 0.01 + 0.09) / 2) / np.sqrt(3))
-    assert published_protocols.mean_and_sem([0.5])["sem"] is None
+    found = published_protocols.mean_over_seeds([0.5, 0.6, 1.0])
+    assert found.mean == pytest.approx(0.7)
+    assert found.sem == pytest.approx(np.sqrt((0.04 + 0.01 + 0.09) / 2) / np.sqrt(3))
+    assert published_protocols.mean_over_seeds([0.5]).sem is None
 
 
 def test_scores_by_hand() -> None:
     truth = np.array(["a", "a", "a", "b", "b", "c"])
     found = np.array(["a", "a", "b", "b", "c", "c"])
-    scores = published_protocols.classification_scores(truth, found)
-    assert scores["accuracy"] == pytest.approx(4 / 6)
-    assert scores["sensitivity"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
-    assert scores["specificity"] == pytest.approx((3 / 3 + 3 / 4 + 4 / 5) / 3)
-    f1 = [2 * 1 * (2 / 3) / (1 + 2 / 3), 0.5, 2 * 0.5 / 1.5]
-    assert scores["f1"] == pytest.approx(np.mean(f1))
+    accuracy, f1, sensitivity, specificity = published_protocols.macro_scores(truth, found)
+    assert accuracy == pytest.approx(4 / 6)
+    assert sensitivity == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert specificity == pytest.approx((3 / 3 + 3 / 4 + 4 / 5) / 3)
+    assert f1 == pytest.approx(np.mean([2 * 1 * (2 / 3) / (1 + 2 / 3), 0.5, 2 * 0.5 / 1.5]))
 
 
 def test_medi_protocol_takes_what_it_says(world: World) -> None:
@@ -69,49 +71,45 @@ def test_medi_protocol_takes_what_it_says(world: World) -> None:
 
     real, arms = _features(study)
     settings = MediProtocolSettings(ratios=[0.0, 0.5], max_real=[9], sites=[2, 0], seeds=2)
-    record = published_protocols.medi_protocol(study, real, arms, settings)
-    assert [(r["arm"], r["sites"], r["ratio"]) for r in record["rows"]] == [
+    record = published_protocols.medi_protocol(study, "f", real, arms, settings)
+    assert [(r.training_set, r.sites, r.ratio) for r in record.rows] == [
         (arm, k, ratio) for k in (2, 3) for arm, ratio in (("real", 0.0), ("medi", 0.5), ("cls", 0.5))
     ]
-    assert record["not_converged"] == 0
-    assert record["test"]["n_patches"] == len(study.test)
-    for row in record["rows"]:
-        assert row["n_synthetic"] == [int(row["ratio"] * n) for n in row["n_real"]]
+    assert record.not_converged == 0
+    assert record.test.n_patches == len(study.test)
+    for row in record.rows:
+        assert row.n_synthetic == [int(row.ratio * n) for n in row.n_real]
 
     # One number by hand: two sites, seed 1, no synthetic patch.
     rows = published_protocols.medi_real(study, 2, 9, 1)
     model = LogisticRegression(class_weight="balanced", max_iter=5000).fit(real[rows], labels[rows])
     found, truth = model.predict(real[study.test]), labels[study.test]
-    here = record["rows"][0]
-    assert here["balanced_accuracy"]["by_seed"][1] == pytest.approx(balanced_accuracy_score(truth, found))
-    assert here["mcc"]["by_seed"][1] == pytest.approx(matthews_corrcoef(truth, found))
+    here = record.rows[0]
+    assert here.balanced_accuracy.by_seed[1] == pytest.approx(balanced_accuracy_score(truth, found))
+    assert here.mcc.by_seed[1] == pytest.approx(matthews_corrcoef(truth, found))
     by_site = [
         balanced_accuracy_score(truth[sites[study.test] == s], found[sites[study.test] == s]) for s in np.unique(sites)
     ]
-    assert here["site_averaged_balanced_accuracy"]["by_seed"][1] == pytest.approx(np.mean(by_site))
+    assert here.site_averaged_balanced_accuracy.by_seed[1] == pytest.approx(np.mean(by_site))
 
     with pytest.raises(UserError, match="asks for 9 sites; training has 3"):
-        published_protocols.medi_protocol(study, real, arms, MediProtocolSettings(sites=[9]))
-    with pytest.raises(UserError, match="seeds must be 1 or more"):
-        published_protocols.medi_protocol(study, real, arms, MediProtocolSettings(seeds=0))
-    with pytest.raises(UserError, match="negative"):
-        published_protocols.medi_protocol(study, real, arms, MediProtocolSettings(ratios=[-0.5]))
+        published_protocols.medi_protocol(study, "f", real, arms, MediProtocolSettings(sites=[9]))
 
 
 class Keeping:
-    """A learner that keeps its lessons and answers the first class."""
+    """A classifier that keeps its training sets and predicts the first class."""
 
     random = False
+    record = ClassifierRecord("linear")
 
     def __init__(self, study: Study) -> None:
-        self.about: dict[str, Any] = {"classifier": "none"}
-        self.lessons: list[Lesson] = []
+        self.training_sets: list[TrainingSet] = []
         self.study = study
 
-    def learn(self, lesson: Lesson, seed: int) -> Learned:
-        self.lessons.append(lesson)
+    def fit_predict(self, training_set: TrainingSet, seed: int) -> Prediction:
+        self.training_sets.append(training_set)
         n, k = len(self.study.test), len(self.study.classes)
-        return Learned(np.full(n, self.study.classes[0]), np.full((n, k), 1 / k), True)
+        return Prediction(np.full(n, self.study.classes[0]), np.full((n, k), 1 / k), True)
 
 
 def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> None:
@@ -123,19 +121,19 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
     made.add_selection("best", {"": chosen, "_control": control, "_score": score}, {}, {})
     study = open_study(world.settings("histo", synthetic={"medi": str(tmp_path / "made")}))
     real, arms = _features(study)
-    learner = Keeping(study)
+    classifier = Keeping(study)
     settings = HistoDiffusionProtocolSettings(percent=[50.0, 900.0], seeds=2)
-    record = published_protocols.histodiffusion_protocol(study, real, arms, settings, learner)
-    assert [(r["arm"], r["choice"], r["percent"]) for r in record["rows"]] == [
-        ("real", "none", 0.0), ("medi", "selected", 50.0), ("medi", "random", 50.0),
-        ("medi", "selected", 900.0), ("medi", "random", 900.0),
-    ]  # fmt: skip
-    # One lesson for what has no chance in it, one per seed for a random draw.
-    assert len(learner.lessons) == 1 + 1 + 2 + 1 + 2
+    record = published_protocols.histodiffusion_protocol(study, "f", real, arms, settings, classifier)
+    assert [(r.training_set, r.choice, r.percent) for r in record.rows] == [
+        ("real", "none", 0.0),
+        *[("medi", choice, percent) for percent in (50.0, 900.0) for choice in ("selected", "random")],
+    ]
+    # One training set where nothing is random, one per seed where patches are drawn.
+    assert len(classifier.training_sets) == 1 + 1 + 2 + 1 + 2
     labels = study.index["class"].to_numpy(str)[study.train]
     classes = made.index["class"].to_numpy(str)
     counts = {v: int((labels == v).sum()) for v in study.classes}
-    added = [np.rint(lesson.features[len(labels) :, 3] * 1e9).astype(int) for lesson in learner.lessons]
+    added = [np.rint(s.features[len(labels) :, 3] * 1e9).astype(int) for s in classifier.training_sets]
     for value in study.classes:
         order = [r for r in np.argsort(score) if chosen[r] and classes[r] == value]
         mine = [r for r in added[1] if classes[r] == value]
@@ -147,36 +145,51 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
         assert len(set(rows)) == len(rows)
     assert len(added[2]) == sum(n // 2 for n in counts.values())
     assert not np.array_equal(added[2], added[3])
-    assert record["rows"][3]["n_synthetic"] == int(chosen.sum())
-    assert record["rows"][0]["accuracy"]["mean"] == pytest.approx(1 / 3)
+    assert record.rows[3].n_synthetic == int(chosen.sum())
+    assert record.rows[0].accuracy.mean == pytest.approx(1 / 3)
 
     with pytest.raises(UserError, match="no selection 'bets'; closest: 'best'"):
         published_protocols.histodiffusion_protocol(
-            study, real, arms, HistoDiffusionProtocolSettings(selection="bets"), learner
+            study, "f", real, arms, HistoDiffusionProtocolSettings(selection="bets"), classifier
         )
     plain = open_study(world.settings("histo"))
     with pytest.raises(UserError, match="latent-medi select"):
-        published_protocols.histodiffusion_protocol(plain, real, _features(plain)[1], settings, learner)
+        published_protocols.histodiffusion_protocol(plain, "f", real, _features(plain)[1], settings, classifier)
 
 
 def test_a_protocol_is_one_setting(world: World) -> None:
+    sizes = MediProtocolSettings(ratios=[0.0, 1.0], max_real=[20], sites=[0], seeds=2)
     settings = world.settings(
-        "protocol", downstream=False, downstream_protocol="medi", resamples=20,
-        medi_protocol=MediProtocolSettings(ratios=[0.0, 1.0], max_real=[20], sites=[0], seeds=2),
-    )  # fmt: skip
-    result = evaluated(settings, [filters()])
-    assert set(result["protocols"]) == {"medi"}
-    rows = result["protocols"]["medi"]["filters"]["rows"]
-    assert [r["arm"] for r in rows] == ["real", "medi", "cls"]
-    assert 0 <= rows[1]["balanced_accuracy"]["mean"] <= 1
-    assert result["downstream"] == {}
-    for match, changes in (
-        ("downstream_protocol is 'mdi'; closest: 'medi'", {"downstream_protocol": "mdi"}),
-        ("classifier is 'cn'", {"classifier": "cn"}),
-        ("regularisation is -1", {"regularisation": -1.0}),
-        ("repeats is 0", {"repeats": 0}),
-        ("stain_jitter is 1.5", {"stain_jitter": 1.5}),
-        ("Leave `selected` out", {"downstream_protocol": "histodiffusion", "selected": {"medi": "x"}}),
-    ):
-        with pytest.raises(UserError, match=match):
-            check_downstream(world.settings("wrong", **changes))
+        "protocol", downstream=False, downstream_protocol="medi", resamples=20, medi_protocol=sizes
+    )
+    result = evaluate(settings, [filters()])
+    rows = result.protocols.medi["filters"].rows
+    assert [r.training_set for r in rows] == ["real", "medi", "cls"]
+    assert 0 <= rows[1].balanced_accuracy.mean <= 1
+    assert result.downstream == {}
+    assert result.protocols.histodiffusion == {}
+    with pytest.raises(UserError, match="`selected`"):
+        check_downstream(world.settings("wrong", downstream_protocol="histodiffusion", selected={"medi": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"downstream_protocol": "mdi"}, "medi"),
+        ({"protocol": "papre"}, "paper"),
+        ({"classifier": "probe"}, "linear"),
+        ({"downstream_arms": ["real"]}, "training_sets"),
+        ({"deals": 20}, "real_splits"),
+        ({"cells": []}, "by_fields"),
+        ({"added_per_cell": 3}, "added_per_combination"),
+        ({"regularisation": -1.0}, "regularisation"),
+        ({"repeats": 0}, "repeats"),
+        ({"stain_jitter": 1.5}, "stain_jitter"),
+        ({"medi_protocol": {"seeds": 0}}, "seeds"),
+        ({"medi_protocol": {"ratios": [-0.5]}}, "ratios"),
+        ({"histodiffusion_protocol": {"percent": [-1.0]}}, "percent"),
+    ],
+)
+def test_values_and_names_that_are_unknown_are_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        config.build(EvaluateSettings, values)

@@ -1,20 +1,25 @@
-"""The cheap rivals: jittered stain, the most similar site, and what no arm may see."""
+"""The baselines: changed stain, the most similar site; and patches that no training set may have."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_world import World
+from evaluation_world import World, filters
 
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.open_study import open_study
-from latent_medi.evaluation.downstream import baselines
-from latent_medi.evaluation.downstream.classifiers import Learned
-from latent_medi.evaluation.downstream.compare import compare
-from latent_medi.evaluation.downstream.training_sets import Drawer, make_plan
+from latent_medi.evaluation.cohort.roles import Roles, synthetic_roles
+from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.downstream import baselines, registry
+from latent_medi.evaluation.downstream.classifiers import Prediction
+from latent_medi.evaluation.downstream.compare import choose, compare
+from latent_medi.evaluation.downstream.records import ClassifierRecord
+from latent_medi.evaluation.downstream.registry import TrainingSetKind, entries, plan_additions
+from latent_medi.evaluation.downstream.training_sets import Add, Drawn, Request, Sources, TrainingSet
+from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.summary import headline_json, verdict
 from latent_medi.features.stain import STAINS, jitter_stains
 
 
@@ -37,13 +42,13 @@ def test_jittered_stain_stays_in_its_range() -> None:
 
 def test_stain_augmentation_takes_training_patches_of_the_class(world: World) -> None:
     study = open_study(world.settings("augment"))
-    made = baselines.stain_augmentation(study, {"class": "stripes", "site": "south"}, 20, 0, 0.2)
-    assert made is not None
-    table = study.index.iloc[made.rows]
+    derived = baselines.stain_augmentation(study, {"class": "stripes", "site": "south"}, 20, 0, 0.2)
+    assert derived is not None
+    table = study.index.iloc[derived.rows]
     assert set(table["class"]) == {"stripes"}
     assert dict(table["site"].value_counts()) == {"east": 10, "north": 10}
-    assert set(made.rows) <= set(study.train)
-    assert made.images["jitter"].shape == (20, 32, 32, 3)
+    assert set(derived.rows) <= set(study.train)
+    assert derived.images["jitter"].shape == (20, 32, 32, 3)
 
 
 def test_nearest_site_by_hand(world: World) -> None:
@@ -55,64 +60,133 @@ def test_nearest_site_by_hand(world: World) -> None:
     features[sites == "east"] = 1.5
     features[sites == "north"] = 3.0
     features[(sites == "east") & (classes == "stripes")] = 90.0  # south has no stripes in training
-    cells = [{"class": "stripes", "site": "south"}, {"class": "stripes", "preparation": "frozen"}]
-    assert baselines.nearest_sites(study, cells, features) == ["east", None]
+    combinations = [{"class": "stripes", "site": "south"}, {"class": "stripes", "preparation": "frozen"}]
+    assert baselines.nearest_sites(study, combinations, features) == ["east", None]
     features[sites == "north"] = 1.2
-    assert baselines.nearest_sites(study, cells[:1], features) == ["north"]
-    rows = baselines.alike_sources(study, {"class": "blobs", "site": "south", "preparation": "frozen"}, "north")
+    assert baselines.nearest_sites(study, combinations[:1], features) == ["north"]
+    rows = baselines.sources_of_class(study, {"class": "blobs", "site": "south", "preparation": "frozen"}, "north")
     table = study.index.iloc[rows]
     assert set(table["site"]) == {"north"}
     assert set(table["preparation"]) == {"frozen"}
 
 
-class Listening:
-    """A learner that keeps what it was given."""
+class Keeping:
+    """A classifier that keeps the features that it is trained on."""
 
     random = False
+    record = ClassifierRecord("linear")
 
     def __init__(self, n_test: int) -> None:
-        self.about: dict[str, Any] = {"classifier": "none"}
         self.seen: list[np.ndarray] = []
         self.n_test = n_test
 
-    def learn(self, lesson: Any, seed: int) -> Learned:
-        self.seen += [lesson.features, *([lesson.first[0]] if lesson.first else [])]
-        return Learned(np.full(self.n_test, "blobs"), np.full((self.n_test, 3), 1 / 3), True)
+    def fit_predict(self, training_set: TrainingSet, seed: int) -> Prediction:
+        self.seen.append(training_set.features)
+        if training_set.pretraining:
+            self.seen.append(training_set.pretraining[0])
+        return Prediction(np.full(self.n_test, "blobs"), np.full((self.n_test, 3), 1 / 3), True)
 
 
-def test_no_test_patient_is_ever_learnt_from(world: World) -> None:
-    """Real rows carry their number as the feature, whatever else an arm trains on a negative one."""
+def numbered(study: Study) -> Sources:
+    """Sources whose feature is the row's number for real rows, and negative for all others."""
+    additions = plan_additions(study, 0, 0, 0.2)
+    derived = additions.derived_features(lambda images: np.full((len(images), 1), -1.0))
+    synthetic = {s.name: np.full((len(s.index), 1), -1.0) for s in study.synthetic.values()}
+    real = np.arange(len(study.index), dtype=float)[:, None]
+    sites = baselines.nearest_sites(study, additions.combinations, real)
+    return Sources(study, additions, real, synthetic, derived, sites)
+
+
+def test_no_test_patient_is_ever_trained_on(world: World) -> None:
     study = open_study(world.settings("leak"))
-    plan = make_plan(study, 0, 0)
-    made = plan.made(lambda images: np.full((len(images), 1), -1.0))
-    arms = {a.name: np.full((len(a.index), 1), -1.0) for a in study.synthetic.values()}
-    drawer = Drawer(study, plan, np.arange(len(study.index), dtype=float)[:, None], arms, made)
-    learner = Listening(len(study.test))
-    record, table = compare(study, drawer, learner, 2, 20, 0)
-    assert set(record["arms"]) == set(drawer.variants())
-    rows = np.unique(np.concatenate([s[:, 0] for s in learner.seen])).astype(int)
+    sources = numbered(study)
+    classifier = Keeping(len(study.test))
+    record, table = compare(sources, classifier, "f", 2, 20, 0)
+    assert set(record.training_sets) == set(choose(sources, [])[0])
+    rows = np.unique(np.concatenate([s[:, 0] for s in classifier.seen])).astype(int)
     rows = rows[rows >= 0]
     assert len(rows) > len(study.train)
     assert not set(study.patients[rows]) & set(study.patients[study.test])
-    # The patches that rivals made of real ones come from training patients too.
-    sources = np.concatenate([t.rows for t in (*plan.transferred, *plan.augmented) if t])
-    assert set(sources) <= set(study.train)
+    # Derived patches come from training patients too.
+    found = [part for parts in sources.additions.derived.values() for part in parts if part]
+    assert set(np.concatenate([part.rows for part in found])) <= set(study.train)
     assert len(table) == len(study.test)
 
-    only, _ = compare(study, drawer, learner, 1, 20, 0, ["real", "medi"])
-    assert set(only["arms"]) == {"real", "medi"}
-    with pytest.raises(UserError, match="no downstream arm 'meddi'; closest: 'medi'"):
-        compare(study, drawer, learner, 1, 20, 0, ["meddi"])
-    with pytest.raises(UserError, match="cannot take part: no patch with jittered stain"):
-        compare(study, Drawer(study, plan, drawer.real, arms, {}), learner, 1, 20, 0, ["stain_augmentation"])
+    only, _ = compare(sources, classifier, "f", 1, 20, 0, ["real", "medi"])
+    assert set(only.training_sets) == {"real", "medi"}
+    with pytest.raises(UserError, match="'meddi'; closest: 'medi'"):
+        compare(sources, classifier, "f", 1, 20, 0, ["meddi"])
+    alone = replace(sources, study=replace(study, oracle_reason="nobody is left"))
+    with pytest.raises(UserError, match="'oracle' cannot be built: nobody is left"):
+        compare(alone, classifier, "f", 1, 20, 0, ["oracle"])
 
 
-def test_an_arm_without_a_class_cannot_stand_alone(world: World) -> None:
+def test_a_synthetic_set_without_a_class_cannot_be_the_only_source(world: World) -> None:
     study = open_study(world.settings("lacking"))
     medi = study.synthetic["medi"]
     kept = medi.rows[medi.index["class"].to_numpy(str) != "blobs"]
     study.synthetic["medi"] = replace(medi, rows=kept)
     study.held_out[:] = [{"class": "stripes", "site": "south"}]
-    plan = make_plan(study, 0, 0)
-    assert plan.unavailable["synthetic_only_medi"] == "medi has no sample of blobs"
-    assert "medi" not in plan.unavailable
+    chosen, reasons = choose(numbered(study), [])
+    assert reasons["synthetic_only_medi"] == "medi has no sample of blobs"
+    assert "medi" in chosen
+
+
+def first_of_class(sources: Sources, request: Request) -> Drawn:
+    """A baseline that repeats the first training patch of the class."""
+    own = np.flatnonzero(sources.labels == request.combination["class"])
+    return sources.real, np.repeat(sources.study.train[own[:1]], request.n)
+
+
+def test_a_new_baseline_is_one_entry_and_one_function(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = TrainingSetKind("first_patch", "baseline", "first patch", {"first_patch": Add(first_of_class)})
+    monkeypatch.setattr(registry, "KINDS", [*registry.KINDS, kind])
+    assert "first_patch" in entries(["medi"])
+    assert registry.label_of("first_patch") == "first patch"
+    assert ("medi", "first_patch") in registry.comparisons(synthetic_roles(["medi"]))
+    result = evaluate(world.settings("new", training_sets=["real", "first_patch", "medi"], repeats=1), [filters()])
+    downstream = result.downstream["filters"]
+    found = downstream.training_sets["first_patch"]
+    assert found.role == "baseline"
+    assert found.distinct_added == [1, 1, 1]
+    assert downstream.differences["medi"]["first_patch"].accuracy_shift.value is not None
+    assert "first_patch" in result.headline.further
+    worse = replace(result.headline, accuracy_shift={"medi": 0.0})
+    assert "first patch does at least as well" in verdict(worse)
+
+
+def test_roles_follow_the_setting_then_the_names_then_the_order() -> None:
+    assert synthetic_roles(["a", "b", "c"], "b") == Roles("b", ("a", "c"))
+    assert synthetic_roles(["b", "cls", "medi"]) == Roles("medi", ("cls", "b"))
+    assert synthetic_roles(["b", "a"]) == Roles("b", ("a",))
+
+
+def test_sets_of_other_names_give_the_same_numbers_and_a_verdict(world: World) -> None:
+    known = evaluate(world.settings("known", repeats=1), [filters()])
+    synthetic = {"ours": str(world.medi), "theirs": str(world.cls)}
+    result = evaluate(world.settings("others", repeats=1, synthetic=synthetic, candidate="ours"), [filters()])
+    names = {"medi": "ours", "cls": "theirs"}
+
+    def renamed(name: str) -> str:
+        for old, new in names.items():
+            name = new if name == old else name.replace(f"_{old}", f"_{new}")
+        return name
+
+    before, after = known.downstream["filters"], result.downstream["filters"]
+    assert set(after.training_sets) == set(map(renamed, before.training_sets))
+    for name, found in before.training_sets.items():
+        other = after.training_sets[renamed(name)]
+        assert other.accuracy_shift == found.accuracy_shift
+        assert other.role == found.role
+    for first, row in before.differences.items():
+        for second, difference in row.items():
+            assert after.differences[renamed(first)][renamed(second)] == difference
+    a, b = known.headline, result.headline
+    assert (b.candidate, b.baseline) == ("ours", "theirs")
+    assert (b.fd_unseen, b.fd_per_class, b.recovery_site) == (a.fd_unseen, a.fd_per_class, a.recovery_site)
+    assert result.verdict == known.verdict.replace("MeDi", "ours")
+    content = headline_json(b)
+    assert list(content["fd_unseen"])[:4] == ["ours", "theirs", "floor", "ratio"]
+    assert content["accuracy_shift"]["ours"] == headline_json(a)["accuracy_shift"]["medi"]
+    with pytest.raises(UserError, match="candidate is 'our'"):
+        open_study(world.settings("wrong", candidate="our"))

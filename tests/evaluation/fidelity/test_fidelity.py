@@ -86,7 +86,7 @@ def test_a_generator_without_the_site_is_no_better_than_class_alone(world: World
     changed = world.settings("wrong", synthetic={"medi": str(folder), "cls": str(world.cls)}, downstream=False)
     result = evaluated(changed, [filters()])
     assert result["fidelity"]["filters"]["unseen"]["ratio"]["value"] > 0.7
-    assert result["headline"]["recovery_unseen"]["site"] < 0.1
+    assert result["headline"]["recovery_site"]["found"] < 0.1
     assert result["downstream"] == {}
     assert "cannot be said" in result["verdict"]
 

@@ -136,7 +136,7 @@ def test_the_gate_fails_the_command_and_keeps_the_metrics(
         evaluate(replace(settings, max_copy_rate=0.09), [filters()])
     with pytest.raises(UserError, match="memorisation=false finds no copies"):
         evaluate(replace(settings, max_copy_rate=0.09, memorisation=False), [filters()])
-    with pytest.raises(UserError, match=r"max_copy_rate is 1\.5"):
+    with pytest.raises(UserError, match="max_copy_rate"):
         evaluate(replace(settings, max_copy_rate=1.5), [filters()])
     out = tmp_path / "out"
     words = ["evaluate", f"real={world.real}", f"synthetic.medi={thief}", f"out={out}", "encoders=[demo]"]

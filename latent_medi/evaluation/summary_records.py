@@ -1,0 +1,110 @@
+"""The summary of an evaluation, as ``metrics.json`` holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from latent_medi.statistics.bootstrap import Interval
+
+
+@dataclass(frozen=True)
+class SummaryDistances:
+    """Distances to real test patches. What is not available is null.
+
+    Args:
+        candidate: The candidate's.
+        baseline: The first synthetic baseline's.
+        real: Distance between real patients.
+        ratio: (candidate − real) / (baseline − real).
+        metric: "fd", or "kid" where there are too few samples.
+        left_out: Why a combination, or a set in it, is not compared, by the combination's name.
+    """
+
+    candidate: float | None
+    baseline: float | None
+    real: float | None
+    ratio: float | None
+    metric: str | None
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SummaryDifference:
+    """Difference in accuracy under shift, candidate − another training set.
+
+    Args:
+        value: The difference; null if either is missing.
+        interval: Its 95 % interval over patients.
+    """
+
+    value: float | None
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class FurtherTrainingSet:
+    """A training set without a column of its own in the summary.
+
+    Args:
+        accuracy_shift, accuracy_unseen: Its accuracies.
+        difference: Of the candidate from it.
+    """
+
+    accuracy_shift: float | None
+    accuracy_unseen: float | None
+    difference: SummaryDifference
+
+
+@dataclass(frozen=True)
+class SummaryRecovery:
+    """How often the requested value is found in the candidate's samples of unseen combinations.
+
+    Args:
+        found: Share of the samples, 0 to 1.
+        real: The same in real test patches of these combinations.
+    """
+
+    found: float | None
+    real: float | None
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The few numbers that matter, with the first encoder.
+
+    Args:
+        candidate: Name of the synthetic set that the verdict is about.
+        baseline: Name of the synthetic set that ratios are taken to.
+        fd_unseen: Distances over unseen combinations.
+        fd_unseen_colour_free: The same with the colour-free encoder.
+        fd_per_class: Distances over classes.
+        accuracy_shift, accuracy_in_distribution, accuracy_seen, accuracy_unseen: Accuracies by training set.
+        accuracy_shift_difference: Differences of the candidate from the baselines.
+        further: Other training sets.
+        recovery_site, recovery_class: Recovery of the requested site and class.
+        n_test_patches, n_test_patients: What the accuracy under shift rests on; null without a comparison.
+        encoder: Name of the encoder.
+        classifier: The downstream classifier in words.
+        seconds: Duration by stage.
+        warnings: What the verdict must not be read without.
+    """
+
+    candidate: str
+    baseline: str
+    fd_unseen: SummaryDistances
+    fd_unseen_colour_free: SummaryDistances
+    fd_per_class: SummaryDistances
+    accuracy_shift: dict[str, float | None]
+    accuracy_in_distribution: dict[str, float | None]
+    accuracy_seen: dict[str, float | None]
+    accuracy_unseen: dict[str, float | None]
+    accuracy_shift_difference: dict[str, SummaryDifference]
+    further: dict[str, FurtherTrainingSet]
+    recovery_site: SummaryRecovery
+    recovery_class: SummaryRecovery
+    n_test_patches: int | None
+    n_test_patients: int | None
+    encoder: str
+    classifier: str
+    seconds: dict[str, float]
+    warnings: list[str]
