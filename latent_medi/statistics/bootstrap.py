@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from scipy import stats
-
-from latent_medi.core.records import encode
 
 MIN_PATIENTS = 10
 """Below this many patients an interval is "not estimable"."""
@@ -129,12 +127,6 @@ def estimate(
     return Estimate(value, int(n_patches), int(n_patients), bounds, smallest, None, reason)
 
 
-def measure(*args: Any, **options: Any) -> dict[str, Any]:
-    """:func:`estimate` as a mapping, with further entries."""
-    known = {name: options.pop(name) for name in estimate.__annotations__ if name in options}
-    return encode(estimate(*args, **known)) | options
-
-
 def share_of_samples(hits: int, n: int, scale: float = 1.0) -> Estimate:
     """The share of ``n`` synthetic samples that ``hits`` of them are, times ``scale``, with Wilson's interval: samples
     are independent draws and have no patients.
@@ -217,8 +209,3 @@ class PatientTable:
         point, draws = float(self.mean(values)[0]), self.mean(values, weights)
         smallest = self.smallest_class
         return estimate(point, self.n_patches, self.n_patients, draws, smallest_group=smallest, rate=rate)
-
-    def measure(self, values: np.ndarray, weights: np.ndarray, rate: bool = False) -> dict[str, Any]:
-        """:meth:`estimate` as a mapping."""
-        found: dict[str, Any] = encode(self.estimate(values, weights, rate))
-        return found

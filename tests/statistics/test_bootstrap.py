@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from latent_medi.statistics.bootstrap import NOT_ESTIMABLE, PatientResamples, PatientTable, interval, measure, wilson
+from latent_medi.statistics.bootstrap import (
+    NOT_ESTIMABLE,
+    Estimate,
+    PatientResamples,
+    PatientTable,
+    estimate,
+    interval,
+    wilson,
+)
 
 
 def test_balanced_mean_by_hand() -> None:
@@ -25,11 +33,11 @@ def test_balanced_mean_by_hand() -> None:
 
 def test_fewer_than_ten_patients_is_not_estimable() -> None:
     draws = np.random.default_rng(0).normal(0.5, 0.1, 500)
-    assert measure(0.5, 90, 9, draws)["interval"] == NOT_ESTIMABLE
-    low, high = measure(0.5, 90, 10, draws)["interval"]
+    assert estimate(0.5, 90, 9, draws).interval == NOT_ESTIMABLE
+    low, high = estimate(0.5, 90, 10, draws).interval
     assert low == pytest.approx(0.5 - 1.96 * 0.1, abs=0.03)
     assert high == pytest.approx(0.5 + 1.96 * 0.1, abs=0.03)
-    assert measure(float("nan"), 3, 30, draws) == {"value": None, "n_patches": 3, "n_patients": 30, "interval": None}
+    assert estimate(float("nan"), 3, 30, draws) == Estimate(None, 3, 30, None)
 
 
 def test_recentred_interval_removes_the_bias_of_resampling() -> None:
@@ -63,10 +71,10 @@ def test_a_mean_over_classes_is_as_sure_as_its_smallest_class() -> None:
         patients = np.arange(30 + few)
         table = PatientTable(classes, patients, np.full(30 + few, True), 2, 30 + few)
         right = np.random.default_rng(0).integers(0, 2, 30 + few).astype(float)
-        record = table.measure(right, PatientResamples(patients.astype(str), 200, 0).weights)
-        assert record["smallest_group"] == few
-        assert record["n_patients"] == 30 + few
-        assert isinstance(record["interval"], list) is known
+        record = table.estimate(right, PatientResamples(patients.astype(str), 200, 0).weights)
+        assert record.smallest_group == few
+        assert record.n_patients == 30 + few
+        assert isinstance(record.interval, tuple) is known
 
 
 def test_a_share_that_all_patients_agree_on_is_not_certain() -> None:
@@ -75,18 +83,18 @@ def test_a_share_that_all_patients_agree_on_is_not_certain() -> None:
     table = PatientTable(np.zeros(12, int), patients, np.full(12, True), 1, 12)
     weights = PatientResamples(patients.astype(str), 200, 0).weights
     for value in (0.0, 1.0):
-        record = table.measure(np.full(12, value), weights, rate=True)
-        assert record["interval"] == pytest.approx(wilson(round(12 * value), 12))
+        record = table.estimate(np.full(12, value), weights, rate=True)
+        assert record.interval == pytest.approx(wilson(round(12 * value), 12))
     # A difference of nothing is no share.
-    assert table.measure(np.zeros(12), weights)["interval"] == [0.0, 0.0]
+    assert table.estimate(np.zeros(12), weights).interval == (0.0, 0.0)
 
 
 def test_no_bound_lies_where_the_quantity_cannot() -> None:
     draws = np.random.default_rng(0).normal(0.9, 0.1, 400)
-    record = measure(0.98, 100, 30, draws, recentre=True, lowest=0.0, highest=1.0)
-    assert record["interval"][1] == 1.0
-    assert record["interval"][0] < 0.9
-    assert measure(0.01, 100, 30, draws - 0.8, lowest=0.0)["interval"][0] == 0.0
+    record = estimate(0.98, 100, 30, draws, recentre=True, lowest=0.0, highest=1.0)
+    assert record.interval[1] == 1.0
+    assert record.interval[0] < 0.9
+    assert estimate(0.01, 100, 30, draws - 0.8, lowest=0.0).interval[0] == 0.0
 
 
 def test_resamples_that_are_mostly_lost_give_no_interval() -> None:
