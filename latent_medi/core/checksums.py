@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 
 from latent_medi.core.errors import UserError
-from latent_medi.core.files import atomic_path, read_sealed, sha256_file, write_sealed
+from latent_medi.core.files import JsonObject, atomic_path, read_sealed, sha256_file, write_sealed
 from latent_medi.core.progress import get_logger
 
 log = get_logger(__name__)
@@ -46,7 +46,7 @@ def inside(folder: Path, name: Any, named_in: Path) -> Path:
     return folder.joinpath(*parts)
 
 
-def read_result(path: Path, remedy: str) -> dict[str, Any]:
+def read_result(path: Path, remedy: str) -> JsonObject:
     """Read a JSON object of :func:`~latent_medi.core.files.write_sealed`; warn once if it has no checksum.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
 
 BAD_INPUT = 2
 """Exit code of a command that refuses its input."""
@@ -41,7 +40,7 @@ class Incomplete(Exception):
         result: The command's result for the rest.
     """
 
-    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+    def __init__(self, message: str, result: dict[str, object] | None = None) -> None:
         super().__init__(message)
         self.result = result or {}
 

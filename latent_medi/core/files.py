@@ -23,6 +23,9 @@ from latent_medi.core.errors import UserError
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a full disk or an exhausted quota."""
 
+JsonObject = dict[str, Any]
+"""A JSON object as read; :mod:`latent_medi.core.json_types` and :mod:`latent_medi.core.records` check its content."""
+
 SEAL = "seal"
 """Key of a JSON object that holds the checksum of all other entries."""
 
@@ -311,7 +314,7 @@ def read_json(path: str | Path) -> Any:
         ) from None
 
 
-def read_object(path: str | Path) -> dict[str, Any]:
+def read_object(path: str | Path) -> JsonObject:
     """Read a JSON file that holds an object.
 
     Raises:
@@ -346,7 +349,7 @@ def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**content, SEAL: _seal(content)})
 
 
-def read_sealed(path: str | Path, remedy: str) -> tuple[dict[str, Any], bool]:
+def read_sealed(path: str | Path, remedy: str) -> tuple[JsonObject, bool]:
     """Read a JSON object written by :func:`write_sealed`, and check its checksum.
 
     Args:

@@ -49,7 +49,7 @@ def check_config(config: Path, network: type, remedy: str) -> None:
         UserError: Names the entry; or the file is no JSON object.
     """
     check_sizes(config, remedy)
-    pattern: dict[str, Any] = {}
+    pattern: dict[str, object] = {}
     for name, parameter in inspect.signature(network).parameters.items():
         default, annotation = parameter.default, parameter.annotation
         kind = annotation if annotation in _NAMES else next((k for k in _NAMES if k.__name__ == annotation), None)

@@ -7,6 +7,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -54,13 +55,13 @@ class Range:
         return " and ".join(filter(None, (low, high))) or "that is finite"
 
 
-def hints(settings_class: type) -> dict[str, Any]:
+def hints(settings_class: type) -> Mapping[str, Any]:
     """Annotation of each setting, with its marks."""
     return _hints(settings_class)
 
 
 @cache
-def _hints(settings_class: Any) -> dict[str, Any]:
+def _hints(settings_class: Any) -> Mapping[str, Any]:
     annotations = typing.get_type_hints(settings_class, include_extras=True)
     return {field.name: annotations[field.name] for field in dataclasses.fields(settings_class)}
 

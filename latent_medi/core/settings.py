@@ -29,6 +29,16 @@ from typing import Annotated
 from latent_medi.core.kinds import Range
 from latent_medi.core.typed import check
 
+__all__ = [
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PositiveFloat",
+    "PositiveInt",
+    "Range",
+    "Settings",
+    "UnitInterval",
+]
+
 UnitInterval = Annotated[float, Range(0, 1)]
 NonNegativeFloat = Annotated[float, Range(0)]
 PositiveFloat = Annotated[float, Range(0, above=True)]

@@ -72,9 +72,9 @@ class _Reader:
             return [self.value(item, within) for item in node.value]
         return self._mapping(node, within)
 
-    def _mapping(self, node: yaml.Node, within: tuple[yaml.Node, ...]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        beneath: dict[str, Any] = {}
+    def _mapping(self, node: yaml.Node, within: tuple[yaml.Node, ...]) -> dict[str, object]:
+        found: dict[str, object] = {}
+        beneath: dict[str, object] = {}
         for key, value in node.value:
             if key.tag == _TAG + "merge":
                 given = self.value(value, within)
