@@ -87,8 +87,6 @@ def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch
     if not 0 <= low < high <= 1:
         raise UserError(f"guidance.interval must be a range of ᾱ within 0 and 1, not {low} to {high}.")
     order = guidance_order(settings, schema)
-    if not 0 <= settings.rescale <= 1:
-        raise UserError(f"guidance.rescale must be a share from 0 to 1, not {settings.rescale}.")
     whole = Branch(frozenset(order), 1.0)
     if settings.form == "none":
         if settings.scales or settings.scale != 1 or settings.rescale:
@@ -102,11 +100,9 @@ def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch
     if settings.form == "chain":
         steps = [1.0, *weights, 0.0]
         branches = [Branch(frozenset(order[:j]), steps[j] - steps[j + 1]) for j in range(len(order) + 1)]
-    elif settings.form == "margins":
+    else:
         branches = [Branch(frozenset(), 1.0 - sum(weights))]
         branches += [Branch(frozenset([name]), weight) for name, weight in zip(order, weights, strict=True)]
-    else:
-        raise UserError(f"There is no guidance form {settings.form!r}; there are none, chain and margins.")
     branches = [b for b in branches if b.weight != 0.0]
     if settings.rescale and branches != [whole] and all(b.fields != whole.fields for b in branches):
         branches.append(Branch(whole.fields, 0.0))  # rescaling needs its standard deviation

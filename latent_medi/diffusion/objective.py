@@ -24,12 +24,8 @@ def noise_schedule(settings: ObjectiveSettings) -> torch.Tensor:
         betas = torch.linspace(start, end, count, dtype=torch.float64)
     elif settings.schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-    elif settings.schedule == "squaredcos_cap_v2":
-        betas = betas_for_alpha_bar(count).double()
     else:
-        raise UserError(
-            f"There is no schedule {settings.schedule!r}; there are linear, scaled_linear and squaredcos_cap_v2."
-        )
+        betas = betas_for_alpha_bar(count).double()
     if settings.zero_terminal_snr:
         betas = rescale_zero_terminal_snr(betas)
     alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
@@ -159,17 +155,10 @@ def loss_weights(alphas_cumprod: torch.Tensor, settings: ObjectiveSettings) -> t
         weights = torch.ones_like(snr)
     elif settings.weighting == "min_snr_plus_one":
         weights = (snr.clamp(max=settings.gamma) + 1) / (snr + 1)
-    elif settings.weighting == "min_snr":
-        # min(snr, γ)/snr, in a form that allows snr = 0.
-        weights = (
-            (settings.gamma / snr).clamp(max=1.0)
-            if settings.prediction == "epsilon"
-            else snr.clamp(max=settings.gamma) / (snr + 1)
-        )
+    elif settings.prediction == "epsilon":
+        weights = (settings.gamma / snr).clamp(max=1.0)  # min(snr, γ)/snr, in a form that allows snr = 0
     else:
-        raise UserError(
-            f"There is no weighting {settings.weighting!r}; there are min_snr_plus_one, min_snr and uniform."
-        )
+        weights = snr.clamp(max=settings.gamma) / (snr + 1)
     return weights.float()
 
 

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
 
-from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.guidance import FieldGuidance, Guidance, check_guidance
@@ -80,15 +80,11 @@ def refusal(objective: ObjectiveSettings, sampler: SamplerSettings) -> str:
     Heun's correction is multiplied by the length of its first step in σ = √((1−ᾱ)/ᾱ), which is thousands if ᾱ ends near
     0. DDIM uses T // steps as the distance to the previous timestep, which is wrong unless steps divides T.
     """
-    if sampler.name not in _KINDS:
-        return f"there is no sampler {sampler.name!r}; {nearest(sampler.name, SAMPLERS)}"
     total, steps = objective.timesteps, sampler.steps
     if not 1 <= steps <= total:
         return f"steps must be between 1 and the {total} training timesteps, not {steps}"
     if sampler.eta and sampler.name != "ddim":
         return f"eta = {sampler.eta} needs ddim"
-    if not 0 <= sampler.eta <= 1:
-        return f"eta must be between 0 and 1, not {sampler.eta}"
     if objective.prediction == "epsilon":
         if objective.zero_terminal_snr:
             return "an ε prediction has no x₀ at a terminal SNR of zero (0/0); train with v_prediction"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.kinds import Range
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import Settings
+from latent_medi.core.settings import PositiveFloat, PositiveInt, Settings, UnitInterval
 
 PRESETS: dict[str, tuple[int, ...]] = {
     "S": (128, 256, 384, 512),  # about  93 M parameters
@@ -42,13 +43,13 @@ class ModelSettings(Settings):
 
     preset: Literal["", "S", "B", "L"] = ""
     block_out_channels: list[int] = field(default_factory=lambda: list(PRESETS["S"]))
-    layers_per_block: int = 2
+    layers_per_block: PositiveInt = 2
     attention: list[bool] | None = None
-    attention_head_dim: int = 64
+    attention_head_dim: PositiveInt = 64
     resnet_time_scale_shift: Literal["scale_shift", "default"] = "scale_shift"
     mid_attention: bool = True
-    norm_num_groups: int = 32
-    dropout: float = 0.0
+    norm_num_groups: PositiveInt = 32
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     fields: list[str] | None = None
     fusion: Literal["concat", "additive", "linear"] = "concat"
     widths: dict[str, int] | None = None
@@ -62,15 +63,13 @@ class ModelSettings(Settings):
         """These settings with the preset and the default attention filled in.
 
         Raises:
-            UserError: The preset is unknown, or given together with other channels or attention.
+            UserError: A preset is given together with other channels or attention.
         """
         if not self.preset:
             attention = self.attention
             if attention is None:
                 attention = [level > 0 for level in range(len(self.block_out_channels))]
             return replace(self, attention=list(attention))
-        if self.preset not in PRESETS:
-            raise UserError(f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}.")
         channels = list(PRESETS[self.preset])
         attention = [level > 0 for level in range(len(channels))]
         if list(self.block_out_channels) not in (channels, list(PRESETS["S"])) or self.attention not in (
@@ -105,10 +104,6 @@ class ModelSettings(Settings):
             problems.append(f"norm_num_groups {full.norm_num_groups} does not divide the width {width}")
         if latent_size % 2 ** (len(channels) - 1):
             problems.append(f"latents of {latent_size}×{latent_size} cannot be halved {len(channels) - 1} times")
-        if full.layers_per_block < 1:
-            problems.append(f"layers_per_block must be at least 1, not {full.layers_per_block}")
-        if not 0 <= full.dropout < 1:
-            problems.append(f"dropout must be at least 0 and below 1, not {full.dropout}")
         if problems:
             raise UserError(
                 "The network cannot be built: " + "; ".join(problems) + ".", "Change the settings under `model`."
@@ -137,10 +132,10 @@ class ObjectiveSettings(Settings):
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    timesteps: int = 1000
+    timesteps: Annotated[int, Range(2)] = 1000
     zero_terminal_snr: bool = True
     weighting: Literal["min_snr_plus_one", "min_snr", "uniform"] = "min_snr_plus_one"
-    gamma: float = 5.0
+    gamma: PositiveFloat = 5.0
     loss: Literal["l2", "l1"] = "l2"
 
     def check(self) -> None:
@@ -154,14 +149,10 @@ class ObjectiveSettings(Settings):
                 "prediction=epsilon cannot be used with zero_terminal_snr: at pure noise ε gives no x₀ (0/0).",
                 "Use prediction=v_prediction, or zero_terminal_snr=false.",
             )
-        if self.timesteps < 2:
-            raise UserError(f"timesteps must be at least 2, not {self.timesteps}.")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
                 f"beta_start and beta_end must satisfy 0 < start <= end < 1, not {self.beta_start} and {self.beta_end}."
             )
-        if not self.gamma > 0:
-            raise UserError(f"gamma must be above 0, not {self.gamma}.")
 
 
 @dataclass
@@ -176,26 +167,22 @@ class DropoutSettings(Settings):
         independent_rate: Probability that a field is dropped there.
     """
 
-    keep_all: float = 0.7
-    all_null: float = 0.1
-    metadata_null: float = 0.1
-    independent: float = 0.1
-    independent_rate: float = 0.5
+    keep_all: UnitInterval = 0.7
+    all_null: UnitInterval = 0.1
+    metadata_null: UnitInterval = 0.1
+    independent: UnitInterval = 0.1
+    independent_rate: UnitInterval = 0.5
 
     def check(self) -> None:
-        """Refuse shares that are negative or do not sum to 1, and a rate that is no probability.
+        """Refuse shares that do not sum to 1.
 
         Raises:
-            UserError: Gives the values.
+            UserError: Gives the shares.
         """
         shares = {n: getattr(self, n) for n in ("keep_all", "all_null", "metadata_null", "independent")}
-        if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-            raise UserError(
-                "The dropout shares must not be negative and must sum to 1, not "
-                + ", ".join(f"{n}={s}" for n, s in shares.items())
-            )
-        if not 0 <= self.independent_rate <= 1:
-            raise UserError(f"independent_rate must be a probability, not {self.independent_rate}.")
+        if abs(sum(shares.values()) - 1) > 1e-6:
+            listed = ", ".join(f"{name}={share}" for name, share in shares.items())
+            raise UserError(f"The dropout shares must sum to 1, not {listed}.")
 
 
 @dataclass
@@ -222,7 +209,7 @@ class GuidanceSettings(Settings):
     scales: dict[str, float] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
+    rescale: UnitInterval = 0.0
 
 
 @dataclass
@@ -270,4 +257,4 @@ class SamplerSettings(Settings):
 
     name: Literal["dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun", "ddim", "ddpm"] = "dpmpp_2m"
     steps: int = 20
-    eta: float = 0.0
+    eta: UnitInterval = 0.0

@@ -8,7 +8,14 @@ from typing import Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import Settings
+from latent_medi.core.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    UnitInterval,
+)
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
 from latent_medi.latent_classifier.network_settings import EncoderSettings
 from latent_medi.training.settings import StreamSettings, TrainSettings
@@ -74,28 +81,28 @@ class ClassifierSettings(Settings):
     split: str = "main"
     split_value: str = "train"
     validation_value: str = "test"
-    validation_patches: int = 4096
-    max_images: int = 0
-    max_steps: int = 0
-    global_batch: int = 32
-    device_batch: int | None = None
-    seed: int = 0
+    validation_patches: NonNegativeInt = 4096
+    max_images: NonNegativeInt = 0
+    max_steps: NonNegativeInt = 0
+    global_batch: PositiveInt = 32
+    device_batch: PositiveInt | None = None
+    seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    lr: float = 5e-5
+    lr: PositiveFloat = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    warmup_images: int = 0
-    warmup_fraction: float = 0.01
+    weight_decay: NonNegativeFloat = 0.05
+    warmup_images: NonNegativeInt = 0
+    warmup_fraction: UnitInterval = 0.01
     schedule: Literal["cosine", "constant"] = "cosine"
-    grad_clip: float = 1.0
+    grad_clip: NonNegativeFloat = 1.0
     balance: list[str] | None = None
-    balance_temperature: float = 1.0
+    balance_temperature: NonNegativeFloat = 1.0
     network: EncoderSettings = dataclasses.field(default_factory=EncoderSettings)
     objective: ObjectiveSettings = dataclasses.field(default_factory=ObjectiveSettings)
-    evaluate_every_images: int = 0
-    checkpoint_every_images: int = 100_000
-    keep_checkpoints: int = 2
-    log_every_images: int = 3_200
+    evaluate_every_images: NonNegativeInt = 0
+    checkpoint_every_images: NonNegativeInt = 100_000
+    keep_checkpoints: PositiveInt = 2
+    log_every_images: PositiveInt = 3_200
 
     def training(self) -> TrainSettings:
         """The settings that this training shares with a model's: length, batches, optimizer and so on."""
@@ -111,11 +118,7 @@ class ClassifierSettings(Settings):
             UserError: Lists the problems.
         """
         self.training().check()
-        problems = [
-            f"{name} must not be negative, but it is {getattr(self, name)}"
-            for name in ("evaluate_every_images", "validation_patches")
-            if getattr(self, name) < 0
-        ]
+        problems = []
         if len(set(self.values)) < len(self.values):
             problems.append(f"values repeats one: {', '.join(self.values)}")
         if self.split and self.validation_value == self.split_value:
@@ -123,4 +126,4 @@ class ClassifierSettings(Settings):
                 f"split_value and validation_value are both {self.split_value!r}, but scores need other patients"
             )
         if problems:
-            raise UserError("The classifier's settings cannot be followed: " + "; ".join(problems) + ".")
+            raise UserError("The classifier's settings contradict each other: " + "; ".join(problems) + ".")

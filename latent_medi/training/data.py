@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ class TrainingData:
     def whiten(
         self,
         source: Source | None,
-        override: list[str],
+        override: Sequence[str],
         known: list[list[float]] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:

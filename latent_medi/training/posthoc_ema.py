@@ -105,8 +105,6 @@ def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[st
             f"{run} kept {len(every)} averages; another length needs two or more.",
             "Train with ema.also=[…] and ema.snapshot_every_images=….",
         )
-    if not 0 < width < 0.28:
-        raise UserError(f"A relative width lies between 0 and 0.28, not {width}.")
     if images and images not in moments:
         raise UserError(f"{run} kept no average at {images:,} images.", f"There are {', '.join(map(str, moments))}.")
     at = images or moments[-1]

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.kinds import Range
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import Settings
+from latent_medi.core.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    UnitInterval,
+)
 from latent_medi.diffusion.settings import DropoutSettings, ModelSettings, ObjectiveSettings
+
+Width = Annotated[float, Range(0, 0.28, above=True, below=True)]
+"""Relative width of an average; wider profiles do not exist."""
+
+ParameterGroup = Literal["conditioning", "attention", "time", "down", "mid", "up", "new"]
 
 
 @dataclass
@@ -27,10 +40,10 @@ class EmaSettings(Settings):
     """
 
     kind: Literal["power", "constant"] = "power"
-    relative_width: float = 0.10
-    decay: float = 0.9999
-    also: list[float] = field(default_factory=list)
-    snapshot_every_images: int = 0
+    relative_width: Width = 0.10
+    decay: Annotated[float, Range(0, 1, below=True)] = 0.9999
+    also: list[Width] = field(default_factory=list)
+    snapshot_every_images: NonNegativeInt = 0
 
     def widths(self) -> list[float]:
         """Every relative width that is averaged, the model's own first."""
@@ -53,14 +66,14 @@ class StreamSettings(Settings):
     """
 
     views: int = 1
-    statistics_patches: int = 2048
+    statistics_patches: PositiveInt = 2048
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device_batch: int = 64
-    workers: int | None = None
+    device_batch: PositiveInt = 64
+    workers: NonNegativeInt | None = None
     slicing: bool = False
 
 
-PARAMETER_GROUPS: dict[str, str] = {
+PARAMETER_GROUPS: dict[ParameterGroup, str] = {
     "conditioning": "the embeddings of all fields",
     "attention": "self-attention blocks",
     "time": "the timestep embedding and each residual block's projection of it, through which conditions act",
@@ -93,23 +106,10 @@ class LoraSettings(Settings):
         dropout: Share of the adapter's inputs dropped while training, 0 to 1.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    targets: list[str] = field(default_factory=lambda: ["attention", "time"])
-    dropout: float = 0.0
-
-    def problems(self) -> list[str]:
-        """Values that no adapter can have, as phrases of a message."""
-        found = []
-        if self.rank < 1:
-            found.append(f"lora.rank must be at least 1, not {self.rank}")
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            found.append(f"lora.alpha must be above 0 or unset, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"lora.dropout must be at least 0 and below 1, not {self.dropout}")
-        if not self.targets or set(self.targets) - set(LORA_TARGETS):
-            found.append(f"lora.targets are some of {', '.join(LORA_TARGETS)}, not {self.targets}")
-        return found
+    rank: PositiveInt = 8
+    alpha: PositiveFloat | None = None
+    targets: list[Literal["attention", "time", "residual"]] = field(default_factory=lambda: ["attention", "time"])
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
 
 
 @dataclass
@@ -181,37 +181,37 @@ class TrainSettings(Settings):
     stream: StreamSettings = field(default_factory=StreamSettings)
     split: str = "main"
     split_value: str = "train"
-    max_images: int = 0
-    max_steps: int = 0
-    global_batch: int = 64
-    device_batch: int | None = None
-    seed: int = 0
+    max_images: NonNegativeInt = 0
+    max_steps: NonNegativeInt = 0
+    global_batch: PositiveInt = 64
+    device_batch: PositiveInt | None = None
+    seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    lr: float = 2e-4
+    lr: PositiveFloat = 2e-4
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup_images: int = 0
-    warmup_fraction: float = 0.01
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_images: NonNegativeInt = 0
+    warmup_fraction: UnitInterval = 0.01
     schedule: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
-    decay_images: int = 0
+    decay_images: NonNegativeInt = 0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    grad_clip: float = 1.0
+    grad_clip: NonNegativeFloat = 1.0
     ema: EmaSettings = field(default_factory=EmaSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     dropout: DropoutSettings = field(default_factory=DropoutSettings)
     balance: list[str] = field(default_factory=list)
-    balance_temperature: float = 1.0
-    checkpoint_every_images: int = 100_000
-    keep_checkpoints: int = 2
-    log_every_images: int = 3_200
+    balance_temperature: NonNegativeFloat = 1.0
+    checkpoint_every_images: NonNegativeInt = 100_000
+    keep_checkpoints: PositiveInt = 2
+    log_every_images: PositiveInt = 3_200
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    preview_every_images: int = 0
-    preview_images: int = 32
-    preview_steps: int = 12
+    preview_every_images: NonNegativeInt = 0
+    preview_images: PositiveInt = 32
+    preview_steps: PositiveInt = 12
     init_from: PathText = ""
-    override: list[str] = field(default_factory=list)
-    train_parts: list[str] | None = None
+    override: list[Literal["prediction", "schedule", "weighting", "scaling"]] = field(default_factory=list)
+    train_parts: list[ParameterGroup] | None = None
     lora: LoraSettings | None = None
     autoencoder: PathText = ""
     channels_last: bool = False
@@ -235,79 +235,43 @@ class TrainSettings(Settings):
             UserError: Lists every problem.
         """
         problems = []
-        if (self.max_images > 0) == (self.max_steps > 0) or min(self.max_images, self.max_steps) < 0:
+        if (self.max_images > 0) == (self.max_steps > 0):
             problems.append(
                 f"give max_images or max_steps, one of them above 0 (they are {self.max_images} and {self.max_steps})"
             )
-        for name in ("global_batch", "keep_checkpoints", "log_every_images", "preview_images", "preview_steps"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.device_batch is not None and self.device_batch < 1:
-            problems.append(f"device_batch must be at least 1 or unset, not {self.device_batch}")
-        for name in (
-            "seed",
-            "warmup_images",
-            "decay_images",
-            "preview_every_images",
-            "checkpoint_every_images",
-            "weight_decay",
-            "grad_clip",
-            "balance_temperature",
-        ):
-            if not getattr(self, name) >= 0:
-                problems.append(f"{name} must not be negative, but it is {getattr(self, name)}")
         if not self.latents and not self.autoencoder:
             problems.append("give latents (a folder that `latent-medi encode` wrote), or an autoencoder to stream with")
         if self.stream.views not in (1, 8):
-            problems.append(f"stream.views is 1 or 8, not {self.stream.views}")
-        if self.stream.statistics_patches < 1 or self.stream.device_batch < 1 or (self.stream.workers or 0) < 0:
-            problems.append("stream takes statistics_patches and device_batch of at least 1, workers of at least 0")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            problems.append(f"lr must be above 0, not {self.lr}")
-        if not 0 <= self.warmup_fraction <= 1:
-            problems.append(f"warmup_fraction is a share from 0 to 1, not {self.warmup_fraction}")
-        for width in self.ema.widths():
-            if not 0 < width < 0.28:
-                problems.append(f"ema.relative_width must lie between 0 and 0.28, not {width}")
+            problems.append(f"stream.views must be 1 or 8, not {self.stream.views}")
         if len({f"{width:.4f}" for width in self.ema.widths()}) < len(self.ema.widths()):
             problems.append(f"ema.also repeats a width: {self.ema.widths()}")
-        if self.ema.kind != "power" and (self.ema.also or self.ema.snapshot_every_images):
+        snapshots = bool(self.ema.also or self.ema.snapshot_every_images)
+        if self.ema.kind != "power" and snapshots:
             problems.append("ema.also and ema.snapshot_every_images need ema.kind=power")
-        if self.ema.snapshot_every_images < 0:
-            problems.append("ema.snapshot_every_images must not be negative")
         if (self.schedule == "inverse_sqrt") != (self.decay_images > 0):
-            problems.append("schedule=inverse_sqrt and decay_images above 0 go together")
-        if not 0 <= self.ema.decay < 1:
-            problems.append(f"ema.decay must be at least 0 and below 1, not {self.ema.decay}")
-        if self.override and not self.init_from:
-            problems.append("override says what not to inherit from init_from, which is empty")
-        if unknown := set(self.override) - {"prediction", "schedule", "weighting", "scaling"}:
-            problems.append(
-                f"override knows prediction, schedule, weighting and scaling, not {', '.join(sorted(unknown))}"
-            )
-        if self.train_parts is not None:
-            if not self.init_from:
-                problems.append("train_parts freezes parts of init_from, which is empty")
-            if self.train_parts == ["new"] and (moved := set(self.override) - {"weighting"}):
-                problems.append(
-                    f"train_parts=[new] keeps what the model knew: no override of {', '.join(sorted(moved))}"
-                )
-            if not self.train_parts or set(self.train_parts) - set(PARAMETER_GROUPS):
-                problems.append(f"train_parts are some of {', '.join(PARAMETER_GROUPS)}, not {self.train_parts}")
-        if (self.ema.also or self.ema.snapshot_every_images) and (
-            self.lora is not None or self.train_parts is not None
-        ):
-            problems.append("ema.also and its snapshots are for whole models: no lora and no train_parts with them")
-        if self.lora is not None:
-            problems += self.lora.problems()
-            if not self.init_from:
-                problems.append("lora adapts the model in init_from, which is empty")
-            if self.train_parts not in (None, ["new"]):
-                problems.append("lora freezes the model: train_parts is unset or [new] with it")
-            if kept := set(self.override) - {"weighting"}:
-                problems.append(f"an adapter is sampled with its model's own {', '.join(sorted(kept))}: no override")
+            problems.append("schedule=inverse_sqrt and decay_images above 0 need each other")
+        problems += self._fine_tuning_problems(snapshots)
         if problems:
-            raise UserError("The training settings cannot be followed: " + "; ".join(problems) + ".")
+            raise UserError("The training settings contradict each other: " + "; ".join(problems) + ".")
+
+    def _fine_tuning_problems(self, snapshots: bool) -> list[str]:
+        """Contradictions in the settings of fine-tuning, as phrases of a message."""
+        problems = []
+        for name in ("override", "train_parts", "lora"):
+            if getattr(self, name) and not self.init_from:
+                problems.append(f"{name} needs init_from, which is empty")
+        if self.train_parts == [] or (self.lora is not None and not self.lora.targets):
+            problems.append("train_parts and lora.targets must not be empty lists")
+        kept = sorted(set(self.override) - {"weighting"})
+        if self.train_parts == ["new"] and kept:
+            problems.append(f"train_parts=[new] keeps what the model knows, so override cannot have {', '.join(kept)}")
+        if snapshots and (self.lora is not None or self.train_parts is not None):
+            problems.append("ema.also and its snapshots need whole models, without lora and train_parts")
+        if self.lora is not None and self.train_parts not in (None, ["new"]):
+            problems.append("lora freezes the model, so train_parts must be unset or [new]")
+        if self.lora is not None and kept:
+            problems.append(f"an adapter uses its model's own {', '.join(kept)}, so override cannot have it")
+        return problems
 
 
 @dataclass
@@ -322,9 +286,9 @@ class AverageSettings(Settings):
     """
 
     run: PathText
-    width: float
+    width: Width
     out: PathText
-    images: int = 0
+    images: NonNegativeInt = 0
 
 
 @dataclass
@@ -352,14 +316,14 @@ class EstimateSettings(TrainSettings):
     latents: PathText = ""
     out: PathText = ""
     latent_shape: tuple[int, int, int] = (4, 32, 32)
-    stand_in_fields: int = 5
-    stand_in_values: int = 64
-    processes: int = 1
+    stand_in_fields: NonNegativeInt = 5
+    stand_in_values: NonNegativeInt = 64
+    processes: PositiveInt = 1
     card: str = ""
-    card_gib: float = 0.0
-    card_tflops: float = 0.0
-    device_share: float = 0.35
-    measure_steps: int = 10
+    card_gib: NonNegativeFloat = 0.0
+    card_tflops: NonNegativeFloat = 0.0
+    device_share: Annotated[float, Range(0, 1, above=True)] = 0.35
+    measure_steps: PositiveInt = 10
 
     def check(self) -> None:
         """Refuse what no run can follow; its length need not be given.
@@ -369,7 +333,3 @@ class EstimateSettings(TrainSettings):
         """
         known = replace(self, max_steps=self.max_steps or (0 if self.max_images else 1), latents=self.latents or "none")
         super(EstimateSettings, known).check()
-        if not 0 < self.device_share <= 1:
-            raise UserError(f"device_share must be above 0 and at most 1, not {self.device_share}.")
-        if self.measure_steps < 1:
-            raise UserError(f"measure_steps must be at least 1, not {self.measure_steps}.")

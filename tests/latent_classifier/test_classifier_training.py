@@ -363,7 +363,7 @@ def test_values_choose_what_is_told_apart(make: Make) -> None:
         ({"split_value": "nobody"}, "nobody"),
         ({"validation_value": "nobody"}, "nobody"),
         ({"validation_value": "train"}, "both 'train'"),
-        ({"validation_patches": -1}, "validation_patches must not be negative"),
+        ({"validation_patches": -1}, "validation_patches is -1"),
         ({"balance": ["hospital"]}, "no field 'hospital'"),
         ({"latents": "", "autoencoder": ""}, "give latents"),
         ({"max_steps": 0}, "max_images or max_steps"),

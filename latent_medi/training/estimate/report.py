@@ -122,7 +122,7 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
             "Estimates are made for whole models, not for lora or train_parts.",
             "Leave these out; with them a run takes less than the estimate.",
         )
-    if settings.processes < 1 or settings.global_batch % settings.processes:
+    if settings.global_batch % settings.processes:
         raise UserError(
             f"{settings.processes} processes cannot share a global_batch of {settings.global_batch} equally."
         )
