@@ -1,4 +1,4 @@
-"""Real patches of the demo's cohort from as many patients as a measurement needs; a run holds only what its arms do."""
+"""Real patches of the demo's cohort from any number of patients; a run holds only what its models need."""
 
 from __future__ import annotations
 

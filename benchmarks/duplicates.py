@@ -17,7 +17,7 @@ import tempfile
 import time
 
 import numpy as np
-from output import options, tell
+from output import options, report
 from PIL import Image
 
 from latent_medi.core.progress import progress, set_up_logging
@@ -103,7 +103,7 @@ def main() -> None:
     right = (numbers[ends] >= 0) & (numbers[ends] == numbers[: len(ends)])
     others = np.setdiff1d(np.flatnonzero(numbers >= 0), np.concatenate([ends, np.arange(planted)]))
     write_ms, fingerprint_ms = cost_of_writing(20 if arguments.quick else 100)
-    tell(
+    report(
         {
             "patches": n,
             "planted": planted,

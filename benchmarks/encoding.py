@@ -6,7 +6,7 @@ The peer reads the same images, one PNG file each, with Pillow in the loop, call
 the same batch and precision, and keeps the means and standard deviations in memory. Encoding reads ahead, checks,
 stores, syncs and hashes as well. On a GPU the autoencoder is of Stable Diffusion's architecture at 256 px with random
 weights in bf16; without one, the demo's at 64 px. The autoencoder over and over on one batch is measured too: the most
-that any way of reading could give. Without a GPU the ratio is also told in CPU time, which other programs on the
+that any way of reading could give. Without a GPU the ratio is also reported in CPU time, which other programs on the
 machine disturb less.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from output import options, tell
+from output import options, report
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -101,7 +101,7 @@ def main() -> None:
     }
     if not gpu:
         result["encode_dataset_over_bare_loop_in_cpu_time"] = busy["bare_loop"] / busy["encode_dataset"]
-    tell(result, arguments.json)
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

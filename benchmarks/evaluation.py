@@ -1,4 +1,4 @@
-"""What judging costs: features per second, and the Fréchet distance of large feature sets.
+"""What an evaluation costs: features per second, and the Fréchet distance of large feature sets.
 
     python benchmarks/evaluation.py [--quick] [--encoder NAME] [--weights PATH] [--json FILE]
 
@@ -12,7 +12,7 @@ programs on the machine disturb less, can be compared as well.
 
 Memory: the most that accumulating the moments of streamed features takes beyond what was there before, at two numbers
 of features, one four times the other; and the most that a process takes beyond two sets of 100,000 × 2048 features
-(10,000 × 512 with --quick) while it judges one by the other: both kernels, the Fréchet distance with a patient
+(10,000 × 512 with --quick) while it compares them: both kernels, the Fréchet distance with a patient
 resample, neighbourhoods, principal components, cells, and nearest patches of a few.
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from output import options, tell
+from output import options, report
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
@@ -157,7 +157,7 @@ def peak(count: int, dim: int, batch: int) -> float:
 
 
 def _most(count: int, dim: int, out: Any) -> None:
-    """Judge one large set by another; prints MiB of both sets and of all memory beyond them."""
+    """Compare one large set with another; prints MiB of both sets and of all memory beyond them."""
     reference, sample = features_of(count, dim, 0), features_of(count, dim, 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     few = np.arange(0, count, max(1, count // 3000))
@@ -172,8 +172,8 @@ def _most(count: int, dim: int, out: Any) -> None:
     out.put(((reference.nbytes + sample.nbytes) / 2**20, (after - before) / 2**10))
 
 
-def judging(count: int, dim: int) -> dict[str, float]:
-    """Memory of judging two sets, measured in a process of its own."""
+def memory_of_evaluation(count: int, dim: int) -> dict[str, float]:
+    """Memory of comparing two sets, measured in a process of its own."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
     process = context.Process(target=_most, args=(count, dim, out))
@@ -196,8 +196,8 @@ def main() -> None:
     result |= distance(count, dim, 3 if quick else 2)
     small, large = peak(count // 4, dim, 1000), peak(count, dim, 1000)
     result |= {"peak_mib": large, "peak_over_peak_at_a_quarter": large / small}
-    result |= judging(*((10_000, 512) if quick else (100_000, 2048)))
-    tell(result, arguments.json)
+    result |= memory_of_evaluation(*((10_000, 512) if quick else (100_000, 2048)))
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

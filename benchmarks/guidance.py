@@ -3,7 +3,7 @@
     python benchmarks/guidance.py RUN [--encoder NAME] [--weights FILE] [--quick] [--json FILE]
 
 RUN is a finished experiment's folder, such as the demo's. Every setting generates the same plan, the combinations
-without a training patch, from the same seeds. It is judged by probes of other real patients, held-out combinations
+without a training patch, from the same seeds. It is measured by probes of other real patients, held-out combinations
 included, in an encoder that should be one that nothing was tuned on (SqueezeNet's ImageNet features by default). The
 distance is Fréchet's after a projection onto the real training features' main directions; recall (Kynkäänniemi et al.
 2019) says how much of the real patches' variety is there. "none" is unguided, and "floor" other real patients.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from output import options, tell
+from output import options, report
 
 from latent_medi.core import config
 from latent_medi.core.progress import set_up_logging
@@ -57,32 +57,32 @@ def settings_of(run: ExperimentSettings, class_field: str) -> dict[str, Guidance
     return found
 
 
-def recalls(settings: EvaluateSettings, name: str, weights: str | None) -> dict[str, float]:
-    """Mean recall over the unseen combinations, by arm."""
-    study, encoder = open_study(settings), load_encoder(name, weights, settings.device)
+def recalls(settings: EvaluateSettings, encoder_name: str, weights: str | None) -> dict[str, float]:
+    """Mean recall over the unseen combinations, by synthetic set."""
+    study, encoder = open_study(settings), load_encoder(encoder_name, weights, settings.device)
     cache = Path(settings.out) / "features"
     used = np.unique(np.concatenate([study.probe, study.reference]))
     real = np.zeros((len(study.index), encoder.dim), np.float32)
     real[used] = cached_features(study.real, used, encoder, cache, settings.batch, settings.device)
     made = {
-        arm.name: cached_features(arm.dataset, np.arange(len(arm.index)), encoder, cache, settings.batch, "cpu")
-        for arm in study.synthetic.values()
+        each.name: cached_features(each.dataset, np.arange(len(each.index)), encoder, cache, settings.batch, "cpu")
+        for each in study.synthetic.values()
     }
     found: dict[str, list[float]] = {}
-    for cell in held_out_comparisons(study, settings.seed):
-        for arm, rows in cell.rows.items():
-            sample = (real if arm == REAL else made[arm])[rows]
-            recall = neighbourhoods(real[cell.reference], sample).recall
-            found.setdefault(arm, []).append(np.nan if recall is None else recall)
-    return {arm: float(np.mean(values)) for arm, values in found.items()}
+    for comparison in held_out_comparisons(study, settings.seed):
+        for name, rows in comparison.rows.items():
+            sample = (real if name == REAL else made[name])[rows]
+            recall = neighbourhoods(real[comparison.reference], sample).recall
+            found.setdefault(name, []).append(np.nan if recall is None else recall)
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def main() -> None:
     parser = options(__doc__, "a sixth of the images and three settings")
     parser.add_argument("run", type=Path, help="folder of a finished experiment")
-    parser.add_argument("--encoder", default="squeezenet", help="who judges")
-    parser.add_argument("--weights", help="the encoder's weights, where they do not come with the package")
-    parser.add_argument("--only", nargs="+", help="names of settings, as they are told: none chain_class_3_metadata_3")
+    parser.add_argument("--encoder", default="squeezenet", help="encoder of all measures")
+    parser.add_argument("--weights", help="the encoder's weights, if the package does not include them")
+    parser.add_argument("--only", nargs="+", help="names of settings, such as none chain_class_3_metadata_3")
     parser.add_argument("--out", type=Path, help="folder for what is generated; RUN/guidance by default")
     arguments = parser.parse_args()
     set_up_logging()
@@ -102,7 +102,7 @@ def main() -> None:
     for name, guidance in chosen.items():
         settings = replace(run.generate, guidance=guidance)
         generate_plan(pd.DataFrame(unseen), arguments.run / "medi" / "model", out / name, settings)
-    judging: dict[str, Any] = {"weights": {arguments.encoder: arguments.weights}} if arguments.weights else {}
+    weights: dict[str, Any] = {"weights": {arguments.encoder: arguments.weights}} if arguments.weights else {}
     settings = EvaluateSettings(
         real=str(arguments.run / "data"),
         synthetic={name: str(out / name) for name in chosen},
@@ -115,20 +115,20 @@ def main() -> None:
         memorisation=False,
         real_splits=0,
         seed=run.seed,
-        **judging,
+        **weights,
     )
     metrics = evaluate(settings)
     means = metrics.fidelity[arguments.encoder].unseen.means
     fields = metrics.adherence[arguments.encoder].fields
     variety = recalls(settings, arguments.encoder, arguments.weights)
-    judged: dict[str, dict[str, float | None]] = {}
+    measured: dict[str, dict[str, float | None]] = {}
     for name in (*chosen, REAL):
         found = {"site": fields[run.site_field], "class": fields[first]}
         row = {k: (f.real if name == REAL else f.synthetic[name]).value for k, f in found.items()}
         row |= {"recall": variety[name], "fd_pca": means[name].fd_pca, "kid": means[name].kid}
-        judged["floor" if name == REAL else name] = row
-    print(pd.DataFrame(judged).T.round(3).to_string(), file=sys.stderr)
-    tell({f"{name}_{what}": value for name, row in judged.items() for what, value in row.items()}, arguments.json)
+        measured["floor" if name == REAL else name] = row
+    print(pd.DataFrame(measured).T.round(3).to_string(), file=sys.stderr)
+    report({f"{name}_{what}": value for name, row in measured.items() for what, value in row.items()}, arguments.json)
 
 
 if __name__ == "__main__":

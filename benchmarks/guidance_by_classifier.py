@@ -4,14 +4,14 @@
 
 Of the demo's data and latents it trains what is not there yet: a model that knows no field
 (`latent-medi train --config demo/medi model.fields=[]`), and the classifier (`latent-medi classifier --config
-demo/classifier`). For every scale it then draws the same noise once for every class, guided to it, and asks a probe
-what class each image shows. The probe learned from further real patients (--probe-patients per class and hospital) that
+demo/classifier`). For every scale it then draws the same noise once for every class, guided to it, and asks a linear
+probe for the class of each image. It was fitted on further real patients (--probe-patients per class and hospital) that
 neither the model nor the classifier was trained on; its ceiling is its balanced accuracy on the run's test patients.
 At scale 0 the images are the same whatever is wanted, so recovery is 1 / classes exactly: that is chance. `spread` is
 the variance of the samples of a class around their mean, over that of as many real patches: 1 is as various as real
 ones, and less is what guidance costs.
 
-Two encoders judge: the demo's own, and, given its weights, SqueezeNet at 224 px, which nothing here was made with.
+Two encoders measure: the demo's own, and, given its weights, SqueezeNet at 224 px, which nothing here was made with.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from demo_tissue import demo_run, in_batches, real_patches
-from output import options, tell
+from output import options, report
 
 from latent_medi.core import config
 from latent_medi.diffusion.guidance import ClassifierGuidance, Guidance
@@ -40,7 +40,7 @@ from latent_medi.statistics.linear_probe import fit_linear_probe
 from latent_medi.training.loop import train
 from latent_medi.training.settings import TrainSettings
 
-JUDGE = "test"
+CONTROL_PART = "test"
 """Part of the demo's split: the patients of the probe's ceiling."""
 
 FIRST_SEED = 1_000
@@ -56,8 +56,8 @@ def train_both(run: Path, out: Path, quick: bool, model_steps: int, classifier_s
     words = ["--config", "demo/classifier", *where, f"model={model}", f"out={out / 'classifier'}"]
     words += [f"max_steps={classifier_steps}"] if classifier_steps else []
     short += ["validation_patches=64"] if quick else []
-    told = train_classifier(config.parse(ClassifierSettings, [*words, *short]))
-    return model, Path(told["classifier"])
+    trained = train_classifier(config.parse(ClassifierSettings, [*words, *short]))
+    return model, Path(trained["classifier"])
 
 
 def draw(
@@ -75,7 +75,7 @@ def draw(
     return images
 
 
-def judge(
+def measures_of(
     encoder: ImageEncoder,
     name: str,
     dataset: PatchDataset,
@@ -84,21 +84,21 @@ def judge(
     learn: tuple[np.ndarray, pd.DataFrame],
     cache: Path,
 ) -> dict[str, float]:
-    """Recovery and spread at each scale, and the probe's ceiling."""
-    rows = dataset.rows({f"{SPLIT_PREFIX}main": JUDGE})
+    """Recovery and spread at each scale, and the linear probe's accuracy on real patches."""
+    rows = dataset.rows({f"{SPLIT_PREFIX}main": CONTROL_PART})
     features, labels = cached_features(dataset, rows, encoder, cache), dataset.index[field].to_numpy(dtype=str)[rows]
-    taught, known = learn
-    probe = fit_linear_probe(encoder.features(in_batches(taught)), known[field].to_numpy(str))
+    examples, known = learn
+    probe = fit_linear_probe(encoder.features(in_batches(examples)), known[field].to_numpy(str))
     found = probe.predict(features)
     wanted = sorted(next(iter(samples.values())))
     result = {f"{name}_ceiling": float(np.mean([np.mean(found[labels == v] == v) for v in wanted]))}
     for scale, images in samples.items():
-        told = {value: encoder.features([images[value]]) for value in wanted}
-        hits = [float(np.mean(probe.predict(told[value]) == value)) for value in wanted]
+        made = {value: encoder.features([images[value]]) for value in wanted}
+        hits = [float(np.mean(probe.predict(made[value]) == value)) for value in wanted]
         spread = []
         for value in wanted:
-            real = features[labels == value][: len(told[value])]
-            spread.append(float(told[value].var(0).sum() / real.var(0).sum()))
+            real = features[labels == value][: len(made[value])]
+            spread.append(float(made[value].var(0).sum() / real.var(0).sum()))
         result[f"{name}_recovery_scale_{scale:g}"] = float(np.mean(hits))
         result[f"{name}_lowest_class_scale_{scale:g}"] = min(hits)
         result[f"{name}_spread_scale_{scale:g}"] = float(np.mean(spread))
@@ -124,15 +124,15 @@ def measure(words: argparse.Namespace, out: Path) -> dict[str, float]:
         result[f"classifier_f1_t_{row['timesteps']}"] = row["f1"]
     learn = real_patches(demo_run(words.run).seed, "probe", 4 if words.quick else words.probe_patients)
     for name, encoder in encoders.items():
-        judged = judge(encoder, name, dataset, classifier.field, samples, learn, out / "features")
-        best = max((s for s in scales if s), key=lambda s: judged[f"{name}_recovery_scale_{s:g}"])
-        result |= judged
-        result |= {f"{name}_best_scale": best, f"{name}_recovery_best": judged[f"{name}_recovery_scale_{best:g}"]}
+        measured = measures_of(encoder, name, dataset, classifier.field, samples, learn, out / "features")
+        best = max((s for s in scales if s), key=lambda s: measured[f"{name}_recovery_scale_{s:g}"])
+        result |= measured
+        result |= {f"{name}_best_scale": best, f"{name}_recovery_best": measured[f"{name}_recovery_scale_{best:g}"]}
     return result
 
 
 def main() -> None:
-    """Train what is not there, sample, judge and tell."""
+    """Train what does not exist yet, sample, measure and report."""
     parser = options(__doc__, quick="20 updates, 4 images per class, 2 scales: says that it runs, not how well")
     parser.add_argument("run", type=Path, help="folder with the demo's data and latents")
     parser.add_argument("--out", type=Path, help="folder of the two trainings (default: inside the run)")
@@ -150,9 +150,9 @@ def main() -> None:
     words = parser.parse_args()
     if words.quick:
         with tempfile.TemporaryDirectory() as folder:
-            tell(measure(words, Path(folder)), words.json)
+            report(measure(words, Path(folder)), words.json)
     else:
-        tell(measure(words, words.out or words.run), words.json)
+        report(measure(words, words.out or words.run), words.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from output import options, tell
+from output import options, report
 
 AUDIT = ["fields=[race,gender]"]
 SPLIT = ["hold_out_fields=[class,site]", "hold_out_share=0.2", "stratify=[class]", "fractions={train: 0.9, val: 0.1}"]
@@ -68,7 +68,7 @@ def main() -> None:
         "audit_over_pandas_read_csv": audit / read,
         "split_over_pandas_read_csv": split / read,
     }
-    tell(result, arguments.json)
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

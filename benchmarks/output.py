@@ -1,4 +1,4 @@
-"""What every benchmark shares: its options, and how it tells its numbers."""
+"""What every benchmark shares: its options, and the report of its numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def options(description: str | None, quick: str) -> argparse.ArgumentParser:
     return parser
 
 
-def tell(result: Mapping[str, float], path: Path | None) -> None:
+def report(result: Mapping[str, float], path: Path | None) -> None:
     """Print the numbers, and write them if a file is named."""
     for key, value in result.items():
         print(f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value:,}")

@@ -27,7 +27,7 @@ import numpy as np
 import openslide
 import tifffile
 import tifffile._imagecodecs
-from output import options, tell
+from output import options, report
 from PIL import Image
 from scipy import ndimage
 
@@ -193,7 +193,7 @@ def main() -> None:
     }
     for name, rate in peers.items():
         result |= {f"{name}_patches_per_s": rate, f"over_{name}": alone["rate"] / rate}
-    tell(result, arguments.json)
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

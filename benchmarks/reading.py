@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import webdataset
-from output import options, tell
+from output import options, report
 from PIL import Image
 from scipy import ndimage
 
@@ -93,7 +93,7 @@ def main() -> None:
         "shuffled_stream_over_webdataset": rates["stream"] / rates["webdataset"],
         "plain_pass_over_webdataset": rates["plain"] / rates["webdataset"],
     }
-    tell(result, arguments.json)
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from demo_tissue import demo_run, in_batches, real_patches
 from diffusers import DDIMScheduler
-from output import options, tell
+from output import options, report
 
 from latent_medi.core import config
 from latent_medi.core.progress import set_up_logging
@@ -59,7 +59,7 @@ SCHEMA = Schema(
 
 
 def plain_loop(denoiser: Denoiser, conditions: Conditions, noise: torch.Tensor, dtype: torch.dtype | None) -> None:
-    """What diffusers' guided pipelines do: null and whole conditions side by side, at every step."""
+    """What diffusers' guided pipelines do: null and whole conditions in one batch, at every step."""
     scheduler = DDIMScheduler.from_config(
         make_scheduler(ObjectiveSettings()).config, clip_sample=False, timestep_spacing="trailing"
     )
@@ -179,7 +179,7 @@ def main() -> None:
     result = speed(arguments.quick)
     if arguments.run:
         result |= quality(arguments.run, arguments.quick)
-    tell(result, arguments.json)
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

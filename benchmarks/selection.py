@@ -4,9 +4,9 @@ patch has.
     python benchmarks/selection.py runs/demo --weights squeezenet1_0_imagenet.safetensors
 
 Takes the folder of a finished demo, leaves it as it is, and selects half of each combination of its synthetic patches
-with one encoder (``--encoder``). Another encoder (``--judge``), with probes that learned from further real patients
-(``--probe-patients``, of neither the training nor the test part), tells in how many patches of the unseen combinations
-the class and the site that were asked for are found. The peer is random selection of as many patches per combination:
+with one encoder (``--encoder``). Another encoder (``--evaluator``), with linear probes fitted on further real patients
+(``--probe-patients``, of neither the training nor the test part), measures in how many patches of the unseen
+combinations the requested class and site are found. The peer is random selection of as many patches per combination:
 its mean and spread over many draws. Diversity is recall (Kynkäänniemi et al. 2019): the share of real test patches of
 the combination within the neighbourhood of a selected one, at the same n.
 
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from demo_tissue import demo_run, in_batches, real_patches
-from output import options, tell
+from output import options, report
 
 from latent_medi.core.progress import set_up_logging
 from latent_medi.evaluation.cohort.combinations import among, any_match, matches
@@ -57,7 +57,7 @@ NEIGHBOURS = 5
 
 
 def columns_only(folder: Path, target: Path) -> Path:
-    """A dataset folder with the same shards and its own index, so that the experiment stays as it is."""
+    """A dataset folder with the same shards and its own index, so that the experiment is not changed."""
     target.mkdir()
     for name in (INFO_FILE, INDEX_FILE):
         shutil.copy(folder / name, target / name)
@@ -65,43 +65,43 @@ def columns_only(folder: Path, target: Path) -> Path:
     return target
 
 
-class Judge:
+class Evaluator:
     """Recovery and recall of patches of unseen combinations.
 
     Args:
         study: The cohort.
-        arm: The synthetic dataset.
-        encoder: The encoder that judges.
-        taught: Real patches that the probes learn from, and their fields.
+        synthetic: The synthetic dataset.
+        encoder: The encoder of all measures.
+        examples: Real patches that the linear probes are fitted on, and their fields.
         cache: Folder of the feature cache.
     """
 
     def __init__(
         self,
         study: Study,
-        arm: PatchDataset,
+        synthetic: PatchDataset,
         encoder: ImageEncoder,
-        taught: tuple[np.ndarray, pd.DataFrame],
+        examples: tuple[np.ndarray, pd.DataFrame],
         cache: Path,
     ) -> None:
-        self.study, self.arm = study, arm
-        self.rows = np.flatnonzero(any_match(arm.index, study.held_out))
-        self.features = cached_features(arm, self.rows, encoder, cache)
+        self.study, self.synthetic = study, synthetic
+        self.rows = np.flatnonzero(any_match(synthetic.index, study.held_out))
+        self.features = cached_features(synthetic, self.rows, encoder, cache)
         reference = among(study.reference, any_match(study.index, study.held_out))
         self.reference, self.real = reference, cached_features(study.real, reference, encoder, cache)
-        learn, known = encoder.features(in_batches(taught[0])), taught[1]
+        learn, known = encoder.features(in_batches(examples[0])), examples[1]
         self.hits: dict[str, np.ndarray] = {}
         self.ceiling: dict[str, float] = {}
         for name in (study.class_field, study.site_field):
             truth = study.index[name].to_numpy(str)
             probe = fit_linear_probe(learn, known[name].to_numpy(str))
-            self.hits[name] = probe.predict(self.features) == arm.index[name].to_numpy(str)[self.rows]
+            self.hits[name] = probe.predict(self.features) == synthetic.index[name].to_numpy(str)[self.rows]
             self.ceiling[name] = float((probe.predict(self.real) == truth[reference]).mean())
         both = np.logical_and.reduce(list(self.hits.values()))
         self.hits["both"] = both
 
     def recovery(self, chosen: np.ndarray) -> dict[str, float]:
-        """Share of the chosen rows, a mask over the unseen ones, in which a probe finds what was asked for."""
+        """Share of the chosen rows, a mask over the unseen ones, in which a linear probe finds the requested value."""
         return {name: float(hits[chosen].mean()) for name, hits in self.hits.items()}
 
     def recall(self, chosen: np.ndarray) -> float:
@@ -109,7 +109,7 @@ class Judge:
         values = []
         for combination in self.study.held_out:
             real = self.study.having(combination)[self.reference]
-            mine = chosen & matches(self.arm.index, combination)[self.rows]
+            mine = chosen & matches(self.synthetic.index, combination)[self.rows]
             found = neighbourhoods(self.real[real], self.features[mine], NEIGHBOURS).recall
             if found is not None:
                 values.append(found)
@@ -123,29 +123,35 @@ class Judge:
 def main() -> None:
     parser = options(__doc__, "20 random selections instead of 500, two ways to select")
     parser.add_argument("run", type=Path, help="folder of a finished demo")
-    parser.add_argument("--arm", default="medi", help="which synthetic dataset of it")
+    parser.add_argument("--synthetic", default="medi", help="which synthetic dataset of it")
     parser.add_argument("--encoder", default="demo", help="encoder that selects")
-    parser.add_argument("--judge", default="squeezenet@224", help="encoder that judges; nothing was tuned on it")
+    parser.add_argument(
+        "--evaluator", default="squeezenet@224", help="encoder of the measures; nothing was tuned on it"
+    )
     parser.add_argument(
         "--probe-patients", type=int, default=100, help="patients per class and hospital for the probes"
     )
-    parser.add_argument("--weights", default="", help="weight file of the judging encoder")
+    parser.add_argument("--weights", default="", help="weight file of the evaluating encoder")
     parser.add_argument("--share", type=float, default=0.5, help="share of each combination to select")
     parser.add_argument("--cache", type=Path, help="folder of features; a temporary one unless named")
     arguments = parser.parse_args()
     set_up_logging()
     held_out = read_metrics(arguments.run).settings.held_out
     with tempfile.TemporaryDirectory() as name:
-        folder = columns_only(arguments.run / "synthetic" / arguments.arm, Path(name) / "synthetic")
+        folder = columns_only(arguments.run / "synthetic" / arguments.synthetic, Path(name) / "synthetic")
         cache = arguments.cache or Path(name) / "features"
         real = str(arguments.run / "data")
-        study = open_study(EvaluateSettings(real=real, synthetic={arguments.arm: str(folder)}, held_out=held_out))
-        arm = study.synthetic[arguments.arm].dataset
-        taught = real_patches(demo_run(arguments.run).seed, "probe", 4 if arguments.quick else arguments.probe_patients)
-        judge = Judge(study, arm, load_encoder(arguments.judge, arguments.weights or None), taught, cache)
+        study = open_study(EvaluateSettings(real=real, synthetic={arguments.synthetic: str(folder)}, held_out=held_out))
+        synthetic = study.synthetic[arguments.synthetic].dataset
+        examples = real_patches(
+            demo_run(arguments.run).seed, "probe", 4 if arguments.quick else arguments.probe_patients
+        )
+        evaluator = Evaluator(
+            study, synthetic, load_encoder(arguments.evaluator, arguments.weights or None), examples, cache
+        )
         chooser = load_encoder(arguments.encoder)
-        result: dict[str, float] = {"unseen_patches": len(judge.rows), "unseen_combinations": len(held_out)}
-        result |= {f"{name}_ceiling": value for name, value in judge.ceiling.items()}
+        result: dict[str, float] = {"unseen_patches": len(evaluator.rows), "unseen_combinations": len(held_out)}
+        result |= {f"{name}_ceiling": value for name, value in evaluator.ceiling.items()}
         rng = np.random.default_rng(0)
         ways = {k: WAYS[k] for k in ("default", "histodiffusion")} if arguments.quick else WAYS
         for way, changes in ways.items():
@@ -155,15 +161,15 @@ def main() -> None:
             )
             selection = select(settings, chooser)
             made = PatchDataset.open(folder)
-            chosen = made.index[f"selected_{way}"].to_numpy(bool)[judge.rows]
+            chosen = made.index[f"selected_{way}"].to_numpy(bool)[evaluator.rows]
             cells = made.index[selection.recipe["cells"]].astype(str).agg("|".join, axis=1).to_numpy(str)
-            cells = cells[judge.rows]
+            cells = cells[evaluator.rows]
             # The control of the selection itself, and many like it: luck is part of the comparison.
-            draws = [made.index[f"selected_{way}_control"].to_numpy(bool)[judge.rows]]
+            draws = [made.index[f"selected_{way}_control"].to_numpy(bool)[evaluator.rows]]
             while len(draws) < (20 if arguments.quick else 500):
                 draws.append(like(chosen, cells, rng))
-            recovery = judge.recovery(chosen)
-            random = {key: np.array([judge.recovery(draw)[key] for draw in draws]) for key in recovery}
+            recovery = evaluator.recovery(chosen)
+            random = {key: np.array([evaluator.recovery(draw)[key] for draw in draws]) for key in recovery}
             result[f"{way}_selected"] = int(chosen.sum())
             result[f"{way}_accepted_share"] = selection.result.total.acceptance
             for key, value in recovery.items():
@@ -171,15 +177,15 @@ def main() -> None:
                 result[f"{way}_{key}_recovery_random"] = float(random[key].mean())
                 result[f"{way}_{key}_recovery_random_highest_2.5_percent"] = float(np.quantile(random[key], 0.975))
                 result[f"{way}_{key}_recovery_over_random"] = value / float(random[key].mean())
-            result[f"{way}_recall"] = judge.recall(chosen)
-            result[f"{way}_recall_random"] = float(np.mean([judge.recall(draw) for draw in draws[:20]]))
+            result[f"{way}_recall"] = evaluator.recall(chosen)
+            result[f"{way}_recall_random"] = float(np.mean([evaluator.recall(draw) for draw in draws[:20]]))
             result[f"{way}_recall_over_random"] = result[f"{way}_recall"] / result[f"{way}_recall_random"]
-            result[f"{way}_kid"] = judge.kid(chosen)
-            result[f"{way}_kid_random"] = float(np.mean([judge.kid(draw) for draw in draws[:20]]))
+            result[f"{way}_kid"] = evaluator.kid(chosen)
+            result[f"{way}_kid_random"] = float(np.mean([evaluator.kid(draw) for draw in draws[:20]]))
             for kind in ("pairwise", "nearest"):
                 own, other = (getattr(selection.result.diversity[who], kind) for who in ("chosen", "control"))
                 result[f"{way}_{kind}_distance_over_random"] = own / other
-    tell(result, arguments.json)
+    report(result, arguments.json)
 
 
 def named(changes: Any, fields: dict[str, Any]) -> Any:

@@ -4,8 +4,8 @@
 
 (a) The plain loop is that of diffusers' examples/unconditional_image_generation/train_unconditional.py, adapted to
 latents: a DataLoader over single samples, Accelerate, AdamW, a prepared learning-rate scheduler, diffusers' EMAModel, a
-progress bar with the loss of every step. Network, batch, precision and data are the same in all arms; they run in turns
-and the median window counts.
+progress bar with the loss of every step. Network, batch, precision and data are the same in all loops; they run in
+turns, and the median window counts.
 (b) Tensors already in memory: the same loop, whose data hand out one batch that is on the device. Without a GPU, where
 nothing runs beside the update, the share of the time that making batches takes is timed as well: other programs on the
 machine change it far less than they change the ratio of two runs.
@@ -258,29 +258,29 @@ def run_settings(folder: Path, quick: bool, gpu: bool) -> TrainSettings:
 
 def speed_of_loops(quick: bool, gpu: bool) -> dict[str, Any]:
     """Parts (a) and (b)."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         make_data(folder, (2048 if gpu else 256) if quick else (8192 if gpu else 1024), 32 if gpu else 16)
         settings = run_settings(folder, quick, gpu)
         shares: list[float] = []
-        arms: dict[str, Callable[[], list[float]]] = {
+        loops: dict[str, Callable[[], list[float]]] = {
             "loop": lambda: loop_rates(settings) if gpu else timed_rates(settings, shares),
             "plain": lambda: plain_rates(settings),
             "memory": lambda: memory_rates(settings),
         }
         if gpu:
             eager = replace(settings, compile=False, channels_last=False)
-            arms["loop_eager"] = lambda: loop_rates(eager)
-        seen: dict[str, list[float]] = {arm: [] for arm in arms}
-        turns: dict[str, list[float]] = {arm: [] for arm in arms}
+            loops["loop_eager"] = lambda: loop_rates(eager)
+        seen: dict[str, list[float]] = {name: [] for name in loops}
+        turns: dict[str, list[float]] = {name: [] for name in loops}
         for turn in range(2 if quick else 5):
             # Back and forth, so that a machine that slows down or speeds up does so to all.
-            for arm in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
-                rates = arms[arm]()
-                seen[arm] += rates
-                turns[arm].append(statistics.median(rates))
-    rate = {arm: statistics.median(rates) for arm, rates in seen.items()}
-    result: dict[str, Any] = {f"{arm}_steps_per_s": value for arm, value in rate.items()}
+            for name in list(loops) if turn % 2 == 0 else list(loops)[::-1]:
+                rates = loops[name]()
+                seen[name] += rates
+                turns[name].append(statistics.median(rates))
+    rate = {name: statistics.median(rates) for name, rates in seen.items()}
+    result: dict[str, Any] = {f"{name}_steps_per_s": value for name, value in rate.items()}
     result["loop_over_plain_loop"] = rate["loop"] / rate["plain"]
     result["loop_over_tensors_in_memory"] = rate["loop"] / rate["memory"]
     # How far single turns are apart says how much of a ratio is the machine's.
@@ -364,7 +364,7 @@ def against_pixels(gpu: bool, memory_gib: float) -> dict[str, Any]:
     }
 
 
-def tell(result: dict[str, Any], path: Path | None) -> None:
+def report(result: dict[str, Any], path: Path | None) -> None:
     """Print the numbers, and write them if a file is named; what was not measured is written as null."""
     for key, value in result.items():
         print(f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value}")
@@ -384,7 +384,7 @@ def main() -> None:
         **speed_of_loops(arguments.quick, gpu),
         **against_pixels(gpu, arguments.memory_gib),
     }
-    tell(result, arguments.json)
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Real patches of one hospital translated to another: what a site probe says, and how much structure is kept, beside
-Reinhard's and Macenko's stain mapping, the autoencoder round trip and a no-op.
+"""Real patches of one hospital translated to another: what a site probe predicts, and how much structure is kept,
+compared with Reinhard's and Macenko's stain mapping, the autoencoder round trip and a no-op.
 
     python benchmarks/translation.py --run runs/prostate --to site=radboud --where class=gleason3 site=karolinska
         [--strength 0.5 1] [--guidance 1] [--encoder squeezenet] [--weights FOLDER] [--sheet PNG] [--quick]
@@ -7,9 +7,9 @@ Reinhard's and Macenko's stain mapping, the autoencoder round trip and a no-op.
 
 The run folder is what `latent-medi run` or `latent-medi demo` leaves: data/ and medi/model/. Patches are of patients
 kept out of training. The probe (a linear one on the encoder's features, in colour and on the haematoxylin channel
-alone) tells the two sites apart; it is fitted on training patients, on classes that both sites have. Its ceiling is the
+alone) classifies the two sites; it is fitted on training patients, on classes that both sites have. Its ceiling is the
 share of real held-out patches of the target site that it calls the target's; what it calls so among the untouched
-patches is where every way starts. A second probe tells classes, so that a translation cannot win by changing the
+patches is where every way starts. A second probe classifies classes, so that a translation cannot win by changing the
 tissue. All shares are averaged over patients.
 """
 
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from output import options, tell
+from output import options, report
 
 from latent_medi.diffusion.guidance import guidance_of
 from latent_medi.diffusion.pipeline import MediPipeline
@@ -49,7 +49,7 @@ def over_patients(hit: np.ndarray, patients: np.ndarray) -> float:
     return float(np.mean([hit[patients == p].mean() for p in np.unique(patients)]))
 
 
-class Judge:
+class Probes:
     """Site and class probes on one encoder's features of the training patients.
 
     Args:
@@ -109,15 +109,15 @@ def main() -> None:
     part = f"split_{arguments.split}"
     encoder = load_encoder(arguments.encoder, arguments.weights or None)
     train = data.rows({part: "train", site: [source, target], "origin": "real"})
-    judges = {
-        name: Judge(which, data, train, site, class_field.name, _PATCHES[arguments.quick])
+    probes_by_name = {
+        name: Probes(which, data, train, site, class_field.name, _PATCHES[arguments.quick])
         for name, which in (("colour", encoder), ("colour_free", colour_free(encoder)))
     }
     ceiling = data.rows({**where, part: arguments.split_value, site: target, "origin": "real"})
     of_patient = data.index["patient"].to_numpy(str)
     tops = {
-        name: over_patients(j.site.predict(j.features(data.read(ceiling))) == target, of_patient[ceiling])
-        for name, j in judges.items()
+        name: over_patients(probes.site.predict(probes.features(data.read(ceiling))) == target, of_patient[ceiling])
+        for name, probes in probes_by_name.items()
     }
     result: dict[str, float] = {f"{name}_convinced_ceiling": share for name, share in tops.items()}
 
@@ -154,13 +154,13 @@ def main() -> None:
             result |= {"patches": len(images), "patients": len(np.unique(patients))}
             result |= {"ceiling_patches": len(ceiling), "ceiling_patients": len(np.unique(of_patient[ceiling]))}
             result[f"{label}images_per_s"] = len(images) / seconds
-            for name, judge in judges.items():
+            for name, probes in probes_by_name.items():
                 for way, version in {"original": images, **ways}.items():
-                    features = judge.features(version)
+                    features = probes.features(version)
                     key = f"{label if way in ('translated', 'no_op') else ''}{name}"
-                    result[f"{key}_convinced_{way}"] = over_patients(judge.site.predict(features) == target, patients)
+                    result[f"{key}_convinced_{way}"] = over_patients(probes.site.predict(features) == target, patients)
                     own = data.index[class_field.name].to_numpy(str)[asked.rows]
-                    result[f"{key}_class_kept_{way}"] = over_patients(judge.tissue.predict(features) == own, patients)
+                    result[f"{key}_class_kept_{way}"] = over_patients(probes.tissue.predict(features) == own, patients)
             for way, found in measures["ways"].items():
                 key = f"{label if way in ('translated', 'no_op') else ''}ssim_haematoxylin_{way}"
                 result[key] = found["ssim_haematoxylin"]
@@ -177,7 +177,7 @@ def main() -> None:
                     target,
                     f"strength {strength:g}, {arguments.steps} steps, guidance {scale:g}",
                 )
-    tell(result, arguments.json)
+    report(result, arguments.json)
 
 
 if __name__ == "__main__":

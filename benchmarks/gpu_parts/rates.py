@@ -105,22 +105,22 @@ def _loops(context: Context) -> None:
     settings = training.run_settings(folder, True, context.gpu and not context.quick)
     if context.quick:
         settings = replace(settings, global_batch=8, device_batch=8, max_steps=9, log_every_images=24)
-    arms: dict[str, Callable[[TrainSettings], list[float]]] = {
+    loops: dict[str, Callable[[TrainSettings], list[float]]] = {
         "loop": training.loop_rates,
         "memory": training.memory_rates,
         "plain": training.plain_rates,
     }
-    seen: dict[str, list[float]] = {arm: [] for arm in arms}
+    seen: dict[str, list[float]] = {name: [] for name in loops}
     start = context.seconds_left()
-    for order in (list(arms), list(arms)[::-1]):  # back and forth, so that a machine that changes does so for all
-        for arm in order:
+    for order in (list(loops), list(loops)[::-1]):  # back and forth, so that a machine that changes does so for all
+        for name in order:
             fresh_accelerator()
-            seen[arm] += arms[arm](settings)
+            seen[name] += loops[name](settings)
             _forget()
-            context.figures(**{f"{arm}_steps_per_s": statistics.median(seen[arm])})
+            context.figures(**{f"{name}_steps_per_s": statistics.median(seen[name])})
         if context.quick or context.seconds_left() < 2 * (start - context.seconds_left()):
             break
-    rate = {arm: statistics.median(values) for arm, values in seen.items()}
+    rate = {name: statistics.median(values) for name, values in seen.items()}
     context.show(images_per_s=rate["loop"] * settings.global_batch)
     context.goal("over_plain_loop", rate["loop"] / rate["plain"], least=0.0 if context.quick else 1.5)
     context.goal("over_tensors_in_memory", rate["loop"] / rate["memory"], least=0.0 if context.quick else 0.97)

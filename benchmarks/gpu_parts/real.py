@@ -142,7 +142,7 @@ def words_of(context: Context, chosen: Mapping[str, Any]) -> list[str]:
     autoencoder = context.models / "taef2"
     words = ["run", "--config", f"prostate/{64 if context.quick else 256}px", f"data={_data(context)}"]
     words += [f"out={context.work / 'run'}", f"seen_per_cell={chosen['seen']}", f"unseen_per_cell={chosen['unseen']}"]
-    # Real patches and samples are judged alike only if both were compressed alike.
+    # Real patches and samples can be compared only if both were compressed alike.
     words.append(f"generate.codec={PatchDataset.open(_data(context)).info['codec']}")
     words += [
         f"train.max_steps={chosen['max_steps']}",
@@ -164,7 +164,7 @@ def words_of(context: Context, chosen: Mapping[str, Any]) -> list[str]:
 
 
 def _run(context: Context) -> None:
-    """encode → train both arms → plan → sample → evaluate → report; a run that was cut off goes on."""
+    """encode → train both models → plan → sample → evaluate → report; a run that was cut off goes on."""
     chosen = json.loads((context.work / "chosen.json").read_text())
     run = context.work / "run"
     begun = run.exists()

@@ -177,7 +177,7 @@ class Runner:
         finally:
             self._kill(self._jobs)
             self._settle_all()
-        return self._tell()
+        return self._report()
 
     def _state(self) -> set[tuple[str, str]]:
         """Rows of which nothing is left to do in this call."""
@@ -333,7 +333,7 @@ class Runner:
 
     # ---- telling
 
-    def _tell(self) -> int:
+    def _report(self) -> int:
         """Write results.json, table.txt and measured.json, print the table; returns the exit code."""
         every = [record for part in self.parts for _, row in self._rows(part) if (record := self._record(part, row))]
         mine = [record for record in every if (record["part"], record["row"]) in self.touched]

@@ -197,7 +197,7 @@ class Run:
                 if stopping:
                     accelerator.wait_for_everyone()
                     raise Preempted(
-                        f"{notice.given or 'another process was told to stop'} at {images:,} of {total:,} images; "
+                        f"{notice.given or 'another process received a signal'} at {images:,} of {total:,} images; "
                         "saved, the same command continues"
                     )
 

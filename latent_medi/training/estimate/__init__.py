@@ -1,1 +1,1 @@
-"""What a run will take, told before it starts, and what GPUs did."""
+"""Estimates of the memory and speed of a run, and measurements on GPUs."""
