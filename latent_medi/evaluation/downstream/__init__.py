@@ -1,1 +1,1 @@
-"""Whether synthetic patches help a classifier on real test patients, against the cheap rivals."""
+"""Classifiers trained with synthetic patches, with baselines and with an oracle, scored on real test patients."""
