@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latent_medi.core.records import encode
+from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.records import Downstream
 from latent_medi.evaluation.downstream.registry import (
@@ -116,7 +117,7 @@ def _distances(table: DistanceTable | None, roles: Roles) -> SummaryDistances:
     return SummaryDistances(
         candidate=values.get(roles.candidate),
         baseline=values.get(roles.baseline),
-        real=values.get("real"),
+        real=values.get(REAL),
         ratio=table.ratio.value,
         metric=table.metric,
         left_out=table.left_out,

@@ -20,6 +20,7 @@ from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
 from latent_medi.core.records import encode
+from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.downstream.registry import KINDS, names_of
 from latent_medi.evaluation.results import read_metrics
 from latent_medi.experiment.shift_result import loss, mean, write_result
@@ -180,8 +181,8 @@ def _result(folder: Path) -> dict[str, Any]:
     means = metrics.fidelity[encoder].unseen.means
     # One metric for all levels: that of the summary is Fréchet's where there are samples enough.
     distance = {name: means[name].kid for name in reversed(roles.names) if name in means}
-    if "real" in means:
-        distance["floor"] = means["real"].kid
+    if REAL in means:
+        distance["floor"] = means[REAL].kid
     fields = metrics.adherence[encoder].fields
     keys = {"class": metrics.dataset.class_field, "site": metrics.dataset.site_field}
     recovery = {
