@@ -27,7 +27,7 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.writing.finish import Description, finish_dataset, finished_dataset
-from latent_medi.shards.writing.records import begin, kept_shards
+from latent_medi.shards.writing.records import kept_shards, mark_unfinished
 from latent_medi.shards.writing.writer import Patch, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
@@ -250,7 +250,7 @@ def _build(folder: Path, settings: CohortSettings, jobs: int) -> PatchDataset:
     tokens = [token] * len(parts)
     if whole := finished_dataset(folder, about, tokens, same_provenance=True):
         return whole
-    begin(folder)
+    mark_unfinished(folder)
     kept = kept_shards(folder, tokens)
     work = [(folder, number, part, settings, token) for number, part in enumerate(parts) if number not in kept]
     for _ in progress(dispatch(_write_part, work, jobs), total=len(work), desc="rendering", unit="shards"):

@@ -6,8 +6,6 @@ Nothing is decoded: image files and JSON members are copied as they are.
 from __future__ import annotations
 
 import json
-import mmap
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,8 @@ from latent_medi.metadata.tables import write_table
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.format.file_names import file_names
 from latent_medi.shards.format.selections import selected_mask
-from latent_medi.shards.format.tar import sample_at, tar_end, tar_member
+from latent_medi.shards.format.tar import tar_end, tar_member
+from latent_medi.shards.reading.samples import samples
 from latent_medi.shards.settings import ExportSettings
 
 NO_PART = "all"
@@ -101,27 +100,6 @@ def _parts(dataset: PatchDataset, settings: ExportSettings) -> pd.Series:
     if settings.split not in dataset.splits:
         raise UserError(f"{dataset.folder} has no split {settings.split!r}; {nearest(settings.split, dataset.splits)}.")
     return dataset.index[SPLIT_PREFIX + settings.split]
-
-
-def samples(dataset: PatchDataset, rows: np.ndarray) -> Iterator[tuple[str, bytes, bytes]]:
-    """Key, image file and JSON member of each row, as stored; ``rows`` are ascending.
-
-    Raises:
-        UserError: A shard is damaged.
-    """
-    for shard, mine in dataset.index.iloc[rows].groupby("shard", sort=False):
-        try:
-            with dataset.open_shard(str(shard)) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                for row, key, offset, size in mine[["key", "offset", "size"]].itertuples(name=None):
-                    image, text = sample_at(data, key, dataset.info["codec"], offset, size)
-                    dataset.check_member(row, image, image=True)
-                    dataset.check_member(row, text, image=False)
-                    yield key, image, text
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            hint = "`latent-medi shards verify` lists the damage."
-            raise UserError(f"{dataset.place_of(str(shard))} cannot be read: {error}.", hint) from None
 
 
 def _write_tars(dataset: PatchDataset, rows: np.ndarray, folder: Path, per_shard: int) -> None:

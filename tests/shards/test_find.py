@@ -97,8 +97,8 @@ def test_hidden_files_are_counted_and_left_alone(tree: Path, caplog: pytest.LogC
         found = find_files(tree, (".tif",))
     assert names(tree, found.files) == ["a.TIF", "b.tif"]
     assert found.left_out == []
-    assert "1 hidden files in" in caplog.text
-    assert ".snapshot is hidden: not searched" in caplog.text
+    assert "2 hidden files and folders in" in caplog.text
+    assert ".snapshot" in caplog.text
     # What is asked for by name is searched.
     assert len(find_files(tree / ".snapshot", (".tif",)).files) == 1
 

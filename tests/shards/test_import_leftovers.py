@@ -344,4 +344,4 @@ def test_an_image_under_two_paths_is_taken_once_by_the_path_without_a_link(
     made = import_images(ImportSettings(**words, source_mpp=0.5))
     assert made.index.groupby("class").size().to_dict() == {"normal": 3, "tumour": 3}
     assert "img/latest is the folder" in caplog.text
-    assert "normal/a0_1.png has another path too, and is imported once (1 in all)" in caplog.text
+    assert "normal/a0_1.png is the same file as" in caplog.text

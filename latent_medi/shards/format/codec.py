@@ -96,14 +96,14 @@ def decode_image(data: bytes) -> np.ndarray:
         UserError: The bytes are no whole image of :data:`FORMATS`, hold several, or the image is not 8-bit RGB; then
             the hint says how to convert it.
     """
-    with opened(io.BytesIO(data)) as image:
+    with open_image(io.BytesIO(data)) as image:
         check_header(image)
         image.load()
         return np.asarray(image)
 
 
 @contextmanager
-def opened(file: BinaryIO) -> Iterator[Image.Image]:
+def open_image(file: BinaryIO) -> Iterator[Image.Image]:
     """An image file of one of :data:`FORMATS`, opened; every error inside becomes a :class:`UserError`.
 
     Raises:

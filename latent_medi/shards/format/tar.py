@@ -6,6 +6,7 @@ import mmap
 import tarfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,24 @@ from latent_medi.shards.format.layout import SUM_COLUMNS
 BLOCK = 512
 """Bytes of a header; contents are padded to a multiple of it."""
 _ARCHIVE_BLOCK = 10240  # tar's customary blocking: an archive is padded to a multiple of it
+
+
+class Sliced(Protocol):
+    """Bytes that are read by slices: ``bytes``, a memory map or :class:`StreamSlices`."""
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        """The bytes from ``part.start`` to ``part.stop``, fewer at the end."""
+
+
+class StreamSlices:
+    """A seekable stream as :class:`Sliced`."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        self._stream.seek(max(part.start, 0))
+        return self._stream.read(part.stop - part.start)
 
 
 def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
@@ -42,7 +61,7 @@ def tar_end(size: int) -> bytes:
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % _ARCHIVE_BLOCK)
 
 
-def member_at(data: mmap.mmap, header: int) -> tuple[str, int, int]:
+def member_at(data: Sliced, header: int) -> tuple[str, int, int]:
     """Name of the USTAR member whose header is at an offset, and offset and size in bytes of its content.
 
     Raises:
@@ -55,7 +74,7 @@ def member_at(data: mmap.mmap, header: int) -> tuple[str, int, int]:
     return info.name, header + BLOCK, info.size
 
 
-def json_member(data: mmap.mmap, offset: int, size: int) -> tuple[str, int, int]:
+def json_member(data: Sliced, offset: int, size: int) -> tuple[str, int, int]:
     """Name, offset and size in bytes of the JSON member that follows an image member.
 
     Args:
@@ -69,7 +88,7 @@ def json_member(data: mmap.mmap, offset: int, size: int) -> tuple[str, int, int]
     return member_at(data, offset + size + -size % BLOCK)
 
 
-def sample_at(data: mmap.mmap, key: str, codec: str, offset: int, size: int) -> tuple[bytes, bytes]:
+def sample_at(data: Sliced, key: str, codec: str, offset: int, size: int) -> tuple[bytes, bytes]:
     """The image file and the JSON text of a patch.
 
     Args:

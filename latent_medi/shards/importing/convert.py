@@ -22,7 +22,7 @@ from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.writing.finish import Description, finish_dataset, finished_dataset
 from latent_medi.shards.writing.patch import Patch
 from latent_medi.shards.writing.records import kept_shards
-from latent_medi.shards.writing.rewrite import make_way
+from latent_medi.shards.writing.rewrite import prepare_rewrite
 from latent_medi.shards.writing.writer import write_shard
 
 C = TypeVar("C")
@@ -61,7 +61,7 @@ def convert(out: Path, source: Source[C], about: Description, jobs: int = 1) -> 
         tokens = _tokens(source, about, jobs)
         if whole := finished_dataset(out, about, tokens):
             return whole
-        make_way(out, about.splits)
+        prepare_rewrite(out, about.splits)
         kept = kept_shards(out, tokens)
         todo = [number for number in range(len(tokens)) if number not in kept]
 

@@ -58,12 +58,25 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> Found:
     return Found(sorted(search.found.files), sorted(search.found.left_out))
 
 
+def without_copies(files: list[Path], folder: Path) -> list[Path]:
+    """Files below a folder without further paths to the same file, sorted; the path without a link below it stays."""
+    root, real = folder.resolve(), {path: path.resolve() for path in files}
+    kept: dict[Path, Path] = {}
+    again = []
+    for path in sorted(files, key=lambda path: (real[path] != root / path.relative_to(folder), path)):
+        first = kept.setdefault(real[path], path)
+        again += [] if first is path else [(path, first)]
+    if again:
+        logger.warning("%s is the same file as %s: it is used once (%d such files)", *again[0], len(again))
+    return sorted(kept.values())
+
+
 class _Search:
     def __init__(self, endings: tuple[str, ...], searched: dict[tuple[int, int], Path]) -> None:
         self.endings = endings
         self.searched = searched
         self.found = Found()
-        self.hidden_files, self.hidden_folders, self.again = 0, list[Path](), list[tuple[Path, Path]]()
+        self.hidden, self.again = list[Path](), list[tuple[Path, Path]]()
 
     def below(self, folder: Path) -> None:
         """Search a folder and those in it; then those behind links, in the order of their paths."""
@@ -110,13 +123,10 @@ class _Search:
                     self._leave_out(path, _why_not(path, error))
                 continue
             is_folder = stat.S_ISDIR(status.st_mode)
-            if name.startswith("."):
-                if is_folder:
-                    self.hidden_folders.append(path)
-                else:
-                    self.hidden_files += wanted
-            elif not (is_folder or wanted):
+            if not (is_folder or wanted):
                 continue
+            if name.startswith("."):
+                self.hidden.append(path)
             elif _printable(path) != str(path):
                 self._leave_out(path, "its name is not UTF-8: rename it")
             elif is_folder:
@@ -131,15 +141,13 @@ class _Search:
         self.found.left_out.append((Path(_printable(path)), why))
 
     def log(self, folder: Path) -> None:
-        if self.hidden_files:
-            logger.info("%d hidden files in %s are skipped, such as ._ files of macOS", self.hidden_files, folder)
-        for path in self.hidden_folders[:_MOST_NAMED]:
-            logger.info("%s is hidden: not searched", _printable(path))
+        if self.hidden:
+            names = ", ".join(_printable(path.relative_to(folder)) for path in self.hidden[:_MOST_NAMED])
+            logger.info("%d hidden files and folders in %s are skipped: %s", len(self.hidden), folder, names)
         for path, first in self.again[:_MOST_NAMED]:
             logger.warning("%s is the folder %s again: searched once", _printable(path), _printable(first))
-        for more in (len(self.hidden_folders) - _MOST_NAMED, len(self.again) - _MOST_NAMED):
-            if more > 0:
-                logger.info("… and %d more such folders", more)
+        if (more := len(self.again) - _MOST_NAMED) > 0:
+            logger.info("… and %d more such folders", more)
 
 
 def _printable(path: Path) -> str:

@@ -43,7 +43,7 @@ def check_file(path: Path) -> None:
         raise OSError(errno.EINVAL, "is a folder" if stat.S_ISDIR(mode) else "is a pipe or device, not a file")
 
 
-def unread(root: Path, name: str, error: OSError) -> Rejected:
+def unreadable(root: Path, name: str, error: OSError) -> Rejected:
     """The rejection of an image that cannot be read, with its reason and remedy.
 
     Args:

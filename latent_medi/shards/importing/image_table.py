@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.metadata.tables import require_columns, settings_of_columns
 from latent_medi.metadata.tcga import warn_of_contradictions
-from latent_medi.shards.importing.find_files import find_files
+from latent_medi.shards.importing.find_files import find_files, without_copies
 from latent_medi.shards.importing.rejected import Rejected
 from latent_medi.shards.importing.resolution import check_mpp
 from latent_medi.shards.settings import ImportSettings, field_columns
@@ -33,18 +33,6 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LARGEST_TILE = "/99999_99999"
 _OPTIONAL = ("slide_column", "key_column", "x_column", "y_column", "source_mpp_column", "split_column")
 _REQUIRED = ("image_column", "patient_column", "class_field", "categorical", "continuous", "extra")
-
-
-def _once(files: Sequence[Path]) -> list[Path]:
-    """Files without those that have another path too, as links do: the path without a link stays, or the first."""
-    by_real: dict[Path, Path] = {}
-    for path in files:
-        real = path.resolve()
-        if real not in by_real or path.absolute() == real:
-            by_real[real] = path
-    if again := sorted(set(files) - set(by_real.values())):
-        logger.warning("%s has another path too, and is imported once (%d in all)", again[0], len(again))
-    return sorted(by_real.values())
 
 
 def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings, list[Rejected]]:
@@ -69,7 +57,8 @@ def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings,
         Rejected(path.relative_to(folder).as_posix(), f"cannot be used: {why}", "Repair or remove it.")
         for path, why in found.left_out
     ]
-    matches = {path: pattern.fullmatch(path) for path in (p.relative_to(folder).as_posix() for p in _once(found.files))}
+    files = without_copies(found.files, folder)
+    matches = {path: pattern.fullmatch(path) for path in (p.relative_to(folder).as_posix() for p in files)}
     if others := [path for path, match in matches.items() if match is None]:
         problem = f"{len(others)} of {len(matches)} images do not match {settings.pattern!r}, such as {others[:3]}."
         raise UserError(problem, "Widen the pattern; nothing is left out silently.")

@@ -21,8 +21,8 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.format.codec import check_header, decode_image, opened
-from latent_medi.shards.importing.image_file import check_file, image_path, read_image, unread
+from latent_medi.shards.format.codec import check_header, decode_image, open_image
+from latent_medi.shards.importing.image_file import check_file, image_path, read_image, unreadable
 from latent_medi.shards.importing.image_table import given_split, image_rows, list_images
 from latent_medi.shards.importing.rejected import Rejected, recorded, report_rejected, smaller_than
 from latent_medi.shards.importing.workers import dispatch
@@ -30,7 +30,7 @@ from latent_medi.shards.settings import ImportSettings
 from latent_medi.shards.writing.finish import Description, Splits, finish_dataset, finished_dataset
 from latent_medi.shards.writing.patch import Patch
 from latent_medi.shards.writing.records import kept_shards
-from latent_medi.shards.writing.rewrite import make_way
+from latent_medi.shards.writing.rewrite import prepare_rewrite
 from latent_medi.shards.writing.writer import write_shard
 
 TOLERANCE = 0.02
@@ -172,7 +172,7 @@ class _Work:
             except UserError as error:
                 bad.append(Rejected(row["path"], error.message, error.hint))
             except OSError as error:
-                bad.append(unread(self.root, row["path"], error))
+                bad.append(unreadable(self.root, row["path"], error))
             else:
                 known = {name: value for name, value in row.items() if name not in ("path", "key", "x", "y")}
                 for x, y, image in cut:
@@ -204,7 +204,7 @@ def _import(
         if len(absent) > settings.max_bad * len(rows):
             problem = f"{len(absent)} of {len(rows)} images do not exist, such as {absent[0]}; {out} is not changed."
             raise UserError(problem, "Check root, or whether a disk is connected.")
-    make_way(out, about.splits, [(row["patient"], row["fields"]) for row in rows])
+    prepare_rewrite(out, about.splits, [(row["patient"], row["fields"]) for row in rows])
     kept = kept_shards(out, tokens)
     rejected = {number: [Rejected(**e) for e in record.notes["rejected"]] for number, record in kept.items()}
     todo = [number for number in range(len(shards)) if number not in kept]
@@ -243,7 +243,7 @@ def _whole_mpp(rows: list[dict[str, Any]], root: Path, settings: ImportSettings)
         try:
             size = _size(root, row["path"])
         except OSError as error:
-            bad.append(unread(root, row["path"], error))
+            bad.append(unreadable(root, row["path"], error))
         except UserError as error:
             bad.append(Rejected(row["path"], error.message, error.hint))
             readable = True
@@ -272,6 +272,6 @@ def _size(root: Path, name: str) -> tuple[int, int]:
     """
     path = image_path(root, name)
     check_file(path)
-    with open(path, "rb") as file, opened(file) as image:
+    with open(path, "rb") as file, open_image(file) as image:
         check_header(image)
         return image.size

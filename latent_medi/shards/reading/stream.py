@@ -6,7 +6,6 @@ processes: the images of an update are a function of (order, images seen) alone.
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from latent_medi.core.errors import UserError, needs
-from latent_medi.shards.dataset import RESTORE, PatchDataset
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.reading.samples import samples
 
 if TYPE_CHECKING:
     import webdataset
@@ -48,33 +48,11 @@ def webdataset_of(dataset: PatchDataset) -> webdataset.DataPipeline:
 
 
 def _samples(dataset: PatchDataset, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The samples that webdataset reads from the shards, each compared with its checksums, none missing.
-
-    webdataset itself takes a damaged header for the end of the tar.
-    """
-    from webdataset import tariterators
-
-    codec = dataset.info["codec"]
+    """The samples of some shards; read by the index, since webdataset takes a damaged header for the end of a tar."""
     for shard in shards:
-        file = shard["url"]
-        rows = dataset.rows_of_shard.get(file, np.zeros(0, np.int64))
-        missing = dict(zip(dataset.index["key"].iloc[rows].tolist(), rows.tolist(), strict=True))
-        with dataset.open_shard(file) as stream:
-            opened = tariterators.tar_file_expander(iter([{**shard, "stream": stream}]))
-            try:
-                for sample in tariterators.group_by_keys(opened):
-                    row = missing.pop(sample["__key__"], None)
-                    if row is None or not {codec, "json"} <= set(sample):
-                        raise tarfile.ReadError(f"the sample {sample['__key__']!r} is not what the index says")
-                    dataset.check_member(row, sample[codec], image=True)
-                    dataset.check_member(row, sample["json"], image=False)
-                    yield sample
-                if missing:
-                    raise tarfile.ReadError(f"it lacks {len(missing)} patches, such as {min(missing)!r}")
-            except UserError:
-                raise
-            except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-                raise UserError(f"{dataset.place_of(file)} cannot be read: {error}.", RESTORE) from None
+        rows = dataset.rows_of_shard.get(shard["url"], np.zeros(0, np.int64))
+        for key, image, text in samples(dataset, rows):
+            yield {"__key__": key, "__url__": shard["url"], dataset.info["codec"]: image, "json": text}
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,10 @@ from latent_medi.shards.format.layout import SPLIT_PREFIX
 from latent_medi.shards.importing.resolution import check_mpp
 from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.settings import SlideSettings, field_columns
+from latent_medi.shards.slides import quality_table
 from latent_medi.shards.slides.job import SlideJob, run_slide
-from latent_medi.shards.slides.list_slides import Listed, list_slides
-from latent_medi.shards.slides.quality_table import (
-    QC_FOLDER,
-    QC_TABLE,
-    bad_rows,
-    count_by_reason,
-    read_quality,
-    reasons_by_slide,
-    reasons_text,
-    write_quality,
-)
+from latent_medi.shards.slides.list_slides import ListedSlide, list_slides
+from latent_medi.shards.slides.quality_table import QC_FOLDER, QC_TABLE
 from latent_medi.shards.writing.finish import Description, finish_dataset, finished_dataset
 from latent_medi.shards.writing.records import ShardRecord, finished_shards, remove_record, shard_file, write_record
 from latent_medi.shards.writing.rewrite import check_changed_patients, reopen_dataset
@@ -95,7 +87,7 @@ def _check(settings: SlideSettings) -> None:
     check_mpp(settings.mpp, "The resolution of the patches, mpp,")
 
 
-def _job(slide: Listed, number: int, settings: SlideSettings) -> SlideJob:
+def _job(slide: ListedSlide, number: int, settings: SlideSettings) -> SlideJob:
     sheet = Path(settings.out, QC_FOLDER, f"{slide.key}.png").resolve() if settings.contact_sheets else ""
     fields = {name: slide.row[name] for name in field_columns(settings)}
     extra = {name: slide.row[name] for name in settings.extra}
@@ -126,12 +118,12 @@ def _write(jobs: list[SlideJob], faults: list[Row], schema: Schema, settings: Sl
     out = Path(settings.out)
     about = Description(settings.name or out.name, schema, settings.patch_size, settings.mpp, settings.codec)
     table = out / QC_TABLE
-    before = read_quality(table)
+    before = quality_table.read_quality(table)
     dataset: PatchDataset | None = None
     if (out / INFO_FILE).is_file():
         _check_out(out, jobs)
         dataset = finished_dataset(out, about, [job.token for job in jobs])
-        same = dataset and reasons_by_slide(faults) == dataset.info["provenance"].get("left_out")
+        same = dataset and quality_table.reasons_by_slide(faults) == dataset.info["provenance"].get("left_out")
         if not same or any(before.get(job.key, {}).get("status") != "kept" for job in jobs):
             dataset = None
             reopen_dataset(out)  # to add slides, or to try again those that were left out
@@ -139,21 +131,21 @@ def _write(jobs: list[SlideJob], faults: list[Row], schema: Schema, settings: Sl
         rows = [dict(before[job.key]) for job in jobs]
     else:
         rows = _cut(jobs, before, settings, out)
-        write_quality(rows + faults, table)
+        quality_table.write_quality(rows + faults, table)
         kept_numbers = [job.number for job, row in zip(jobs, rows, strict=True) if row["status"] == "kept"]
         if not kept_numbers:
-            problem = f"None of the {len(jobs) + len(faults)} slides gave a patch:\n  {reasons_text(rows + faults)}"
-            raise UserError(problem, f"See {table}.")
+            reasons = quality_table.reasons_text(rows + faults)
+            raise UserError(f"None of the {len(jobs) + len(faults)} slides gave a patch:\n  {reasons}", f"See {table}.")
         provenance = {
             "source": _SOURCE,
             "cut": {key: getattr(settings, key) for key in _CUT_SETTINGS},
             "colours": _COLOURS[settings.icc],
-            "left_out": reasons_by_slide(rows + faults),
+            "left_out": quality_table.reasons_by_slide(rows + faults),
         }
         dataset = finish_dataset(out, dataclasses.replace(about, provenance=provenance), kept_numbers)
     _complete(dataset, jobs, rows, settings)
     if rows != [before.get(job.key) for job in jobs]:
-        write_quality(rows + faults, table)
+        quality_table.write_quality(rows + faults, table)
     for leftover in (out / QC_FOLDER).glob(".tmp-*"):  # of a run that was killed
         remove(leftover)
     return _result(dataset, rows + faults)
@@ -267,17 +259,18 @@ def _kept(out: Path, jobs: list[SlideJob]) -> dict[int, ShardRecord]:
 def _result(dataset: PatchDataset, rows: list[Row]) -> dict[str, Any]:
     """Print and return the outcome; raises :class:`Incomplete` if slides were left out."""
     by_status = pd.Series([row["status"] for row in rows]).value_counts()
-    bad = bad_rows(rows)
+    bad = quality_table.bad_rows(rows)
     result = {
         "folder": str(dataset.folder),
         "patches": len(dataset),
         "slides": {str(status): int(count) for status, count in by_status.items()},
         "left_out": {row["slide"]: f"{row['status']}: {row['reason']}" for row in bad},
-        "reasons": count_by_reason(rows),
+        "reasons": quality_table.count_by_reason(rows),
     }
     print(f"{len(dataset)} patches of {by_status.get('kept', 0)} slides in {dataset.folder}; see {QC_TABLE} there")
     if bad:
-        raise Incomplete(f"{len(bad)} of {len(rows)} slides were left out:\n  {reasons_text(rows)}", result)
+        reasons = quality_table.reasons_text(rows)
+        raise Incomplete(f"{len(bad)} of {len(rows)} slides were left out:\n  {reasons}", result)
     return result
 
 
@@ -291,5 +284,6 @@ def _estimate(jobs: list[SlideJob], faults: list[Row], settings: SlideSettings) 
     print(f"{text}; nothing was written")
     result = {"patches": patches, "bytes": size, "seconds": round(seconds, 1), "slides": rows}
     if bad := len(rows) - len(good):
-        raise Incomplete(f"{bad} of {len(rows)} slides would be left out:\n  {reasons_text(rows)}", result)
+        reasons = quality_table.reasons_text(rows)
+        raise Incomplete(f"{bad} of {len(rows)} slides would be left out:\n  {reasons}", result)
     return result

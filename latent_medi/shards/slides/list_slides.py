@@ -21,7 +21,7 @@ from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
-from latent_medi.shards.importing.find_files import find_files
+from latent_medi.shards.importing.find_files import find_files, without_copies
 from latent_medi.shards.importing.resolution import MPP_RANGE, check_mpp
 from latent_medi.shards.settings import SlideSettings, field_columns
 from latent_medi.shards.writing.patch import check_key
@@ -43,7 +43,7 @@ _COLUMN_SETTINGS = (
 
 
 @dataclass
-class Listed:
+class ListedSlide:
     """One slide.
 
     Args:
@@ -67,7 +67,7 @@ class Listed:
     fault: str = ""
 
 
-def list_slides(settings: SlideSettings) -> tuple[list[Listed], Schema]:
+def list_slides(settings: SlideSettings) -> tuple[list[ListedSlide], Schema]:
     """The slides, in the order of the table or of their paths, and the schema of their fields.
 
     Raises:
@@ -98,27 +98,21 @@ def list_slides(settings: SlideSettings) -> tuple[list[Listed], Schema]:
     return slides, schema
 
 
-def _of_folder(root: Path) -> list[Listed]:
+def _of_folder(root: Path) -> list[ListedSlide]:
     if not root.is_dir():
         raise UserError(f"There is no folder {root}.", "Give a folder of slides, or a table that names them.")
     found = find_files(root, EXTENSIONS)
     if not found.files and not found.left_out:
         raise UserError(f"{root} holds no slide ({', '.join(EXTENSIONS)}).")
-    once: dict[str, Path] = {}
-    real_root = os.path.realpath(root)
-    real = {path: os.path.realpath(path) for path in found.files}
-    # The path without links first, since it is kept.
-    direct = {path: real[path] == os.path.join(real_root, os.path.relpath(path, root)) for path in found.files}
-    for path in sorted(found.files, key=lambda path: (not direct[path], path)):
-        first = once.setdefault(real[path], path)
-        if first != path:  # without a table it would become a second patient
-            logger.warning("%s is the same file as %s: it is cut once", path, first)
-    slides = [Listed(path, path.relative_to(root).as_posix(), path.stem) for path in once.values()]
-    slides += [Listed(path, Path(os.path.relpath(path, root)).as_posix(), fault=why) for path, why in found.left_out]
+    files = without_copies(found.files, root)  # a copy would become a second patient
+    slides = [ListedSlide(path, path.relative_to(root).as_posix(), path.stem) for path in files]
+    slides += [
+        ListedSlide(path, Path(os.path.relpath(path, root)).as_posix(), fault=why) for path, why in found.left_out
+    ]
     return sorted(slides, key=lambda slide: slide.path)
 
 
-def _of_table(root: Path, columns: list[str], settings: SlideSettings) -> tuple[list[Listed], Schema]:
+def _of_table(root: Path, columns: list[str], settings: SlideSettings) -> tuple[list[ListedSlide], Schema]:
     check_new_names(field_columns(settings), settings.extra, settings.continuous)
     table = read_table(settings.table)
     where = f"The table of slides {settings.table}"
@@ -146,24 +140,24 @@ class _Finder:
         self.root = root
         self._by_name: dict[str, list[tuple[str, Path]]] | None = None
 
-    def find(self, row: Mapping[str, str], column: str, number: int) -> Listed:
+    def find(self, row: Mapping[str, str], column: str, number: int) -> ListedSlide:
         cell = row[column]
         if is_missing(cell) or re.search(r"[\x00-\x1f\x7f]", cell):
             fault = f"row {number} of the table, not counting its header, names no slide: {cell!r}"
-            return Listed(self.root, cell or f"row {number}", row=row, fault=fault)
+            return ListedSlide(self.root, cell or f"row {number}", row=row, fault=fault)
         path = self.root / cell
         if os.path.lexists(path) and not os.path.isdir(path):  # a MIRAX slide has a folder of its name
-            return Listed(path, cell, path.stem, row)
+            return ListedSlide(path, cell, path.stem, row)
         fits = self._below(cell)
         if len(fits) == 1:
-            return Listed(fits[0], cell, fits[0].stem, row)
+            return ListedSlide(fits[0], cell, fits[0].stem, row)
         if fits:
             names = ", ".join(str(path.relative_to(self.root)) for path in fits[:_MOST_NAMED])
             fault = f"ambiguous: {len(fits)} files are meant ({names}); write the path below source"
-            return Listed(path, cell, row=row, fault=fault)
+            return ListedSlide(path, cell, row=row, fault=fault)
         # It may be out of reach for the moment; its key stays the same.
         ending = path.suffix.lower() in (*EXTENSIONS, ".dcm")
-        return Listed(path, cell, path.stem if ending else path.name, row)
+        return ListedSlide(path, cell, path.stem if ending else path.name, row)
 
     def _below(self, cell: str) -> list[Path]:
         if self._by_name is None:
@@ -187,7 +181,7 @@ def _normal(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _set_key(slide: Listed, settings: SlideSettings) -> None:
+def _set_key(slide: ListedSlide, settings: SlideSettings) -> None:
     """Set the slide's key, or its fault."""
     if settings.key_column:
         slide.key = slide.row[settings.key_column]
@@ -206,7 +200,7 @@ def _set_key(slide: Listed, settings: SlideSettings) -> None:
         logger.info("%s has a long name: its key is %s", slide.path, slide.key)
 
 
-def _key(slide: Listed) -> str:
+def _key(slide: ListedSlide) -> str:
     if is_tcga([slide.path.name]):
         try:
             return slide_key(slide.path.name)
@@ -220,8 +214,8 @@ def _shortened(key: str, what: str) -> str:
     return f"{short}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
 
-def _refuse_equal_keys(slides: list[Listed], settings: SlideSettings) -> None:
-    seen: dict[str, Listed] = {}
+def _refuse_equal_keys(slides: list[ListedSlide], settings: SlideSettings) -> None:
+    seen: dict[str, ListedSlide] = {}
     for slide in slides:
         if (first := seen.setdefault(slide.key, slide)) is not slide:
             raise UserError(
@@ -230,14 +224,14 @@ def _refuse_equal_keys(slides: list[Listed], settings: SlideSettings) -> None:
             )
 
 
-def _make_keys_unique(slides: list[Listed], root: Path) -> None:
+def _make_keys_unique(slides: list[ListedSlide], root: Path) -> None:
     """Add the folder to the keys of slides with equal names, or a hash of the path where that is not enough."""
-    alike: dict[str, list[Listed]] = defaultdict(list)
+    alike: dict[str, list[ListedSlide]] = defaultdict(list)
     for slide in slides:
         alike[slide.key].append(slide)
     groups = [group for group in alike.values() if len(group) > 1]
     taken = {key for key, group in alike.items() if len(group) == 1}
-    wanted: list[tuple[str, str, Listed]] = []
+    wanted: list[tuple[str, str, ListedSlide]] = []
     for slide in (slide for group in groups for slide in group):
         shown = Path(os.path.relpath(slide.path, root)).as_posix()
         folders = [part.strip().replace(".", "-") for part in shown.split("/")[:-1] if part != ".."]
@@ -251,7 +245,7 @@ def _make_keys_unique(slides: list[Listed], root: Path) -> None:
         logger.info("%d slides have the name of another; their keys differ: %s", len(wanted), keys)
 
 
-def _set_patient(slide: Listed, settings: SlideSettings) -> None:
+def _set_patient(slide: ListedSlide, settings: SlideSettings) -> None:
     if settings.table:
         slide.patient = slide.row[settings.patient_column]
         if is_missing(slide.patient):  # never the slide's name: two slides of one person would become two people
@@ -265,7 +259,7 @@ def _set_patient(slide: Listed, settings: SlideSettings) -> None:
             slide.fault = "its name begins like a TCGA barcode and is none: rename it, or give its patient (table=…)"
 
 
-def _warn_of_patients(slides: list[Listed]) -> None:
+def _warn_of_patients(slides: list[ListedSlide]) -> None:
     """Warn of slides that count as a patient each, and of those among them that may be of one person."""
     own = [slide for slide in slides if slide.patient == slide.key]
     if len(own) < 2:
@@ -285,7 +279,7 @@ def _warn_of_patients(slides: list[Listed]) -> None:
         logger.warning("These slides may be of one person (%d such groups): %s", len(several), groups)
 
 
-def _set_resolutions(slides: list[Listed], path: str) -> None:
+def _set_resolutions(slides: list[ListedSlide], path: str) -> None:
     """Set the µm per pixel of slides from a table.
 
     Raises:
@@ -293,7 +287,7 @@ def _set_resolutions(slides: list[Listed], path: str) -> None:
     """
     table = read_table(path)
     require_columns(table, ["slide", "mpp"], f"The table of resolutions {path}")
-    by_name: dict[str, list[Listed]] = defaultdict(list)
+    by_name: dict[str, list[ListedSlide]] = defaultdict(list)
     for slide in slides:
         for name in {slide.name, slide.key, slide.path.name, slide.path.stem} - {""}:
             by_name[name].append(slide)

@@ -22,7 +22,7 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.folder import NEXT_INDEX, write_folder
 from latent_medi.shards.format.layout import FINGERPRINT, SPLIT_PREFIX
 from latent_medi.shards.writing.records import PROGRESS_FOLDER, ShardRecord, finished_shards, shard_file
-from latent_medi.shards.writing.rewrite import opened_or_none, remembered_splits
+from latent_medi.shards.writing.rewrite import dataset_or_none, remembered_splits
 
 logger = get_logger(__name__)
 
@@ -187,7 +187,7 @@ def finished_dataset(
         tokens: What each shard is made from, in order.
         same_provenance: Whether its provenance has to be the same, too.
     """
-    dataset = opened_or_none(folder)
+    dataset = dataset_or_none(folder)
     if dataset is None:
         return None
     wanted = about.info() | {"made_from": list(tokens)}

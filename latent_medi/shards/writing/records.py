@@ -54,29 +54,29 @@ class ShardRecord:
     rows: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False, repr=False)
 
 
-def begin(folder: Path) -> None:
+def mark_unfinished(folder: Path) -> None:
     """Make a dataset folder an unfinished one, to be written (again): without its index, with a folder for records.
 
     Raises:
         UserError: It holds files of another kind that would be replaced.
     """
-    claim(folder)
+    start_records(folder)
     remove(folder / INFO_FILE)
     remove(folder / INDEX_FILE)
 
 
-def claim(folder: Path) -> None:
-    """Make the folder for records, before the first shard; raises as :func:`begin`."""
+def start_records(folder: Path) -> None:
+    """Make the folder for records, before the first shard; raises as :func:`mark_unfinished`."""
     if (folder / PROGRESS_FOLDER).is_dir():
         return
-    refuse_others(folder)
+    refuse_foreign_files(folder)
     try:
         (folder / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from None
 
 
-def refuse_others(folder: Path) -> None:
+def refuse_foreign_files(folder: Path) -> None:
     """Refuse a folder that is no dataset, with files that a dataset would replace."""
     signs = {INFO_FILE: "schema_version", PROGRESS_FOLDER: ""}
     refuse_foreign(folder, signs, [INFO_FILE, INDEX_FILE, "data/part-*.tar"])

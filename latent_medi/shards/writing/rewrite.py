@@ -14,15 +14,8 @@ from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.format.layout import PICTURE, ROW_COLUMNS, SPLIT_PREFIX
 from latent_medi.shards.format.selections import SELECTED_PREFIX
-from latent_medi.shards.writing.records import (
-    PROGRESS_FOLDER,
-    ShardRecord,
-    begin,
-    claim,
-    refuse_others,
-    shard_number,
-    write_record,
-)
+from latent_medi.shards.writing import records
+from latent_medi.shards.writing.records import PROGRESS_FOLDER
 
 logger = get_logger(__name__)
 
@@ -44,7 +37,7 @@ def remembered_splits(folder: Path) -> dict[str, Any]:
     return read_sealed(path, f"Remove {path}: the splits in it are lost, make them again.")[0] if path.is_file() else {}
 
 
-def opened_or_none(folder: Path) -> PatchDataset | None:
+def dataset_or_none(folder: Path) -> PatchDataset | None:
     """The dataset in a folder that is to be written; ``None`` if there is none, or with a warning if it is damaged."""
     if not (folder / INFO_FILE).is_file():
         return None
@@ -55,7 +48,9 @@ def opened_or_none(folder: Path) -> PatchDataset | None:
         return None
 
 
-def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Mapping[str, str]]] | None = None) -> None:
+def prepare_rewrite(
+    out: Path, given: Collection[str], patches: Iterable[tuple[str, Mapping[str, str]]] | None = None
+) -> None:
     """Make a finished dataset folder one that can be written again, from other patches or settings.
 
     Its splits are kept by patient: :func:`~latent_medi.shards.writing.finish.finish_dataset` records them again.
@@ -69,12 +64,12 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
         UserError: It has selections, which belong to its present patches; or a split of patients whose fields have
             changed since; or files of another kind. Nothing is removed then.
     """
-    refuse_others(out)
+    records.refuse_foreign_files(out)
     if not (out / INFO_FILE).is_file():
-        claim(out)
+        records.start_records(out)
         return
     hint = f"Write to another folder, or remove {out} first."
-    if (dataset := opened_or_none(out)) is not None:
+    if (dataset := dataset_or_none(out)) is not None:
         if dataset.selections:
             names = ", ".join(dataset.selections)
             raise UserError(f"{out} has the selections {names}, which writing it again would lose.", hint)
@@ -84,7 +79,7 @@ def make_way(out: Path, given: Collection[str], patches: Iterable[tuple[str, Map
         if kept:
             logger.info("%s is written again, and keeps the splits %s", out, ", ".join(kept))
         remember_splits(dataset)
-    begin(out)
+    records.mark_unfinished(out)
 
 
 def check_changed_patients(
@@ -123,13 +118,13 @@ def reopen_dataset(folder: str | Path) -> None:
     shards then have no record and are written again, and a warning says why.
     """
     folder = Path(folder)
-    dataset = opened_or_none(folder)
+    dataset = dataset_or_none(folder)
     if dataset is not None:
         if dataset.selections:
             logger.warning("The selections %s are of the former patches: make them again", [*dataset.selections])
         remember_splits(dataset)
         _restore_records(dataset)
-    begin(folder)
+    records.mark_unfinished(folder)
 
 
 def _restore_records(dataset: PatchDataset) -> None:
@@ -147,5 +142,5 @@ def _restore_records(dataset: PatchDataset) -> None:
         rows["fields"] = [json.dumps(row) for row in fields]
         rows["extra"] = [json.dumps(row) for row in mine[extra].to_dict(orient="records")]
         known_of_shard = (shard["sha256"], shard["count"], shard["bytes"], dataset.info["codec"], dataset.patch_size)
-        record = ShardRecord(shard_number(shard["file"]), *known_of_shard, shard["made_from"], {}, rows)
-        write_record(dataset.folder, record)
+        record = records.ShardRecord(records.shard_number(shard["file"]), *known_of_shard, shard["made_from"], {}, rows)
+        records.write_record(dataset.folder, record)

@@ -26,7 +26,14 @@ from latent_medi.shards.format.layout import FINGERPRINT, ROW_COLUMNS, SUM_COLUM
 from latent_medi.shards.format.tar import BLOCK, tar_end, tar_member
 from latent_medi.shards.writing.finish import Description, Splits, finish_dataset, finished_dataset
 from latent_medi.shards.writing.patch import Patch, checked_row, column_types
-from latent_medi.shards.writing.records import ShardRecord, begin, claim, kept_shards, shard_file, write_record
+from latent_medi.shards.writing.records import (
+    ShardRecord,
+    kept_shards,
+    mark_unfinished,
+    shard_file,
+    start_records,
+    write_record,
+)
 
 __all__ = ["Patch", "write_dataset", "write_shard"]
 
@@ -58,7 +65,7 @@ def write_shard(
     check_codec(codec)
     if (folder / INFO_FILE).exists():
         raise UserError(f"{folder} is a finished dataset.", "Write to another folder, or remove this one first.")
-    claim(folder)
+    start_records(folder)
     rows: list[dict[str, Any]] = []
     digest, size, edge = hashlib.sha256(), 0, 0
     keys: set[str] = set()
@@ -153,7 +160,7 @@ def _write_dataset(folder: Path, patches: Iterable[Patch], about: Description, p
         tokens = [patches_token(chunk, about.codec) for chunk in _chunks(patches, per_shard)]
         if whole := finished_dataset(folder, about, tokens, same_provenance=True):
             return whole
-    begin(folder)
+    mark_unfinished(folder)
     kept = kept_shards(folder, tokens) if tokens else {}
     count = 0
     for chunk in progress(_chunks(patches, per_shard), len(tokens) or None, f"writing {about.name}", "shard"):

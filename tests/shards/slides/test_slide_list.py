@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from latent_medi.core.errors import UserError
 from latent_medi.shards.settings import SlideSettings
-from latent_medi.shards.slides.list_slides import Listed, list_slides
+from latent_medi.shards.slides.list_slides import ListedSlide, list_slides
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -20,7 +20,7 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def listed(source: Path, rows: str = "", **more: object) -> list[Listed]:
+def listed(source: Path, rows: str = "", **more: object) -> list[ListedSlide]:
     """The slides that a command would cut, with a table if there are rows."""
     values: dict = {"source": str(source), "out": "none", **more}
     if rows:
@@ -30,7 +30,7 @@ def listed(source: Path, rows: str = "", **more: object) -> list[Listed]:
     return list_slides(SlideSettings(**values))[0]
 
 
-def keys(slides: list[Listed]) -> dict[str, str]:
+def keys(slides: list[ListedSlide]) -> dict[str, str]:
     return {slide.name: slide.key for slide in slides}
 
 
