@@ -83,9 +83,7 @@ class TinyEncoder(nn.Module):
         return encoder.eval()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``encoder.json`` and ``encoder.safetensors`` (float16, since features are judged far above its
-        rounding).
-        """
+        """Write ``encoder.json`` and ``encoder.safetensors`` (float16, whose rounding hardly changes features)."""
         folder = Path(folder)
         with atomic_path(folder / "encoder.safetensors") as temporary:
             save_file({k: v.detach().half().contiguous() for k, v in self.state_dict().items()}, temporary)

@@ -1,4 +1,4 @@
-"""What a plan is made from: the rows that a model was trained on, and the table of a target."""
+"""Inputs of a plan: the rows that a model was trained on, and the table of a target."""
 
 from __future__ import annotations
 

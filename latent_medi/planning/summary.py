@@ -1,4 +1,4 @@
-"""What there is to say about a plan: numbers of images, the data before and after, and all of it on one screen."""
+"""Summary of a plan: numbers of images, the data before and after, and the text on the screen."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BeforeAfter:
 
 @dataclass
 class PlanSummary:
-    """What there is to say about a plan.
+    """Numbers of a plan.
 
     Args:
         goal: The goal.

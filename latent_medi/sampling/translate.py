@@ -75,7 +75,7 @@ def translate(
     Returns:
         The dataset, with origin "synthetic", the fields of model and source dataset together, patient
         ``synthetic:<model hash>:<source patient>``, and the columns ``translated_from`` (the source's key),
-        ``from_patient`` and ``from_<field>`` for each field of ``to``. Measures and figure, if asked for, are the main
+        ``from_patient`` and ``from_<field>`` for each field of ``to``. Measures and figure are the main
         process's.
 
     Raises:

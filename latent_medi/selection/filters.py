@@ -1,4 +1,4 @@
-"""Scores of synthetic patches, and the filters that they must pass; each judged by real training patches.
+"""Scores of synthetic patches, and the filters that they must pass, both derived from real training patches.
 
 Centroids and linear probes consider one field at a time (or groups of fields that real patches have together), so that
 they can score combinations that no real training patch has: such a patch must resemble its class, whatever the site,
@@ -134,7 +134,7 @@ def _confidence(
         if report.accuracy < report.chance + _LEAST_ABOVE_CHANCE:
             scored.warnings.append(
                 f"The linear probe of {name} classifies {report.accuracy:.0%} of held-out patients' patches correctly "
-                f"({report.chance:.0%} is chance): in this encoder's features {name} cannot be judged."
+                f"({report.chance:.0%} is chance): with this encoder's features it cannot score {name}."
             )
         known = stated != UNKNOWN_WORD
         own = _adjusted(effects, [name], features[known], inputs.synthetic.index[known])
@@ -173,7 +173,7 @@ def class_centroids(features: np.ndarray, labels: np.ndarray, patients: np.ndarr
 
 
 def _mean_known(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis without NaN; NaN where there is nothing else."""
+    """Mean over the first axis without NaN; NaN where all are NaN."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)

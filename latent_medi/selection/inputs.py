@@ -29,7 +29,7 @@ _NO_EFFECT = ("data", "real", "batch", "device", "workers", "cache", "replace", 
 
 @dataclass
 class Inputs:
-    """Synthetic patches to choose from, and real training patches to judge them by.
+    """Synthetic patches to choose from, and real training patches to compare them with.
 
     Args:
         synthetic: The synthetic dataset.
@@ -76,7 +76,7 @@ def open_inputs(settings: SelectSettings) -> Inputs:
     """Open both datasets, and find the fields to score and the combinations to choose from.
 
     Raises:
-        UserError: A folder of the wrong kind, a missing split or field, a value that a filter cannot judge, or too few
+        UserError: A folder of the wrong kind, a missing split or field, a value that a filter cannot score, or too few
             patients.
     """
     synthetic, real = PatchDataset.open(settings.data), PatchDataset.open(settings.real)
@@ -140,7 +140,7 @@ def _class_of(synthetic: PatchDataset, cells: Sequence[str]) -> list[str]:
 def _known(names: Sequence[str], synthetic: PatchDataset, real: PatchDataset, setting: str) -> list[str]:
     """The fields of a setting, checked to be class or categorical fields of both datasets."""
     if not names:
-        raise UserError(f"{synthetic.folder} states no class and no categorical field to judge by.")
+        raise UserError(f"{synthetic.folder} has no class and no categorical field with a value.")
     for name in names:
         for dataset in (synthetic, real):
             able = [f.name for f in dataset.schema.fields if not f.continuous]
@@ -164,7 +164,7 @@ def _check_values(inputs: Inputs, settings: SelectSettings) -> None:
             count = int(patients.get(value, 0))
             if count < MIN_PATIENTS_OF_VALUE:
                 raise UserError(
-                    f"The filter confidence cannot judge {name} {value!r}: {count} training patients of "
+                    f"The filter confidence cannot score {name} {value!r}: {count} training patients of "
                     f"{settings.real} have it, and a linear probe needs {MIN_PATIENTS_OF_VALUE}.",
                     f"Set fields to others than {name}, or leave confidence out of filters and rank.",
                 )
@@ -179,7 +179,7 @@ def _check_values(inputs: Inputs, settings: SelectSettings) -> None:
         if lacking := sorted(stated - known):
             one_by_one = f"Score the fields one by one: centroids={[[name] for name in group]}."
             raise UserError(
-                f"The filter centroid cannot judge {' × '.join(group)} {lacking[0]!r}: no training patch of "
+                f"The filter centroid cannot score {' × '.join(group)} {lacking[0]!r}: no training patch of "
                 f"{settings.real} has it ({len(lacking)} such combinations).",
                 one_by_one if len(group) > 1 else f"Leave {group[0]} out of centroids.",
             )

@@ -18,11 +18,11 @@ class Counts:
     """Numbers of patches.
 
     Args:
-        asked: Patches there are.
+        asked: All patches, which a plan asked for.
         passed_*: Patches that pass a filter; None if the filter is not applied.
         accepted: Patches that pass all filters.
         chosen: Patches that are chosen.
-        control: Patches of the random control, if there is one.
+        control: Patches of the random control; None without one.
         acceptance: Share accepted, 0 to 1.
     """
 

@@ -40,7 +40,7 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> Sel
         encoder: An encoder that is loaded already, instead of the one that the settings name.
 
     Raises:
-        UserError: A folder of the wrong kind, fields or values that a filter cannot judge, too few patients, no patch
+        UserError: A folder of the wrong kind, fields or values that a filter cannot score, too few patients, no patch
             left, or another selection of that name.
     """
     accelerator = make_accelerator(patient=True)

@@ -15,7 +15,7 @@ Score = Literal["confidence", "centroid", "distance"]
 
 @dataclass
 class SelectSettings(Settings):
-    """Which patches of a synthetic dataset to keep, judged by real training patches.
+    """Which patches of a synthetic dataset to keep, by comparison with real training patches.
 
     Args:
         data: Folder of the synthetic dataset. It gains columns, and loses nothing.
@@ -59,7 +59,7 @@ class SelectSettings(Settings):
         batch: Patches per forward pass.
         device: Torch device, such as "cpu" or "cuda"; empty takes a GPU if there is one.
         workers: Threads that decode patches to compare pixels; 0 decodes in the main thread.
-        cache: Folder of the feature cache; empty means "features" beside the synthetic dataset.
+        cache: Folder of the feature cache; empty means "features" in the parent folder of the dataset.
         replace: Whether another selection of that name may be overwritten.
     """
 

@@ -265,7 +265,7 @@ def test_two_runs_give_the_same_bytes(real: PatchDataset, tmp_path: Path) -> Non
 
 
 def test_a_cell_that_training_lacks_is_judged_field_by_field(synthetic: PatchDataset, real: PatchDataset) -> None:
-    with pytest.raises(UserError, match=r"(?s)centroid cannot judge class × site 'tumour × cedar'.*one by one"):
+    with pytest.raises(UserError, match=r"(?s)centroid cannot score class × site 'tumour × cedar'.*one by one"):
         select(options(synthetic, real, filters=["centroid"], centroids=[["class", "site"]]), pooled())
     assert "selected_best" not in PatchDataset.open(synthetic.folder).index
     selection = select(options(synthetic, real, filters=["centroid", "confidence", "outliers"]), pooled())
@@ -305,9 +305,9 @@ def test_bad_input_is_named(synthetic: PatchDataset, real: PatchDataset, tmp_pat
     refuse("5 training patients", real=str(few.folder))
     one_site = write_real(tmp_path / "one_site", 12, [(c, "aster") for c in ("benign", "tumour")])
     both = ["class", "site"]
-    refuse("confidence cannot judge site 'birch': 0 training patients", real=str(one_site.folder), fields=both)
+    refuse("confidence cannot score site 'birch': 0 training patients", real=str(one_site.folder), fields=both)
     refuse(
-        "centroid cannot judge site 'birch'.*Leave site out",
+        "centroid cannot score site 'birch'.*Leave site out",
         real=str(one_site.folder),
         filters=["centroid"],
         rank="centroid",
