@@ -4,10 +4,10 @@
 
 smoke: every precision, way of training, sampler and full memory, each against fp32 or the CPU within a stated bound.
 real: `latent-medi run` with configs/prostate/256px.yaml on real biopsies, as many updates as fit, and a picture of all
-six combinations of class and hospital, real beside MeDi beside CLS. rates: images per second and memory against plain
-loops, pixels and the estimate. demo: the demo, its headline beside the CPU's.
+six combinations of class and hospital, real, MeDi and CLS. rates: images per second and memory against plain
+loops, pixels and the estimate. demo: the demo, its headline compared with the CPU's.
 
-Each row is written the moment it is done: OUT/PART/ROW.json with revision, card, command and seconds, beside logs and
+Each row is written the moment it is done: OUT/PART/ROW.json with revision, card, command and seconds, with logs and
 pictures; OUT/results.json holds all, OUT/table.txt the last table, OUT/measured.json what `train --estimate` reports of
 cards (copied over latent_medi/training/estimate/measured.json). Parts without a result come first, then the oldest.
 It ends by itself inside the budget; the same command goes on with what was left out, cut off or killed, and with

@@ -7,10 +7,10 @@ latents: a DataLoader over single samples, Accelerate, AdamW, a prepared learnin
 progress bar with the loss of every step. Network, batch, precision and data are the same in all loops; they run in
 turns, and the median window counts.
 (b) Tensors already in memory: the same loop, whose data hand out one batch that is on the device. Without a GPU, where
-nothing runs beside the update, the share of the time that making batches takes is timed as well: other programs on the
-machine change it far less than they change the ratio of two runs.
+nothing else runs during an update, the share of the time that making batches takes is timed as well: other programs on
+the machine change it far less than they change the ratio of two runs.
 (c) With a GPU: images per second of UNet L on latents of 256 px against MeDi's UNet on pixels of 128 px, each at its
-best batch in the same memory, beside the ratio of operations, which needs no GPU; and UNet B's share of the measured
+best batch in the same memory, and the ratio of operations, which needs no GPU; and UNet B's share of the measured
 peak of matrix products. Without one these rows say "not measured".
 """
 

@@ -44,31 +44,13 @@ BANNED = {
 }
 """Words and phrases whose use is never right, and what to write instead."""
 
-NOT_YET = {
-    "told",
-    "tells",
-    "dealt",
-    "rival",
-    "rivals",
-    "lesson",
-    "lessons",
-    "learner",
-    "learners",
-    "arm",
-    "arms",
-    "judge",
-    "judges",
-    "judged",
-    "beside",
-    "look ahead",
-    "look_ahead",
-    "side by side",
-    "way out of the noise",
-    "convinced",
-}
+NOT_YET = {"arm", "arms", "beside", "convinced", "judge", "judged", "side by side", "tells"}
 """Banned words that are still in use. This set only shrinks."""
 
 ALLOWED: set[tuple[str, str]] = {
+    ("latent_medi/experiment/shift_result.py", "arms"),  # a key of shift.json
+    ("latent_medi/experiment/shift_result.py", "arm"),  # a column of shift.csv
+    ("latent_medi/experiment/shift_benchmark.py", "arms"),  # a key of shift.json
     ("latent_medi/evaluation/real_baseline.py", "deals"),  # a key of floors.json
     ("latent_medi/evaluation/settings.py", "deals"),  # the name of a setting before it was renamed
     ("latent_medi/evaluation/settings.py", "arms"),  # likewise

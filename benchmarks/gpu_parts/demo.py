@@ -1,4 +1,4 @@
-"""The whole demo on the device, its headline beside that of two CPU cores."""
+"""The whole demo on the device, its headline compared with that of two CPU cores."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CPU = {
 """Of seed 0 on two CPU cores, as docs/results.md has it."""
 
 
-def _beside(headline: Mapping[str, Any]) -> dict[str, str]:
-    """Each figure here, and the CPU's."""
+def _compared(headline: Mapping[str, Any]) -> dict[str, str]:
+    """Each figure on this device, and on the CPU."""
     found = {}
     for name, values in CPU.items():
         for key, value in values.items():
@@ -57,10 +57,10 @@ def _demo(context: Context) -> None:
     context.figures(headline=headline)
     stages = {file.stem: json.loads(file.read_text()).get("seconds") for file in (out / "stages").glob("*.json")}
     context.figures(stages={name: seconds for name, seconds in stages.items() if seconds is not None})
-    context.figures(beside_the_cpu=_beside(headline))
+    context.figures(compared_with_cpu=_compared(headline))
     if context.quick:
         return
-    context.show(**dict(list(_beside(headline).items())[:3]))
+    context.show(**dict(list(_compared(headline).items())[:3]))
     check = records.ROOT / "tests" / "end_to_end" / "check_headline.py"
     if check.is_file():
         done = subprocess.run(

@@ -180,7 +180,7 @@ def _features(context: Context) -> None:
 
 
 def _peak(preset: str) -> Callable[[Context], None]:
-    """What a preset takes on the card, beside what `train --estimate` expects."""
+    """What a preset takes on the GPU, and what `train --estimate` predicts."""
 
     def row(context: Context) -> None:
         if not context.gpu:

@@ -29,7 +29,7 @@ FORWARDS = 7  # training images per sample: 20 evaluations, where an update's im
 
 
 def command(context: Context, words: list[str], log: str) -> None:
-    """Run a verb of `latent-medi`, its messages beside the row's record.
+    """Run a verb of `latent-medi`, and log its messages next to the record of the row.
 
     Raises:
         RuntimeError: It ended with an error.
@@ -128,7 +128,7 @@ def _rate(context: Context) -> None:
         steps = max(100, round(SHARE * left * rate / 2 / batch))
     chosen = {"max_steps": steps, "batch": batch, "seen": seen, "unseen": unseen}
     (context.work / "chosen.json").write_text(json.dumps(chosen))
-    context.show(images_per_s=rate, updates_per_arm=steps, images_per_arm=steps * batch)
+    context.show(images_per_s=rate, updates_per_model=steps, images_per_model=steps * batch)
 
 
 def _scale(context: Context) -> float:
@@ -164,7 +164,7 @@ def words_of(context: Context, chosen: Mapping[str, Any]) -> list[str]:
 
 
 def _run(context: Context) -> None:
-    """encode → train both models → plan → sample → evaluate → report; a run that was cut off goes on."""
+    """encode → train both models → plan → sample → evaluate → report; an interrupted run continues."""
     chosen = json.loads((context.work / "chosen.json").read_text())
     run = context.work / "run"
     begun = run.exists()
@@ -183,7 +183,7 @@ def _run(context: Context) -> None:
 
 
 def _pictures(context: Context) -> None:
-    """All combinations of class and hospital: real patches beside MeDi's beside CLS's."""
+    """All combinations of class and hospital: real patches, MeDi's and CLS's."""
     run, n = context.work / "run", 3
     sets = {"real": PatchDataset.open(_data(context))}
     sets |= {name: PatchDataset.open(run / "synthetic" / name) for name in ("medi", "cls")}

@@ -204,7 +204,7 @@ def _evaluate(context: Context) -> None:
         found.append(evaluate(settings))
     fresh_accelerator()
     sides = [dict(numbers(encode(metrics.fidelity))) for metrics in found]
-    context.require(sides[0].keys() == sides[1].keys(), "the two do not judge the same")
+    context.require(sides[0].keys() == sides[1].keys(), "the two do not have the same results")
     worst, where, compared = 0.0, "", 0
     for place in sides[0].keys() & sides[1].keys():
         if place.rpartition("/")[2] in ("fd", "fd_pca", "kid"):

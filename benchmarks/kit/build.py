@@ -188,7 +188,7 @@ def build(
         real: The prostate recipe's source: manifest.csv and images.
         models: Folder with squeezenet/ and taef2/.
         python: The node's Python.
-        packages: Further packages, beside :data:`PACKAGES`.
+        packages: Further packages, in addition to :data:`PACKAGES`.
         wheels: Folder of wheels; by default they are downloaded.
         benign: Benign patches.
         limit: MB that the folder must stay below.

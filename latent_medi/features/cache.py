@@ -111,9 +111,9 @@ def cached_features(
         with closing(ReadAhead(dataset, read_ahead_threads(where, dataset))) as reader:
             batches = _batches(reader, mine, batch, f"{encoder.name} features", rank == 0)
             for part in _parts(chunks, processes, batch):
-                dealt = [np.concatenate([missing[:0], *part[r::processes]]) for r in range(processes)]
+                shares = [np.concatenate([missing[:0], *part[r::processes]]) for r in range(processes)]
                 found = encoder.features(islice(batches, len(part[rank::processes])), device)
-                for share, theirs in zip(dealt, _gathered(found, accelerator), strict=True):
+                for share, theirs in zip(shares, _gathered(found, accelerator), strict=True):
                     features[share] = theirs
                     known[share] = True
                 if rank == 0:

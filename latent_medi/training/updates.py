@@ -292,7 +292,7 @@ class Monitor:
         self._time = time.monotonic()
 
     def _csv(self, name: str, columns: Sequence[str]) -> CsvLog | None:
-        """A log beside the others, in the main process."""
+        """Open a further log next to the others, in the main process."""
         return CsvLog(self._run.out / name, columns, self._images) if self._accelerator.is_main_process else None
 
     @property
