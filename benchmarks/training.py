@@ -56,7 +56,7 @@ from latent_medi.training.log import read_log
 from latent_medi.training.loop import train
 from latent_medi.training.run_folder import build
 from latent_medi.training.settings import TrainSettings
-from latent_medi.training.updates import ACCELERATE_PRECISION
+from latent_medi.training.start import ACCELERATE_PRECISION
 
 NOT_MEASURED = "not measured (no GPU)"
 MEDI_PIXELS = ModelSettings(

@@ -207,9 +207,8 @@ class MediPipeline(PipelineBase):
         count = None if num_images is None else whole(num_images, "num_images")
         rows = rows_of(self.schema, fields, count, given)
         seeds = list(range(first, first + len(rows))) if given is None else given
-        conditions = self.conditions(rows)
         noise, generators = draw_noise(seeds, self.latent_shape)
-        latents = self.generate_latents(conditions, noise, chosen, guidance_of(guidance), generators, batch)
+        latents = self.generate_latents(self.conditions(rows), noise, chosen, guidance_of(guidance), generators, batch)
         images = np.concatenate([self.decode(latents[i : i + batch]) for i in range(0, len(latents), batch)])
         return ImagePipelineOutput(images=[Image.fromarray(i) for i in images] if output_type == "pil" else images)
 
@@ -386,16 +385,8 @@ class MediPipeline(PipelineBase):
         provenance: Mapping[str, Any] | None = None,
     ) -> MediPipeline:
         """The pipeline of a denoiser after training."""
-        return MediPipeline(
-            denoiser.unet,
-            make_scheduler(objective),
-            denoiser.conditioner,
-            autoencoder,
-            shift,
-            scale,
-            objective,
-            provenance,
-        )
+        networks = denoiser.unet, make_scheduler(objective), denoiser.conditioner
+        return MediPipeline(*networks, autoencoder, shift, scale, objective, provenance)
 
 
 # DiffusionPipeline.from_pretrained looks up the class of a folder in diffusers, and finds this one, whose error says

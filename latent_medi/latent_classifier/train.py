@@ -33,7 +33,8 @@ from latent_medi.training import run_folder
 from latent_medi.training.data import Batch, TrainingData
 from latent_medi.training.finetune.transfer import Source
 from latent_medi.training.log import read_log
-from latent_medi.training.updates import Run, check_strategy, find_start, training_accelerator
+from latent_medi.training.start import check_strategy, find_start, training_accelerator
+from latent_medi.training.updates import Run
 
 logger = get_logger("training")
 

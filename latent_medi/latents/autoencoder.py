@@ -52,7 +52,7 @@ class Autoencoder:
     Attributes:
         source: As given.
         kind: Class name of the model.
-        hash: SHA-256 over its weights as fp32, whatever precision it runs in.
+        hash: SHA-256 over its weights as fp32, for any precision.
         latent_channels: Channels C of a latent.
         factor: Pixels per latent pixel along an edge.
         deterministic: Whether it gives a latent instead of a posterior.

@@ -1,4 +1,4 @@
-"""The autoencoder's reconstruction error: what is lost before any model has learned anything."""
+"""The reconstruction error of the autoencoder, which is part of every sample of a model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def measure_reconstruction(
     batch: int,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """The distance between patches and what is decoded from their stored means.
+    """The distance between patches and their reconstructions from stored means.
 
     Args:
         data: The dataset.

@@ -35,7 +35,7 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.finish import Description
 from latent_medi.shards.writing.writer import Patch
 
-logger = get_logger("synthesis")
+logger = get_logger("sampling")
 
 _WIDTH, _LINES = 16, 24
 

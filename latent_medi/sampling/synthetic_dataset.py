@@ -23,7 +23,7 @@ from latent_medi.shards.writing.finish import Description, finish_dataset
 from latent_medi.shards.writing.records import kept_shards
 from latent_medi.shards.writing.writer import Patch, write_shard
 
-logger = get_logger("synthesis")
+logger = get_logger("sampling")
 
 
 @dataclass(frozen=True)

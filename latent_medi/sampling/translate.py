@@ -43,7 +43,7 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.finish import Description
 from latent_medi.shards.writing.writer import Patch
 
-logger = get_logger("synthesis")
+logger = get_logger("sampling")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.features.stain import STAIN_METHODS, SiteStains, haematoxylin
 from latent_medi.shards.dataset import PatchDataset
 
-logger = get_logger("synthesis")
+logger = get_logger("sampling")
 
 TITLES = {
     "original": "original",

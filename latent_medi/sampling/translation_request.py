@@ -20,7 +20,7 @@ from latent_medi.sampling.settings import TranslateSettings
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.statistics.subsampling import patients_in_turn
 
-logger = get_logger("synthesis")
+logger = get_logger("sampling")
 
 _SAME_MPP = 0.02
 """Relative difference of resolutions that counts as rounding."""

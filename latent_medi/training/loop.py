@@ -25,7 +25,8 @@ from latent_medi.training.data import Batch, open_data
 from latent_medi.training.finetune.transfer import inherited_objective, open_source
 from latent_medi.training.monitor import DenoiserMonitor
 from latent_medi.training.settings import TrainSettings
-from latent_medi.training.updates import Run, check_strategy, find_start, training_accelerator
+from latent_medi.training.start import check_strategy, find_start, training_accelerator
+from latent_medi.training.updates import Run
 
 logger = get_logger("training")
 

@@ -10,13 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,7 +23,6 @@ from latent_medi.core.errors import Preempted, UserError
 from latent_medi.core.files import atomic_path, write_json
 from latent_medi.core.preemption import listening
 from latent_medi.core.progress import get_logger, progress
-from latent_medi.launch import make_accelerator
 from latent_medi.training import checkpoint, ddp, posthoc_ema, run_folder
 from latent_medi.training.data import Batch, TrainingData
 from latent_medi.training.ema import Ema, ema_decay
@@ -32,67 +30,14 @@ from latent_medi.training.log import CsvLog
 from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.prefetch import made_ahead, threads_for
 from latent_medi.training.settings import TrainSettings
+from latent_medi.training.start import Start
 
 logger = get_logger("training")
-
-ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-"""Accelerate's word for each precision; ours avoids "no", which YAML reads as false."""
 
 _FETCH_EVERY = 100  # updates after which losses are fetched from the device at the latest
 
 Losses = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 """From part of a process's batch: its share of the update's loss, [], and what the monitor notes of the part."""
-
-
-def training_accelerator(settings: TrainSettings) -> Accelerator:
-    """The accelerator of a run: precision and trackers from the settings, processes from the launcher."""
-    return make_accelerator(
-        mixed_precision=ACCELERATE_PRECISION[settings.precision],
-        log_with=list(settings.trackers) or None,
-        project_dir=settings.out,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-    )
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins or continues.
-
-    Args:
-        tensors: Tensors of the checkpoint, by file and name; empty at the beginning.
-        state: The rest of the checkpoint; ``images`` alone at the beginning.
-    """
-
-    tensors: dict[str, dict[str, torch.Tensor]]
-    state: dict[str, Any]
-
-    @property
-    def images(self) -> int:
-        """Images seen."""
-        return int(self.state["images"])
-
-
-def find_start(out: Path, record: Mapping[str, Any], accelerator: Accelerator) -> Start:
-    """The newest whole checkpoint of a run, or its beginning; every process must call.
-
-    Args:
-        out: Folder of the run.
-        record: What identifies the run.
-        accelerator: The processes. The main one chooses, so that all agree.
-
-    Raises:
-        UserError: The checkpoint is of another run.
-    """
-    main = accelerator.is_main_process
-    found = [checkpoint.newest_checkpoint(out / "checkpoints") if main else None]
-    newest: Path | None = (broadcast_object_list(found) if accelerator.num_processes > 1 else found)[0]
-    if newest is None:
-        return Start({}, {"images": 0})
-    start = Start(*checkpoint.load_checkpoint(newest))
-    run_folder.check_same(out, record, start.state["run"])
-    if main:
-        logger.info("Continuing at %s images.", f"{start.images:,}")
-    return start
 
 
 class Run:
@@ -163,7 +108,7 @@ class Run:
 
         Args:
             losses: The loss of part of a batch, from :attr:`model`.
-            monitor: Logs, and measures what is to be measured.
+            monitor: Logs and measures.
             description: What the progress bar says.
 
         Raises:
@@ -292,7 +237,7 @@ class Monitor:
         self._time = time.monotonic()
 
     def _csv(self, name: str, columns: Sequence[str]) -> CsvLog | None:
-        """Open a further log next to the others, in the main process."""
+        """A CSV log in the folder of the run, in the main process."""
         return CsvLog(self._run.out / name, columns, self._images) if self._accelerator.is_main_process else None
 
     @property
@@ -430,33 +375,3 @@ def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], lim
     if limit and (norm.device.type != "cpu" or norm > limit):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
-
-
-def check_strategy(accelerator: Accelerator, settings: TrainSettings) -> None:
-    """Refuse a way of distributing that is not supported, and a batch that the processes cannot share equally.
-
-    Raises:
-        UserError: Names the strategy, or the setting of the launcher or of the run that does not fit.
-    """
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"Training under {accelerator.distributed_type.value} is not supported.",
-            "These networks (up to 450 M parameters) and their optimizer fit on one device, so sharding would only add "
-            "traffic. Launch plain multi-GPU, with a smaller device_batch if memory is short.",
-        )
-    if accelerator.mixed_precision != ACCELERATE_PRECISION[settings.precision]:
-        raise UserError(
-            f"The launcher's precision is {accelerator.mixed_precision}, and the settings say {settings.precision}.",
-            "Set precision, which belongs to the run, and leave it out of the launcher's configuration.",
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError(
-            f"The launcher's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}, which would "
-            "scale the gradients.",
-            "Leave it out: accumulation follows from global_batch, device_batch and the number of processes.",
-        )
-    if settings.global_batch % accelerator.num_processes:
-        raise UserError(
-            f"{accelerator.num_processes} processes cannot share a global_batch of {settings.global_batch} equally.",
-            "Choose a multiple; the number of processes must not change what is trained.",
-        )

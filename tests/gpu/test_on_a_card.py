@@ -44,7 +44,7 @@ from latent_medi.training.loop import train
 from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.run_folder import plain
 from latent_medi.training.settings import EmaSettings, TrainSettings
-from latent_medi.training.updates import ACCELERATE_PRECISION
+from latent_medi.training.start import ACCELERATE_PRECISION
 
 pytestmark = pytest.mark.gpu
 

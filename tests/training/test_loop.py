@@ -27,7 +27,7 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.latents.info import read_info, write_info
 from latent_medi.metadata.schema import FIRST_VALUE
-from latent_medi.training import loop, updates
+from latent_medi.training import loop, start, updates
 from latent_medi.training.batch_randomness import batch_generator, draw_batch, stratified_timesteps
 from latent_medi.training.checkpoint import checkpoint_folders
 from latent_medi.training.ema import ema_decay
@@ -418,7 +418,7 @@ def test_batch_that_processes_cannot_share_is_refused(run_settings: Make) -> Non
         gradient_accumulation_steps = 1
 
     with pytest.raises(UserError, match="cannot share"):
-        updates.check_strategy(Three(), run_settings(global_batch=8))  # type: ignore[arg-type]
+        start.check_strategy(Three(), run_settings(global_batch=8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Starting from another model: what is taken over, and what is trained."""
+"""Fine-tuning: the transfer from another model, and the parameters that are trained."""
