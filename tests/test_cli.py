@@ -82,15 +82,15 @@ def test_a_crash_exits_non_zero_with_its_traceback(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_in_a_child_process_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    from latent_medi.experiment.commands import side_by_side
+    from latent_medi.experiment.commands import run_in_parallel
 
     with pytest.raises(UserError, match="bad cannot go on; its message is above"):  # no traceback after it
-        side_by_side({"bad": ["train", "no_such_setting=1"], "good": ["--version"]}, threads=1)
+        run_in_parallel({"bad": ["train", "no_such_setting=1"], "good": ["--version"]}, threads=1)
     monkeypatch.setattr(
         "latent_medi.experiment.commands.python_words", lambda *words: [sys.executable, "-c", "raise RuntimeError"]
     )
     with pytest.raises(RuntimeError, match="bad ended with exit code 1"):
-        side_by_side({"bad": []})
+        run_in_parallel({"bad": []})
 
 
 def test_a_finished_stage_is_kept_until_what_it_is_made_from_changes(tmp_path: Path) -> None:

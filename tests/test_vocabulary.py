@@ -44,10 +44,12 @@ BANNED = {
 }
 """Words and phrases whose use is never right, and what to write instead."""
 
-NOT_YET = {"arm", "arms", "beside", "convinced", "judge", "judged", "side by side", "tells"}
+NOT_YET: set[str] = set()
 """Banned words that are still in use. This set only shrinks."""
 
 ALLOWED: set[tuple[str, str]] = {
+    ("benchmarks/evaluation.py", "judged"),  # a key of its JSON output
+    ("benchmarks/translation.py", "convinced"),  # a key of its JSON output
     ("latent_medi/experiment/shift_result.py", "arms"),  # a key of shift.json
     ("latent_medi/experiment/shift_result.py", "arm"),  # a column of shift.csv
     ("latent_medi/experiment/shift_benchmark.py", "arms"),  # a key of shift.json

@@ -13,9 +13,8 @@ from latent_medi.core.errors import BAD_INPUT, UserError
 from latent_medi.core.processes import PARENT, environment, python_words
 
 
-def side_by_side(commands: dict[str, list[str]], threads: int | None = None) -> None:
-    """Run ``latent-medi`` commands at the same time, one process each; what they log is passed on with their name
-    before it.
+def run_in_parallel(commands: dict[str, list[str]], threads: int | None = None) -> None:
+    """Run ``latent-medi`` commands in parallel, one process each, and prefix their logs with their names.
 
     Args:
         commands: Words after ``latent-medi`` by the name to show.
@@ -81,4 +80,4 @@ def run_models(commands: dict[str, list[str]], at_once: int = 0) -> None:
     names = list(commands)
     for start in range(0, len(names), at_once):
         together = {name: commands[name] for name in names[start : start + at_once]}
-        side_by_side(together, threads=max(1, (os.cpu_count() or 1) // at_once))
+        run_in_parallel(together, threads=max(1, (os.cpu_count() or 1) // at_once))

@@ -146,8 +146,8 @@ class Experiment:
         return config.make(ClassifierSettings, values, f"models.{model.name}.classifier")
 
     def conditions(self, model: Model) -> list[str] | None:
-        """Fields whose values a sample of a model is asked for: what it is conditioned on, and what its classifier
-        tells apart; ``None`` means every field.
+        """Fields whose values a sample of a model must show: those that the model is conditioned on, and that of its
+        guiding classifier; ``None`` means every field.
         """
         if model.fields is None or model not in self.guided:
             return model.fields

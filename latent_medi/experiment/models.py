@@ -213,8 +213,7 @@ def split_record(data: Path, name: str) -> dict[str, str]:
 def concerning(made_from: Mapping[str, Any], model: str) -> dict[str, Any]:
     """The part of a record that one model's outputs depend on; with "" what those depend on that belong to no model.
 
-    Models stand under ``models`` in a stage's inputs, and beside ``split`` in those of the stage "train", as earlier
-    versions wrote them.
+    A stage's inputs have models under ``models``; earlier versions wrote those of the stage "train" next to ``split``.
     """
     found: dict[str, Any] = {}
     for stage, inputs in made_from.items():

@@ -95,8 +95,8 @@ def test_no_file_of_the_working_folder_is_run(
 def test_steps_and_launched_processes_run_none_either(shadowed: Path, tmp_path: Path) -> None:
     step = (
         "import sys; sys.path[:] = [p for p in sys.path if p not in ('', sys.argv[1])]\n"
-        "from latent_medi.experiment.commands import side_by_side\n"
-        "side_by_side({'step': ['audit', '--help']}, threads=1)"
+        "from latent_medi.experiment.commands import run_in_parallel\n"
+        "run_in_parallel({'step': ['audit', '--help']}, threads=1)"
     )
     launch = ["-m", "latent_medi.launch", "--config_file", str(REPOSITORY / "configs" / "accelerate" / "cpu.yaml")]
     launch += ["--num_processes", "2", "--main_process_port", "0", "-m", "latent_medi.training", "--help"]

@@ -118,8 +118,8 @@ def test_a_terminated_command_takes_the_commands_it_started_along(tiny: Path, tm
     words = ["train", "--config", "demo/medi", f"data={tiny / 'data'}", f"latents={tiny / 'latents'}"]
     words += [f"out={tmp_path / 'run'}", "max_steps=100000", "global_batch=8", "log_every_images=8", *SMALL]
     program = (
-        "import sys; from latent_medi import cli; from latent_medi.experiment.commands import side_by_side\n"
-        f"cli.VERBS['audit'] = (lambda rest: side_by_side({{'long': {words!r}}}, threads=1), '')\n"
+        "import sys; from latent_medi import cli; from latent_medi.experiment.commands import run_in_parallel\n"
+        f"cli.VERBS['audit'] = (lambda rest: run_in_parallel({{'long': {words!r}}}, threads=1), '')\n"
         "sys.exit(cli.main(['audit']))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.DEVNULL)

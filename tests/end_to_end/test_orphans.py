@@ -18,11 +18,11 @@ from latent_medi.core.files import read_json
 PROGRAM = """
 import json, sys
 from latent_medi import cli
-from latent_medi.experiment.commands import side_by_side
+from latent_medi.experiment.commands import run_in_parallel
 
 def step(_):
     print("begun", flush=True)
-    side_by_side({"long": json.loads(sys.argv[1])}, threads=1)
+    run_in_parallel({"long": json.loads(sys.argv[1])}, threads=1)
 
 cli.VERBS["audit"] = (step, "")
 sys.exit(cli.main(["audit"]))

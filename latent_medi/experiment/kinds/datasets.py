@@ -10,7 +10,7 @@ import pandas as pd
 
 from latent_medi.core import config
 from latent_medi.core.files import write_json, write_text
-from latent_medi.experiment.commands import side_by_side
+from latent_medi.experiment.commands import run_in_parallel
 from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_latents, reopen
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.models import Model
@@ -101,7 +101,7 @@ def _encode(e: Experiment) -> None:
     for name, settings in e.encodings.items():
         job = f"encode-{name}" if name else "encode"
         config.save_settings(settings, e.folder / f"{job}.yaml")
-        side_by_side({job: ["encode", "--config", str(e.folder / f"{job}.yaml")]})
+        run_in_parallel({job: ["encode", "--config", str(e.folder / f"{job}.yaml")]})
 
 
 def plan(e: Experiment) -> Stage:
