@@ -94,7 +94,7 @@ class Grouping:
         """Mean probability over the patches of each unit: [n_test, K] to [U, K]."""
         sums = np.zeros((len(self.units), probabilities.shape[1]))
         np.add.at(sums, self.group, probabilities)
-        return sums / self.units.counts[:, None]
+        return np.asarray(sums / self.units.counts[:, None])
 
 
 class UnitScorer:
@@ -221,7 +221,7 @@ def _no_group(small: list[SmallGroup]) -> WorstGroup:
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
+    return np.asarray(np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0))
 
 
 def quiet_balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -253,7 +253,7 @@ def _site_averages(truth: np.ndarray, predicted: np.ndarray, sites: np.ndarray, 
         for site in np.unique(sites):
             here = sites == site
             parts.append(np.nanmean(_recalls(truth[here], predicted[here], weights[:, here]), axis=1))
-        return np.nanmean(np.stack(parts, axis=1), axis=1)
+        return np.asarray(np.nanmean(np.stack(parts, axis=1), axis=1))
 
 
 def correlations(truth: np.ndarray, predicted: np.ndarray, n_classes: int, weights: np.ndarray) -> np.ndarray:
@@ -269,7 +269,7 @@ def correlations(truth: np.ndarray, predicted: np.ndarray, n_classes: int, weigh
     t, p = confusion.sum(axis=2), confusion.sum(axis=1)
     over = right * total - (t * p).sum(axis=1)
     under = np.sqrt((total**2 - (p**2).sum(axis=1)) * (total**2 - (t**2).sum(axis=1)))
-    return np.divide(over, under, out=np.zeros(len(over)), where=under > 0)
+    return np.asarray(np.divide(over, under, out=np.zeros(len(over)), where=under > 0))
 
 
 def calibration_errors(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:

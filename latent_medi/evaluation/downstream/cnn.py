@@ -25,8 +25,8 @@ from latent_medi.evaluation.downstream.records import ClassifierRecord
 from latent_medi.evaluation.downstream.training_sets import Additions, Sources, TrainingSet
 from latent_medi.evaluation.settings import CnnSettings
 from latent_medi.features.encoders import ImageEncoder
-from latent_medi.features.networks import Network, Preprocessing, read_weights
-from latent_medi.features.registry import IMAGENET_MEAN, IMAGENET_STD
+from latent_medi.features.networks import Network, read_weights
+from latent_medi.features.registry import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 log = get_logger(__name__)
 
@@ -154,7 +154,7 @@ class NetworkClassifier:
             weight = torch.from_numpy(weights[rows]).float().to(self.device)
             loss = (F.cross_entropy(model(self._prepare(images)), target, reduction="none") * weight).mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             value = loss.detach()
         final = float(value)
@@ -210,7 +210,7 @@ def _network(
     state = read_weights(settings.weights) if settings.weights else None
 
     def fresh() -> nn.Module:
-        model = get_model(settings.network, weights=None, num_classes=n_classes)
+        model: nn.Module = get_model(settings.network, weights=None, num_classes=n_classes)
         if state is not None:
             _load_body(model, state, settings.weights)
         return model

@@ -129,7 +129,7 @@ class Sources:
     @property
     def labels(self) -> np.ndarray:
         """Class value of each real training patch."""
-        return self.study.class_labels[self.study.train]
+        return np.asarray(self.study.class_labels[self.study.train])
 
 
 Draw = Callable[[Sources, Request], Drawn | None]
@@ -264,4 +264,4 @@ def balancing_weights(study: Study) -> np.ndarray:
     """Weight of each real training patch such that all class × site cells with a patch count the same; mean 1."""
     cell = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str).agg("|".join, axis=1)
     weights = 1.0 / cell.map(cell.value_counts()).to_numpy(float)
-    return weights * len(weights) / weights.sum()
+    return np.asarray(weights * len(weights) / weights.sum())

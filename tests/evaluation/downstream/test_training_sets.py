@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from latent_medi.evaluation.downstream.training_sets import Add, Drawn, Request,
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.summary import headline_json, verdict
 from latent_medi.features.stain import STAINS, jitter_stains
+from latent_medi.report.render import render_report
 
 
 def test_jittered_stain_stays_in_its_range() -> None:
@@ -161,7 +163,7 @@ def test_roles_follow_the_setting_then_the_names_then_the_order() -> None:
     assert synthetic_roles(["b", "a"]) == Roles("b", ("a",))
 
 
-def test_sets_of_other_names_give_the_same_numbers_and_a_verdict(world: World) -> None:
+def test_sets_of_other_names_give_the_same_numbers_and_a_verdict(world: World, tmp_path: Path) -> None:
     known = evaluate(world.settings("known", repeats=1), [filters()])
     synthetic = {"ours": str(world.medi), "theirs": str(world.cls)}
     result = evaluate(world.settings("others", repeats=1, synthetic=synthetic, candidate="ours"), [filters()])
@@ -188,5 +190,9 @@ def test_sets_of_other_names_give_the_same_numbers_and_a_verdict(world: World) -
     content = headline_json(b)
     assert list(content["fd_unseen"])[:4] == ["ours", "theirs", "floor", "ratio"]
     assert content["accuracy_shift"]["ours"] == headline_json(a)["accuracy_shift"]["medi"]
+    page = render_report(result, tmp_path / "report.html", sections=["headline", "fidelity", "downstream"])
+    text = page.read_text(encoding="utf-8")
+    assert "ours" in text
+    assert "MeDi" not in text
     with pytest.raises(UserError, match="candidate is 'our'"):
         open_study(world.settings("wrong", candidate="our"))
