@@ -65,9 +65,9 @@ def _kill_and_resume(precision: str) -> Callable[[Context], None]:
         context.require(code == -signal.SIGKILL, f"the run ended with {code} before it was killed")
         before = {int(line["images"]): float(line["loss"]) for line in read_log(out / "log.csv")}
         length = log.stat().st_size
-        context.require(_start(words, log).wait() == 0, "the same command did not go on")
+        context.require(_start(words, log).wait() == 0, "the same command did not continue the run")
         said = log.read_bytes()[length:].decode(errors="replace")
-        found = re.search(r"Going on at ([\d,]+) images", said)
+        found = re.search(r"Continuing at ([\d,]+) images", said)
         context.require(found is not None, "it began anew")
         start = int(found[1].replace(",", "")) if found else 0
         after = {int(line["images"]): float(line["loss"]) for line in read_log(out / "log.csv")}
