@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,51 +92,40 @@ def check_plan(
         UserError: No count column; a count that is negative, no whole number or too large; an unknown column or value;
             quantiles that do not rise, a share outside 0 to 1; two equal rows.
     """
-    columns = [str(c) for c in plan.columns]
+    text = plan.rename(columns=str).map(_cell).reset_index(drop=True)
+    columns = list(text.columns)
     if "count" not in columns:
         raise UserError(f"{where} has no column 'count'; {nearest('count', columns)}.")
     drawn = _columns_on_real(columns, schema)
     named = [c for c in columns if c not in OWN_COLUMNS and c not in ignore and c not in drawn]
-    if schema is not None:
-        for column in named:
-            if column not in schema.names:
-                raise UserError(
-                    f"{where} has the column {column!r}, no field of the model; {nearest(column, schema.names)}.",
-                    f"Rename it, or leave it out knowingly with ignore=[{column}].",
-                )
-    cells = {column: [_cell(value) for value in plan[column]] for column in named}
-    extras = {
-        c: [_cell(value) for value in plan[c]]
-        for c, field in drawn.items()
-        if field not in ignore and c != field + DRAWN_FROM
-    }
-    counts = [whole_number(value, MOST, f"{where}, row {i + 1}: count") for i, value in enumerate(plan["count"])]
+    extras = [c for c, field in drawn.items() if field not in ignore and c != field + DRAWN_FROM]
+    if schema is not None and (unknown := [c for c in named if c not in schema.names]):
+        raise UserError(
+            f"{where} has the column {unknown[0]!r}, no field of the model; {nearest(unknown[0], schema.names)}.",
+            f"Rename it, or leave it out knowingly with ignore=[{unknown[0]}].",
+        )
+    counts = [whole_number(value, MOST, f"{where}, row {i}: count") for i, value in enumerate(text["count"], 1)]
     if sum(counts) >= MOST:
         raise UserError(f"{where} asks for {sum(counts)} patches; the most is {MOST - 1}.", "Is a count mistyped?")
     seeds = []
-    for i in range(len(plan)):
-        given = _cell(plan["seed"].iloc[i]) if "seed" in columns else ""
-        row = [(column, cells[column][i]) for column in named]
-        row += [(column, extras[column][i]) for column in sorted(extras) if extras[column][i]]
-        seeds.append(whole_number(given, 2**53, f"{where}, row {i + 1}: seed") if given else stable_seed(0, *row))
-    if schema is not None:
-        for column in named:
-            for i, cell in enumerate(cells[column]):
-                try:
-                    _check_cell(schema.field(column), cell, *_on_real(column, extras, i, schema))
-                except UserError as error:
-                    raise UserError(f"{where}, row {i + 1}: {error.message}", error.hint) from None
-    seen: dict[tuple, int] = {}
-    for i in range(len(plan)):
-        content = (seeds[i], *(cells[column][i] for column in named), *(extras[column][i] for column in extras))
-        first = seen.setdefault(content, i)
-        if first != i:
-            raise UserError(
-                f"{where}: rows {first + 1} and {i + 1} are the same, and would give the same images twice.",
-                "Raise the count of one, or give them different seeds.",
-            )
-    verdicts = [_cell(value) for value in plan["verdict"]] if "verdict" in columns else [""] * len(plan)
-    return pd.DataFrame({**cells, "count": counts, "verdict": verdicts, "seed": seeds, **extras})
+    for i, row in enumerate(text.to_dict("records"), 1):
+        content = [(c, row[c]) for c in named] + [(c, row[c]) for c in sorted(extras) if row[c]]
+        seed = row.get("seed", "")
+        seeds.append(whole_number(seed, 2**53, f"{where}, row {i}: seed") if seed else stable_seed(0, *content))
+        if schema is not None:
+            _check_row(row, [schema.field(name) for name in named], schema, f"{where}, row {i}")
+    verdicts = text["verdict"] if "verdict" in columns else ""
+    result = text[named].assign(count=counts, verdict=verdicts, seed=seeds)
+    result[extras] = text[extras]
+    content_of = result[["seed", *named, *extras]]
+    if (same := content_of.duplicated()).any():
+        second = int(same.to_numpy().argmax())
+        first = int((content_of == content_of.iloc[second]).all(axis=1).to_numpy().argmax())
+        raise UserError(
+            f"{where}: rows {first + 1} and {second + 1} are the same, and would give the same images twice.",
+            "Raise the count of one, or give them different seeds.",
+        )
+    return result
 
 
 def _columns_on_real(columns: Sequence[str], schema: Schema | None) -> dict[str, str]:
@@ -154,12 +143,10 @@ def _columns_on_real(columns: Sequence[str], schema: Schema | None) -> dict[str,
     return found
 
 
-def _on_real(name: str, columns: Mapping[str, Any] | pd.DataFrame, row: int, schema: Schema) -> tuple[str, str]:
+def _on_real(name: str, row: Mapping[Hashable, Any] | pd.Series, schema: Schema) -> tuple[str, str]:
     """Quantiles and share of unknown values that a row gives for a field's ``real``, each maybe empty."""
-    quantiles, unknown = (
-        columns[column][row] if column in columns and column not in schema.names else ""
-        for column in (name + QUANTILES_OF, name + UNKNOWN_OF)
-    )
+    columns = (name + QUANTILES_OF, name + UNKNOWN_OF)
+    quantiles, unknown = (row[c] if c in row and c not in schema.names else "" for c in columns)
     return quantiles, unknown
 
 
@@ -189,6 +176,14 @@ def whole_number(value: Any, bound: int, what: str) -> int:
     if "e" in text.lower() or "_" in text:  # a spreadsheet that writes 1E+05 may have rounded
         raise UserError(f"{what} is {text}; write it in digits alone.", f"Is {whole} meant?")
     return whole
+
+
+def _check_row(row: Mapping[Hashable, Any], fields: Sequence[Field], schema: Schema, where: str) -> None:
+    try:
+        for known in fields:
+            _check_cell(known, row[known.name], *_on_real(known.name, row, schema))
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}", error.hint) from None
 
 
 def _check_cell(known: Field, cell: str, quantiles: str, unknown: str) -> None:
@@ -263,13 +258,14 @@ def sample_at(plan: pd.DataFrame, schema: Schema, position: int, ends: np.ndarra
         ends: Cumulative sum of the plan's counts, int64.
     """
     row = int(np.searchsorted(ends, position, side="right"))
-    number = position - int(ends[row] - plan["count"].iloc[row])
-    seed = stable_seed(int(plan["seed"].iloc[row]), number, bits=63)
+    planned = plan.iloc[row]
+    number = position - int(ends[row] - planned["count"])
+    seed = stable_seed(int(planned["seed"]), number, bits=63)
     fields: dict[str, str | float] = {}
     for known in schema.fields:
-        cell = plan[known.name].iloc[row] if known.name in plan.columns else ""
+        cell = planned.get(known.name, "")
         if known.continuous and cell == REAL:
-            quantiles, unknown = _on_real(known.name, plan, row, schema)
+            quantiles, unknown = _on_real(known.name, planned, schema)
             fields[known.name] = _drawn(known, seed, *_distribution(known, quantiles, unknown))
         elif cell:
             fields[known.name] = cell
