@@ -199,7 +199,7 @@ def test_a_transformers_folder_is_loaded_strictly(tmp_path: Path, monkeypatch: p
     key = "encoder.layer.1.attention.attention.key.bias"
     broken = {
         "is missing": {k: v for k, v in state.items() if k != key},
-        "is not known": state | {"pooler.dense.bias": torch.zeros(48)},
+        "is unknown": state | {"pooler.dense.bias": torch.zeros(48)},
         "has another shape": state | {key: torch.zeros(47)},
     }
     for said, tensors in broken.items():
