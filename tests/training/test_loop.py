@@ -231,7 +231,7 @@ def test_learning_rate_ends_where_it_should(processes: int, run_settings: Make, 
 
     def watched(optimizer: torch.optim.AdamW, *arguments: object) -> None:
         applied.append(optimizer.param_groups[0]["lr"])
-        step(optimizer, settings)
+        step(optimizer, *arguments)
 
     settings = run_settings(max_steps=16, warmup_images=32, log_every_images=8)
     with pytest.MonkeyPatch.context() as patch:
