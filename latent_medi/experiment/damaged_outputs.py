@@ -70,7 +70,9 @@ def damaged_model(folder: Path) -> list[Path]:
     # A part that has a network's configuration has its weights too.
     parts = {name.rpartition("/")[0] for name in names if name.endswith("/config.json")} - {"scheduler"}
     if "model_index.json" in names:
-        listed = [name for name, what in read_object(folder / "model_index.json").items() if isinstance(what, list)]
+        index = read_object(folder / "model_index.json")
+        # [null, null] is a part that the model does not have, such as the conditioner of an unconditional one.
+        listed = [name for name, what in index.items() if isinstance(what, list) and any(what)]
         parts |= {name for name in listed if name not in ("scheduler", "autoencoder")}
         complete = {"model_index.json", "autoencoder.json", "unet/config.json"} <= names and parts <= weights
     else:
