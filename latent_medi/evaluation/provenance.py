@@ -210,7 +210,8 @@ def _command(folder: str | Path) -> str:
             return f"{name}={relative_path(value, folder)}"
         return relative_path(word, folder) if "/" in word else word
 
-    return portable(shlex.join([Path(sys.argv[0]).name, *map(plain, sys.argv[1:])]), folder, [Path.home()])
+    result: str = portable(shlex.join([Path(sys.argv[0]).name, *map(plain, sys.argv[1:])]), folder, [Path.home()])
+    return result
 
 
 def _version(package: str) -> str | None:

@@ -73,7 +73,8 @@ class Metrics:
 
 def metrics_json(metrics: Metrics) -> dict[str, Any]:
     """The content of ``metrics.json`` as JSON."""
-    return {"metrics_version": METRICS_VERSION} | encode(metrics)
+    result: dict[str, Any] = {"metrics_version": METRICS_VERSION} | encode(metrics)
+    return result
 
 
 def write_metrics(path: Path, metrics: Metrics, folders: Iterable[str | Path] = ()) -> None:

@@ -200,7 +200,8 @@ class PatientTable:
         if per_class.shape[1] == 0:
             return np.full(len(w), np.nan)
         # A resample that lost a class says nothing about the mean over classes.
-        return per_class.mean(axis=1)
+        result: np.ndarray = per_class.mean(axis=1)
+        return result
 
     def estimate(self, values: np.ndarray, weights: np.ndarray, rate: bool = False) -> Estimate:
         """The balanced mean of a value per row with its interval, over resamples [B, patients]; ``smallest_group`` is

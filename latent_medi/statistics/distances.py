@@ -72,7 +72,8 @@ class FeatureStatistics:
 def psd_root(matrix: np.ndarray) -> np.ndarray:
     """Symmetric square root of a positive semi-definite matrix; rounding below zero is cut off."""
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    result: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return result
 
 
 def _factor(matrix: np.ndarray) -> np.ndarray:
@@ -148,7 +149,8 @@ def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     inner = a @ b.T
     inner /= a.shape[1]
     inner += 1.0
-    return inner * inner * inner
+    result: np.ndarray = inner * inner * inner
+    return result
 
 
 def kid(a: np.ndarray, b: np.ndarray) -> float:

@@ -55,11 +55,13 @@ class LinearProbe:
         return [str(value) for value in self.model.classes_]
 
     def _standardised(self, features: np.ndarray) -> np.ndarray:
-        return self.scaler.transform(np.asarray(features, np.float64))
+        result: np.ndarray = self.scaler.transform(np.asarray(features, np.float64))
+        return result
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Predicted label of each row of [N, d]."""
-        return self.model.predict(self._standardised(features))
+        result: np.ndarray = self.model.predict(self._standardised(features))
+        return result
 
     def probabilities(self, features: np.ndarray, classes: Sequence[str]) -> np.ndarray:
         """Probability of each class, [N, len(classes)]; 0 for a class that the training rows lack."""

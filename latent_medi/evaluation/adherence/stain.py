@@ -79,12 +79,14 @@ class _Patches:
 
     def mean(self, classes: set[str]) -> np.ndarray:
         """Density, each class once."""
-        return np.mean([self.density[self.classes == c].mean(axis=0) for c in sorted(classes)], axis=0)
+        result: np.ndarray = np.mean([self.density[self.classes == c].mean(axis=0) for c in sorted(classes)], axis=0)
+        return result
 
     def even(self, classes: set[str], rng: np.random.Generator) -> np.ndarray:
         """Images of these classes in equal parts."""
         here = np.flatnonzero(np.isin(self.classes, list(classes)))
-        return self.images[here[balanced_draw(self.classes[here], len(here), rng)]]
+        result: np.ndarray = self.images[here[balanced_draw(self.classes[here], len(here), rng)]]
+        return result
 
 
 class _Reader:

@@ -36,7 +36,8 @@ def any_match(index: pd.DataFrame, combinations: Sequence[Mapping[str, str]]) ->
 
 def among(rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Those of ``rows`` where the mask over the whole index holds."""
-    return rows[keep[rows]]
+    result: np.ndarray = rows[keep[rows]]
+    return result
 
 
 def describe(combination: Mapping[str, str]) -> str:

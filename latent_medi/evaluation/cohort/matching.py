@@ -42,7 +42,8 @@ class Matched:
         quota = np.floor(exact).astype(int)
         rest = np.argsort(-(exact - quota), kind="stable")[: n - quota.sum()]
         quota[rest] += 1
-        return quota
+        result: np.ndarray = quota
+        return result
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
         """``n`` rows without repeats, and the share of them that stands in for a stratum that has run out."""
@@ -61,4 +62,5 @@ def strata(index: pd.DataFrame, rows: np.ndarray, fields: Sequence[str]) -> np.n
     """One label per row that joins its values of several fields."""
     if not fields:
         return np.full(len(rows), "", dtype=object)
-    return index.iloc[rows][list(fields)].astype(str).agg("|".join, axis=1).to_numpy()
+    result: np.ndarray = index.iloc[rows][list(fields)].astype(str).agg("|".join, axis=1).to_numpy()
+    return result

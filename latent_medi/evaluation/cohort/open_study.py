@@ -118,7 +118,8 @@ def _halve_test(
             taken, odd = divmod(len(kinds[which]) + odd, 2)
             chosen.update(kinds[which]["patient"].to_numpy()[:taken])
     table = index.iloc[test]
-    return table["patient"].astype(str).isin(chosen).to_numpy()
+    result: np.ndarray = table["patient"].astype(str).isin(chosen).to_numpy()
+    return result
 
 
 def _open_real(settings: EvaluateSettings) -> PatchDataset:

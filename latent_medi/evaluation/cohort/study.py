@@ -102,12 +102,14 @@ class Study:
     @cached_property
     def class_labels(self) -> np.ndarray:
         """Class of each row of the real index, text [N]."""
-        return self.index[self.class_field].to_numpy(str)
+        result: np.ndarray = self.index[self.class_field].to_numpy(str)
+        return result
 
     @cached_property
     def site_labels(self) -> np.ndarray:
         """Site of each row of the real index, text [N]."""
-        return self.index[self.site_field].to_numpy(str)
+        result: np.ndarray = self.index[self.site_field].to_numpy(str)
+        return result
 
     @cached_property
     def patients(self) -> np.ndarray:
@@ -123,7 +125,8 @@ class Study:
 
     def rows_of(self, part: np.ndarray, combination: Mapping[str, str]) -> np.ndarray:
         """Those rows of a part, such as ``test``, that have all the values of a combination."""
-        return part[self.having(combination)[part]]
+        result: np.ndarray = part[self.having(combination)[part]]
+        return result
 
     def categorical(self) -> tuple[str, ...]:
         """Names of the class and categorical fields."""

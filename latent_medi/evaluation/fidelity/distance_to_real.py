@@ -102,7 +102,8 @@ def kid_draws(
         diagonal = (w * w) @ np.diag(kernel)
         pairs = w.sum(axis=1) ** 2 - (w * w).sum(axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (np.einsum("bi,bi->b", w @ kernel, w) - diagonal) / pairs
+            result: np.ndarray = (np.einsum("bi,bi->b", w @ kernel, w) - diagonal) / pairs
+            return result
 
     sw = np.ones((1, len(sample))) if sample_weights is None else sample_weights
     cross = np.einsum(
@@ -110,11 +111,9 @@ def kid_draws(
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         cross = cross / (weights.sum(axis=1) * sw.sum(axis=1))
-    return (
-        within(polynomial_kernel(reference, reference), weights)
-        + within(polynomial_kernel(sample, sample), sw)
-        - 2 * cross
-    )
+    own = within(polynomial_kernel(reference, reference), weights) + within(polynomial_kernel(sample, sample), sw)
+    result: np.ndarray = own - 2 * cross
+    return result
 
 
 @dataclass(frozen=True)

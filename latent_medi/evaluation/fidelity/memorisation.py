@@ -304,7 +304,8 @@ class _Authentic:
     def of(self, samples: np.ndarray) -> np.ndarray:
         """bool [N]."""
         distance, position = nearest_neighbours(samples, self.train, 1, device=self.device)
-        return distance[:, 0] > self.own[position[:, 0]]
+        result: np.ndarray = distance[:, 0] > self.own[position[:, 0]]
+        return result
 
 
 def _copy_test(

@@ -55,4 +55,5 @@ def neighbourhoods(
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     squared = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None, :] - 2 * a @ b.T
-    return np.sqrt(np.maximum(squared, 0.0))
+    result: np.ndarray = np.sqrt(np.maximum(squared, 0.0))
+    return result

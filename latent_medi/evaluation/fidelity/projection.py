@@ -82,7 +82,8 @@ def evenly(classes: np.ndarray, sites: np.ndarray, most: int, seed: int) -> np.n
 def _codes(index: pd.DataFrame, field: str, values: list[str]) -> np.ndarray:
     if field not in index.columns:
         return np.full(len(index), -1)
-    return pd.Categorical(index[field].astype(str), categories=values).codes.astype(int)
+    result: np.ndarray = pd.Categorical(index[field].astype(str), categories=values).codes.astype(int)
+    return result
 
 
 def _rounded(values: np.ndarray) -> list[float]:
