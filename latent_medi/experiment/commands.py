@@ -39,8 +39,12 @@ def run_in_parallel(commands: dict[str, list[str]], threads: int | None = None) 
         for name, words in commands.items():
             process = subprocess.Popen(
                 python_words("latent_medi.cli", *words),
-                env=its_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            )  # fmt: skip
+                env=its_environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
             running[name] = process
             reader = threading.Thread(target=pass_on, args=(name, process), daemon=True)
             reader.start()
