@@ -227,7 +227,7 @@ def test_a_run_encodes_in_another_process_and_as_it_is_told(
     assert load(ExperimentSettings, "demo/experiment")["encode"] == {"device_batch": 64}
     with pytest.raises(UserError, match=r"unknown setting 'encode\.precison'"):
         build(ExperimentSettings, {"encode": {"precison": "bf16"}})
-    with pytest.raises(UserError, match="views .* not 3"):
+    with pytest.raises(UserError, match=r"views .* not 3"):
         run(build(ExperimentSettings, {"out": str(tmp_path / "bad"), "encode": {"views": 3}}))
     with pytest.raises(UserError, match="holds latents encoded in bfloat16, not float32"):
         encode_dataset(tiny / "data", load_autoencoder("demo"), tmp_path / "out" / "latents")
