@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import assert_never
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -100,9 +101,11 @@ def guidance_branches(settings: GuidanceSettings, schema: Schema) -> list[Branch
     if settings.form == "chain":
         steps = [1.0, *weights, 0.0]
         branches = [Branch(frozenset(order[:j]), steps[j] - steps[j + 1]) for j in range(len(order) + 1)]
-    else:
+    elif settings.form == "margins":
         branches = [Branch(frozenset(), 1.0 - sum(weights))]
         branches += [Branch(frozenset([name]), weight) for name, weight in zip(order, weights, strict=True)]
+    else:
+        assert_never(settings.form)
     branches = [b for b in branches if b.weight != 0.0]
     if settings.rescale and branches != [whole] and all(b.fields != whole.fields for b in branches):
         branches.append(Branch(whole.fields, 0.0))  # rescaling needs its standard deviation
