@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 from latent_medi.core.errors import UserError, nearest
@@ -123,20 +124,22 @@ def _check(annotation: Any, value: Any, place: _Place) -> None:
     elif kind is dict and isinstance(value, Mapping):
         for key, item in value.items():
             _check(inner[1], item, place.inside(str(key)))
-    elif isinstance(value, str if kind is Literal else (int, float)):
+    elif value is not None or not takes_nothing(annotation):
         _refuse(annotation, value, place)
 
 
 def _refuse(annotation: Any, value: Any, place: _Place) -> None:
-    """Refuse a word that is none of the choices, or a number that is out of range.
+    """Refuse what is none of the choices, or no number within the range.
 
     Raises:
         UserError: It is.
     """
     if origin(annotation) is Literal and value not in arguments(annotation):
-        raise place.refusal(value, annotation, _near(value, arguments(annotation)))
-    if any(isinstance(mark, Range) and value not in mark for mark in marks(annotation)):
-        raise place.refusal(value, annotation)
+        hint = _near(value, arguments(annotation)) if isinstance(value, str) else ""
+        raise place.refusal(value, annotation, hint)
+    for mark in marks(annotation):
+        if isinstance(mark, Range) and not (isinstance(value, Real) and float(value) in mark):
+            raise place.refusal(value, annotation)
 
 
 def partial(settings_class: type, values: Mapping[Any, Any], where: str, prefix: str = "") -> Partial:
