@@ -94,7 +94,7 @@ def test_a_value_that_a_setting_does_not_accept_is_refused(word: str, says: str)
 def test_a_program_is_refused_the_same_values() -> None:
     with pytest.raises(UserError, match=r"^Outer: share is -1; it takes a number from 0 to 1"):
         Outer(share=-1)
-    with pytest.raises(UserError, match=r"^Outer: share is null; it takes a number from 0 to 1"):
+    with pytest.raises(UserError, match=r"^Outer: share is empty .null.; it takes a number from 0 to 1"):
         Outer(share=None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^Outer: least is \[1\]; it takes a whole number of at least 0"):
         Outer(least=[1])  # type: ignore[arg-type]
