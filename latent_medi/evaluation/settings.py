@@ -105,15 +105,16 @@ class EvaluateSettings(Settings):
             adherence and the oracle are trained on them, and they give the real-vs-real distance.
         test_value: Split value of the patients that all scores are computed on.
         site_field: Field that names the hospital.
-        protocol: "default", or "paper" to add raw Fréchet distances where they are rank-deficient, labelled so.
+        protocol: "default", or "paper" to add raw Fréchet distances, labelled "rank-deficient", where there are too few
+            patches for one.
         seed: Seed of every subsample and resample.
         repeats: Draws of added patches per training set; those without a draw are built once.
         resamples: Patient resamples for the intervals.
-        real_splits: Number of random splits of the real patients into two groups, which give the range that real
-            patients reach of each measure; 0 leaves that out.
-        regularisation: C of the logistic regressions (inverse strength, standardised features). 0 chooses it per
-            encoder by cross-validation on the real training patches alone, the same for every training set; the linear
-            probes of the adherence then use 1.
+        real_splits: Number of random splits of the real patients into two groups. They give, for each measure, the
+            range that real patients reach; 0 leaves that out.
+        regularisation: C of the logistic regressions (inverse strength, standardised features). With 0,
+            cross-validation on the real training patches alone chooses it per encoder, the same for every training set,
+            and the linear probes of the adherence use 1.
         added_per_combination: Patches that each training set adds per held-out combination; 0 takes as many as the
             synthetic sets have, at most the median count of the class × site cells that have training patches.
         downstream: Train and compare the downstream classifiers.

@@ -42,8 +42,8 @@ class PlanSettings(Settings):
         force_unidentifiable: Also plan combinations whose effects the data cannot separate; otherwise they are listed
             with count 0.
         draw_from: Whose values of a continuous field are drawn. "cell": those of the row's combination, if
-            thin_patients patients there have one, else of its class, else of all; written into the plan, which says
-            whose they are. "all": those of all that the model was trained on.
+            thin_patients patients there have one, else of its class, else of all; the plan's column FIELD_from says
+            which. "all": those of all that the model was trained on.
         split: Named split that defines what the model has seen; empty means every row. A table without the column
             split_main is taken whole.
         split_value: The part of the split.
@@ -54,7 +54,7 @@ class PlanSettings(Settings):
         slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
         tss_table: GDC's table of TCGA tissue source sites; the site column's codes become institutions.
         patches_per_row: Real patches that a row of a table stands for.
-        thin_patients: Combinations with fewer patients are called thin.
+        thin_patients: Combinations with fewer patients are called thin, and have too few to draw from (draw_from).
         figure: PNG to write: real patches by class and site, before and after.
         seed: Seed of the whole plan.
     """

@@ -25,21 +25,21 @@ class SelectSettings(Settings):
         split_value: Its part to learn from, a training part.
         cells: Fields whose combinations patches are chosen from; empty means every class and categorical field that the
             synthetic patches state.
-        fields: Fields that centroids and confidence score; empty means the class alone, or those of cells where they
-            lack it. A field that hardly shows in real patches adds noise.
+        fields: Fields that centroids and confidence score; empty means the class, or, if cells does not name the class,
+            the fields in cells. A field that hardly shows in real patches adds noise.
         filters: What a patch must pass. "centroid": in each group of fields, the nearest centroid of real patches is
             that of its own values. "confidence": a linear probe of each field finds the stated value probable.
             "outliers": a real patch is near enough. "copies": no real patch is too near, or has the same pixels, also
-            rotated or mirrored. "duplicates": the same of better synthetic patches.
+            rotated or mirrored. "duplicates": no better synthetic patch is too near, or has the same pixels.
         centroids: Groups of fields; each combination of a group's values has a centroid. Empty means each of fields by
             itself. Every combination of a group needs real training patches.
         adjust: Subtract the effects of the other fields from the features (least squares over real training patches)
             before a field is scored. Without it, combinations that training lacks are rejected for being rare: a probe
             of the class that never saw the class at a site takes the site for evidence against it.
         confidence: Least probability of each stated value, 0 to 1, for the filter of that name.
-        outliers: Quantile, 0 to 1, of the distances of real patches to the nearest one of another patient (and, for a
-            combination without real patches, of another combination): a patch farther from the nearest real one is an
-            outlier.
+        outliers: Quantile, 0 to 1, of the distances of real patches to the nearest one of another patient. A patch
+            farther from the nearest real one is an outlier. For a combination without real patches, the nearest one of
+            another combination counts.
         copies: Quantile of the distances between patients: a patch nearer to a real one is a copy.
         duplicates: Quantile of the distances between patients: of two synthetic patches nearer to each other, the worse
             one is a duplicate.
