@@ -18,7 +18,8 @@ what the setting accepts. Checks that need two settings or the data stay in the 
 
 ``RENAMED`` maps the old name of a setting to its new one, or to a sentence that says what to do if more than the name
 changed. A renamed word of a ``Literal`` is written ``name=old: name=new``. The table belongs to the class that had
-the setting: a nested setting is renamed in the nested class. An old name in a file, on the command line or in
+the setting: a nested setting is renamed in the nested class. A sentence under ``""`` is the hint where a single value
+is given in place of the nested settings. An old name in a file, on the command line or in
 :func:`latent_medi.core.config.build` raises a ``UserError`` that names the new one.
 """
 

@@ -220,7 +220,7 @@ def _convert(annotation: Any, value: Any, place: _Place) -> Any:
         if isinstance(value, inner):
             return value
         if not isinstance(value, Mapping):
-            raise place.refusal(value, annotation)
+            raise place.refusal(value, annotation, getattr(inner, "RENAMED", {}).get("", ""))
         return partial(inner, value, place.where, f"{place.name}.")
     kind = plain(annotation)
     if kind is Any:

@@ -36,6 +36,8 @@ class Experiment:
                 f"stages is [{', '.join(settings.stages)}]; stages are listed once and in order.",
                 f"The order is {', '.join(STAGES)}.",
             )
+        if not settings.stages:
+            raise UserError("stages is empty.", f"List stages, in this order: {', '.join(STAGES)}.")
         if not settings.data and settings.recipe != "demo" and not settings.source:
             raise UserError(
                 f"The recipe {settings.recipe!r} needs the folder of its source.",

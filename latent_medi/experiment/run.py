@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_medi.core import config
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import write_json
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import duration
@@ -32,9 +33,12 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
 
 def run_changed(name: str, changes: Mapping[str, Any], by_user: Mapping[str, Any]) -> dict[str, Any]:
     """Run a packaged configuration, or a path, with a program's changes put over it, and then the user's."""
-    values = config.merge(config.load(ExperimentSettings, Path(name)), changes)
-    values = config.merge(values, config.partial(ExperimentSettings, by_user, "changes", "changes."))
-    return run(config.make(ExperimentSettings, values, name))
+    by_user = config.partial(ExperimentSettings, by_user, "changes", "changes.")
+    values = config.load(ExperimentSettings, Path(name))
+    known = config.make(ExperimentSettings, config.merge(values, by_user), name).models
+    if unknown := [model for model in changes.get("models", {}) if model not in known]:
+        raise UserError(f"models names {unknown[0]!r}, which {name} does not have; {nearest(unknown[0], list(known))}.")
+    return run(config.make(ExperimentSettings, config.merge(config.merge(values, changes), by_user), name))
 
 
 def run(settings: ExperimentSettings) -> dict[str, Any]:

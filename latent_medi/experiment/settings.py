@@ -45,6 +45,8 @@ class ExperimentModel(Settings):
         sample: Whether it is sampled and evaluated; false for a model that only others start from.
     """
 
+    RENAMED: ClassVar = {"": "Write models.NAME.folder for a trained model, models.NAME.config for one to train."}
+
     config: PathText = ""
     folder: PathText = ""
     train: Annotated[dict[str, Any], PartOf(TrainSettings)] = field(default_factory=dict)

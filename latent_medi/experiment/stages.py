@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Stages:
         if record["seconds"] is None or record["made_from"] != self._made_from(name):
             return False
         written = [*stage.shared, *(self.folder / path for path in (*stage.required, *record.get("extras", ())))]
-        return all(Path(path).exists() for path in written) and not stage.damaged()
+        return all(Path(path).exists() for path in written) and not self._stale(name) and not stage.damaged()
 
     def check(self) -> None:
         """Refuse to remove costly outputs: to be called before anything runs.
@@ -111,7 +111,7 @@ class Stages:
             more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
             raise UserError(
                 f"{', '.join(stale)} {'was' if len(stale) == 1 else 'were'} made from other inputs: "
-                f"{'; '.join(list(differ.values())[:5])}{more}.",
+                f"{'; '.join(list(differ.values())[:5]) or 'those of an earlier run'}{more}.",
                 f"Choose another out to keep {self.folder} unchanged, or replace=true to remove what no longer fits "
                 "and make it anew.",
             )
@@ -155,7 +155,8 @@ class Stages:
             self._set_aside([path for path in stage.damaged() if path.exists()])
             stage.mend()
         log.info("%s %s …", number, name)
-        write_json(self._file(name), {"made_from": made_from, "seconds": None})
+        record = {"made_from": made_from} | ({"models": self._models(name)} if stage.by_model else {})
+        write_json(self._file(name), record | {"seconds": None})
         start = time.monotonic()
         stage.action()
         self.seconds[name] = round(time.monotonic() - start, 1)
@@ -163,7 +164,7 @@ class Stages:
             file for path in stage.extras for file in sorted([self.folder / path, *(self.folder / path).rglob("*")])
         ]
         written = [str(file.relative_to(self.folder)) for file in extras if file.exists()]
-        write_json(self._file(name), {"made_from": made_from, "extras": written, "seconds": self.seconds[name]})
+        write_json(self._file(name), record | {"extras": written, "seconds": self.seconds[name]})
         log.info("%s %s: done in %s", number, name, duration(self.seconds[name]))
 
     def _outputs(self, name: str) -> list[Path]:
@@ -173,16 +174,33 @@ class Stages:
 
     def _stale(self, name: str) -> list[Path]:
         """The outputs of a stage that exist and were made from other inputs than it has now."""
-        stage, before, now = self._stages[name], self._record(name)["made_from"], self._made_from(name)
-        if before is None or before == now:
+        stage, before = self._stages[name], self._record(name)["made_from"]
+        if before is None:
             return []
-        fresh = {
-            path
-            for model, paths in stage.by_model.items()
-            if self.concerning(before, model) == self.concerning(now, model)
-            for path in paths
-        }
+        fresh = {path for model in self._fresh(name, stage.by_model) for path in stage.by_model[model]}
+        if before == self._made_from(name):
+            fresh |= {*stage.outputs, *stage.extras}
         return [path for path in self._outputs(name) if path.relative_to(self.folder).as_posix() not in fresh]
+
+    def _fresh(self, name: str, models: Iterable[str]) -> list[str]:
+        """Those of some models whose outputs of a stage, if they exist, were made from the inputs that it has now."""
+        record, now = self._record(name), self._made_from(name)
+        # Earlier versions did not list the models; they made all outputs from the recorded inputs.
+        listed = record.get("models")
+        return [
+            model
+            for model in models
+            if (listed is None or model in listed)
+            and self.concerning(record["made_from"], model) == self.concerning(now, model)
+        ]
+
+    def _models(self, name: str) -> list[str]:
+        """The models whose outputs are of the inputs that a stage has now, once it has run: its own, and those that
+        earlier runs had made from them.
+        """
+        record, own = self._record(name), list(self._stages[name].by_model)
+        earlier = [m for m in record.get("models", ()) if m not in own] if record["made_from"] is not None else []
+        return own + self._fresh(name, earlier)
 
     def _set_aside(self, paths: Sequence[Path]) -> None:
         """Rename damaged outputs; remove a damaged shard, which its hash shows to be none that was written."""

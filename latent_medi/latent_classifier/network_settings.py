@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from latent_medi.core.settings import Settings
+from latent_medi.core.settings import PositiveInt, Range, Settings
 from latent_medi.diffusion.settings import ModelSettings
 
 
@@ -25,12 +25,12 @@ class EncoderSettings(Settings):
     """
 
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 256, 512])
-    layers_per_block: int = 2
+    layers_per_block: PositiveInt = 2
     attention: list[bool] | None = None
-    attention_head_dim: int = 64
+    attention_head_dim: PositiveInt = 64
     pooling: Literal["attention", "mean"] = "attention"
-    norm_num_groups: int = 32
-    dropout: float = 0.0
+    norm_num_groups: PositiveInt = 32
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
 
     def with_attention(self) -> list[bool]:
         """Whether each resolution has self-attention."""

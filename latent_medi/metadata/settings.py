@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import PositiveInt, Range, Settings, UnitInterval
+from latent_medi.core.settings import NonNegativeInt, Range, Settings, UnitInterval
 
 
 @dataclass
@@ -42,7 +42,7 @@ class AuditSettings(Settings):
     patient_field: str = ""
     slide_field: str = ""
     tss_table: PathText = ""
-    thin_patients: PositiveInt = 10
+    thin_patients: NonNegativeInt = 10
     requested: list[dict[str, str]] = field(default_factory=list)
     figure: PathText = ""
     duplicates: bool = True
@@ -98,7 +98,7 @@ class SplitSettings(Settings):
     site_share: Annotated[float, Range(0, 1, below=True)] = 0.0
     hold_out_part: str = "test"
     hold_out_fractions: dict[str, UnitInterval] = field(default_factory=dict)
-    thin_patients: PositiveInt = 10
+    thin_patients: NonNegativeInt = 10
     class_field: str = "class"
     site_field: str = "site"
     medi_fields: list[str] = field(default_factory=lambda: ["gender", "race"])

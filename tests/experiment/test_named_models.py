@@ -22,7 +22,7 @@ from latent_medi.experiment.kinds import KINDS, declare
 from latent_medi.experiment.kinds import models as model_stages
 from latent_medi.experiment.kinds.datasets import make_plans
 from latent_medi.experiment.models import concerning
-from latent_medi.experiment.run import run
+from latent_medi.experiment.run import run, run_changed
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stage, Stages
 from latent_medi.shards.dataset import PatchDataset
@@ -61,9 +61,10 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
         ({"models": {"mine": {"config": "demo/medi", "split": "x"}}}, "models.mine.split"),
         ({"models": {"mine": {"config": "demo/medi", "sample": False}}}, "No model of the experiment is sampled"),
         ({"models": {"mine": {"config": "demo/medi", "classifier": "demo/classifier"}}}, "models.mine.*classifier"),
-        ({"models": {"mine": "runs/m"}}, "models.mine is 'runs/m'"),
+        ({"models": {"mine": "runs/m"}}, r"models.mine is 'runs/m'.*\n.*models\.NAME\.folder"),
         ({"stages": ["shards", "plan", "audit"]}, "in order"),
         ({"stages": ["shards", "shards"]}, "once"),
+        ({"stages": []}, "stages is empty"),
         ({"stages": ["shards", "smaple"]}, r"stages\[1\].*'sample'"),
     ],
 )
@@ -178,6 +179,38 @@ def test_a_changed_model_leaves_the_others(tmp_path: Path) -> None:
     (tmp_path / "train-b").write_text("removed")
     changed.run("train")
     assert [(tmp_path / f"train-{name}").read_text() for name in "ab"] == ["kept", ""]
+
+
+def test_samples_of_a_model_left_out_in_between_are_of_the_present_settings(tmp_path: Path) -> None:
+    def samples(models: str, steps: int) -> dict[str, str]:
+        def sample() -> None:
+            for name in models:
+                if not (tmp_path / name).exists():
+                    (tmp_path / name).write_text(str(steps))
+
+        stages = Stages(tmp_path, ["sample"], concerning)
+        stages.add("sample", Stage(sample, {"steps": steps}, by_model={name: (name,) for name in models}))
+        stages.run("sample")
+        return {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+
+    assert samples("ab", 20) == {"a": "20", "b": "20"}
+    assert samples("a", 20) == samples("ab", 20) == {"a": "20", "b": "20"}
+    (tmp_path / "b").write_text("20, kept")
+    assert samples("a", 20) == samples("ab", 20) == {"a": "20", "b": "20, kept"}
+    assert samples("a", 50) == {"a": "50", "b": "20, kept"}
+    assert samples("ab", 50) == {"a": "50", "b": "50"}
+
+
+def test_latents_that_the_user_names_are_never_outputs(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    for named, outputs in ((str(tmp_path / "out" / "mine"), {}), ("", {"": ("latents",)})):
+        e = experiment(latents=named)
+        declare(e)
+        assert KINDS["encode"](e).by_model == outputs
+
+
+def test_the_shift_benchmark_refuses_models_that_its_experiment_lacks() -> None:
+    with pytest.raises(UserError, match=r"'medii'.*'medi'"):
+        run_changed("demo/shift", {"models": {"medii": {"folder": "m"}}}, {})
 
 
 def words(folder: Path, values: dict[str, Any]) -> list[str]:

@@ -84,7 +84,8 @@ def encode(e: Experiment) -> Stage:
     inputs |= {n: v for n in ("precision", "views") if (v := getattr(chosen, n)) != getattr(EncodeSettings, n)}
     if others := {name: dataset_hash(PatchDataset.open(s.data)) for name, s in e.encodings.items() if name}:
         inputs["models"] = others
-    inside = {name: Path(s.out) for name, s in e.encodings.items() if Path(s.out).parent == e.folder}
+    given = {"": e.settings.latents} | {name: model.latents for name, model in e.settings.models.items()}
+    inside = {name: Path(s.out) for name, s in e.encodings.items() if not given[name]}
     return Stage(
         lambda: _encode(e),
         inputs,
@@ -121,8 +122,8 @@ def plan(e: Experiment) -> Stage:
         earlier = {"medi": None, "cls": [schema.class_field.name] if schema.class_field else []}
         if own := {name: known for name, known in fields.items() if known != earlier.get(name, ...)}:
             inputs["models"] = own
-    outputs = tuple(f"plan-{model.name}.csv" for model in e.sampled)
-    return Stage(lambda: _plan(e), inputs | e.split_record, ("shards",), outputs)
+    outputs = {model.name: (f"plan-{model.name}.csv",) for model in e.sampled}
+    return Stage(lambda: _plan(e), inputs | e.split_record, ("shards",), by_model=outputs)
 
 
 def _plan(e: Experiment) -> None:
