@@ -86,7 +86,7 @@ class DistanceTable:
         n_complete: Combinations that every source has; only these count in the means, if there are any.
         combinations: Distances by combination.
         means: Mean distance by source.
-        ratio: (medi − real) / (cls − real): 0 is as good as real patients, 1 no better than without metadata.
+        ratio: (candidate − real) / (baseline − real): 0 is as good as real patients, 1 no better than the baseline.
         left_out: Why a combination, or a source of it, is not compared, by the combination's name.
     """
 
