@@ -34,9 +34,10 @@ from latent_medi.launch import make_accelerator
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.statistics.bootstrap import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE, PatientTable
 from latent_medi.statistics.distances import Basis, frechet_distance, kid, pca_basis, pca_dims
+from latent_medi.statistics.intervals import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE
 from latent_medi.statistics.linear_probe import fit_linear_probe
+from latent_medi.statistics.patient_means import PatientTable
 from latent_medi.statistics.subsampling import whole_patients
 
 log = get_logger(__name__)
@@ -258,7 +259,7 @@ def _accuracy(
         for cell, keep in masks.items():
             if keep.any():
                 table = PatientTable(codes, who, keep, len(values), len(people))
-                (by_cell[cell] if cell else scores).append(float(table.mean(right)[0]))
+                (by_cell[cell] if cell else scores).append(float(table.mean(right)))
     if not scores:
         return {"value": None, "range": None, "reason": "fewer than two values in a group", "cells": {}}
     n_patients = len(set(patients[known]))

@@ -26,7 +26,7 @@ from latent_medi.evaluation.summary_records import (
     SummaryDistances,
     SummaryRecovery,
 )
-from latent_medi.statistics.bootstrap import Interval
+from latent_medi.statistics.intervals import Interval
 
 CLASSIFIERS = {"linear": "a linear probe", "cnn": "a small network"}
 ACCURACIES = ("accuracy_shift", "accuracy_in_distribution", "accuracy_seen", "accuracy_unseen")

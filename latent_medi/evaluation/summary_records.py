@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from latent_medi.statistics.bootstrap import Interval
+from latent_medi.statistics.intervals import Interval
 
 
 @dataclass(frozen=True)

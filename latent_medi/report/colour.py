@@ -8,7 +8,7 @@ from typing import Literal
 from latent_medi.evaluation.downstream.registry import REAL, TrainingSetKind, baseline_kinds, label_of, summarised
 from latent_medi.evaluation.results import Metrics
 from latent_medi.report.page import TWIN, differences, number
-from latent_medi.statistics.bootstrap import Estimate
+from latent_medi.statistics.intervals import Estimate
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from latent_medi.report.page import (
     percent,
     share,
 )
-from latent_medi.statistics.bootstrap import Estimate
+from latent_medi.statistics.intervals import Estimate
 
 _LONGEST = 160  # characters of a setting on the page
 MISSING = "missing in one run"

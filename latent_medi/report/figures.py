@@ -16,7 +16,7 @@ from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.registry import KINDS, Style, label_of, names_of, style_of, summarised
 from latent_medi.evaluation.fidelity.records import DistanceTable, Projection
-from latent_medi.statistics.bootstrap import Estimate
+from latent_medi.statistics.intervals import Estimate
 
 with needs("The report", "matplotlib"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg

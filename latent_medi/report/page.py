@@ -13,7 +13,7 @@ from latent_medi.evaluation.downstream.registry import label_of
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary import distance_text
 from latent_medi.report import figures
-from latent_medi.statistics.bootstrap import Estimate
+from latent_medi.statistics.intervals import Estimate
 
 TWIN = ":haematoxylin"
 """Suffix of an encoder's name on the haematoxylin channel alone."""

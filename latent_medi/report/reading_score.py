@@ -16,7 +16,7 @@ from latent_medi.metadata.tables import read_table, write_for_people, written_fo
 from latent_medi.report.page import percent, share
 from latent_medi.report.reading_sheet import FIELD, KEY_COLUMNS, key_file
 from latent_medi.report.settings import ReadingSheetSettings
-from latent_medi.statistics.bootstrap import wilson
+from latent_medi.statistics.intervals import wilson
 
 _ANSWERS = ("sheet", "reader", "image", "answer")
 _WORDS = ("real", "synthetic")

@@ -21,7 +21,7 @@ from latent_medi.report.colour import colour_table
 from latent_medi.report.compare import render_comparison
 from latent_medi.report.page import accuracies, differences, environment, shade
 from latent_medi.report.settings import SECTIONS, ReportSettings
-from latent_medi.statistics.bootstrap import Estimate
+from latent_medi.statistics.intervals import Estimate
 
 _MOST_SITES = 40
 _CAPTIONS = {

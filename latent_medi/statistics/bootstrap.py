@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Final, Literal
 
 import numpy as np
-from scipy import stats
 
-MIN_PATIENTS = 10
-"""Below this many patients an interval is "not estimable"."""
-NOT_ESTIMABLE: Final = "not estimable"
-LEVEL = 0.95
+from latent_medi.statistics.intervals import (
+    LEVEL,
+    MIN_PATIENTS,
+    NOT_ESTIMABLE,
+    Estimate,
+    Interval,
+    wilson,
+)
+
 _LEAST_KNOWN = 0.8
-
-Interval = tuple[float, float] | Literal["not estimable"] | None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and what it rests on.
-
-    Args:
-        value: The number; ``None`` means not available.
-        n_patches: Patches that it rests on.
-        n_patients: Patients that it rests on; 0 for synthetic samples.
-        interval: Its 95 % interval; ``NOT_ESTIMABLE`` with too few patients; ``None`` where none is computed.
-        smallest_group: Patients of the smallest group (class, site, combination) of those that weigh the same.
-        interval_over: "samples" where the interval takes samples for independent; otherwise it is over patients.
-        reason: Why there is no value or no interval.
-    """
-
-    value: float | None
-    n_patches: int
-    n_patients: int
-    interval: Interval
-    smallest_group: int | None = None
-    interval_over: Literal["samples"] | None = None
-    reason: str | None = None
 
 
 class PatientResamples:
@@ -125,23 +102,6 @@ def estimate(
             bounds = interval(draws, value if recentre else None, lowest, highest) or NOT_ESTIMABLE
     smallest = None if smallest_group is None else int(smallest_group)
     return Estimate(value, int(n_patches), int(n_patients), bounds, smallest, None, reason)
-
-
-def share_of_samples(hits: int, n: int, scale: float = 1.0) -> Estimate:
-    """The share of ``n`` synthetic samples that ``hits`` of them are, times ``scale``, with Wilson's interval: samples
-    are independent draws and have no patients.
-    """
-    bounds = wilson(hits, n)
-    scaled = bounds and (scale * bounds[0], scale * bounds[1])
-    return Estimate(scale * hits / n if n else None, n, 0, scaled, interval_over="samples")
-
-
-def wilson(successes: int, n: int) -> tuple[float, float] | None:
-    """95 % score interval of a share, for synthetic samples, which are independent draws and have no patients."""
-    if n == 0:
-        return None
-    low, high = stats.binomtest(successes, n).proportion_ci(LEVEL, "wilson")
-    return float(low), float(high)
 
 
 class PatientTable:

@@ -19,8 +19,8 @@ from sklearn.utils.class_weight import compute_sample_weight
 
 from latent_medi.core.progress import get_logger
 from latent_medi.statistics.additive_effects import patient_weights
-from latent_medi.statistics.bootstrap import PatientTable
 from latent_medi.statistics.distances import blocks
+from latent_medi.statistics.patient_means import PatientTable
 from latent_medi.statistics.subsampling import whole_patients
 
 log = get_logger(__name__)
@@ -289,7 +289,7 @@ def choose_regularisation(
         table = PatientTable(codes, people, np.isin(np.arange(len(y)), held_out), len(classes), len(names))
         right = np.zeros(len(y))
         right[held_out] = probe.predict(x[held_out]) == y[held_out]
-        scores[i, j] = table.mean(right)[0]
+        scores[i, j] = table.mean(right)
     mean = scores.mean(axis=0) if len(folds) else np.full(len(grid), np.nan)
     value = float(grid[int(np.argmax(mean))]) if len(folds) else 1.0
     return RegularisationChoice(

@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from latent_medi.statistics.bootstrap import (
-    NOT_ESTIMABLE,
-    Estimate,
-    PatientResamples,
-    PatientTable,
-    estimate,
-    interval,
-    wilson,
-)
+from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, estimate, interval
+from latent_medi.statistics.intervals import NOT_ESTIMABLE, Estimate, wilson
 
 
 def test_balanced_mean_by_hand() -> None:

@@ -16,7 +16,8 @@ from latent_medi.evaluation.cohort.combinations import Combination, among, any_m
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.distance_to_real import Features
-from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, estimate, share_of_samples, wilson
+from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, estimate
+from latent_medi.statistics.intervals import share_of_samples, wilson
 from latent_medi.statistics.linear_probe import fit_linear_probe
 
 _MAX_TRAINING = 20_000

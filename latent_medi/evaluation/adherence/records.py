@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from latent_medi.statistics.bootstrap import Estimate
+from latent_medi.statistics.intervals import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from latent_medi.evaluation.adherence.records import ClassShift, Leakage, Source
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.metadata.audit import cramers_v
-from latent_medi.statistics.bootstrap import LEVEL, Estimate, PatientResamples, PatientTable, share_of_samples
+from latent_medi.statistics.bootstrap import PatientResamples, PatientTable
+from latent_medi.statistics.intervals import LEVEL, Estimate, share_of_samples
 
 _PERMUTATIONS = 200
 

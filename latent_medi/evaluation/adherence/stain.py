@@ -10,7 +10,8 @@ from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.features.stain import fit_stain, stain_angles, tissue_density
 from latent_medi.statistics.additive_effects import least_squares
-from latent_medi.statistics.bootstrap import Estimate, PatientResamples, PatientTable, share_of_samples
+from latent_medi.statistics.bootstrap import PatientResamples, PatientTable
+from latent_medi.statistics.intervals import Estimate, share_of_samples
 from latent_medi.statistics.subsampling import balanced_draw
 
 _MOST = 160

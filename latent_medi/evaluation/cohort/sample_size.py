@@ -9,7 +9,7 @@ import numpy as np
 from latent_medi.evaluation.cohort.combinations import describe
 from latent_medi.evaluation.cohort.comparison_sets import MIN_SAMPLES
 from latent_medi.evaluation.cohort.study import Study, affected_sites
-from latent_medi.statistics.bootstrap import MIN_PATIENTS
+from latent_medi.statistics.intervals import MIN_PATIENTS
 
 
 def thin_support(study: Study, downstream: bool = True) -> list[str]:

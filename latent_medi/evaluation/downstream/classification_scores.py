@@ -25,7 +25,8 @@ from latent_medi.evaluation.downstream.records import (
     SmallGroup,
     WorstGroup,
 )
-from latent_medi.statistics.bootstrap import MIN_PATIENTS, NOT_ESTIMABLE, Estimate, PatientResamples, estimate
+from latent_medi.statistics.bootstrap import PatientResamples, estimate
+from latent_medi.statistics.intervals import MIN_PATIENTS, NOT_ESTIMABLE, Estimate
 
 BINS = 15
 """Bins of equal width for the calibration error."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_medi.statistics.bootstrap import Estimate
+from latent_medi.statistics.intervals import Estimate
 
 Role = Literal["candidate", "baseline", "oracle", "ablation"]
 """An ablation trains on the patches of a synthetic set in another way; it has no part in the verdict."""

@@ -10,7 +10,8 @@ import numpy as np
 from latent_medi.evaluation.cohort.combinations import Combination, any_match, describe
 from latent_medi.evaluation.cohort.study import Study, affected_sites, domain
 from latent_medi.evaluation.downstream.records import Accuracies, CombinationScores
-from latent_medi.statistics.bootstrap import Estimate, PatientResamples, PatientTable
+from latent_medi.statistics.bootstrap import PatientResamples, PatientTable
+from latent_medi.statistics.intervals import Estimate
 
 
 class Scorer:

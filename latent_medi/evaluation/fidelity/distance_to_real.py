@@ -24,7 +24,7 @@ from latent_medi.evaluation.fidelity.records import (
     Metric,
     OverallFidelity,
 )
-from latent_medi.statistics.bootstrap import Estimate, PatientResamples, estimate
+from latent_medi.statistics.bootstrap import PatientResamples, estimate
 from latent_medi.statistics.distances import (
     BLOCK,
     RANK_DEFICIENT,
@@ -41,6 +41,7 @@ from latent_medi.statistics.distances import (
     psd_root,
     scatter,
 )
+from latent_medi.statistics.intervals import Estimate
 
 _MAX_KERNEL = 3000
 """Patches of either set in a kernel distance; the kernel of all would grow with their square."""

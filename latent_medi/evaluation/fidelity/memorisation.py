@@ -28,8 +28,9 @@ from latent_medi.evaluation.fidelity.records import (
 from latent_medi.features.pixel_copies import SIDE, VIEWS, copy_scores, invariants, small_patches
 from latent_medi.shards.checking.likeness import LEAST_LIKENESS, likeness
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.statistics.bootstrap import Estimate, PatientResamples, estimate, share_of_samples
+from latent_medi.statistics.bootstrap import PatientResamples, estimate
 from latent_medi.statistics.distances import project, scatter
+from latent_medi.statistics.intervals import Estimate, share_of_samples
 from latent_medi.statistics.neighbours import nearest_neighbours
 from latent_medi.statistics.subsampling import patients_in_turn
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latent_medi.statistics.bootstrap import Estimate
+from latent_medi.statistics.intervals import Estimate
 
 Metric = Literal["fd", "kid"]
 

@@ -18,7 +18,8 @@ from latent_medi.evaluation.downstream import classification_scores
 from latent_medi.evaluation.downstream.classification_scores import Units
 from latent_medi.evaluation.downstream.records import SmallGroup
 from latent_medi.evaluation.results import Metrics
-from latent_medi.statistics.bootstrap import Estimate, PatientResamples, wilson
+from latent_medi.statistics.bootstrap import PatientResamples
+from latent_medi.statistics.intervals import Estimate, wilson
 
 
 def _case(seed: int, n: int = 200, k: int = 3, digits: int = 2) -> tuple[np.ndarray, np.ndarray]:
