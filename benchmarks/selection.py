@@ -38,7 +38,7 @@ from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.selection.select import select
 from latent_medi.selection.settings import SelectSettings
 from latent_medi.shards.dataset import INDEX_FILE, INFO_FILE, PatchDataset
-from latent_medi.statistics.distances import kid
+from latent_medi.statistics.kernel_distance import kid
 from latent_medi.statistics.linear_probe import fit_linear_probe
 
 CLASS, SITE = "the class field", "the site field"

@@ -34,8 +34,9 @@ from latent_medi.launch import make_accelerator
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.statistics.distances import Basis, frechet_distance, kid, pca_basis, pca_dims
+from latent_medi.statistics.distances import Basis, frechet_distance, pca_basis, pca_dims
 from latent_medi.statistics.intervals import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE
+from latent_medi.statistics.kernel_distance import kid
 from latent_medi.statistics.linear_probe import fit_linear_probe
 from latent_medi.statistics.patient_means import PatientTable
 from latent_medi.statistics.subsampling import whole_patients

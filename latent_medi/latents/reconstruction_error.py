@@ -14,7 +14,8 @@ from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.settings import ReconstructionSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.statistics.distances import RANK_RULE, frechet_distance, full_rank, polynomial_kernel
+from latent_medi.statistics.distances import RANK_RULE, frechet_distance, full_rank
+from latent_medi.statistics.kernel_distance import polynomial_kernel
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:

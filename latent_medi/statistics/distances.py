@@ -1,7 +1,8 @@
-"""Distances between two sets of features: Fréchet distance, kernel distance, and PCA for small sets.
+"""Fréchet distance between two sets of features, and PCA for small sets.
 
 All sums are float64. A Fréchet distance is biased upwards by roughly d²/n, so it is only comparable at equal n, and
-only well defined when n ≥ 2d in both sets; the unbiased kernel distance (KID) has no such bias.
+only well defined when n ≥ 2d in both sets; the kernel distance (:mod:`latent_medi.statistics.kernel_distance`) has no
+such bias.
 """
 
 from __future__ import annotations
@@ -141,33 +142,6 @@ def fd_infinity(
         values.append(frechet(part.mean, part.cov, fixed.mean, fixed.cov, root_b=root))
     line = stats.linregress(1.0 / sizes, values)
     return float(line.intercept), float(line.intercept_stderr)
-
-
-def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(a·b/d + 1)³, float64 [len(a), len(b)] (Bińkowski et al. 2018)."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    inner = a @ b.T
-    inner /= a.shape[1]
-    inner += 1.0
-    result: np.ndarray = inner * inner * inner
-    return result
-
-
-def kid(a: np.ndarray, b: np.ndarray) -> float:
-    """Kernel distance (KID): the unbiased squared maximum mean discrepancy with the cubic kernel, over all samples.
-
-    Args:
-        a, b: Features [N, d] and [M, d]; each set needs two samples.
-    """
-    n, m = len(a), len(b)
-    if min(n, m) < 2:
-        raise ValueError(f"the kernel distance needs two samples per set, there are {n} and {m}")
-    within_a, within_b = polynomial_kernel(a, a), polynomial_kernel(b, b)
-    return float(
-        (within_a.sum() - np.trace(within_a)) / (n * (n - 1))
-        + (within_b.sum() - np.trace(within_b)) / (m * (m - 1))
-        - 2.0 * polynomial_kernel(a, b).mean()
-    )
 
 
 def project(features: np.ndarray, mean: np.ndarray, directions: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from latent_medi.latents.autoencoder import save_autoencoder
 from latent_medi.latents.encode import encode_dataset
 from latent_medi.latents.reconstruction_error import paired_kid, psnr, reconstruction_text
 from latent_medi.latents.settings import ReconstructionSettings as Settings
-from latent_medi.statistics.distances import frechet_distance, kid
+from latent_medi.statistics.distances import frechet_distance
+from latent_medi.statistics.kernel_distance import kid
 
 
 def test_psnr_is_in_decibels_per_image() -> None:

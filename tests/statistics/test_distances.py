@@ -13,10 +13,10 @@ from latent_medi.statistics.distances import (
     fd_infinity,
     frechet_distance,
     full_rank,
-    kid,
     pca_basis,
     pca_dims,
 )
+from latent_medi.statistics.kernel_distance import kid
 
 
 def _correlated(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:

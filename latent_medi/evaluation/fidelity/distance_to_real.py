@@ -35,13 +35,12 @@ from latent_medi.statistics.distances import (
     frechet,
     frechet_distance,
     full_rank,
-    kid,
     pca_dims,
-    polynomial_kernel,
     psd_root,
     scatter,
 )
 from latent_medi.statistics.intervals import Estimate
+from latent_medi.statistics.kernel_distance import kid, polynomial_kernel
 
 _MAX_KERNEL = 3000
 """Patches of either set in a kernel distance; the kernel of all would grow with their square."""

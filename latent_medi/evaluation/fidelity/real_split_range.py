@@ -18,8 +18,9 @@ from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.fidelity.records import InRealRange, RealSplitRange
-from latent_medi.statistics.distances import frechet_distance, full_rank, kid, pca_dims
+from latent_medi.statistics.distances import frechet_distance, full_rank, pca_dims
 from latent_medi.statistics.intervals import LEVEL, MIN_PATIENTS
+from latent_medi.statistics.kernel_distance import kid
 from latent_medi.statistics.linear_probe import fit_linear_probe
 
 _DISTANCES = ("fd", "fd_pca", "kid", "class_mix")

@@ -19,7 +19,8 @@ from latent_medi.features.encoders import load_encoder
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.writer import Patch, write_dataset
-from latent_medi.statistics.distances import frechet_distance, kid
+from latent_medi.statistics.distances import frechet_distance
+from latent_medi.statistics.kernel_distance import kid
 
 SCHEMA = Schema((Field("class", "class", ("a", "b")), Field("site", "categorical", ("x", "y"))))
 SIZE = 64

@@ -17,7 +17,8 @@ from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_
 from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.fidelity.real_split_range import real_splits
 from latent_medi.shards.writing.writer import write_dataset
-from latent_medi.statistics.distances import frechet_distance, kid
+from latent_medi.statistics.distances import frechet_distance
+from latent_medi.statistics.kernel_distance import kid
 
 
 def test_every_source_has_one_n(metrics: dict[str, Any]) -> None:

@@ -25,8 +25,9 @@ from latent_medi.evaluation.fidelity.distance_to_real import Features, _thinned,
 from latent_medi.evaluation.fidelity.real_split_range import Patches, measures_of
 from latent_medi.evaluation.fidelity.records import CombinationDistances, Distance
 from latent_medi.shards.writing.writer import write_dataset
-from latent_medi.statistics.distances import frechet_distance, kid, pca_basis
+from latent_medi.statistics.distances import frechet_distance, pca_basis
 from latent_medi.statistics.intervals import Estimate
+from latent_medi.statistics.kernel_distance import kid
 
 
 def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
