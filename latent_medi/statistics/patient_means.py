@@ -9,6 +9,12 @@ import numpy as np
 from latent_medi.statistics.intervals import SHARE, Estimate, Spread, estimate, jackknife
 
 
+def strata_of(present: np.ndarray) -> np.ndarray:
+    """A code of the groups that each patient has, from bool [groups, patients]: such patients are one sample."""
+    codes: np.ndarray = np.unique(present, axis=1, return_inverse=True)[1].reshape(-1)
+    return codes
+
+
 class PatientTable:
     """Balanced mean: per class the mean over patients of the patient's mean, then over classes.
 
@@ -48,8 +54,7 @@ class PatientTable:
     @cached_property
     def strata(self) -> np.ndarray:
         """For each patient with a row that counts, a code of the classes that the patient has, [n_patients]."""
-        own = self.present[:, self.present.any(axis=0)]
-        return np.unique(own, axis=1, return_inverse=True)[1].reshape(-1)
+        return strata_of(self.present[:, self.present.any(axis=0)])
 
     def patient_means(self, values: np.ndarray) -> np.ndarray:
         """Mean of a value per row by class and patient, [n_classes, n_patients]; 0 where there is no row."""

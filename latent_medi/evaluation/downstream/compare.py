@@ -63,7 +63,6 @@ def compare(
     classifier: Classifier,
     fingerprint: str,
     repeats: int,
-    resamples: int,
     seed: int,
     only: Sequence[str] = (),
 ) -> tuple[Downstream, pd.DataFrame]:
@@ -74,8 +73,7 @@ def compare(
         classifier: The classifier.
         fingerprint: The encoder's.
         repeats: Draws of added patches per training set, and seeds of a classifier that depends on one.
-        resamples: Patient resamples for the intervals.
-        seed: Seed of draws and resamples.
+        seed: Seed of the draws.
         only: Names of the training sets to compare; empty for all that can be built.
 
     Returns:
@@ -88,7 +86,7 @@ def compare(
     study, additions = sources.study, sources.additions
     chosen, reasons = choose(sources, only)
     runs = _train(chosen, sources, classifier, repeats, seed)
-    scorer = Scorer(study, additions.combinations, resamples, seed)
+    scorer = Scorer(study, additions.combinations)
     compared = _score(study, chosen, runs, scorer)
     predictions = compared.predictions
     differences: dict[str, dict[str, Accuracies]] = {}
@@ -171,7 +169,7 @@ def _score(
     study: Study, chosen: Mapping[str, Entry], runs: Mapping[tuple[str, str], list[Run]], scorer: Scorer
 ) -> Compared:
     """Score the best variant of each training set."""
-    units = UnitScorer(study, scorer.codes, scorer.shift, scorer.bootstrap)
+    units = UnitScorer(study, scorer.codes, scorer.shift, scorer.patients)
     compared = Compared()
     for name, entry in chosen.items():
         variants = {v: np.stack([run.prediction.predicted for run in runs[name, v]]) for v in entry.variants}

@@ -10,26 +10,32 @@ import numpy as np
 from latent_medi.evaluation.cohort.combinations import Combination, any_match, describe
 from latent_medi.evaluation.cohort.study import Study, affected_sites, domain
 from latent_medi.evaluation.downstream.records import Accuracies, CombinationScores
-from latent_medi.statistics.bootstrap import PatientResamples, PatientTable
 from latent_medi.statistics.intervals import Estimate
+from latent_medi.statistics.patient_means import PatientTable
 
 
 class Scorer:
-    """Scores of predictions on the test patients; all intervals and differences share one patient bootstrap.
+    """Scores of predictions on the test patients; intervals are over these patients, differences are paired.
 
     Args:
         study: The cohort.
         combinations: Held-out combinations, each with a class.
-        resamples: Patient resamples for the intervals.
-        seed: Their seed.
+
+    Attributes:
+        truth: Class of each test patch.
+        codes: Its code.
+        patients: Patient code of each test patch.
+        shift: Which test patches come from a site with a held-out combination.
+        tables: By field of :class:`Accuracies` the patches that count.
     """
 
-    def __init__(self, study: Study, combinations: Sequence[Combination], resamples: int, seed: int) -> None:
+    def __init__(self, study: Study, combinations: Sequence[Combination]) -> None:
         self.study, self.combinations = study, list(combinations)
         self.truth = study.class_labels[study.test]
         codes = {value: i for i, value in enumerate(study.classes)}
         self.codes = np.array([codes[value] for value in self.truth])
-        self.bootstrap = PatientResamples(study.patients[study.test], resamples, seed)
+        names, self.patients = np.unique(study.patients[study.test], return_inverse=True)
+        self.n_patients = len(names)
         held = any_match(study.index, study.held_out)[study.test]
         self.affected_sites = sorted(affected_sites(study))
         self.shift = np.isin(study.site_labels[study.test], self.affected_sites)
@@ -40,27 +46,26 @@ class Scorer:
     def _table(self, keep: np.ndarray, by_class: bool = True) -> PatientTable:
         codes = self.codes if by_class else np.zeros_like(self.codes)
         classes = len(self.study.classes) if by_class else 1
-        return PatientTable(codes, self.bootstrap.codes, keep, classes, len(self.bootstrap.names))
+        return PatientTable(codes, self.patients, keep, classes, self.n_patients)
 
     def accuracies(self, predicted: np.ndarray) -> Accuracies:
         """Accuracies of class values [repeats, n_test]."""
-        return self._accuracies(self._correct(predicted), rate=True)
+        return self._accuracies(self._correct(predicted), share=True)
 
     def difference(self, a: np.ndarray, b: np.ndarray) -> Accuracies:
         """Paired differences a − b of the accuracies of two predictions, each [repeats, n_test]."""
-        return self._accuracies(self._correct(a) - self._correct(b), rate=False)
+        return self._accuracies(self._correct(a) - self._correct(b), share=False)
 
     def _correct(self, predicted: np.ndarray) -> np.ndarray:
         """Share of repeats with the right class, [n_test]."""
         return np.asarray((predicted == self.truth).mean(axis=0))
 
-    def _accuracies(self, values: np.ndarray, rate: bool) -> Accuracies:
-        weights = self.bootstrap.weights
-        return Accuracies(**{name: table.estimate(values, weights, rate) for name, table in self.tables.items()})
+    def _accuracies(self, values: np.ndarray, share: bool) -> Accuracies:
+        return Accuracies(**{name: table.estimate(values, share) for name, table in self.tables.items()})
 
     def accuracy_shift(self, predicted: np.ndarray) -> float:
         """``accuracy_shift`` of class values [repeats, n_test], or [n_test]; NaN without test patches under shift."""
-        return float(self.tables["accuracy_shift"].mean(self._correct(np.atleast_2d(predicted)))[0])
+        return self.tables["accuracy_shift"].mean(self._correct(np.atleast_2d(predicted)))
 
     def by_combination(self, predicted: np.ndarray) -> list[CombinationScores]:
         """Recall and false positive rate in each held-out combination of class values [repeats, n_test]."""
@@ -73,7 +78,7 @@ class Scorer:
         called = (predicted == value).mean(axis=0)
 
         def share(keep: np.ndarray, values: np.ndarray, by_class: bool) -> Estimate:
-            return self._table(keep, by_class).estimate(values, self.bootstrap.weights, rate=True)
+            return self._table(keep, by_class).estimate(values, share=True)
 
         return CombinationScores(
             describe(combination),

@@ -84,7 +84,6 @@ class DownstreamStage:
                 classifier,
                 encoder.fingerprint,
                 repeats,
-                settings.resamples,
                 settings.seed,
                 settings.training_sets,
             )

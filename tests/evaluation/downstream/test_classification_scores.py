@@ -1,4 +1,4 @@
-"""Scores of probabilities: by hand, against scikit-learn and torchmetrics, and weights that equal repeated rows."""
+"""Scores of probabilities: by hand, against scikit-learn and torchmetrics, and without each patient in turn."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from latent_medi.evaluation.downstream import classification_scores
 from latent_medi.evaluation.downstream.classification_scores import Units
 from latent_medi.evaluation.downstream.records import SmallGroup
 from latent_medi.evaluation.results import Metrics
-from latent_medi.statistics.bootstrap import PatientResamples
-from latent_medi.statistics.intervals import Estimate, wilson
+from latent_medi.statistics import left_out
+from latent_medi.statistics.intervals import Estimate, Spread, estimate, wilson
 
 
 def _case(seed: int, n: int = 200, k: int = 3, digits: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -33,11 +33,10 @@ def _case(seed: int, n: int = 200, k: int = 3, digits: int = 2) -> tuple[np.ndar
 def _scores(
     truth: np.ndarray, probabilities: np.ndarray, sites: np.ndarray, patients: np.ndarray
 ) -> dict[str, Estimate]:
-    weights = PatientResamples(patients, 40, 0).weights
     codes = np.unique(patients, return_inverse=True)[1]
     names = [f"c{i}" for i in range(probabilities.shape[1])]
     units = Units(truth, sites, codes, np.ones(len(truth), int))
-    found = vars(classification_scores.unit_scores(probabilities, units, names, weights))
+    found = vars(classification_scores.unit_scores(probabilities, units, names))
     assert found.pop("n_units") == len(truth)
     return found
 
@@ -62,32 +61,57 @@ def test_points_are_those_of_known_libraries(k: int) -> None:
     assert found["brier"] == pytest.approx(brier)
 
 
+def _uneven_patients(n: int, seed: int) -> np.ndarray:
+    """Patients of one to many rows, all of whom have a row."""
+    codes = np.sort(np.random.default_rng(seed).integers(0, n // 6, n))
+    return np.random.default_rng(seed).permutation(np.unique(codes, return_inverse=True)[1])
+
+
 @pytest.mark.parametrize("k", [2, 4])
-def test_a_resample_equals_its_rows_repeated(k: int) -> None:
-    truth, probabilities = _case(7, 60, k)
-    predicted = probabilities.argmax(axis=1)
-    weights = np.random.default_rng(0).integers(0, 4, (5, 60)).astype(float)
-    pairs: list[tuple[np.ndarray, Any]] = [
+def test_a_score_without_a_patient_is_that_of_the_other_rows(k: int) -> None:
+    """Patients have several classes and sites, and scores are tied."""
+    truth, probabilities = _case(7, 150, k, digits=1)
+    predicted, patients = probabilities.argmax(axis=1), _uneven_patients(150, 1)
+    sites = np.random.default_rng(2).integers(0, 2, 150)
+    cells, weights = classification_scores._groups(truth, sites)[1:]
+    everything = np.arange(150)
+
+    def areas(rows: np.ndarray) -> float:
+        scores = probabilities[rows] if k > 2 else probabilities[rows, 1]
+        return float(roc_auc_score(truth[rows], scores, multi_class="ovo", labels=range(k)))
+
+    def calibration(rows: np.ndarray) -> float:
+        rows_of_one = np.zeros(len(rows), int)
+        return left_out.calibration_error(probabilities[rows], truth[rows], rows_of_one, 15).value
+
+    pairs: list[tuple[left_out.Score, Any]] = [
         (
-            classification_scores.correlations(truth, predicted, k, weights),
-            lambda r: matthews_corrcoef(truth[r], predicted[r]),
+            left_out.mean_of_groups((predicted == truth).astype(float), truth, np.full(k, 1 / k), patients),
+            lambda r: balanced_accuracy_score(truth[r], predicted[r]),
         ),
         (
-            classification_scores.aurocs(truth, probabilities, weights),
-            lambda r: roc_auc_score(
-                truth[r], probabilities[r] if k > 2 else probabilities[r, 1], multi_class="ovo", labels=range(k)
-            ),
+            left_out.mean_of_groups((predicted == truth).astype(float), cells, weights, patients),
+            lambda r: classification_scores.site_averaged(truth[r], predicted[r], sites[r]),
         ),
-        (
-            classification_scores.calibration_errors(probabilities, truth, weights),
-            lambda r: float(
-                classification_scores.calibration_errors(probabilities[r], truth[r], np.ones((1, len(r))))[0]
-            ),
-        ),
+        (left_out.correlation(truth, predicted, k, patients), lambda r: matthews_corrcoef(truth[r], predicted[r])),
+        (left_out.pairwise_auroc(truth, probabilities, patients), areas),
+        (left_out.calibration_error(probabilities, truth, patients, 15), calibration),
+        (left_out.mean(probabilities[:, 0], patients), lambda r: probabilities[r, 0].mean()),
     ]
-    for draws, point in pairs:
-        for draw, weight in zip(draws, weights, strict=True):
-            assert draw == pytest.approx(point(np.repeat(np.arange(60), weight.astype(int))))
+    for found, point in pairs:
+        assert found.value == pytest.approx(point(everything))
+        assert len(found.left_out) == patients.max() + 1
+        for patient, value in enumerate(found.left_out):
+            assert value == pytest.approx(point(np.flatnonzero(patients != patient)))
+
+
+def test_a_score_that_cannot_do_without_a_patient() -> None:
+    """The only patient of a class: what is left has no such class, which is another score."""
+    truth, patients = np.array([0, 0, 1, 1]), np.array([0, 1, 2, 2])
+    found = left_out.mean_of_groups(np.ones(4), truth, np.array([0.5, 0.5]), patients)
+    np.testing.assert_array_equal(found.left_out, [1, 1, np.nan])
+    area = left_out.pairwise_auroc(truth, np.eye(2)[truth], patients)
+    np.testing.assert_array_equal(area.left_out, [1, 1, np.nan])
 
 
 def test_scores_survive_a_missing_class_and_no_rows() -> None:
@@ -106,32 +130,12 @@ def test_scores_survive_a_missing_class_and_no_rows() -> None:
     assert all(e.value is None for e in nothing.values())
 
 
-def test_intervals_are_not_moved_by_what_resampling_does_to_an_extreme() -> None:
-    """The gaps of a resample do not cancel, and its lowest group is lower: both draws are biased, the intervals not."""
-    rng = np.random.default_rng(0)
-    outside = {"ece": 0, "worst_group": 0}
-    for _ in range(30):
-        truth = rng.integers(0, 3, 120)
-        confidence = rng.uniform(0.4, 0.95, 120)
-        guess = np.where(rng.random(120) < confidence, truth, (truth + 1) % 3)  # calibrated
-        probabilities = np.full((120, 3), 0.0) + ((1 - confidence) / 2)[:, None]
-        probabilities[np.arange(120), guess] = confidence
-        found = _scores(truth, probabilities, np.array(list("stuv"))[np.arange(120) % 4], np.arange(120))
-        for name in outside:
-            value, interval = found[name].value, found[name].interval
-            assert value is not None
-            assert isinstance(interval, tuple)
-            low, high = interval
-            outside[name] += not low < value < high
-            assert abs((low + high) / 2 - value) < 0.3 * (high - low)
-    assert outside == {"ece": 0, "worst_group": 0}
-
-
 def test_patients_who_all_agree_leave_no_interval_of_no_width() -> None:
     truth = np.repeat([0, 1], 20)
     found = _scores(truth, np.eye(2)[truth], np.full(40, "s"), np.arange(40))
-    for name in ("balanced_accuracy", "site_averaged_accuracy", "worst_group"):
+    for name in ("balanced_accuracy", "site_averaged_accuracy"):
         assert found[name].interval == pytest.approx(wilson(20, 20))
+    assert found["worst_group"].interval == pytest.approx(wilson(20, 20, 0.975))  # the lower of two
     for name in ("mcc", "auroc", "brier", "ece"):
         assert found[name].interval == "not estimable"
 
@@ -156,21 +160,20 @@ def test_worst_group_needs_ten_patients() -> None:
     truth = np.array([r[0] for r in rows])
     right = np.array([r[3] for r in rows])
     patients = np.unique([r[2] for r in rows], return_inverse=True)[1]
-    weights = PatientResamples(np.array([r[2] for r in rows]), 50, 0).weights
     found = classification_scores.worst_group(
         np.where(right, truth, 1 - truth),
         Units(truth, np.array([r[1] for r in rows]), patients, np.ones(len(rows), int)),
         ["a", "b"],
-        weights,
     )
     assert found.group == "a × s"
     assert found.value == pytest.approx((0.25 + 4) / 10)
     assert found.n_groups == 2
-    assert found.n_patients == 22
+    assert (found.n_patients, found.n_patches) == (10, 13)
     assert found.not_estimable == [SmallGroup("b × s", 9)]
-    assert isinstance(found.interval, tuple)
-    low, high = found.interval
-    assert 0 <= low < high <= 1
+    # The lowest of two: each interval has 97.5 %, so that both hold together with 95 %.
+    means = np.array([0.25, 0, 1, 0, 1, 0, 1, 0, 1, 0])
+    spread = Spread(means.var(ddof=1) / 10, 9)
+    assert found.interval == estimate(0.425, 13, 10, spread, (0.0, 1.0), level=0.975).interval
 
 
 def test_slides_and_patients_by_hand() -> None:
@@ -182,9 +185,9 @@ def test_slides_and_patients_by_hand() -> None:
         Study,
         SimpleNamespace(index=index, site_labels=index["site"].to_numpy(str), test=np.arange(5), classes=["a", "b"]),
     )
-    bootstrap = PatientResamples(index["patient"].to_numpy(str), 20, 0)
+    patients = np.array([0, 0, 0, 0, 1])
     codes = np.array([0, 0, 0, 1, 1])
-    scorer = classification_scores.UnitScorer(study, codes, np.array([False] * 4 + [True]), bootstrap)
+    scorer = classification_scores.UnitScorer(study, codes, np.array([False] * 4 + [True]), patients)
     probabilities = np.array([[0.9, 0.1], [0.3, 0.7], [0.0, 1.0], [0.2, 0.8], [0.6, 0.4]])
     slide, patient = scorer.groupings["slide"], scorer.groupings["patient"]
     # Patient 1: slide x has class a twice, slide y one patch of each class; patient 2's slide x is another slide.

@@ -36,7 +36,7 @@ def _hand_study() -> Study:
 
 
 def test_accuracy_shift_by_hand() -> None:
-    scorer = Scorer(_hand_study(), [{"class": "b", "site": "t"}], 20, 0)
+    scorer = Scorer(_hand_study(), [{"class": "b", "site": "t"}])
     predicted = np.array([["a", "b", "b", "a", "b", "a", "a", "b", "b"]])
     result = scorer.accuracies(predicted)
     # Site t only. Class a: patient 1 has 1/3, patient 2 has 1 -> 2/3.
@@ -56,7 +56,7 @@ def test_accuracy_shift_by_hand() -> None:
 
 
 def test_a_gain_in_recall_alone_is_no_headline() -> None:
-    scorer = Scorer(_hand_study(), [{"class": "b", "site": "t"}], 20, 0)
+    scorer = Scorer(_hand_study(), [{"class": "b", "site": "t"}])
     always = np.full((1, 9), "b")
     (scores,) = scorer.by_combination(always)
     assert scores.recall.value == 1.0

@@ -103,7 +103,7 @@ def test_no_test_patient_is_ever_trained_on(world: World) -> None:
     study = open_study(world.settings("leak"))
     sources = numbered(study)
     classifier = Keeping(len(study.test))
-    record, table = compare(sources, classifier, "f", 2, 20, 0)
+    record, table = compare(sources, classifier, "f", 2, 0)
     assert set(record.training_sets) == set(choose(sources, [])[0])
     rows = np.unique(np.concatenate([s[:, 0] for s in classifier.seen])).astype(int)
     rows = rows[rows >= 0]
@@ -114,13 +114,13 @@ def test_no_test_patient_is_ever_trained_on(world: World) -> None:
     assert set(np.concatenate([part.rows for part in found])) <= set(study.train)
     assert len(table) == len(study.test)
 
-    only, _ = compare(sources, classifier, "f", 1, 20, 0, ["real", "medi"])
+    only, _ = compare(sources, classifier, "f", 1, 0, ["real", "medi"])
     assert set(only.training_sets) == {"real", "medi"}
     with pytest.raises(UserError, match="'meddi'; closest: 'medi'"):
-        compare(sources, classifier, "f", 1, 20, 0, ["meddi"])
+        compare(sources, classifier, "f", 1, 0, ["meddi"])
     alone = replace(sources, study=replace(study, oracle_reason="nobody is left"))
     with pytest.raises(UserError, match="'oracle' cannot be built: nobody is left"):
-        compare(alone, classifier, "f", 1, 20, 0, ["oracle"])
+        compare(alone, classifier, "f", 1, 0, ["oracle"])
 
 
 def test_a_synthetic_set_without_a_class_cannot_be_the_only_source(world: World) -> None:
