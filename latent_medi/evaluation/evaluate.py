@@ -162,13 +162,13 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         predictions = attributes.predict_fields(study, features, settings.regularisation or 1.0, settings.seed)
         metrics.adherence[name] = Adherence(
             fingerprint,
-            attributes.recovery(study, predictions, settings.resamples, settings.seed),
-            site_leakage.leakage(study, predictions, settings.resamples, settings.seed),
+            attributes.recovery(study, predictions),
+            site_leakage.leakage(study, predictions, settings.seed),
         )
         clock.lap("adherence")
         if copies is not None and encoder.preprocessing.channel == "rgb":
             metrics.memorisation[name] = memorisation.memorisation(
-                study, features, copies, fingerprint, settings.resamples, settings.seed, settings.patient_names, device
+                study, features, copies, fingerprint, settings.seed, settings.patient_names, device
             )
             clock.lap("memorisation")
         stage.evaluate(encoder, features, derived)
@@ -218,7 +218,7 @@ def _begun(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncod
         encoders={e.name: EncoderRecord(e.fingerprint, e.dim, e.preprocessing.text, e.license) for e in chosen},
         fidelity={},
         adherence={},
-        stain=stain.stain(study, settings.resamples, settings.seed) if study.synthetic else None,
+        stain=stain.stain(study, settings.seed) if study.synthetic else None,
         memorisation={},
         downstream={},
         protocols=Protocols({}, {}),

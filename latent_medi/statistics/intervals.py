@@ -8,8 +8,8 @@ the quantity has a smallest and a largest value (Miller 1974). Nothing is drawn 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -46,6 +46,14 @@ class Estimate:
     smallest_group: int | None = None
     interval_over: Literal["samples"] | None = None
     reason: str | None = None
+
+    def times(self, factor: float) -> Estimate:
+        """The value and its interval times a positive factor, such as 100 for percent."""
+        value = None if self.value is None else factor * self.value
+        bounds = self.interval
+        if isinstance(bounds, tuple):
+            bounds = (factor * bounds[0], factor * bounds[1])
+        return replace(self, value=value, interval=bounds)
 
 
 @dataclass(frozen=True)
@@ -177,9 +185,24 @@ def share_of_samples(hits: int, n: int, scale: float = 1.0) -> Estimate:
     """The share of ``n`` synthetic samples that ``hits`` of them are, times ``scale``, with Wilson's interval: samples
     are independent draws and have no patients.
     """
-    bounds = wilson(hits, n)
-    scaled = bounds and (scale * bounds[0], scale * bounds[1])
-    return Estimate(scale * hits / n if n else None, n, 0, scaled, interval_over="samples")
+    return Estimate(hits / n if n else None, n, 0, wilson(hits, n), interval_over="samples").times(scale)
+
+
+def mean_of_shares(hits: Sequence[int], n: Sequence[int]) -> Estimate:
+    """The mean over groups of the share of a group's samples that are hits, every group weighing the same.
+
+    The interval is made of the groups' Wilson intervals (MOVER: Newcombe 1998; Zou & Donner 2008): it reaches
+    √Σ(share − lower)² / groups below the mean and √Σ(upper − share)² / groups above it.
+
+    Args:
+        hits: Samples of each group that are hits.
+        n: Samples of each group, 1 or more.
+    """
+    shares = np.asarray(hits) / np.asarray(n)
+    bounds = np.array([wilson(own, total) for own, total in zip(hits, n, strict=True)])
+    below, above = np.sqrt(((bounds - shares[:, None]) ** 2).sum(axis=0)) / len(shares)
+    value = float(shares.mean())
+    return Estimate(value, int(sum(n)), 0, (value - float(below), value + float(above)), interval_over="samples")
 
 
 def wilson(successes: int, n: int, level: float = LEVEL) -> tuple[float, float] | None:

@@ -11,6 +11,8 @@ from latent_medi.statistics.intervals import SHARE, Estimate, Spread, estimate, 
 
 def strata_of(present: np.ndarray) -> np.ndarray:
     """A code of the groups that each patient has, from bool [groups, patients]: such patients are one sample."""
+    if not present.size:
+        return np.zeros(present.shape[1], int)
     codes: np.ndarray = np.unique(present, axis=1, return_inverse=True)[1].reshape(-1)
     return codes
 
@@ -34,6 +36,12 @@ class PatientTable:
         self.cells = classes[self.rows] * n_patients + patients[self.rows]
         self.counts = np.bincount(self.cells, minlength=n_classes * n_patients).reshape(self.shape)
         self.present = self.counts > 0
+
+    @classmethod
+    def of_one_group(cls, patients: np.ndarray, keep: np.ndarray) -> PatientTable:
+        """A table whose mean is that over patients, from the patient of each row and which rows count."""
+        names, codes = np.unique(patients, return_inverse=True)
+        return cls(np.zeros(len(codes), int), codes, keep, 1, len(names))
 
     @property
     def n_patches(self) -> int:
@@ -74,6 +82,8 @@ class PatientTable:
         NaN for the only patient of a class.
         """
         here, who = self.present.any(axis=1), self.present.any(axis=0)
+        if not here.any():
+            return np.zeros(0)
         means, present = self.patient_means(values)[here][:, who], self.present[here][:, who]
         rest = present.sum(axis=1, keepdims=True) - present
         totals = means.sum(axis=1, keepdims=True) - means

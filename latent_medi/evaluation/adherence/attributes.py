@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from latent_medi.evaluation.adherence.records import CombinationRecovery, FieldRecovery, Recovery
-from latent_medi.evaluation.cohort.combinations import Combination, among, any_match, describe, matches
+from latent_medi.evaluation.cohort.combinations import Combination, among, describe, matches
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.distance_to_real import Features
-from latent_medi.statistics.bootstrap import PatientResamples, PatientTable, estimate
-from latent_medi.statistics.intervals import share_of_samples, wilson
+from latent_medi.statistics.intervals import SHARE, Estimate, estimate, mean_of_shares, share_of_samples
 from latent_medi.statistics.linear_probe import fit_linear_probe
+from latent_medi.statistics.patient_means import PatientTable
 
 _MAX_TRAINING = 20_000
 
@@ -67,38 +67,26 @@ def predict_fields(study: Study, features: Features, regularisation: float, seed
     return result
 
 
-def recovery(
-    study: Study, predictions: Mapping[str, FieldPredictions], resamples: int, seed: int
-) -> dict[str, FieldRecovery]:
+def recovery(study: Study, predictions: Mapping[str, FieldPredictions]) -> dict[str, FieldRecovery]:
     """Share of samples in which the linear probe finds the requested value, by field."""
-    return {name: _field(study, name, found, resamples, seed) for name, found in predictions.items()}
+    return {name: _field(study, name, found) for name, found in predictions.items()}
 
 
-def _field(study: Study, name: str, predictions: FieldPredictions, resamples: int, seed: int) -> FieldRecovery:
+def _field(study: Study, name: str, predictions: FieldPredictions) -> FieldRecovery:
     values, reference = predictions.values, study.reference
     truth = study.index[name].to_numpy(dtype=str)[reference]
     right = (predictions.real == truth).astype(float)
-    bootstrap = PatientResamples(study.patients[reference], resamples, seed)
+    patients = np.unique(study.patients[reference], return_inverse=True)[1]
     combinations: list[CombinationRecovery] = []
-    draws: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
     for combination in study.held_out:
-        keep = study.having(combination)[reference] & np.isin(truth, values)
-        # One group per combination: the mean over patients, not over the values within it.
-        table = PatientTable(np.zeros(len(keep), int), bootstrap.codes, keep, 1, len(bootstrap.names))
-        if table.n_patches:
-            draws.append(table.mean(right, bootstrap.weights))
+        rows = np.flatnonzero(study.having(combination)[reference] & np.isin(truth, values))
         shares = {s.name: _recovery(s, name, combination, predictions) for s in study.synthetic.values()}
         found = {n: share for n, share in shares.items() if share is not None}
-        real = table.estimate(right, bootstrap.weights, rate=True)
+        real = _accuracy(right, patients, [rows])
         combinations.append(CombinationRecovery(describe(combination), combination, found, real))
-    points = [c.real.value for c in combinations if c.real.value is not None]
-    rows = among(reference, any_match(study.index, study.held_out))
-    real = estimate(
-        float(np.mean(points)) if points else None,
-        len(rows),
-        len(set(study.patients[rows])),
-        np.mean(draws, axis=0) if draws else None,
-    )
+        kept.append(rows)
+    real = _accuracy(right, patients, kept)
     return FieldRecovery(
         values=values,
         chance=1.0 / len(values),
@@ -118,23 +106,34 @@ def _field(study: Study, name: str, predictions: FieldPredictions, resamples: in
     )
 
 
+def _accuracy(right: np.ndarray, patients: np.ndarray, combinations: list[np.ndarray]) -> Estimate:
+    """Mean over combinations of the mean over patients of the patient's share of right predictions.
+
+    Args:
+        right: 1 where a prediction is right, else 0, [N].
+        patients: Patient code of each, [N].
+        combinations: Positions in these of each combination, which may share rows and patients.
+    """
+    nothing, n_groups = np.zeros(0, int), len(combinations)
+    rows = np.concatenate([nothing, *combinations])
+    which = np.concatenate([nothing, *(np.full(len(found), i) for i, found in enumerate(combinations))])
+    n_patients = int(patients.max(initial=-1)) + 1
+    table = PatientTable(which, patients[rows], np.full(len(rows), True), n_groups, n_patients)
+    values = right[rows]
+    n_patches = len(np.unique(rows))
+    return estimate(table.mean(values), n_patches, table.n_patients, table.spread(values), SHARE, table.smallest_class)
+
+
 def _means(study: Study, name: str, combinations: list[CombinationRecovery]) -> dict[str, Recovery]:
     """Mean over the combinations, by synthetic set."""
     result: dict[str, Recovery] = {}
     for synthetic in study.synthetic.values():
         shares = [c.synthetic[synthetic.name] for c in combinations if synthetic.name in c.synthetic]
-        values = [share.value for share in shares if share.value is not None]
-        if values:
-            n, value = sum(share.n_patches for share in shares), float(np.mean(values))
-            result[synthetic.name] = Recovery(
-                value=value,
-                n_patches=n,
-                n_patients=0,
-                interval=wilson(round(value * n), n),
-                interval_over="samples",
-                conditioned=name in synthetic.fields,
-                n_combinations=len(shares),
-            )
+        if shares:
+            hits = [round((share.value or 0.0) * share.n_patches) for share in shares]
+            mean = mean_of_shares(hits, [share.n_patches for share in shares])
+            conditioned = name in synthetic.fields
+            result[synthetic.name] = Recovery(**vars(mean), conditioned=conditioned, n_combinations=len(shares))
     return result
 
 

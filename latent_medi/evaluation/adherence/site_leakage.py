@@ -18,8 +18,8 @@ from latent_medi.evaluation.adherence.records import ClassShift, Leakage, Source
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.metadata.audit import cramers_v
-from latent_medi.statistics.bootstrap import PatientResamples, PatientTable
 from latent_medi.statistics.intervals import LEVEL, Estimate, share_of_samples
+from latent_medi.statistics.patient_means import PatientTable
 
 _PERMUTATIONS = 200
 
@@ -51,14 +51,13 @@ class _Patches:
         return _Patches(self.classes[keep], sites, self.predicted_classes[keep], self.predicted_sites[keep])
 
 
-def leakage(study: Study, predictions: Mapping[str, FieldPredictions], resamples: int, seed: int) -> Leakage:
+def leakage(study: Study, predictions: Mapping[str, FieldPredictions], seed: int) -> Leakage:
     """Class predictions by site prediction and by requested site.
 
     Args:
         study: The cohort.
         predictions: Predictions of the linear probes of class and site for samples and real test patches.
-        resamples: Patient resamples for the intervals of the real patches.
-        seed: Seed of the permutations and resamples.
+        seed: Seed of the permutations.
     """
     names = (study.class_field, study.site_field)
     if missing := [name for name in names if name not in predictions]:
@@ -69,8 +68,7 @@ def leakage(study: Study, predictions: Mapping[str, FieldPredictions], resamples
     keep = real.known(of_class.values, of_site.values)
     if not keep.any():
         return Leakage(None, {}, "no real test patch has a class and a site that the probes can tell")
-    people = PatientResamples(study.patients[rows[keep]], resamples, seed)
-    sources = {REAL: _source(real.take(keep), seed, people)}
+    sources = {REAL: _source(real.take(keep), seed, study.patients[rows[keep]])}
     for synthetic in study.synthetic.values():
         if synthetic.name not in of_class.synthetic or study.class_field not in synthetic.fields:
             continue
@@ -96,7 +94,7 @@ def _association(a: np.ndarray, b: np.ndarray) -> float | None:
     return cramers_v(pd.DataFrame({"patient": range(len(a)), "a": a, "b": b}), "a", "b")
 
 
-def _source(patches: _Patches, seed: int, people: PatientResamples | None = None) -> SourceLeakage:
+def _source(patches: _Patches, seed: int, people: np.ndarray | None = None) -> SourceLeakage:
     """One source of patches: real ones with their patients, or samples, which are independent draws."""
     n, association = len(patches.classes), _association(patches.predicted_classes, patches.predicted_sites)
     if patches.sites is None:
@@ -107,10 +105,9 @@ def _source(patches: _Patches, seed: int, people: PatientResamples | None = None
     def found(here: np.ndarray) -> Estimate:
         if people is None:
             return share_of_samples(int(right[here].sum()), int(here.sum()))
-        table = PatientTable(np.zeros(len(here), int), people.codes, here, 1, len(people.names))
-        return table.estimate(right.astype(float), people.weights)
+        return PatientTable.of_one_group(people, here).estimate(right.astype(float), share=True)
 
-    units = np.arange(n) if people is None else people.codes
+    units = np.arange(n) if people is None else people
     return SourceLeakage(
         n=n,
         association=association,

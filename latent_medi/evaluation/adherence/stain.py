@@ -10,15 +10,15 @@ from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.features.stain import fit_stain, stain_angles, tissue_density
 from latent_medi.statistics.additive_effects import least_squares
-from latent_medi.statistics.bootstrap import PatientResamples, PatientTable
 from latent_medi.statistics.intervals import Estimate, share_of_samples
+from latent_medi.statistics.patient_means import PatientTable
 from latent_medi.statistics.subsampling import balanced_draw
 
 _MOST = 160
 """Patches per site or combination and source; a stain needs no more."""
 
 
-def stain(study: Study, resamples: int, seed: int) -> Stain:
+def stain(study: Study, seed: int) -> Stain:
     """Stain of the samples of each site, and of each held-out combination, compared with real test patches of the same.
 
     Classes differ in density, too. Every comparison is over the classes that both sets have, in equal parts, and the
@@ -27,8 +27,7 @@ def stain(study: Study, resamples: int, seed: int) -> Stain:
 
     Args:
         study: The cohort.
-        resamples: Patient resamples for the interval of real patients.
-        seed: Seed of the choice of patches and of the resamples.
+        seed: Seed of the choice of patches.
     """
     sites = study.site_labels
     values = [v for v in study.real.schema.field(study.site_field).values if (sites[study.train] == v).any()]
@@ -48,7 +47,7 @@ def stain(study: Study, resamples: int, seed: int) -> Stain:
             shared = set(target.classes) & set(patches.classes)
             if shared:
                 is_real = name == REAL
-                people = PatientResamples(study.patients[patches.rows], resamples, seed) if is_real else None
+                people = study.patients[patches.rows] if is_real else None
                 nearest = densities.nearest(combination[study.site_field], patches, shared, people)
                 conditioned = is_real or study.site_field in study.synthetic[name].fields
                 sources[name] = _source(patches, target, shared, nearest, conditioned)
@@ -130,9 +129,9 @@ class _SiteDensities:
         self.of_site, of_class = least_squares(density, [site, tumour], [len(training), len(names)])
         self.sites, self.of_class = sites, dict(zip(names, of_class, strict=True))
 
-    def nearest(self, site: str, patches: _Patches, classes: set[str], people: PatientResamples | None) -> Estimate:
-        """Share of patches of some classes whose density is nearest to this site's. Samples are independent draws; real
-        patches are resampled by patient.
+    def nearest(self, site: str, patches: _Patches, classes: set[str], people: np.ndarray | None) -> Estimate:
+        """Share of patches of some classes whose density is nearest to this site's: of samples, which are independent
+        draws, or averaged over ``people``, the patient of each real patch.
         """
         keep = np.isin(patches.classes, list(classes & set(self.of_class)))
         effect = np.array([self.of_class.get(c, np.zeros(3)) for c in patches.classes])
@@ -140,8 +139,7 @@ class _SiteDensities:
         right = (away.argmin(axis=1) == self.sites.index(site)) & keep
         if people is None:
             return share_of_samples(int(right.sum()), int(keep.sum()))
-        table = PatientTable(np.zeros(len(keep), int), people.codes, keep, 1, len(people.names))
-        return table.estimate(right.astype(float), people.weights)
+        return PatientTable.of_one_group(people, keep).estimate(right.astype(float), share=True)
 
 
 def _source(

@@ -28,9 +28,9 @@ from latent_medi.evaluation.fidelity.records import (
 from latent_medi.features.pixel_copies import SIDE, VIEWS, copy_scores, invariants, small_patches
 from latent_medi.shards.checking.likeness import LEAST_LIKENESS, likeness
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.statistics.bootstrap import PatientResamples, estimate
+from latent_medi.statistics import left_out
 from latent_medi.statistics.distances import project, scatter
-from latent_medi.statistics.intervals import Estimate, share_of_samples
+from latent_medi.statistics.intervals import SHARE, Estimate, estimate, jackknife, share_of_samples
 from latent_medi.statistics.neighbours import nearest_neighbours
 from latent_medi.statistics.subsampling import patients_in_turn
 
@@ -186,7 +186,6 @@ def memorisation(
     features: Features,
     copies: Copies,
     fingerprint: str,
-    resamples: int,
     seed: int,
     names: bool = False,
     device: str = "cpu",
@@ -198,14 +197,13 @@ def memorisation(
         features: Features of one encoder.
         copies: From :func:`find_copies`; they do not depend on the encoder.
         fingerprint: The encoder's.
-        resamples: Patient resamples for the intervals.
-        seed: Seed of these, of the subsamples and of the clusters of C_T.
+        seed: Seed of the subsamples and of the clusters of C_T.
         names: Whether listed pairs have the names of patients and training patches, instead of numbers.
         device: Torch device of the distances.
     """
     flagged = (copies.scores["held_out"] > copies.threshold) & ~copies.duplicates["held_out"]
     duplicates = {part: int(mask.sum()) for part, mask in copies.duplicates.items()}
-    bootstrap = PatientResamples(study.patients[study.reference], resamples, seed)
+    patients = study.patients[study.reference]
     authentic = _Authentic(study, features, device)
     held_out = features.real[study.reference]
     rule = (
@@ -220,10 +218,8 @@ def memorisation(
         threshold=copies.threshold,
         threshold_patches=copies.n_threshold,
         real_duplicates=duplicates,
-        held_out_flagged=_share(bootstrap, flagged.astype(float)),
-        held_out_auth_pct=estimate(None, 0, 0)
-        if authentic.alone
-        else _share(bootstrap, 100.0 * authentic.of(held_out)),
+        held_out_flagged=_share(flagged, patients),
+        held_out_auth_pct=estimate(None, 0, 0) if authentic.alone else _share(authentic.of(held_out), patients, 100.0),
         synthetic={
             s.name: _set_memorisation(study, features, copies, s, authentic, seed, names)
             for s in study.synthetic.values()
@@ -283,10 +279,12 @@ def check_copy_rate(record: Mapping[str, Memorisation], most: float) -> None:
                 )
 
 
-def _share(bootstrap: PatientResamples, values: np.ndarray) -> Estimate:
-    weights = bootstrap.row_weights(np.arange(len(values)))
-    draws = weights @ values / weights.sum(axis=1)
-    return estimate(float(values.mean()), len(values), len(bootstrap.names), draws)
+def _share(hits: np.ndarray, patients: np.ndarray, scale: float = 1.0) -> Estimate:
+    """The share of patches, bool [N], that are hits, times ``scale``, with its interval over patients."""
+    names, codes = np.unique(patients, return_inverse=True)
+    found = left_out.mean(hits.astype(float), codes)
+    share = estimate(found.value, len(hits), len(names), jackknife(found.left_out), SHARE)
+    return share.times(scale)
 
 
 class _Authentic:

@@ -21,6 +21,7 @@ from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.stain import fit_stain, stain_angles, tissue_density
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.writing.writer import Patch, write_dataset
+from latent_medi.statistics import intervals
 
 
 def leaking(count: int) -> Iterator[Patch]:
@@ -51,7 +52,7 @@ def study(world: World, tmp_path_factory: pytest.TempPathFactory) -> Study:
 def sources(study: Study, world: World) -> dict[str, Any]:
     settings = world.settings("adherence")
     predictions = attributes.predict_fields(study, study_features(study, filters(), settings, "cpu"), 1.0, 0)
-    result = site_leakage.leakage(study, predictions, 60, 0)
+    result = site_leakage.leakage(study, predictions, 0)
     assert result.training_association is not None
     assert result.training_association > 0.1  # one combination is held out
     return encode(result.sources)
@@ -96,7 +97,7 @@ def test_sites_are_reassigned_by_patient() -> None:
 
 
 def test_stain_asked_for_and_obtained(study: Study) -> None:
-    cells = {cell["name"]: cell for cell in encode(stain.stain(study, 60, 0).combinations)}
+    cells = {cell["name"]: cell for cell in encode(stain.stain(study, 0).combinations)}
     assert set(cells) == {*SITES, "stripes × south", "south × frozen"}
     for site in SITES:
         sources = cells[site]["sources"]
@@ -152,7 +153,7 @@ def test_an_unequal_mix_of_classes_is_no_other_stain(tmp_path: Path) -> None:
     held_out = [{"class": "b", "site": "y"}]
     arms = {"medi": str(tmp_path / "b")}
     settings = EvaluateSettings(real=str(tmp_path / "real"), synthetic=arms, held_out=held_out, unseen=False)
-    for cell in encode(stain.stain(open_study(settings), 20, 0).combinations):
+    for cell in encode(stain.stain(open_study(settings), 0).combinations):
         for source in ("real", "medi"):
             assert cell["sources"][source]["distance"] < 0.01, (cell["name"], source)
             assert cell["sources"][source]["nearest"]["value"] > 0.95
@@ -173,7 +174,7 @@ def test_what_no_probe_can_tell_is_left_out(study: Study) -> None:
         column[rows[first::5]] = "unknown"
         index[name] = column
     partly = replace(study, real=SimpleNamespace(index=index))  # type: ignore[arg-type]
-    found = encode(site_leakage.leakage(partly, predictions, 20, 0).sources["real"])
+    found = encode(site_leakage.leakage(partly, predictions, 0).sources["real"])
     assert found["n"] == len(rows) - len(rows[0::5]) - len(rows[1::5])
     assert found["site_found"]["value"] == 1
     assert found["site_missed"]["n_patches"] == 0
@@ -189,4 +190,22 @@ def test_test_patients_of_a_site_that_no_probe_knows(study: Study) -> None:
             ["elsewhere", "far away"], np.full(len(rows), "elsewhere"), {}, True, 9
         ),
     }
-    assert "no real test patch" in str(site_leakage.leakage(study, predictions, 20, 0).reason)
+    assert "no real test patch" in str(site_leakage.leakage(study, predictions, 0).reason)
+
+
+def test_accuracy_on_real_patches_is_as_sure_as_the_smallest_combination() -> None:
+    """The second combination is part of the first: its patients count in both, and they are left out of both."""
+    right = np.array([1, 0, 1, 1, 0, 1] * 4, float)
+    patients = np.repeat(np.arange(12), 2)
+    first, second = np.arange(24), np.arange(4, 24)
+    found = attributes._accuracy(right, patients, [first, second])
+    assert found.value == pytest.approx((right.mean() + right[4:].mean()) / 2)
+    assert (found.n_patches, found.n_patients, found.smallest_group) == (24, 12, 10)
+    means = right.reshape(12, 2).mean(axis=1)
+    rest = (means.sum() - means) / 11
+    part = np.concatenate([np.full(2, means[2:].mean()), (means[2:].sum() - means[2:]) / 9])
+    strata = np.repeat([0, 1], [2, 10])
+    wanted = intervals.t_interval(found.value, intervals.jackknife((rest + part) / 2, strata), (0.0, 1.0))
+    assert found.interval == pytest.approx(wanted)
+    assert attributes._accuracy(right, patients, [first, second[2:]]).interval == "not estimable"
+    assert attributes._accuracy(right, patients, []).value is None

@@ -233,7 +233,7 @@ def test_duplicates_among_forty_probe_patches_hide_no_copy(
     assert found.duplicates["held_out"].sum() == twice
     real, made = (np.random.default_rng(seed).normal(size=(n, 4)) for seed, n in enumerate((240, 280)))
     features = Features(real, {"medi": made}, pca_basis(np.random.default_rng(0).normal(size=(20, 4))))
-    record = memorisation(study, features, found, "fingerprint", 10, 0)
+    record = memorisation(study, features, found, "fingerprint", 0)
     assert record.synthetic["medi"].copies == 120
     assert record.held_out_flagged.value == 0
     assert record.real_duplicates == {"probe": 0 if shift else twice, "held_out": twice}
