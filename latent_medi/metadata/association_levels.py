@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from latent_medi.core.errors import UserError
-from latent_medi.metadata.audit import cramers_v
+from latent_medi.metadata.association import cramers_v
 from latent_medi.metadata.estimability import component_of
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.splits import random_key
@@ -123,7 +123,7 @@ def patients_by_level(
 
 
 def association(table: pd.DataFrame, class_field: str, site_field: str) -> float:
-    """Cramér's V of class and site over patients, from 0 (independent) to 1 (one determines the other)."""
+    """Bias-corrected Cramér's V of class and site over patients, 0 (independent) to 1 (one determines the other)."""
     return cramers_v(table, class_field, site_field) or 0.0
 
 

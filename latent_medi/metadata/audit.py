@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from scipy.stats.contingency import association
 
 from latent_medi.core.errors import UserError
+from latent_medi.metadata.association import class_separation, cramers_v, repeats_class
 from latent_medi.metadata.audit_text import advice
 from latent_medi.metadata.estimability import (
     UNITS,
@@ -44,7 +44,7 @@ def audit(
         schema: The fields.
         requested: Combinations to give a verdict on, value by categorical field; by default all combinations of class
             and categorical fields, or of class and site if those are more than 200,000.
-        thin_patients: A combination with fewer patients is thin.
+        thin_patients: A combination with fewer patients is thin; without a patch, one with fewer effective patients.
         split: A split, by its name or column, and its part, such as ``("main", "train")``; by default all rows.
         site_field: The field whose graph with the class is examined.
 
@@ -52,12 +52,14 @@ def audit(
         JSON-able: ``counts`` (patches, slides, patients), ``margins`` by field and value, ``class_by`` (a list of
         class × value counts by field), ``cells`` (every combination that occurs), ``continuous``, ``missing`` (share of
         patches by field), ``cramers_v`` (of each categorical field with the class, over patients; null if either is
-        constant), ``sites`` (how many), ``components`` of the class–site graph (how many), ``groups`` (the components'
-        classes, sites and patients), ``verdicts`` (combination, verdict, reason and counts), ``verdict_counts``,
-        ``advice`` (sentences); ``shared_patients``: how many patients occur at several sites (``count``), and some of
-        them with their sites (``examples``); ``spelled_alike``: by field (and ``patient``) groups of values that differ
-        in spelling only, each with its patches; and ``looks_missing``: by field the values that look like a word for
-        missing, with their patches.
+        constant), ``repeats_class`` (which of both determines the other, "class", "field" or "both", by categorical
+        field that repeats the class), ``class_separation`` (by continuous field, the two classes it tells apart best),
+        ``sites`` (how many), ``components`` of the class–site graph (how many), ``groups`` (the components' classes,
+        sites and patients), ``verdicts`` (combination, verdict, reason, counts and effective patients),
+        ``verdict_counts``, ``advice`` (sentences); ``shared_patients``: how many patients occur at several sites
+        (``count``), and some of them with their sites (``examples``); ``spelled_alike``: by field (and ``patient``)
+        groups of values that differ in spelling only, each with its patches; and ``looks_missing``: by field the values
+        that look like a word for missing, with their patches.
 
     Raises:
         UserError: An unknown field, value or split, or fields with too many values for a table of two.
@@ -111,7 +113,7 @@ def _rows_of(index: pd.DataFrame, split: tuple[str, str] | None) -> tuple[pd.Dat
 
 
 def _association(index: pd.DataFrame, schema: Schema, class_name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Counts by class and value, and Cramér's V with the class, of each categorical field."""
+    """How the fields depend on the class: counts by class and value, Cramér's V, what repeats or separates classes."""
     others = [name for name in names if class_name and name != class_name]
     for name in others:
         classes, values = (len(schema.field(field).values) for field in (class_name, name))
@@ -124,6 +126,11 @@ def _association(index: pd.DataFrame, schema: Schema, class_name: str, names: Se
     return {
         "class_by": {name: records(count_combinations(index, [class_name, name])) for name in others},
         "cramers_v": {name: cramers_v(index, class_name, name) for name in others},
+        "repeats_class": {name: by for name in others if (by := repeats_class(index, class_name, name))},
+        "class_separation": {
+            name: class_separation(index, class_name, name)
+            for name in (f.name for f in schema.fields if f.continuous and class_name)
+        },
     }
 
 
@@ -154,21 +161,6 @@ def _shared_patients(index: pd.DataFrame, site_field: str) -> dict[str, Any]:
     shared = pairs[pairs["patient"].duplicated(keep=False)].groupby("patient", sort=True)[site_field]
     examples = [{"patient": str(p), "sites": sorted(map(str, sites))} for p, sites in itertools.islice(shared, 5)]
     return {"count": shared.ngroups, "examples": examples}
-
-
-def cramers_v(index: pd.DataFrame, first: str, second: str) -> float | None:
-    """Cramér's V of two categorical columns over patients, without bias correction (Cramér, 1946, chapter 21).
-
-    A patient counts once for each pair of values; unknown values are left out.
-
-    Returns:
-        From 0 (independent) to 1 (one determines the other); ``None`` if either column is constant.
-    """
-    known = index[~missing(index[first]) & ~missing(index[second])].drop_duplicates(["patient", first, second])
-    table = pd.crosstab(known[first], known[second]).to_numpy()
-    if min(table.shape, default=0) < 2:
-        return None
-    return min(1.0, float(association(table, method="cramer")))
 
 
 def _components(index: pd.DataFrame, class_field: str, site_field: str) -> list[dict[str, Any]]:

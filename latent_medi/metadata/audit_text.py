@@ -9,6 +9,7 @@ from typing import Any
 from latent_medi.metadata.estimability import VERDICTS
 
 _STRONG = 0.8  # Cramér's V above which the advice warns of shortcut learning
+_SEPARATES = 0.9  # AUROC over patients from which the advice says that a continuous field separates two classes
 _MUCH_MISSING = 0.2  # share of unknown values above which the advice mentions the field
 _SITE_CODE = re.compile("[A-Z0-9]{2}")
 
@@ -49,20 +50,46 @@ def advice(result: Mapping[str, Any], class_field: str) -> list[str]:
             f"{site_field} nearly determines the {class_field} (Cramér's V {strong:.2f}): a classifier can learn the "
             f"{site_field} instead. Test it at held-out {site_field}s or combinations."
         )
+    lines += _entangled(result, class_field)
     for name, share in result["missing"].items():
         if share >= _MUCH_MISSING:
             lines.append(f"{name} is unknown for {share:.0%} of the patches: complete it, or leave the field out.")
     counts = result["verdict_counts"]
     if counts["thin"]:
         lines.append(
-            f"{counts['thin']} combinations have fewer than {result['thin_patients']} patients: collect more, merge "
-            "rare values, or plan them with care."
+            f"{counts['thin']} combinations have, or rest on, fewer than {result['thin_patients']} patients: collect "
+            "more, above all of the combinations that link them to others; merge rare values, or plan them with care."
         )
     if counts["both margins seen"]:
         lines.append(
             f"{counts['both margins seen']} combinations have no patch and can be generated: `latent-medi plan "
             "goal=fill_unseen`."
         )
+    return lines
+
+
+def _entangled(result: Mapping[str, Any], class_field: str) -> list[str]:
+    """Fields whose effect no model can separate from that of the class."""
+    lines = []
+    for name, by in result["repeats_class"].items():
+        if name == result["site_field"]:
+            continue  # it cannot be left out; the strong association is told
+        how = {
+            "both": f"each {class_field} has its own {name}",
+            "class": f"each {class_field} has one {name}",
+            "field": f"each {name} has one {class_field}",
+        }[by]
+        lines.append(
+            f"{name} repeats the {class_field} ({how}): no model can separate their effects. Leave {name} out."
+        )
+    for name, found in result["class_separation"].items():
+        if found and found["auroc"] >= _SEPARATES:
+            high, low = found["classes"]
+            lines.append(
+                f"{name} separates {high} from {low} (AUROC {found['auroc']:.2f} over patients): what depends on "
+                f"{name} and what on the {class_field} cannot be told apart there. Leave {name} out, or add patients "
+                f"of both with like {name}."
+            )
     return lines
 
 
@@ -105,7 +132,7 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
     lines += [f"{name}: {share:.1%} of {unit} unknown" for name, share in result["missing"].items() if share]
     for name, value in result["cramers_v"].items():
         shown = "not defined (one value only)" if value is None else f"{value:.2f}"
-        lines.append(f"association of class and {name} (Cramér's V over patients, 0 to 1): {shown}")
+        lines.append(f"association of class and {name} (Cramér's V over patients, bias-corrected, 0 to 1): {shown}")
     if mapped := result.get("institutions"):
         lines.append(
             f"{mapped['codes']} codes in {mapped['components_of_codes']} components become {mapped['institutions']} "

@@ -1,19 +1,24 @@
 """Verdicts on combinations: which ones can be generated although few or no patches have them.
 
-A combination without a patch can be generated if it is *estimable* in an additive model of its fields: its indicator
-vector is in the row space of the seen combinations (Searle, Linear Models, 1971, chapter 5). For two fields this means
-that both values are in one connected component of the graph whose edges are the seen pairs.
+A combination without a patch can be generated if it is *estimable* in an additive model of its fields, whose design X
+has a row for each patient and seen combination: x(X'X)⁺X'X = x for its indicator vector x (Searle, Linear Models, 1971,
+chapter 5). The variance of the estimate is then x(X'X)⁺x' times that of a patient; a mean over n patients has 1/n. So
+1/(x(X'X)⁺x') is the number of patients that would tell as much if they had the combination: its *effective patients*.
+For two fields it is the conductance between both values in the network whose edges are the seen pairs, each with its
+patients as its conductance. It is at most the smallest number of patients of a value.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_matrix
+from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from latent_medi.core.errors import UserError
@@ -22,19 +27,22 @@ from latent_medi.metadata.tables import require_columns
 
 VERDICTS = ("seen", "both margins seen", "thin", "unidentifiable")
 UNITS = {"patches": "key", "slides": "slide", "patients": "patient"}
-_MOST_VALUES = 4_000  # of all fields of a combination: the Gram matrix has that many rows
+_MOST_VALUES = 4_000  # of all fields but the one with the most: a dense matrix has that many rows
+_ZERO = 1e-9  # an eigenvalue up to here is rounding; one patient among 10⁶ gives more
+_ROUNDING = 1e-6  # in effective patients: ten that come out a little below ten are ten
 
 
 def verdict(index: pd.DataFrame, combination: Mapping[str, str], thin_patients: int = 10) -> dict[str, Any]:
     """The verdict on one combination of categorical values.
 
     - ``seen``: patches of at least ``thin_patients`` patients.
-    - ``thin``: patches of fewer patients; or no patch, and a value with fewer patients.
-    - ``both margins seen``: no patch, but each value has enough patients and the combination is estimable.
+    - ``thin``: patches of fewer patients; or no patch, and fewer effective patients.
+    - ``both margins seen``: no patch, but the combination is estimable, with enough effective patients.
     - ``unidentifiable``: no patch, and a value never occurs or the combination is not estimable.
 
     Returns:
-        ``combination``, ``verdict``, ``reason``, ``patches``, ``slides``, ``patients``.
+        ``combination``, ``verdict``, ``reason``, ``patches``, ``slides``, ``patients``, and ``effective_patients``: how
+        many patients of its own a combination without a patch is worth; ``None`` with patches, or if unidentifiable.
 
     Raises:
         UserError: A column is absent, or the combination is empty.
@@ -57,13 +65,21 @@ class Verdicts:
         if names not in self._seen:
             require_columns(self.index, names, "The index")
             self._seen[names] = _SeenCombinations(self.index, names)
-        values = tuple(str(combination[name]) for name in names)
-        counts, word, reason = self._seen[names].verdict(values, self.thin)
-        return {"combination": dict(zip(names, values, strict=True)), "verdict": word, "reason": reason, **counts}
+        seen, values = self._seen[names], tuple(str(combination[name]) for name in names)
+        counts = seen.cells.get(values, dict.fromkeys(UNITS, 0))
+        effective = None if counts["patients"] else seen.effective_patients(values)
+        word, reason = seen.verdict(values, counts["patients"], effective, self.thin)
+        return {
+            "combination": dict(zip(names, values, strict=True)),
+            "verdict": word,
+            "reason": reason,
+            **counts,
+            "effective_patients": effective,
+        }
 
 
 class _SeenCombinations:
-    """Counts and row space of the seen combinations of some fields."""
+    """Counts of the seen combinations of some fields, and what they say of others."""
 
     def __init__(self, index: pd.DataFrame, names: tuple[str, ...]) -> None:
         self.names = names
@@ -71,59 +87,38 @@ class _SeenCombinations:
         self.cells = {tuple(row[n] for n in names): {u: int(row[u]) for u in UNITS} for row in records(cells)}
         known = {name: index[~missing(index[name])] for name in names}
         self.margins = {n: known[n].groupby(n, observed=True)["patient"].nunique().to_dict() for n in names}
-        self.columns = {level: i for i, level in enumerate((n, v) for n in names for v in sorted(self.margins[n]))}
         self._linked: dict[tuple[int, int], dict[tuple[int, str], int]] = {}
-        if len(names) == 2:  # the graph of seen pairs decides
-            return
-        levels = len(self.columns)
-        if levels > _MOST_VALUES:
-            raise UserError(
-                f"{', '.join(names)} have {levels} values together; the most is {_MOST_VALUES}.",
-                "Choose fewer fields, or merge rare values.",
-            )
-        # The row space of the seen combinations' indicators X is the range of the Gram matrix XᵀX, which has as many
-        # rows as there are values. A vector is in it if it is orthogonal to the null space. Scaling by the values'
-        # frequencies separates zero eigenvalues from small ones.
-        where = [self.columns[level] for values in self.cells for level in zip(names, values, strict=True)]
-        rows = np.repeat(np.arange(len(self.cells)), len(names))
-        seen = coo_matrix((np.ones(len(where)), (rows, where)), shape=(len(self.cells), levels)).tocsr()
-        scale = 1 / np.sqrt(np.asarray(seen.sum(0)).reshape(-1).clip(min=1))
-        sizes, vectors = np.linalg.eigh((seen.T @ seen).toarray() * np.outer(scale, scale))
-        self._null = vectors[:, sizes <= 1e-9] * scale[:, None]
-        self._length = scale
+
+    @cached_property
+    def _design(self) -> _Design:
+        return _Design(self.names, self.cells)
+
+    def effective_patients(self, values: tuple[str, ...]) -> float | None:
+        """Effective patients of a combination without a patch; ``None`` if it is unidentifiable."""
+        if not all(self.margins[name].get(value) for name, value in zip(self.names, values, strict=True)):
+            return None
+        return self._design.effective_patients(values)
+
+    def verdict(self, values: tuple[str, ...], patients: int, effective: float | None, thin: int) -> tuple[str, str]:
+        """The verdict and its reason."""
+        if patients:
+            few = patients < thin
+            return "thin" if few else "seen", f"{patients} patients" + (f", fewer than {thin}" if few else "")
+        named = [(n, v, int(self.margins[n].get(v, 0))) for n, v in zip(self.names, values, strict=True)]
+        if never := [f"{n} = {v!r}" for n, v, count in named if not count]:
+            return "unidentifiable", f"no patch has {' or '.join(never)}"
+        if effective is None:
+            return "unidentifiable", self._why(values)
+        margins = ", ".join(f"{n} = {v!r}: {count} patients" for n, v, count in named)
+        rests = f"no patch; rests on {math.floor(effective * 100 + _ROUNDING) / 100:g} effective patients"
+        if effective + _ROUNDING < thin:
+            return "thin", f"{rests}, fewer than {thin} ({margins})"
+        return "both margins seen", f"{rests} ({margins})"
 
     def _link(self, a: int, b: int) -> dict[tuple[int, str], int]:
         if (a, b) not in self._linked:
             self._linked[a, b] = component_of({(cell[a], cell[b]) for cell in self.cells})
         return self._linked[a, b]
-
-    def _estimable(self, values: tuple[str, ...]) -> bool:
-        if len(values) == 2:
-            of = self._link(0, 1)
-            return of.get((0, values[0])) == of.get((1, values[1]), -1)
-        levels = [self.columns[level] for level in zip(self.names, values, strict=True)]
-        off = np.linalg.norm(self._null[levels].sum(0))
-        return bool(off <= 1e-6 * np.linalg.norm(self._length[levels]))
-
-    def verdict(self, values: tuple[str, ...], thin: int) -> tuple[dict[str, int], str, str]:
-        counts = self.cells.get(values, dict.fromkeys(UNITS, 0))
-        patients = counts["patients"]
-        if patients >= thin:
-            return counts, "seen", f"{patients} patients"
-        if patients:
-            return counts, "thin", f"{patients} patients, fewer than {thin}"
-        named = [(n, v, int(self.margins[n].get(v, 0))) for n, v in zip(self.names, values, strict=True)]
-        if never := [f"{n} = {v!r}" for n, v, count in named if not count]:
-            return counts, "unidentifiable", f"no patch has {' or '.join(never)}"
-        if not self._estimable(values):
-            return counts, "unidentifiable", self._why(values)
-        if few := [f"{n} = {v!r} has {count} patients" for n, v, count in named if count < thin]:
-            return counts, "thin", f"no patch; {' and '.join(few)}, fewer than {thin}"
-        return (
-            counts,
-            "both margins seen",
-            "no patch; " + ", ".join(f"{n} = {v!r}: {count} patients" for n, v, count in named),
-        )
 
     def _why(self, values: tuple[str, ...]) -> str:
         for a, b in itertools.combinations(range(len(self.names)), 2):
@@ -132,6 +127,70 @@ class _SeenCombinations:
                 first, second = f"{self.names[a]} = {values[a]!r}", f"{self.names[b]} = {values[b]!r}"
                 return f"no chain of seen combinations links {first} and {second}: their effects cannot be separated"
         return "its effects cannot be separated from those of other values: they only occur together"
+
+
+class _Design:
+    """The additive model of some fields on the patients of the seen combinations.
+
+    The Gram matrix X'X has a row per value. The field with the most values (the *long* one) has a diagonal block D in
+    it, since a patient has one value of it in a combination; what remains after it is eliminated, S = A − B D⁻¹ B', has
+    a row for each value of the other fields. With x = (u, v), v the long field's part, and w = u − B D⁻¹ v:
+    x(X'X)⁺x' = v'D⁻¹v + w'S⁺w, and x is estimable where w is in the range of S.
+
+    Args:
+        names: The fields.
+        cells: Counts by seen combination.
+
+    Raises:
+        UserError: The fields have too many values.
+    """
+
+    def __init__(self, names: tuple[str, ...], cells: Mapping[tuple[str, ...], Mapping[str, int]]) -> None:
+        patients = np.array([counts["patients"] for counts in cells.values()], float)
+        values = [sorted({cell[i] for cell in cells}) for i in range(len(names))]
+        self._long = max(range(len(names)), key=lambda i: len(values[i]))
+        self._others = [i for i in range(len(names)) if i != self._long]
+        levels = [(i, value) for i in self._others for value in values[i]]
+        if len(levels) > _MOST_VALUES:
+            raise UserError(
+                f"{', '.join(names[i] for i in self._others)} have {len(levels)} values together; the most is "
+                f"{_MOST_VALUES}.",
+                "Choose fewer fields, or merge rare values.",
+            )
+        self._at = {level: number for number, level in enumerate(levels)}
+        self._at_long = {value: number for number, value in enumerate(values[self._long])}
+        rows = np.repeat(np.arange(len(cells)), len(self._others))
+        columns = [self._at[i, cell[i]] for cell in cells for i in self._others]
+        others = csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(cells), len(levels)))
+        columns = [self._at_long[cell[self._long]] for cell in cells]
+        long = csr_matrix((np.ones(len(cells)), (range(len(cells)), columns)), shape=(len(cells), len(self._at_long)))
+        weighted = others.multiply(patients[:, None]).tocsr()
+        self._of_long = long.T @ patients  # D
+        self._shares = (weighted.T @ long).multiply(1 / self._of_long).tocsc()  # B D⁻¹
+        schur = (weighted.T @ others - self._shares @ (long.T @ weighted)).toarray()
+        # Scaling by the values' patients separates zero eigenvalues from small ones.
+        self._scale = 1 / np.sqrt(weighted.T @ np.ones(len(cells)))
+        sizes, vectors = np.linalg.eigh(schur * np.outer(self._scale, self._scale))
+        null = sizes <= _ZERO
+        self._null = vectors[:, null].T * self._scale
+        self._root = (vectors[:, ~null] / np.sqrt(sizes[~null])).T * self._scale  # its product with itself is S⁺
+
+    def effective_patients(self, values: tuple[str, ...]) -> float | None:
+        """1/(x(X'X)⁺x') of a combination; ``None`` where it is not estimable. Each value occurs."""
+        try:
+            at = [self._at[i, values[i]] for i in self._others]
+            long = self._at_long[values[self._long]]
+        except KeyError:  # a value that only occurs beside unknown ones
+            return None
+        column = slice(*self._shares.indptr[long : long + 2])
+        rows, shares = self._shares.indices[column], self._shares.data[column]
+
+        def project(onto: np.ndarray) -> np.ndarray:
+            return np.asarray(onto[:, at].sum(axis=1) - onto[:, rows] @ shares)
+
+        if np.linalg.norm(project(self._null)) > 1e-6 * np.linalg.norm(self._scale[at]):
+            return None
+        return float(1 / (1 / self._of_long[long] + np.square(project(self._root)).sum()))
 
 
 def component_of(pairs: set[tuple[str, str]]) -> dict[tuple[int, str], int]:

@@ -24,7 +24,8 @@ class AuditSettings(Settings):
         patient_field: Patient column of a table; empty for patient, case_submitter_id or the TCGA barcode.
         slide_field: Slide column of a table; empty for slide or slide_submitter_id, else each row is a slide.
         tss_table: GDC's table of TCGA tissue source sites, to replace the site's codes by institutions.
-        thin_patients: A combination with fewer patients is thin.
+        thin_patients: A combination with fewer patients is thin; without a patch, one that rests on fewer effective
+            patients (those who would tell as much of it if they had it).
         requested: Combinations to give a verdict on, each a value by field; empty for all combinations of class and
             categorical fields.
         figure: PNG to write, a heat map of patients by class and site.

@@ -54,7 +54,8 @@ class PlanSettings(Settings):
         slide_field: Slide column of a table; empty for slide or slide_submitter_id, or each row by itself.
         tss_table: GDC's table of TCGA tissue source sites; the site column's codes become institutions.
         patches_per_row: Real patches that a row of a table stands for.
-        thin_patients: Combinations with fewer patients are called thin, and have too few to draw from (draw_from).
+        thin_patients: Combinations with fewer patients are called thin, and have too few to draw from (draw_from); so
+            are those without a patch that rest on fewer effective patients.
         figure: PNG to write: real patches by class and site, before and after.
         seed: Seed of the whole plan.
     """

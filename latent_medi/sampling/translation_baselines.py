@@ -28,6 +28,7 @@ TITLES = {
     "translated": "translated",
 }
 _BATCH = 256
+_HALF_WINDOW = 5  # pixels on each side of a window's centre
 _LARGEST = 256  # pixels of a patch on the sheet, beyond which it is thinned
 
 
@@ -75,11 +76,12 @@ def structural_similarity() -> Callable[..., Any]:
 def structure_kept(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Structure of each patch that another version of it keeps, in the haematoxylin channel: two measures, float64 [N].
 
-    The first is the structural similarity (Wang et al. 2004; window of 11 px, σ = 1.5) of the channel's light, the
-    second the correlation of its optical density. Stronger haematoxylin lowers the first and not the second.
+    The first is the structural similarity (Wang et al. 2004) of the channel's light, averaged over all windows (11 px,
+    σ = 1.5) that lie in the patch; the second is the correlation of its optical density. Stronger haematoxylin lowers
+    the first and not the second.
 
     Args:
-        images, others: uint8 [N, H, W, 3].
+        images, others: uint8 [N, H, W, 3]; sides of 11 px or more.
 
     Raises:
         UserError: torchmetrics is not installed.
@@ -91,8 +93,10 @@ def structure_kept(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, 
             haematoxylin(torch.from_numpy(np.array(x[start : start + _BATCH])).permute(0, 3, 1, 2).float() / 255.0)
             for x in (images, others)
         )
-        found = similarity(b, a, data_range=1.0, reduction="none")
-        similarities.append(torch.atleast_1d(torch.as_tensor(found)).double().numpy())
+        # torchmetrics also averages windows that it completes beyond the border by reflection: those are cut off.
+        _, windows = similarity(b, a, data_range=1.0, reduction="none", return_full_image=True)
+        inside = windows[..., _HALF_WINDOW:-_HALF_WINDOW, _HALF_WINDOW:-_HALF_WINDOW]
+        similarities.append(inside.double().mean((1, 2, 3)).numpy())
         p, q = ((-x.double().log10()).flatten(1) for x in (a, b))
         p, q = p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True)
         spread = (p.square().sum(1) * q.square().sum(1)).sqrt()

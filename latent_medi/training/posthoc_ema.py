@@ -18,9 +18,15 @@ import torch
 
 from latent_medi.core.checksums import load_tensors, save_tensors, warn_unsealed
 from latent_medi.core.errors import UserError
+from latent_medi.core.progress import get_logger
 from latent_medi.training.ema import power_exponent
 
 FOLDER = "averages"
+WARNED_ERROR = 0.05
+"""Profile error above which a wanted average is warned of: its profile is then another one in a visible degree."""
+MOST_ERROR = 0.25
+"""Profile error above which it is refused."""
+logger = get_logger("training")
 _NAME = re.compile(r"images-(\d{12})-width-(\d\.\d{4})\.safetensors")
 
 
@@ -63,8 +69,8 @@ def profile_product(gamma_a: np.ndarray, end_a: np.ndarray, gamma_b: np.ndarray,
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio
 
 
-def coefficients(kept: Sequence[tuple[int, float]], images: int, width: float) -> np.ndarray:
-    """Coefficients of the kept averages in the wanted one, float64 [len(kept)].
+def coefficients(kept: Sequence[tuple[int, float]], images: int, width: float) -> tuple[np.ndarray, float]:
+    """Coefficients of the kept averages in the wanted one.
 
     Args:
         kept: (images seen, relative width) of each.
@@ -72,16 +78,54 @@ def coefficients(kept: Sequence[tuple[int, float]], images: int, width: float) -
         width: Its relative width.
 
     Returns:
-        The least-squares solution of Σ x_i·p_i = p with Σ x_i = 1, so that a weight that never changed is kept.
+        The least-squares solution of Σ x_i·p_i = p with Σ x_i = 1, so that a weight that never changed is kept, float64
+        [len(kept)]; and its profile error ‖Σ x_i·p_i − p‖ / ‖p‖ (norms over time), 0 where the sum is the wanted
+        profile.
     """
     end = np.array([float(moment) for moment, _ in kept])
     gamma = np.array([power_exponent(each) for _, each in kept])
     scale = end.max()
     products = profile_product(gamma[:, None], end[:, None] / scale, gamma[None], end[None] / scale)
-    wanted = profile_product(gamma, end / scale, np.array(power_exponent(width)), np.array(images / scale))
+    exponent, moment = np.array(power_exponent(width)), np.array(images / scale)
+    wanted = profile_product(gamma, end / scale, exponent, moment)
     ones = np.ones((len(end), 1))
     bordered = np.block([[products, ones], [ones.T, np.zeros((1, 1))]])
-    return np.linalg.solve(bordered, np.append(wanted, 1.0))[:-1]
+    shares = np.linalg.solve(bordered, np.append(wanted, 1.0))[:-1]
+    whole = profile_product(exponent, moment, exponent, moment)
+    off = (shares @ products @ shares - 2 * shares @ wanted + whole) / whole
+    return shares, float(np.sqrt(max(off, 0.0)))
+
+
+def widths_within(kept: Sequence[tuple[int, float]], images: int, error: float) -> list[tuple[float, float]]:
+    """Ranges of relative widths whose profile error is at most ``error``; arguments as above.
+
+    Widths in steps of 0.005 are tried, and those that were kept at this moment.
+    """
+    tried = sorted({number / 200 for number in range(2, 56)} | {width for moment, width in kept if moment == images})
+    ranges: list[tuple[float, float]] = []
+    open_ended = False
+    for width in tried:
+        within = coefficients(kept, images, width)[1] <= error
+        if within:
+            ranges[-1:] = [(ranges[-1][0], width)] if open_ended else [*ranges[-1:], (width, width)]
+        open_ended = within
+    return ranges
+
+
+def _check_profile(run: str | Path, kept: Sequence[tuple[int, float]], images: int, width: float, error: float) -> None:
+    """Warn of a profile that the kept averages give badly, and refuse one that they do not give."""
+    if error <= WARNED_ERROR:
+        return
+    ranges = widths_within(kept, images, WARNED_ERROR)
+    words = ", ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ranges)
+    has = f"Within {WARNED_ERROR:.0%} are the widths {words}."
+    if error > MOST_ERROR:
+        raise UserError(
+            f"The averages that {run} kept do not give the width {width:g} at {images:,} images: their best sum misses "
+            f"its profile by {error:.0%}; the most is {MOST_ERROR:.0%}.",
+            f"{has} Choose one of them, or train with this width in ema.also or more snapshots.",
+        )
+    logger.warning("The average of width %g misses its profile by %.0f %%. %s", width, 100 * error, has)
 
 
 def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -96,7 +140,7 @@ def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[st
         fp32 tensors by name, and a record of what they were made from.
 
     Raises:
-        UserError: The run kept fewer than two averages, or none at that moment.
+        UserError: The run kept fewer than two averages, none at that moment, or none that give this width.
     """
     every = list_snapshots(Path(run))
     moments = sorted({s.images for s in every})
@@ -109,7 +153,9 @@ def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[st
         raise UserError(f"{run} kept no average at {images:,} images.", f"There are {', '.join(map(str, moments))}.")
     at = images or moments[-1]
     used = [s for s in every if s.images <= at]
-    shares = coefficients([(s.images, s.width) for s in used], at, width)
+    kept_at = [(s.images, s.width) for s in used]
+    shares, error = coefficients(kept_at, at, width)
+    _check_profile(run, kept_at, at, width, error)
     total: dict[str, torch.Tensor] = {}
     for snapshot, share in zip(used, shares.tolist(), strict=True):
         kept, sealed = load_tensors(snapshot.path, "Restore it from a copy, or train again.", "pt")
@@ -118,5 +164,10 @@ def reconstruct(run: str | Path, width: float, images: int = 0) -> tuple[dict[st
         for name, tensor in kept.items():
             part = tensor.double() * share
             total[name] = total[name] + part if name in total else part
-    made = {"relative_width": width, "images": at, "kept": [[s.images, s.width] for s in used]}
+    made = {
+        "relative_width": width,
+        "images": at,
+        "kept": [[s.images, s.width] for s in used],
+        "profile_error": error,
+    }
     return {name: tensor.float() for name, tensor in total.items()}, made

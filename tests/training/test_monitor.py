@@ -25,7 +25,15 @@ from latent_medi.training import loop, run_folder, updates
 from latent_medi.training.ema import power_exponent
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import train
-from latent_medi.training.posthoc_ema import coefficients, list_snapshots, profile_product, reconstruct
+from latent_medi.training.posthoc_ema import (
+    WARNED_ERROR,
+    coefficients,
+    list_snapshots,
+    profile_product,
+    reconstruct,
+    save_snapshots,
+    widths_within,
+)
 from latent_medi.training.settings import AverageSettings, EmaSettings, TrainSettings
 from latent_medi.training.updates import learning_rate
 
@@ -234,8 +242,9 @@ def test_the_length_of_the_average_is_chosen_afterwards(run_settings: Make, tmp_
         others = [norm(load_file(s.path), wanted) for s in list_snapshots(tmp_path / "kept") if s.images == 640]
         assert norm(found, wanted) < 0.2 * min([norm(raw, wanted), *others])
     # A kept length comes back as it is, and the verb writes it as a model.
-    shares = coefficients([(320, 0.1), (640, 0.05), (640, 0.1)], 640, 0.1)
+    shares, error = coefficients([(320, 0.1), (640, 0.05), (640, 0.1)], 640, 0.1)
     assert np.allclose(shares, [0, 0, 1], atol=1e-9)
+    assert error < 1e-6
     assert main(["average", str(tmp_path / "kept"), "width=0.07", f"out={tmp_path / 'other'}"]) == 0
     model = MediPipeline.from_pretrained(tmp_path / "other")
     again = reconstruct(tmp_path / "kept", 0.07)[0]
@@ -247,6 +256,39 @@ def test_the_length_of_the_average_is_chosen_afterwards(run_settings: Make, tmp_
         reconstruct(tmp_path / "0.07", 0.1)
     with pytest.raises(UserError, match="kept no average at 100 images"):
         reconstruct(tmp_path / "kept", 0.1, 100)
+
+
+def test_the_error_of_a_width_is_that_of_its_profile() -> None:
+    time = (np.arange(200_000) + 0.5) / 200_000 * 640
+
+    def profile(width: float, end: float) -> np.ndarray:
+        exponent = power_exponent(width)
+        return np.where(time <= end, (exponent + 1) / end * (time / end).clip(max=1) ** exponent, 0.0)
+
+    for kept in ([(640, 0.05), (640, 0.1)], [(320, 0.1), (480, 0.1), (640, 0.1)]):
+        for width in (0.03, 0.07, 0.2):
+            shares, error = coefficients(kept, 640, width)
+            wanted = profile(width, 640)
+            off = sum(x * profile(w, end) for x, (end, w) in zip(shares, kept, strict=True)) - wanted
+            assert error == pytest.approx(np.sqrt((off**2).sum() / (wanted**2).sum()), rel=1e-3)
+
+
+def test_a_width_that_the_averages_cannot_give_is_warned_of_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_snapshots(tmp_path, 640, {width: {"w": torch.ones(2)} for width in (0.05, 0.1)})
+    kept = [(640, 0.05), (640, 0.1)]
+    assert coefficients(kept, 640, 0.2)[1] == pytest.approx(0.60, abs=0.005)
+    with pytest.raises(UserError, match=r"(?s)misses its profile by 60%.*0\.045 to 0\.065, 0\.08 to 0\.11\."):
+        reconstruct(tmp_path, 0.2)
+    with caplog.at_level("WARNING"):
+        assert reconstruct(tmp_path, 0.1)[1]["profile_error"] < 1e-6
+        assert not caplog.records
+        assert reconstruct(tmp_path, 0.12)[1]["profile_error"] == pytest.approx(0.08, abs=0.005)
+    assert "misses its profile by 8 %" in caplog.text
+    for low, high in widths_within(kept, 640, WARNED_ERROR):
+        for width in np.linspace(low, high, 5):
+            assert coefficients(kept, 640, width)[1] <= WARNED_ERROR
 
 
 def test_several_averages_survive_a_resume(run_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

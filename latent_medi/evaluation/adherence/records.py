@@ -86,7 +86,7 @@ class SourceLeakage:
 
     Args:
         n: Patches of values that the linear probes know.
-        association: Cramér's V, 0 to 1, of predicted class and predicted site.
+        association: Bias-corrected Cramér's V, 0 to 1, of predicted class and predicted site.
         requested_association: Cramér's V of requested class and site (real patches: of the true ones); null without a
             requested site, and then what follows is, too.
         site_found: How often the class is found where the site is found.
@@ -107,7 +107,7 @@ class Leakage:
     """Whether the site changes the class.
 
     Args:
-        training_association: Cramér's V, 0 to 1, of class and site over training patients.
+        training_association: Bias-corrected Cramér's V, 0 to 1, of class and site over training patients.
         sources: By synthetic set; "real" are real test patches.
         reason: Why there is nothing.
     """

@@ -17,7 +17,7 @@ from latent_medi.evaluation.adherence.attributes import FieldPredictions
 from latent_medi.evaluation.adherence.records import ClassShift, Leakage, SourceLeakage
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.metadata.audit import cramers_v
+from latent_medi.metadata.association import cramers_v
 from latent_medi.statistics.intervals import LEVEL, Estimate, share_of_samples
 from latent_medi.statistics.patient_means import PatientTable
 

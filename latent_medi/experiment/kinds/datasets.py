@@ -13,7 +13,6 @@ from latent_medi.core.files import write_json, write_text
 from latent_medi.experiment.commands import run_in_parallel
 from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_latents, reopen
 from latent_medi.experiment.experiment import Experiment
-from latent_medi.experiment.models import Model
 from latent_medi.experiment.stages import Stage
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Schema
@@ -158,26 +157,34 @@ def make_plans(e: Experiment) -> dict[str, pd.DataFrame]:
         seen = set(index[names].astype(str).itertuples(index=False, name=None))
         unseen = ~whole[names].astype(str).apply(tuple, axis=1).isin(seen)
         whole.loc[unseen & (whole["count"] > 0), "count"] = settings.unseen_per_cell
-    return {model.name: _plan_of(model, e.conditions(model), whole, schema, settings.seed) for model in e.sampled}
+    return {
+        model.name: _plan_of(model.name, e.conditions(model), whole, index, schema, settings.seed)
+        for model in e.sampled
+    }
 
 
-def _plan_of(model: Model, known: list[str] | None, whole: pd.DataFrame, schema: Schema, seed: int) -> pd.DataFrame:
-    """The whole plan; for a model that knows fewer fields, the same number of patches by combination of these."""
+def _plan_of(
+    model: str, known: list[str] | None, whole: pd.DataFrame, index: pd.DataFrame, schema: Schema, seed: int
+) -> pd.DataFrame:
+    """The whole plan; for a model that knows fewer fields, the same number of patches by combination of these, "seen"
+    where a training patch has them."""
     from latent_medi.planning.plan import stable_seed
 
     if known is None or set(schema.names) <= set(known):
         return whole
     kept = [f.name for f in schema.fields if f.name in whole.columns and f.name in known and not f.continuous]
+    combined = [name for name in kept if (whole[name] != "").any()]
+    seen = {tuple(row) for row in index[combined].astype(str).to_numpy()}
     groups: Any = whole.groupby(kept, sort=True, observed=True) if kept else [((), whole)]
     rows = []
     for values, group in groups:
-        shown = group["verdict"].isin(["seen", "thin"]).any()
+        asked = dict(zip(kept, values, strict=True))
         rows.append(
-            dict(zip(kept, values, strict=True))
+            asked
             | {
                 "count": group["count"].sum(),
-                "verdict": "seen" if shown else group["verdict"].iloc[0],
-                "seed": stable_seed(seed, model.name, *values),
+                "verdict": "seen" if tuple(asked[n] for n in combined) in seen else group["verdict"].iloc[0],
+                "seed": stable_seed(seed, model, *values),
             }
         )
     return pd.DataFrame(rows)
