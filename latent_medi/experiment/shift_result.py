@@ -165,8 +165,8 @@ def shift_text(result: Mapping[str, Any]) -> str:
         lines.append(f"  {record['level']:>6.2f}{record['tie']:>6.2f}{record['n_patients']:>10}{cells}")
     losses = [result["loss"].get(name) for name in names]
     lines.append(f"  {'mean change':<22}" + "".join(f"{'–' if x is None else f'{x:+.1%}':>16}" for x in losses))
-    lines.append("\nV: Cramér's V, bias-corrected, of class and site over training patients; mean change: over the levels")
-    lines.append("above the lowest, against the real patches alone at the lowest.")
+    lines.append("\nV: Cramér's V, bias-corrected, of class and site over training patients; mean change: over the")
+    lines.append("levels above the lowest, against the real patches alone at the lowest.")
     return "\n".join(lines)
 
 
