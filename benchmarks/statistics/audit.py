@@ -64,7 +64,7 @@ def associations(rng: np.random.Generator, replicates: int) -> list[str]:
 
 
 def effective(rng: np.random.Generator, replicates: int) -> list[str]:
-    """1/variance of least-squares estimates of simulated patients beside the audit's figure; returns what differs.
+    """1/variance of least-squares estimates of simulated patients, and the audit's figure; returns what differs.
 
     Patients have unit variance. The estimates come from a solver of least squares on the design, not from the audit's
     formula.

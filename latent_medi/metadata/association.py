@@ -53,7 +53,7 @@ def repeats_class(index: pd.DataFrame, class_field: str, name: str) -> str:
 
 
 def class_separation(index: pd.DataFrame, class_field: str, name: str) -> dict[str, Any] | None:
-    """The two classes that a continuous field tells apart best, by its patients' means.
+    """The two classes that a continuous field separates best, by its patients' means.
 
     Returns:
         ``classes`` (the one with the larger values first), ``auroc`` (0.5 to 1: how often a patient of the first has a

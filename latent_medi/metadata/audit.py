@@ -53,7 +53,7 @@ def audit(
         class × value counts by field), ``cells`` (every combination that occurs), ``continuous``, ``missing`` (share of
         patches by field), ``cramers_v`` (of each categorical field with the class, over patients; null if either is
         constant), ``repeats_class`` (which of both determines the other, "class", "field" or "both", by categorical
-        field that repeats the class), ``class_separation`` (by continuous field, the two classes it tells apart best),
+        field that repeats the class), ``class_separation`` (by continuous field, the two classes it separates best),
         ``sites`` (how many), ``components`` of the class–site graph (how many), ``groups`` (the components' classes,
         sites and patients), ``verdicts`` (combination, verdict, reason, counts and effective patients),
         ``verdict_counts``, ``advice`` (sentences); ``shared_patients``: how many patients occur at several sites

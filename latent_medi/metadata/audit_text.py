@@ -73,7 +73,7 @@ def _entangled(result: Mapping[str, Any], class_field: str) -> list[str]:
     lines = []
     for name, by in result["repeats_class"].items():
         if name == result["site_field"]:
-            continue  # it cannot be left out; the strong association is told
+            continue  # it cannot be left out; the strong association is reported
         how = {
             "both": f"each {class_field} has its own {name}",
             "class": f"each {class_field} has one {name}",
@@ -87,7 +87,7 @@ def _entangled(result: Mapping[str, Any], class_field: str) -> list[str]:
             high, low = found["classes"]
             lines.append(
                 f"{name} separates {high} from {low} (AUROC {found['auroc']:.2f} over patients): what depends on "
-                f"{name} and what on the {class_field} cannot be told apart there. Leave {name} out, or add patients "
+                f"{name} and what on the {class_field} cannot be separated there. Leave {name} out, or add patients "
                 f"of both with like {name}."
             )
     return lines

@@ -180,7 +180,7 @@ class _Design:
         try:
             at = [self._at[i, values[i]] for i in self._others]
             long = self._at_long[values[self._long]]
-        except KeyError:  # a value that only occurs beside unknown ones
+        except KeyError:  # a value that only occurs with unknown ones
             return None
         column = slice(*self._shares.indptr[long : long + 2])
         rows, shares = self._shares.indices[column], self._shares.data[column]

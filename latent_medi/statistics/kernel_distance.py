@@ -184,7 +184,8 @@ class KernelSet:
         # By unit and stratum: the kernel's sum over pairs with the other patients there, and the number of these.
         sums = np.add.reduceat(kernel, self._first, axis=1)
         pairs = self._counts[:, None] * (self.total[None, :] - self.sizes[self._person])
-        whole = _Means(*(np.add.reduceat(x, self._first, axis=0) for x in (sums, pairs)), self.share)
+        of_strata = [np.add.reduceat(x, self._first, axis=0) for x in (sums, pairs)]
+        whole = _Means(of_strata[0], of_strata[1], self.share)
         left_out = np.empty(len(self.names))
         alone = np.bincount(self._person)[self._person] == 1
         left_out[self._person[alone]] = whole.without_unit(self._stratum[alone], sums[alone], pairs[alone])
