@@ -104,6 +104,8 @@ class Result:
         probes: Linear probes by field.
         warnings: What a reader must know.
         exact_copies: Patches whose pixels are those of a real one; None without the filter "copies".
+        distance_ratio: Kernel distance of all patches to real training patches, over that between real patches; None if
+            it is unknown.
         cells: Counts of each combination.
         total: Their sums.
         diversity: Of the "chosen", the "control" and "all" patches.
@@ -116,6 +118,7 @@ class Result:
     diversity: dict[str, Diversity] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     exact_copies: int | None = None
+    distance_ratio: float | None = None
 
 
 @dataclass
@@ -188,6 +191,8 @@ def selection_text(selection: Selection, rows: int = 24) -> str:
             f"linear probe of {name}: {probe.accuracy:.0%} of held-out patients' patches classified correctly "
             f"({probe.chance:.0%} is chance)"
         )
+    if result.distance_ratio is not None:
+        text.append(f"distance to real patches: {result.distance_ratio:.2f} of the largest between real patches")
     for name, values in result.diversity.items():
         if values.pairwise is not None:
             text.append(f"diversity, {name}: pairwise {values.pairwise:.3g}, nearest {values.nearest:.3g}")

@@ -40,8 +40,8 @@ def select(settings: SelectSettings, encoder: ImageEncoder | None = None) -> Sel
         encoder: An encoder that is loaded already, instead of the one that the settings name.
 
     Raises:
-        UserError: A folder of the wrong kind, fields or values that a filter cannot score, too few patients, no patch
-            left, or another selection of that name.
+        UserError: A folder of the wrong kind, fields or values that a filter cannot score, too few patients, patches
+            far from tissue, no patch left, or another selection of that name.
     """
     accelerator = make_accelerator(patient=True)
     check_settings(settings)
@@ -90,7 +90,7 @@ def _choose(
     """Score, choose, and write the columns. Features are changed in place.
 
     Raises:
-        UserError: A filter that cannot be applied, or no patch left.
+        UserError: A filter that cannot be applied, patches far from tissue, or no patch left.
     """
     scored = score(inputs, features, real_features, settings)
     passed = {name: scored.passed[name] for name in settings.filters if name in scored.passed}
@@ -137,6 +137,7 @@ def _choose(
         },
         [*scored.warnings, *few],
         scored.exact_copies,
+        scored.distance_ratio,
     )
     # Opened again: another selection may have been recorded while features were computed.
     PatchDataset.open(settings.data).add_selection(settings.name, columns, recipe, encode(result), settings.replace)

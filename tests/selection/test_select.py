@@ -276,6 +276,30 @@ def test_a_cell_that_training_lacks_is_judged_field_by_field(synthetic: PatchDat
     assert (thresholds["outliers_unseen_cells"] or 0) > (thresholds["outliers"] or 0)
 
 
+def test_noise_is_not_selected(real: PatchDataset, tmp_path: Path) -> None:
+    """Bright noise, which has no gradient and no site's colour, is refused; a single good combination is not."""
+    rng = np.random.default_rng(7)
+
+    def noise(kind: str, site: str) -> np.ndarray:
+        return np.clip(rng.normal(235, 30, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+
+    def dataset(name: str, make: Any, cells: Sequence[tuple[str, str]], n: int) -> PatchDataset:
+        patches = [
+            as_patch(f"{i}-{k}-{s}", make(k, s), k, s, f"synthetic:x:{k}{s}") for k, s in cells for i in range(n)
+        ]
+        return write_dataset(tmp_path / name, patches, name, SCHEMA, SIZE, 0.5)
+
+    bad = dataset("noise", noise, CELLS, 8)
+    with pytest.raises(UserError, match=r"(?s)far from tissue.*KID.* times .*up to 1\.3 .*Nothing was written"):
+        select(options(bad, real, filters=[]), pooled())
+    assert "selections" not in PatchDataset.open(bad.folder).info
+    for cell in CELLS:
+        good = dataset("-".join(cell), lambda kind, site: draw(kind, site, rng), [cell], 24)
+        found = select(options(good, real, filters=[]), pooled()).result
+        assert found.total.chosen == 24
+        assert found.distance_ratio is not None
+
+
 def test_bad_input_is_named(synthetic: PatchDataset, real: PatchDataset, tmp_path: Path) -> None:
     def refuse(match: str, **changes: Any) -> None:
         with pytest.raises(UserError, match=f"(?s){match}"):
