@@ -1,1 +1,1 @@
-"""Statistics that know no patch: bootstrap over patients, distances, neighbours, linear probes, subsamples."""
+"""Statistics that know no patch: intervals over patients, distances, neighbours, linear probes, subsamples."""

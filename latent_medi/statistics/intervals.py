@@ -191,18 +191,22 @@ def share_of_samples(hits: int, n: int, scale: float = 1.0) -> Estimate:
 def mean_of_shares(hits: Sequence[int], n: Sequence[int]) -> Estimate:
     """The mean over groups of the share of a group's samples that are hits, every group weighing the same.
 
-    The interval is made of the groups' Wilson intervals (MOVER: Newcombe 1998; Zou & Donner 2008): it reaches
-    √Σ(share − lower)² / groups below the mean and √Σ(upper − share)² / groups above it.
+    The interval of one group is Wilson's; of more, that of a sum of independent shares by Price & Bonett (2004): Wald's
+    after 2/groups hits and as many misses are added to each, cut at 0 and 1. It holds for shares near these, too.
 
     Args:
         hits: Samples of each group that are hits.
         n: Samples of each group, 1 or more.
     """
-    shares = np.asarray(hits) / np.asarray(n)
-    bounds = np.array([wilson(own, total) for own, total in zip(hits, n, strict=True)])
-    below, above = np.sqrt(((bounds - shares[:, None]) ** 2).sum(axis=0)) / len(shares)
-    value = float(shares.mean())
-    return Estimate(value, int(sum(n)), 0, (value - float(below), value + float(above)), interval_over="samples")
+    if len(hits) == 1:
+        return share_of_samples(hits[0], n[0])
+    found, total, groups = np.asarray(hits, float), np.asarray(n, float), len(n)
+    more = 2 / groups
+    shares = (found + more) / (total + 2 * more)
+    centre = float(shares.mean())
+    reach = stats.norm.ppf((1 + LEVEL) / 2) * float((shares * (1 - shares) / (total + 2 * more)).sum()) ** 0.5 / groups
+    bounds = max(centre - float(reach), 0.0), min(centre + float(reach), 1.0)
+    return Estimate(float((found / total).mean()), int(total.sum()), 0, bounds, interval_over="samples")
 
 
 def wilson(successes: int, n: int, level: float = LEVEL) -> tuple[float, float] | None:

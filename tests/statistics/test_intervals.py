@@ -97,12 +97,15 @@ def test_shares_in_percent() -> None:
 
 
 def test_a_mean_of_groups_has_the_interval_of_that_mean() -> None:
-    """One large group that always hits, one small that never does: the mean is known as well as the small one is."""
-    one = mean_of_shares([30], [40])
-    assert one.interval == pytest.approx(wilson(30, 40))
+    assert mean_of_shares([30], [40]).interval == wilson(30, 40)
+    # One large group that always hits, one small that never does: the mean is known as well as the small one is.
     found = mean_of_shares([1000, 0], [1000, 10])
-    assert found.value == 0.5
-    assert found.n_patches == 1010
-    upper = wilson(0, 10)[1]  # type: ignore[index]
-    lower = 1 - wilson(1000, 1000)[0]  # type: ignore[index]
-    assert found.interval == pytest.approx((0.5 - lower / 2, 0.5 + upper / 2), abs=1e-6)
+    assert (found.value, found.n_patches, found.interval_over) == (0.5, 1010, "samples")
+    p, q = 1001 / 1002, 1 / 12
+    reach = 1.959964 * math.sqrt(p * (1 - p) / 1002 + q * (1 - q) / 12) / 2
+    assert found.interval == pytest.approx(((p + q) / 2 - reach, (p + q) / 2 + reach))
+    for hits in ([0, 0], [20, 20]):
+        edge = mean_of_shares(hits, [20, 20])
+        low, high = edge.interval  # type: ignore[misc]
+        assert 0 <= low <= edge.value <= high <= 1  # type: ignore[operator]
+        assert 0.05 < high - low < 0.2

@@ -45,8 +45,9 @@ class FieldRecovery:
     Args:
         values: Values that the linear probe knows.
         chance: Share that guessing finds.
-        synthetic: Mean over the combinations, by synthetic set.
-        real: Accuracy of the linear probe on real test patches of the combinations, patients averaged first.
+        synthetic: Mean over the combinations, each weighing the same, by synthetic set.
+        real: The same mean of the linear probe's accuracy on real test patches, averaged over patients first. It has an
+            interval where every combination has 10 patients.
         combinations: By held-out combination.
         confusion: Shares of requested (row) and found (column) values over all samples, by synthetic set; "real" are
             real test patches.

@@ -45,6 +45,8 @@ class SmallGroup:
 class WorstGroup(Estimate):
     """The lowest accuracy, averaged over patients, of class × site groups with at least 10 patients.
 
+    The interval is the named group's, at the level 1 − 0.05 / groups: the group was chosen because it is the lowest.
+
     Args:
         group: Class and site; null if there is no such group.
         n_groups: Groups with 10 patients.
