@@ -26,7 +26,7 @@ from latent_medi.evaluation.cohort import comparison_sets
 from latent_medi.evaluation.cohort.comparison_sets import Comparison
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.sample_size import thin_support
-from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.downstream.records import Protocols
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range
@@ -89,14 +89,16 @@ def _run(
         if settings.colour_free:
             chosen = [e for encoder in chosen for e in (encoder, colour_free(encoder))]
         declared.add_input("real", settings.real, lambda: content_hash(study.real))
-        for synthetic in study.synthetic.values():
-            dataset = synthetic.dataset
-            declared.add_input(f"synthetic.{synthetic.name}", dataset.folder, partial(content_hash, dataset))
-        declared.add_settings(settings, without=("real", "synthetic", "weights", "device", "cache"))
+        for name, synthetic in study.synthetic.items():
+            for number, samples in enumerate([synthetic, *study.further_seeds.get(name, [])]):
+                dataset, place = samples.dataset, f"synthetic.{name}" + (f".{number}" if number else "")
+                declared.add_input(place, dataset.folder, partial(content_hash, dataset))
+        declared.add_settings(settings, without=("real", "synthetic", "further_seeds", "weights", "device", "cache"))
         declared.add_settings({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
     if accelerator.num_processes > 1:
         for encoder in chosen:
             _embed(study, encoder, settings, device, accelerator)
+            seed_features(study, encoder, settings, device, accelerator)
     if accelerator.is_main_process:
         # Thousands of small eigenvalue problems: threads of the linear algebra cost more than they bring.
         with threadpool_limits(1, user_api="blas"):
@@ -154,7 +156,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         name, fingerprint = encoder.name, encoder.fingerprint
         features = study_features(study, encoder, settings, device)
         _write_reference(out / "reference", study, encoder, features)
-        derived = stage.embed(encoder)
+        derived, seeds = stage.embed(encoder), seed_features(study, encoder, settings, device)
         clock.lap("embed")
         metrics.fidelity[name] = _fidelity(settings, study, features, comparisons, fingerprint)
         metrics.projection[name] = projection.project(study, features, fingerprint, settings.seed)
@@ -171,7 +173,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
                 study, features, copies, fingerprint, settings.seed, settings.patient_names, device
             )
             clock.lap("memorisation")
-        stage.evaluate(encoder, features, derived)
+        stage.evaluate(encoder, features, derived, seeds)
         clock.lap("downstream")
     if stage.tables:
         write_for_people(pd.concat(stage.tables), out / "predictions.csv")
@@ -179,7 +181,8 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     metrics = replace(metrics, downstream=stage.results, protocols=stage.protocols)
     record = headline(metrics)
     metrics = replace(metrics, headline=record, verdict=verdict(record))
-    folders = [study.real.folder, *(s.dataset.folder for s in study.synthetic.values()), Path.home(), Path.cwd()]
+    every = [*study.synthetic.values(), *(s for sets in study.further_seeds.values() for s in sets)]
+    folders = [study.real.folder, *(s.dataset.folder for s in every), Path.home(), Path.cwd()]
     write_metrics(out / "metrics.json", metrics, folders)
     memorisation.check_copy_rate(metrics.memorisation, settings.max_copy_rate)
 
@@ -277,13 +280,33 @@ def _embed(
     study: Study, encoder: ImageEncoder, settings: EvaluateSettings, device: str, accelerator: Accelerator | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Rows of the real index that take part, their features, and those of each synthetic set."""
-    cache = Path(settings.cache) if settings.cache else Path(settings.out) / "features"
+    cache = _cache(settings)
     used = np.unique(np.concatenate([study.train, study.probe, study.probe_train, study.reference, study.test]))
 
     def features(dataset: PatchDataset, rows: np.ndarray) -> np.ndarray:
         return cached_features(dataset, rows, encoder, cache, settings.batch, device, accelerator)
 
     return used, features(study.real, used), {s.name: features(s.dataset, s.rows) for s in study.synthetic.values()}
+
+
+def seed_features(
+    study: Study,
+    encoder: ImageEncoder,
+    settings: EvaluateSettings,
+    device: str,
+    accelerator: Accelerator | None = None,
+) -> dict[str, list[np.ndarray]]:
+    """Features of the further training seeds of each synthetic set, from the cache as far as it has them."""
+    cache = _cache(settings)
+
+    def features(samples: SyntheticSet) -> np.ndarray:
+        return cached_features(samples.dataset, samples.rows, encoder, cache, settings.batch, device, accelerator)
+
+    return {name: list(map(features, sets)) for name, sets in study.further_seeds.items()}
+
+
+def _cache(settings: EvaluateSettings) -> Path:
+    return Path(settings.cache) if settings.cache else Path(settings.out) / "features"
 
 
 def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features: Features) -> None:

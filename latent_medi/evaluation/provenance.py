@@ -190,14 +190,14 @@ def recorded_settings(settings: Settings, folder: str | Path) -> Settings:
         settings: A dataclass.
         folder: The result's folder.
     """
-    changes: dict[str, Any] = {}
-    for name in _PATHS.intersection(path_settings(type(settings))):
-        value = getattr(settings, name)
+
+    def relative(value: Any) -> Any:
         if isinstance(value, Mapping):
-            changes[name] = {key: relative_path(str(entry), folder) for key, entry in value.items()}
-        else:
-            changes[name] = relative_path(str(value), folder)
-    return replace(settings, **changes)
+            return {key: relative(entry) for key, entry in value.items()}
+        return list(map(relative, value)) if isinstance(value, list) else relative_path(str(value), folder)
+
+    names = _PATHS.intersection(path_settings(type(settings)))
+    return replace(settings, **{name: relative(getattr(settings, name)) for name in names})
 
 
 def _command(folder: str | Path) -> str:

@@ -87,6 +87,9 @@ class EvaluateSettings(Settings):
         synthetic: Folder of each synthetic set by name.
         candidate: Name of the synthetic set that the verdict is about; empty takes "medi" if there is one, otherwise
             the first. The others are its baselines; ratios are taken to "cls", or to the first of them.
+        further_seeds: By synthetic set the folders of further ones: samples of the same model and plan, trained with
+            other seeds. Repeats take the seeds in turn; with three or more seeds in all, intervals are over seeds and
+            the verdict speaks of the method. Distances and adherence are of the first alone.
         selected: By synthetic set the column of a selection, such as selected_best: only the patches that it chose take
             part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
@@ -108,15 +111,17 @@ class EvaluateSettings(Settings):
         protocol: "default", or "paper" to add raw Fréchet distances, labelled "rank-deficient", where there are too few
             patches for one.
         seed: Seed of every subsample and resample.
-        repeats: Draws of added patches per training set; those without a draw are built once.
+        repeats: Draws of added patches per training set, which tell how much another draw would change; those without a
+            draw are built once.
         resamples: Patient resamples for the intervals.
         real_splits: Number of random splits of the real patients into two groups. They give, for each measure, the
             range that real patients reach; 0 leaves that out.
         regularisation: C of the logistic regressions (inverse strength, standardised features). With 0,
             cross-validation on the real training patches alone chooses it per encoder, the same for every training set,
             and the linear probes of the adherence use 1.
-        added_per_combination: Patches that each training set adds per held-out combination; 0 takes as many as the
-            synthetic sets have, at most the median count of the class × site cells that have training patches.
+        added_per_combination: Patches that each training set adds per held-out combination; 0 takes half of the
+            smallest synthetic set's, at most the median count of the class × site cells that have training patches.
+            With more than four fifths of a set's, its accuracies have no interval.
         downstream: Train and compare the downstream classifiers.
         memorisation: Look for copies of training patches, and for samples too near to training patients.
         max_copy_rate: Largest share, 0 to 1, of a synthetic set's patches that may be copies of training patches; with
@@ -149,6 +154,7 @@ class EvaluateSettings(Settings):
     real: PathText = ""
     synthetic: dict[str, PathText] = field(default_factory=dict)
     candidate: str = ""
+    further_seeds: dict[str, list[PathText]] = field(default_factory=dict)
     selected: dict[str, str] = field(default_factory=dict)
     out: PathText = "runs/evaluation"
     held_out: list[dict[str, str]] = field(default_factory=list)
@@ -164,7 +170,7 @@ class EvaluateSettings(Settings):
     site_field: str = "site"
     protocol: Literal["default", "paper"] = "default"
     seed: int = 0
-    repeats: PositiveInt = 5
+    repeats: PositiveInt = 10
     resamples: NonNegativeInt = 200
     real_splits: NonNegativeInt = 60
     regularisation: NonNegativeFloat = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -53,10 +54,18 @@ def open_study(settings: EvaluateSettings) -> Study:
         raise UserError(f"selected names {unknown[0]!r}, which is no synthetic set; {close}.")
     trained = patients_hash(real.index["patient"].iloc[split.shown])
     synthetic = {}
-    for name in settings.synthetic:
-        synthetic[name] = _open_synthetic(settings, name, split.class_field)
-        notes += _unknown_training(synthetic[name], held_out if settings.unseen else [])
-        warnings += _other_patients(synthetic[name], settings, trained)
+    further_seeds: dict[str, list[SyntheticSet]] = {}
+    if unknown := sorted(set(settings.further_seeds) - set(settings.synthetic)):
+        close = nearest(unknown[0], settings.synthetic)
+        raise UserError(f"further_seeds names {unknown[0]!r}, which is no synthetic set; {close}.")
+    for name, folder in settings.synthetic.items():
+        synthetic[name] = _open_synthetic(settings, name, folder, split.class_field)
+        others = [_open_synthetic(settings, name, f, split.class_field) for f in settings.further_seeds.get(name, [])]
+        further_seeds |= {name: others} if others else {}
+        for samples in _different(synthetic[name], others):
+            known = _unknown_training(samples, held_out if settings.unseen else [])
+            notes += [note for note in known if note not in notes]
+            warnings += _other_patients(samples, settings, trained)
     return Study(
         real=real,
         class_field=split.class_field,
@@ -73,6 +82,7 @@ def open_study(settings: EvaluateSettings) -> Study:
         notes=notes,
         warnings=warnings,
         candidate=settings.candidate,
+        further_seeds=further_seeds,
     )
 
 
@@ -248,13 +258,34 @@ def _shared_pictures(index: pd.DataFrame, split: str) -> list[str]:
     ]
 
 
-def _open_synthetic(settings: EvaluateSettings, name: str, class_field: str) -> SyntheticSet:
+def _different(first: SyntheticSet, others: Sequence[SyntheticSet]) -> list[SyntheticSet]:
+    """The samples of all training seeds of a model.
+
+    Raises:
+        UserError: Two of them are one folder, or were made of different fields.
+    """
+    every = [first, *others]
+    folders = [Path(samples.dataset.folder).resolve() for samples in every]
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            f"further_seeds names a folder of {first.name} twice.", "Name samples of models with other training seeds."
+        )
+    for samples in others:
+        if samples.fields != first.fields:
+            raise UserError(
+                f"{samples.dataset.folder} has the fields {', '.join(samples.fields)}, {first.name} itself "
+                f"{', '.join(first.fields)}.",
+                "Under further_seeds name samples of the same model and plan, trained with another seed.",
+            )
+    return every
+
+
+def _open_synthetic(settings: EvaluateSettings, name: str, folder: str, class_field: str) -> SyntheticSet:
     """One synthetic set with the rows of its selection.
 
     Raises:
         UserError: It has another class field, holds real patches, or lacks the selection.
     """
-    folder = settings.synthetic[name]
     dataset = PatchDataset.open(folder)
     if dataset.schema.class_field is None or dataset.schema.class_field.name != class_field:
         raise UserError(f"The synthetic dataset {folder} ({name}) has no class field {class_field!r}.")

@@ -63,6 +63,7 @@ class Study:
         notes: What a reader must know about these choices.
         warnings: What the verdict must not be read without.
         candidate: Name of the candidate among the synthetic sets; empty for the default.
+        further_seeds: By synthetic set further ones, of the same model with other training seeds.
     """
 
     real: PatchDataset
@@ -80,6 +81,7 @@ class Study:
     notes: list[str]
     warnings: list[str] = field(default_factory=list)
     candidate: str = ""
+    further_seeds: dict[str, list[SyntheticSet]] = field(default_factory=dict)
     _masks: dict[tuple[tuple[str, str], ...], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property

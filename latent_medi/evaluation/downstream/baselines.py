@@ -1,11 +1,12 @@
 """Baselines that need no generator: repeated patches, stain augmentation, stain transfer, patches of the nearest site.
 
 Each baseline gets every advantage: stain statistics come from classes that both sites share, in equal parts, and of
-several variants the best on the test patients is reported.
+several variants each test patient is judged by the one that is best on other test patients.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from latent_medi.evaluation.cohort.combinations import Combination, describe
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.training_sets import DerivedPatches, Draw, Drawn, Request, Sources
+from latent_medi.statistics.differences import pool_factor
 from latent_medi.statistics.subsampling import balanced_draw, repeated_draw
 
 
@@ -51,7 +53,7 @@ def stain_augmentation(
     if len(rows) == 0:
         return None
     rows = rows[balanced_draw(study.site_labels[rows], n, rng)]
-    return DerivedPatches({"jitter": jitter_stains(study.real.read(rows), sigma, rng)}, rows)
+    return DerivedPatches({"jitter": jitter_stains(study.real.read(rows), sigma, rng)}, rows, math.inf)
 
 
 def stain_transfer(
@@ -73,6 +75,7 @@ def stain_transfer(
     rows = sources_of_class(study, combination)
     if len(rows) == 0 or not (sites[study.train] == target).any():
         return None
+    population = len(rows)
     rows = rows[balanced_draw(sites[rows], n, rng)]
     images = study.real.read(rows)
 
@@ -80,17 +83,18 @@ def stain_transfer(
         return study.real.read(study.train[positions])
 
     stains = SiteStains(read, sites[study.train], study.class_labels[study.train], seed)
-    return DerivedPatches(stains.transferred(images, sites[rows], target), rows)
+    return DerivedPatches(stains.transferred(images, sites[rows], target), rows, population)
 
 
 def draw_derived(name: str, variant: str) -> Draw:
     """A :data:`Draw` from the patches that a training set's :attr:`derive` computed."""
 
     def draw(sources: Sources, request: Request) -> Drawn | None:
-        features = sources.derived[name][variant][request.number]
-        if features is None:
+        features, part = sources.derived[name][variant][request.number], sources.additions.derived[name][request.number]
+        if features is None or part is None:
             return None
-        return features, repeated_draw(np.arange(len(features)), request.n, request.rng)
+        rows = repeated_draw(np.arange(len(features)), request.n, request.rng)
+        return Drawn(features, rows, pool_factor(request.n, len(features), part.population))
 
     return draw
 
@@ -101,14 +105,14 @@ def draw_nearest_site(sources: Sources, request: Request) -> Drawn | None:
     if site is None:
         return None
     rows = sources_of_class(sources.study, request.combination, site)
-    return sources.real, repeated_draw(rows, request.n, request.rng)
+    return Drawn(sources.real, repeated_draw(rows, request.n, request.rng))
 
 
 def draw_held_out(sources: Sources, request: Request) -> Drawn:
     """Real patches of the held-out combination from patients of the reference part."""
     study = sources.study
     rows = study.rows_of(study.probe, request.combination)
-    return sources.real, repeated_draw(rows, request.n, request.rng)
+    return Drawn(sources.real, repeated_draw(rows, request.n, request.rng))
 
 
 def nothing_derived(name: str, reason: str) -> Callable[[Sources, str], str]:

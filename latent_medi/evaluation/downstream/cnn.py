@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from latent_medi.core.device import exact_fp32
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger, progress
-from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.downstream.classifiers import Prediction
 from latent_medi.evaluation.downstream.records import ClassifierRecord
 from latent_medi.evaluation.downstream.training_sets import Additions, Sources, TrainingSet
@@ -42,10 +42,13 @@ class PatchPools:
     def __init__(self, study: Study, additions: Additions | None) -> None:
         self._readers: list[Callable[[np.ndarray], np.ndarray]] = [study.real.read]
         self.real = _pairs(0, np.arange(len(study.index)))
-        self.synthetic: dict[str, np.ndarray] = {}
-        for samples in study.synthetic.values():
-            self.synthetic[samples.name] = _pairs(len(self._readers), samples.rows)
+
+        def pairs(samples: SyntheticSet) -> np.ndarray:
             self._readers.append(samples.dataset.read)
+            return _pairs(len(self._readers) - 1, samples.rows)
+
+        self.synthetic = {name: pairs(samples) for name, samples in study.synthetic.items()}
+        self.further_seeds = {name: [pairs(samples) for samples in sets] for name, sets in study.further_seeds.items()}
 
         def keep(images: np.ndarray) -> np.ndarray:
             self._readers.append(lambda rows: images[rows])
@@ -55,7 +58,7 @@ class PatchPools:
 
     def sources(self, study: Study, additions: Additions, nearest_sites: Sequence[str | None]) -> Sources:
         """Sources whose features are pairs."""
-        return Sources(study, additions, self.real, self.synthetic, self.derived, nearest_sites)
+        return Sources(study, additions, self.real, self.synthetic, self.derived, nearest_sites, self.further_seeds)
 
     def read(self, pairs: np.ndarray) -> np.ndarray:
         """uint8 [n, H, W, 3] of pairs [n, 2], which may have become floating point in a training set.

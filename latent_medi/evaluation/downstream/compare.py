@@ -1,13 +1,16 @@
 """Train a classifier on every training set and score it on real test patients.
 
 The score that counts, ``accuracy_shift``, is the balanced accuracy over all classes of the test patches from sites that
-have a held-out combination, averaged over patients first.
+have a held-out combination, averaged over patients first. Where a training set has several variants, such as two
+methods of stain transfer, the test patients are dealt into five folds: each fold is judged by the variant with the best
+``accuracy_shift`` on the patients of the other four, so that nobody takes part in the choice that he is judged by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -18,10 +21,12 @@ from latent_medi.evaluation.cohort.combinations import any_match, describe
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.classification_scores import UnitScorer
 from latent_medi.evaluation.downstream.classifiers import Classifier, Prediction
-from latent_medi.evaluation.downstream.records import Accuracies, Downstream, HeldOutCombination, TrainingSetResult
+from latent_medi.evaluation.downstream.records import Differences, Downstream, HeldOutCombination, TrainingSetResult
 from latent_medi.evaluation.downstream.registry import Entry, comparisons, entries
 from latent_medi.evaluation.downstream.shift_accuracy import Scorer
 from latent_medi.evaluation.downstream.training_sets import WITHOUT_DRAW, Build, Sources
+from latent_medi.statistics.cross_fitting import cross_fitted, patient_folds
+from latent_medi.statistics.differences import Draws, Scored
 
 
 @dataclass
@@ -33,12 +38,14 @@ class Run:
         distinct: Number of different added patches by held-out combination.
         n_training: Training patches.
         n_synthetic: Synthetic ones among them.
+        pool: See :class:`~latent_medi.evaluation.downstream.training_sets.TrainingSet`.
     """
 
     prediction: Prediction
     distinct: list[int]
     n_training: int
     n_synthetic: int
+    pool: float | None
 
 
 @dataclass
@@ -49,10 +56,12 @@ class Compared:
         results: Results by training set.
         predictions: Class values [repeats, n_test] by training set.
         probabilities: Mean class probabilities [n_test, K] by training set.
+        scored: Accuracies in every repeat by training set.
         not_converged: Training sets, with their variant, whose classifier did not converge.
     """
 
     results: dict[str, TrainingSetResult] = field(default_factory=dict)
+    scored: dict[str, dict[str, Scored]] = field(default_factory=dict)
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     probabilities: dict[str, np.ndarray] = field(default_factory=dict)
     not_converged: list[str] = field(default_factory=list)
@@ -87,12 +96,12 @@ def compare(
     chosen, reasons = choose(sources, only)
     runs = _train(chosen, sources, classifier, repeats, seed)
     scorer = Scorer(study, additions.combinations)
-    compared = _score(study, chosen, runs, scorer)
-    predictions = compared.predictions
-    differences: dict[str, dict[str, Accuracies]] = {}
+    compared = _score(sources, chosen, runs, scorer, seed)
+    scored = compared.scored
+    differences: dict[str, dict[str, Differences]] = {}
     for a, b in comparisons(study.roles):
-        if a in predictions and b in predictions:
-            differences.setdefault(a, {})[b] = scorer.difference(predictions[a], predictions[b])
+        if a in scored and b in scored:
+            differences.setdefault(a, {})[b] = scorer.difference(scored[a], scored[b])
     record = Downstream(
         fingerprint=fingerprint,
         classifier=classifier.record,
@@ -131,19 +140,23 @@ def choose(sources: Sources, only: Sequence[str]) -> tuple[dict[str, Entry], dic
 
 
 def jobs(
-    chosen: Mapping[str, Entry], random: bool, repeats: int
+    chosen: Mapping[str, Entry], sources: Sources, random: bool, repeats: int
 ) -> dict[tuple[Build, str, int], list[tuple[str, str]]]:
     """What is trained: by build, synthetic set and repeat the names and variants of the training sets that it gives.
 
+    Repeats take the training seeds of a synthetic set in turn, each equally often.
+
     Args:
         chosen: The training sets.
+        sources: What they are made of.
         random: Whether the classifier depends on a seed.
         repeats: Number of repeats of what depends on chance.
     """
     found: dict[tuple[Build, str, int], list[tuple[str, str]]] = {}
     for name, entry in chosen.items():
+        seeds = sources.training_seeds(entry.synthetic)
         for variant, build in entry.variants.items():
-            for r in range(repeats if random or build not in WITHOUT_DRAW else 1):
+            for r in range(-(-repeats // seeds) * seeds if random or build not in WITHOUT_DRAW else 1):
                 found.setdefault((build, entry.synthetic, r), []).append((name, variant))
     return found
 
@@ -152,46 +165,71 @@ def _train(
     chosen: Mapping[str, Entry], sources: Sources, classifier: Classifier, repeats: int, seed: int
 ) -> dict[tuple[str, str], list[Run]]:
     """Predictions of each training set's variants, one per repeat."""
-    todo = jobs(chosen, classifier.random, repeats)
+    todo = jobs(chosen, sources, classifier.random, repeats)
+    of_seed = cache(sources.of_seed)
     results: dict[tuple[str, str], list[Run]] = {}
     # A network shows its own progress, by steps.
     shown = todo if classifier.random else progress(todo, desc="downstream classifiers", unit="classifier")
     for build, synthetic, r in shown:
-        training_set = build(sources, synthetic, seed + r)
+        training_set = build(of_seed(synthetic, r % sources.training_seeds(synthetic)), synthetic, seed + r)
         prediction = classifier.fit_predict(training_set, seed + r)
-        run = Run(prediction, training_set.distinct, training_set.size, training_set.n_synthetic)
+        # A network changes with its seed, also where nothing is drawn.
+        pool = training_set.pool or 0.0 if classifier.random else training_set.pool
+        run = Run(prediction, training_set.distinct, training_set.size, training_set.n_synthetic, pool)
         for key in todo[build, synthetic, r]:
             results.setdefault(key, []).append(run)
     return results
 
 
 def _score(
-    study: Study, chosen: Mapping[str, Entry], runs: Mapping[tuple[str, str], list[Run]], scorer: Scorer
+    sources: Sources,
+    chosen: Mapping[str, Entry],
+    runs: Mapping[tuple[str, str], list[Run]],
+    scorer: Scorer,
+    seed: int,
 ) -> Compared:
-    """Score the best variant of each training set."""
+    """Score each training set, every fold of test patients with the variant that is best on the others."""
+    study = sources.study
     units = UnitScorer(study, scorer.codes, scorer.shift, scorer.patients)
+    sites = study.site_labels[study.test]
+    strata = np.array([f"{value}|{site}" for value, site in zip(scorer.truth, sites, strict=True)])
+    folds = patient_folds(scorer.patients, strata, seed)
     compared = Compared()
     for name, entry in chosen.items():
-        variants = {v: np.stack([run.prediction.predicted for run in runs[name, v]]) for v in entry.variants}
-        scores = {v: scorer.accuracy_shift(predicted) for v, predicted in variants.items()}
-        stuck = [v for v in variants if not all(run.prediction.converged for run in runs[name, v])]
+        found = {v: runs[name, v] for v in entry.variants}
+        repeats = max(map(len, found.values()))
+        variants = {v: np.stack([run.prediction.predicted for run in own]) for v, own in found.items()}
+        masks = cross_fitted(variants, folds, scorer.accuracy_shift)
+        predicted = np.empty((repeats, len(folds)), dtype=np.result_type(*variants.values()))
+        probabilities = np.empty((len(folds), len(study.classes)))
+        for v, mask in masks.items():
+            predicted[:, mask] = variants[v][:, mask]
+            probabilities[mask] = np.mean([run.prediction.probabilities[mask] for run in found[v]], axis=0)
+        judged = {v: len(np.unique(folds[mask])) for v, mask in masks.items()}
+        best = max(judged, key=lambda variant: judged[variant])
+        pools = [own[0].pool for v, own in found.items() if judged[v] and own[0].pool is not None]
+        seeds = sources.training_seeds(entry.synthetic)
+        draws = Draws(max(pools, default=None), [r % seeds for r in range(repeats)])
+        scored = scorer.scored(predicted, draws)
+        stuck = [v for v, own in found.items() if not all(run.prediction.converged for run in own)]
         compared.not_converged += [f"{name}/{v}" for v in stuck]
-        best = max(scores, key=lambda variant: scores[variant])
-        predicted, found = variants[best], runs[name, best]
-        probabilities = np.mean([run.prediction.probabilities for run in found], axis=0)
         compared.predictions[name], compared.probabilities[name] = predicted, probabilities
+        compared.scored[name] = scored
+        last = found[best][-1]
         compared.results[name] = TrainingSetResult(
-            **vars(scorer.accuracies(predicted)),
-            by_repeat=[scorer.accuracy_shift(one) for one in predicted],
-            combinations=scorer.by_combination(predicted),
+            **vars(scorer.accuracies(scored)),
+            by_repeat=scored["accuracy_shift"].by_repeat.tolist(),
+            combinations=scorer.by_combination(predicted, draws),
             scores=units.score(probabilities),
             role=entry.role(study.roles),
             variant=best,
-            variants=dict(scores),
-            repeats=len(found),
-            distinct_added=found[-1].distinct,
-            n_training=found[-1].n_training,
-            n_synthetic=found[-1].n_synthetic,
+            folds=judged,
+            variants={v: scorer.accuracy_shift(one) for v, one in variants.items()},
+            repeats=repeats,
+            training_seeds=seeds,
+            distinct_added=last.distinct,
+            n_training=last.n_training,
+            n_synthetic=last.n_synthetic,
         )
     return compared
 

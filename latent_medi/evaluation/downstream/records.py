@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from latent_medi.statistics.differences import Difference
 from latent_medi.statistics.intervals import Estimate
 
 Role = Literal["candidate", "baseline", "oracle", "ablation"]
@@ -13,7 +14,7 @@ Role = Literal["candidate", "baseline", "oracle", "ablation"]
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Balanced accuracies, averaged over patients first; or differences of two.
+    """Balanced accuracies, averaged over patients first. Intervals hold for other patients and other samples.
 
     Args:
         accuracy_shift: Over all classes at the sites that have a held-out combination.
@@ -26,6 +27,20 @@ class Accuracies:
     accuracy_in_distribution: Estimate
     accuracy_seen: Estimate
     accuracy_unseen: Estimate
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Differences of two training sets in each of :class:`Accuracies`.
+
+    Args:
+        accuracy_shift, accuracy_in_distribution, accuracy_seen, accuracy_unseen: As there.
+    """
+
+    accuracy_shift: Difference
+    accuracy_in_distribution: Difference
+    accuracy_seen: Difference
+    accuracy_unseen: Difference
 
 
 @dataclass(frozen=True)
@@ -135,9 +150,12 @@ class TrainingSetResult(Accuracies):
         combinations: By held-out combination.
         scores: Scores of the mean class probabilities.
         role: Role of the training set.
-        variant: The variant with the best ``accuracy_shift``, to which all scores belong.
+        variant: The variant of most folds.
+        folds: By variant the number of folds of test patients that it judges: those for which it has the best
+            ``accuracy_shift`` on the patients of all other folds. All scores are of these predictions.
         variants: ``accuracy_shift`` by variant.
         repeats: Draws of added patches, or seeds of the network.
+        training_seeds: Training seeds of the model that the samples are of, over which the repeats go in turn.
         distinct_added: Number of different added patches by held-out combination, in the last repeat.
         n_training: Training patches.
         n_synthetic: Synthetic ones among them.
@@ -148,8 +166,10 @@ class TrainingSetResult(Accuracies):
     scores: ScoresByUnit
     role: Role
     variant: str
+    folds: dict[str, int]
     variants: dict[str, float | None]
     repeats: int
+    training_seeds: int
     distinct_added: list[int]
     n_training: int
     n_synthetic: int
@@ -217,7 +237,7 @@ class Downstream:
     combinations: list[HeldOutCombination]
     n_train: int
     training_sets: dict[str, TrainingSetResult]
-    differences: dict[str, dict[str, Accuracies]]
+    differences: dict[str, dict[str, Differences]]
     unavailable: dict[str, str]
     not_converged: list[str]
 

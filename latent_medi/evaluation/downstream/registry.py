@@ -5,13 +5,13 @@ A new baseline is one entry in :data:`KINDS` and one function that draws its pat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.combinations import Combination, describe
 from latent_medi.evaluation.cohort.roles import LABELS, Roles
-from latent_medi.evaluation.cohort.study import Study, held_out_with_class
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet, held_out_with_class
 from latent_medi.evaluation.downstream import baselines
 from latent_medi.evaluation.downstream.records import Role
 from latent_medi.evaluation.downstream.training_sets import (
@@ -28,6 +28,7 @@ from latent_medi.evaluation.downstream.training_sets import (
     synthetic_rows,
     with_synthetic,
 )
+from latent_medi.statistics.differences import LARGEST_SHARE
 
 log = get_logger(__name__)
 
@@ -58,7 +59,8 @@ class TrainingSetKind:
         name: Name of the training set; "{}" stands for the name of a synthetic set.
         role: Role; "candidate" also stands for the baselines among the synthetic sets.
         label: Name in figures and tables; "{}" as in ``name``.
-        variants: How each variant is built. Of several, the best on the test patients is reported.
+        variants: How each variant is built. Of several, each test patient is judged by the one that is best on other
+            test patients.
         derive: Computes patches from real ones, given cohort, combination, number, seed and σ of the stain; None if
             nothing is computed.
         unavailable: Gives the reason why it cannot be built, given the sources and the name of a synthetic set; empty
@@ -281,32 +283,43 @@ def comparisons(roles: Roles) -> list[tuple[str, str]]:
 def plan_additions(study: Study, per_combination: int, seed: int, sigma: float) -> Additions:
     """Fix how many patches each held-out combination gets, and compute the derived patches, which all encoders share.
 
+    Repeats draw from twice as many samples or derived patches as they add, so that they tell how much a draw changes.
+
     Args:
         study: The cohort.
-        per_combination: Patches per combination; 0 takes as many as the synthetic sets have, at most the median count
-            of the class × site cells that have training patches.
+        per_combination: Patches per combination; 0 takes half as many as the synthetic sets have, at most the median
+            count of the class × site cells that have training patches.
         seed: Seed of the derived patches.
         sigma: σ of the stain augmentation.
     """
     combinations = held_out_with_class(study)
     table = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str)
     typical = int(table.value_counts().median())
+    every = [*study.synthetic.values(), *(s for sets in study.further_seeds.values() for s in sets)]
+    pools = [_pools(samples, combinations) for samples in every]
     counts = []
-    for combination in combinations:
-        able = [samples for samples in study.synthetic.values() if set(combination) <= set(samples.fields)]
-        available = [len(synthetic_rows(samples, combination)) for samples in able]
-        counts.append(per_combination or min([typical, *(n for n in available if n)]))
-    for name, samples in study.synthetic.items():
-        for combination, n in zip(combinations, counts, strict=True):
-            if 0 < (found := len(synthetic_rows(samples, combination))) < n:
-                text = "%s has %d samples of %s; they are repeated to reach %d."
-                log.warning(text, name, found, describe(combination), n)
+    for i in range(len(combinations)):
+        halves = [max(1, pool[i] // 2) for pool in pools if pool[i]]
+        counts.append(per_combination or min([typical, *halves]))
+    for samples, pool in zip(every, pools, strict=True):
+        for combination, found, n in zip(combinations, pool, counts, strict=True):
+            if 0 < found < n / LARGEST_SHARE:
+                text = (
+                    "%s has %d samples of %s, of which %d are added: how much another draw would change cannot be "
+                    "said, so its accuracies get no intervals. Generate at least twice as many."
+                )
+                log.warning(text, samples.name, found, describe(combination), n)
     result = Additions(combinations, counts)
     for kind in KINDS:
         if kind.derive is not None:
-            # Half more than are needed, so that draws with other seeds differ.
             result.derived[kind.name] = [
-                kind.derive(study, combination, n + n // 2, seed + i, sigma)
+                kind.derive(study, combination, 2 * n, seed + i, sigma)
                 for i, (combination, n) in enumerate(zip(combinations, counts, strict=True))
             ]
     return result
+
+
+def _pools(samples: SyntheticSet, combinations: Sequence[Combination]) -> list[int]:
+    """Samples that a set has for each combination; combinations that its model cannot tell apart share theirs."""
+    known = [tuple(sorted((k, v) for k, v in c.items() if k in samples.fields)) for c in combinations]
+    return [len(synthetic_rows(samples, c)) // known.count(key) for c, key in zip(combinations, known, strict=True)]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from latent_medi.evaluation.cohort.combinations import Combination, any_match, describe
 from latent_medi.evaluation.cohort.study import Study, affected_sites, domain
-from latent_medi.evaluation.downstream.records import Accuracies, CombinationScores
-from latent_medi.statistics.intervals import Estimate
+from latent_medi.evaluation.downstream.records import Accuracies, CombinationScores, Differences
+from latent_medi.statistics.differences import Draws, Scored, difference
+from latent_medi.statistics.intervals import SHARE, Estimate, estimate
 from latent_medi.statistics.patient_means import PatientTable
 
 
 class Scorer:
-    """Scores of predictions on the test patients; intervals are over these patients, differences are paired.
+    """Scores of predictions on the test patients; intervals are over these patients and over draws.
 
     Args:
         study: The cohort.
@@ -48,41 +49,66 @@ class Scorer:
         classes = len(self.study.classes) if by_class else 1
         return PatientTable(codes, self.patients, keep, classes, self.n_patients)
 
-    def accuracies(self, predicted: np.ndarray) -> Accuracies:
-        """Accuracies of class values [repeats, n_test]."""
-        return self._accuracies(self._correct(predicted), share=True)
+    def scored(self, predicted: np.ndarray, draws: Draws) -> dict[str, Scored]:
+        """Each of the accuracies in every repeat, from class values [repeats, n_test]."""
+        right = (predicted == self.truth).astype(float)
+        return {name: _scored(table, right, draws) for name, table in self.tables.items()}
 
-    def difference(self, a: np.ndarray, b: np.ndarray) -> Accuracies:
-        """Paired differences a − b of the accuracies of two predictions, each [repeats, n_test]."""
-        return self._accuracies(self._correct(a) - self._correct(b), share=False)
+    def accuracies(self, scored: Mapping[str, Scored]) -> Accuracies:
+        """Accuracies of what :meth:`scored` gave."""
+        return Accuracies(**{name: _share(table, scored[name]) for name, table in self.tables.items()})
 
-    def _correct(self, predicted: np.ndarray) -> np.ndarray:
-        """Share of repeats with the right class, [n_test]."""
-        return np.asarray((predicted == self.truth).mean(axis=0))
+    def difference(self, first: Mapping[str, Scored], second: Mapping[str, Scored]) -> Differences:
+        """Paired differences first − second of what :meth:`scored` gave for two training sets."""
+        return Differences(
+            **{
+                name: difference(first[name], second[name], table.n_patches, table.n_patients, table.smallest_class)
+                for name, table in self.tables.items()
+            }
+        )
 
-    def _accuracies(self, values: np.ndarray, share: bool) -> Accuracies:
-        return Accuracies(**{name: table.estimate(values, share) for name, table in self.tables.items()})
+    def accuracy_shift(self, predicted: np.ndarray, among: np.ndarray | None = None) -> float:
+        """``accuracy_shift`` of class values [repeats, n_test] over all test patches, or those that a mask [n_test]
+        keeps; NaN without one under shift.
+        """
+        table = self.tables["accuracy_shift"] if among is None else self._table(self.shift & among)
+        return table.mean((predicted == self.truth).mean(axis=0))
 
-    def accuracy_shift(self, predicted: np.ndarray) -> float:
-        """``accuracy_shift`` of class values [repeats, n_test], or [n_test]; NaN without test patches under shift."""
-        return self.tables["accuracy_shift"].mean(self._correct(np.atleast_2d(predicted)))
-
-    def by_combination(self, predicted: np.ndarray) -> list[CombinationScores]:
+    def by_combination(self, predicted: np.ndarray, draws: Draws) -> list[CombinationScores]:
         """Recall and false positive rate in each held-out combination of class values [repeats, n_test]."""
-        return [self._of_combination(combination, predicted) for combination in self.combinations]
+        return [self._of_combination(combination, predicted, draws) for combination in self.combinations]
 
-    def _of_combination(self, combination: Combination, predicted: np.ndarray) -> CombinationScores:
+    def _of_combination(self, combination: Combination, predicted: np.ndarray, draws: Draws) -> CombinationScores:
         value = combination[self.study.class_field]
         there = self.study.having(domain(self.study, combination))[self.study.test]
-        of_class = self.truth == value
-        called = (predicted == value).mean(axis=0)
+        of_class, called = self.truth == value, (predicted == value).astype(float)
 
-        def share(keep: np.ndarray, values: np.ndarray, by_class: bool) -> Estimate:
-            return self._table(keep, by_class).estimate(values, share=True)
+        def share(keep: np.ndarray, by_class: bool) -> Estimate:
+            table = self._table(keep, by_class)
+            return _share(table, _scored(table, called, draws))
 
         return CombinationScores(
             describe(combination),
             combination,
-            recall=share(there & of_class, self._correct(predicted), True),
-            false_positive_rate=share(there & ~of_class, called, False),
+            recall=share(there & of_class, True),
+            false_positive_rate=share(there & ~of_class, False),
         )
+
+
+def _scored(table: PatientTable, values: np.ndarray, draws: Draws) -> Scored:
+    """The balanced mean of values per repeat and row, [repeats, n_test]."""
+    means = np.array([table.mean(one) for one in values])
+    return Scored(draws, means, np.stack([table.left_out(one) for one in values]), table.strata)
+
+
+def _share(table: PatientTable, scored: Scored) -> Estimate:
+    """Mean over repeats, with its interval over patients and draws."""
+    return estimate(
+        scored.value,
+        table.n_patches,
+        table.n_patients,
+        scored.spread,
+        SHARE,
+        table.smallest_class,
+        scored.draws.unknown,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -58,7 +60,13 @@ class DownstreamStage:
 
         return self.additions.derived_features(features) if self.additions else {}
 
-    def evaluate(self, encoder: ImageEncoder, features: Features, derived: DerivedFeatures) -> None:
+    def evaluate(
+        self,
+        encoder: ImageEncoder,
+        features: Features,
+        derived: DerivedFeatures,
+        further_seeds: Mapping[str, Sequence[np.ndarray]],
+    ) -> None:
         """Add the encoder's results.
 
         A torchvision network sees pixels instead of features, so it is trained once per colour channel, under the
@@ -73,7 +81,7 @@ class DownstreamStage:
         sources = None
         if self.additions:
             sites = nearest_sites(study, self.additions.combinations, features.real)
-            sources = Sources(study, self.additions, features.real, features.synthetic, derived, sites)
+            sources = Sources(study, self.additions, features.real, features.synthetic, derived, sites, further_seeds)
             if self.pools is not None:
                 sources = self.pools.sources(study, self.additions, sites)
         classifier = self._classifier(encoder, features, sources)
@@ -98,7 +106,7 @@ class DownstreamStage:
             return linear_probe_classifier(self.study, features.real, settings.regularisation, settings.seed)
         n_networks = 0
         if sources:
-            n_networks = len(jobs(choose(sources, settings.training_sets)[0], True, settings.cnn.seeds))
+            n_networks = len(jobs(choose(sources, settings.training_sets)[0], sources, True, settings.cnn.seeds))
         return NetworkClassifier(self.study, self.pools, encoder, settings.cnn, n_networks)
 
     def _run_protocol(self, encoder: ImageEncoder, features: Features, classifier: Classifier) -> None:

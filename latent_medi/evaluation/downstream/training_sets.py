@@ -7,16 +7,15 @@ is the table in :mod:`latent_medi.evaluation.downstream.registry`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from latent_medi.evaluation.cohort.combinations import Combination, matches
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
+from latent_medi.statistics.differences import pool_factor
 from latent_medi.statistics.subsampling import balanced_draw, repeated_draw
 
-Drawn = tuple[np.ndarray, np.ndarray]
-"""Features of a pool of patches, [n, d], and the rows drawn from it."""
 DerivedFeatures = dict[str, dict[str, list[np.ndarray | None]]]
 """Features [n, d] of derived patches, by training set, variant and combination."""
 
@@ -32,6 +31,8 @@ class TrainingSet:
         pretraining: Features and labels to train on before these; None trains from scratch.
         distinct: Number of different added patches, by held-out combination.
         n_synthetic: Number of synthetic rows in both parts.
+        pool: See :func:`~latent_medi.statistics.differences.pool_factor`, the largest of all combinations; None where
+            nothing is drawn at random.
     """
 
     features: np.ndarray
@@ -40,6 +41,7 @@ class TrainingSet:
     pretraining: tuple[np.ndarray, np.ndarray] | None = None
     distinct: list[int] = field(default_factory=list)
     n_synthetic: int = 0
+    pool: float | None = None
 
     @property
     def size(self) -> int:
@@ -54,10 +56,12 @@ class DerivedPatches:
     Args:
         images: By variant, uint8 [n, H, W, 3].
         rows: Real row that each patch was computed from, [n].
+        population: Number of patches that could have been computed; infinite where chance changes each.
     """
 
     images: dict[str, np.ndarray]
     rows: np.ndarray
+    population: float
 
 
 @dataclass
@@ -117,6 +121,7 @@ class Sources:
         synthetic: Features of every row of each synthetic set.
         derived: Features of the derived patches; see :meth:`Additions.derived_features`.
         nearest_sites: By combination the most similar site; None where there is none.
+        further_seeds: Features of the study's further synthetic sets, of the same model with other training seeds.
     """
 
     study: Study
@@ -125,11 +130,57 @@ class Sources:
     synthetic: Mapping[str, np.ndarray]
     derived: DerivedFeatures
     nearest_sites: Sequence[str | None]
+    further_seeds: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+
+    def training_seeds(self, name: str) -> int:
+        """Number of training seeds of a synthetic set; 1 for an empty name."""
+        return 1 + len(self.further_seeds.get(name, ()))
+
+    def of_seed(self, name: str, number: int) -> Sources:
+        """The same with the samples of one training seed, counted from 0, in the place of a synthetic set's."""
+        if number == 0:
+            return self
+        samples = self.study.further_seeds[name][number - 1]
+        study = replace(self.study, synthetic={**self.study.synthetic, name: samples})
+        return replace(self, study=study, synthetic={**self.synthetic, name: self.further_seeds[name][number - 1]})
 
     @property
     def labels(self) -> np.ndarray:
         """Class value of each real training patch."""
         return np.asarray(self.study.class_labels[self.study.train])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Patches drawn for one combination.
+
+    Args:
+        features: Of a pool of patches, [n, d].
+        rows: The rows drawn.
+        pool: See :func:`~latent_medi.statistics.differences.pool_factor`; 0 where the pool is all there is, as are the
+            training patches, or the patches of the probe patients.
+    """
+
+    features: np.ndarray
+    rows: np.ndarray
+    pool: float = 0.0
+
+
+@dataclass(frozen=True)
+class Added:
+    """Patches drawn for all combinations.
+
+    Args:
+        features: [n, d].
+        labels: Class value of each, [n].
+        distinct: Number of different ones by combination.
+        pool: The largest of all draws.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    distinct: list[int]
+    pool: float
 
 
 Draw = Callable[[Sources, Request], Drawn | None]
@@ -150,14 +201,13 @@ class Add:
 
     def __call__(self, sources: Sources, synthetic: str, seed: int) -> TrainingSet:
         """The real training patches and the drawn ones."""
-        features, labels, distinct = _drawn(sources, self.draw, seed)
-        return _with_real(sources, features, labels, distinct)
+        return _with_real(sources, _drawn(sources, self.draw, seed))
 
 
 def real_alone(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
     """The real training patches alone."""
-    nothing = np.zeros((0, sources.real.shape[1])), np.zeros(0, str)
-    return _with_real(sources, *nothing, [0] * len(sources.additions.counts))
+    rows = sources.study.train
+    return TrainingSet(sources.real[rows], sources.labels, distinct=[0] * len(sources.additions.counts))
 
 
 def balanced(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
@@ -169,7 +219,7 @@ def balanced(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
 
 def with_synthetic(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
     """The real training patches and patches of a synthetic set."""
-    result = _with_real(sources, *_drawn(sources, draw_synthetic(synthetic), seed))
+    result = _with_real(sources, _drawn(sources, draw_synthetic(synthetic), seed))
     result.n_synthetic = len(result.labels) - len(sources.study.train)
     return result
 
@@ -183,25 +233,26 @@ def synthetic_alone(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
     """
     study = sources.study
     rng = np.random.default_rng([seed, 19])
-    added, added_labels, distinct = _drawn(sources, draw_synthetic(synthetic), seed)
+    added = _drawn(sources, draw_synthetic(synthetic), seed)
     cells = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str).value_counts()
-    rows, labels = [], []
+    rows, labels, pools = [], [], [added.pool]
     for (value, site), n in sorted(cells.items()):
         pool = synthetic_rows(study.synthetic[synthetic], {study.class_field: value, study.site_field: site})
         if not len(pool):
             pool = synthetic_rows(study.synthetic[synthetic], {study.class_field: value})
         rows.append(repeated_draw(pool, int(n), rng))
         labels.append(np.full(len(rows[-1]), value))
-    features = np.concatenate([sources.synthetic[synthetic][np.concatenate(rows)], added])
-    every = np.concatenate([*labels, added_labels])
-    return TrainingSet(features, every, distinct=distinct, n_synthetic=len(every))
+        pools.append(pool_factor(int(n), len(pool)))
+    features = np.concatenate([sources.synthetic[synthetic][np.concatenate(rows)], added.features])
+    every = np.concatenate([*labels, added.labels])
+    return TrainingSet(features, every, distinct=added.distinct, n_synthetic=len(every), pool=max(pools))
 
 
 def pretrained_on_synthetic(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
     """The patches of :func:`synthetic_alone` for pre-training, then the real training patches."""
     first = synthetic_alone(sources, synthetic, seed)
     real = sources.real[sources.study.train]
-    return TrainingSet(real, sources.labels, None, (first.features, first.labels), first.distinct, first.n_synthetic)
+    return replace(first, features=real, labels=sources.labels, pretraining=(first.features, first.labels))
 
 
 WITHOUT_DRAW: tuple[Build, ...] = (real_alone, balanced)
@@ -216,11 +267,12 @@ def draw_synthetic(name: str) -> Draw:
     """
 
     def draw(sources: Sources, request: Request) -> Drawn:
-        rows = synthetic_rows(sources.study.synthetic[name], request.combination)
-        unused = np.array([row for row in rows if row not in request.used], dtype=int)
-        rows = repeated_draw(unused if len(unused) >= request.n else rows, request.n, request.rng)
+        pool = synthetic_rows(sources.study.synthetic[name], request.combination)
+        unused = np.array([row for row in pool if row not in request.used], dtype=int)
+        taken = len(pool) - len(unused) + request.n
+        rows = repeated_draw(unused if len(unused) >= request.n else pool, request.n, request.rng)
         request.used.update(rows.tolist())
-        return sources.synthetic[name], rows
+        return Drawn(sources.synthetic[name], rows, pool_factor(taken, len(pool)))
 
     return draw
 
@@ -229,29 +281,32 @@ def draw_of_class(sources: Sources, request: Request) -> Drawn:
     """Real training patches of the combination's class, sites in equal parts."""
     study = sources.study
     own = study.rows_of(study.train, {study.class_field: request.combination[study.class_field]})
-    return sources.real, own[balanced_draw(study.site_labels[own], request.n, request.rng)] if len(own) else own
+    rows = own[balanced_draw(study.site_labels[own], request.n, request.rng)] if len(own) else own
+    return Drawn(sources.real, rows)
 
 
-def _drawn(sources: Sources, draw: Draw, seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Features and labels of the patches drawn for every combination, and how many of each combination's differ."""
+def _drawn(sources: Sources, draw: Draw, seed: int) -> Added:
+    """The patches drawn for every combination."""
     rng = np.random.default_rng([seed, 5])
     used: dict[str, set[int]] = {}
-    parts, labels, distinct = [np.zeros((0, sources.real.shape[1]))], [np.zeros(0, str)], []
+    parts, labels, distinct, pools = [np.zeros((0, sources.real.shape[1]))], [np.zeros(0, str)], [], [0.0]
     for i, (combination, n) in enumerate(zip(sources.additions.combinations, sources.additions.counts, strict=True)):
         value = combination[sources.study.class_field]
         request = Request(i, combination, n, rng, used.setdefault(value, set()))
-        features, rows = draw(sources, request) or draw_of_class(sources, request)
-        parts.append(features[rows])
-        labels.append(np.full(len(rows), value))
-        distinct.append(len(np.unique(rows)))
-    return np.concatenate(parts), np.concatenate(labels), distinct
+        found = draw(sources, request) or draw_of_class(sources, request)
+        parts.append(found.features[found.rows])
+        labels.append(np.full(len(found.rows), value))
+        distinct.append(len(np.unique(found.rows)))
+        pools.append(found.pool)
+    return Added(np.concatenate(parts), np.concatenate(labels), distinct, max(pools))
 
 
-def _with_real(sources: Sources, features: np.ndarray, labels: np.ndarray, distinct: list[int]) -> TrainingSet:
+def _with_real(sources: Sources, added: Added) -> TrainingSet:
     return TrainingSet(
-        np.concatenate([sources.real[sources.study.train], features]),
-        np.concatenate([sources.labels, labels]),
-        distinct=distinct,
+        np.concatenate([sources.real[sources.study.train], added.features]),
+        np.concatenate([sources.labels, added.labels]),
+        distinct=added.distinct,
+        pool=added.pool,
     )
 
 

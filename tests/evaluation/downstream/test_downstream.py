@@ -22,6 +22,10 @@ from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary import headline
 from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.statistics.differences import Draws
+
+ONCE = Draws(None, [0])
+"""One repeat of something that does not depend on chance."""
 
 
 def _hand_study() -> Study:
@@ -38,7 +42,7 @@ def _hand_study() -> Study:
 def test_accuracy_shift_by_hand() -> None:
     scorer = Scorer(_hand_study(), [{"class": "b", "site": "t"}])
     predicted = np.array([["a", "b", "b", "a", "b", "a", "a", "b", "b"]])
-    result = scorer.accuracies(predicted)
+    result = scorer.accuracies(scorer.scored(predicted, ONCE))
     # Site t only. Class a: patient 1 has 1/3, patient 2 has 1 -> 2/3.
     # Class b: patient 3 has 1/2, patient 1 has 0 -> 1/4.
     assert result.accuracy_shift.value == pytest.approx((2 / 3 + 1 / 4) / 2)
@@ -49,7 +53,7 @@ def test_accuracy_shift_by_hand() -> None:
     assert result.accuracy_in_distribution.value == pytest.approx((0 + 1) / 2)
     assert result.accuracy_seen.value == pytest.approx(((1 / 3 + 1 + 0) / 3 + 1) / 2)
     assert result.accuracy_unseen.value == pytest.approx(1 / 4)
-    (scores,) = scorer.by_combination(predicted)
+    (scores,) = scorer.by_combination(predicted, ONCE)
     assert scores.recall.value == pytest.approx(1 / 4)
     # Of class a at site t: patient 1 is called b in 2/3, patient 2 never.
     assert scores.false_positive_rate.value == pytest.approx((2 / 3 + 0) / 2)
@@ -58,10 +62,10 @@ def test_accuracy_shift_by_hand() -> None:
 def test_a_gain_in_recall_alone_is_no_headline() -> None:
     scorer = Scorer(_hand_study(), [{"class": "b", "site": "t"}])
     always = np.full((1, 9), "b")
-    (scores,) = scorer.by_combination(always)
+    (scores,) = scorer.by_combination(always, ONCE)
     assert scores.recall.value == 1.0
     assert scores.false_positive_rate.value == 1.0
-    assert scorer.accuracies(always).accuracy_shift.value == 0.5
+    assert scorer.accuracies(scorer.scored(always, ONCE)).accuracy_shift.value == 0.5
 
 
 def test_planted_cohort(results: Metrics) -> None:

@@ -137,7 +137,7 @@ def test_a_synthetic_set_without_a_class_cannot_be_the_only_source(world: World)
 def first_of_class(sources: Sources, request: Request) -> Drawn:
     """A baseline that repeats the first training patch of the class."""
     own = np.flatnonzero(sources.labels == request.combination["class"])
-    return sources.real, np.repeat(sources.study.train[own[:1]], request.n)
+    return Drawn(sources.real, np.repeat(sources.study.train[own[:1]], request.n))
 
 
 def test_a_new_baseline_is_one_entry_and_one_function(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
