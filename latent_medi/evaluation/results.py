@@ -19,7 +19,7 @@ from latent_medi.evaluation.provenance import EncoderRecord, RealDataset, RunRec
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.summary_records import Headline
 
-METRICS_VERSION = 2
+METRICS_VERSION = 3
 _AGAIN = "Run `latent-medi evaluate` again."
 
 

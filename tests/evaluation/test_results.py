@@ -62,7 +62,9 @@ def test_a_missing_field_is_named(metrics: dict[str, Any]) -> None:
         metrics_of(changed)
 
 
-@pytest.mark.parametrize(("version", "remedy"), [(1, "feature cache"), (METRICS_VERSION + 1, "Update latent-medi")])
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(1, "feature cache"), (2, "feature cache"), (METRICS_VERSION + 1, "Update latent-medi")]
+)
 def test_other_versions_are_refused_with_the_remedy(metrics: dict[str, Any], version: int, remedy: str) -> None:
     with pytest.raises(UserError, match=f"metrics_version {version}.*\n?.*{remedy}"):
         metrics_of(metrics | {"metrics_version": version})
