@@ -83,7 +83,8 @@ class ClassificationScores:
         site_averaged_accuracy: Mean over sites of the balanced accuracy over the classes there.
         mcc: Matthews' correlation, −1 to 1.
         auroc: One class versus one other, mean over pairs (Hand & Till 2001).
-        ece: Expected calibration error of the most probable class, 15 bins of equal width.
+        ece: Expected calibration error of the most probable class, 15 bins of equal width. Chance raises it where units
+            are few, and its interval does not allow for that.
         brier: Squared error summed over classes, 0 to 2.
         worst_group: Accuracy in the worst class × site group.
     """
