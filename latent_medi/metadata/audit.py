@@ -123,10 +123,11 @@ def _association(index: pd.DataFrame, schema: Schema, class_name: str, names: Se
                 f"Check that {name} is categorical and {class_name} is the class. Leave fields out, or merge rare "
                 "values.",
             )
+    pairs = {name: index[["patient", class_name, name]].drop_duplicates() for name in others}  # few rows of many
     return {
         "class_by": {name: records(count_combinations(index, [class_name, name])) for name in others},
-        "cramers_v": {name: cramers_v(index, class_name, name) for name in others},
-        "repeats_class": {name: by for name in others if (by := repeats_class(index, class_name, name))},
+        "cramers_v": {name: cramers_v(pairs[name], class_name, name) for name in others},
+        "repeats_class": {name: by for name in others if (by := repeats_class(pairs[name], class_name, name))},
         "class_separation": {
             name: class_separation(index, class_name, name)
             for name in (f.name for f in schema.fields if f.continuous and class_name)
