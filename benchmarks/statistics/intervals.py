@@ -26,6 +26,8 @@ from latent_medi.statistics.left_out import Score
 RESAMPLES = 200
 PATIENTS = (10, 14, 28)
 ACCURACIES = (0.74, 0.92)
+EXTREME = (0.97, 0.99)
+"""Accuracies without a bound: of few patients who are nearly all right, little can be known."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class World:
         return f"{self.classes} classes, correlation {self.correlation:g}, {self.patches} patches"
 
 
+ANY = (0.0, 1.0)
 WORLDS = (World(2, 0.1, 5), World(2, 0.3, 30), World(3, 0.3, 5), World(4, 0.1, 30))
 
 
@@ -77,7 +80,8 @@ class Lines:
         def text(found: list[Coverage]) -> str:
             return ", ".join(f"{one.share:.3f}" for one in found) or "–"
 
-        self.rows.append(f"| {name} | {text(before)} | {text(now)} | {low:g} to {high:g} |")
+        bound = "–" if (low, high) == ANY else f"{low:g} to {high:g}"
+        self.rows.append(f"| {name} | {text(before)} | {text(now)} | {bound} |")
         if any(one.share < low - 2 * one.error or one.share > high + 2 * one.error for one in now):
             self.missed.append(name)
         print(self.rows[-1], flush=True)
@@ -206,6 +210,11 @@ def main() -> int:
                 lines.add(f"{name} {of}", before, now, *bounds)
             found = [areas(world, n, accuracy, replicates, seed) for world in WORLDS[:3]]
             lines.add(f"AUROC {of}", [a for a, _ in found if a.n], [b for _, b in found], *bounds)
+    for accuracy in EXTREME:
+        for n in (PATIENTS[0], PATIENTS[-1]):
+            pairs = [accuracies(world, n, accuracy, replicates, seed)[0] for world in WORLDS]
+            name = f"balanced accuracy of {accuracy:g}, {n} patients per class"
+            lines.add(name, [before for before, _ in pairs], [now for _, now in pairs], *ANY)
     for name, (chances, sizes) in SHARES.items():
         before, now = shares(chances, sizes, replicates, seed)
         lines.add(f"mean of shares: {name}", [before], [now], 0.93, 1.0)
