@@ -10,8 +10,8 @@ accuracy of 0.03, 0.05 or 0.10. The classifier is a ridge regression in
 closed form in place of the logistic regression, which is too slow for this many fits.
 Estimates, intervals and the verdict are the product's own functions.
 
-Three rules judge the same worlds. "before": the candidate is one set of samples, used whole in each of five repeats;
-stain transfer is the better of its variants on the test patients; intervals are percentiles of 200 patient
+Three rules are applied to the same worlds. "before": the candidate is one set of samples, used whole in each of five
+repeats; stain transfer is the better of its variants on the test patients; intervals are percentiles of 200 patient
 resamples; a candidate ahead of all is at least "may be useful". "now": ten draws of half of a pool on either side,
 variants chosen on other patients, the jackknife over patients and the variance over draws. "oracle": the same
 difference with its true standard error and the normal distribution.
@@ -147,7 +147,7 @@ def balanced(right: np.ndarray) -> np.ndarray:
     return right.mean(axis=(-1, -2))
 
 
-def judged(first: np.ndarray, second: np.ndarray, pools: tuple[float | None, float | None]) -> Difference:
+def compared(first: np.ndarray, second: np.ndarray, pools: tuple[float | None, float | None]) -> Difference:
     """The product's difference of two training sets, from the patients' accuracies by repeat, [R, 2, P] each."""
     n = first.shape[-1]
     scored = [
@@ -158,7 +158,7 @@ def judged(first: np.ndarray, second: np.ndarray, pools: tuple[float | None, flo
 
 
 def cross_fit(variants: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Each fold's patients judged by the variant that is best on all others: [V, B, R, 2, P] to [B, R, 2, P]."""
+    """Each fold's patients classified by the variant that is best on all others: [V, B, R, 2, P] to [B, R, 2, P]."""
     result = np.empty(variants.shape[1:])
     for fold in range(FOLDS):
         keep = folds != fold
@@ -202,18 +202,18 @@ def simulate(ridge: Ridge, gain: float, n: int, replicates: int, seed: int) -> C
     for _ in range(0, replicates, CHUNK):
         test = np.stack([patches(MEANS[k, 2], (CHUNK, n), rng) for k in (0, 1)], axis=1)
 
-        def arm(samples: np.ndarray, test: np.ndarray = test) -> np.ndarray:
+        def right(samples: np.ndarray, test: np.ndarray = test) -> np.ndarray:
             return ridge.right(ridge.fit(samples), test)
 
         real = ridge.right(np.broadcast_to(ridge.fit(None), (CHUNK, 1, 3)), test)
-        candidate = arm(repeats_of(off, 2 * ADDED, REPEATS, CHUNK, rng))
-        transfer = cross_fit(np.stack([arm(x) for x in two_variants(2 * ADDED, REPEATS, CHUNK, rng)]), folds)
-        whole = arm(repeats_of(off, ADDED, 1, CHUNK, rng))
-        variants = np.stack([arm(x) for x in two_variants(ADDED * 3 // 2, 5, CHUNK, rng)])
+        candidate = right(repeats_of(off, 2 * ADDED, REPEATS, CHUNK, rng))
+        transfer = cross_fit(np.stack([right(x) for x in two_variants(2 * ADDED, REPEATS, CHUNK, rng)]), folds)
+        whole = right(repeats_of(off, ADDED, 1, CHUNK, rng))
+        variants = np.stack([right(x) for x in two_variants(ADDED * 3 // 2, 5, CHUNK, rng)])
         better = variants.mean(axis=(2, 3, 4)).argmax(axis=0)
         for b in range(CHUNK):
-            found = judged(candidate[b], transfer[b], (half, half))
-            said = answer([found, judged(candidate[b], real[b], (half, None))])
+            found = compared(candidate[b], transfer[b], (half, half))
+            said = answer([found, compared(candidate[b], real[b], (half, None))])
             values.append(found.value or 0.0)
             before = whole[b].mean(axis=0) - variants[better[b], b].mean(axis=0)
             from_real = whole[b].mean(axis=0) - real[b].mean(axis=0)

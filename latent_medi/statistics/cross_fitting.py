@@ -1,4 +1,4 @@
-"""A choice between variants that is made on other patients than those that judge it."""
+"""A choice between variants that is made on other patients than those that it is scored on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def patient_folds(patients: np.ndarray, strata: np.ndarray, seed: int, folds: in
     Args:
         patients: Patient of each row, [n].
         strata: Stratum of each row, such as its class and site, [n]; a patient's first row counts.
-        seed: Seed of the order in which patients are dealt out.
+        seed: Seed of the random order in which patients join the folds in turn.
         folds: Number of folds; at most as many as there are patients.
     """
     names, first, codes = np.unique(patients, return_index=True, return_inverse=True)

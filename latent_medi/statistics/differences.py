@@ -184,7 +184,7 @@ def difference(
 ) -> Difference:
     """The difference first − second of a score, with its intervals over patients and draws.
 
-    The variance over patients is paired: each patient is judged with both.
+    The variance over patients is paired: each patient is classified with both.
 
     Args:
         first, second: The score of the two training sets, for the same patients in the same order.

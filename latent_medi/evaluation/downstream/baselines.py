@@ -1,7 +1,7 @@
 """Baselines that need no generator: repeated patches, stain augmentation, stain transfer, patches of the nearest site.
 
 Each baseline gets every advantage: stain statistics come from classes that both sites share, in equal parts, and of
-several variants each test patient is judged by the one that is best on other test patients.
+several variants each test patient is classified by the one that is best on other test patients.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 The score that counts, ``accuracy_shift``, is the balanced accuracy over all classes of the test patches from sites that
 have a held-out combination, averaged over patients first. Where a training set has several variants, such as two
-methods of stain transfer, the test patients are dealt into five folds: each fold is judged by the variant with the best
-``accuracy_shift`` on the patients of the other four, so that nobody takes part in the choice that he is judged by.
+methods of stain transfer, the test patients are divided into five folds: each fold is classified by the variant with
+the best ``accuracy_shift`` on the patients of the other four, so that nobody takes part in the choice of a variant for
+himself.
 """
 
 from __future__ import annotations
@@ -205,9 +206,9 @@ def _score(
         for v, mask in masks.items():
             predicted[:, mask] = variants[v][:, mask]
             probabilities[mask] = np.mean([run.prediction.probabilities[mask] for run in found[v]], axis=0)
-        judged = {v: len(np.unique(folds[mask])) for v, mask in masks.items()}
-        best = max(judged, key=lambda variant: judged[variant])
-        pools = [own[0].pool for v, own in found.items() if judged[v] and own[0].pool is not None]
+        folds_of = {v: len(np.unique(folds[mask])) for v, mask in masks.items()}
+        best = max(folds_of, key=lambda variant: folds_of[variant])
+        pools = [own[0].pool for v, own in found.items() if folds_of[v] and own[0].pool is not None]
         seeds = sources.training_seeds(entry.synthetic)
         draws = Draws(max(pools, default=None), [r % seeds for r in range(repeats)])
         scored = scorer.scored(predicted, draws)
@@ -223,7 +224,7 @@ def _score(
             scores=units.score(probabilities),
             role=entry.role(study.roles),
             variant=best,
-            folds=judged,
+            folds=folds_of,
             variants={v: scorer.accuracy_shift(one) for v, one in variants.items()},
             repeats=repeats,
             training_seeds=seeds,

@@ -152,7 +152,7 @@ class TrainingSetResult(Accuracies):
         scores: Scores of the mean class probabilities.
         role: Role of the training set.
         variant: The variant of most folds.
-        folds: By variant the number of folds of test patients that it judges: those for which it has the best
+        folds: By variant the number of folds of test patients that it classifies: those for which it has the best
             ``accuracy_shift`` on the patients of all other folds. All scores are of these predictions.
         variants: ``accuracy_shift`` by variant.
         repeats: Draws of added patches, or seeds of the network.

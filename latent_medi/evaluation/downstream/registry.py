@@ -59,8 +59,8 @@ class TrainingSetKind:
         name: Name of the training set; "{}" stands for the name of a synthetic set.
         role: Role; "candidate" also stands for the baselines among the synthetic sets.
         label: Name in figures and tables; "{}" as in ``name``.
-        variants: How each variant is built. Of several, each test patient is judged by the one that is best on other
-            test patients.
+        variants: How each variant is built. Of several, each test patient is classified by the one that is best on
+            other test patients.
         derive: Computes patches from real ones, given cohort, combination, number, seed and σ of the stain; None if
             nothing is computed.
         unavailable: Gives the reason why it cannot be built, given the sources and the name of a synthetic set; empty

@@ -55,7 +55,7 @@ def test_pairs_lead_to_their_patches(study: Study, pools: PatchPools) -> None:
     assert images[3].shape == (32, 32, 3)
     sources = pools.sources(study, plan_additions(study, 6, 0, 0.2), [None] * 3)
     chosen, _ = choose(sources, ["real", "reweight", "oversample"])
-    assert len(jobs(chosen, True, 2)) == 6  # reweighting is also a variant of oversampling, and trained once
+    assert len(jobs(chosen, sources, True, 2)) == 6  # reweighting is also a variant of oversampling, and trained once
 
 
 def test_a_seed_gives_one_network(study: Study, pools: PatchPools) -> None:
