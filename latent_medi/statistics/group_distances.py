@@ -1,6 +1,6 @@
 """How far samples are from real patches, on the scale of how far real patches are from each other.
 
-A kernel distance has no scale of its own: it depends on the encoder. Here it is read beside the distances of groups of
+A kernel distance has no scale of its own: it depends on the encoder. Here it is read next to the distances of groups of
 real patches, such as class × site, to all other real patches.
 """
 
