@@ -29,7 +29,7 @@ from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.downstream.records import Protocols
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
-from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range
+from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range, tissue
 from latent_medi.evaluation.fidelity.distance_to_real import Features
 from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity
 from latent_medi.evaluation.provenance import (
@@ -42,7 +42,7 @@ from latent_medi.evaluation.provenance import (
 )
 from latent_medi.evaluation.results import Metrics, read_metrics, write_metrics
 from latent_medi.evaluation.settings import EvaluateSettings
-from latent_medi.evaluation.summary import headline, verdict
+from latent_medi.evaluation.summary import headline
 from latent_medi.features.cache import cached_features, content_hash, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.launch import make_accelerator
@@ -179,8 +179,7 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         write_for_people(pd.concat(stage.tables), out / "predictions.csv")
     metrics.seconds.update(clock.seconds)
     metrics = replace(metrics, downstream=stage.results, protocols=stage.protocols)
-    record = headline(metrics)
-    metrics = replace(metrics, headline=record, verdict=verdict(record))
+    metrics = replace(metrics, headline=headline(metrics))
     every = [*study.synthetic.values(), *(s for sets in study.further_seeds.values() for s in sets)]
     folders = [study.real.folder, *(s.dataset.folder for s in every), Path.home(), Path.cwd()]
     write_metrics(out / "metrics.json", metrics, folders)
@@ -230,7 +229,6 @@ def _begun(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncod
         warnings=[*study.warnings, *thin_support(study, settings.downstream)],
         seconds={},
         headline=None,
-        verdict="",
     )
 
 
@@ -253,6 +251,7 @@ def _fidelity(
         by_fields={name: table(chosen) for name, chosen in comparisons.by_fields.items()},
         whole=table([comparisons.whole]),
         overall=distance_to_real.overall(study, features, comparisons.whole, settings.seed),
+        tissue=tissue.tissue_distances(study, features, comparisons.unseen, settings.seed),
         real_splits=ranges,
     )
 

@@ -43,8 +43,7 @@ class Metrics:
         notes: What a reader must know about the cohort.
         warnings: What the verdict must not be read without.
         seconds: Duration by stage.
-        headline: The few numbers that matter.
-        verdict: One sentence.
+        headline: The few numbers that matter, and the verdict.
     """
 
     run: RunRecord
@@ -63,7 +62,6 @@ class Metrics:
     warnings: list[str]
     seconds: dict[str, float]
     headline: Headline | None
-    verdict: str
 
     @property
     def roles(self) -> Roles:
@@ -115,7 +113,7 @@ def metrics_of(content: Mapping[str, Any], where: str | Path = "The metrics") ->
         UserError: Of another version, or a field is missing, unknown or of another type.
     """
     version = content.get("metrics_version")
-    if not isinstance(version, int) or not {"dataset", "encoders", "headline", "verdict"} <= content.keys():
+    if not isinstance(version, int) or not {"dataset", "encoders", "headline"} <= content.keys():
         raise UserError(f"{where}: these are not an evaluation's metrics.", f"Give a metrics.json. {_AGAIN}")
     if version < METRICS_VERSION:
         raise UserError(

@@ -1,8 +1,8 @@
-"""The summary of an evaluation: as a record, as a table for the terminal, and the verdict as a sentence."""
+"""The summary of an evaluation: as a record, and as a table for the terminal with the verdict last."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from latent_medi.core.records import encode
@@ -11,13 +11,13 @@ from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.records import Downstream
 from latent_medi.evaluation.downstream.registry import (
     KINDS,
-    TrainingSetKind,
     baseline_kinds,
     label_of,
     names_of,
     summarised,
 )
 from latent_medi.evaluation.fidelity.records import DistanceTable
+from latent_medi.evaluation.no_verdict import as_difference, no_verdict_reasons
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary_records import (
     FurtherTrainingSet,
@@ -25,8 +25,9 @@ from latent_medi.evaluation.summary_records import (
     SummaryDifference,
     SummaryDistances,
     SummaryRecovery,
+    SummaryVariety,
 )
-from latent_medi.statistics.intervals import Interval
+from latent_medi.evaluation.verdict import Evidence, Verdict, verdict
 
 CLASSIFIERS = {"linear": "a linear probe", "cnn": "a small network"}
 ACCURACIES = ("accuracy_shift", "accuracy_in_distribution", "accuracy_seen", "accuracy_unseen")
@@ -34,7 +35,7 @@ _COLOUR_FREE = ":haematoxylin"
 
 
 def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> Headline:
-    """The summary of an evaluation; its own summary and verdict are not read.
+    """The summary of an evaluation with its verdict; its own summary is not read.
 
     Args:
         metrics: The evaluation.
@@ -80,7 +81,9 @@ def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> He
         encoder=encoder,
         classifier=CLASSIFIERS[downstream.classifier.kind if downstream else "linear"],
         seconds=dict(seconds or {}) | total,
-        warnings=[*metrics.warnings, *_not_recovered(metrics, encoder, roles, recoveries)],
+        warnings=list(metrics.warnings),
+        variety=_variety(metrics, encoder, roles),
+        verdict=_verdict(metrics, encoder),
     )
 
 
@@ -104,6 +107,8 @@ def headline_json(record: Headline) -> dict[str, Any]:
     recoveries = {"site": record.recovery_site, "class": record.recovery_class}
     content["recovery_unseen"] = {key: recovery.found for key, recovery in recoveries.items()}
     content["recovery_ceiling"] = {key: recovery.real for key, recovery in recoveries.items()}
+    content["variety"] = record.variety
+    content["verdict"] = record.verdict
     content["n"] = {"test_patches": record.n_test_patches, "test_patients": record.n_test_patients}
     content |= {name: getattr(record, name) for name in ("encoder", "classifier", "seconds", "warnings")}
     encoded: dict[str, Any] = encode(content)
@@ -139,95 +144,35 @@ def _recovery(metrics: Metrics, encoder: str, roles: Roles, field: str) -> Summa
     return SummaryRecovery(found.value if found else None, record.real.value)
 
 
-def _not_recovered(metrics: Metrics, encoder: str, roles: Roles, recoveries: Sequence[SummaryRecovery]) -> list[str]:
-    """What the candidate's samples do not show although the linear probe finds it in real patches: where less than half
-    of the way from chance to real patches is found.
-    """
-    texts = []
-    for key, recovery in zip(("site", "class"), recoveries, strict=True):
-        if recovery.found is None or recovery.real is None:
-            continue
-        name = metrics.dataset.site_field if key == "site" else metrics.dataset.class_field
-        chance = metrics.adherence[encoder].fields[name].chance
-        # A linear probe that hardly finds it in real patches says nothing.
-        if recovery.real - chance < 0.1 or recovery.found >= (chance + recovery.real) / 2:
-            continue
-        texts.append(
-            f"{label_of(roles.candidate)}'s samples of unseen combinations show the requested {key} in "
-            f"{recovery.found:.0%}, real patches in {recovery.real:.0%}. Whatever the samples do to a classifier, they "
-            "are not of the combinations that they are named after."
-        )
-    return texts
+def _variety(metrics: Metrics, encoder: str, roles: Roles) -> SummaryVariety:
+    overall = metrics.fidelity[encoder].overall if encoder in metrics.fidelity else {}
+    found, real = overall.get(roles.candidate), overall.get(REAL)
+    return SummaryVariety(
+        recall=found.recall if found else None,
+        recall_real=real.recall if real else None,
+        coverage=found.coverage if found else None,
+        coverage_real=real.coverage if real else None,
+    )
 
 
-def useful(record: Headline) -> bool | None:
-    """Whether the candidate beats every baseline without a generator that was compared.
-
-    None if that is unknown: without a comparison, and without a decisive baseline (stain transfer, which costs
-    nothing), unless another baseline is as good already.
-    """
-    score, baselines = record.accuracy_shift.get(record.candidate), _baselines(record)
-    if score is None or not baselines:
-        return None
-    beaten = all(score > value for _, value, _ in baselines)
-    return None if beaten and not _decisive(baselines) else beaten
-
-
-Compared = list[tuple[TrainingSetKind, float, Interval]]
-
-
-def _baselines(record: Headline) -> Compared:
-    """The baselines that were compared: accuracy under shift, and interval of the candidate's difference from it."""
-    found: Compared = []
-    for kind in baseline_kinds():
-        if kind.name in record.further:
-            value, difference = record.further[kind.name].accuracy_shift, record.further[kind.name].difference
-        else:
-            value = record.accuracy_shift.get(kind.name)
-            difference = record.accuracy_shift_difference.get(kind.name, SummaryDifference(None, None))
-        if value is not None:
-            found.append((kind, value, difference.interval))
-    return found
-
-
-def _decisive(baselines: Compared) -> bool:
-    tried = {kind.name for kind, _, _ in baselines}
-    return all(kind.name in tried for kind in KINDS if kind.decisive)
-
-
-def verdict(record: Headline) -> str:
-    """One sentence: whether the candidate is useful, which takes beating the baselines without a generator."""
-    name, score = label_of(record.candidate), record.accuracy_shift.get(record.candidate)
-    baselines = _baselines(record)
-    if score is None or not baselines:
-        return f"Whether {name} is useful cannot be said: there is no downstream comparison with its samples."
-    lead, best, interval = next((b for b in baselines if b[0].decisive), max(baselines, key=lambda b: b[1]))
-    start = f"accuracy under shift is {score:.3f}, {score - best:+.3f} against {lead.phrase}{_interval(interval)}"
-    answer = useful(record)
-    if answer is None:
-        missing = _list([kind.phrase for kind in KINDS if kind.decisive])
-        return f"Whether {name} is useful cannot be said, since {missing} was not tried: {start}."
-    if not answer:
-        ahead = [kind.phrase for kind, value, _ in baselines if value >= score]
-        verb = "does" if len(ahead) == 1 else "do"
-        return f"{name} is not useful here: {start}; {_list(ahead)} {verb} at least as well."
-    chance = [kind.phrase for kind, _, bounds in baselines if not (isinstance(bounds, tuple) and bounds[0] > 0)]
-    word = "is useful here"
-    if chance:
-        word = "may be useful here, though the evidence does not exclude chance"
-        if chance != [lead.phrase]:
-            word += f" against {_list(chance)}"
-    return f"{name} {word}: {start}."
-
-
-def _interval(bounds: Interval) -> str:
-    if isinstance(bounds, tuple):
-        return f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
-    return f" (interval {bounds})" if bounds else ""
-
-
-def _list(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+def _verdict(metrics: Metrics, encoder: str) -> Verdict:
+    """The verdict on the candidate, in one encoder's features."""
+    candidate, downstream = metrics.roles.candidate, metrics.downstream.get(encoder)
+    found = downstream.differences.get(candidate, {}) if downstream else {}
+    compared = [kind for kind in baseline_kinds() if kind.name in found]
+    # Of those compared a decisive one is shown first, then the best.
+    compared.sort(key=lambda kind: (not kind.decisive, found[kind.name].accuracy_shift.value or 0.0))
+    differences = {kind.phrase: as_difference(found[kind.name].accuracy_shift) for kind in compared}
+    differences = {name: difference for name, difference in differences.items() if difference.value is not None}
+    result = downstream.training_sets.get(candidate) if downstream else None
+    evidence = Evidence(
+        candidate=label_of(candidate),
+        score=result.accuracy_shift.value if result else None,
+        differences=differences,
+        missing=[kind.phrase for kind in KINDS if kind.decisive and kind.phrase not in differences],
+        reasons=no_verdict_reasons(metrics, encoder, differences),
+    )
+    return verdict(evidence)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -263,7 +208,7 @@ def headline_text(record: Headline) -> str:
     lines.append(f"  ratio = ({names[0]} − real) / ({names[1]} − real): 0 is real, 1 is no better than {names[1]}")
     lines += _accuracies(record) + _recoveries(record)
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record.seconds.items())
-    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record.warnings), verdict(record)]
+    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record.warnings), record.verdict.sentence]
     return "\n".join(lines)
 
 
@@ -285,6 +230,11 @@ def _recoveries(record: Headline) -> list[str]:
     rows = {"site": record.recovery_site, "class": record.recovery_class}
     if all(row.real is None for row in rows.values()):
         return []
-    lines = ["", f"Requested value found in {label_of(record.candidate)}'s samples of unseen combinations"]
+    lines = ["", f"Requested value found in {label_of(record.candidate)}'s samples of unseen combinations, and variety"]
     lines.append(f"  {'':<32}{'samples':>10}{'real':>10}")
-    return lines + [f"  {key:<32}{_number(row.found):>10}{_number(row.real):>10}" for key, row in rows.items()]
+    variety = record.variety
+    numbers = {f"{key} found": (row.found, row.real) for key, row in rows.items()} | {
+        "recall, all patches": (variety.recall, variety.recall_real),
+        "coverage, all patches": (variety.coverage, variety.coverage_real),
+    }
+    return lines + [f"  {key:<32}{_number(a):>10}{_number(b):>10}" for key, (a, b) in numbers.items()]

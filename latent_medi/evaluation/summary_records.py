@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from latent_medi.evaluation.verdict import Verdict
 from latent_medi.statistics.intervals import Interval
 
 
@@ -69,6 +70,22 @@ class SummaryRecovery:
 
 
 @dataclass(frozen=True)
+class SummaryVariety:
+    """Variety of the candidate's samples and of real patches of other patients, over all patches together: samples that
+    all look alike may show the requested value more often than real patches do. What is not available is null.
+
+    Args:
+        recall, recall_real: Share of real test patches that lie among the samples, or among the other real patches.
+        coverage, coverage_real: Share of real test patches that have one of them near.
+    """
+
+    recall: float | None
+    recall_real: float | None
+    coverage: float | None
+    coverage_real: float | None
+
+
+@dataclass(frozen=True)
 class Headline:
     """The few numbers that matter, with the first encoder.
 
@@ -87,6 +104,8 @@ class Headline:
         classifier: The downstream classifier in words.
         seconds: Duration by stage.
         warnings: What the verdict must not be read without.
+        variety: Variety of the candidate's samples.
+        verdict: The verdict.
     """
 
     candidate: str
@@ -108,3 +127,5 @@ class Headline:
     classifier: str
     seconds: dict[str, float]
     warnings: list[str]
+    variety: SummaryVariety
+    verdict: Verdict

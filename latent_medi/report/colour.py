@@ -34,7 +34,7 @@ class ColourTable:
     Args:
         encoder: Its name.
         rows: The numbers.
-        sentence: What of the gains is left without colour.
+        sentence: What of the gains is left without colour; empty where the verdict says of no gain.
     """
 
     encoder: str
@@ -64,7 +64,8 @@ def colour_table(metrics: Metrics) -> ColourTable | None:
     ]
     rows = [row for row in rows if row.colour or row.without]
     first = next((kind for kind in baselines if _gain(metrics, plain, kind)[0]), REAL)
-    return ColourTable(plain, rows, sentence(metrics, plain, first)) if rows else None
+    gained = metrics.headline is not None and metrics.headline.verdict.answer in ("useful", "may be useful")
+    return ColourTable(plain, rows, sentence(metrics, plain, first) if gained else "") if rows else None
 
 
 def sentence(metrics: Metrics, encoder: str, baseline: TrainingSetKind) -> str:

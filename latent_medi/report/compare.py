@@ -130,7 +130,7 @@ def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str
         .render(
             title=title or "Comparison of evaluations",
             names=names,
-            verdicts=[(n, m.verdict) for n, m in zip(names, runs, strict=True)],
+            verdicts=[(n, m.headline.verdict) for n, m in zip(names, runs, strict=True) if m.headline],
             tables=tables,
             warnings=_warnings(runs, names, tables),
             figures=_figures(runs, names),

@@ -191,7 +191,6 @@ def render_report(
         metrics=content,
         settings=encode(content.settings),
         headline=content.headline,
-        verdict=content.verdict,
         sections=list(sections),
         colour=colour_table(content),
         encoders=[_encoder(content, name, sections, *opened) for name in content.encoders],

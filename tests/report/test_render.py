@@ -88,7 +88,7 @@ def test_images_are_images_and_described(page_text: str) -> None:
 
 def test_the_verdict_comes_first_and_numbers_are_those_of_the_file(page_text: str, evaluated: dict[str, Any]) -> None:
     text = " ".join(_Page(page_text).text.split())
-    assert text.index(evaluated["verdict"]) < text.index("Table 1.")
+    assert text.index(evaluated["headline"]["verdict"]["sentence"]) < text.index("Table 1.")
     for arm in ("medi", "stain_transfer", "oracle"):
         assert f"{evaluated['headline']['accuracy_shift'][arm]:.3f}" in text
     assert evaluated["run"]["command"] in text
@@ -162,6 +162,21 @@ def test_what_survives_without_colour_in_words(
     for name, value in (("filters", colour), ("filters:haematoxylin", without)):
         metrics["fidelity"][name]["unseen"]["ratio"]["value"] = value
     assert said in sentence(metrics_of(metrics), "filters", REAL)
+
+
+@pytest.mark.parametrize("answer", ["useful", "may be useful", "not shown", "not useful", "no verdict"])
+def test_no_gain_is_claimed_where_the_verdict_says_of_none(
+    evaluated: dict[str, Any], tmp_path: Path, answer: str
+) -> None:
+    changed = copy.deepcopy(evaluated)
+    changed["headline"]["verdict"]["answer"] = answer
+    claims = [changed["fidelity"][name]["unseen"]["ratio"] for name in ("filters", "filters:haematoxylin")]
+    for ratio in claims:
+        ratio["value"] = 0.2
+    text = render_report(metrics_of(changed), tmp_path / "report.html").read_text().lower()
+    gained = answer in ("useful", "may be useful")
+    assert ("survives" in text) == gained
+    assert ("gain" in re.sub("against", "", text)) == gained
 
 
 def test_memorised_pairs_are_the_patches_that_the_metrics_name(
@@ -242,7 +257,7 @@ def test_everything_from_the_data_is_escaped(evaluated: dict[str, Any], tmp_path
     metrics = json.loads(text)
     metrics["dataset"]["name"] = nasty
     metrics["notes"] = [nasty]
-    metrics["verdict"] = nasty
+    metrics["headline"]["verdict"] |= {"sentence": nasty, "reasons": [nasty]}
     metrics["run"]["command"] = nasty
     metrics["synthetic"]["medi"]["provenance"] = {nasty: nasty}
     page = _Page(render_report(metrics_of(metrics), tmp_path / "r.html").read_text())

@@ -115,6 +115,7 @@ def compare(
             )
         ],
         n_train=len(study.train),
+        test_patients=scorer.patients_by_class,
         training_sets=compared.results,
         differences=differences,
         unavailable=reasons,

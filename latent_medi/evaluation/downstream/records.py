@@ -225,6 +225,7 @@ class Downstream:
         affected_sites: Sites that have a held-out combination.
         combinations: Held-out combinations.
         n_train: Real training patches.
+        test_patients: Test patients of each class at the affected sites.
         training_sets: By training set.
         differences: Differences first − second, by first and second training set.
         unavailable: Why a training set could not be built.
@@ -237,6 +238,7 @@ class Downstream:
     affected_sites: list[str]
     combinations: list[HeldOutCombination]
     n_train: int
+    test_patients: dict[str, int]
     training_sets: dict[str, TrainingSetResult]
     differences: dict[str, dict[str, Differences]]
     unavailable: dict[str, str]

@@ -49,6 +49,12 @@ class Scorer:
         classes = len(self.study.classes) if by_class else 1
         return PatientTable(codes, self.patients, keep, classes, self.n_patients)
 
+    @property
+    def patients_by_class(self) -> dict[str, int]:
+        """Test patients of each class at the affected sites."""
+        counts = self.tables["accuracy_shift"].present.sum(axis=1)
+        return {value: int(n) for value, n in zip(self.study.classes, counts, strict=True)}
+
     def scored(self, predicted: np.ndarray, draws: Draws) -> dict[str, Scored]:
         """Each of the accuracies in every repeat, from class values [repeats, n_test]."""
         right = (predicted == self.truth).astype(float)

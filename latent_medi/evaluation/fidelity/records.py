@@ -180,6 +180,21 @@ class RealSplitRange:
 
 
 @dataclass(frozen=True)
+class TissueDistance:
+    """Whether samples are nearer to real patches of the held-out combinations than real patches of others are.
+
+    Args:
+        value: Kernel distance of the samples to real test patches of these combinations, mean over them.
+        other_combinations: The same of the real training patches, which are of other combinations.
+        n_combinations: Combinations in the mean: those that the set has samples of.
+    """
+
+    value: float
+    other_combinations: float
+    n_combinations: int
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """How far each source is from real test patches in one encoder's features.
 
@@ -191,6 +206,8 @@ class Fidelity:
         by_fields: Distances in each combination of further fields, by the fields' names.
         whole: Distance over all patches together.
         overall: Further measures over all patches together, by source.
+        tissue: Whether samples are nearer than real patches of other combinations, by synthetic set; without those that
+            cannot be compared.
         real_splits: Measures of synthetic sets, compared with random splits of real patients.
     """
 
@@ -201,6 +218,7 @@ class Fidelity:
     by_fields: dict[str, DistanceTable]
     whole: DistanceTable
     overall: dict[str, OverallFidelity]
+    tissue: dict[str, TissueDistance]
     real_splits: RealSplitRange | None = None
 
 

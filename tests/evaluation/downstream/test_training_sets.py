@@ -20,7 +20,7 @@ from latent_medi.evaluation.downstream.records import ClassifierRecord
 from latent_medi.evaluation.downstream.registry import TrainingSetKind, entries, plan_additions
 from latent_medi.evaluation.downstream.training_sets import Add, Drawn, Request, Sources, TrainingSet
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.summary import headline_json, verdict
+from latent_medi.evaluation.summary import headline_json
 from latent_medi.features.stain import STAINS, jitter_stains
 from latent_medi.report.render import render_report
 
@@ -153,8 +153,6 @@ def test_a_new_baseline_is_one_entry_and_one_function(world: World, monkeypatch:
     assert found.distinct_added == [1, 1, 1]
     assert downstream.differences["medi"]["first_patch"].accuracy_shift.value is not None
     assert "first_patch" in result.headline.further
-    worse = replace(result.headline, accuracy_shift={"medi": 0.0})
-    assert "first patch does at least as well" in verdict(worse)
 
 
 def test_roles_follow_the_setting_then_the_names_then_the_order() -> None:
@@ -186,7 +184,7 @@ def test_sets_of_other_names_give_the_same_numbers_and_a_verdict(world: World, t
     a, b = known.headline, result.headline
     assert (b.candidate, b.baseline) == ("ours", "theirs")
     assert (b.fd_unseen, b.fd_per_class, b.recovery_site) == (a.fd_unseen, a.fd_per_class, a.recovery_site)
-    assert result.verdict == known.verdict.replace("MeDi", "ours")
+    assert b.verdict.sentence == a.verdict.sentence.replace("MeDi", "ours")
     content = headline_json(b)
     assert list(content["fd_unseen"])[:4] == ["ours", "theirs", "floor", "ratio"]
     assert content["accuracy_shift"]["ours"] == headline_json(a)["accuracy_shift"]["medi"]

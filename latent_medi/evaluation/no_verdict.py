@@ -1,0 +1,88 @@
+"""Reasons for which an evaluation gives no verdict: what the numbers cannot carry, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from latent_medi.evaluation.downstream.records import Downstream
+from latent_medi.evaluation.results import Metrics
+from latent_medi.evaluation.verdict import TO_SEE, in_words, patients_needed
+from latent_medi.statistics.differences import Difference
+from latent_medi.statistics.intervals import MIN_PATIENTS, Estimate
+
+
+def no_verdict_reasons(metrics: Metrics, encoder: str, differences: Mapping[str, Difference]) -> list[str]:
+    """Each reason as a clause; empty where a verdict is due.
+
+    Args:
+        metrics: The evaluation.
+        encoder: Name of the encoder that the summary is about.
+        differences: Of the candidate from the baselines that were compared, the first is shown.
+    """
+    downstream = metrics.downstream.get(encoder)
+    if downstream is None or not differences:
+        return []
+    found = [
+        _few_patients(downstream, next(iter(differences.values()))),
+        _oracle_without_help(downstream),
+        _far_from_tissue(metrics, encoder),
+        *(_not_recovered(metrics, encoder, f) for f in (metrics.dataset.site_field, metrics.dataset.class_field)),
+    ]
+    return [reason for reason in found if reason]
+
+
+def as_difference(estimate: Estimate) -> Difference:
+    """A difference whose 80 % interval is not known has the wider one of 95 %."""
+    return estimate if isinstance(estimate, Difference) else Difference(**vars(estimate), likely=estimate.interval)
+
+
+def _few_patients(downstream: Downstream, difference: Difference) -> str:
+    few = {value: n for value, n in downstream.test_patients.items() if 0 < n < MIN_PATIENTS}
+    if not few:
+        return ""
+    listed = in_words([f"{n} test patients of {value}" if n > 1 else f"one of {value}" for value, n in few.items()])
+    needed = patients_needed(difference)
+    more = f", and about {needed} of each class to see a difference of {TO_SEE:g}" if needed > MIN_PATIENTS else ""
+    where = ", ".join(downstream.affected_sites)
+    return f"{listed} at {where} are too few: {MIN_PATIENTS} are needed for an interval{more}"
+
+
+def _oracle_without_help(downstream: Downstream) -> str:
+    pair = downstream.differences.get("oracle", {}).get("real")
+    gain = as_difference(pair.accuracy_shift) if pair else None
+    if gain is None or gain.value is None:
+        return ""
+    likely = gain.likely
+    if gain.value > 0 and not (isinstance(likely, tuple) and likely[0] <= 0):
+        return ""
+    interval = f", 80 % interval {likely[0]:+.3f} to {likely[1]:+.3f}" if isinstance(likely, tuple) else ""
+    return (
+        f"real patches of the unseen combinations do not help the classifier either (oracle {gain.value:+.3f} against "
+        f"the real patches alone{interval})"
+    )
+
+
+def _far_from_tissue(metrics: Metrics, encoder: str) -> str:
+    fidelity, candidate = metrics.fidelity.get(encoder), metrics.roles.candidate
+    found = fidelity.tissue.get(candidate) if fidelity else None
+    if found is None or found.value < found.other_combinations:
+        return ""
+    return (
+        f"its samples are no nearer to real patches of the unseen combinations (KID {found.value:.3g}) than real "
+        f"patches of other combinations are ({found.other_combinations:.3g})"
+    )
+
+
+def _not_recovered(metrics: Metrics, encoder: str, name: str) -> str:
+    """Where the linear probe finds a field less than half of the way from chance to real patches."""
+    record = metrics.adherence[encoder].fields.get(name) if encoder in metrics.adherence else None
+    found = record.synthetic.get(metrics.roles.candidate) if record else None
+    if record is None or found is None or found.value is None or record.real.value is None:
+        return ""
+    # A linear probe that hardly finds it in real patches says nothing.
+    if record.real.value - record.chance < 0.1 or found.value >= (record.chance + record.real.value) / 2:
+        return ""
+    return (
+        f"its samples of unseen combinations show the requested {name} in {found.value:.0%}, real patches in "
+        f"{record.real.value:.0%}"
+    )
