@@ -8,7 +8,7 @@ from latent_medi.evaluation.downstream.records import Downstream
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.verdict import TO_SEE, in_words, patients_needed
 from latent_medi.statistics.differences import Difference
-from latent_medi.statistics.intervals import MIN_PATIENTS, Estimate
+from latent_medi.statistics.intervals import MIN_PATIENTS
 
 
 def no_verdict_reasons(metrics: Metrics, encoder: str, differences: Mapping[str, Difference]) -> list[str]:
@@ -31,11 +31,6 @@ def no_verdict_reasons(metrics: Metrics, encoder: str, differences: Mapping[str,
     return [reason for reason in found if reason]
 
 
-def as_difference(estimate: Estimate) -> Difference:
-    """A difference whose 80 % interval is not known has the wider one of 95 %."""
-    return estimate if isinstance(estimate, Difference) else Difference(**vars(estimate), likely=estimate.interval)
-
-
 def _few_patients(downstream: Downstream, difference: Difference) -> str:
     few = {value: n for value, n in downstream.test_patients.items() if 0 < n < MIN_PATIENTS}
     if not few:
@@ -49,7 +44,7 @@ def _few_patients(downstream: Downstream, difference: Difference) -> str:
 
 def _oracle_without_help(downstream: Downstream) -> str:
     pair = downstream.differences.get("oracle", {}).get("real")
-    gain = as_difference(pair.accuracy_shift) if pair else None
+    gain = pair.accuracy_shift if pair else None
     if gain is None or gain.value is None:
         return ""
     likely = gain.likely

@@ -17,7 +17,7 @@ from latent_medi.evaluation.downstream.registry import (
     summarised,
 )
 from latent_medi.evaluation.fidelity.records import DistanceTable
-from latent_medi.evaluation.no_verdict import as_difference, no_verdict_reasons
+from latent_medi.evaluation.no_verdict import no_verdict_reasons
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary_records import (
     FurtherTrainingSet,
@@ -162,7 +162,7 @@ def _verdict(metrics: Metrics, encoder: str) -> Verdict:
     compared = [kind for kind in baseline_kinds() if kind.name in found]
     # Of those compared a decisive one is shown first, then the best.
     compared.sort(key=lambda kind: (not kind.decisive, found[kind.name].accuracy_shift.value or 0.0))
-    differences = {kind.phrase: as_difference(found[kind.name].accuracy_shift) for kind in compared}
+    differences = {kind.phrase: found[kind.name].accuracy_shift for kind in compared}
     differences = {name: difference for name, difference in differences.items() if difference.value is not None}
     result = downstream.training_sets.get(candidate) if downstream else None
     evidence = Evidence(

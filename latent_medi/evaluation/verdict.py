@@ -93,8 +93,8 @@ def patients_needed(difference: Difference) -> int:
 
 
 def in_words(names: Sequence[str]) -> str:
-    """Names as a list in a sentence."""
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    """Names as a list in a sentence; nothing for none."""
+    return " and ".join([part for part in (", ".join(names[:-1]), *names[-1:]) if part])
 
 
 def _none(name: str, reasons: list[str]) -> Verdict:
@@ -116,7 +116,7 @@ def _bounds(interval: Interval) -> str:
 def _against(differences: Mapping[str, Difference], lead: str) -> str:
     """The baselines against which the 95 % interval includes 0; nothing where that is the one shown alone."""
     open_ones = [name for name, difference in differences.items() if not _above(difference.interval)]
-    return "" if open_ones in ([], [lead]) else f" against {in_words(open_ones)}"
+    return "" if open_ones == [lead] else f" against {in_words(open_ones)}"
 
 
 def _at_least_as_good(differences: Mapping[str, Difference]) -> str:
