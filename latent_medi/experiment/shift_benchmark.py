@@ -46,7 +46,7 @@ def benchmark_shift(settings: ShiftSettings, run_level: RunLevel) -> dict[str, A
         The content of ``shift.json``: ``settings``, ``targets``, and ``levels``, each with ``level``, ``tie`` (Cramér's
         V of class and site over training patients), ``n_patients``, ``n_patches``, ``arms`` (by training set
         ``accuracy_shift`` with its ``interval``, ``recall`` and ``false_positive_rate`` of the targets), ``distance``,
-        ``recovery`` and the ``encoder`` of all these; ``loss`` by training set, see
+        ``recovery``, the ``verdict`` on the candidate and the ``encoder`` of all these; ``loss`` by training set, see
         :func:`latent_medi.experiment.shift_result.loss`.
 
     Raises:
@@ -190,4 +190,10 @@ def _result(folder: Path) -> dict[str, Any]:
         for what, name in keys.items()
         if name in fields
     }
-    return {"encoder": encoder, "arms": results, "distance": {"metric": "kid", **distance}, "recovery": recovery}
+    return {
+        "encoder": encoder,
+        "arms": results,
+        "distance": {"metric": "kid", **distance},
+        "recovery": recovery,
+        "verdict": encode(metrics.headline.verdict) if metrics.headline else None,
+    }

@@ -20,8 +20,8 @@ _MOST = 1000
 def tissue_distances(
     study: Study, features: Features, comparisons: Sequence[Comparison], seed: int
 ) -> dict[str, TissueDistance]:
-    """Mean kernel distance to the test patches of held-out combinations, of each synthetic set and beside it of the
-    real training patches.
+    """Mean kernel distance to the test patches of held-out combinations, of each synthetic set, and of the real
+    training patches.
 
     Args:
         study: The cohort.
