@@ -91,7 +91,7 @@ class ExperimentSettings(Settings):
         train: Training settings put over the configuration of every model, such as max_steps.
         plan_fields: Class and categorical fields whose combinations are generated; empty means all.
         seen_per_cell: Patches to generate per combination that training has seen.
-        unseen_per_cell: Patches to generate per combination without a training patch.
+        unseen_per_cell: Patches to generate per combination without a training patch; training sets add half at most.
         draw_from: Whose values of a continuous field, such as age, are drawn for a combination: "cell", its own
             training patients', else its class's; or "all", where they depend on neither.
         plan: Planning settings put over these, such as {goal: all_sites_of_classes, ratio: 1}; with a goal,

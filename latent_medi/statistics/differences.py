@@ -38,7 +38,8 @@ class Difference(Estimate):
     Args:
         likely: Its 80 % interval; as ``interval`` otherwise.
         error_patients: Standard error over test patients; null where it is not known.
-        error_draws: Standard error over the samples drawn, or over training seeds; null where it is not known.
+        error_draws: Standard error over the samples drawn, or over training seeds, besides what a draw changes for
+            single patients, which ``error_patients`` contains; null where it is not known.
         over: What the difference speaks of: "trained models", whose samples were drawn several times; or "method",
             where models of several training seeds were compared.
         training_seeds: Number of training seeds of the first of the two, 1 or more.

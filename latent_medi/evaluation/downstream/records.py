@@ -116,6 +116,8 @@ class ScopedScores:
 class ScoresByUnit:
     """Scores per patch, and per slide and patient, whose probabilities are means over their patches.
 
+    They are of the mean probabilities over repeats, and their intervals over patients alone.
+
     Args:
         patch, slide, patient: Scores of each unit.
     """
