@@ -94,6 +94,7 @@ def score(inputs: Inputs, features: np.ndarray, real_features: np.ndarray, setti
         limit_unseen = scored.thresholds["outliers_unseen_cells"] = _limit_of_unseen(inputs, real_features, settings)
         limits = np.where(inputs.unseen, np.inf if limit_unseen is None else limit_unseen, limit)
         scored.passed["outliers"] = scored.scores["distance"] <= limits[inputs.cell]
+        _check_near(scored.passed["outliers"], settings)
     for name in ("copies", "duplicates"):
         if name in needed:
             scored.thresholds[name] = float(np.quantile(between_patients, getattr(settings, name)))
@@ -135,6 +136,24 @@ def check_tissue(inputs: Inputs, features: np.ndarray, real: np.ndarray, setting
             "Look at some, then train the model for longer or sample with more steps. Nothing was written.",
         )
     return ratio
+
+
+def _check_near(near: np.ndarray, settings: SelectSettings) -> None:
+    """Refuse a dataset of which less than half as many patches pass the filter "outliers" as real patches do. On
+    procedural tissue 94 % of a trained model's pass, 24 % after 60 steps, and of noise in the colours of a stain 35 %
+    at most.
+
+    Raises:
+        UserError: As said.
+    """
+    share = float(near.mean())
+    if share < settings.outliers / 2:
+        raise UserError(
+            f"The patches of {settings.data} are far from tissue: {share:.0%} of them are as near to a real one as "
+            f"{settings.outliers:.0%} of real patches are to one of another patient, less than half as many. The best "
+            "of them would be no better.",
+            "Look at some, then train the model for longer or sample with more steps. Nothing was written.",
+        )
 
 
 def _effects(inputs: Inputs, real: np.ndarray, settings: SelectSettings) -> Effects | None:

@@ -293,6 +293,15 @@ def test_noise_is_not_selected(real: PatchDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)far from tissue.*KID.* times .*up to 1\.3 .*Nothing was written"):
         select(options(bad, real, filters=[]), pooled())
     assert "selections" not in PatchDataset.open(bad.folder).info
+    for cell in CELLS[:2]:  # right in colour and shade, but most patches are far from every real one
+        mixed = dataset(
+            f"mixed-{cell[1]}",
+            lambda kind, site: draw(kind, site, rng) if rng.random() < 0.3 else noise(kind, site),
+            [cell],
+            40,
+        )
+        with pytest.raises(UserError, match=r"(?s)far from tissue"):
+            select(options(mixed, real, filters=["outliers"]), pooled())
     for cell in CELLS:
         good = dataset("-".join(cell), lambda kind, site: draw(kind, site, rng), [cell], 24)
         found = select(options(good, real, filters=[]), pooled()).result
