@@ -11,9 +11,10 @@ factor and one symmetric eigenvalue problem. Both have one thread of linear alge
 programs on the machine disturb less, can be compared as well.
 
 Memory: the most that accumulating the moments of streamed features takes beyond what was there before, at two numbers
-of features, one four times the other; and the most that a process takes beyond two sets of 100,000 × 2048 features
-(10,000 × 512 with --quick) while it compares them: both kernels, the Fréchet distance with a patient
-resample, neighbourhoods, principal components, cells, and nearest patches of a few.
+of features, one four times the other; and the most that a process takes, and how long, while it judges two synthetic
+sets of 25,000 patches by 100,000 real ones, half of them for training, in 2048 features (a tenth and 512 with --quick):
+the table of distances, Fréchet distances and their simulated ratio, neighbourhoods, principal components, and nearest
+patches of a few.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from output import options, report
 from PIL import Image
@@ -38,11 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from reading import as_files, build
 
-from latent_medi.evaluation.fidelity.distance_to_real import frechet_draws, kid_draws
-from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
+from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison
+from latent_medi.evaluation.cohort.roles import synthetic_roles
+from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.fidelity.distance_to_real import distance_table, overall
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.features.cache import cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
-from latent_medi.statistics.distances import FeatureStatistics, frechet_distance, pca_basis, project
+from latent_medi.statistics.distances import FeatureStatistics, frechet_distance, pca_basis
 from latent_medi.statistics.neighbours import nearest_neighbours
 
 BATCH = 128
@@ -156,31 +162,52 @@ def peak(count: int, dim: int, batch: int) -> float:
     return most / 2**20
 
 
+def _study(count: int) -> tuple[Study, Comparison]:
+    """A cohort of ``count`` real patches, half of them the reference, and two synthetic sets; no files."""
+    half, made = count // 2, count // 4
+    labels = pd.DataFrame({"class": np.resize(["a", "b", "c"], count), "site": np.resize(list("wxyz"), count)})
+    index = pd.DataFrame({"class": np.resize(["a", "b", "c"], made), "site": np.resize(list("wxyz"), made)})
+    study = SimpleNamespace(
+        patients=np.array([f"p{i:05d}" for i in np.arange(count) // 50]),
+        index=labels,
+        class_field="class",
+        site_field="site",
+        train=np.arange(half, count),
+        synthetic=dict.fromkeys(("cls", "medi"), SimpleNamespace(fields=("class", "site"), index=index)),
+        roles=synthetic_roles(["cls", "medi"]),
+    )
+    rows = {"cls": np.arange(made), "medi": np.arange(made), REAL: np.arange(half, half + made)}
+    return cast(Study, study), Comparison({}, np.arange(half), rows, dict.fromkeys(rows, 0.0))
+
+
 def _most(count: int, dim: int, out: Any) -> None:
-    """Compare one large set with another; prints MiB of both sets and of all memory beyond them."""
-    reference, sample = features_of(count, dim, 0), features_of(count, dim, 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    few = np.arange(0, count, max(1, count // 3000))
-    basis = pca_basis(reference)
-    frechet_draws(reference, sample, np.ones((1, count)), None)
-    kid_draws(reference[few], sample[few], np.ones((1, len(few))), None)
-    frechet_distance(reference, sample)
-    neighbourhoods(reference, sample)
-    project(sample, basis.mean, basis.components[:64].T)
-    nearest_neighbours(sample[:2048], reference)
+    """Judge two synthetic sets, half as many as the real patches together; gives MiB of all features and of the memory
+    beyond them, and seconds.
+    """
+    real = features_of(count, dim, 0)
+    made = {name: features_of(count // 4, dim, seed) for name, seed in (("medi", 0), ("cls", 1))}
+    study, comparison = _study(count)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    features = Features(real, made, pca_basis(real[study.train]))
+    distance_table(study, features, [comparison], 0)
+    overall(study, features, comparison, 0)
+    nearest_neighbours(made["medi"][:2048], real)
+    seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out.put(((reference.nbytes + sample.nbytes) / 2**20, (after - before) / 2**10))
+    sets = real.nbytes + sum(x.nbytes for x in made.values())
+    out.put((sets / 2**20, (after - before) / 2**10, after / 2**10, seconds))
 
 
 def memory_of_evaluation(count: int, dim: int) -> dict[str, float]:
-    """Memory of comparing two sets, measured in a process of its own."""
+    """Memory and time of judging two synthetic sets, measured in a process of its own."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
     process = context.Process(target=_most, args=(count, dim, out))
     process.start()
-    sets, beyond = out.get()
+    sets, beyond, most, seconds = out.get()
     process.join()
-    return {"judged": count, "judged_sets_mib": sets, "judging_mib": beyond, "judging_mib_over_sets": beyond / sets}
+    found = {"judged": count, "judged_sets_mib": sets, "judging_mib": beyond, "judging_mib_over_sets": beyond / sets}
+    return found | {"judging_peak_mib": most, "judging_s": seconds}
 
 
 def main() -> None:

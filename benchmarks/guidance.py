@@ -6,7 +6,7 @@ RUN is a finished experiment's folder, such as the demo's. Every setting generat
 without a training patch, from the same seeds. It is measured by probes of other real patients, held-out combinations
 included, in an encoder that should be one that nothing was tuned on (SqueezeNet's ImageNet features by default). The
 distance is Fréchet's after a projection onto the real training features' main directions; recall (Kynkäänniemi et al.
-2019) says how much of the real patches' variety is there. "none" is unguided, and "floor" other real patients.
+2019) says how much of the real patches' variety is there. "none" is unguided, and "real" other real patients.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def main() -> None:
     for name in (*chosen, REAL):
         found = {"site": fields[run.site_field], "class": fields[first]}
         row = {k: (f.real if name == REAL else f.synthetic[name]).value for k, f in found.items()}
-        row |= {"recall": variety[name], "fd_pca": means[name].fd_pca, "kid": means[name].kid}
-        measured["floor" if name == REAL else name] = row
+        row |= {"recall": variety[name], "fd_pca": means[name].fd_pca, "kid": means[name].value}
+        measured[name] = row
     print(pd.DataFrame(measured).T.round(3).to_string(), file=sys.stderr)
     report({f"{name}_{what}": value for name, row in measured.items() for what, value in row.items()}, arguments.json)
 

@@ -16,7 +16,6 @@ from gpu_parts.child import Context
 from gpu_parts.real import command
 
 CPU = {
-    "fd_unseen": {"medi": 2.34, "cls": 12.0, "floor": 0.65},
     "recovery_unseen": {"site": 1.00, "class": 0.95},
     "accuracy_shift": {"real": 0.740, "stain_transfer": 0.762, "medi": 0.814, "oracle": 0.870},
 }

@@ -175,10 +175,10 @@ def _run(context: Context) -> None:
     context.figures(headline=headline, went_on=begun, **chosen)
     stages = {file.stem: json.loads(file.read_text()).get("seconds") for file in (run / "stages").glob("*.json")}
     context.figures(stages={name: seconds for name, seconds in stages.items() if seconds is not None})
-    for key in ("fd_unseen", "fd_unseen_colour_free"):
-        sides = [headline.get(key, {}).get(side) for side in ("medi", "cls", "floor")]
+    for key in ("distance_unseen", "distance_unseen_colour_free"):
+        sides = [headline.get(key, {}).get(side) for side in ("medi", "cls", "real")]
         if any(value is not None for value in sides):  # few patches give no distance
-            context.show(**{f"{key} MeDi/CLS/floor": " / ".join(map(records.short, sides))})
+            context.show(**{f"{key} MeDi/CLS/real": " / ".join(map(records.short, sides))})
     context.show(updates=chosen["max_steps"])
 
 

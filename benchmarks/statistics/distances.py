@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from latent_medi.statistics.distances import FeatureStatistics, frechet_distance
 from latent_medi.statistics.intervals import t_interval
 from latent_medi.statistics.kernel_distance import (
     KernelDistance,
@@ -26,10 +27,12 @@ from latent_medi.statistics.kernel_distance import (
     kernel_distance,
     kid,
 )
+from latent_medi.statistics.patient_gaussian import PatientGaussian
 
 DIM = 16
 PATCHES = 5
 SHIFT = 0.45
+SIMULATIONS = 5
 RATIOS = (0.0, 0.1, 0.3, 0.6)
 WITHIN = 0.5
 """Share of the variance that is within patients."""
@@ -143,6 +146,38 @@ def ratios(lines: Lines, rng: np.random.Generator, replicates: int, count: int) 
     print(f"{count} patients: no ratio in {none / (replicates * len(RATIOS)):.1%}", file=sys.stderr)
 
 
+def frechet_ratios(lines: Lines, rng: np.random.Generator, replicates: int, count: int) -> None:
+    """The ratio of Fréchet distances, which is exact for candidates that are shifted by √r of the baseline's shift, and
+    what a perfect generator is said to get, from a model fitted to the real patches of the same study.
+    """
+    n = count * PATCHES
+    values: dict[float, list[float]] = {ratio: [] for ratio in RATIOS}
+    said: list[float] = []
+    for _ in range(replicates):
+        (a, who), (b, whose) = patients(rng, count), patients(rng, count)
+        reference = FeatureStatistics.of(a)
+        real = frechet_distance(reference, b)
+        gap = frechet_distance(reference, rng.normal(size=(n, DIM)) + SHIFT) - real
+        if gap <= 0:
+            continue
+        for ratio in RATIOS:
+            made = rng.normal(size=(n, DIM)) + SHIFT * ratio**0.5
+            values[ratio].append((frechet_distance(reference, made) - real) / gap)
+        one = np.zeros(2 * n, int)
+        model = PatientGaussian.fit(np.concatenate([a, b]), np.concatenate([who, whose + count]), one)
+        gaps = []
+        for _ in range(SIMULATIONS):
+            x, other, perfect = (model.draw(people, one[:n], rng) for people in (who, whose, np.arange(n)))
+            gaps.append(frechet_distance(x, perfect) - frechet_distance(x, other))
+        said.append(float(np.mean(gaps)) / gap)
+    for ratio in RATIOS:
+        lines.add(f"{count} patients: FD ratio, true {ratio:g}", values[ratio], -np.inf, np.inf)
+    lines.add(f"{count} patients: FD ratio that a perfect generator is said to get", said, -np.inf, np.inf)
+    lines.add(
+        f"{count} patients: that less the FD ratio of a true 0", np.subtract(said, values[0.0]).tolist(), -0.1, 0.1
+    )
+
+
 def main() -> None:
     """Run all simulations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,6 +190,10 @@ def main() -> None:
         *(
             (f"ratios {count}", lambda rng, count=count: ratios(lines, rng, arguments.replicates, count))
             for count in (10, 20, 28)
+        ),
+        *(
+            (f"Fréchet {count}", lambda rng, count=count: frechet_ratios(lines, rng, arguments.replicates, count))
+            for count in (20, 28)
         ),
     ]
     for number, (name, part) in enumerate(parts):

@@ -30,7 +30,7 @@ from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.downstream.records import Protocols
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range, tissue
-from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity
 from latent_medi.evaluation.provenance import (
     EncoderRecord,
@@ -236,9 +236,7 @@ def _fidelity(
     settings: EvaluateSettings, study: Study, features: Features, comparisons: _Comparisons, fingerprint: str
 ) -> Fidelity:
     def table(chosen: Sequence[Comparison]) -> DistanceTable:
-        return distance_to_real.distance_table(
-            study, features, chosen, settings.resamples, settings.seed, settings.protocol
-        )
+        return distance_to_real.distance_table(study, features, chosen, settings.seed, settings.protocol)
 
     ranges = None
     if settings.real_splits:

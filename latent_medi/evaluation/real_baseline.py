@@ -1,8 +1,9 @@
 """The verb ``floors``: distances between groups of real patients, and the accuracy of linear probes on real patches.
 
-Patients are split at random into two groups, many times, within each combination of class and site. No generator can be
-expected to have smaller distances than one group has to the other, nor a linear probe to be more accurate on samples
-than on the group that it was not trained on.
+Patients are split at random into two groups, many times, within each combination of class and site. The kernel distance
+between the groups is about 0, and its range over the splits is what chance does with so few patients: a generator
+inside it cannot be told from real patients. No linear probe can be expected to be more accurate on samples than on the
+group that it was not trained on.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ from latent_medi.statistics.intervals import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE
 from latent_medi.statistics.kernel_distance import kid
 from latent_medi.statistics.linear_probe import fit_linear_probe
 from latent_medi.statistics.patient_means import PatientTable
-from latent_medi.statistics.subsampling import whole_patients
+from latent_medi.statistics.subsampling import patients_in_turn, whole_patients
 
 log = get_logger(__name__)
 
 _MOST = 2000
 _MOST_TRAINING = 10_000
+_FEWEST = 4
+"""Patients of a combination: two in each group."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +103,16 @@ def floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None = None)
 
     Returns:
         The content of ``floors.json``: ``run``, ``settings``, and per encoder ``fingerprint``, ``cells`` and
-        ``ceilings``. A cell has ``name``, ``combination``, ``n_patches``, ``n_patients``, and, with two patients or
-        more, ``n`` (median patches per group), ``kid`` and ``fd_pca`` (each ``value``, the median over the splits, and
-        ``range``, their central 95 %, "not estimable" with fewer than ten patients), ``pca_dims``, and ``other_site``:
-        the site whose patches of this class are nearest, and their ``kid``. A ceiling, per field, has ``value`` and
+        ``ceilings``. A cell has ``name``, ``combination``, ``n_patches``, ``n_patients``, and, where a split has two of
+        its patients in each group, ``n`` (median patches per group), ``kid`` (without pairs of patches of one patient)
+        and ``fd_pca`` (each ``value``, the median over the splits, and ``range``, their central 95 %, "not estimable"
+        with fewer than ten patients), ``pca_dims``, and ``other_site``: the site whose patches of this class are
+        nearest, and their ``kid``. A ceiling, per field, has ``value`` and
         ``range`` of a linear probe's balanced accuracy on the group that it was not trained on (patients first, then
         the values that it could learn), ``chance``, and ``cells``: accuracy by combination.
 
     Raises:
-        UserError: Fewer than 20 splits, an unknown field, synthetic patches, or no combination with two patients;
+        UserError: Fewer than 20 splits, an unknown field, synthetic patches, or no combination with four patients;
             or another job writes the folder.
     """
     accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
@@ -145,7 +149,7 @@ def _floors(settings: FloorsSettings, encoders: list[ImageEncoder] | None, accel
                 accuracies[name] = _accuracy(name, x, truth, cohort, splits, settings.regularisation)
             found[encoder.name] = {
                 "fingerprint": encoder.fingerprint,
-                "cells": [_distances(cell, cohort.cells, x, basis, splits) for cell in cohort.cells],
+                "cells": [_distances(cell, cohort, x, basis, splits) for cell in cohort.cells],
                 "ceilings": accuracies,
             }
     if accelerator.is_main_process:
@@ -181,10 +185,10 @@ def _open(settings: FloorsSettings) -> _Cohort:
     for values, where in sorted(index.iloc[rows].reset_index().groupby(pair, observed=True).indices.items()):
         combination = dict(zip(pair, map(str, values), strict=True))
         cells.append(_Cell(describe(combination), combination, where, len(set(patients[where]))))
-    if not any(cell.n_patients >= 2 for cell in cells):
+    if not any(cell.n_patients >= _FEWEST for cell in cells):
         raise UserError(
-            f"No combination of {' and '.join(pair)} in {settings.data} has two patients.",
-            "A distance between real patients needs two.",
+            f"No combination of {' and '.join(pair)} in {settings.data} has {_FEWEST} patients.",
+            "A distance between two groups of real patients needs two in each.",
         )
     return _Cohort(dataset, pair, rows, patients, cells)
 
@@ -196,39 +200,49 @@ def _spread(values: list[float], n_patients: int) -> dict[str, Any]:
     return {"value": float(middle), "range": NOT_ESTIMABLE if few else [float(low), float(high)]}
 
 
-def _distances(cell: _Cell, cells: list[_Cell], x: np.ndarray, basis: Basis, splits: list[Groups]) -> dict[str, Any]:
+def _distances(cell: _Cell, cohort: _Cohort, x: np.ndarray, basis: Basis, splits: list[Groups]) -> dict[str, Any]:
     """Distances between the two groups of one cell, and to the same class at other sites."""
     record: dict[str, Any] = {"name": cell.name, "combination": cell.combination}
     record |= {"n_patches": len(cell.rows), "n_patients": cell.n_patients}
-    if cell.n_patients < 2:
-        return record | {"reason": "one patient"}
+    if cell.n_patients < _FEWEST:
+        few = "one patient" if cell.n_patients == 1 else f"{cell.n_patients} patients"
+        return record | {"reason": f"{few}, {_FEWEST} are needed"}
     rng = np.random.default_rng(len(cell.rows))
     tumour, site = cell.values
-    others = {c.values[1]: c.rows for c in cells if c.values[0] == tumour and c.values[1] != site}
-    pairs = [(np.intersect1d(a, cell.rows), np.intersect1d(b, cell.rows)) for a, b in splits]
-    usable = [min(*map(len, groups), _MOST) for groups in pairs if min(map(len, groups)) > 1]
+    others = {c.values[1]: c.rows for c in cohort.cells if c.values[0] == tumour and c.values[1] != site}
+    usable = []
+    for group_a, group_b in splits:
+        groups = [_some_of(np.intersect1d(group, cell.rows), cohort.patients, rng) for group in (group_a, group_b)]
+        if all(_two_patients(group, cohort.patients) for group in groups):
+            usable.append((groups, group_b))
     if not usable:
-        return record | {"reason": "no split has patients of this combination in both groups"}
-    dims = pca_dims(min(usable), x.shape[1])
+        return record | {"reason": "no split has two patients of this combination in both groups"}
+    sizes = [min(map(len, groups)) for groups, _ in usable]
+    dims = pca_dims(min(sizes), x.shape[1])
     within: dict[str, list[float]] = {"kid": [], "fd_pca": []}
     to_others: dict[str, list[float]] = {name: [] for name in others}
-    for groups, (_, group_b) in zip(pairs, splits, strict=True):
-        n = min(*map(len, groups), _MOST)
-        if n < 2:
-            continue
-        a, b = (x[rng.choice(part, n, replace=False)] for part in groups)
-        within["kid"].append(kid(a, b))
-        within["fd_pca"].append(frechet_distance(basis.project(a, dims), basis.project(b, dims)))
+    for ((a, b), group_b), n in zip(usable, sizes, strict=True):
+        within["kid"].append(kid(x[a], x[b], cohort.patients[a], cohort.patients[b]))
+        equal = (basis.project(x[rng.choice(part, n, replace=False)], dims) for part in (a, b))
+        within["fd_pca"].append(frechet_distance(*equal))
         for name, rows in others.items():
-            elsewhere = np.intersect1d(group_b, rows)
-            if len(elsewhere) > 1:
-                picked = rng.choice(elsewhere, min(n, len(elsewhere)), replace=False)
-                to_others[name].append(kid(a, x[picked]))
+            far = _some_of(np.intersect1d(group_b, rows), cohort.patients, rng)
+            if _two_patients(far, cohort.patients):
+                to_others[name].append(kid(x[a], x[far], cohort.patients[a], cohort.patients[far]))
     medians = {name: float(np.median(values)) for name, values in to_others.items() if values}
     closest = min(medians, key=lambda name: medians[name], default=None)
-    record |= {"n": int(np.median(usable)), "deals": len(usable), "pca_dims": dims}
+    record |= {"n": int(np.median(sizes)), "deals": len(usable), "pca_dims": dims}
     record |= {name: _spread(values, cell.n_patients) for name, values in within.items()}
     return record | {"other_site": None if closest is None else {"site": closest, "kid": medians[closest]}}
+
+
+def _some_of(rows: np.ndarray, patients: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """At most 2,000 of some rows, of as many patients as possible."""
+    return rows[patients_in_turn(patients[rows], _MOST, rng)]
+
+
+def _two_patients(rows: np.ndarray, patients: np.ndarray) -> bool:
+    return len(set(patients[rows])) > 1
 
 
 def _accuracy(
@@ -301,10 +315,9 @@ def floors_text(result: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for encoder, found in result["encoders"].items():
         fields = list(found["ceilings"])
-        unit = max((abs(cell["kid"]["value"]) for cell in found["cells"] if "kid" in cell), default=1.0)
-        scale = 10.0 ** (3 * np.floor(np.log10(unit) / 3)) if unit > 0 else 1.0
+        scale = _scale([cell for cell in found["cells"] if "kid" in cell])
         width = max(len(cell["name"]) for cell in found["cells"]) + 2
-        heading = f"  {'':<{width}}{'patients':>9}{'patches':>9}{'floor':>9}{'95 % of splits':>18}{'other site':>12}"
+        heading = f"  {'':<{width}}{'patients':>9}{'patches':>9}{'groups':>9}{'95 % of splits':>18}{'other site':>12}"
         lines.append(f"{encoder} (kernel distance ÷ {scale:g})")
         lines.append(heading + "".join(f"{name:>12}" for name in fields))
         for cell in found["cells"]:
@@ -324,6 +337,16 @@ def floors_text(result: Mapping[str, Any]) -> str:
             spread = f"{part['value']:.2f} ({_words(part['range'])})"
             lines.append(f"  {name}: balanced accuracy {spread}, chance {part['chance']:.2f}")
         lines.append("")
-    lines.append("floor: between two groups of patients of one combination; other site: to patients of the class at")
-    lines.append("other sites; under a field's name: accuracy of a linear probe that was trained on other patients.")
+    lines.append("groups: between two groups of patients of one combination, about 0; its range over splits is chance.")
+    lines.append("other site: to patients of the class at the nearest other site. Under a field's name: accuracy of a")
+    lines.append("linear probe that was trained on other patients.")
     return "\n".join(lines)
+
+
+def _scale(cells: list[dict[str, Any]]) -> float:
+    """Power of a thousand by which distances become readable."""
+    known = [abs(value) for cell in cells for value in _bounds(cell["kid"]["range"]) if value is not None]
+    known += [abs(cell["kid"]["value"]) for cell in cells]
+    known += [abs(cell["other_site"]["kid"]) for cell in cells if cell["other_site"]]
+    unit = max(known, default=0.0)
+    return float(10.0 ** (3 * np.floor(np.log10(unit) / 3))) if unit > 0 else 1.0

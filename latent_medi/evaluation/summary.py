@@ -32,6 +32,11 @@ from latent_medi.evaluation.verdict import Evidence, Verdict, verdict
 CLASSIFIERS = {"linear": "a linear probe", "cnn": "a small network"}
 ACCURACIES = ("accuracy_shift", "accuracy_in_distribution", "accuracy_seen", "accuracy_unseen")
 _COLOUR_FREE = ":haematoxylin"
+_DISTANCES = {
+    "distance_unseen": "unseen combinations",
+    "distance_unseen_colour_free": "unseen, colour-free",
+    "distance_per_class": "per class, all sites",
+}
 
 
 def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> Headline:
@@ -65,9 +70,9 @@ def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> He
     return Headline(
         candidate=roles.candidate,
         baseline=roles.baseline,
-        fd_unseen=_distances(plain.unseen if plain else None, roles),
-        fd_unseen_colour_free=_distances(colour_free.unseen if colour_free else None, roles),
-        fd_per_class=_distances(plain.per_class if plain else None, roles),
+        distance_unseen=_distances(plain.unseen if plain else None, roles),
+        distance_unseen_colour_free=_distances(colour_free.unseen if colour_free else None, roles),
+        distance_per_class=_distances(plain.per_class if plain else None, roles),
         **accuracies,
         accuracy_shift_difference={
             name: _difference(downstream, roles.candidate, name)
@@ -90,10 +95,11 @@ def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> He
 def headline_json(record: Headline) -> dict[str, Any]:
     """The content of ``headline.json``, in which distances and accuracies are named by synthetic set."""
     content: dict[str, Any] = {}
-    for name in ("fd_unseen", "fd_unseen_colour_free", "fd_per_class"):
+    for name in _DISTANCES:
         row: SummaryDistances = getattr(record, name)
-        values = {record.candidate: row.candidate, record.baseline: row.baseline, "floor": row.real, "ratio": row.ratio}
-        content[name] = values | {"metric": row.metric, "left_out": row.left_out}
+        values = {record.candidate: row.candidate, record.baseline: row.baseline, REAL: row.real, "metric": "kid"}
+        others = ("ratio", "ratio_interval", "frechet_ratio", "frechet_perfect", "left_out")
+        content[name] = values | {key: getattr(row, key) for key in others}
     content |= {name: getattr(record, name) for name in (*ACCURACIES, "accuracy_shift_difference")}
     content["further_arms"] = {
         name: {
@@ -117,14 +123,16 @@ def headline_json(record: Headline) -> dict[str, Any]:
 
 def _distances(table: DistanceTable | None, roles: Roles) -> SummaryDistances:
     if table is None:
-        return SummaryDistances(None, None, None, None, None, {})
+        return SummaryDistances(None, None, None, None, None, None, None, {})
     values = {name: mean.value for name, mean in table.means.items()}
     return SummaryDistances(
         candidate=values.get(roles.candidate),
         baseline=values.get(roles.baseline),
         real=values.get(REAL),
         ratio=table.ratio.value,
-        metric=table.metric,
+        ratio_interval=table.ratio.interval,
+        frechet_ratio=table.frechet_ratio.value,
+        frechet_perfect=table.frechet_ratio.perfect,
         left_out=table.left_out,
     )
 
@@ -191,21 +199,22 @@ def distance_text(value: float | None) -> str:
 def headline_text(record: Headline) -> str:
     """The summary as a table for a terminal, the verdict last."""
     names = [label_of(name)[:9] for name in (record.candidate, record.baseline)]
-    lines = ["Distance to real patches of other patients (lower is better)"]
-    lines.append(f"  {'':<32}{'metric':>8}" + "".join(f"{name:>10}" for name in (*names, "real", "ratio")))
-    rows = {
-        "unseen combinations": record.fd_unseen,
-        "unseen, colour-free": record.fd_unseen_colour_free,
-        "per class, all sites": record.fd_per_class,
-    }
-    for title, row in rows.items():
+    lines = ["Kernel distance (KID) to real patches of other patients (lower is better)"]
+    lines.append(f"  {'':<32}" + "".join(f"{name:>10}" for name in (*names, "real", "ratio")))
+    for name, title in _DISTANCES.items():
+        row: SummaryDistances = getattr(record, name)
         values = (row.candidate, row.baseline, row.real)
-        if row.metric is None or not (row.left_out or any(values)):
+        if not (row.left_out or any(values)):
             continue
         cells = "".join(f"{distance_text(value):>10}" for value in values)
-        lines.append(f"  {title:<32}{row.metric.upper():>8}{cells}{_number(row.ratio, 2):>10}")
-        lines += [f"    not compared: {name} ({why})" for name, why in row.left_out.items()]
-    lines.append(f"  ratio = ({names[0]} − real) / ({names[1]} − real): 0 is real, 1 is no better than {names[1]}")
+        bounds = row.ratio_interval
+        interval = f"  {bounds[0]:.2f} to {bounds[1]:.2f}" if isinstance(bounds, tuple) else ""
+        lines.append(f"  {title:<32}{cells}{_number(row.ratio, 2):>10}{interval}")
+        if row.frechet_ratio is not None:
+            perfect = f"a perfect generator gets {_number(row.frechet_perfect, 2)}"
+            lines.append(f"    {'ratio of Fréchet distances':<60}{row.frechet_ratio:>10.2f}  ({perfect})")
+        lines += [f"    not compared: {each} ({why})" for each, why in row.left_out.items()]
+    lines.append(f"  ratio = {names[0]} / {names[1]}: 0 is as near as real patients, 1 is no nearer than {names[1]}")
     lines += _accuracies(record) + _recoveries(record)
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record.seconds.items())
     lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record.warnings), record.verdict.sentence]

@@ -10,14 +10,16 @@ from latent_medi.statistics.intervals import Interval
 
 @dataclass(frozen=True)
 class SummaryDistances:
-    """Distances to real test patches. What is not available is null.
+    """Kernel distances (KID) to real test patches. What is not available is null.
 
     Args:
         candidate: The candidate's.
         baseline: The first synthetic baseline's.
-        real: Distance between real patients.
-        ratio: (candidate − real) / (baseline − real).
-        metric: "fd", or "kid" where there are too few samples.
+        real: Distance between real patients, about 0.
+        ratio: Candidate / baseline, over the combinations that both have.
+        ratio_interval: Its 95 % interval over patients and samples.
+        frechet_ratio: (candidate − real) / (baseline − real) of Fréchet distances.
+        frechet_perfect: What a perfect generator's is, by simulation.
         left_out: Why a combination, or a set in it, is not compared, by the combination's name.
     """
 
@@ -25,7 +27,9 @@ class SummaryDistances:
     baseline: float | None
     real: float | None
     ratio: float | None
-    metric: str | None
+    ratio_interval: Interval
+    frechet_ratio: float | None
+    frechet_perfect: float | None
     left_out: dict[str, str]
 
 
@@ -92,9 +96,9 @@ class Headline:
     Args:
         candidate: Name of the synthetic set that the verdict is about.
         baseline: Name of the synthetic set that ratios are taken to.
-        fd_unseen: Distances over unseen combinations.
-        fd_unseen_colour_free: The same with the colour-free encoder.
-        fd_per_class: Distances over classes.
+        distance_unseen: Distances over unseen combinations.
+        distance_unseen_colour_free: The same with the colour-free encoder.
+        distance_per_class: Distances over classes.
         accuracy_shift, accuracy_in_distribution, accuracy_seen, accuracy_unseen: Accuracies by training set.
         accuracy_shift_difference: Differences of the candidate from the baselines.
         further: Other training sets.
@@ -110,9 +114,9 @@ class Headline:
 
     candidate: str
     baseline: str
-    fd_unseen: SummaryDistances
-    fd_unseen_colour_free: SummaryDistances
-    fd_per_class: SummaryDistances
+    distance_unseen: SummaryDistances
+    distance_unseen_colour_free: SummaryDistances
+    distance_per_class: SummaryDistances
     accuracy_shift: dict[str, float | None]
     accuracy_in_distribution: dict[str, float | None]
     accuracy_seen: dict[str, float | None]

@@ -179,10 +179,9 @@ def _result(folder: Path) -> dict[str, Any]:
                 "false_positive_rate": mean(scores.false_positive_rate.value for scores in found.combinations),
             }
     means = metrics.fidelity[encoder].unseen.means
-    # One metric for all levels: that of the summary is Fréchet's where there are samples enough.
-    distance = {name: means[name].kid for name in reversed(roles.names) if name in means}
+    distance = {name: means[name].value for name in reversed(roles.names) if name in means}
     if REAL in means:
-        distance["floor"] = means[REAL].kid
+        distance[REAL] = means[REAL].value
     fields = metrics.adherence[encoder].fields
     keys = {"class": metrics.dataset.class_field, "site": metrics.dataset.site_field}
     recovery = {

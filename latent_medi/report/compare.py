@@ -47,13 +47,11 @@ class Number:
     Args:
         kind: How it is written.
         estimate: The number.
-        metric: "fd" or "kid" of a distance or a ratio of distances.
         headline: Whether it belongs to the headline.
     """
 
     kind: Literal["distance", "ratio", "number", "percent"]
     estimate: Estimate
-    metric: str | None = None
     headline: bool = True
 
 
@@ -105,8 +103,7 @@ class Table:
 def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str = "") -> Path:
     """Write a page with the numbers of several evaluations, their differences to the first, and what else differs.
 
-    Two numbers are not subtracted where the encoder, the metric, the number of patches or the real data differ; the
-    page says why.
+    Two numbers are not subtracted where the encoder, the number of patches or the real data differ; the page says why.
 
     Args:
         metrics: Two or more ``metrics.json`` or folders of runs.
@@ -164,9 +161,9 @@ def numbers(run: Metrics, encoder: str) -> dict[str, Number]:
         for title, table in tables.items():
             headline = table is not fidelity.per_site
             for source, mean in table.means.items():
-                name = f"distance, {title}: {figures.source_name(source)}"
-                found[name] = Number("distance", mean, table.metric, headline)
-            found[f"ratio, {title}"] = Number("ratio", table.ratio, table.metric, headline)
+                name = f"KID, {title}: {figures.source_name(source)}"
+                found[name] = Number("distance", mean, headline)
+            found[f"ratio, {title}"] = Number("ratio", table.ratio, headline)
     for name, accuracy in accuracies(run, encoder).items():
         found[f"accuracy under shift: {label_of(name)}"] = Number("number", accuracy)
     gains = differences(run, encoder, run.roles.candidate)
@@ -221,8 +218,6 @@ def reasons(
     found = []
     if first_run.encoders[first_encoder].fingerprint != run.encoders[encoder].fingerprint:
         found.append("another encoder")
-    if first.metric != other.metric:
-        found.append(f"{(other.metric or '').upper()} instead of {(first.metric or '').upper()}")
     a, b = first.estimate, other.estimate
     for before, after, unit in ((a.n_patches, b.n_patches, "patches"), (a.n_patients, b.n_patients, "patients")):
         if before != after:
@@ -277,9 +272,8 @@ def _entry(one: Number | None, first: Number | None, reason: list[str] | None) -
     if one is None:
         return Entry(DASH, "", "", "", why)
     record = one.estimate
-    metric = f" {one.metric.upper()}" if one.metric else ""
     texts = {
-        "distance": (distance(record) + metric, bounds(record, None)),
+        "distance": (distance(record), bounds(record, None)),
         "ratio": (number(record, 2), bounds(record, 2)),
         "number": (number(record), bounds(record)),
         "percent": (percent(record, 1), share(record)),

@@ -25,8 +25,7 @@ from latent_medi.statistics.intervals import Estimate
 
 _MOST_SITES = 40
 _CAPTIONS = {
-    "unseen combinations": "Unseen combinations: distance to real test patches of the same combination, with equally "
-    "many patches of every source.",
+    "unseen combinations": "Unseen combinations: distance to real test patches of the same combination.",
     "each class": "Each class over all sites; samples of models that were conditioned on the site have the test "
     "patches' mix of sites.",
     "each site": "Each site over all classes.",
@@ -76,7 +75,6 @@ class PageDistances:
 
     Args:
         title: What the combinations are.
-        metric: "fd" or "kid".
         figure: Plot.
         alt: Description of the plot.
         caption: Below the plot.
@@ -85,7 +83,6 @@ class PageDistances:
     """
 
     title: str
-    metric: str
     figure: str | None
     alt: str
     caption: str
@@ -285,13 +282,27 @@ def _distances(title: str, table: DistanceTable, roles: Roles) -> PageDistances:
     ]
     return PageDistances(
         title=title,
-        metric=table.metric,
         figure=figures.distances(table, roles),
         alt=f"distance of samples and of real patches to real test patches, {title}; the numbers are listed below",
-        caption=f"{_CAPTIONS[title]} n = {n} samples per source over all. {table.rule}.",
+        caption=f"{_CAPTIONS[title]} At most {n} samples of a source over all. {_frechet(table)}",
         rows=[(c.name, source, found) for c in table.combinations for source, found in c.sources.items()],
         skipped=skipped,
     )
+
+
+def _frechet(table: DistanceTable) -> str:
+    """What Fréchet distances say, in a sentence."""
+    found = table.frechet_ratio
+    if found.value is None:
+        return f"There is no ratio of Fréchet distances: {found.reason}."
+    return (
+        f"Ratio of Fréchet distances in {found.dims} principal components, less that between real patients: "
+        f"{found.value:.2f}; a perfect generator would get {_signed(found.perfect)}."
+    )
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")
 
 
 def _matrix(field: str, recovery: FieldRecovery) -> Matrix:

@@ -67,7 +67,7 @@ def test_from_a_dataset_folder_to_the_curve(tmp_path: Path, capsys: pytest.Captu
     for level in result["levels"]:
         assert set(curve) <= set(level["arms"]), level["arms"].keys()
         assert all(0 <= arm["accuracy_shift"] <= 1 for arm in level["arms"].values())
-        assert {"medi", "cls", "floor"} <= level["distance"].keys()
+        assert {"medi", "cls", "real"} <= level["distance"].keys()
     assert set(pd.read_csv(out / "shift.csv")["arm"]) == set(curve)
     assert (out / "shift.png").stat().st_size > 10_000
     last = out / "level-1.000"

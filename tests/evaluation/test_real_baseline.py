@@ -28,6 +28,7 @@ def test_planted_cohort_has_small_floors_and_high_ceilings(world: World, tmp_pat
     for cell in found["cells"]:
         low, high = cell["kid"]["range"]
         assert low < cell["kid"]["value"] < high
+        assert low < 0 < high
         # Sites differ in their stain, which no deal of patients within one imitates.
         assert cell["other_site"]["kid"] > high
         assert cell["n"] > 20
@@ -79,7 +80,7 @@ def test_a_combination_of_one_patient_says_so(tmp_path: Path) -> None:
     result = floors(settings, [filters()])
     [found] = result["encoders"].values()
     alone = {cell["name"]: cell for cell in found["cells"]}["b × x"]
-    assert alone["reason"] == "one patient"
+    assert alone["reason"] == "one patient, 4 are needed"
     assert "kid" not in alone
     assert "b × x" in floors_text(result)
     # Fewer than ten patients: a median, and no range to be mistaken for certainty.

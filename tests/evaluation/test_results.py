@@ -35,7 +35,6 @@ def test_what_is_written_is_read(world: World, metrics: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "named"),
     [
-        (("fidelity", "filters", "unseen", "metric"), "mmd", "fidelity.filters.unseen.metric"),
         (("fidelity", "filters", "unseen", "dim"), 1.5, "fidelity.filters.unseen.dim"),
         (("dataset", "counts", "patches", "train"), [[1, "2"]], r"dataset.counts.patches.train\[0\]\[1\]"),
         (("adherence", "filters", "fields", "site", "real", "interval"), [0.1], "fields.site.real.interval"),
@@ -83,13 +82,13 @@ def test_a_changed_record_is_refused_or_read(metrics: dict[str, Any], data: st.D
 def test_records_are_plain_json() -> None:
     value = {"a": np.float64("nan"), 1: (np.int64(3), np.array([1.5, np.inf])), "b": np.bool_(True)}
     assert encode(value) == {"a": None, "1": [3, [1.5, None]], "b": True}
-    found = Distance(0.5, 30, 20, (0.4, 0.6), fd=None, kid=1.0, fd_pca=2.0, mix_mismatch=0.0)
+    found = Distance(0.5, 30, 20, (0.4, 0.6), fd=None, fd_pca=2.0, mix_mismatch=0.0)
     written = encode(found)
     assert written["fd"] is None  # it has no default
     assert "smallest_group" not in written  # it is None by default
     assert decode(Distance, written) == found
-    with pytest.raises(Mismatch, match="kid"):
-        decode(Distance, written | {"kid": None})
+    with pytest.raises(Mismatch, match="mix_mismatch"):
+        decode(Distance, written | {"mix_mismatch": None})
 
 
 def test_the_page_of_fields_is_that_of_the_dataclasses() -> None:

@@ -51,9 +51,9 @@ def test_the_curve_of_a_planted_cohort(world: World, tmp_path: Path) -> None:
     assert (free["level"], tied["level"]) == (0.0, 1.0)
     assert free["tie"] < tied["tie"]
     assert free["n_patients"] == tied["n_patients"]
-    for name, record in (("0.000", free), ("1.000", tied)):  # levels compare by one metric
+    for name, record in (("0.000", free), ("1.000", tied)):
         found = next(iter(read_json(tmp_path / "out" / f"level-{name}" / "metrics.json")["fidelity"].values()))
-        assert record["distance"] == {"metric": "kid", "floor": found["unseen"]["means"]["real"]["kid"]}
+        assert record["distance"] == {"metric": "kid", "real": found["unseen"]["means"]["real"]["value"]}
     # The loss is the real patches', not the oracle's, who is given patients of the targets.
     accuracy = {
         name: (free["arms"][name]["accuracy_shift"], tied["arms"][name]["accuracy_shift"]) for name in free["arms"]

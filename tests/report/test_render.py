@@ -114,7 +114,7 @@ def test_what_training_has_of_a_combination_is_not_hidden(evaluated: dict[str, A
     row, column = info["classes"].index("stripes"), info["sites"].index("south")
     info["counts"]["patches"]["train"][row][column] = 1234
     changed["headline"]["warnings"] = ["Look out: <b>."]
-    changed["headline"]["fd_per_class"]["left_out"] = {"rings": "medi: 12 samples match, fewer than 20"}
+    changed["headline"]["distance_per_class"]["left_out"] = {"rings": "medi: 12 samples match, fewer than 20"}
     text = render_report(metrics_of(changed), tmp_path / "report.html").read_text()
     page = " ".join(_Page(text).text.split())
     assert "1234" in page

@@ -15,7 +15,7 @@ from latent_medi.evaluation.adherence.records import CombinationRecovery, FieldR
 from latent_medi.evaluation.cohort.combinations import Combination, among, describe, matches
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
-from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.statistics.intervals import SHARE, Estimate, estimate, mean_of_shares, share_of_samples
 from latent_medi.statistics.linear_probe import fit_linear_probe
 from latent_medi.statistics.patient_means import PatientTable

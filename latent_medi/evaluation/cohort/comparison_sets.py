@@ -1,4 +1,6 @@
-"""Which patches are compared: per combination a reference, and equally many patches of each source in its mix."""
+"""Which patches are compared: per combination a reference, and patches of each source in its mix. How many and which
+these are depends on the source and the real patches alone, never on another synthetic set.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def seed_name(source: str) -> bytes:
 
 @dataclass
 class Comparison:
-    """A reference and, by source, equally many patches.
+    """A reference and the patches of each source.
 
     Args:
         combination: Values that all patches have.
@@ -67,12 +69,15 @@ def field_comparisons(study: Study, fields: Sequence[str], seed: int) -> list[Co
 
 def comparison_for(study: Study, combination: Combination, seed: int) -> Comparison:
     """Choose the rows of one combination. A source follows the reference's mix of the other fields, as far as its model
-    was conditioned on them.
+    was conditioned on them. A synthetic set has at most as many patches as match of other real patients, or as the
+    reference has where there are none.
     """
-    rng = np.random.default_rng([seed, 1])
     result = Comparison(combination, study.rows_of(study.reference, combination))
     if len(result.reference) < MIN_SAMPLES:
         result.skipped[""] = f"{len(result.reference)} reference patches, fewer than {MIN_SAMPLES}"
+        return result
+    if _of_one_patient(study, result.reference):
+        result.skipped[""] = "the reference patches are of one patient"
         return result
     other_fields = [f for f in study.categorical() if f not in combination]
     sources = {s.name: _candidates(combination, s, other_fields) for s in study.synthetic.values()}
@@ -89,12 +94,19 @@ def comparison_for(study: Study, combination: Combination, seed: int) -> Compari
             result.skipped[name] = f"{mismatch} {whose}"
         else:
             pools[name] = pool
-    if not pools:
-        return result
-    n = min(pool.largest for pool in pools.values())
+    most = pools[REAL].largest if REAL in pools else len(result.reference)
     for name, pool in pools.items():
-        result.rows[name], result.mismatch[name] = pool.draw(n, rng)
+        rng = np.random.default_rng([seed, 1, *seed_name(name)])
+        chosen, misplaced = pool.draw(min(pool.largest, most), rng)
+        if name == REAL and _of_one_patient(study, chosen):
+            result.skipped[name] = "the patches are of one patient"
+        else:
+            result.rows[name], result.mismatch[name] = chosen, misplaced
     return result
+
+
+def _of_one_patient(study: Study, rows: np.ndarray) -> bool:
+    return len(set(study.patients[rows])) < 2
 
 
 def _candidates(

@@ -18,7 +18,7 @@ from latent_medi.evaluation.downstream.published_protocols import histodiffusion
 from latent_medi.evaluation.downstream.records import Downstream, Protocols
 from latent_medi.evaluation.downstream.registry import entries, plan_additions
 from latent_medi.evaluation.downstream.training_sets import DerivedFeatures, Sources
-from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.encoders import ImageEncoder
 

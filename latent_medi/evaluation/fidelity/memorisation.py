@@ -17,7 +17,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.evaluation.cohort.combinations import describe
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
-from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.fidelity.records import (
     CombinationCopies,
     CopyTest,

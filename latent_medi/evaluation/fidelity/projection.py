@@ -7,7 +7,7 @@ import pandas as pd
 
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.fidelity.records import ProjectedPoints, Projection
 from latent_medi.statistics.distances import BLOCK, FeatureStatistics, blocks
 

@@ -8,19 +8,19 @@ worse than real patients, whatever the number of patches and patients is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, comparison_for, seed_name
 from latent_medi.evaluation.cohort.matching import strata
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.fidelity.records import InRealRange, RealSplitRange
 from latent_medi.statistics.distances import frechet_distance, full_rank, pca_dims
 from latent_medi.statistics.intervals import LEVEL, MIN_PATIENTS
-from latent_medi.statistics.kernel_distance import kid
+from latent_medi.statistics.kernel_distance import KernelSet, kernel_distance
 from latent_medi.statistics.linear_probe import fit_linear_probe
 
 _DISTANCES = ("fd", "fd_pca", "kid", "class_mix")
@@ -43,16 +43,20 @@ class Patches:
         predicted: Class that a linear probe predicts for each, [N].
         projected: Features after projection, [N, k]; the Fréchet distance is taken in these where there are too few
             patches for the features themselves.
+        patients: Patient of each, [N]; of real patches only.
+        strata: Class and site of each, as far as they are known, [N].
     """
 
     features: np.ndarray
     classes: np.ndarray | None = None
     predicted: np.ndarray | None = None
     projected: np.ndarray | None = None
+    patients: np.ndarray | None = None
+    strata: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> Patches:
         """Some of them."""
-        parts = (self.features, self.classes, self.predicted, self.projected)
+        parts = (self.features, self.classes, self.predicted, self.projected, self.patients, self.strata)
         return Patches(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 
 
@@ -68,7 +72,8 @@ def measures_of(reference: Patches, sample: Patches, seed: int = 0) -> dict[str,
         seed: Seed of subsamples above 2,000.
 
     Returns:
-        Distances (``fd_pca`` instead of ``fd`` where features are projected), neighbourhood measures, and
+        Distances (``fd_pca`` instead of ``fd`` where features are projected; the kernel distance without pairs of one
+        patient), neighbourhood measures, and
         ``class_mix``: the total variation distance, 0 to 1, between the classes that a linear probe predicts in the two
         sets. A class that is hardly generated, whatever was requested, raises it.
     """
@@ -78,7 +83,7 @@ def measures_of(reference: Patches, sample: Patches, seed: int = 0) -> dict[str,
         result["fd_pca"] = frechet_distance(reference.projected, sample.projected)
     else:
         result["fd"] = frechet_distance(a, b)
-    result["kid"] = kid(a, b)
+    result["kid"] = kernel_distance(*(KernelSet(x.features, x.patients, x.strata) for x in (reference, sample))).value
     if reference.predicted is not None and sample.predicted is not None:
         names = np.union1d(reference.predicted, sample.predicted)
         shares = [np.array([(found == n).mean() for n in names]) for found in (reference.predicted, sample.predicted)]
@@ -171,17 +176,30 @@ def real_split_range(study: Study, features: Features, count: int, seed: int) ->
     smallest = min(len(reference), len(other)) // 2  # a split may give one group fewer rows
     dims = 0 if full_rank(smallest, dim) else pca_dims(smallest, dim)
     prepare = _preparation(study, features, dims, seed)
+    pair = [study.class_field, study.site_field]
     share = len(reference) / len(rows)
-    strata_of_rows = strata(study.index, rows, [study.class_field, study.site_field])
+    strata_of_rows = strata(study.index, rows, pair)
     splits = real_splits(study.patients[rows], strata_of_rows, share, count, seed)
-    pool, base = (prepare(features.real[part], study.class_labels[part]) for part in (rows, reference))
+    pool, base = (
+        prepare(
+            Patches(
+                features.real[part],
+                study.class_labels[part],
+                patients=study.patients[part],
+                strata=strata(study.index, part, pair),
+            )
+        )
+        for part in (rows, reference)
+    )
 
     def measures(a: Patches, b: Patches) -> dict[str, float]:
         return measures_of(a, b, seed)
 
     synthetic = {}
     for name, samples in _synthetic_rows(comparison, seed).items():
-        patches = prepare(features.synthetic[name][samples], None)
+        made = study.synthetic[name]
+        kinds = strata(made.index, samples, [f for f in pair if f in made.fields])
+        patches = prepare(Patches(features.synthetic[name][samples], strata=kinds))
         synthetic[name] = compare_with_splits(base, patches, pool, splits, measures)
     return RealSplitRange(
         synthetic, skipped, None, n=len(other), n_reference=len(reference), n_patients=n_patients, fd_dims=dims or dim
@@ -198,19 +216,18 @@ def _synthetic_rows(comparison: Comparison, seed: int) -> dict[str, np.ndarray]:
     return {n: _some(rows, seed_name(n), seed) for n, rows in comparison.rows.items() if n != REAL}
 
 
-def _preparation(
-    study: Study, features: Features, dims: int, seed: int
-) -> Callable[[np.ndarray, np.ndarray | None], Patches]:
-    """A function that makes :class:`Patches` of features and classes. Its linear probe is trained on training patches
-    alone: the patients that are split must be as new to it as the samples are.
+def _preparation(study: Study, features: Features, dims: int, seed: int) -> Callable[[Patches], Patches]:
+    """A function that adds predicted classes and the projection. Its linear probe is trained on training patches alone:
+    the patients that are split must be as new to it as the samples are.
     """
     labels = study.class_labels
     training = _some(study.train, b"train", seed)
     probe = fit_linear_probe(features.real[training], labels[training]) if len(set(labels[training])) > 1 else None
 
-    def prepare(x: np.ndarray, classes: np.ndarray | None) -> Patches:
+    def prepare(patches: Patches) -> Patches:
+        x = patches.features
         predicted = None if probe is None else probe.predict(x)
         projected = features.basis.project(x, dims) if dims else None
-        return Patches(np.asarray(x, np.float64), classes, predicted, projected)
+        return replace(patches, features=np.asarray(x, np.float64), predicted=predicted, projected=projected)
 
     return prepare

@@ -5,29 +5,25 @@ synthetic set by its name.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from latent_medi.statistics.intervals import Estimate
-
-Metric = Literal["fd", "kid"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distance(Estimate):
-    """Distance of one source to the reference in one combination.
+    """Kernel distance (KID) of one source to the reference in one combination: about 0 for other real patients.
 
     Args:
-        fd: Fréchet distance; null where there are too few patches for its covariance.
-        kid: Kernel distance.
-        fd_pca: Fréchet distance after projection to ``pca_dims`` principal components.
+        fd: Fréchet distance; null where the source or the reference has fewer than two patches per dimension.
+        fd_pca: Fréchet distance after projection to ``pca_dims`` principal components; null where the source has fewer
+            than four patches per dimension.
         mix_mismatch: Share of the source's patches in another stratum than the reference's mix asks for, 0 to 1.
         fd_raw: Rank-deficient Fréchet distance, with ``protocol: paper``.
         fd_raw_label: What ``fd_raw`` may be compared with.
     """
 
     fd: float | None
-    kid: float
-    fd_pca: float
+    fd_pca: float | None
     mix_mismatch: float
     fd_raw: float | None = None
     fd_raw_label: str | None = None
@@ -35,20 +31,18 @@ class Distance(Estimate):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanDistance(Estimate):
-    """Mean of a source's distances over combinations.
+    """Mean of a source's kernel distances over the combinations that it has.
 
     Args:
         n_combinations: Combinations in the mean.
         n_reference: Patches of the reference in all of them.
         fd: Mean Fréchet distance; null if any is.
-        kid: Mean kernel distance.
-        fd_pca: Mean Fréchet distance after projection.
+        fd_pca: Mean Fréchet distance after projection; null if any is.
     """
 
     n_combinations: int
     n_reference: int
     fd: float | None
-    kid: float | None
     fd_pca: float | None
 
 
@@ -74,31 +68,53 @@ class CombinationDistances:
 
 
 @dataclass(frozen=True)
+class FrechetRatio:
+    """(candidate − real) / (baseline − real) of Fréchet distances at one number of patches. It has no interval.
+
+    The distance between real patients is not what a perfect generator reaches, whose samples are each of a patient of
+    their own: read ``value`` beside ``perfect``.
+
+    Args:
+        value: The ratio; null if there is none.
+        perfect: Mean ratio of a perfect generator, in simulated studies of as many patients and patches, with Gaussian
+            features of the real patches' covariance between and within patients.
+        perfect_error: Standard error of that mean, of the simulation alone.
+        dims: Principal components that distances are taken in.
+        n: Patches of each source in all combinations.
+        n_combinations: Combinations that the ratio is over.
+        reason: Why there is none.
+    """
+
+    value: float | None
+    perfect: float | None
+    perfect_error: float | None
+    dims: int
+    n: int
+    n_combinations: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class DistanceTable:
     """Distances in each of some combinations, and their means.
 
     Args:
-        metric: The distance that ``value`` of each estimate is, for the whole table.
-        rule: Why it is this one.
         dim: Dimensions of the features.
-        pca_dims: Dimensions that ``fd_pca`` is taken in.
-        resamples: Patient resamples of the intervals.
-        n_complete: Combinations that every source has; only these count in the means, if there are any.
+        pca_dims: Dimensions that ``fd_pca`` is taken in: a quarter of the real patches of the smallest combination.
         combinations: Distances by combination.
         means: Mean distance by source.
-        ratio: (candidate − real) / (baseline − real): 0 is as good as real patients, 1 no better than the baseline.
+        ratio: Kernel distance of the candidate as a share of the baseline's, over the combinations that both have: 0 is
+            as near as real patients, 1 no nearer than the baseline; below 0 is chance.
+        frechet_ratio: The same of Fréchet distances, less that between real patients.
         left_out: Why a combination, or a source of it, is not compared, by the combination's name.
     """
 
-    metric: Metric
-    rule: str
     dim: int
     pca_dims: int
-    resamples: int
-    n_complete: int
     combinations: list[CombinationDistances]
     means: dict[str, MeanDistance]
     ratio: Estimate
+    frechet_ratio: FrechetRatio
     left_out: dict[str, str]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from latent_medi.evaluation.cohort.comparison_sets import Comparison
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.fidelity.records import TissueDistance
 from latent_medi.statistics.kernel_distance import KernelSet, kernel_distance
 from latent_medi.statistics.subsampling import patients_in_turn

@@ -183,10 +183,10 @@ def test_sets_of_other_names_give_the_same_numbers_and_a_verdict(world: World, t
             assert after.differences[renamed(first)][renamed(second)] == difference
     a, b = known.headline, result.headline
     assert (b.candidate, b.baseline) == ("ours", "theirs")
-    assert (b.fd_unseen, b.fd_per_class, b.recovery_site) == (a.fd_unseen, a.fd_per_class, a.recovery_site)
+    assert (b.distance_unseen, b.recovery_site) == (a.distance_unseen, a.recovery_site)
     assert b.verdict.sentence == a.verdict.sentence.replace("MeDi", "ours")
     content = headline_json(b)
-    assert list(content["fd_unseen"])[:4] == ["ours", "theirs", "floor", "ratio"]
+    assert list(content["distance_unseen"])[:4] == ["ours", "theirs", "real", "metric"]
     assert content["accuracy_shift"]["ours"] == headline_json(a)["accuracy_shift"]["medi"]
     page = render_report(result, tmp_path / "report.html", sections=["headline", "fidelity", "downstream"])
     text = page.read_text(encoding="utf-8")

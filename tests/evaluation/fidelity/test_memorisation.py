@@ -23,7 +23,7 @@ from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.fidelity import memorisation as module
-from latent_medi.evaluation.fidelity.distance_to_real import Features
+from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.fidelity.memorisation import (
     CopyFinder,
     _Authentic,

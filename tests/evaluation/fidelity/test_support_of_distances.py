@@ -1,11 +1,10 @@
-"""Distances have the floor, the mix, the patients and the interval that they say they have."""
+"""Distances have the mix, the patients and the interval that they say they have."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -20,18 +19,18 @@ from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.roles import synthetic_roles
 from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.fidelity import distance_to_real, real_split_range
-from latent_medi.evaluation.fidelity.distance_to_real import Features, _thinned, distance_ratio, distance_table
+from latent_medi.evaluation.fidelity import real_split_range
+from latent_medi.evaluation.fidelity.distance_to_real import _thinned, distance_table
+from latent_medi.evaluation.fidelity.features import Features
+from latent_medi.evaluation.fidelity.frechet_ratio import frechet_ratio
 from latent_medi.evaluation.fidelity.real_split_range import Patches, measures_of
-from latent_medi.evaluation.fidelity.records import CombinationDistances, Distance
 from latent_medi.shards.writing.writer import write_dataset
 from latent_medi.statistics.distances import frechet_distance, pca_basis
-from latent_medi.statistics.intervals import Estimate
 from latent_medi.statistics.kernel_distance import kid
 
 
 def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
-    """Test patients of a hospital that no other real patient and no sample comes from: no distance is a floor's."""
+    """Test patients of a hospital that no other real patient and no sample comes from."""
     folder = world.root / "external"
     shutil.copytree(world.real, folder)
     table = pd.read_parquet(folder / "index.parquet")
@@ -48,7 +47,7 @@ def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
     rng = np.random.default_rng(0)
     real = rng.normal(size=(len(study.index), 4))
     made_of = {name: rng.normal(size=(len(arm.rows), 4)) for name, arm in study.synthetic.items()}
-    left_out = distance_table(study, Features(real, made_of, pca_basis(real)), cells, 20, 0).left_out
+    left_out = distance_table(study, Features(real, made_of, pca_basis(real)), cells, 0).left_out
     for cell in cells:
         assert left_out[cell.combination["class"]] == f"medi: {cell.skipped['medi']}; real: {cell.skipped['real']}"
         assert set(cell.rows) == {"cls"}  # what an arm was not told is not held against it
@@ -132,7 +131,7 @@ def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) ->
 
 
 def many_patches(patients: int) -> tuple[Study, Features, Comparison]:
-    """A cell of more patches than a kernel takes: reference, and the floor of a tenth of all patients."""
+    """A cell of more patches than a kernel takes: the reference, and a tenth of all patients as other real ones."""
     rng = np.random.default_rng(0)
     each = 60
     total = patients * each
@@ -141,10 +140,13 @@ def many_patches(patients: int) -> tuple[Study, Features, Comparison]:
     reference, probe = np.arange(total * 9 // 10), np.arange(total * 9 // 10, total)
     study = SimpleNamespace(
         patients=names,
-        index=names,
+        index=pd.DataFrame({"class": ["a"] * total, "site": ["x"] * total}),
+        class_field="class",
+        site_field="site",
         reference=reference,
         probe=probe,
-        synthetic={"cls": None, "medi": None},
+        train=reference,
+        synthetic=dict.fromkeys(("cls", "medi"), SimpleNamespace(fields=(), index=pd.DataFrame(index=range(300)))),
         roles=synthetic_roles(["cls", "medi"]),
     )
     samples = {name: rng.normal(size=(300, 4)) + shift for name, shift in (("medi", 0.5), ("cls", 1.5))}
@@ -153,63 +155,69 @@ def many_patches(patients: int) -> tuple[Study, Features, Comparison]:
     return cast(Study, study), Features(real, samples, pca_basis(real)), comparison
 
 
-def test_kernel_distances_of_many_patches_have_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_distances_of_many_patches_have_intervals() -> None:
     study, features, cell = many_patches(120)
     assert len(cell.reference) > 3000
-    monkeypatch.setattr(distance_to_real, "full_rank", lambda n, d: False)
-    table = distance_table(study, features, [cell], 100, 0)
+    table = distance_table(study, features, [cell], 0)
     summary = encode(table.means) | {"ratio": encode(table.ratio)}
-    whole = kid(features.real[cell.reference], features.synthetic["cls"])
+    whole = kid(features.real[cell.reference], features.synthetic["cls"], study.patients[cell.reference])
     low, high = summary["cls"]["interval"]
     assert low < summary["cls"]["value"] < high
     assert summary["cls"]["value"] == pytest.approx(whole, rel=0.1)
     assert isinstance(summary["ratio"]["interval"], list)
 
 
-def test_a_floor_of_few_patients_has_no_interval_anywhere() -> None:
+def test_few_other_patients_leave_the_check_without_an_interval() -> None:
     study, features, cell = many_patches(60)
     assert len(set(study.patients[study.probe])) == 6
-    table = distance_table(study, features, [cell], 100, 0)
+    table = distance_table(study, features, [cell], 0)
     summary = encode(table.means) | {"ratio": encode(table.ratio)}
-    assert summary["real"]["n_patients"] == summary["ratio"]["n_patients"] == 6
-    assert summary["real"]["interval"] == summary["ratio"]["interval"] == "not estimable"
+    assert summary["real"]["n_patients"] == 6
+    assert summary["real"]["interval"] == "not estimable"
+    assert summary["ratio"]["n_patients"] == 54  # the ratio does not rest on them
     assert isinstance(summary["cls"]["interval"], list)
+    assert isinstance(summary["ratio"]["interval"], list)
 
 
-def test_only_large_frechet_distances_take_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_as_near_as_real_patients_gives_no_ratio() -> None:
     study, features, cell = many_patches(120)
-    wide = Features(
-        np.tile(features.real, 40), {n: np.tile(x, 40) for n, x in features.synthetic.items()}, features.basis
-    )
-
-    def quick(*arguments: Any) -> tuple[CombinationDistances, dict[str, np.ndarray]]:
-        found = Distance(1.0, 10, 10, None, fd=None, kid=1.0, fd_pca=1.0, mix_mismatch=0.0)
-        record = CombinationDistances({}, "", 10, 10, dict.fromkeys(cell.rows, found), {})
-        return record, dict.fromkeys(cell.rows, np.ones(len(arguments[4].resamples.weights)))
-
-    monkeypatch.setattr(distance_to_real, "_compare", quick)
-    for enough, expected in ((True, 50), (False, 200)):
-        monkeypatch.setattr(distance_to_real, "full_rank", lambda n, d, enough=enough: enough)
-        assert distance_table(study, wide, [cell], 200, 0).resamples == expected
-
-
-def test_the_ratio_is_as_unsure_as_its_distances() -> None:
-    """Resampling raises the floor's draws twice as much as an arm's, which is undone before they are divided."""
     rng = np.random.default_rng(0)
-    study, _, _ = many_patches(12)
-    value = {"medi": 4.0, "cls": 6.0, "real": 3.0}
-    raised = {"medi": 1.2, "cls": 1.2, "real": 2.4}
-    draws = {name: value[name] + raised[name] + 0.2 * rng.normal(size=400) for name in value}
-    means = {name: Estimate(v, 100, 40, None, smallest_group=20) for name, v in value.items()}
-    record = distance_ratio(study, means, draws)
-    # By the rule for a quotient's error: σ² = (σ_m² + r²·σ_c² + (1 − r)²·σ_f²) / gap² = 0.0831².
-    spread = 0.2 / 3 * np.sqrt(1 + (1 / 3) ** 2 + (2 / 3) ** 2)
-    assert record.value == pytest.approx(1 / 3)
-    assert record.interval == pytest.approx([1 / 3 - 1.96 * spread, 1 / 3 + 1.96 * spread], abs=0.04)
-    wild = draws | {"cls": 6.0 + 2.0 * rng.normal(size=400)}  # class alone may be no worse than real patients
-    assert distance_ratio(study, means, wild).interval == "not estimable"
-    few = means | {"real": replace(means["real"], smallest_group=9)}
-    assert distance_ratio(study, few, draws).interval == "not estimable"
+    features.synthetic["cls"] = np.sqrt(1.09) * rng.normal(size=(300, 4))  # type: ignore[index]
+    table = distance_table(study, features, [cell], 0)
+    assert table.ratio.value is None
+    assert table.ratio.reason == "the baseline may be as near as real patients are"
+
+
+def test_a_frechet_ratio_stands_beside_that_of_a_perfect_generator() -> None:
+    """A generator that draws from the real population gets, on average, what the simulation says: less than 0."""
+    rng = np.random.default_rng(0)
+    found, perfect = [], []
+    for seed in range(20):
+        names = np.repeat([f"p{i:02d}" for i in range(40)], 10)
+        who = np.repeat(np.arange(40), 10)
+        real = 0.7 * rng.normal(size=(40, 6))[who] + 0.7 * rng.normal(size=(400, 6))
+        reference, probe = np.arange(200), np.arange(200, 400)
+        study = SimpleNamespace(
+            patients=names,
+            index=pd.DataFrame({"class": ["a"] * 400, "site": ["x"] * 400}),
+            class_field="class",
+            site_field="site",
+            train=np.zeros(0, int),
+            synthetic=dict.fromkeys(("cls", "medi")),
+            roles=synthetic_roles(["cls", "medi"]),
+        )
+        made = {"medi": 0.98**0.5 * rng.normal(size=(200, 6)), "cls": rng.normal(size=(200, 6)) + 1.0}
+        rows = {"medi": np.arange(200), "cls": np.arange(200), "real": probe}
+        cell = Comparison({"class": "a"}, reference, rows, dict.fromkeys(rows, 0.0))
+        record = frechet_ratio(cast(Study, study), Features(real, made, pca_basis(real)), [cell], 6, seed)
+        assert record.value is not None
+        assert record.perfect is not None
+        assert (record.n, record.dims, record.n_combinations) == (200, 6, 1)
+        found.append(record.value)
+        perfect.append(record.perfect)
+    error = np.std(found) / np.sqrt(20)
+    assert np.mean(found) < -3 * error
+    assert np.mean(perfect) == pytest.approx(np.mean(found), abs=3 * error)
 
 
 def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
@@ -219,20 +227,20 @@ def test_a_mean_over_cells_is_as_sure_as_its_smallest_cell() -> None:
     small = Comparison({"class": "b"}, large.reference[: 9 * 60], arms, dict.fromkeys(arms, 0.0))
     large = Comparison({"class": "a"}, large.reference, arms, dict.fromkeys(arms, 0.0))
     for cells, known in (([large], True), ([large, small], False)):
-        mean = distance_table(study, features, cells, 100, 0).means["medi"]
+        mean = distance_table(study, features, cells, 0).means["medi"]
         assert mean.smallest_group == (108 if known else 9)
         assert mean.n_patients == 108  # the nine of the small one are among them
         assert isinstance(mean.interval, tuple) is known
 
 
-def test_means_of_different_cells_are_not_divided() -> None:
+def test_distances_in_different_cells_are_not_divided() -> None:
     study, features, cell = many_patches(120)
     parts = []
     for name, sources in (("a", ["medi", "real"]), ("b", ["cls", "real"])):
         rows = {source: cell.rows[source] for source in sources}
         parts.append(Comparison({"class": name}, cell.reference, rows, dict.fromkeys(rows, 0.0)))
-    table = distance_table(study, features, parts, 20, 0)
-    assert table.ratio.value is None
+    table = distance_table(study, features, parts, 0)
+    assert table.ratio.value is table.frechet_ratio.value is None
     assert table.ratio.reason
     assert table.means["medi"].value is not None
 
