@@ -24,7 +24,7 @@ MIN_PATIENTS = 10
 """Patients that distances between patients need at least."""
 MIN_PATIENTS_OF_VALUE = 2
 """A linear probe is validated on patients that it did not learn from, so each value needs two."""
-_NO_EFFECT = ("data", "real", "batch", "device", "workers", "cache", "replace", "encoder", "weights")
+_NO_EFFECT = ("data", "real", "batch", "device", "workers", "cache", "replace", "encoder", "weights", "farthest")
 
 
 @dataclass

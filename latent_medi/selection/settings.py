@@ -43,6 +43,9 @@ class SelectSettings(Settings):
         copies: Quantile of the distances between patients: a patch nearer to a real one is a copy.
         duplicates: Quantile of the distances between patients: of two synthetic patches nearer to each other, the worse
             one is a duplicate.
+        farthest: Largest distance (KID) of all patches to real ones, over the largest between real combinations, or
+            patients, and the others: beyond it the dataset is refused, and where fewer than half as many patches pass
+            the filter "outliers" as real ones do. 0 refuses none.
         rank: Score that orders patches, lower is better: "confidence" (minus the mean log probability over fields),
             "centroid" (mean squared distance to the own centroids) or "distance" (to the nearest real patch).
             selected_NAME_score holds it.
@@ -79,6 +82,7 @@ class SelectSettings(Settings):
     outliers: UnitInterval = 0.99
     copies: UnitInterval = 0.001
     duplicates: UnitInterval = 0.001
+    farthest: NonNegativeFloat = 1.3
     rank: Score = "confidence"
     per_cell: NonNegativeInt = 0
     share: Annotated[float, Range(0, 1, above=True)] = 0.5

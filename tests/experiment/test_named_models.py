@@ -273,7 +273,7 @@ def test_one_model_alone_to_its_samples_and_then_selected_and_evaluated(tmp_path
     assert not (out / "metrics.json").exists()
     before = written_at(out / "only" / "model", out / "latents" / "latents.json")
     values["stages"] += ["select", "evaluate"]
-    values["select"] = {"filters": ["duplicates"], "rank": "distance", "share": 0.5}
+    values["select"] = {"filters": ["duplicates"], "rank": "distance", "share": 0.5, "farthest": 0}
     headline = run(build(ExperimentSettings, values))
     assert written_at(out / "only" / "model", out / "latents" / "latents.json") == before
     samples = PatchDataset.open(out / "synthetic" / "only")

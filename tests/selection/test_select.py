@@ -293,6 +293,7 @@ def test_noise_is_not_selected(real: PatchDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)far from tissue.*KID.* times .*up to 1\.3 .*Nothing was written"):
         select(options(bad, real, filters=[]), pooled())
     assert "selections" not in PatchDataset.open(bad.folder).info
+    assert select(options(bad, real, filters=[], farthest=0.0), pooled()).result.distance_ratio > 1.3
     for cell in CELLS[:2]:  # right in colour and shade, but most patches are far from every real one
         mixed = dataset(
             f"mixed-{cell[1]}",
