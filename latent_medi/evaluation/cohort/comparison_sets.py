@@ -96,7 +96,7 @@ def comparison_for(study: Study, combination: Combination, seed: int) -> Compari
             pools[name] = pool
     most = pools[REAL].largest if REAL in pools else len(result.reference)
     for name, pool in pools.items():
-        rng = np.random.default_rng([seed, 1, *seed_name(name)])
+        rng = np.random.default_rng([seed, 1])  # each draws from its own rows, whatever its name
         chosen, misplaced = pool.draw(min(pool.largest, most), rng)
         if name == REAL and _of_one_patient(study, chosen):
             result.skipped[name] = "the patches are of one patient"
