@@ -193,7 +193,7 @@ def main() -> None:
         ),
         *(
             (f"Fréchet {count}", lambda rng, count=count: frechet_ratios(lines, rng, arguments.replicates, count))
-            for count in (20, 28)
+            for count in (28,)
         ),
     ]
     for number, (name, part) in enumerate(parts):
