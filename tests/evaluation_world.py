@@ -127,7 +127,6 @@ class World:
             "synthetic": {"medi": str(self.medi), "cls": str(self.cls)},
             "out": str(self.root / name),
             "held_out": HELD_OUT,
-            "resamples": 60,
             "repeats": 2,
             "real_splits": 0,
             "memorisation": False,

@@ -80,7 +80,6 @@ def test_a_whole_experiment_runs_there(tmp_path: Path) -> None:
         "train.max_steps=4",
         "seen_per_cell=2",
         "unseen_per_cell=4",
-        "evaluate.resamples=20",
         "evaluate.repeats=1",
         "evaluate.real_splits=0",
     )

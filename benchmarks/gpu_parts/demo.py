@@ -46,7 +46,7 @@ def _demo(context: Context) -> None:
             "train": {"max_steps": 6, "log_every_images": 16},
             "seen_per_cell": 2,
             "unseen_per_cell": 4,
-            "evaluate": {"repeats": 1, "resamples": 10, "real_splits": 0},
+            "evaluate": {"repeats": 1, "real_splits": 0},
         }
     settings.write_text(yaml.safe_dump(changes))
     command(context, ["demo", f"out={out}", f"settings={settings}"], "demo.log")

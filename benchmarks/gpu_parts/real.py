@@ -157,7 +157,7 @@ def words_of(context: Context, chosen: Mapping[str, Any]) -> list[str]:
     if context.quick:
         words += ["autoencoder=demo", "train.global_batch=8", "train.model.block_out_channels=[32,64]"]
         words += ["train.log_every_images=8", "generate.sampler.steps=4", "generate.device_batch=16"]
-        return [*words, "evaluate.repeats=1", "evaluate.resamples=10", "evaluate.real_splits=0"]
+        return [*words, "evaluate.repeats=1", "evaluate.real_splits=0"]
     if not autoencoder.is_dir():
         raise NotHere(f"no autoencoder {autoencoder} (--models DIR names the folder)")
     return [*words, f"autoencoder={autoencoder}", "evaluate.repeats=2"]

@@ -198,7 +198,6 @@ def _evaluate(context: Context) -> None:
             downstream=False,
             memorisation=True,
             real_splits=0,
-            resamples=10,
             cache=str(root / f"features-{name}"),
         )
         found.append(evaluate(settings))

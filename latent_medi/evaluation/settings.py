@@ -110,10 +110,9 @@ class EvaluateSettings(Settings):
         site_field: Field that names the hospital.
         protocol: "default", or "paper" to add raw Fréchet distances, labelled "rank-deficient", where there are too few
             patches for one.
-        seed: Seed of every subsample and resample.
+        seed: Seed of every subsample.
         repeats: Draws of added patches per training set, which tell how much another draw would change; those without a
             draw are built once.
-        resamples: Patient resamples for the intervals.
         real_splits: Number of random splits of the real patients into two groups. They give, for each measure, the
             range that real patients reach; 0 leaves that out.
         regularisation: C of the logistic regressions (inverse strength, standardised features). With 0,
@@ -145,6 +144,7 @@ class EvaluateSettings(Settings):
 
     RENAMED: ClassVar = {
         "cells": "by_fields",
+        "resamples": "Leave it out: intervals have no random draws.",
         "deals": "real_splits",
         "added_per_cell": "added_per_combination",
         "downstream_arms": "training_sets",
@@ -171,7 +171,6 @@ class EvaluateSettings(Settings):
     protocol: Literal["default", "paper"] = "default"
     seed: int = 0
     repeats: PositiveInt = 10
-    resamples: NonNegativeInt = 200
     real_splits: NonNegativeInt = 60
     regularisation: NonNegativeFloat = 1.0
     added_per_combination: NonNegativeInt = 0

@@ -46,7 +46,7 @@ def test_from_a_dataset_folder_to_the_curve(tmp_path: Path, capsys: pytest.Captu
         "encoders": ["demo"],
         "plan_fields": ["class", "site"],
         "generate": {"sampler": {"steps": 3}},
-        "evaluate": {"repeats": 1, "resamples": 20, "real_splits": 0, "colour_free": False},
+        "evaluate": {"repeats": 1, "real_splits": 0, "colour_free": False},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(experiment))
     out = tmp_path / "shift"

@@ -72,7 +72,6 @@ def test_two_launched_processes_find_what_one_does(verb: str, tmp_path: Path) ->
                 "real": str(world.real),
                 "synthetic": {"medi": str(world.medi)},
                 "held_out": HELD_OUT,
-                "resamples": 20,
                 "real_splits": 0,
                 "repeats": 1,
                 "training_sets": ["real", "oversample", "medi"],

@@ -56,7 +56,7 @@ def test_a_run_makes_again_what_was_lost(tmp_path: Path, capsys: pytest.CaptureF
         "seen_per_cell=3",
         "generate.sampler.steps=2",
         "generate.device_batch=8",
-        "evaluate={unseen: false, downstream: false, resamples: 20}",
+        "evaluate={unseen: false, downstream: false}",
         "autoencoder=demo",
     ]
     assert main(words) == 0

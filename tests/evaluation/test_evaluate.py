@@ -125,7 +125,7 @@ def test_a_second_run_gives_the_same_numbers(world: World) -> None:
     arms = ["real", "stain_transfer", "medi", "reweight"]
     runs = [
         evaluated(
-            world.settings("again", repeats=1, resamples=40, real_splits=20, memorisation=True, training_sets=arms),
+            world.settings("again", repeats=1, real_splits=20, memorisation=True, training_sets=arms),
             [filters()],
         )
         for _ in range(2)

@@ -233,7 +233,7 @@ def tiny_settings(folder: Path, **values: Any) -> dict[str, Any]:
         "seen_per_cell": 4,
         "unseen_per_cell": 24,
         "generate": {"sampler": {"steps": 2}},
-        "evaluate": {"repeats": 1, "resamples": 20, "real_splits": 0, "colour_free": False},
+        "evaluate": {"repeats": 1, "real_splits": 0, "colour_free": False},
     } | values
 
 

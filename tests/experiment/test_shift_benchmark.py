@@ -28,7 +28,6 @@ def judge(changes: dict[str, Any], ran: list[dict[str, Any]]) -> None:
     settings = EvaluateSettings(
         real=changes["data"],
         repeats=1,
-        resamples=20,
         real_splits=0,
         memorisation=False,
         colour_free=False,

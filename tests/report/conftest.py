@@ -21,7 +21,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def evaluated(small_world: World) -> dict[str, Any]:
-    found = evaluate(small_world.settings("full", colour_free=True, repeats=1, resamples=30), [filters()])
+    found = evaluate(small_world.settings("full", colour_free=True, repeats=1), [filters()])
     found["dataset"]["folder"] = str(small_world.real)  # pages of the tests lie elsewhere than its metrics
     for name in found["synthetic"]:
         found["synthetic"][name]["folder"] = str(small_world.root / name)

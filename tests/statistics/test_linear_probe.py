@@ -142,9 +142,7 @@ def test_one_c_for_every_training_set(world: World, monkeypatch: pytest.MonkeyPa
         return fit_linear_probe(*arguments)
 
     monkeypatch.setattr(classifiers, "fit_linear_probe", listen)
-    settings = world.settings(
-        "one-c", regularisation=0.0, repeats=1, resamples=20, training_sets=["real", "medi", "oversample"]
-    )
+    settings = world.settings("one-c", regularisation=0.0, repeats=1, training_sets=["real", "medi", "oversample"])
     result = evaluate(settings, [filters()])
     downstream = result.downstream["filters"]
     chosen = downstream.classifier.regularisation

@@ -143,7 +143,7 @@ def test_a_network_takes_the_probe_s_place(world: World) -> None:
     """The planted classes are found from the pixels; the headline has the network's numbers."""
     cnn = CnnSettings(network="encoder", steps=150, batch=32, learning_rate=0.05, seeds=1)
     names = ["real", "medi", "pretrain_finetune_medi"]
-    settings = world.settings("network", classifier="cnn", cnn=cnn, training_sets=names, resamples=20, colour_free=True)
+    settings = world.settings("network", classifier="cnn", cnn=cnn, training_sets=names, colour_free=True)
     result = evaluate(settings, [filters()])
     assert set(result.downstream) == {"filters", "filters:haematoxylin"}
     record = result.downstream["filters"]

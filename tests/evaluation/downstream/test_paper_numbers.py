@@ -94,7 +94,7 @@ def test_the_papers_protocol_gives_torch_fidelitys_numbers(inception: Path, tmp_
     settings = EvaluateSettings(
         real=str(tmp_path / "real"), synthetic={"medi": str(tmp_path / "made")}, out=str(tmp_path / "out"),
         held_out=[{"class": "a", "site": "y"}], encoders=["inception"], weights={"inception": str(inception)},
-        colour_free=False, protocol="paper", downstream=False, resamples=10, batch=50,
+        colour_free=False, protocol="paper", downstream=False, batch=50,
     )  # fmt: skip
     table = evaluate(settings).fidelity["inception"].per_class
     (found,) = [c for c in table.combinations if c.combination == {"class": "a"}]

@@ -159,9 +159,7 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
 
 def test_a_protocol_is_one_setting(world: World) -> None:
     sizes = MediProtocolSettings(ratios=[0.0, 1.0], max_real=[20], sites=[0], seeds=2)
-    settings = world.settings(
-        "protocol", downstream=False, downstream_protocol="medi", resamples=20, medi_protocol=sizes
-    )
+    settings = world.settings("protocol", downstream=False, downstream_protocol="medi", medi_protocol=sizes)
     result = evaluate(settings, [filters()])
     rows = result.protocols.medi["filters"].rows
     assert [r.training_set for r in rows] == ["real", "medi", "cls"]

@@ -38,7 +38,7 @@ from latent_medi.shards.format.folder import write_folder
 from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.statistics.distances import pca_basis
 
-QUIET: dict[str, Any] = {"downstream": False, "resamples": 20, "memorisation": True}
+QUIET: dict[str, Any] = {"downstream": False, "memorisation": True}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,6 @@ def test_the_gate_fails_the_command_and_keeps_the_metrics(
         "held_out=[{class: stripes, site: south}]",
         "downstream=false",
         "colour_free=false",
-        "resamples=20",
     ]
     assert main([*words, "--max-copy-rate", "0.05"]) == 2
     assert "are copies of training patches" in capsys.readouterr().err
