@@ -11,7 +11,7 @@ factor and one symmetric eigenvalue problem. Both have one thread of linear alge
 programs on the machine disturb less, can be compared as well.
 
 Memory: the most that accumulating the moments of streamed features takes beyond what was there before, at two numbers
-of features, one four times the other; and the most that a process takes, and how long, while it judges two synthetic
+of features, one four times the other; and the most that a process takes, and how long, while it compares two synthetic
 sets of 25,000 patches by 100,000 real ones, half of them for training, in 2048 features (a tenth and 512 with --quick):
 the table of distances, Fréchet distances and their simulated ratio, neighbourhoods, principal components, and nearest
 patches of a few.
@@ -181,7 +181,7 @@ def _study(count: int) -> tuple[Study, Comparison]:
 
 
 def _most(count: int, dim: int, out: Any) -> None:
-    """Judge two synthetic sets, half as many as the real patches together; gives MiB of all features and of the memory
+    """Compare two synthetic sets, half as many as the real patches together; gives MiB of all features and of the memory
     beyond them, and seconds.
     """
     real = features_of(count, dim, 0)

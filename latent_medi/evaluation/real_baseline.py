@@ -2,7 +2,7 @@
 
 Patients are split at random into two groups, many times, within each combination of class and site. The kernel distance
 between the groups is about 0, and its range over the splits is what chance does with so few patients: a generator
-inside it cannot be told from real patients. No linear probe can be expected to be more accurate on samples than on the
+inside it is as near as real patients are. No linear probe can be expected to be more accurate on samples than on the
 group that it was not trained on.
 """
 

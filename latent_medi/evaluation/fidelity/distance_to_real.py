@@ -2,7 +2,7 @@
 
 The distance of every table is the kernel distance (KID): it has no bias of the number of patches or patients, so real
 patches of other patients are at a distance of about 0, and sets of different size can be compared. Its interval is over
-patients and samples. Fréchet distances stand beside it where there are patches enough.
+patients and samples. Fréchet distances stand second, where there are patches enough.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class FrechetRatio:
     """(candidate − real) / (baseline − real) of Fréchet distances at one number of patches. It has no interval.
 
     The distance between real patients is not what a perfect generator reaches, whose samples are each of a patient of
-    their own: read ``value`` beside ``perfect``.
+    their own: compare ``value`` with ``perfect``.
 
     Args:
         value: The ratio; null if there is none.
