@@ -181,8 +181,8 @@ def _study(count: int) -> tuple[Study, Comparison]:
 
 
 def _most(count: int, dim: int, out: Any) -> None:
-    """Compare two synthetic sets, half as many as the real patches together; gives MiB of all features and of the memory
-    beyond them, and seconds.
+    """Compare two synthetic sets, half as many as the real patches together; gives MiB of all features and of the
+    memory beyond them, and seconds.
     """
     real = features_of(count, dim, 0)
     made = {name: features_of(count // 4, dim, seed) for name, seed in (("medi", 0), ("cls", 1))}
