@@ -17,13 +17,13 @@ def no_verdict_reasons(metrics: Metrics, encoder: str, differences: Mapping[str,
     Args:
         metrics: The evaluation.
         encoder: Name of the encoder that the summary is about.
-        differences: Of the candidate from the baselines that were compared, the first is shown.
+        differences: Of the candidate from the baselines that were compared.
     """
     downstream = metrics.downstream.get(encoder)
     if downstream is None or not differences:
         return []
     found = [
-        _few_patients(downstream, next(iter(differences.values()))),
+        _few_patients(downstream, differences),
         _oracle_without_help(downstream),
         _far_from_tissue(metrics, encoder),
         *(_not_recovered(metrics, encoder, f) for f in (metrics.dataset.site_field, metrics.dataset.class_field)),
@@ -31,12 +31,12 @@ def no_verdict_reasons(metrics: Metrics, encoder: str, differences: Mapping[str,
     return [reason for reason in found if reason]
 
 
-def _few_patients(downstream: Downstream, difference: Difference) -> str:
+def _few_patients(downstream: Downstream, differences: Mapping[str, Difference]) -> str:
     few = {value: n for value, n in downstream.test_patients.items() if 0 < n < MIN_PATIENTS}
     if not few:
         return ""
     listed = in_words([f"{n} test patients of {value}" if n > 1 else f"one of {value}" for value, n in few.items()])
-    needed = patients_needed(difference)
+    needed = max(patients_needed(difference) for difference in differences.values())
     more = f", and about {needed} of each class to see a difference of {TO_SEE:g}" if needed > MIN_PATIENTS else ""
     where = ", ".join(downstream.affected_sites)
     return f"{listed} at {where} are too few: {MIN_PATIENTS} are needed for an interval{more}"
