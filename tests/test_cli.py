@@ -4,6 +4,7 @@ crash.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,33 @@ def test_a_finished_stage_is_kept_until_what_it_is_made_from_changes(tmp_path: P
     assert three(1, 1, 2) == ["c"]
     assert three(1, 2, 2) == ["b", "c"]
     assert three(2, 2, 2) == ["a", "b", "c"]
+
+
+def test_what_is_quickly_made_from_an_output_that_was_lost_is_made_again(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def three(broken_off: bool = False) -> list[str]:
+        ran.clear()
+
+        def evaluate() -> None:
+            ran.append("evaluate")
+            if broken_off:
+                raise RuntimeError("broken off")
+            (tmp_path / "metrics").touch()
+
+        stages = Stages(tmp_path, ["evaluate", "report", "train"])
+        stages.add("evaluate", Stage(evaluate, 1, outputs=("metrics",)))
+        stages.add("report", Stage(lambda: ran.append("report"), 1, needs=("evaluate",)))
+        stages.add("train", Stage(lambda: ran.append("train"), 1, needs=("evaluate",), costly=True))
+        with contextlib.suppress(RuntimeError):
+            stages.run("evaluate", "report", "train")
+        return list(ran)
+
+    assert three() == ["evaluate", "report", "train"]
+    (tmp_path / "metrics").unlink()
+    assert three(broken_off=True) == ["evaluate"]
+    assert three() == ["evaluate", "report"]  # what is costly stays
+    assert three() == []
 
 
 def test_what_is_costly_is_not_removed_unasked(tmp_path: Path) -> None:

@@ -154,6 +154,7 @@ class Stages:
             self._discard(self._stale(name))
             self._set_aside([path for path in stage.damaged() if path.exists()])
             stage.mend()
+        self._reopen_dependents(name)
         log.info("%s %s …", number, name)
         record = {"made_from": made_from} | ({"models": self._models(name)} if stage.by_model else {})
         write_json(self._file(name), record | {"seconds": None})
@@ -166,6 +167,17 @@ class Stages:
         written = [str(file.relative_to(self.folder)) for file in extras if file.exists()]
         write_json(self._file(name), record | {"extras": written, "seconds": self.seconds[name]})
         log.info("%s %s: done in %s", number, name, duration(self.seconds[name]))
+
+    def _reopen_dependents(self, name: str) -> None:
+        """Record that what is quickly made from a stage's outputs is no longer finished, since they are made again. Their
+        inputs may be the same, as when an earlier version wrote them.
+        """
+        again = {name}
+        for other, stage in self._stages.items():
+            if not stage.costly and again & set(stage.needs):
+                again.add(other)
+                if (record := self._record(other))["seconds"] is not None:
+                    write_json(self._file(other), record | {"seconds": None})
 
     def _outputs(self, name: str) -> list[Path]:
         """The outputs of a stage that exist."""
@@ -209,7 +221,7 @@ class Stages:
             if path.suffix == ".tar":
                 remove(path)
             else:
-                log.warning("%s is damaged: it is kept as %s", path, set_aside(path).name)
+                log.warning("%s is damaged, or of another version: it is kept as %s", path, set_aside(path).name)
 
     def _discard(self, paths: Sequence[Path]) -> None:
         """Remove outputs of an earlier run.
