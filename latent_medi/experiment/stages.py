@@ -169,8 +169,8 @@ class Stages:
         log.info("%s %s: done in %s", number, name, duration(self.seconds[name]))
 
     def _reopen_dependents(self, name: str) -> None:
-        """Record that what is quickly made from a stage's outputs is no longer finished, since they are made again. Their
-        inputs may be the same, as when an earlier version wrote them.
+        """Record that what is quickly made from a stage's outputs is no longer finished, since these are made again: an
+        earlier version may have written them from the same inputs.
         """
         again = {name}
         for other, stage in self._stages.items():
