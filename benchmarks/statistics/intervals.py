@@ -5,7 +5,8 @@
 A patient's patches are right with a chance of his own, from a beta distribution whose mean is the accuracy and whose
 variance is a share (the intra-patient correlation) of accuracy × (1 − accuracy). Areas under the curve come from normal
 scores whose variance has the patient's part of the same size. "Before" are percentiles of 200 bootstrap resamples of
-patients; for means of shares, Wilson's interval of all samples together. Prints a table for ``docs/results.md`` and
+patients; for means of shares, Wilson's interval of all samples together; for patients with several
+classes, strata of equal sets of classes. Prints a table for ``docs/results.md`` and
 fails where a coverage misses its bound by more than two Monte-Carlo errors.
 """
 
@@ -22,6 +23,7 @@ from latent_medi.evaluation.downstream.classification_scores import Units, worst
 from latent_medi.statistics import left_out
 from latent_medi.statistics.intervals import SHARE, Interval, estimate, jackknife, mean_of_shares, wilson
 from latent_medi.statistics.left_out import Score
+from latent_medi.statistics.patient_means import PatientTable
 
 RESAMPLES = 200
 PATIENTS = (10, 14, 28)
@@ -169,6 +171,24 @@ def shares(chances: tuple[float, ...], sizes: tuple[int, ...], replicates: int, 
     return before, now
 
 
+def several_classes(classes: int, n: int, accuracy: float, replicates: int, seed: int) -> tuple[Coverage, Coverage]:
+    """Coverage of the balanced accuracy where each of n patients has patches of each class with a chance of one half:
+    by strata of the very classes that a patient has, and by samples that share no class.
+    """
+    rng = np.random.default_rng(seed)
+    by_set, now = Coverage(), Coverage()
+    for _ in range(replicates):
+        truth, patients = (np.repeat(codes, 5) for codes in np.nonzero(rng.random((classes, n)) < 0.5))
+        right = (rng.random(len(truth)) < rng.beta(accuracy * 9, (1 - accuracy) * 9, n)[patients]).astype(float)
+        table = PatientTable(truth, patients, np.full(len(truth), True), classes, n)
+        now.add(table.estimate(right, share=True).interval, accuracy)
+        own = table.present[:, table.present.any(axis=0)]
+        strata = np.unique(own, axis=1, return_inverse=True)[1].reshape(-1)
+        spread = jackknife(table.left_out(right), strata)
+        by_set.add(estimate(table.mean(right), 0, n, spread, SHARE, table.smallest_class).interval, accuracy)
+    return by_set, now
+
+
 def lowest(groups: int, n: int, accuracy: float, replicates: int, seed: int) -> Coverage:
     """Coverage of the lowest of several groups of the same accuracy."""
     rng = np.random.default_rng(seed)
@@ -222,6 +242,10 @@ def main() -> int:
         lines.add(
             f"lowest of {groups} groups of 14 patients", [], [lowest(groups, 14, 0.8, replicates, seed)], 0.93, 1.0
         )
+    for classes, n in ((3, 30), (5, 40)):
+        before, now = several_classes(classes, n, 0.74, replicates, seed)
+        name = f"balanced accuracy of 0.74, {n} patients with any of {classes} classes"
+        lines.add(name, [before], [now], 0.93, 0.98)
     print(f"Monte-Carlo error of 0.95: {(0.95 * 0.05 / replicates) ** 0.5:.4f}")
     for name in lines.missed:
         print(f"misses its bound: {name}")

@@ -14,6 +14,8 @@ from typing import Final, Literal
 
 import numpy as np
 from scipy import stats
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 MIN_PATIENTS = 10
 """Below this many patients an interval is "not estimable"."""
@@ -21,6 +23,8 @@ NOT_ESTIMABLE: Final = "not estimable"
 LEVEL = 0.95
 SHARE = (0.0, 1.0)
 """Range of a share."""
+_ROUNDING = 1e-9
+"""A share this near to 0 or 1 is 0 or 1: means of means are rounded."""
 
 Interval = tuple[float, float] | Literal["not estimable"] | None
 
@@ -73,10 +77,6 @@ class Spread:
         """Standard error."""
         return math.sqrt(self.variance)
 
-    def scaled(self, factor: float) -> Spread:
-        """The variance times ``factor``."""
-        return Spread(self.variance * factor, self.dof)
-
     @classmethod
     def total(cls, parts: Iterable[Spread]) -> Spread:
         """Variance of a sum of independent terms, with degrees of freedom by Satterthwaite (1946)."""
@@ -113,6 +113,27 @@ def jackknife(left_out: np.ndarray, strata: np.ndarray | None = None) -> Spread:
         m = len(own)
         parts.append(Spread((m - 1) / m * float(((own - own.mean()) ** 2).sum()), m - 1))
     return Spread.total(parts)
+
+
+def strata_of(present: np.ndarray) -> np.ndarray:
+    """The independent sample that each patient belongs to, for :func:`jackknife`.
+
+    Patients of different groups (classes, sites, combinations) are separate samples, unless some patient is in both:
+    then leaving a patient out changes the means of both groups, and their patients are one sample.
+
+    Args:
+        present: Which groups each patient is in, bool [groups, patients].
+
+    Returns:
+        A code for each patient, [patients]: that of its connected component of groups.
+    """
+    n_groups, n_patients = present.shape
+    if not present.size:
+        return np.zeros(n_patients, int)
+    group, patient = np.nonzero(present)
+    links = coo_matrix((np.ones(len(group)), (group, n_groups + patient)), shape=(n_groups + n_patients,) * 2)
+    codes: np.ndarray = np.unique(connected_components(links, directed=False)[1][n_groups:], return_inverse=True)[1]
+    return codes
 
 
 def t_interval(
@@ -172,8 +193,9 @@ def estimate(
         fewest = n_patients if smallest is None else min(n_patients, smallest)
         if fewest < MIN_PATIENTS:
             bounds = NOT_ESTIMABLE
-        elif within == SHARE and value in SHARE:
-            bounds = wilson(round(value * fewest), fewest, level)
+        elif within == SHARE and min(abs(value), abs(value - 1)) < _ROUNDING:
+            value = float(round(value))
+            bounds = NOT_ESTIMABLE if math.isinf(spread.variance) else wilson(round(value * fewest), fewest, level)
         else:
             bounds = t_interval(value, spread, within, level) or NOT_ESTIMABLE
             if spread.variance == 0:

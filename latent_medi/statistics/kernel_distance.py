@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latent_medi.statistics.intervals import Spread, jackknife, t_interval
+from latent_medi.statistics.intervals import Spread, jackknife, strata_of, t_interval
 
 _LEAST = 3
 """Patients of a stratum: without one of them, it still has a pair."""
@@ -162,7 +162,7 @@ class KernelSet:
         """Patches by patient and stratum, [P, S]."""
         self.total = self.sizes.sum(axis=0)
         self.share = self.total / n
-        self.strata = _code_rows(self.sizes > 0)
+        self.strata = strata_of(self.sizes.T > 0)
         self.within, self.within_left_out = self._within()
 
     def _by_person(self, values: np.ndarray) -> np.ndarray:
@@ -245,14 +245,14 @@ def mean_distance(parts: Sequence[KernelDistance]) -> KernelDistance:
 def _merged(parts: Sequence[LeftOut], values: Sequence[float]) -> LeftOut:
     """Mean of values without each unit, where a unit may be in some of them alone."""
     units = np.unique(np.concatenate([part.units for part in parts]))
-    left_out, strata = np.full(len(units), float(np.mean(values))), np.zeros(len(units), int)
+    left_out, present = np.full(len(units), float(np.mean(values))), []
     for part, value in zip(parts, values, strict=True):
         place = np.searchsorted(units, part.units)
         left_out[place] += (part.values - value) / len(parts)
-        here = np.zeros(len(units), int)
-        here[place] = part.strata + 1
-        strata = np.unique(strata * (here.max() + 1) + here, return_inverse=True)[1]
-    return LeftOut(units, left_out, strata)
+        groups = np.zeros((part.strata.max() + 1, len(units)), bool)
+        groups[part.strata, place] = True
+        present.append(groups)
+    return LeftOut(units, left_out, strata_of(np.concatenate(present)))
 
 
 def distance_ratio(candidate: KernelDistance, baseline: KernelDistance) -> tuple[float, Spread] | None:
@@ -291,12 +291,4 @@ def _joined(person: np.ndarray, stratum: np.ndarray) -> np.ndarray:
     if counts[largest] >= _LEAST and people(joined)[-1] < _LEAST:
         joined[joined == len(counts)] = largest
     result: np.ndarray = np.unique(joined, return_inverse=True)[1].reshape(-1)
-    return result
-
-
-def _code_rows(table: np.ndarray) -> np.ndarray:
-    """A code per row of a table, the same for equal rows, [n]."""
-    if table.shape[1] == 1:
-        return np.zeros(len(table), int)
-    result: np.ndarray = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
     return result

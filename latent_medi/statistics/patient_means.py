@@ -6,15 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from latent_medi.statistics.intervals import SHARE, Estimate, Spread, estimate, jackknife
-
-
-def strata_of(present: np.ndarray) -> np.ndarray:
-    """A code of the groups that each patient has, from bool [groups, patients]: such patients are one sample."""
-    if not present.size:
-        return np.zeros(present.shape[1], int)
-    codes: np.ndarray = np.unique(present, axis=1, return_inverse=True)[1].reshape(-1)
-    return codes
+from latent_medi.statistics.intervals import SHARE, Estimate, Spread, estimate, jackknife, strata_of
 
 
 class PatientTable:
@@ -61,7 +53,7 @@ class PatientTable:
 
     @cached_property
     def strata(self) -> np.ndarray:
-        """For each patient with a row that counts, a code of the classes that the patient has, [n_patients]."""
+        """The independent sample of each patient with a row that counts, [n_patients]: see :func:`strata_of`."""
         return strata_of(self.present[:, self.present.any(axis=0)])
 
     def patient_means(self, values: np.ndarray) -> np.ndarray:

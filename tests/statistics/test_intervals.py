@@ -17,6 +17,7 @@ from latent_medi.statistics.intervals import (
     jackknife,
     mean_of_shares,
     share_of_samples,
+    strata_of,
     t_interval,
     wilson,
 )
@@ -109,3 +110,18 @@ def test_a_mean_of_groups_has_the_interval_of_that_mean() -> None:
         low, high = edge.interval  # type: ignore[misc]
         assert 0 <= low <= edge.value <= high <= 1  # type: ignore[operator]
         assert 0.05 < high - low < 0.2
+
+
+def test_groups_with_a_patient_in_common_are_one_sample() -> None:
+    present = np.array([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]], bool)
+    assert strata_of(present).tolist() == [0, 0, 0, 1, 1]
+    assert strata_of(np.eye(3, dtype=bool)).tolist() == [0, 1, 2]
+
+
+def test_a_share_of_one_may_be_rounded() -> None:
+    """The mean of seven classes of 1.0 is 0.9999999999999998."""
+    for value in (1 - 2e-16, 1 + 4e-16):
+        found = estimate(value, 70, 14, Spread(1e-32, 6.0), SHARE)
+        assert found.value == 1.0
+        assert found.interval == wilson(14, 14)
+    assert estimate(1.0, 70, 14, Spread(math.inf, 1.0), SHARE).interval == NOT_ESTIMABLE  # its draws are unknown

@@ -21,8 +21,21 @@ def test_balanced_mean_by_hand() -> None:
     assert (table.n_patches, table.n_patients, table.smallest_class) == (8, 3, 2)
     # Without a: 1/1 and 1/4; without b: 1/2 and 0.125; without c: 0.75 and 0.
     assert table.left_out(right) == pytest.approx([0.625, 0.3125, 0.375])
-    # Patients of both classes, of the first alone and of the second alone are three samples.
-    assert len(set(table.strata)) == 3
+    # Patient a is in both classes: without a both means change, so all are one sample.
+    assert len(set(table.strata)) == 1
+
+
+def test_patients_of_several_classes_are_not_split_into_small_samples() -> None:
+    """The variance is that of the mean's influence on patients, whichever classes each has."""
+    rng = np.random.default_rng(0)
+    classes, patients = np.nonzero(rng.random((3, 200)) < 0.5)
+    values = rng.random(200)[patients]
+    table = PatientTable(classes, patients, np.full(len(classes), True), 3, 200)
+    influence = np.zeros(200)
+    for code in range(3):
+        own = classes == code
+        influence[patients[own]] += (values[own] - values[own].mean()) / own.sum() / 3
+    assert table.spread(values).variance == pytest.approx((influence**2).sum(), rel=0.03)
 
 
 def test_the_only_patient_of_a_class() -> None:

@@ -25,9 +25,17 @@ from latent_medi.evaluation.downstream.records import (
     WorstGroup,
 )
 from latent_medi.statistics import left_out
-from latent_medi.statistics.intervals import LEVEL, MIN_PATIENTS, SHARE, Estimate, Spread, estimate, jackknife
+from latent_medi.statistics.intervals import (
+    LEVEL,
+    MIN_PATIENTS,
+    SHARE,
+    Estimate,
+    Spread,
+    estimate,
+    jackknife,
+    strata_of,
+)
 from latent_medi.statistics.left_out import Score
-from latent_medi.statistics.patient_means import strata_of
 
 BINS = 15
 """Bins of equal width for the calibration error."""
