@@ -134,7 +134,8 @@ class KernelSet:
 
     Args:
         features: [N, d].
-        patients: Patient of each, [N]; by default each is independent, as samples are.
+        patients: Patient of each, [N], or the name of each independent sample, by which :func:`mean_distance` knows it
+            in other sets; by default each is independent and named by its position.
         strata: Stratum of each in a design with fixed shares, [N]; one by default. Strata of fewer than three patients
             are joined.
 
@@ -235,7 +236,7 @@ def kid(
 
 
 def mean_distance(parts: Sequence[KernelDistance]) -> KernelDistance:
-    """Mean of distances, of which several may have patients in common."""
+    """Mean of distances, of which several may have patients or samples in common, known by their names."""
     values = [part.value for part in parts]
     mean = float(np.mean(values))
     sides = [_merged([part.reference for part in parts], values), _merged([part.sample for part in parts], values)]

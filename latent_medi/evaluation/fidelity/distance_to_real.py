@@ -7,6 +7,7 @@ patients and samples. Fréchet distances stand second, where there are patches e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,7 +63,8 @@ def distance_table(
         protocol: "paper" adds raw rank-deficient Fréchet distances.
     """
     dim = features.real.shape[1]
-    real = [rows for c in comparisons if c.rows for rows in (c.reference, c.rows.get(REAL, c.reference))]
+    # Of every combination that can be compared, whether a synthetic set has it or not: a set must not change others.
+    real = [rows for c in comparisons if "" not in c.skipped for rows in (c.reference, c.rows.get(REAL, c.reference))]
     dims = pca_dims(min(map(len, real), default=0), dim)
     results = [_compare(study, features, c, dims, protocol == "paper", seed) for c in comparisons]
     kernels = [found for _, found in results]
@@ -87,7 +89,8 @@ def distance_table(
 
 
 def kernel_set(study: Study, features: Features, name: str, rows: np.ndarray, seed: int) -> KernelSet:
-    """One side of a kernel distance, with its patients, and strata by class and site as far as they are known.
+    """One side of a kernel distance, with its patients, and strata by class and site as far as they are known. Each
+    sample is a patient of its own and has its row for a name, so that a mean over combinations knows it in each.
 
     Args:
         study: The cohort.
@@ -101,7 +104,7 @@ def kernel_set(study: Study, features: Features, name: str, rows: np.ndarray, se
     if name in study.synthetic:
         synthetic = study.synthetic[name]
         fields = [each for each in pair if each in synthetic.fields]
-        return KernelSet(features.synthetic[name][rows], None, strata(synthetic.index, rows, fields))
+        return KernelSet(features.synthetic[name][rows], rows, strata(synthetic.index, rows, fields))
     return KernelSet(features.real[rows], study.patients[rows], strata(study.index, rows, pair))
 
 
@@ -147,13 +150,14 @@ def _ratio(study: Study, comparisons: Sequence[Comparison], kernels: Sequence[Ke
     references = [comparisons[i].reference for i in common]
     found = distance_ratio(candidate, baseline)
     value, spread = found or (None, None)
+    few = math.isinf(baseline.spread.variance)  # no pair of patients is left without one of them
     return estimate(
         value,
         min(sum(len(comparisons[i].rows[name]) for i in common) for name in pair),
         len(_people(study, references)),
         spread,
         smallest_group=min(len(_people(study, [rows])) for rows in references),
-        reason=None if found else "the baseline may be as near as real patients are",
+        reason=None if found else "too few patients" if few else "the baseline may be as near as real patients are",
     )
 
 

@@ -20,13 +20,13 @@ from latent_medi.evaluation.cohort.roles import synthetic_roles
 from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity import real_split_range
-from latent_medi.evaluation.fidelity.distance_to_real import _thinned, distance_table
+from latent_medi.evaluation.fidelity.distance_to_real import _thinned, distance_table, kernel_set
 from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.fidelity.frechet_ratio import frechet_ratio
 from latent_medi.evaluation.fidelity.real_split_range import Patches, measures_of
 from latent_medi.shards.writing.writer import write_dataset
 from latent_medi.statistics.distances import frechet_distance, pca_basis
-from latent_medi.statistics.kernel_distance import kid
+from latent_medi.statistics.kernel_distance import kernel_distance, kid, mean_distance
 
 
 def test_a_side_of_another_mix_is_listed_and_not_judged(world: World) -> None:
@@ -186,6 +186,50 @@ def test_a_baseline_as_near_as_real_patients_gives_no_ratio() -> None:
     table = distance_table(study, features, [cell], 0)
     assert table.ratio.value is None
     assert table.ratio.reason == "the baseline may be as near as real patients are"
+
+
+def test_two_reference_patients_are_too_few_for_a_ratio() -> None:
+    """Without one of them no pair of patients is left, however far the baseline is."""
+    study, features, cell = many_patches(20)
+    cell.reference = cell.reference[:120]
+    assert len(set(study.patients[cell.reference])) == 2
+    ratio = distance_table(study, features, [cell], 0).ratio
+    assert ratio.value is None
+    assert ratio.reason == "too few patients"
+
+
+def test_a_sample_is_itself_in_every_combination() -> None:
+    """Two combinations share a third of their samples, at other positions: only these count in both."""
+    study, features, cell = many_patches(120)
+    parts = [np.arange(200), np.arange(100, 300)]
+    reference = kernel_set(study, features, "", cell.reference, 0)
+    found = mean_distance([kernel_distance(reference, kernel_set(study, features, "medi", r, 0)) for r in parts])
+    assert list(found.sample.units) == list(range(300))
+    x, real = features.synthetic["medi"], features.real[cell.reference[reference_rows(cell)]]
+    who = study.patients[cell.reference[reference_rows(cell)]]
+    for row in (7, 150, 299):
+        each = [kid(real, x[part[part != row]], who) for part in parts]
+        assert found.sample.values[row] == pytest.approx(np.mean(each))
+
+
+def reference_rows(cell: Comparison) -> np.ndarray:
+    """Those of the reference's rows that a kernel takes."""
+    return _thinned(len(cell.reference), 0, "")
+
+
+def test_a_set_does_not_change_the_dimensions_of_the_others() -> None:
+    """A combination of few patches that a further set alone has."""
+    study, features, large = many_patches(120)
+    rows = {"cls": np.arange(300), "medi": np.arange(300)}
+    large = Comparison({"class": "a"}, large.reference, rows, dict.fromkeys(rows, 0.0))
+    few = large.reference[::480]
+    assert len(few) < 16  # enough for three dimensions
+    none = Comparison({"class": "b"}, few)
+    alone = Comparison({"class": "b"}, few, {"medi": np.arange(40)}, {"medi": 0.0})
+    skipped = Comparison({"class": "c"}, few[:4], skipped={"": "4 reference patches, fewer than 20"})
+    found = [distance_table(study, features, [large, small, skipped], 0) for small in (none, alone)]
+    assert found[0].pca_dims == found[1].pca_dims == 3
+    assert found[0].combinations[0] == found[1].combinations[0]
 
 
 def test_a_frechet_ratio_stands_beside_that_of_a_perfect_generator() -> None:
