@@ -62,10 +62,15 @@ def pool_factor(taken: float, pool: float, population: float = math.inf) -> floa
             there is.
 
     Returns:
-        0 or more; infinite where a draw takes more than ``LARGEST_SHARE`` of a pool that is not all that there is.
+        0 or more; infinite where a draw takes more than ``LARGEST_SHARE`` of a pool that is not all that there is, and
+        where it takes from an empty pool.
     """
+    if taken == 0:
+        return 0.0
+    if pool == 0:
+        return math.inf
     rest = max(0.0, 1.0 - pool / population)
-    if rest == 0 or taken == 0:
+    if rest == 0:
         return 0.0
     share = taken / pool
     return rest * share / (1 - share) if share <= LARGEST_SHARE else math.inf

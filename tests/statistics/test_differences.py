@@ -48,6 +48,8 @@ def test_pool_factor_by_hand() -> None:
     assert pool_factor(0, 20) == 0.0
     assert math.isinf(pool_factor(20, 20))
     assert math.isinf(pool_factor(19, 20))
+    assert math.isinf(pool_factor(1, 0))
+    assert pool_factor(0, 0) == 0.0
 
 
 def test_what_is_not_known_is_said() -> None:

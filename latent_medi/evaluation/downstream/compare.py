@@ -209,7 +209,8 @@ def _score(
             probabilities[mask] = np.mean([run.prediction.probabilities[mask] for run in found[v]], axis=0)
         folds_of = {v: len(np.unique(folds[mask])) for v, mask in masks.items()}
         best = max(folds_of, key=lambda variant: folds_of[variant])
-        pools = [own[0].pool for v, own in found.items() if folds_of[v] and own[0].pool is not None]
+        # Training seeds may have pools of different size.
+        pools = [run.pool for v, own in found.items() if folds_of[v] for run in own if run.pool is not None]
         seeds = sources.training_seeds(entry.synthetic)
         draws = Draws(max(pools, default=None), [r % seeds for r in range(repeats)])
         scored = scorer.scored(predicted, draws)

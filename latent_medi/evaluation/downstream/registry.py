@@ -95,18 +95,31 @@ class TrainingSetKind:
         return "{}" in self.name
 
 
+def _of_every_seed(sources: Sources, synthetic: str) -> list[tuple[str, SyntheticSet]]:
+    """A synthetic set and its further training seeds; what is said of each starts with where it lies, unless it is the
+    first.
+    """
+    study = sources.study
+    further = [(f"in {samples.dataset.folder}: ", samples) for samples in study.further_seeds.get(synthetic, [])]
+    return [("", study.synthetic[synthetic]), *further]
+
+
 def _lacks_combination(sources: Sources, synthetic: str) -> str:
-    samples = sources.study.synthetic[synthetic]
-    lacking = [c for c in sources.additions.combinations if not len(synthetic_rows(samples, c))]
-    return f"it has no sample for {describe(lacking[-1])}" if lacking else ""
+    for where, samples in _of_every_seed(sources, synthetic):
+        lacking = [c for c in sources.additions.combinations if not len(synthetic_rows(samples, c))]
+        if lacking:
+            return f"{where}it has no sample for {describe(lacking[-1])}"
+    return ""
 
 
 def _lacks_class(sources: Sources, synthetic: str) -> str:
-    found = set(sources.study.synthetic[synthetic].index[sources.study.class_field].astype(str))
-    lacking = sorted(set(sources.labels.tolist()) - found)
-    return _lacks_combination(sources, synthetic) or (
-        f"{synthetic} has no sample of {', '.join(lacking)}" if lacking else ""
-    )
+    if reason := _lacks_combination(sources, synthetic):
+        return reason
+    for where, samples in _of_every_seed(sources, synthetic):
+        found = set(samples.index[sources.study.class_field].astype(str))
+        if lacking := sorted(set(sources.labels.tolist()) - found):
+            return f"{where}{synthetic} has no sample of {', '.join(lacking)}"
+    return ""
 
 
 REAL = TrainingSetKind(

@@ -96,7 +96,7 @@ class Request:
     """Patches that one held-out combination needs.
 
     Args:
-        number: Position of the combination in :class:`Additions`.
+        number: Position of the combination in :class:`Additions`; −1 for a cell of the training patches.
         combination: Its values.
         n: Number of patches.
         rng: Source of every random choice.
@@ -229,23 +229,32 @@ def synthetic_alone(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
 
     Each class × site cell gets as many samples as it has real training patches, from samples of the class where the
     set has none of the site. The held-out combinations get what every training set adds to them. Samples repeat only
-    after all of a cell's samples are used.
+    after all of a pool's samples are used, whether by one cell or by several.
     """
-    study = sources.study
+    study, samples = sources.study, sources.study.synthetic[synthetic]
     rng = np.random.default_rng([seed, 19])
-    added = _drawn(sources, draw_synthetic(synthetic), seed)
+    draw = draw_synthetic(synthetic)
+    used: dict[str, set[int]] = {}
+    added = _drawn(sources, draw, seed, used)
     cells = study.index.iloc[study.train][[study.class_field, study.site_field]].astype(str).value_counts()
-    rows, labels, pools = [], [], [added.pool]
+    parts, labels, factors = [], [], [added.pool]
+    drawn_for = list(sources.additions.combinations)
     for (value, site), n in sorted(cells.items()):
-        pool = synthetic_rows(study.synthetic[synthetic], {study.class_field: value, study.site_field: site})
-        if not len(pool):
-            pool = synthetic_rows(study.synthetic[synthetic], {study.class_field: value})
-        rows.append(repeated_draw(pool, int(n), rng))
-        labels.append(np.full(len(rows[-1]), value))
-        pools.append(pool_factor(int(n), len(pool)))
-    features = np.concatenate([sources.synthetic[synthetic][np.concatenate(rows)], added.features])
-    every = np.concatenate([*labels, added.labels])
-    return TrainingSet(features, every, distinct=added.distinct, n_synthetic=len(every), pool=max(pools))
+        cell = {study.class_field: value, study.site_field: site}
+        if not len(synthetic_rows(samples, cell)):
+            cell = {study.class_field: value}
+        found = draw(sources, Request(-1, cell, int(n), rng, used.setdefault(value, set())))
+        parts.append(found.features[found.rows])
+        labels.append(np.full(len(found.rows), value))
+        factors.append(found.pool)
+        drawn_for.append(cell)
+    # A later draw may have taken from the pool of an earlier one.
+    for combination in drawn_for:
+        pool = synthetic_rows(samples, combination)
+        taken = used.get(combination[study.class_field], set()).intersection(pool.tolist())
+        factors.append(pool_factor(len(taken), len(pool)))
+    features, every = np.concatenate([*parts, added.features]), np.concatenate([*labels, added.labels])
+    return TrainingSet(features, every, distinct=added.distinct, n_synthetic=len(every), pool=max(factors))
 
 
 def pretrained_on_synthetic(sources: Sources, synthetic: str, seed: int) -> TrainingSet:
@@ -259,7 +268,7 @@ WITHOUT_DRAW: tuple[Build, ...] = (real_alone, balanced)
 """What is the same with every seed."""
 
 
-def draw_synthetic(name: str) -> Draw:
+def draw_synthetic(name: str) -> Callable[[Sources, Request], Drawn]:
     """A :data:`Draw` from a synthetic set.
 
     A set that is conditioned on the class alone serves all combinations of a class from one pool, without repeats while
@@ -285,11 +294,11 @@ def draw_of_class(sources: Sources, request: Request) -> Drawn:
     return Drawn(sources.real, rows)
 
 
-def _drawn(sources: Sources, draw: Draw, seed: int) -> Added:
-    """The patches drawn for every combination."""
+def _drawn(sources: Sources, draw: Draw, seed: int, used: dict[str, set[int]] | None = None) -> Added:
+    """The patches drawn for every combination; ``used`` gets the rows that were taken, by class."""
     rng = np.random.default_rng([seed, 5])
-    used: dict[str, set[int]] = {}
-    parts, labels, distinct, pools = [np.zeros((0, sources.real.shape[1]))], [np.zeros(0, str)], [], [0.0]
+    used = {} if used is None else used
+    parts, labels, distinct, pools = [sources.real[:0]], [np.zeros(0, str)], [], [0.0]
     for i, (combination, n) in enumerate(zip(sources.additions.combinations, sources.additions.counts, strict=True)):
         value = combination[sources.study.class_field]
         request = Request(i, combination, n, rng, used.setdefault(value, set()))

@@ -12,14 +12,15 @@ import pytest
 from evaluation_world import World
 
 from latent_medi.core.errors import UserError
+from latent_medi.evaluation.cohort.combinations import describe, matches
 from latent_medi.evaluation.cohort.open_study import open_study
-from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.cohort.study import Study, SyntheticSet, held_out_with_class
 from latent_medi.evaluation.downstream import baselines
 from latent_medi.evaluation.downstream.classifiers import Prediction
 from latent_medi.evaluation.downstream.compare import compare
 from latent_medi.evaluation.downstream.records import ClassifierRecord, Downstream
 from latent_medi.evaluation.downstream.registry import plan_additions
-from latent_medi.evaluation.downstream.training_sets import Sources, TrainingSet
+from latent_medi.evaluation.downstream.training_sets import Sources, TrainingSet, synthetic_alone, with_synthetic
 from latent_medi.statistics.differences import DRAWS_UNKNOWN
 from latent_medi.statistics.intervals import NOT_ESTIMABLE
 
@@ -146,3 +147,77 @@ def test_further_seeds_that_are_none_are_refused(world: World) -> None:
         open_study(world.settings("wrong", further_seeds={"medi": [str(world.medi)]}))
     with pytest.raises(UserError, match="has the fields class, medi itself"):
         open_study(world.settings("wrong", further_seeds={"medi": [str(world.cls)]}))
+
+
+def kept(samples: SyntheticSet, rows: np.ndarray) -> SyntheticSet:
+    """Some of a set's samples, at these positions of its index."""
+    return replace(samples, rows=samples.rows[rows])
+
+
+def test_every_training_seed_has_samples_of_each_combination(world: World) -> None:
+    folder = shutil.copytree(world.medi, world.root / "medi-lacking", dirs_exist_ok=True)
+    study = open_study(world.settings("lacking-seed", further_seeds={"medi": [str(folder)]}))
+    (further,) = study.further_seeds["medi"]
+    combination = held_out_with_class(study)[-1]
+    without = kept(further, np.flatnonzero(~matches(further.index, combination)))
+    record, _ = compared(sources_of(replace(study, further_seeds={"medi": [without]})), 2, [])
+    reason = f"in {folder}: it has no sample for {describe(combination)}"
+    for name in ("medi", "synthetic_only_medi", "pretrain_finetune_medi"):
+        assert record.unavailable[name] == reason
+    assert "cls" in record.training_sets
+
+
+def test_the_smallest_pool_of_all_training_seeds_counts(world: World) -> None:
+    """The first seed has twice what is added, the second no more than that."""
+    folder = shutil.copytree(world.medi, world.root / "medi-small", dirs_exist_ok=True)
+    study = open_study(world.settings("small-seed", further_seeds={"medi": [str(folder)]}))
+    (further,) = study.further_seeds["medi"]
+    n = min(int(matches(study.synthetic["medi"].index, c).sum()) for c in held_out_with_class(study)) // 2
+    combination = held_out_with_class(study)[0]
+    rest = matches(further.index, combination)
+    few = np.sort(np.concatenate([np.flatnonzero(~rest), np.flatnonzero(rest)[:n]]))
+    for sets, known in (([further], True), ([kept(further, few)], False)):
+        record, _ = compared(sources_of(replace(study, further_seeds={"medi": sets}), n), 4, ["real", "medi"])
+        found = record.training_sets["medi"].accuracy_shift
+        assert (found.reason == DRAWS_UNKNOWN) is not known
+        assert isinstance(found.interval, tuple) is known
+
+
+def test_what_is_taken_from_one_pool_is_summed(world: World) -> None:
+    """Samples of a class serve the cells of all sites and the combinations, each once."""
+    study = open_study(world.settings("one-pool"))
+    sources = sources_of(study)
+    samples = study.synthetic["cls"]
+    classes, counts = np.unique(sources.labels, return_counts=True)
+    pool = {value: int((samples.index["class"] == value).sum()) for value in classes}
+    added = dict.fromkeys(classes, 0)
+    for combination, n in zip(sources.additions.combinations, sources.additions.counts, strict=True):
+        added[combination["class"]] += n
+    # As many rows as a third of the pool, of several sites.
+    rng = np.random.default_rng(0)
+    train = np.concatenate(
+        [
+            rng.permutation(study.train[sources.labels == value])[: min(n, pool[value] // 3)]
+            for value, n in zip(classes, counts, strict=True)
+        ]
+    )
+    small = replace(sources, study=replace(study, train=np.sort(train)))
+    small.additions.counts[:] = [max(1, n // 4) for n in small.additions.counts]
+    found = synthetic_alone(small, "cls", 0)
+    taken = {value: int((found.labels == value).sum()) for value in classes}
+    assert max(taken[v] / pool[v] for v in classes) < 0.8
+    assert found.pool == pytest.approx(max(taken[v] / (pool[v] - taken[v]) for v in classes))
+    assert len(np.unique(found.features)) == len(found.features)  # nothing is drawn twice
+
+
+def test_features_keep_their_precision(world: World) -> None:
+    """Twice the memory would be taken for nothing."""
+    sources = sources_of(open_study(world.settings("precision")))
+    small = replace(
+        sources,
+        real=sources.real.astype(np.float32),
+        synthetic={name: x.astype(np.float32) for name, x in sources.synthetic.items()},
+    )
+    for build in (with_synthetic, synthetic_alone):
+        assert build(small, "medi", 0).features.dtype == np.float32
+        np.testing.assert_array_equal(build(small, "medi", 0).features, build(sources, "medi", 0).features)
