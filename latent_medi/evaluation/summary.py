@@ -17,7 +17,7 @@ from latent_medi.evaluation.downstream.registry import (
     summarised,
 )
 from latent_medi.evaluation.fidelity.records import DistanceTable
-from latent_medi.evaluation.no_verdict import no_verdict_reasons
+from latent_medi.evaluation.no_verdict import no_verdict_reasons, patient_group
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary_records import (
     FurtherTrainingSet,
@@ -179,6 +179,7 @@ def _verdict(metrics: Metrics, encoder: str) -> Verdict:
         differences=differences,
         missing=[kind.phrase for kind in KINDS if kind.decisive and kind.phrase not in differences],
         reasons=no_verdict_reasons(metrics, encoder, differences),
+        group=patient_group(metrics, downstream),
     )
     return verdict(evidence)
 

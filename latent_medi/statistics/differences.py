@@ -41,8 +41,8 @@ class Difference(Estimate):
         error_draws: Standard error over the samples drawn, or over training seeds, besides what a draw changes for
             single patients, which ``error_patients`` contains; null where it is not known.
         over: What the difference speaks of: "trained models", whose samples were drawn several times; or "method",
-            where models of several training seeds were compared.
-        training_seeds: Number of training seeds of the first of the two, 1 or more.
+            where each side that has samples of a model has them of three training seeds or more.
+        training_seeds: Number of training seeds, 1 or more; the smaller one where both sides have samples of a model.
     """
 
     likely: Interval = None
@@ -83,10 +83,12 @@ class Draws:
     Args:
         pool: See :func:`pool_factor`; None where nothing depends on chance, so that one repeat says all.
         seeds: Training seed that the samples of each repeat belong to, [R].
+        generated: Whether what is drawn are samples of a trained model.
     """
 
     pool: float | None
     seeds: Sequence[int]
+    generated: bool = True
 
     @property
     def training_seeds(self) -> int:
@@ -204,7 +206,8 @@ def difference(
     reason = first.draws.unknown or second.draws.unknown
     found = estimate(value, n_patches, n_patients, total, None, smallest_group, reason)
     likely = estimate(value, n_patches, n_patients, total, None, smallest_group, level=LIKELY_LEVEL)
-    seeds = first.draws.training_seeds
+    # Real patches and baselines without a generator have no training seed.
+    seeds = min((side.draws.training_seeds for side in (first, second) if side.draws.generated), default=1)
     return Difference(
         **vars(found),
         likely=likely.interval,

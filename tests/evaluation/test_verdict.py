@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from latent_medi.evaluation.no_verdict import patient_group
 from latent_medi.evaluation.results import metrics_of
 from latent_medi.evaluation.summary import headline, headline_json, headline_text
 from latent_medi.evaluation.verdict import Evidence, answer, patients_needed, verdict
@@ -21,6 +22,7 @@ CLEAR = difference(0.06, (0.01, 0.11), (0.03, 0.09))
 PROBABLE = difference(0.04, (-0.01, 0.09), (0.01, 0.07))
 OPEN = difference(0.02, (-0.03, 0.07), (-0.01, 0.05))
 BEHIND = difference(-0.01, (-0.06, 0.04), (-0.04, 0.02))
+WORSE = difference(-0.04, (-0.09, 0.01), (-0.07, -0.01))
 FEW = difference(0.3, NOT_ESTIMABLE, NOT_ESTIMABLE)
 
 
@@ -30,10 +32,14 @@ FEW = difference(0.3, NOT_ESTIMABLE, NOT_ESTIMABLE)
         ([CLEAR, CLEAR], "useful"),
         ([CLEAR, PROBABLE], "may be useful"),
         ([PROBABLE, OPEN], "not shown"),
-        ([CLEAR, BEHIND], "not useful"),
-        ([CLEAR, FEW], "not shown"),
-        ([FEW, BEHIND], "not useful"),
-        ([CLEAR, difference(0.0, (-0.1, 0.1), (-0.05, 0.05))], "not useful"),
+        ([CLEAR, BEHIND], "not shown"),
+        ([CLEAR, WORSE], "not useful"),
+        ([OPEN, WORSE], "not useful"),
+        ([CLEAR, FEW], "no verdict"),
+        ([FEW, BEHIND], "no verdict"),
+        ([FEW, WORSE], "not useful"),
+        ([CLEAR, difference(0.0, None, None)], "no verdict"),
+        ([CLEAR, difference(-0.01, (-0.04, 0.02), (-0.02, 0.0))], "not shown"),
         ([CLEAR, difference(0.01, (0.0, 0.02), (0.0, 0.02))], "not shown"),
     ],
 )
@@ -71,10 +77,19 @@ def test_a_sentence_says_of_which_models_it_speaks_and_against_what():
     unseen = verdict(evidence({"stain transfer": replace(OPEN, smallest_group=14, error_patients=0.025)}))
     assert unseen.answer == "not shown"
     assert unseen.sentence.startswith("It is not shown that MeDi is useful here with these trained models")
+    assert "since it is not ahead of stain transfer beyond chance: accuracy" in unseen.sentence
     assert "to see a difference of 0.05, about 28 patients of each class are needed." in unseen.sentence
-    behind = verdict(evidence({"stain transfer": BEHIND, "oversampling": BEHIND, "reweighting": CLEAR}))
+    at = replace(
+        evidence({"stain transfer": CLEAR, "oversampling": BEHIND, "reweighting": OPEN}), group="per class at S"
+    )
+    unbeaten = verdict(at).sentence
+    assert "since it is not ahead of oversampling or reweighting beyond chance: accuracy" in unbeaten
+    worse = replace(BEHIND, smallest_group=14, error_patients=0.05)
+    both = {"oversampling": replace(OPEN, smallest_group=14, error_patients=0.025), "reweighting": worse}
+    assert "about 110 patients per class at S are needed." in verdict(replace(at, differences=both)).sentence
+    behind = verdict(evidence({"stain transfer": BEHIND, "oversampling": WORSE, "reweighting": CLEAR}))
     assert behind.answer == "not useful"
-    assert behind.sentence.endswith("; stain transfer and oversampling do at least as well.")
+    assert behind.sentence.endswith("; oversampling does better (-0.040, 80 % interval -0.070 to -0.010).")
 
 
 def test_patients_needed_by_hand():
@@ -84,7 +99,7 @@ def test_patients_needed_by_hand():
     assert patients_needed(replace(OPEN, smallest_group=3, error_patients=None)) == 10
 
 
-@pytest.mark.parametrize("difference", [CLEAR, PROBABLE, OPEN, BEHIND, FEW])
+@pytest.mark.parametrize("difference", [CLEAR, PROBABLE, OPEN, BEHIND, WORSE, FEW])
 def test_a_reason_against_a_verdict_outweighs_every_answer(difference):
     found = verdict(evidence({"stain transfer": difference}, ["the samples are noise", "3 patients are too few"]))
     assert found.answer == "no verdict"
@@ -97,7 +112,7 @@ def test_no_verdict_without_a_comparison_or_the_decisive_baseline():
     assert "no downstream comparison" in verdict(replace(evidence({"x": CLEAR}), score=None)).sentence
     untried = verdict(evidence({"oversampling": CLEAR}, missing=["stain transfer"]))
     assert untried.reasons == ["stain transfer was not tried"]
-    assert verdict(evidence({"oversampling": BEHIND}, missing=["stain transfer"])).answer == "not useful"
+    assert verdict(evidence({"oversampling": WORSE}, missing=["stain transfer"])).answer == "not useful"
 
 
 def test_an_interval_that_is_not_estimable_is_no_verdict_with_its_reason():
@@ -105,6 +120,12 @@ def test_an_interval_that_is_not_estimable_is_no_verdict_with_its_reason():
     found = verdict(evidence({"stain transfer": CLEAR, "oversampling": unknown}))
     assert found.answer == "no verdict"
     assert found.reasons == ["generate at least twice as many samples as are added"]
+    # The patients' own variance says how many are needed, also where the noise of the draws is not known.
+    found = verdict(evidence({"oversampling": replace(unknown, smallest_group=14, error_patients=0.025)}))
+    assert found.reasons == ["generate at least twice as many samples as are added"]
+    assert found.sentence.endswith("; to see a difference of 0.05, about 28 patients of each class are needed.")
+    unsaid = verdict(evidence({"oversampling": FEW}))
+    assert unsaid.reasons == ["the interval of its difference from oversampling is not estimable"]
 
 
 # What an evaluation says.
@@ -134,14 +155,39 @@ def test_too_few_patients(changed):
     assert said(changed).answer != "no verdict"
 
 
+def test_one_patient_is_too_few(changed):
+    changed["downstream"]["filters"]["test_patients"]["stripes"] = 1
+    assert "No verdict on MeDi: 1 test patient of stripes at south is too few: 10 are" in said(changed).sentence
+    changed["downstream"]["filters"]["test_patients"]["rings"] = 2
+    assert "2 test patients of rings and 1 test patient of stripes at south are too few" in said(changed).sentence
+
+
+def test_where_patients_are_needed(results):
+    downstream = results.downstream["filters"]
+    fields = {results.dataset.class_field, results.dataset.site_field}
+    by_class = [c for c in downstream.combinations if set(c.combination) == fields]
+    assert 0 < len(by_class) < len(downstream.combinations)
+    assert patient_group(results, downstream) == patient_group(results, None) == "of each class"
+    assert patient_group(results, replace(downstream, combinations=by_class)) == "per class at south"
+
+
 def test_an_oracle_without_help(changed):
-    gain = changed["downstream"]["filters"]["differences"]["oracle"]["real"]["accuracy_shift"]
-    gain |= {"value": 0.01, "interval": [-0.03, 0.05]} | ({"likely": [-0.01, 0.03]} if "likely" in gain else {})
-    found = said(changed)
-    assert found.answer == "no verdict"
-    assert "do not help the classifier either (oracle +0.010 against the real patches alone" in found.sentence
-    del changed["downstream"]["filters"]["differences"]["oracle"]
-    assert said(changed).answer != "no verdict"
+    differences = changed["downstream"]["filters"]["differences"]
+    gain = differences["oracle"]["real"]["accuracy_shift"]
+    gain |= {"value": 0.01, "interval": [-0.03, 0.05], "likely": [-0.01, 0.03]}
+    for difference in differences["medi"].values():
+        difference["accuracy_shift"] |= {"value": 0.05, "interval": [0.01, 0.09], "likely": [0.03, 0.07]}
+    assert said(changed).answer == "useful"  # what is clear for itself needs no oracle
+    differences["medi"]["stain_transfer"]["accuracy_shift"]["interval"] = [-0.01, 0.11]
+    assert said(changed).reasons == [
+        "it is not shown that real patches of the unseen combinations help the classifier (oracle +0.010 against the "
+        "real patches alone, 80 % interval -0.010 to +0.030)"
+    ]
+    differences["medi"]["stain_transfer"]["accuracy_shift"]["interval"] = [0.01, 0.09]
+    gain |= {"value": -0.01}
+    assert "combinations do not help the classifier (oracle -0.010 against the real" in said(changed).sentence
+    del differences["oracle"]
+    assert said(changed).answer == "useful"
 
 
 def test_samples_far_from_tissue(changed):
@@ -168,6 +214,16 @@ def test_samples_that_do_not_show_what_was_asked_for(changed):
     assert said(changed).answer != "no verdict"
     fields["synthetic"]["medi"]["value"], fields["real"]["value"] = 0.0, fields["chance"] + 0.05  # it cannot tell
     assert said(changed).answer != "no verdict"
+
+
+def test_a_field_that_was_not_asked_for_need_not_be_shown(changed):
+    fields = changed["adherence"]["filters"]["fields"]["site"]
+    fields["synthetic"]["medi"] |= {"value": fields["chance"]}
+    assert "show the requested site in" in said(changed).sentence
+    fields["synthetic"]["medi"]["conditioned"] = False
+    assert said(changed).answer != "no verdict"
+    changed["roles"]["candidate"], changed["roles"]["baseline"] = "cls", "medi"
+    assert not any("requested" in reason for reason in said(changed).reasons)
 
 
 def test_lost_variety_stands_beside_what_is_found(metrics):

@@ -125,4 +125,15 @@ def test_no_interval_where_the_draws_are_not_known_or_patients_are_few() -> None
     few = difference(scored(right[:, :9], known), scored(right[:, :9] ** 2, known), 45, 9)
     assert few.interval == few.likely == NOT_ESTIMABLE
     seeds = Draws(math.inf, [0, 1, 2, 0])
-    assert difference(scored(right, seeds), scored(right**2, known), 60, 12).over == "method"
+    two, real = Draws(1.0, [0, 1, 0, 1]), Draws(1.0, [0] * 4, generated=False)
+    for pair, over, n in [
+        ((seeds, real), "method", 3),
+        ((real, seeds), "method", 3),
+        ((seeds, seeds), "method", 3),
+        ((seeds, known), "trained models", 1),  # a method against one trained model
+        ((two, seeds), "trained models", 2),
+        ((known, real), "trained models", 1),
+        ((real, real), "trained models", 1),
+    ]:
+        found = difference(scored(right, pair[0]), scored(right**2, pair[1]), 60, 12)
+        assert (found.over, found.training_seeds) == (over, n)

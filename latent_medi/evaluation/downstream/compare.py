@@ -212,7 +212,7 @@ def _score(
         # Training seeds may have pools of different size.
         pools = [run.pool for v, own in found.items() if folds_of[v] for run in own if run.pool is not None]
         seeds = sources.training_seeds(entry.synthetic)
-        draws = Draws(max(pools, default=None), [r % seeds for r in range(repeats)])
+        draws = Draws(max(pools, default=None), [r % seeds for r in range(repeats)], bool(entry.synthetic))
         scored = scorer.scored(predicted, draws)
         stuck = [v for v, own in found.items() if not all(run.prediction.converged for run in own)]
         compared.not_converged += [f"{name}/{v}" for v in stuck]

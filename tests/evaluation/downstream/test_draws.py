@@ -134,6 +134,7 @@ def test_training_seeds_take_turns_and_three_speak_of_the_method(world: World) -
     assert record.training_sets["cls"].repeats == 4
     assert record.differences["medi"]["real"].accuracy_shift.over == "method"
     assert record.differences["cls"]["real"].accuracy_shift.over == "trained models"
+    assert record.differences["medi"]["cls"].accuracy_shift.over == "trained models"  # cls has one seed
     two = replace(study, further_seeds={"medi": study.further_seeds["medi"][:1]})
     again, _ = compared(sources_of(two), 4, ["real", "medi"])
     assert again.training_sets["medi"].training_seeds == 2
