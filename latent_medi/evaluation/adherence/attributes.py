@@ -16,9 +16,10 @@ from latent_medi.evaluation.cohort.combinations import Combination, among, descr
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.fidelity.features import Features
-from latent_medi.statistics.intervals import SHARE, Estimate, estimate, mean_of_shares, share_of_samples
+from latent_medi.statistics.intervals import SHARE, Estimate, estimate, share_of_samples
 from latent_medi.statistics.linear_probe import fit_linear_probe
 from latent_medi.statistics.patient_means import PatientTable
+from latent_medi.statistics.shared_samples import Group, mean_over_groups
 
 _MAX_TRAINING = 20_000
 
@@ -79,10 +80,16 @@ def _field(study: Study, name: str, predictions: FieldPredictions) -> FieldRecov
     patients = np.unique(study.patients[reference], return_inverse=True)[1]
     combinations: list[CombinationRecovery] = []
     kept: list[np.ndarray] = []
+    groups: dict[str, list[Group]] = {}
     for combination in study.held_out:
         rows = np.flatnonzero(study.having(combination)[reference] & np.isin(truth, values))
-        shares = {s.name: _recovery(s, name, combination, predictions) for s in study.synthetic.values()}
-        found = {n: share for n, share in shares.items() if share is not None}
+        found: dict[str, Recovery] = {}
+        for samples in study.synthetic.values():
+            group = _requested(samples, name, combination, predictions)
+            if group is not None:
+                groups.setdefault(samples.name, []).append(group)
+                share = share_of_samples(int(group.hits.sum()), len(group.rows))
+                found[samples.name] = Recovery(**vars(share), conditioned=name in samples.fields)
         real = _accuracy(right, patients, [rows])
         combinations.append(CombinationRecovery(describe(combination), combination, found, real))
         kept.append(rows)
@@ -90,7 +97,12 @@ def _field(study: Study, name: str, predictions: FieldPredictions) -> FieldRecov
     return FieldRecovery(
         values=values,
         chance=1.0 / len(values),
-        synthetic=_means(study, name, combinations),
+        synthetic={
+            n: Recovery(
+                **vars(mean_over_groups(own)), conditioned=name in study.synthetic[n].fields, n_combinations=len(own)
+            )
+            for n, own in groups.items()
+        },
         real=real,
         combinations=combinations,
         confusion={
@@ -124,23 +136,10 @@ def _accuracy(right: np.ndarray, patients: np.ndarray, combinations: list[np.nda
     return estimate(table.mean(values), n_patches, table.n_patients, table.spread(values), SHARE, table.smallest_class)
 
 
-def _means(study: Study, name: str, combinations: list[CombinationRecovery]) -> dict[str, Recovery]:
-    """Mean over the combinations, by synthetic set."""
-    result: dict[str, Recovery] = {}
-    for synthetic in study.synthetic.values():
-        shares = [c.synthetic[synthetic.name] for c in combinations if synthetic.name in c.synthetic]
-        if shares:
-            hits = [round((share.value or 0.0) * share.n_patches) for share in shares]
-            mean = mean_of_shares(hits, [share.n_patches for share in shares])
-            conditioned = name in synthetic.fields
-            result[synthetic.name] = Recovery(**vars(mean), conditioned=conditioned, n_combinations=len(shares))
-    return result
-
-
-def _recovery(
+def _requested(
     synthetic: SyntheticSet, name: str, combination: Combination, predictions: FieldPredictions
-) -> Recovery | None:
-    """Recovery of one field in a set's samples of a combination; ``None`` where nothing was requested.
+) -> Group | None:
+    """What was requested of a set's samples of a combination and what was found; ``None`` where nothing was requested.
 
     A set whose model was not conditioned on the field is compared with the combination's value all the same: its share
     is what class alone achieves.
@@ -160,8 +159,7 @@ def _recovery(
     rows, requested = rows[kept], requested[kept]
     if len(rows) == 0:
         return None
-    share = share_of_samples(int((found[rows] == requested).sum()), len(rows))
-    return Recovery(**vars(share), conditioned=name in synthetic.fields)
+    return Group(rows, found[rows], requested)
 
 
 def _confusion(requested: np.ndarray, found: np.ndarray, values: list[str]) -> list[list[float | None]]:
