@@ -94,15 +94,20 @@ def patients_needed(difference: Difference) -> int:
     standard error over the n patients of the smallest class. 10 where that is not known. The noise of the samples drawn
     is left out: more patients do not lessen it, more samples do.
     """
-    n = difference.n_patients if difference.smallest_group is None else difference.smallest_group
     error = difference.error_patients
     if error is None or not math.isfinite(error):
         return MIN_PATIENTS
-    return max(MIN_PATIENTS, math.ceil(n * (_REACH * error / TO_SEE) ** 2))
+    return max(MIN_PATIENTS, math.ceil(_fewest(difference) * (_REACH * error / TO_SEE) ** 2))
+
+
+def _fewest(difference: Difference) -> int:
+    """Patients of the smallest class."""
+    return difference.n_patients if difference.smallest_group is None else difference.smallest_group
 
 
 def more_patients(differences: Collection[Difference], group: str) -> str:
-    """The number of patients that would be needed, as the last part of a sentence; nothing where it is not known.
+    """The number of patients that would be needed, or that they are enough, as the last part of a sentence; nothing
+    where it is not known.
 
     It leaves out the draws of samples, of which more can be generated.
 
@@ -113,7 +118,9 @@ def more_patients(differences: Collection[Difference], group: str) -> str:
     known = [difference for difference in differences if difference.error_patients is not None]
     if not known:
         return ""
-    needed = max(patients_needed(difference) for difference in known)
+    needed, there = max(map(patients_needed, known)), min(map(_fewest, known))
+    if needed <= there:
+        return f"; the {there} patients {group} are enough to see a difference of {TO_SEE:g}"
     return f"; to see a difference of {TO_SEE:g}, about {needed} patients {group} are needed"
 
 

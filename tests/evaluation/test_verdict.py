@@ -79,6 +79,8 @@ def test_a_sentence_says_of_which_models_it_speaks_and_against_what():
     assert unseen.sentence.startswith("It is not shown that MeDi is useful here with these trained models")
     assert "since it is not ahead of stain transfer beyond chance: accuracy" in unseen.sentence
     assert "to see a difference of 0.05, about 28 patients of each class are needed." in unseen.sentence
+    many = verdict(evidence({"stain transfer": replace(OPEN, smallest_group=56, error_patients=0.012)}))
+    assert many.sentence.endswith("; the 56 patients of each class are enough to see a difference of 0.05.")
     at = replace(
         evidence({"stain transfer": CLEAR, "oversampling": BEHIND, "reweighting": OPEN}), group="per class at S"
     )
