@@ -108,7 +108,7 @@ def distances(table: DistanceTable, roles: Roles) -> str | None:
                 _point(axes, y, found[name], style_of(name, roles), source_name(name) if i == len(rows) - 1 else None)
     axes.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("KID (left is better; other real patients are at about 0)")
+    axes.set_xlabel("KID (left is better; real patients: about 0)")
     _style(axes)
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
