@@ -13,7 +13,7 @@ Estimates, intervals and the verdict are the product's own functions.
 Three rules are applied to the same worlds. "before": the candidate is one set of samples, used whole in each of five
 repeats; stain transfer is the better of its variants on the test patients; intervals are percentiles of 200 patient
 resamples; a candidate ahead of all is at least "may be useful". "now": ten draws of half of a pool on either side,
-variants chosen on other patients, the jackknife over patients and the variance over draws. "oracle": the same
+variants chosen on other patients, the jackknife over patients and the variance over draws. "known error": the same
 difference with its true standard error and the normal distribution.
 
 The rule is applied to the differences alone: an evaluation gives no verdict on further grounds (the oracle does not
@@ -239,7 +239,7 @@ def simulate(ridge: Ridge, gain: float, n: int, replicates: int, seed: int) -> C
             for name, value in row.items():
                 events.setdefault(name, []).append(bool(value))
     shares = {name: float(np.mean(hits)) for name, hits in events.items()}
-    shares["oracle"] = float(np.mean(np.array(values) / np.std(values) > stats.norm.ppf(0.975)))
+    shares["known error"] = float(np.mean(np.array(values) / np.std(values) > stats.norm.ppf(0.975)))
     return Counts(shares, len(values))
 
 
@@ -251,9 +251,9 @@ def misses(found: Counts, gain: float, n: int) -> list[str]:
         if name in found.shares and found.shares[name] > bound + 2 * found.error(name):
             result.append(f"{name} above {bound:.0%}")
     if gain and n == max(PATIENTS):
-        error = math.hypot(found.error("useful"), found.error("oracle"))
-        if found.shares["useful"] < found.shares["oracle"] - 0.05 - 2 * error:
-            result.append("power more than 5 points below the oracle's")
+        error = math.hypot(found.error("useful"), found.error("known error"))
+        if found.shares["useful"] < found.shares["known error"] - 0.05 - 2 * error:
+            result.append("power more than 5 points below that of a test that knows the error")
     return result
 
 
@@ -273,7 +273,7 @@ def main() -> int:
         "not useful",
         "excludes 0",
         "covers",
-        "oracle",
+        "known error",
     ]
     print("| gain | patients | " + " | ".join(columns) + " | |")
     print("|---" * (len(columns) + 3) + "|")

@@ -88,8 +88,9 @@ class EvaluateSettings(Settings):
         candidate: Name of the synthetic set that the verdict is about; empty takes "medi" if there is one, otherwise
             the first. The others are its baselines; ratios are taken to "cls", or to the first of them.
         further_seeds: By synthetic set the folders of further ones: samples of the same model and plan, trained with
-            other seeds. Repeats take the seeds in turn; with three or more seeds in all, intervals are over seeds and
-            the verdict speaks of the method. Distances and adherence are of the first alone.
+            other seeds. Repeats take the seeds in turn; with three or more seeds in all, intervals are over
+            patients and seeds, and the verdict speaks of the method. Distances, adherence, stain and copies are of the
+            first alone.
         selected: By synthetic set the column of a selection, such as selected_best: only the patches that it chose take
             part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
@@ -105,14 +106,15 @@ class EvaluateSettings(Settings):
         split: Name of the split column, without "split_".
         train_value: Split value of training patches (seen combinations only).
         probe_value: Split value of further real patients, held-out combinations included. The linear probes of the
-            adherence and the oracle are trained on them, and they give the real-vs-real distance.
+            adherence are trained on them, the oracle on them and the training patients; they give the real-vs-real
+            distance.
         test_value: Split value of the patients that all scores are computed on.
         site_field: Field that names the hospital.
         protocol: "default", or "paper" to add raw Fréchet distances, labelled "rank-deficient", where there are too few
             patches for one.
         seed: Seed of every subsample.
-        repeats: Draws of added patches per training set, which tell how much another draw would change; those without a
-            draw are built once.
+        repeats: Draws of added patches per training set, which show how much another draw would change; those without a
+            draw are built once. With further_seeds as many for each seed, and cnn.seeds instead with classifier=cnn.
         real_splits: Number of random splits of the real patients into two groups. They give, for each measure, the
             range that real patients reach; 0 leaves that out.
         regularisation: C of the logistic regressions (inverse strength, standardised features). With 0,
@@ -120,7 +122,8 @@ class EvaluateSettings(Settings):
             and the linear probes of the adherence use 1.
         added_per_combination: Patches that each training set adds per held-out combination; 0 takes half of the
             smallest synthetic set's, at most the median count of the class × site cells that have training patches.
-            With more than four fifths of a set's, its accuracies have no interval.
+            With more than four fifths of a set's, its accuracies have no interval, unless there are three training
+            seeds.
         downstream: Train and compare the downstream classifiers.
         memorisation: Look for copies of training patches, and for samples too near to training patients.
         max_copy_rate: Largest share, 0 to 1, of a synthetic set's patches that may be copies of training patches; with

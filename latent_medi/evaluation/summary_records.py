@@ -39,7 +39,7 @@ class SummaryDifference:
 
     Args:
         value: The difference; null if either is missing.
-        interval: Its 95 % interval over patients.
+        interval: Its 95 % interval over patients and the samples drawn.
     """
 
     value: float | None

@@ -39,7 +39,8 @@ class Estimate:
         n_patients: Patients that it rests on; 0 for synthetic samples.
         interval: Its 95 % interval; ``NOT_ESTIMABLE`` with too few patients; ``None`` where none is computed.
         smallest_group: Patients of the smallest group (class, site, combination) of those that weigh the same.
-        interval_over: "samples" where the interval takes samples for independent; otherwise it is over patients.
+        interval_over: "samples" where the interval takes samples for independent; otherwise it is over patients, and
+            over draws where samples are drawn.
         reason: Why there is no value or no interval.
     """
 

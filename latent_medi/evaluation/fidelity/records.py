@@ -105,7 +105,7 @@ class DistanceTable:
         means: Mean distance by source.
         ratio: Kernel distance of the candidate as a share of the baseline's, over the combinations that both have: 0 is
             as near as real patients, 1 no nearer than the baseline; below 0 is chance.
-        frechet_ratio: The same of Fréchet distances, less that between real patients.
+        frechet_ratio: The same from Fréchet distances, with the one between real patients subtracted from both.
         left_out: Why a combination, or a source of it, is not compared, by the combination's name.
     """
 
