@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -34,7 +35,7 @@ def page() -> str:
         described = _described(record)
         rows = [f"| `{n}` | {_type(a)} | {described.get(n, '')} |" for n, a in hints(record).items()]
         table = "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
-        parts.append(f"## {title}\n\n{' '.join(own.split())}\n\n{table}\n")
+        parts.append(f"## {title}\n\n{textwrap.fill(' '.join(own.split()), 120, break_on_hyphens=False)}\n\n{table}\n")
     return "\n".join(parts)
 
 
