@@ -182,3 +182,16 @@ def test_a_ratio_is_as_unsure_as_what_it_divides() -> None:
     assert spread.variance == pytest.approx(own, rel=0.01)
     assert distance_ratio(a, distance(0.02, 0.02)) is None
     assert distance_ratio(a, distance(-1.0, 0.02)) is None
+
+
+def test_a_ratio_is_less_the_bias_that_dividing_brings() -> None:
+    """Quenouille's: (m − 1)·(mean without each unit − value). Dividing by what varies makes a ratio too large."""
+    own = LeftOut(np.arange(20), np.full(20, 1.0), np.zeros(20, int))
+    varying = LeftOut(np.arange(20), 2 + 0.05 * (-1.0) ** np.arange(20), np.zeros(20, int))
+    candidate = KernelDistance(1.0, own, own)
+    baseline = KernelDistance(2.0, LeftOut(own.units, np.full(20, 2.0), own.strata), varying)
+    found = distance_ratio(candidate, baseline)
+    assert found is not None
+    mean = (1 / 2.05 + 1 / 1.95) / 2
+    assert found[0] == pytest.approx(0.5 - 19 * (mean - 0.5), abs=1e-12)
+    assert found[0] < 0.5 - 0.005
