@@ -60,7 +60,7 @@ class Matched:
 
 def strata(index: pd.DataFrame, rows: np.ndarray, fields: Sequence[str]) -> np.ndarray:
     """One label per row that joins its values of several fields."""
-    if not fields:
+    if not fields or not len(rows):  # pandas would give a table for no rows
         return np.full(len(rows), "", dtype=object)
     result: np.ndarray = index.iloc[rows][list(fields)].astype(str).agg("|".join, axis=1).to_numpy()
     return result

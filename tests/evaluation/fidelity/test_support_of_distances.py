@@ -14,7 +14,7 @@ from parts import put_index
 
 from latent_medi.core.records import encode
 from latent_medi.evaluation.cohort.comparison_sets import Comparison, _mismatch, class_comparisons
-from latent_medi.evaluation.cohort.matching import Matched
+from latent_medi.evaluation.cohort.matching import Matched, strata
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.roles import synthetic_roles
 from latent_medi.evaluation.cohort.sample_size import thin_support
@@ -91,6 +91,15 @@ def test_a_draw_follows_its_strata(n: int) -> None:
     names = sorted(set(target))
     assert [list(m) for m in pool.members] == [list(np.flatnonzero(labels == name)) for name in names]
     assert pool.missing == pytest.approx(np.mean(target == "y") if n else 0.0)
+
+
+def test_a_side_without_a_patch_gives_no_draw(world: World) -> None:
+    """Such as real patches that are neither training, probe nor reference patches, in a split of two parts."""
+    index = open_study(world.settings("none")).index
+    nothing = strata(index, np.zeros(0, int), ["class", "site"])
+    some = strata(index, np.arange(5), ["class", "site"])
+    assert (nothing.shape, some.shape) == ((0,), (5,))
+    assert Matched(np.zeros(0, int), nothing, some).largest == 0
 
 
 def test_thinning_keeps_the_mix_and_depends_on_nothing_else() -> None:
