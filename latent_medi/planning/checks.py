@@ -14,13 +14,18 @@ EVEN_GOALS = ("fill_unseen", "each", "all_sites_of_classes", "own_sites")
 """Goals that want the same number for every combination."""
 LACK_GOALS = ("balance", "within_site", "target")
 """Goals that want for every combination what it lacks."""
-SITE_GOALS = ("all_sites_of_classes", "own_sites", "within_site")
+SITE_GOALS = ("all_sites_of_classes", "own_sites", "within_site", "tasks")
 """Goals that need a class and a site."""
 
 
 def goal_of(settings: PlanSettings) -> str:
-    """The goal; by default "target" with a target table, otherwise "fill_unseen"."""
-    return settings.goal or ("target" if settings.target else "fill_unseen")
+    """The goal; by default "target" with a target table, "tasks" with tasks, otherwise "fill_unseen"."""
+    return settings.goal or ("target" if settings.target else "tasks" if settings.tasks else "fill_unseen")
+
+
+def plans_unidentifiable(settings: PlanSettings) -> bool:
+    """Whether combinations that the data cannot identify get images; those of tasks do, as in MeDi's study."""
+    return settings.force_unidentifiable or goal_of(settings) == "tasks"
 
 
 def problems_of(settings: PlanSettings) -> list[str]:
@@ -31,6 +36,7 @@ def problems_of(settings: PlanSettings) -> list[str]:
         found.append("the goal 'target' needs a target table: target=wanted.csv")
     if goal != "target" and settings.target:
         found.append(f"target is the goal, so goal={goal} contradicts it")
+    found += _problems_of_tasks(settings)
     if settings.target:
         named = [name for name in ("per_cell", "ratio", "fields", "only") if getattr(settings, name)]
         found += [f"target says which combinations reach which number, so {name} contradicts it" for name in named]
@@ -49,6 +55,20 @@ def problems_of(settings: PlanSettings) -> list[str]:
     if settings.max_per_cell and settings.min_per_cell > settings.max_per_cell:
         found.append(f"min_per_cell = {settings.min_per_cell} is above max_per_cell = {settings.max_per_cell}")
     found += [f"only names no value of {name!r}" for name, values in settings.only.items() if not values]
+    return found
+
+
+def _problems_of_tasks(settings: PlanSettings) -> list[str]:
+    goal, found = goal_of(settings), []
+    if goal == "tasks" and not settings.tasks:
+        found.append("the goal 'tasks' needs tasks: tasks.nsclc='[LUAD, LUSC]'")
+    if goal != "tasks" and settings.tasks:
+        found.append(f"tasks are the goal, so goal={goal} contradicts them")
+    if goal == "tasks" and settings.per_cell:
+        found.append("the goal 'tasks' counts real patches, so per_cell contradicts it (ratio multiplies them)")
+    for name, values in settings.tasks.items():
+        if len(set(values)) < max(2, len(values)):
+            found.append(f"the task {name!r} needs two or more different classes, not {values}")
     return found
 
 
@@ -77,12 +97,19 @@ def problems_with(settings: PlanSettings, schema: Schema) -> list[str]:
     if not names and not found:
         found.append("a plan combines the class and categorical fields, and the data have none")
     known_class = schema.class_field
+    classes = known_class.values if known_class else ()
+    found += [
+        f"tasks: {name!r} names the class {value!r}, which the data lack ({nearest(value, classes)})"
+        for name, values in settings.tasks.items()
+        for value in values
+        if value not in classes
+    ]
     if (
-        settings.goal in SITE_GOALS
+        goal_of(settings) in SITE_GOALS
         and not found
         and (known_class is None or names[0] != known_class.name or not names[1:])
     ):
-        found.append(f"the goal {settings.goal!r} combines the class with a site, not {' × '.join(names)}")
+        found.append(f"the goal {goal_of(settings)!r} combines the class with a site, not {' × '.join(names)}")
     return found
 
 

@@ -26,6 +26,7 @@ from latent_medi.planning.checks import (
     LACK_GOALS,
     allowed_images,
     goal_of,
+    plans_unidentifiable,
     problems_of,
     problems_with,
     refusal,
@@ -132,7 +133,8 @@ def make_plan(index: pd.DataFrame, schema: Schema, settings: PlanSettings) -> Pl
     requested = [dict(zip(names, c, strict=True)) for c in wanted.within_reach]
     found = audit(index, schema, requested, settings.thin_patients, site_field=settings.site_field)["verdicts"]
     verdicts = {c: entry["verdict"] for c, entry in zip(wanted.within_reach, found, strict=True)}
-    free = [c for c in wanted.within_reach if settings.force_unidentifiable or verdicts[c] != "unidentifiable"]
+    forced = plans_unidentifiable(settings)
+    free = [c for c in wanted.within_reach if forced or verdicts[c] != "unidentifiable"]
     asked, limited, weights = _weights(wanted.images, free, real, settings)
     counts = _divide(weights, limited, settings)
     table = _table(names, schema, wanted, verdicts, counts, settings)
@@ -155,7 +157,7 @@ def make_plan(index: pd.DataFrame, schema: Schema, settings: PlanSettings) -> Pl
         rows=len(table),
         empty=sum(1 for c in free if c in wanted.images and not counts.get(c)),
         verdicts=count_verdicts(table),
-        forced=settings.force_unidentifiable,
+        forced=forced,
         budget=Budget(allowed_images(settings), images, hours),
         drawn=drawn,
         before_after=before_after_record(before, after),
@@ -210,6 +212,8 @@ def _images(
         return {c: each for c in combinations if c[1:] in sites}
     if goal == "own_sites":
         return {c: seen[c] if settings.spread == "real" else each for c in combinations if c in seen}
+    if goal == "tasks":
+        return _for_tasks(combinations, seen, settings.tasks)
     if goal == "balance":
         level = settings.per_cell or max(seen.values(), default=0)
         return _lacks(dict.fromkeys(combinations, level), seen)
@@ -219,6 +223,26 @@ def _images(
             largest[c[1:]] = max(number, largest.get(c[1:], 0))
         return _lacks({c: largest.get(c[1:], 0) for c in combinations}, seen)
     return dict.fromkeys(combinations, each)
+
+
+def _for_tasks(
+    combinations: Sequence[Combination], seen: Mapping[Combination, int], tasks: Mapping[str, Sequence[str]]
+) -> dict[Combination, int]:
+    """Every seen combination as often as it was, and each class of a task at the sites of its other classes.
+
+    There it is wanted as often as the other classes have patches at the site; of several tasks the largest number
+    holds.
+    """
+    wanted = dict(seen)
+    for classes in tasks.values():
+        at_site: dict[Combination, int] = {}
+        for c, number in seen.items():
+            if c[0] in classes:
+                at_site[c[1:]] = at_site.get(c[1:], 0) + number
+        for c in combinations:
+            if c[0] in classes and c not in seen and c[1:] in at_site:
+                wanted[c] = max(at_site[c[1:]], wanted.get(c, 0))
+    return wanted
 
 
 def _lacks(levels: Mapping[Combination, int], seen: Mapping[Combination, int]) -> dict[Combination, int]:
@@ -238,7 +262,9 @@ def _weights(
     """
     weights = {c: images[c] for c in free if c in images}
     low, high = settings.min_per_cell, settings.max_per_cell
-    if settings.ratio:
+    if goal_of(settings) == "tasks":
+        asked = int(Decimal(repr(float(settings.ratio or 1))) * sum(weights.values()))
+    elif settings.ratio:
         asked = int(Decimal(repr(float(settings.ratio))) * real)  # binary 0.29 × 100 would be 28
         if goal_of(settings) in LACK_GOALS and asked > (lacking := sum(weights.values())):
             # Every combination reaches its level, and the rest is divided evenly.
@@ -284,7 +310,7 @@ def _table(
     """The rows of the plan."""
     rows = []
     for combination in wanted.within_reach:
-        unidentifiable = verdicts[combination] == "unidentifiable" and not settings.force_unidentifiable
+        unidentifiable = verdicts[combination] == "unidentifiable" and not plans_unidentifiable(settings)
         if not counts.get(combination) and not (combination in wanted.images and unidentifiable):
             continue
         values = dict(zip(names, combination, strict=True))

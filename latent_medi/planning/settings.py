@@ -20,15 +20,18 @@ class PlanSettings(Settings):
         goal: "fill_unseen" plans combinations without a patch; "each" all alike; "all_sites_of_classes" every class at
             every site of any of the classes, "own_sites" every class at its own sites (MeDi's two modes; further fields
             count as part of the site); "balance" raises every combination to the same number; "within_site" raises
-            every class to the largest one of its site; "target" reaches the numbers of a table. Empty means "target" if
-            there is such a table, otherwise "fill_unseen".
+            every class to the largest one of its site; "target" reaches the numbers of a table; "tasks" is the plan of
+            MeDi's study, both modes in one: every combination as often as the data have it, and each class of a task
+            also at the sites of the task's other classes, as often as those have patches there. Empty means "target"
+            with a target table, "tasks" with tasks, otherwise "fill_unseen".
         per_cell: Images per combination; for "balance" the number to reach, 0 meaning that of the largest combination.
         ratio: Images in all, as a multiple of the real ones (0.5, 1, 2, …), rounded down; 0 for none. All combinations
             of the goal share them evenly, as in MeDi's study; "balance" and "within_site" share them in proportion to
             what each combination lacks, and evenly once nothing is lacking. Real ones are all rows that `only` leaves,
-            those with an unknown value too.
+            those with an unknown value too. For "tasks" it multiplies the number of every combination; 0 is 1.
         spread: How "own_sites" shares a ratio: "even", or "real" in proportion to the combination's real images, so
             that ratio=1 mirrors the data (as for MeDi's Fréchet distances).
+        tasks: Classes by name of a task, such as {nsclc: [LUAD, LUSC]}, for the goal "tasks".
         target: Table with columns of fields and `count`, the number to reach by combination (real and planned).
         fields: Class and categorical fields to combine; empty means all, those of the target's columns, or class and
             site of a table.
@@ -40,7 +43,7 @@ class PlanSettings(Settings):
         min_per_cell: Least images of a combination that is planned at all.
         max_per_cell: Most images of a combination; 0 for no limit.
         force_unidentifiable: Also plan combinations whose effects the data cannot separate; otherwise they are listed
-            with count 0.
+            with count 0. "tasks" always plans them.
         draw_from: Whose values of a continuous field are drawn. "cell": those of the row's combination, if
             thin_patients patients there have one, else of its class, else of all; the plan's column FIELD_from says
             which. "all": those of all that the model was trained on.
@@ -70,11 +73,12 @@ class PlanSettings(Settings):
     data: PathText = ""
     out: PathText = ""
     goal: Literal[
-        "", "fill_unseen", "each", "all_sites_of_classes", "own_sites", "balance", "within_site", "target"
+        "", "fill_unseen", "each", "all_sites_of_classes", "own_sites", "balance", "within_site", "target", "tasks"
     ] = ""
     per_cell: NonNegativeInt = 0
     ratio: NonNegativeFloat = 0.0
     spread: Literal["even", "real"] = "even"
+    tasks: dict[str, list[str]] = field(default_factory=dict)
     target: PathText = ""
     fields: list[str] = field(default_factory=list)
     only: dict[str, list[str]] = field(default_factory=dict)

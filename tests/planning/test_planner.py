@@ -48,6 +48,7 @@ def counts(planned: PlanResult) -> dict[tuple[str, str], int]:
 
 
 B, T = "benign", "tumour"
+THERE = {(B, "NA"): 2, (B, "aster"): 6, (B, "birch"): 4, (T, "NA"): 3, (T, "aster"): 3}
 EACH = [(c, s) for c in (B, T) for s in ("NA", "aster", "birch")]
 
 
@@ -108,6 +109,15 @@ EACH = [(c, s) for c in (B, T) for s in ("NA", "aster", "birch")]
         ),
         ({"goal": "within_site", "min_per_cell": 4}, {(B, "NA"): 4, (T, "aster"): 4, (T, "birch"): 4}),
         ({"goal": "each", "ratio": 100, "max_per_cell": 5}, dict.fromkeys(EACH, 5)),
+        # What there is, and tumours at birch as often as benign patches are there.
+        ({"tasks": {"both": [T, B]}}, {**THERE, (T, "birch"): 4}),
+        ({"tasks": {"both": [T, B]}, "ratio": 2}, {cell: 2 * n for cell, n in {**THERE, (T, "birch"): 4}.items()}),
+        # 11 of 22: half of each, and of the odd ones the turns over the class decide.
+        (
+            {"tasks": {"both": [T, B]}, "max_images": 11},
+            {(B, "NA"): 1, (B, "aster"): 3, (B, "birch"): 2, (T, "NA"): 2, (T, "aster"): 1, (T, "birch"): 2},
+        ),
+        ({"tasks": {"both": [T, B]}, "only": {"class": [T]}}, {(T, "NA"): 3, (T, "aster"): 3}),
     ],
 )
 def test_counts_by_hand(settings: dict, wanted: dict, ask) -> None:
@@ -183,6 +193,29 @@ def test_unidentifiable_combinations_get_nothing_unless_forced(apart: pd.DataFra
     assert Counter(planned.table["verdict"]) == {"unidentifiable": 4, "seen": 1}
 
 
+def test_tasks_with_shared_sites_and_classes(index: pd.DataFrame, schema: Schema) -> None:
+    """Three classes, made of the two: each unseen cell gets the patches of its task's other classes at the site."""
+    tumours = (index["class"] == T).to_numpy()
+    kinds = np.where(tumours & (index["site"] == "aster"), "other", np.where(tumours, "tumour", "benign"))
+    index = index.assign(**{"class": kinds})
+    schema = Schema.from_table(index.assign(age="50"), "class", ["site"], [], {})
+    seen = {(B, "NA"): 2, (B, "aster"): 6, (B, "birch"): 4, (T, "NA"): 3, ("other", "aster"): 3}
+    tasks = {"pair": [T, "other"], "all": [B, T, "other"]}
+    planned = make_plan(index, schema, PlanSettings(tasks=tasks))
+    # "other" at NA: 3 tumours for the pair, 3 + 2 benign for all three; the larger number holds.
+    new = {(T, "aster"): 3 + 6, ("other", "NA"): 3 + 2, (T, "birch"): 4, ("other", "birch"): 4}
+    assert counts(planned) == {**seen, **new}
+    pair = make_plan(index, schema, PlanSettings(tasks={"pair": [T, "other"]}))
+    assert counts(pair) == {**seen, (T, "aster"): 3, ("other", "NA"): 3}
+
+
+def test_tasks_plan_what_the_data_cannot_separate(apart: pd.DataFrame, schema: Schema) -> None:
+    planned = make_plan(apart, schema, PlanSettings(tasks={"both": [B, T]}))
+    assert counts(planned) == {(B, "aster"): 6, (T, "NA"): 3, (B, "NA"): 3, (T, "aster"): 6}
+    assert planned.summary.verdicts["unidentifiable"] == VerdictCount(2, 9)
+    assert "2 combinations are planned although the data cannot separate their effects" in plan_text(planned)
+
+
 def test_summary(ask) -> None:
     summary = ask(goal="balance", max_images=9, images_per_s=0.5).summary
     assert (summary.real, summary.asked, summary.wanted, summary.images, summary.rows) == (18, 18, 18, 9, 5)
@@ -248,6 +281,13 @@ def test_targets_that_cannot_be_meant(text: str, words: str, ask, tmp_path: Path
         ({"goal": "each", "ratio": float("nan")}, "ratio is NaN"),
         ({"goal": "each", "ratio": -1.0}, r"ratio is -1\.0"),
         ({"goal": "each", "ratio": 1.0, "per_cell": 4}, "per_cell and ratio"),
+        ({"goal": "tasks"}, "'tasks' needs tasks"),
+        ({"goal": "each", "per_cell": 1, "tasks": {"a": [B, T]}}, "goal=each contradicts them"),
+        ({"tasks": {"a": [B, T]}, "per_cell": 2}, "counts real patches, so per_cell"),
+        ({"tasks": {"a": [B]}}, "'a' needs two or more different classes"),
+        ({"tasks": {"a": [B, B]}}, "'a' needs two or more different classes"),
+        ({"tasks": {"a": [B, "tumor"]}}, "names the class 'tumor', which the data lack .closest: 'tumour'"),
+        ({"tasks": {"a": [B, T]}, "fields": ["class"]}, "combines the class with a site"),
         ({"goal": "within_site", "per_cell": 4}, "within_site"),
         ({"goal": "each", "per_cell": 1, "fields": ["age"]}, "continuous"),
         ({"goal": "each", "per_cell": 1, "fields": ["cite"]}, "closest: 'site'"),

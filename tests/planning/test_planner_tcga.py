@@ -169,6 +169,30 @@ def test_union_of_codes_is_unidentifiable_where_a_code_is_new_to_a_cancer(plan) 
     assert planned.summary.real == 812
 
 
+def test_the_plan_of_the_paper(plan, tables: Path) -> None:
+    """Every cancer at its codes as often as trained on, and in a task at the other cancers' codes as often as these."""
+    tasks = {
+        "nsclc": LUNG,
+        "uterine": ["TCGA-UCEC", "TCGA-UCS"],
+        "rcc": ["TCGA-KIRC", "TCGA-KIRP", "TCGA-KICH"],
+    }
+    planned = plan(codes=True, table="train_metadata_df_complex.csv", tasks=tasks)
+    rows = rows_of(tables / "train_metadata_df_complex.csv")
+    there = Counter((r["project_id"], r["slide_submitter_id"].split("-")[1]) for r in rows)
+    wanted = dict(there)
+    for classes in tasks.values():
+        for (cancer, code), n in there.items():
+            if cancer in classes:
+                wanted |= {(other, code): n for other in classes if other != cancer}
+    assert counts(planned) == wanted
+    # 7,061 slides, 398 codes; LUAD and LUSC 406 + 406, UCEC and UCS 327 + 54, and 289 + 161 + 60 twice.
+    assert len(there) == 398
+    assert planned.summary.images == 7061 + 812 + 381 + 2 * 510 == sum(wanted.values())
+    assert planned.summary.verdicts["unidentifiable"].images == 812 + 381 + 2 * 510
+    small = plan(codes=True, table="train_metadata_df_complex.csv", tasks=tasks, patches_per_row=30)
+    assert counts(small) == {cell: 30 * n for cell, n in wanted.items()}
+
+
 def test_balance_all_over_institutions(plan, there, verdict) -> None:
     planned = plan(goal="balance")
     cancers, sites = ({cell[i] for cell in there} for i in (0, 1))

@@ -147,12 +147,13 @@ def make_plans(e: Experiment) -> dict[str, pd.DataFrame]:
         "fields": settings.plan_fields,
         "draw_from": settings.draw_from,
     }
-    if "goal" in settings.plan:
-        del derived["per_cell"]
+    own_goal = bool(settings.plan.get("goal") or settings.plan.get("tasks"))
+    if own_goal:
+        del derived["per_cell"], derived["goal"]
     index, schema = _training_rows(e)
     asked = config.make(PlanSettings, config.merge(derived, settings.plan), "plan")
     whole = make_plan(index, schema, asked).table
-    if "goal" not in settings.plan:
+    if not own_goal:
         names = [f.name for f in schema.fields if f.name in whole.columns and not f.continuous]
         seen = set(index[names].astype(str).itertuples(index=False, name=None))
         unseen = ~whole[names].astype(str).apply(tuple, axis=1).isin(seen)
