@@ -118,6 +118,7 @@ def test_a_reader_answers_with_the_keyboard(tab: Browser, tmp_path: Path) -> Non
     assert "7 answered" in tab.value("document.getElementById('where').innerText")
     tab.value("document.getElementById('reader').value = 'A \"B\", C'")
     tab.value("document.getElementById('reader').dispatchEvent(new Event('input'))")
+    tab.value("new Promise(done => setTimeout(done, 1000))")  # a page that is left at once may lose its last write
     for _ in range(20):  # what was answered is kept, as soon as the browser has it on disk
         tab.open(page, 390)
         if "7 answered" in tab.value("document.getElementById('where').innerText"):
