@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ _SHARDS = """latent-medi shards WHAT …
   images    make a dataset folder from a table or folder of images
   slides    make a dataset folder from patches of whole slides
   demo      make a dataset folder of the demo's procedural tissue
+  join      make one dataset folder of several: join OUT FOLDER FOLDER …
   info      count patches by every pair of fields, with heat maps
   verify    check the files of a dataset folder
   RECIPE    make a dataset folder from the files of a public dataset
@@ -76,6 +78,8 @@ def _shards(words: list[str]) -> Printed:
         from latent_medi.shards.slides.cut import cut_slides  # after --help, which needs no OpenSlide
 
         return cut_slides(slides)
+    if what == "join":
+        return _join(words[1:])
     if what == "demo":
         from latent_medi.demo.cohort import build_folder
         from latent_medi.demo.settings import CohortFolderSettings
@@ -87,6 +91,18 @@ def _shards(words: list[str]) -> Printed:
         print(_SHARDS + ", ".join(recipes()))
         return {"recipes": list(recipes())}
     return load_recipe(what).main(words[1:]) or {}
+
+
+def _join(words: list[str]) -> Printed:
+    from latent_medi.shards.settings import JoinSettings
+    from latent_medi.shards.writing.join import join
+
+    paths = list(takewhile(lambda word: not word.startswith("-") and "=" not in word, words))
+    named = [f"out={path}" for path in paths[:1]] + (["--folders", *paths[1:]] if paths[1:] else [])
+    dataset = join(config.parse(JoinSettings, [*words[len(paths) :], *named], "shards join"))
+    print(_holds(dataset))
+    splits = {name: split["counts"] for name, split in dataset.info["splits"].items()}
+    return {"folder": str(dataset.folder), "patches": len(dataset), "splits": splits}
 
 
 def _holds(dataset: PatchDataset) -> str:
@@ -164,6 +180,7 @@ def _audit(words: list[str]) -> Printed:
 
 def _split(words: list[str]) -> Printed:
     from latent_medi.metadata.settings import SplitSettings
+    from latent_medi.metadata.split_from_table import refuse_row_order, split_from_table
     from latent_medi.metadata.split_schemes import make_split, split_summary
     from latent_medi.metadata.table_index import is_table, split_table
     from latent_medi.shards.checking.duplicates import find_duplicates, patients_together
@@ -173,15 +190,19 @@ def _split(words: list[str]) -> Printed:
     if is_table(settings.data):
         split, index = split_table(settings)
     else:
+        refuse_row_order(settings)
         with output_lock(settings.data):  # from reading the index to writing it
             dataset = PatchDataset.open(settings.data)
             find_duplicates(dataset)
             index = dataset.index
-            split = make_split(index, settings, patients_together(index, settings.allow_duplicates))
+            if settings.table:
+                split = split_from_table(index, settings)
+            else:
+                split = make_split(index, settings, patients_together(index, settings.allow_duplicates))
             dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
     summary = split_summary(index, split)
     for part, counts in summary.items():
-        print(f"{part}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))
+        print(f"{part or 'in no part'}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))
     for combination in split.recipe.get("held_out", []):
         print("held out: " + " × ".join(combination.values()))
     if together := split.recipe.get("together"):

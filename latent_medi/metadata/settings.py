@@ -52,14 +52,19 @@ class AuditSettings(Settings):
 @dataclass
 class SplitSettings(Settings):
     """Split the patients of a dataset into parts. Held-out sites and combinations go to one part; other patients are
-    divided at random. scheme=medi makes MeDi's published split instead.
+    divided at random. Other schemes are those that MeDi was published with.
 
     Args:
         data: Dataset folder, whose index gets the split as a column; or a CSV, TSV or Parquet table.
         out: Table to write, with the split as a column; only if data is a table.
+        table: Table with a row per slide or patient whose split a dataset folder is to have: its column split_NAME or
+            split or, with scheme "medi" or another published one, the split that the scheme makes of its rows. Slides
+            are found by name, or patients if the table has no slides; slides that it lacks are in no part.
         name: Name of the split; its column is split_NAME.
         replace: Overwrite another split of that name.
-        scheme: "hold_out", or "medi" for the complex split that MeDi was published with.
+        scheme: "hold_out"; "medi" for the complex split that MeDi was published with; or a simpler rule of MeDi's code:
+            "every_fourth_patient", or "every_fourth_site" of each class. The order of rows decides in "medi" and
+            "every_fourth_patient", so that a dataset folder needs the table.
         fractions: Share of the patients that are not held out, by part; the shares add up to 1.
         seed: Seed of all random choices.
         allow_duplicates: Patients of a dataset folder who share pictures and may nevertheless be in different parts;
@@ -85,9 +90,10 @@ class SplitSettings(Settings):
 
     data: PathText = ""
     out: PathText = ""
+    table: PathText = ""
     name: str = "main"
     replace: bool = False
-    scheme: Literal["hold_out", "medi"] = "hold_out"
+    scheme: Literal["hold_out", "medi", "every_fourth_patient", "every_fourth_site"] = "hold_out"
     fractions: dict[str, UnitInterval] = field(default_factory=lambda: {"train": 0.7, "test": 0.3})
     seed: int = 0
     allow_duplicates: list[str] = field(default_factory=list)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.fields import is_missing
+from latent_medi.metadata.published_splits import published_columns, published_split
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, random_key, random_split
 from latent_medi.metadata.tables import require_columns
@@ -53,22 +53,13 @@ def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[
             split = make_split(index, settings)
         except UserError as error:
             raise UserError(error.message, " ".join(filter(None, [error.hint, _kept_together(together)]))) from None
-        if gone := sorted(set(settings.fractions) - set(split.column)) if settings.scheme != "medi" else []:
+        if gone := sorted(set(settings.fractions) - set(split.column)) if settings.scheme == "hold_out" else []:
             raise UserError(f"No patient is left for {', '.join(gone)}.", _kept_together(together))
         return Split(split.column, {**split.recipe, "together": [list(group) for group in together]})
-    if settings.scheme == "medi":
-        if settings.hold_out_fractions:
-            raise UserError("scheme=medi has no hold_out_fractions: it has only training and test.")
-        column = medi_split(index, settings.class_field, settings.site_field, settings.medi_fields, settings.medi_share)
-        recipe: dict[str, Any] = {
-            "kind": "MeDi's complex split",
-            "class_field": settings.class_field,
-            "site_field": settings.site_field,
-            "fields": list(settings.medi_fields),
-            "share": settings.medi_share,
-        }
-    else:
+    if settings.scheme == "hold_out":
         column, recipe = _hold_out_split(index, settings)
+    else:
+        column, recipe = published_split(index, settings)
     if settings.allow_duplicates:
         recipe["allow_duplicates"] = list(settings.allow_duplicates)
     named = column.rename("split")
@@ -269,52 +260,10 @@ def choose_combinations(
     return chosen
 
 
-def medi_split(
-    index: pd.DataFrame, class_field: str, site_field: str, fields: Sequence[str], share: float = 0.7
-) -> pd.Series:
-    """MeDi's published complex split: ``train`` or ``test`` for each row. It is not random.
-
-    Within each class the combinations of the fields are taken in the order of their first row: the first ⌊share · n⌋
-    are for training, the others for testing. A site that is then in both parts goes to the test part. A model therefore
-    has no embedding of test sites: the split tests a classifier at new hospitals (Drexlin et al., MICCAI 2025).
-
-    Args:
-        index: A row per slide or patch, in the published order for the published split.
-        class_field: Column of classes.
-        site_field: Column of sites, tissue-source-site codes in the published split.
-        fields: Columns whose combinations with the site are divided: gender and race in the published split.
-        share: Share of combinations to train on, 0.7 in the published split.
-
-    Raises:
-        UserError: A class is in one part only.
-    """
-    require_columns(index, ["patient", class_field, site_field, *fields], "The index")
-    combination = index[site_field].astype(str).str.cat([index[name].astype(str) for name in fields], sep="\x1f")
-    keys = pd.DataFrame({"class": index[class_field], "key": combination}).drop_duplicates()
-    trains: set[tuple[str, str]] = set()
-    for name, of_class in keys.groupby("class", sort=True):
-        ordered = of_class["key"].tolist()
-        trains |= {(str(name), key) for key in ordered[: int(share * len(ordered))]}
-    train = np.fromiter(
-        ((c, k) in trains for c, k in zip(index[class_field].astype(str), combination, strict=True)), bool, len(index)
-    )
-    sites = index[site_field].astype(str)
-    both = set(sites[train]) & set(sites[~train])
-    train &= ~sites.isin(both).to_numpy()
-    classes = set(index[class_field])
-    for part, rows in (("train", train), ("test", ~train)):
-        if lost := sorted(classes - set(index.loc[rows, class_field])):
-            raise UserError(
-                f"MeDi's split has no {part} rows of {lost[:5]} ({len(lost)} of {len(classes)} classes).",
-                "It needs several sites per class; hold out combinations or sites instead.",
-            )
-    return pd.Series(np.where(train, "train", "test"), index=index.index, dtype=object)
-
-
 def needed_columns(settings: SplitSettings) -> list[str]:
     """Columns besides ``patient`` that a split with these settings needs."""
-    if settings.scheme == "medi":
-        return list(dict.fromkeys([settings.class_field, settings.site_field, *settings.medi_fields]))
+    if settings.scheme != "hold_out":
+        return published_columns(settings)
     names = [*settings.stratify, *settings.hold_out_fields, *(name for c in settings.hold_out for name in c)]
     if settings.sites or settings.site_share:
         names.append(settings.site_field)

@@ -13,6 +13,7 @@ from latent_medi.core.files import check_file
 from latent_medi.metadata.audit import audit
 from latent_medi.metadata.field_names import COUNTS
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
+from latent_medi.metadata.gdc_table import SITE_CODE_COLUMNS, with_folder_fields
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
 from latent_medi.metadata.split_schemes import Split, make_split, needed_columns
@@ -30,7 +31,6 @@ PATIENT_COLUMNS = (
 )
 SLIDE_COLUMNS = ("slide", "slide_submitter_id", "slide_id")
 _OWN_COLUMNS = ("key", "slide", "patient")
-SITE_CODE_COLUMNS = ("tissue_source_site", "tss", "tss_code")
 
 
 def is_table(path: str | Path) -> bool:
@@ -47,11 +47,13 @@ def read_table_index(
     patient_field: str = "",
     slide_field: str = "",
     continuous: Sequence[str] = (),
+    to_institutions: bool = False,
 ) -> tuple[pd.DataFrame, Schema]:
     """Read a table as an index with ``key``, ``slide``, ``patient`` and fields.
 
     Missing cells become ``"unknown"``, or NaN in a continuous field. A column of TCGA site codes is corrected by the
-    barcodes (blank cells, lost zeros).
+    barcodes (blank cells, lost zeros). Fields of a TCGA-UT folder that the table lacks are derived from the GDC's
+    columns (:func:`~latent_medi.metadata.gdc_table.with_folder_fields`).
 
     Args:
         path: CSV, TSV or Parquet.
@@ -61,6 +63,7 @@ def read_table_index(
         patient_field: Patient column; ``""`` to look for the usual names.
         slide_field: Slide column; ``""`` to look for the usual names.
         continuous: Continuous columns.
+        to_institutions: Whether the site is to be mapped to institutions: if there is no such column, it holds codes.
 
     Returns:
         The index, with the rows of the table in their order, and the schema of the fields.
@@ -75,7 +78,13 @@ def read_table_index(
     numbers = list(dict.fromkeys(continuous))
     settings = {class_field: "class_field", site_field: "site_field", patient_field: "patient_field"}
     settings |= {slide_field: "slide_field"}
-    require_columns(table, [*named, *numbers, *(n for n in (patient_field, slide_field) if n)], where, settings)
+    slide = slide_field or next((n for n in SLIDE_COLUMNS if n in table.columns), "")
+    patient = patient_field or next((n for n in PATIENT_COLUMNS if n in table.columns), "")
+    require_columns(table, [n for n in (patient_field, slide_field) if n], where, settings)
+    barcodes = next((n for n in (slide, patient) if n and is_tcga(table[n])), "")
+    codes = site_field if to_institutions else ""
+    table = with_folder_fields(table, [*named, *numbers], barcodes, where, codes)
+    require_columns(table, [*named, *numbers], where, settings)
     if both := [name for name in numbers if name in named]:
         raise UserError(f"{', '.join(both)} cannot be both continuous and a class or category.")
     if taken := [name for name in (*named, *numbers) if name in (*_OWN_COLUMNS, *COUNTS)]:
@@ -85,9 +94,6 @@ def read_table_index(
         )
     if not len(table):
         raise UserError(f"{where} has no row.")
-    slide = slide_field or next((n for n in SLIDE_COLUMNS if n in table.columns), "")
-    patient = patient_field or next((n for n in PATIENT_COLUMNS if n in table.columns), "")
-    barcodes = next((n for n in (slide, patient) if n and is_tcga(table[n])), "")
     index = pd.DataFrame({"key": pd.RangeIndex(len(table))})
     index["slide"] = table[slide].to_numpy() if slide else index["key"].astype(str)
     if patient:
@@ -178,6 +184,7 @@ def audit_table(settings: AuditSettings) -> dict[str, Any]:
         settings.patient_field,
         settings.slide_field,
         settings.continuous,
+        bool(settings.tss_table),
     )
     return audit_index(index, schema, settings) | {"table": settings.data}
 
@@ -233,6 +240,10 @@ def split_table(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:
         UserError: As for :func:`read_table_index` and :func:`~latent_medi.metadata.split_schemes.make_split`; or there
             is no ``out``, or the table already has this column.
     """
+    if settings.table:
+        raise UserError(
+            "table= brings a split into a dataset folder, and data is a table too.", "Give the folder as data."
+        )
     if not settings.out:
         raise UserError("No table to write is given.", "out=/path/to/slides_split.csv")
     check_file(settings.out, "table with a split", rb"PAR1|[^\n]*split_")

@@ -48,6 +48,7 @@ def _read_table(settings: PlanSettings) -> tuple[pd.DataFrame, Schema]:
         settings.patient_field,
         settings.slide_field,
         settings.continuous,
+        bool(settings.tss_table),
     )
     if settings.split:
         table, column = read_table(settings.data), SPLIT_PREFIX + settings.split

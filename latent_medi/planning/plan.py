@@ -25,6 +25,7 @@ from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import atomic_path, check_file
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field, Schema
 from latent_medi.metadata.tables import read_table, write_for_people, written_for_people
+from latent_medi.metadata.tcga_cancers import with_known_names
 
 REAL = "real"
 """Entry of a continuous field: draw a realistic value for each sample."""
@@ -83,8 +84,8 @@ def check_plan(
 
     Args:
         plan: The table.
-        schema: The model's schema, which must have every column and value. Without one, only counts and seeds are
-            checked.
+        schema: The model's schema, which must have every column and value; a class may have TCGA's other name, of a
+            project or cancer. Without a schema, only counts and seeds are checked.
         where: Name of the plan in messages.
         ignore: Fields that are left out of the result.
 
@@ -104,6 +105,8 @@ def check_plan(
             f"{where} has the column {unknown[0]!r}, no field of the model; {nearest(unknown[0], schema.names)}.",
             f"Rename it, or leave it out knowingly with ignore=[{unknown[0]}].",
         )
+    if schema is not None and (known := schema.class_field) is not None and known.name in named:
+        text[known.name] = with_known_names(text[known.name], known.values, where)
     counts = [whole_number(value, MOST, f"{where}, row {i}: count") for i, value in enumerate(text["count"], 1)]
     if sum(counts) >= MOST:
         raise UserError(f"{where} asks for {sum(counts)} patches; the most is {MOST - 1}.", "Is a count mistyped?")

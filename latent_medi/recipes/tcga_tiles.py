@@ -3,8 +3,8 @@
     latent-medi shards tcga-tiles SOURCE OUT --patch-size 256 --mpp 0.5
 
 SOURCE holds ``manifest.csv`` (columns image, case, source_site, project_id, race, gender, age_at_index) and the images.
-The class is the project; the site is the institution, aliases merged. Resolution is nominal: 40× is taken as 0.25 µm
-per pixel (``--source-mpp``), since the tiles record none.
+The class is the project, the site the institution, aliases merged, and ``tss`` the barcode's site code. Resolution is
+nominal: 40× is taken as 0.25 µm per pixel (``--source-mpp``), since the tiles record none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from latent_medi.metadata.tables import read_table, require_columns
-from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, institution, slide_key
+from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, institution, parse_barcode, slide_key
 from latent_medi.recipes._common import Options, import_options, recipe_parser, run_recipe
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.importing.images import import_images
@@ -52,6 +52,7 @@ def build(
     table = table[["image", "source_site"]].join(known)
     table["key"] = [slide_key(name) for name in table["image"]]
     table["site"] = [institution(name)[0] for name in table["source_site"]]
+    table["tss"] = [parse_barcode(name).tss for name in table["image"]]
     table = table.rename(columns={"project": "class"})
     units = {name: unit for name, unit in {"age": "years"}.items() if name in table}
     settings = ImportSettings(
@@ -59,7 +60,7 @@ def build(
         name="tcga-tiles",
         key_column="key",
         slide_column="key",
-        categorical=["site", *(name for name in ("gender", "race") if name in table)],
+        categorical=["site", "tss", *(name for name in ("gender", "race") if name in table)],
         continuous=list(units),
         units=units,
         mpp=mpp,

@@ -9,8 +9,10 @@ The third number of a file's name is the side of the crop in the scanner's own p
 (128 µm ÷ pixels), which reveals some hospitals and even classes. So it is removed from the key and kept as the field
 ``scan_mpp``: a model can be conditioned on it, and an analysis can stratify by it.
 
-``--metadata`` is a clinical table of the GDC (a row per slide or case), joined by barcode; ``--codes`` is its table of
-tissue source sites, which makes the site an institution. Without them there are no such fields. CC BY-NC-SA 4.0.
+The field ``tss`` is the barcode's site code, a hospital in one study. ``--metadata`` is a clinical table of the GDC (a
+row per slide or case), joined by barcode; ``--codes`` is its table of tissue source sites, which gives the field
+``site``, the institution. Without them there are no such fields. A table with a row per slide, as MeDi's authors
+published it, also gives the split ``medi``: theirs, slide by slide. CC BY-NC-SA 4.0.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import path_argument
-from latent_medi.core.progress import progress
+from latent_medi.core.progress import get_logger, progress
 from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.settings import SplitSettings
+from latent_medi.metadata.split_from_table import split_from_table
+from latent_medi.metadata.table_index import SLIDE_COLUMNS
 from latent_medi.metadata.tables import read_table
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
 from latent_medi.recipes._common import Options, recipe_parser
@@ -37,8 +42,10 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.codec import decode_image
 from latent_medi.shards.importing.convert import Source, convert, scaled
 from latent_medi.shards.importing.find_files import find_files
-from latent_medi.shards.writing.finish import Description
+from latent_medi.shards.writing.finish import Description, Splits
 from latent_medi.shards.writing.patch import Patch
+
+logger = get_logger(__name__)
 
 PATCH_UM = 128.0
 """Edge of every patch at scale 0, µm."""
@@ -120,7 +127,7 @@ def _patches(rows: Sequence[dict[str, Any]], source: Path, fields: Sequence[str]
             image = decode_image(next(images) if tar else (source / row["file"]).read_bytes())
         except UserError as error:
             raise UserError(f"{row['file']}: {row['name']}: {error.message}", "Download it again.") from None
-        known = {"key": row["key"], "patient": row["patient"], "slide": row["slide"], "extra": {"tss": row["tss"]}}
+        known = {"key": row["key"], "patient": row["patient"], "slide": row["slide"]}
         known |= {"source_mpp": float(row["scan_mpp"]), "fields": {name: row[name] for name in fields}}
         yield Patch(image=scaled(image, patch_size, row["name"]), x=-1, y=-1, **known)
 
@@ -135,7 +142,8 @@ def build(
     scale: int = 0,
     **options: Unpack[Options],
 ) -> PatchDataset:
-    """Write the dataset folder; from tars with the split of their names, ``internal`` or ``external``.
+    """Write the dataset folder; from tars with the split of their names, ``internal`` or ``external``, if it is one by
+    patient; with metadata of slides also with MeDi's split, ``medi``.
 
     Args:
         source: The Hub's or Zenodo's folder.
@@ -148,7 +156,7 @@ def build(
         options: See :class:`~latent_medi.recipes._common.Options`.
 
     Raises:
-        UserError: The source has another layout, or a patient is in two parts of the published split.
+        UserError: The source has another layout, or a picture is in several parts of a split.
     """
     source = Path(source)
     if scale != 0:
@@ -160,7 +168,7 @@ def build(
         problem = f"{source} holds neither data/dataset_{scheme}_*_part*.tar nor <Class>/{scale}/<slide>/*.jpg."
         raise UserError(problem, "Give the downloaded folder itself.")
     table = _with_metadata(table, metadata, codes)
-    categorical = [name for name in ("site", "gender", "race") if name in table]
+    categorical = [name for name in ("site", "tss", "gender", "race") if name in table]
     continuous = [*(["age"] if "age" in table else []), "scan_mpp"]
     units = {"age": "years", "scan_mpp": "µm per pixel"}
     schema = Schema.from_table(table, "class", categorical, continuous, {name: units[name] for name in continuous})
@@ -172,34 +180,57 @@ def build(
     ]
     provenance = {"source": "TCGA-UT (Komura & Ishikawa), Zenodo 5889558", "licence": "CC BY-NC-SA 4.0"}
     provenance["recipe"] = "shards/tcga_ut.py"
-    splits = {scheme: _published_split(table, scheme, options.get("allow_duplicates", ()))} if tars else {}
+    splits = _published_split(table, scheme, options.get("allow_duplicates", ())) if tars else {}
     mpp = PATCH_UM / patch_size
     read = partial(_patches, source=source, fields=schema.names, patch_size=patch_size)
-    return convert(
+    dataset = convert(
         Path(out),
         Source(chunks, read, lambda rows: sorted({source / row["file"] for row in rows})),
         Description("tcga-ut", schema, patch_size, mpp, options.get("codec", "png"), provenance, splits),
         options.get("jobs", 1),
     )
+    if metadata is not None:
+        _add_medi_split(dataset, metadata, options.get("allow_duplicates", ()))
+    return dataset
 
 
-def _published_split(
-    table: pd.DataFrame, scheme: str, allow_duplicates: Sequence[str]
-) -> tuple[dict[str, str], dict[str, Any]]:
+def _add_medi_split(dataset: PatchDataset, metadata: Path, allow_duplicates: Sequence[str]) -> None:
+    """Record MeDi's split, decided by the order of the metadata's rows, unless the folder has it.
+
+    Raises:
+        UserError: A picture is in both parts.
+    """
+    settings = SplitSettings(table=str(metadata), name="medi", scheme="medi", site_field="tss")
+    settings.allow_duplicates = list(allow_duplicates)
+    columns = read_table(metadata).columns
+    if not any(name in columns for name in SLIDE_COLUMNS):
+        logger.warning("No split 'medi': it needs a row per slide, in MeDi's order, and %s has none", metadata)
+        return
+    try:
+        split = split_from_table(dataset.index, settings)
+    except UserError as error:
+        logger.warning("No split 'medi': %s", error.message)
+        return
+    recorded = dataset.info["splits"].get("medi", {}).get("recipe") == split.recipe
+    if not recorded or dataset.index["split_medi"].tolist() != split.column.tolist():
+        dataset.add_split("medi", split.column, split.recipe, replace=True)
+
+
+def _published_split(table: pd.DataFrame, scheme: str, allow_duplicates: Sequence[str]) -> Splits:
+    """The split of the tars' names; none, with a warning, if it puts patches of a patient in several parts."""
     by_patient = table.groupby("patient")["part"].agg(set)
     if len(both := by_patient[by_patient.map(len) > 1]):
-        raise UserError(
-            f"{len(both)} patients are in several parts of the {scheme} arrangement, such as {both.index[0]!r}.",
-            "Convert the class folders instead, and make a split with `latent-medi split`.",
-        )
+        text = "No split %r: %d patients are in several parts of it, such as %s. `latent-medi split` makes another one"
+        logger.warning(text, scheme, len(both), both.index[0])
+        return {}
     parts = {str(patient): next(iter(found)) for patient, found in by_patient.items()}
-    return parts, {"kind": f"as published, {scheme}"} | allowed(allow_duplicates)
+    return {scheme: (parts, {"kind": f"as published, {scheme}"} | allowed(allow_duplicates))}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
     parser = recipe_parser("tcga-ut", __doc__, "the Hub's or Zenodo's folder", 256, "threads")
-    parser.add_argument("--metadata", type=path_argument, help="clinical table of the GDC: gender, race, age")
+    parser.add_argument("--metadata", type=path_argument, help="clinical table of the GDC: gender, race, age, split")
     parser.add_argument("--codes", type=path_argument, help="the GDC's table of tissue source sites: institutions")
     parser.add_argument("--scheme", choices=("internal", "external"), default="internal", help="the Hub's arrangement")
     dataset = build(**vars(parser.parse_args(argv)))

@@ -194,6 +194,25 @@ class ExportSettings(Settings):
 
 
 @dataclass
+class JoinSettings(Settings):
+    """Dataset folders, and the one that holds the patches of all of them.
+
+    Args:
+        out: Dataset folder to write.
+        folders: Dataset folders, two or more, of one patch size, resolution and codec.
+        name: The dataset's name; empty for the name of the output folder.
+        patients: What patients of the same name in several folders are. "refuse" stops at them. "same": one person.
+            "separate": different persons; every patient, slide and key then begins with its folder's name, as in
+            north/12.
+    """
+
+    out: PathText = ""
+    folders: list[PathText] = field(default_factory=list)
+    name: str = ""
+    patients: Literal["refuse", "same", "separate"] = "refuse"
+
+
+@dataclass
 class InfoSettings(Settings):
     """A dataset folder whose patches are counted.
 

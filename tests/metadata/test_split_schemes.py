@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_medi.core.errors import UserError
+from latent_medi.metadata.published_splits import medi_split
 from latent_medi.metadata.settings import SplitSettings
-from latent_medi.metadata.split_schemes import choose_combinations, choose_sites, make_split, medi_split
+from latent_medi.metadata.split_schemes import choose_combinations, choose_sites, make_split
 from latent_medi.metadata.splits import assert_patient_disjoint
 
 

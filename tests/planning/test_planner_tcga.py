@@ -15,7 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.tables import read_table
 from latent_medi.metadata.tcga import INSTITUTIONS
+from latent_medi.metadata.tcga_cancers import project_of
+from latent_medi.planning.plan import check_plan
 from latent_medi.planning.planner import plan_from
 from latent_medi.planning.settings import PlanSettings
 from latent_medi.planning.summary import PlanResult, VerdictCount
@@ -236,3 +240,19 @@ def test_every_cancer_as_often_as_the_largest_of_its_institution(plan, there) ->
         (c, s): largest[s] - there[c, s] for c in cancers for s in sites if there[c, s] < largest[s]
     }
     assert planned.summary.images == 32 * sum(largest.values()) - 8726 == 124_842
+
+
+def test_a_plan_from_the_slide_table_fits_a_model_trained_on_a_folder(tables: Path, tmp_path: Path) -> None:
+    train = read_table(tables / "train_metadata_df_complex.csv")
+    folder = train[["cancer_type", "gender", "race"]].rename(columns={"cancer_type": "class"})
+    folder["tss"] = train["case_submitter_id"].str[5:7]
+    schema = Schema.from_table(folder, "class", ["tss", "gender", "race"])  # as of a TCGA-UT folder
+    words = {"data": str(tables / "train_metadata_df_complex.csv"), "site_field": "tss", "split": "", "ratio": 1.0}
+    named = plan_from(PlanSettings(**words, out=str(tmp_path / "a.csv"), goal="own_sites", spread="real"))
+    assert set(named.table["class"]) == set(schema.field("class").values)
+    assert len(check_plan(named.table, schema)) == 398  # one code, one cancer
+    by_code = named.table.set_index("tss")
+    assert (by_code.loc["NA", "class"], by_code.loc["NA", "count"]) == ("Uterine_Carcinosarcoma", 11)
+    # A plan with the projects' names is read as one of cancers.
+    projects = named.table.assign(**{"class": named.table["class"].map(project_of)})
+    assert check_plan(projects, schema)["class"].tolist() == named.table["class"].tolist()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
+from latent_medi.metadata.tables import read_table
 from latent_medi.recipes.registry import load_recipe, recipes
 from latent_medi.shards.dataset import PatchDataset
 
@@ -134,11 +136,11 @@ def test_pannuke(tmp_path: Path) -> None:
         load_recipe("pannuke").build(source, tmp_path / "bad")
 
 
-def write_tar(path: Path, samples: list[tuple[str, str]]) -> None:
+def write_tar(path: Path, samples: list[tuple[str, str]], edge: int = 256) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, label in samples:
-            for ending, data in (("jpg", image_bytes(256, "JPEG")), ("json", json.dumps({"label": label}).encode())):
+            for ending, data in (("jpg", image_bytes(edge, "JPEG")), ("json", json.dumps({"label": label}).encode())):
                 info = tarfile.TarInfo(f"{key}.{ending}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -167,6 +169,8 @@ def check_tcga_ut(dataset: PatchDataset) -> None:
     assert set(index["key"].str.rpartition("/")[2]) == {"0_8", "1_3"}
     assert sorted(index["scan_mpp"].unique()) == [0.2457, 0.5039]
     assert dataset.schema.field("scan_mpp").unit == "µm per pixel"
+    assert dataset.schema.names == ("class", "site", "tss", "gender", "race", "age", "scan_mpp")
+    assert dataset.schema.field("tss").values == ("60", "73", "E2", "NA")
     by_patient = index.drop_duplicates("patient").set_index("patient")
     assert by_patient["site"].to_dict() == {
         "TCGA-NA-A4QV": "Duke University",
@@ -185,7 +189,7 @@ def check_tcga_ut(dataset: PatchDataset) -> None:
     assert dataset.info["mpp"] == 1.0
 
 
-def test_tcga_ut_from_the_hubs_tars(tmp_path: Path) -> None:
+def test_tcga_ut_from_the_hubs_tars(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "hub"
     for part in ("train", "valid", "test"):
         samples = [(f"{s}/{n}", label) for s, label, p in SLIDES if p == part for n in ("0_8_521", "1_3_254")]
@@ -210,8 +214,42 @@ def test_tcga_ut_from_the_hubs_tars(tmp_path: Path) -> None:
         load_recipe("tcga-ut").build(source, tmp_path / "x")
     gone.unlink()
     write_tar(source / "data" / "dataset_internal_test_part001.tar", [("TCGA-E2-A14V-01Z-00-DX2/0_8_521", "Breast")])
-    with pytest.raises(UserError, match=r"1 patients are in several parts.*'TCGA-E2-A14V'"):
-        load_recipe("tcga-ut").build(source, tmp_path / "x")
+    assert load_recipe("tcga-ut").build(source, tmp_path / "x", 128).splits == []  # not one by patient
+    assert "No split 'internal': 1 patients are in several parts of it, such as TCGA-E2-A14V" in caplog.text
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_tcga_ut_has_the_published_split_whatever_the_order_of_its_tars(
+    shared: Path, tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = shared / "data" / "tcga_metadata"
+    if not tables.is_dir():
+        pytest.skip(f"{tables} is absent")
+    published, labels = {"TCGA-NA-A4QV-01Z-00-DX9": ""}, {"TCGA-NA-A4QV-01Z-00-DX9": "Uterine_Carcinosarcoma"}
+    for part, name in (("train", "train"), ("test", "holdout")):
+        rows = read_table(tables / f"{name}_metadata_df_complex.csv")
+        rows = rows[rows["cancer_type"].isin(["Uterine_Carcinosarcoma", "Kidney_Chromophobe"])]
+        published |= dict.fromkeys(rows["slide_submitter_id"], part)
+        labels |= dict(zip(rows["slide_submitter_id"], rows["cancer_type"], strict=True))
+    assert Counter(published.values()) == {"train": 54 + 60, "test": 17 + 22, "": 1}
+    draw = np.random.default_rng(seed)
+    parts = {patient: ("train", "valid", "test")[draw.integers(3)] for patient in sorted({s[:12] for s in labels})}
+    samples = [(slide, f"{slide}/{i}_0_256") for slide in sorted(labels) for i in range(2)]
+    for part in ("train", "valid", "test"):
+        mine = [(name, labels[slide]) for slide, name in draw.permutation(samples) if parts[slide[:12]] == part]
+        write_tar(tmp_path / "hub" / f"dataset_internal_{part}_part000.tar", mine, edge=16)
+    table = tables / "all_slide_metadata.csv"
+    dataset = load_recipe("tcga-ut").build(tmp_path / "hub", tmp_path / "out", 16, metadata=table)
+    found = dict(zip(dataset.index["slide"], dataset.index["split_medi"], strict=True))
+    assert found == published
+    assert "lacks 1 of 154 slides (2 patches), such as TCGA-NA-A4QV-01Z-00-DX9" in caplog.text
+    assert set(dataset.index.loc[dataset.index["split_medi"] == "train", "tss"]) >= {"NA"}
+    if seed:
+        return
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    again = load_recipe("tcga-ut").build(tmp_path / "hub", tmp_path / "out", 16, metadata=table)
+    assert again.splits == ["internal", "medi"]
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
 
 
 def test_tcga_ut_from_zenodos_folders(tmp_path: Path) -> None:
@@ -245,7 +283,8 @@ def test_tcga_tiles_of_true_files(shared: Path, tmp_path: Path) -> None:
     dataset = load_recipe("tcga-tiles").build(source, tmp_path / "out", 128, mpp=0.5, jobs=2)
     assert dataset.verify() == []
     assert len(dataset) == 15 * 9  # 500 µm ÷ 2 per tile, 3 × 3 patches of 64 µm
-    assert set(dataset.schema.names) == {"class", "site", "gender", "race", "age"}
+    assert set(dataset.schema.names) == {"class", "site", "tss", "gender", "race", "age"}
+    assert dataset.index["tss"].tolist() == dataset.index["patient"].str[5:7].tolist()
     assert dataset.index["patient"].nunique() == dataset.index["slide"].nunique() == 15
     assert "Johns Hopkins" in set(dataset.index["site"])
     assert dataset.index["key"].str.endswith("/512_512").sum() == 15

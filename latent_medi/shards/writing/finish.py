@@ -115,16 +115,21 @@ def _records(folder: Path, about: Description, shards: Iterable[int] | None) -> 
 def _add_splits(dataset: PatchDataset, given: Splits) -> None:
     """Add columns and recipes of the given splits, and of those that the folder had before."""
     patients = set(dataset.index["patient"])
-    splits = dict(given)
+    splits, left_out = dict(given), dict[str, set[tuple[str, str]]]()
     for name, entry in remembered_splits(dataset.folder).items():
         if name not in given:
+            left_out[name] = {
+                (patient, slide) for patient, slide in entry.get("left_out", ())
+            }  # earlier versions: none
             splits[name] = ({p: part for p, part in entry["parts"].items() if p in patients}, entry["recipe"])
             if new := len(patients - set(splits[name][0])):
                 logger.warning("%d new patients are in no part of the split %r: make it again", new, name)
     for name, (parts, recipe) in splits.items():
         if unknown := sorted(set(parts) - patients):
             raise UserError(f"The split {name!r} names patients that the dataset lacks: {unknown[:5]}.")
-        dataset.index[SPLIT_PREFIX + name] = [parts.get(patient, "") for patient in dataset.index["patient"]]
+        slides = zip(dataset.index["patient"], dataset.index["slide"], strict=True)
+        out = left_out.get(name, set())
+        dataset.index[SPLIT_PREFIX + name] = ["" if slide in out else parts.get(slide[0], "") for slide in slides]
         try:
             check_pictures(dataset.index, dataset.index[SPLIT_PREFIX + name], name, recipe)
         except UserError as error:

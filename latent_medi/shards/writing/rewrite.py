@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_sealed, write_sealed
@@ -15,7 +17,7 @@ from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.format.layout import PICTURE, ROW_COLUMNS, SPLIT_PREFIX
 from latent_medi.shards.format.selections import SELECTED_PREFIX
 from latent_medi.shards.writing import records
-from latent_medi.shards.writing.records import PROGRESS_FOLDER
+from latent_medi.shards.writing.records import PROGRESS_FOLDER, ShardRecord
 
 logger = get_logger(__name__)
 
@@ -25,10 +27,25 @@ SPLITS_FILE = "splits.json"
 def remember_splits(dataset: PatchDataset) -> None:
     """Save the splits of a dataset that is to be written again; ``finish_dataset`` records them again."""
     splits = {
-        name: {"parts": dataset.index.groupby("patient")[SPLIT_PREFIX + name].first().to_dict(), **entry}
+        name: split_by_patient(dataset.index, dataset.index[SPLIT_PREFIX + name], entry["recipe"])
         for name, entry in dataset.info["splits"].items()
     }
     write_sealed(dataset.folder / PROGRESS_FOLDER / SPLITS_FILE, splits)
+
+
+def split_by_patient(index: pd.DataFrame, column: pd.Series, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A split as it is remembered: the part by patient, and the slides in no part of patients who are in one (a table
+    that gives a split may lack slides).
+
+    Args:
+        index: A row per patch.
+        column: The part of each row.
+        recipe: How it was made.
+    """
+    parts = column.groupby(index["patient"]).max()  # "" comes before every part
+    by_slide = column.groupby([index["patient"], index["slide"]]).max()
+    out = by_slide[(by_slide == "") & (by_slide.index.get_level_values(0).map(parts) != "")]
+    return {"parts": parts.to_dict(), "left_out": [list(pair) for pair in out.index], "recipe": dict(recipe)}
 
 
 def remembered_splits(folder: Path) -> dict[str, Any]:
@@ -128,10 +145,15 @@ def reopen_dataset(folder: str | Path) -> None:
 
 
 def _restore_records(dataset: PatchDataset) -> None:
-    """Write the records of a finished dataset's shards, from its index."""
+    """Write the records of a finished dataset's shards."""
+    for record in shard_records(dataset):
+        records.write_record(dataset.folder, record)
+
+
+def shard_records(dataset: PatchDataset) -> Iterator[ShardRecord]:
+    """The records of a finished dataset's shards, from its index."""
     index, names = dataset.index, list(dataset.schema.names)
-    known = {*ROW_COLUMNS, "shard", PICTURE, *names}
-    extra = [c for c in index.columns if c not in known and not c.startswith((SPLIT_PREFIX, SELECTED_PREFIX))]
+    extra = extra_columns(dataset)
     for shard in dataset.info["shards"]:
         mine = index.iloc[dataset.rows_of_shard.get(shard["file"], [])]
         rows = mine[[c for c in ROW_COLUMNS if c in mine]].reset_index(drop=True)
@@ -142,5 +164,10 @@ def _restore_records(dataset: PatchDataset) -> None:
         rows["fields"] = [json.dumps(row) for row in fields]
         rows["extra"] = [json.dumps(row) for row in mine[extra].to_dict(orient="records")]
         known_of_shard = (shard["sha256"], shard["count"], shard["bytes"], dataset.info["codec"], dataset.patch_size)
-        record = records.ShardRecord(records.shard_number(shard["file"]), *known_of_shard, shard["made_from"], {}, rows)
-        records.write_record(dataset.folder, record)
+        yield ShardRecord(records.shard_number(shard["file"]), *known_of_shard, shard["made_from"], {}, rows)
+
+
+def extra_columns(dataset: PatchDataset) -> list[str]:
+    """Columns of the index that its writer added and that are no fields."""
+    known = {*ROW_COLUMNS, "shard", PICTURE, *dataset.schema.names}
+    return [c for c in dataset.index.columns if c not in known and not c.startswith((SPLIT_PREFIX, SELECTED_PREFIX))]
