@@ -91,7 +91,7 @@ def join(settings: JoinSettings) -> PatchDataset:
     if not settings.out or len(settings.folders) < 2:
         raise UserError("A folder to write and two or more to join are needed.", "latent-medi shards join OUT A B …")
     out = Path(settings.out)
-    if len({path.resolve() for path in map(Path, [out, *settings.folders])}) < len(settings.folders) + 1:
+    if len({Path(path).resolve() for path in [settings.out, *settings.folders]}) < len(settings.folders) + 1:
         raise UserError("A folder is named twice.", "Name each folder once, and a new one to write.")
     datasets = [PatchDataset.open(folder) for folder in settings.folders]
     _check_alike(datasets)
