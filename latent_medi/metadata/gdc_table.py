@@ -17,7 +17,7 @@ CLASS, SITE_CODE = "class", "tss"
 SITE_CODE_COLUMNS = ("tissue_source_site", "tss", "tss_code")
 """Names of columns of site codes."""
 _PERSONAL = ("gender", "race", "ethnicity", "age")
-_told: set[str] = set()
+_said: set[str] = set()
 
 
 def with_folder_fields(
@@ -59,7 +59,7 @@ def with_folder_fields(
         elif name in _PERSONAL and source:
             columns[name] = clinical_fields(table)[name].tolist()
             from_columns.append(f"{name} is {source}")
-    if from_columns and (note := f"{where} has the GDC's columns: {', '.join(from_columns)}.") not in _told:
-        _told.add(note)
+    if from_columns and (note := f"{where} has the GDC's columns: {', '.join(from_columns)}.") not in _said:
+        _said.add(note)
         logger.info("%s", note)
     return table.assign(**columns)

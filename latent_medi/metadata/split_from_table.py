@@ -33,7 +33,7 @@ def split_from_table(index: pd.DataFrame, settings: SplitSettings) -> Split:
         settings: ``table``, ``name`` and ``scheme``, and which columns of the table the scheme needs.
 
     Returns:
-        The part of each row, ``""`` for slides that the table lacks, of which a warning tells the number; in the recipe
+        The part of each row, ``""`` for slides that the table lacks, which a warning counts; in the recipe
         the table's name and SHA-256, what was joined (``joined_by``), and how many slides are in no part.
 
     Raises:

@@ -85,8 +85,8 @@ def join(settings: JoinSettings) -> PatchDataset:
 
     Raises:
         UserError: The folders differ in patch size, resolution, codec, kind of a field or further columns; they share
-            patients (unless told what these are) or keys; a patient would be in two parts of a split; or the output is
-            another finished dataset.
+            patients (unless ``patients`` says what these are) or keys; a patient would be in two parts of a split; or
+            the output is another finished dataset.
     """
     if not settings.out or len(settings.folders) < 2:
         raise UserError("A folder to write and two or more to join are needed.", "latent-medi shards join OUT A B …")
