@@ -171,6 +171,7 @@ NO_PATH = {
     "AuditSettings": {"split"},
     "ExperimentSettings": {"recipe"},
     "ImportSettings": {"pattern", "dask", "name", "codec"},
+    "JoinSettings": {"name"},
     "LoraSettings": {"targets"},
     "SlideSettings": {"name", "codec"},
     "SplitSettings": {"allow_duplicates"},
