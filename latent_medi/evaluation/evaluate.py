@@ -1,4 +1,4 @@
-"""``evaluate``: datasets in; ``metrics.json``, ``predictions.csv`` and the reference statistics out."""
+"""``evaluate``: datasets in; ``metrics.json``, tables and the reference statistics out."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.adherence import attributes, site_leakage, stain
 from latent_medi.evaluation.adherence.records import Adherence
+from latent_medi.evaluation.class_distances import FILE, class_distances
 from latent_medi.evaluation.cohort import comparison_sets
 from latent_medi.evaluation.cohort.comparison_sets import Comparison
 from latent_medi.evaluation.cohort.open_study import open_study
@@ -31,7 +32,7 @@ from latent_medi.evaluation.downstream.records import Protocols
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range, tissue
 from latent_medi.evaluation.fidelity.features import Features
-from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity
+from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity, TrainingDistances
 from latent_medi.evaluation.provenance import (
     EncoderRecord,
     dataset_record,
@@ -83,7 +84,7 @@ def _run(
     with agreed(accelerator) as declared:
         check_settings(settings)
         signs = {"metrics.json": "metrics_version", "reference": "", "features": ""}
-        refuse_foreign(out, signs, ["metrics.json", "predictions.csv"])
+        refuse_foreign(out, signs, ["metrics.json", "predictions.csv", FILE])
         study = open_study(settings)
         chosen = _with_different_names(encoders) if encoders else load_encoders(settings, device)
         if settings.colour_free:
@@ -114,6 +115,16 @@ def check_settings(settings: EvaluateSettings) -> None:
         UserError: Names the value and what it may be.
     """
     check_downstream(settings)
+    if "test" not in settings.references:
+        raise UserError(
+            f"references is {settings.references}: an evaluation needs the test patients.",
+            "Set references='[test, train]' to compare with the training images as well.",
+        )
+    if settings.test_value in (settings.train_value, settings.probe_value):
+        raise UserError(
+            f"test_value is {settings.test_value!r}, as another part is: test patients must be others.",
+            "To compare samples with the training images set references='[test, train]'.",
+        )
     if settings.max_copy_rate < 1 and not settings.memorisation:
         raise UserError(
             f"max_copy_rate={settings.max_copy_rate:g} cannot be checked: memorisation=false finds no copies.",
@@ -182,6 +193,8 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
     metrics = replace(metrics, headline=headline(metrics))
     every = [*study.synthetic.values(), *(s for sets in study.further_seeds.values() for s in sets)]
     folders = [study.real.folder, *(s.dataset.folder for s in every), Path.home(), Path.cwd()]
+    if study.synthetic:
+        write_for_people(class_distances(metrics), out / FILE)
     write_metrics(out / "metrics.json", metrics, folders)
     memorisation.check_copy_rate(metrics.memorisation, settings.max_copy_rate)
 
@@ -195,6 +208,7 @@ class _Comparisons:
     per_site: list[Comparison]
     by_fields: dict[str, list[Comparison]]
     whole: Comparison
+    training: _TrainingComparisons | None
 
     @classmethod
     def of(cls, study: Study, settings: EvaluateSettings) -> _Comparisons:
@@ -205,6 +219,24 @@ class _Comparisons:
             comparison_sets.field_comparisons(study, [settings.site_field], seed),
             {" × ".join(f): comparison_sets.field_comparisons(study, f, seed) for f in settings.by_fields},
             comparison_sets.comparison_for(study, {}, seed),
+            _TrainingComparisons.of(study, settings) if "train" in settings.references else None,
+        )
+
+
+@dataclass(frozen=True)
+class _TrainingComparisons:
+    """The rows that are compared with training images."""
+
+    per_class: list[Comparison]
+    by_fields: dict[str, list[Comparison]]
+
+    @classmethod
+    def of(cls, study: Study, settings: EvaluateSettings) -> _TrainingComparisons:
+        seed = settings.seed
+        fields = {tuple(f): None for f in ([study.class_field, study.site_field], *settings.by_fields)}
+        return cls(
+            comparison_sets.class_comparisons(study, seed, "train"),
+            {" × ".join(f): comparison_sets.field_comparisons(study, f, seed, "train") for f in fields},
         )
 
 
@@ -235,9 +267,10 @@ def _begun(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncod
 def _fidelity(
     settings: EvaluateSettings, study: Study, features: Features, comparisons: _Comparisons, fingerprint: str
 ) -> Fidelity:
-    def table(chosen: Sequence[Comparison]) -> DistanceTable:
-        return distance_to_real.distance_table(study, features, chosen, settings.seed, settings.protocol)
+    def table(chosen: Sequence[Comparison], part: comparison_sets.Part = "test") -> DistanceTable:
+        return distance_to_real.distance_table(study, features, chosen, settings.seed, settings.protocol, part)
 
+    training = comparisons.training
     ranges = None
     if settings.real_splits:
         ranges = real_split_range.real_split_range(study, features, settings.real_splits, settings.seed)
@@ -251,6 +284,11 @@ def _fidelity(
         overall=distance_to_real.overall(study, features, comparisons.whole, settings.seed),
         tissue=tissue.tissue_distances(study, features, comparisons.unseen, settings.seed),
         real_splits=ranges,
+        training=training
+        and TrainingDistances(
+            table(training.per_class, "train"),
+            {name: table(chosen, "train") for name, chosen in training.by_fields.items()},
+        ),
     )
 
 

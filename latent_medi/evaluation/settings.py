@@ -100,6 +100,9 @@ class EvaluateSettings(Settings):
             which training has few.
         by_fields: Lists of fields, such as [[class, site]]: distances are also computed for each combination of their
             values.
+        references: What samples are compared with: "test", the test patients, without which there is no evaluation, and
+            also "train", the images that the models were trained on, per class and per class and site, as published
+            distances do. A generator that copies is nearest to its training images.
         encoders: Names or folders of encoders; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
         colour_free: Also use each encoder on the haematoxylin channel alone.
@@ -163,6 +166,7 @@ class EvaluateSettings(Settings):
     held_out: list[dict[str, str]] = field(default_factory=list)
     unseen: bool = True
     by_fields: list[list[str]] = field(default_factory=list)
+    references: list[Literal["test", "train"]] = field(default_factory=lambda: ["test"])
     encoders: list[PathText] = field(default_factory=lambda: ["phikon-v2"])
     weights: dict[str, PathText] = field(default_factory=dict)
     colour_free: bool = True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latent_medi.core.records import encode
@@ -16,12 +17,13 @@ from latent_medi.evaluation.downstream.registry import (
     names_of,
     summarised,
 )
-from latent_medi.evaluation.fidelity.records import DistanceTable
+from latent_medi.evaluation.fidelity.records import TRAINING_IMAGES, DistanceTable, Fidelity
 from latent_medi.evaluation.no_verdict import no_verdict_reasons, patient_group
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary_records import (
     FurtherTrainingSet,
     Headline,
+    SummaryClass,
     SummaryDifference,
     SummaryDistances,
     SummaryRecovery,
@@ -36,6 +38,7 @@ _DISTANCES = {
     "distance_unseen": "unseen combinations",
     "distance_unseen_colour_free": "unseen, colour-free",
     "distance_per_class": "per class, all sites",
+    "distance_per_class_training": "per class, to training images",
 }
 
 
@@ -89,6 +92,8 @@ def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> He
         warnings=list(metrics.warnings),
         variety=_variety(metrics, encoder, roles),
         verdict=_verdict(metrics, encoder),
+        distance_per_class_training=(_distances(plain.training.per_class, roles) if plain and plain.training else None),
+        classes=_classes(plain) if plain and (plain.training or not metrics.dataset.held_out) else [],
     )
 
 
@@ -96,7 +101,9 @@ def headline_json(record: Headline) -> dict[str, Any]:
     """The content of ``headline.json``, in which distances and accuracies are named by synthetic set."""
     content: dict[str, Any] = {}
     for name in _DISTANCES:
-        row: SummaryDistances = getattr(record, name)
+        row: SummaryDistances | None = getattr(record, name)
+        if row is None:
+            continue
         values = {record.candidate: row.candidate, record.baseline: row.baseline, REAL: row.real, "metric": "kid"}
         others = ("ratio", "ratio_interval", "frechet_ratio", "frechet_perfect", "left_out")
         content[name] = values | {key: getattr(row, key) for key in others}
@@ -111,6 +118,7 @@ def headline_json(record: Headline) -> dict[str, Any]:
         for name, entry in record.further.items()
     }
     recoveries = {"site": record.recovery_site, "class": record.recovery_class}
+    content["classes"] = record.classes
     content["recovery_unseen"] = {key: recovery.found for key, recovery in recoveries.items()}
     content["recovery_ceiling"] = {key: recovery.real for key, recovery in recoveries.items()}
     content["variety"] = record.variety
@@ -135,6 +143,16 @@ def _distances(table: DistanceTable | None, roles: Roles) -> SummaryDistances:
         frechet_perfect=table.frechet_ratio.perfect,
         left_out=table.left_out,
     )
+
+
+def _classes(fidelity: Fidelity) -> list[SummaryClass]:
+    """Each class's distances, in the order of the tables."""
+    tables = [fidelity.per_class, *([fidelity.training.per_class] if fidelity.training else [])]
+    found = [
+        {c.name: {n: c.sources[n].value if n in c.sources else None for n in table.means} for c in table.combinations}
+        for table in tables
+    ]
+    return [SummaryClass(name, found[0][name], found[1][name] if len(found) > 1 else {}) for name in found[0]]
 
 
 def _difference(downstream: Downstream | None, a: str, b: str) -> SummaryDifference:
@@ -203,7 +221,9 @@ def headline_text(record: Headline) -> str:
     lines = ["Kernel distance (KID) to real patches of other patients (lower is better)"]
     lines.append(f"  {'':<32}" + "".join(f"{name:>10}" for name in (*names, "real", "ratio")))
     for name, title in _DISTANCES.items():
-        row: SummaryDistances = getattr(record, name)
+        row: SummaryDistances | None = getattr(record, name)
+        if row is None:
+            continue
         values = (row.candidate, row.baseline, row.real)
         if not (row.left_out or any(values)):
             continue
@@ -216,10 +236,30 @@ def headline_text(record: Headline) -> str:
             lines.append(f"    {'ratio of Fréchet distances':<60}{row.frechet_ratio:>10.2f}  ({perfect})")
         lines += [f"    not compared: {each} ({why})" for each, why in row.left_out.items()]
     lines.append(f"  ratio = {names[0]} / {names[1]}: 0 is as near as real patients, 1 is no nearer than {names[1]}")
+    lines += _class_lines(record, names)
     lines += _accuracies(record) + _recoveries(record)
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record.seconds.items())
     lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record.warnings), record.verdict.sentence]
     return "\n".join(lines)
+
+
+def _class_lines(record: Headline, names: Sequence[str]) -> list[str]:
+    """Distances of candidate and baseline in each class, to training images and to held-out patients."""
+    if not record.classes:
+        return []
+    columns = [(record.candidate, "held_out"), (record.baseline, "held_out")]
+    title = f"{'held-out patients':>20}"
+    if record.distance_per_class_training:
+        columns = [(record.candidate, "training"), (record.baseline, "training"), *columns]
+        title = f"{'training images':>20}{title}"
+    lines = ["", "Kernel distance (KID) by class", f"  {'':<32}{title}"]
+    lines.append(f"  {'':<32}" + "".join(f"{name:>10}" for name in [*names] * (len(columns) // 2)))
+    for row in record.classes:
+        values = [getattr(row, reference).get(source) for source, reference in columns]
+        lines.append(f"  {row.name[:31]:<32}" + "".join(f"{distance_text(value):>10}" for value in values))
+    if record.distance_per_class_training:
+        lines += textwrap.wrap(TRAINING_IMAGES, 100, initial_indent="  ", subsequent_indent="  ")
+    return lines
 
 
 def _accuracies(record: Headline) -> list[str]:

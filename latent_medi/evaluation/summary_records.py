@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from latent_medi.evaluation.verdict import Verdict
 from latent_medi.statistics.intervals import Interval
@@ -31,6 +31,21 @@ class SummaryDistances:
     frechet_ratio: float | None
     frechet_perfect: float | None
     left_out: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SummaryClass:
+    """Kernel distances (KID) of each source in one class, null where it is not compared.
+
+    Args:
+        name: The class.
+        held_out: To held-out patients, by source.
+        training: To training images, by source; empty where these are no reference.
+    """
+
+    name: str
+    held_out: dict[str, float | None]
+    training: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,8 @@ class Headline:
         warnings: What the verdict must not be read without.
         variety: Variety of the candidate's samples.
         verdict: The verdict.
+        distance_per_class_training: Distances to the training images over classes; null where these are no reference.
+        classes: Distances of each class, where no combination is held out or the training images are a reference.
     """
 
     candidate: str
@@ -133,3 +150,5 @@ class Headline:
     warnings: list[str]
     variety: SummaryVariety
     verdict: Verdict
+    distance_per_class_training: SummaryDistances | None = None
+    classes: list[SummaryClass] = field(default_factory=list)

@@ -91,8 +91,15 @@ def _point(axes: Any, y: float, found: Estimate, style: Style, label: str | None
     axes.plot([found.value], [y], marker, label=label, **look)
 
 
-def distances(table: DistanceTable, roles: Roles) -> str | None:
-    """Distance of each source in each combination and as a mean, with intervals; ``None`` if there is none."""
+def distances(table: DistanceTable, roles: Roles, real: str = "real vs real", about: str = "about 0") -> str | None:
+    """Distance of each source in each combination and as a mean, with intervals; ``None`` if there is none.
+
+    Args:
+        table: The distances.
+        roles: Which set is the candidate.
+        real: Name of the real patches that are compared with the reference.
+        about: Where real patients are, in words.
+    """
     rows: list[tuple[str, Mapping[str, Estimate]]] = [(c.name, c.sources) for c in table.combinations if c.sources]
     if len(rows) > 1:
         rows = [*rows[:_MOST_ROWS], ("mean", table.means)]
@@ -105,16 +112,54 @@ def distances(table: DistanceTable, roles: Roles) -> str | None:
         for j, name in enumerate(names):
             if name in found and found[name].value is not None:
                 y = i + (j - (len(names) - 1) / 2) * 0.24
-                _point(axes, y, found[name], style_of(name, roles), source_name(name) if i == len(rows) - 1 else None)
+                label = real if name == REAL else label_of(name)
+                _point(axes, y, found[name], style_of(name, roles), label if i == len(rows) - 1 else None)
     axes.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("KID (left is better; real patients: about 0)")
+    axes.set_xlabel(f"KID (left is better; real patients: {about})")
     _style(axes)
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
     figure.legend(
         loc="outside upper left", ncols=len(names), frameon=False, fontsize=_FONT, handletextpad=0.3, columnspacing=1.2
     )
+    return _uri(figure)
+
+
+def class_bars(tables: Mapping[str, DistanceTable], roles: Roles) -> str | None:
+    """Distance of each synthetic set in each class as bars, one panel per reference; ``None`` if there is none.
+
+    Args:
+        tables: Distances by class, by what the reference is.
+        roles: Which set is the candidate, which comes first.
+    """
+    first = next(iter(tables.values()))
+    sets = [n for n in reversed(roles.names) if any(n in c.sources for t in tables.values() for c in t.combinations)]
+    if not sets:
+        return None
+    names = [c.name for c in first.combinations]
+    figure = _figure(0.5 + len(tables) * (0.5 + 0.34 * (len(names) + 1)))
+    panels = figure.subplots(len(tables), 1, squeeze=False).ravel()
+    height = 0.8 / len(sets)
+    for panel, (reference, table) in zip(panels, tables.items(), strict=True):
+        rows: list[tuple[str, Mapping[str, Estimate]]] = [(c.name, c.sources) for c in table.combinations]
+        rows.append(("mean", table.means))
+        for j, name in enumerate(sets):
+            known = [(i, found[name]) for i, (_, found) in enumerate(rows) if name in found]
+            known = [(i, estimate) for i, estimate in known if estimate.value is not None]
+            places = [i + (j - (len(sets) - 1) / 2) * height for i, _ in known]
+            style = style_of(name, roles)
+            panel.barh(places, [e.value for _, e in known], height, color=style.colour, label=label_of(name))
+            for place, (_, estimate) in zip(places, known, strict=True):
+                if isinstance(estimate.interval, tuple):
+                    panel.plot(estimate.interval, [place, place], color=INK, linewidth=0.8)
+        panel.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
+        panel.set_ylim(len(rows) - 0.5, -0.5)
+        panel.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
+        panel.set_xlabel(f"KID to {reference} (left is better)")
+        _style(panel)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(sets), frameon=False, fontsize=_FONT)
     return _uri(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import HTML, check_file, write_text
 from latent_medi.core.records import encode
 from latent_medi.evaluation.adherence.records import Adherence, FieldRecovery
+from latent_medi.evaluation.class_distances import TRAINING, references
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.records import Downstream
@@ -41,6 +43,7 @@ class PageEncoder:
     Args:
         name: Its name.
         fidelity: Distances; ``None`` if the section is not shown. Likewise the sections that follow.
+        bars: Plot of the distances by class; ``None`` unless there is more than one reference or nothing is held out.
         tables: Plots and numbers of the distances.
         downstream: Accuracies.
         forest: Plot of the accuracies.
@@ -56,6 +59,7 @@ class PageEncoder:
 
     name: str
     fidelity: Fidelity | None
+    bars: str | None
     tables: list[PageDistances]
     downstream: Downstream | None
     forest: str | None
@@ -75,18 +79,20 @@ class PageDistances:
 
     Args:
         title: What the combinations are.
+        reference: What their patches are compared with.
         figure: Plot.
         alt: Description of the plot.
         caption: Below the plot.
-        rows: Combination, source and distance.
+        rows: Combination and source, and their distance.
         skipped: Sources that are not compared, and why.
     """
 
     title: str
+    reference: str
     figure: str | None
     alt: str
     caption: str
-    rows: list[tuple[str, str, Estimate]]
+    rows: list[tuple[str, Estimate]]
     skipped: list[str]
 
 
@@ -241,6 +247,7 @@ def _encoder(
     return PageEncoder(
         name=name,
         fidelity=fidelity,
+        bars=_bars(metrics, fidelity) if fidelity else None,
         tables=_distance_tables(fidelity, metrics.roles) if fidelity else [],
         downstream=downstream,
         forest=figures.forest(accuracies(metrics, name), metrics.roles) if downstream else None,
@@ -262,6 +269,13 @@ def _differences(metrics: Metrics, encoder: str) -> dict[str, dict[str, Estimate
     return {metrics.roles.candidate: differences(metrics, encoder, metrics.roles.candidate)} | gains
 
 
+def _bars(metrics: Metrics, fidelity: Fidelity) -> str | None:
+    """The plot by class, as published, where that is what the evaluation is about."""
+    if fidelity.training is None and metrics.dataset.held_out:
+        return None
+    return figures.class_bars(references(fidelity), metrics.roles)
+
+
 def _distance_tables(fidelity: Fidelity, roles: Roles) -> list[PageDistances]:
     tables = {
         "unseen combinations": fidelity.unseen,
@@ -269,24 +283,52 @@ def _distance_tables(fidelity: Fidelity, roles: Roles) -> list[PageDistances]:
         "each site": fidelity.per_site,
         "all patches": fidelity.whole,
     }
-    return [_distances(title, table, roles) for title, table in tables.items()]
+    pages = [
+        _distances(title, table, f"{_CAPTIONS[title]}{_unmatched(table)}", figures.distances(table, roles))
+        for title, table in tables.items()
+    ]
+    if training := fidelity.training:
+        for name, table in {"each class": training.per_class, **training.by_fields}.items():
+            figure = figures.distances(table, roles, "test patients", "not at 0")
+            pages.append(_distances(f"{name}, {TRAINING}", table, training.label, figure, TRAINING))
+    return pages
 
 
-def _distances(title: str, table: DistanceTable, roles: Roles) -> PageDistances:
+def _distances(
+    title: str, table: DistanceTable, caption: str, figure: str | None, reference: str = "real test patches"
+) -> PageDistances:
     """Plot, caption, what was left out, and every number."""
+    frechet = "" if reference == TRAINING else _frechet(table)
     n = max((mean.n_patches for mean in table.means.values()), default=0)
+    named = functools.partial(_source, reference=reference)
     skipped = [
-        f"{c.name}: " + "; ".join(f"{figures.source_name(n)}: {why}" if n else why for n, why in c.skipped.items())
+        f"{c.name}: " + "; ".join(f"{named(n)}: {why}" if n else why for n, why in c.skipped.items())
         for c in table.combinations
         if c.skipped
     ]
     return PageDistances(
         title=title,
-        figure=figures.distances(table, roles),
-        alt=f"distance of samples and of real patches to real test patches, {title}; the numbers are listed below",
-        caption=f"{_CAPTIONS[title]} At most {n} samples of a source over all. {_frechet(table)}",
-        rows=[(c.name, source, found) for c in table.combinations for source, found in c.sources.items()],
+        reference=reference,
+        figure=figure,
+        alt=f"distance of samples and of real patches to {reference}, {title}; the numbers are listed below",
+        caption=f"{caption} At most {n} samples of a source over all.{frechet}",
+        rows=[(f"{c.name}: {named(n)}", found) for c in table.combinations for n, found in c.sources.items()],
         skipped=skipped,
+    )
+
+
+def _source(name: str, reference: str) -> str:
+    return "test patients" if name == REAL and reference == TRAINING else figures.source_name(name)
+
+
+def _unmatched(table: DistanceTable) -> str:
+    """That samples have another mix than the test patches, in a sentence; nothing where they have theirs."""
+    found = {f: None for c in table.combinations for d in c.sources.values() for f in d.unmatched_fields}
+    if not found:
+        return ""
+    return (
+        f" Training lacks the test patches’ {' and '.join(found)}, so in these the samples have values that training "
+        "patches of their class have."
     )
 
 
@@ -294,9 +336,9 @@ def _frechet(table: DistanceTable) -> str:
     """What Fréchet distances say, in a sentence."""
     found = table.frechet_ratio
     if found.value is None:
-        return f"There is no ratio of Fréchet distances: {found.reason}."
+        return f" There is no ratio of Fréchet distances: {found.reason}."
     return (
-        f"Ratio of Fréchet distances in {found.dims} principal components, less that between real patients: "
+        f" Ratio of Fréchet distances in {found.dims} principal components, less that between real patients: "
         f"{found.value:.2f}; a perfect generator would get {_signed(found.perfect)}."
     )
 

@@ -107,9 +107,25 @@ def frechet(
 
 def frechet_distance(a: FeatureStatistics | np.ndarray, b: FeatureStatistics | np.ndarray) -> float:
     """Fréchet distance of two feature sets, [N, d] arrays or their statistics; float64 throughout."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and min(len(a), len(b)) < a.shape[1]:
+        return _frechet_of_few(a, b)
     a = FeatureStatistics.of(a) if isinstance(a, np.ndarray) else a
     b = FeatureStatistics.of(b) if isinstance(b, np.ndarray) else b
     return frechet(a.mean, a.cov, b.mean, b.cov)
+
+
+def _frechet_of_few(a: np.ndarray, b: np.ndarray) -> float:
+    """The Fréchet distance where a set has fewer samples than dimensions, without a matrix [d, d].
+
+    With centred sets as rows of X and Y, tr (Σa·Σb)^½ is the sum of the singular values of X·Yᵀ/√((N−1)(M−1)).
+    """
+    mean_a, mean_b = (np.asarray(x, np.float64).mean(axis=0) for x in (a, b))
+    x, y = ((np.asarray(z, np.float64) - mean) / np.sqrt(len(z) - 1) for z, mean in ((a, mean_a), (b, mean_b)))
+    product = x @ y.T if len(x) <= len(y) else y @ x.T
+    eigenvalues = np.linalg.eigvalsh(product @ product.T)
+    delta = mean_a - mean_b
+    cross = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
+    return float(delta @ delta + (x * x).sum() + (y * y).sum() - 2.0 * cross)
 
 
 def fd_infinity(

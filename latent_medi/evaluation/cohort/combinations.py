@@ -26,6 +26,34 @@ def matches(index: pd.DataFrame, combination: Mapping[str, str]) -> np.ndarray:
     return keep
 
 
+class Labels:
+    """The columns of an index, each turned into codes once, for many questions of which rows have a value.
+
+    Args:
+        index: A row per patch.
+    """
+
+    def __init__(self, index: pd.DataFrame) -> None:
+        self._index = index
+        self._columns: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
+
+    def codes(self, name: str) -> tuple[np.ndarray, dict[str, int]]:
+        """Code of each row in one column, int [N], and the code of each value that occurs."""
+        if name not in self._columns:
+            codes, values = pd.factorize(self._index[name].astype(str))
+            self._columns[name] = codes, {str(value): i for i, value in enumerate(values)}
+        return self._columns[name]
+
+    def having(self, combination: Mapping[str, str]) -> np.ndarray:
+        """As :func:`matches`."""
+        keep = np.ones(len(self._index), bool)
+        for name, value in combination.items():
+            if name in self._index.columns:
+                codes, values = self.codes(name)
+                keep &= codes == values.get(value, -1)
+        return keep
+
+
 def any_match(index: pd.DataFrame, combinations: Sequence[Mapping[str, str]]) -> np.ndarray:
     """Which rows fit at least one combination, bool [len(index)]."""
     keep = np.zeros(len(index), bool)

@@ -60,7 +60,8 @@ class Matched:
 
 def strata(index: pd.DataFrame, rows: np.ndarray, fields: Sequence[str]) -> np.ndarray:
     """One label per row that joins its values of several fields."""
-    if not fields or not len(rows):  # pandas would give a table for no rows
-        return np.full(len(rows), "", dtype=object)
-    result: np.ndarray = index.iloc[rows][list(fields)].astype(str).agg("|".join, axis=1).to_numpy()
+    columns = [index[name].iloc[rows].astype(str).to_numpy(object) for name in fields]
+    result: np.ndarray = columns[0] if columns else np.full(len(rows), "", dtype=object)
+    for column in columns[1:]:
+        result = result + "|" + column
     return result

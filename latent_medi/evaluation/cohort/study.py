@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.core.progress import get_logger
-from latent_medi.evaluation.cohort.combinations import Combination, among, categorical_fields, matches
+from latent_medi.evaluation.cohort.combinations import Combination, Labels, among, categorical_fields, matches
 from latent_medi.evaluation.cohort.roles import Roles, synthetic_roles
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.shards.checking.duplicates import joined_patients
@@ -42,6 +42,11 @@ class SyntheticSet:
     def index(self) -> pd.DataFrame:
         """A row per patch that takes part, numbered from 0."""
         return self.dataset.index.iloc[self.rows].reset_index(drop=True)
+
+    @cached_property
+    def labels(self) -> Labels:
+        """Which rows of ``index`` have which values."""
+        return Labels(self.index)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,6 @@ class Study:
     warnings: list[str] = field(default_factory=list)
     candidate: str = ""
     further_seeds: dict[str, list[SyntheticSet]] = field(default_factory=dict)
-    _masks: dict[tuple[tuple[str, str], ...], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def roles(self) -> Roles:
@@ -118,12 +122,14 @@ class Study:
         """Patient of each row of the real index, text [N]; those who share a picture are one."""
         return joined_patients(self.index).astype(str)
 
+    @cached_property
+    def labels(self) -> Labels:
+        """Which rows of the real index have which values."""
+        return Labels(self.index)
+
     def having(self, combination: Mapping[str, str]) -> np.ndarray:
         """Which rows of the real index have all the values of a combination, bool [N]."""
-        key = tuple(sorted(combination.items()))
-        if key not in self._masks:
-            self._masks[key] = matches(self.index, combination)
-        return self._masks[key]
+        return self.labels.having(combination)
 
     def rows_of(self, part: np.ndarray, combination: Mapping[str, str]) -> np.ndarray:
         """Those rows of a part, such as ``test``, that have all the values of a combination."""

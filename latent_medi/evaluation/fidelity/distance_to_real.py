@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from latent_medi.evaluation.cohort.combinations import describe
-from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, seed_name
+from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, Part, seed_name
 from latent_medi.evaluation.cohort.matching import strata
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.fidelity.features import Features
-from latent_medi.evaluation.fidelity.frechet_ratio import frechet_ratio
+from latent_medi.evaluation.fidelity.frechet_ratio import frechet_ratio, no_frechet_ratio
 from latent_medi.evaluation.fidelity.neighbourhoods import neighbourhoods
 from latent_medi.evaluation.fidelity.records import (
     CombinationDistances,
@@ -51,7 +51,12 @@ Kernels = dict[str, KernelDistance]
 
 
 def distance_table(
-    study: Study, features: Features, comparisons: Sequence[Comparison], seed: int, protocol: str = "default"
+    study: Study,
+    features: Features,
+    comparisons: Sequence[Comparison],
+    seed: int,
+    protocol: str = "default",
+    part: Part = "test",
 ) -> DistanceTable:
     """Distances of every source in each combination, and their means over the combinations that the source has.
 
@@ -61,6 +66,8 @@ def distance_table(
         comparisons: From :mod:`latent_medi.evaluation.cohort.comparison_sets`.
         seed: Seed of subsamples.
         protocol: "paper" adds raw rank-deficient Fréchet distances.
+        part: What the reference is. With training images there is no ratio of Fréchet distances, since samples may be
+            nearer to them than other real patients are.
     """
     dim = features.real.shape[1]
     # Of every combination that can be compared, whether a synthetic set has it or not: a set must not change others.
@@ -79,7 +86,11 @@ def distance_table(
         combinations=[record for record, _ in results],
         means=means,
         ratio=_ratio(study, comparisons, kernels),
-        frechet_ratio=frechet_ratio(study, features, comparisons, dims, seed),
+        frechet_ratio=(
+            frechet_ratio(study, features, comparisons, dims, seed)
+            if part == "test"
+            else no_frechet_ratio(dims, "the reference are training images")
+        ),
         left_out={
             describe(c.combination): "; ".join(f"{n}: {why}" if n else why for n, why in c.skipped.items())
             for c in comparisons
@@ -128,6 +139,9 @@ def _mean_distance(
         n_reference=sum(len(c.reference) for c, _ in found),
         fd=_mean([d.fd for _, d in found]),
         fd_pca=_mean([d.fd_pca for _, d in found]),
+        fd_raw=_mean([d.fd if d.fd_raw is None else d.fd_raw for _, d in found])
+        if any(d.fd_raw is not None for _, d in found)
+        else None,
     )
 
 
@@ -172,7 +186,7 @@ def _compare(
     if comparison.rows:
         real = features.real[rows_of]
         reference = kernel_set(study, features, "", rows_of, seed)
-        moments = FeatureStatistics.of(real) if raw or full_rank(len(rows_of), dim) else None
+        moments = FeatureStatistics.of(real) if full_rank(len(rows_of), dim) else None
         # All principal components are the features, turned.
         projected = features.basis.project(real, dims) if dims < dim else None
     for name, rows in comparison.rows.items():
@@ -181,7 +195,7 @@ def _compare(
         sample = (features.real if is_real else features.synthetic[name])[rows]
         kernels[name] = kernel_distance(reference, kernel_set(study, features, name, rows, seed))
         valid = full_rank(min(len(rows_of), len(rows)), dim)
-        full = frechet_distance(moments, sample) if moments is not None and (valid or raw) else None
+        full = frechet_distance(moments if moments and valid else real, sample) if valid or raw else None
         fd_pca = full if projected is None else None
         if projected is not None and len(rows) >= PCA_RULE * dims:
             fd_pca = frechet_distance(projected, features.basis.project(sample, dims))
@@ -193,6 +207,7 @@ def _compare(
             mix_mismatch=comparison.mismatch[name],
             fd_raw=None if valid else full,
             fd_raw_label=RANK_DEFICIENT if raw and not valid else None,
+            unmatched_fields=comparison.unmatched.get(name, []),
         )
     combination, text = comparison.combination, describe(comparison.combination)
     record = CombinationDistances(combination, text, len(rows_of), n_patients, sources, comparison.skipped)

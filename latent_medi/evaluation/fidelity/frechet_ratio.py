@@ -60,7 +60,7 @@ def frechet_ratio(
     dims = min(dims, _MOST_DIMS, pca_dims(min(sizes, default=0), dims))
 
     def without(reason: str) -> FrechetRatio:
-        return FrechetRatio(None, None, None, dims, n, len(chosen), reason)
+        return no_frechet_ratio(dims, reason, n, len(chosen))
 
     if not chosen:
         return without("no combination has the candidate, the baseline and other real patients")
@@ -74,6 +74,11 @@ def frechet_ratio(
     found = _perfect(study, features, cells, dims, seed) / gap
     error = float(found.std(ddof=1)) / len(found) ** 0.5
     return FrechetRatio((candidate - real) / gap, float(found.mean()), error, dims, n, len(cells))
+
+
+def no_frechet_ratio(dims: int, reason: str, n: int = 0, n_combinations: int = 0) -> FrechetRatio:
+    """That there is no ratio, and why."""
+    return FrechetRatio(None, None, None, dims, n, n_combinations, reason)
 
 
 def _cell(features: Features, comparison: Comparison, n: int, names: Sequence[str], dims: int, seed: int) -> _Cell:

@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 
 from latent_medi.statistics.intervals import Estimate
 
+TRAINING_IMAGES = (
+    "Distances to the images that the models were trained on, as published: a generator that copies them is best, even "
+    "below 0. They say how well a model fits its training patients, not how it does on others."
+)
+"""What must stand beside every distance to training images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distance(Estimate):
@@ -20,6 +26,8 @@ class Distance(Estimate):
         mix_mismatch: Share of the source's patches in another stratum than the reference's mix asks for, 0 to 1.
         fd_raw: Rank-deficient Fréchet distance, with ``protocol: paper``.
         fd_raw_label: What ``fd_raw`` may be compared with.
+        unmatched_fields: Fields whose values in the reference no sample can have, such as the site of patients of other
+            hospitals; in these the samples have values that training patches of their class have.
     """
 
     fd: float | None
@@ -27,6 +35,7 @@ class Distance(Estimate):
     mix_mismatch: float
     fd_raw: float | None = None
     fd_raw_label: str | None = None
+    unmatched_fields: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +47,24 @@ class MeanDistance(Estimate):
         n_reference: Patches of the reference in all of them.
         fd: Mean Fréchet distance; null if any is.
         fd_pca: Mean Fréchet distance after projection; null if any is.
+        fd_raw: Mean Fréchet distance with rank-deficient ones among them, with ``protocol: paper``; null without any.
     """
 
     n_combinations: int
     n_reference: int
     fd: float | None
     fd_pca: float | None
+    fd_raw: float | None = None
 
 
 @dataclass(frozen=True)
 class CombinationDistances:
-    """Distances of each source to one combination's real test patches.
+    """Distances of each source to one combination's real patches.
 
     Args:
         combination: Value by field; empty for all patches.
         name: The combination in words.
-        n_reference: Real test patches.
+        n_reference: Real patches of the reference.
         n_patients: Their patients.
         sources: Distance by source.
         skipped: Why a source has no distance; the key "" stands for all.
@@ -211,6 +222,22 @@ class TissueDistance:
 
 
 @dataclass(frozen=True)
+class TrainingDistances:
+    """Distances to the images that models were trained on. Of each class, its samples have these images' mix of the
+    other fields; "real" are test patients, as far as they can have it.
+
+    Args:
+        per_class: Distances in each class.
+        by_fields: Distances in each class at each site, and in each combination of further fields, by their names.
+        label: What to think of these numbers.
+    """
+
+    per_class: DistanceTable
+    by_fields: dict[str, DistanceTable]
+    label: str = TRAINING_IMAGES
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """How far each source is from real test patches in one encoder's features.
 
@@ -225,6 +252,7 @@ class Fidelity:
         tissue: Whether samples are nearer than real patches of other combinations, by synthetic set; without those that
             cannot be compared.
         real_splits: Measures of synthetic sets, compared with random splits of real patients.
+        training: Distances to the training images; null unless ``references`` names them.
     """
 
     fingerprint: str
@@ -236,6 +264,7 @@ class Fidelity:
     overall: dict[str, OverallFidelity]
     tissue: dict[str, TissueDistance]
     real_splits: RealSplitRange | None = None
+    training: TrainingDistances | None = None
 
 
 @dataclass(frozen=True)

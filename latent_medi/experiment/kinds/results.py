@@ -59,7 +59,8 @@ def evaluate(e: Experiment) -> Stage:
         inputs | {"synthetic": list(e.synthetic)},
         e.needs("select") or ("sample",),
         ("metrics.json",),
-        extras=("predictions.csv", "reference"),  # cached features are found by content, and stay
+        # Cached features are found by content, and stay.
+        extras=("predictions.csv", "per_class_distance.csv", "reference"),
         damaged=lambda: damaged_metrics(e.folder / "metrics.json"),
     )
 
