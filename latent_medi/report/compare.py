@@ -158,10 +158,12 @@ def numbers(run: Metrics, encoder: str) -> dict[str, Number]:
             "per class": fidelity.per_class,
             "per site": fidelity.per_site,
         }
+        if fidelity.training:
+            tables["per class, training images"] = fidelity.training.per_class
         for title, table in tables.items():
             headline = table is not fidelity.per_site
             for source, mean in table.means.items():
-                name = f"KID, {title}: {figures.source_name(source)}"
+                name = f"KID, {title}: {figures.source_name(source, title.endswith('training images'))}"
                 found[name] = Number("distance", mean, headline)
             found[f"ratio, {title}"] = Number("ratio", table.ratio, headline)
     for name, accuracy in accuracies(run, encoder).items():

@@ -33,9 +33,9 @@ _LONGEST = 24  # characters of a name in a plot
 _MOST_ROWS = 40
 
 
-def source_name(name: str) -> str:
-    """The name of a source of distances for people."""
-    return "real vs real" if name == REAL else label_of(name)
+def source_name(name: str, training: bool = False) -> str:
+    """The name of a source of distances for people; ``training`` if these are to training images."""
+    return ("test patients" if training else "real vs real") if name == REAL else label_of(name)
 
 
 def short(name: str, longest: int = _LONGEST) -> str:
@@ -91,14 +91,13 @@ def _point(axes: Any, y: float, found: Estimate, style: Style, label: str | None
     axes.plot([found.value], [y], marker, label=label, **look)
 
 
-def distances(table: DistanceTable, roles: Roles, real: str = "real vs real", about: str = "about 0") -> str | None:
+def distances(table: DistanceTable, roles: Roles, training: bool = False) -> str | None:
     """Distance of each source in each combination and as a mean, with intervals; ``None`` if there is none.
 
     Args:
         table: The distances.
         roles: Which set is the candidate.
-        real: Name of the real patches that are compared with the reference.
-        about: Where real patients are, in words.
+        training: Whether the distances are to training images.
     """
     rows: list[tuple[str, Mapping[str, Estimate]]] = [(c.name, c.sources) for c in table.combinations if c.sources]
     if len(rows) > 1:
@@ -112,11 +111,11 @@ def distances(table: DistanceTable, roles: Roles, real: str = "real vs real", ab
         for j, name in enumerate(names):
             if name in found and found[name].value is not None:
                 y = i + (j - (len(names) - 1) / 2) * 0.24
-                label = real if name == REAL else label_of(name)
+                label = source_name(name, training)
                 _point(axes, y, found[name], style_of(name, roles), label if i == len(rows) - 1 else None)
     axes.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(f"KID (left is better; real patients: {about})")
+    axes.set_xlabel("KID to training images" if training else "KID (left is better; real patients: about 0)")
     _style(axes)
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)

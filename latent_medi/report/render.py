@@ -289,7 +289,7 @@ def _distance_tables(fidelity: Fidelity, roles: Roles) -> list[PageDistances]:
     ]
     if training := fidelity.training:
         for name, table in {"each class": training.per_class, **training.by_fields}.items():
-            figure = figures.distances(table, roles, "test patients", "not at 0")
+            figure = figures.distances(table, roles, training=True)
             pages.append(_distances(f"{name}, {TRAINING}", table, training.label, figure, TRAINING))
     return pages
 
@@ -300,7 +300,7 @@ def _distances(
     """Plot, caption, what was left out, and every number."""
     frechet = "" if reference == TRAINING else _frechet(table)
     n = max((mean.n_patches for mean in table.means.values()), default=0)
-    named = functools.partial(_source, reference=reference)
+    named = functools.partial(figures.source_name, training=reference == TRAINING)
     skipped = [
         f"{c.name}: " + "; ".join(f"{named(n)}: {why}" if n else why for n, why in c.skipped.items())
         for c in table.combinations
@@ -315,10 +315,6 @@ def _distances(
         rows=[(f"{c.name}: {named(n)}", found) for c in table.combinations for n, found in c.sources.items()],
         skipped=skipped,
     )
-
-
-def _source(name: str, reference: str) -> str:
-    return "test patients" if name == REAL and reference == TRAINING else figures.source_name(name)
 
 
 def _unmatched(table: DistanceTable) -> str:

@@ -46,6 +46,15 @@ def test_frechet_equals_torch_fidelity_on_float32_features() -> None:
     assert frechet_distance(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
+@pytest.mark.parametrize(("n", "m"), [(12, 15), (12, 300), (300, 12), (2, 39)])
+def test_frechet_of_few_samples_is_that_of_their_moments(n: int, m: int) -> None:
+    """Where a covariance [d, d] is not needed, it gives the same."""
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(size=(n, 40)) + 0.3, rng.normal(size=(m, 40)) * 1.2
+    moments = frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b))
+    assert frechet_distance(a, b) == pytest.approx(moments, rel=1e-5)
+
+
 def test_frechet_of_a_known_shift() -> None:
     rng = np.random.default_rng(0)
     a, shift = rng.normal(size=(200_000, 3)), np.array([2.0, 0, 0])
