@@ -270,7 +270,10 @@ def _fidelity(
     def table(chosen: Sequence[Comparison], part: comparison_sets.Part = "test") -> DistanceTable:
         return distance_to_real.distance_table(study, features, chosen, settings.seed, settings.protocol, part)
 
-    training = comparisons.training
+    training = None
+    if chosen := comparisons.training:
+        of_fields = {name: table(each, "train") for name, each in chosen.by_fields.items()}
+        training = TrainingDistances(table(chosen.per_class, "train"), of_fields)
     ranges = None
     if settings.real_splits:
         ranges = real_split_range.real_split_range(study, features, settings.real_splits, settings.seed)
@@ -284,11 +287,7 @@ def _fidelity(
         overall=distance_to_real.overall(study, features, comparisons.whole, settings.seed),
         tissue=tissue.tissue_distances(study, features, comparisons.unseen, settings.seed),
         real_splits=ranges,
-        training=training
-        and TrainingDistances(
-            table(training.per_class, "train"),
-            {name: table(chosen, "train") for name, chosen in training.by_fields.items()},
-        ),
+        training=training,
     )
 
 

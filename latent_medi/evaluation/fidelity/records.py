@@ -12,7 +12,7 @@ TRAINING_IMAGES = (
     "Distances to the images that the models were trained on, as published: a generator that copies them is best, even "
     "below 0. They say how well a model fits its training patients, not how it does on others."
 )
-"""What must stand beside every distance to training images."""
+"""What must stand with every distance to training images."""
 
 
 @dataclass(frozen=True, kw_only=True)
