@@ -5,11 +5,15 @@
 is ``accelerate launch`` with the same options, and does three more things. It passes SIGUSR1 and SIGTERM on to the
 training processes, which then save a checkpoint. It returns their exit code, so that a scheduler can distinguish
 "resume" (:data:`RESUME`) from a crash. If it is killed, they are killed too.
+
+``python -m latent_medi.launch … -m latent_medi.cli run …`` starts the runner of an experiment, once per node and not
+once per process; the runner launches each stage with the same options.
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +22,7 @@ import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -26,7 +30,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
 from latent_medi.core.device import check_precision, turn_tf32_off
 from latent_medi.core.errors import RESUME, UserError
-from latent_medi.core.processes import PARENT, environment
+from latent_medi.core.processes import PARENT, RUNNER_OPTIONS, environment, follow_parent, python_words
 from latent_medi.core.progress import get_logger
 
 logger = get_logger("launch")
@@ -139,10 +143,14 @@ def main(words: Sequence[str] | None = None) -> int:
             except psutil.NoSuchProcess:  # it has ended
                 continue
 
+    words = list(sys.argv[1:] if words is None else words)
     args = launch_command_parser().parse_args(words)
+    if args.module and args.training_script == "latent_medi.cli" and args.training_script_args[:1] == ["run"]:
+        _become_runner(words[: -len(args.training_script_args) - 1], args.training_script_args)
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torch's launcher would kill the processes 30 s after SIGTERM
     for number in NOTICES:
         signal.signal(number, pass_on)
+    follow_parent()
     os.environ[PARENT] = str(os.getpid())
     if args.module:  # a script may need modules from its own folder
         os.environ.update(environment())
@@ -157,6 +165,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if any(code in (-number, 128 + number) for number in noticed):
         return RESUME
     return code if code >= 0 else 128 - code
+
+
+def _become_runner(options: list[str], words: list[str]) -> NoReturn:
+    """Replace this process by the runner of an experiment, which has this process's number and gets its signals."""
+    command = python_words("latent_medi.cli", *words)
+    os.execve(command[0], command, environment(**{RUNNER_OPTIONS: json.dumps(options)}))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ def _demo(words: list[str]) -> Printed:
 
 
 def _run(words: list[str]) -> Printed:
-    from latent_medi.experiment.run import run
+    from latent_medi.experiment.run import run, take_part
     from latent_medi.experiment.settings import ExperimentSettings
 
+    if take_part():
+        return {}
     # The defaults alone would run a demo that does not print its results.
     return run(config.parse(ExperimentSettings, words or ["--help"], "run"))
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Train, encode or sample on any number of nodes under Slurm; goes on by itself after a time limit or pre-emption.
+# Train, encode, sample or run an experiment on any number of nodes under Slurm; goes on by itself after a time limit or pre-emption.
 #
 #   sbatch --nodes 2 --gpus-per-node 8 configs/cluster/slurm.sh train.py --config tcga_ut/medi out=/shared/runs/medi
 #   sbatch --nodes 1 --gpus-per-node 4 configs/cluster/slurm.sh sample.py model=… plan=… out=…
 #   sbatch --nodes 2 --gpus-per-node 4 configs/cluster/slurm.sh -m latent_medi.cli encode data=… autoencoder=… out=…
+#   sbatch --nodes 2 --gpus-per-node 8 configs/cluster/slurm.sh -m latent_medi.cli run --config tcga_ut/paper out=… …
 #
 # Submit from the folder that holds what the words name. What stands below is overridden by options of sbatch
 # (--partition, --account, --time, …). Environment: PYTHON (default .venv/bin/python if there is one, else python),

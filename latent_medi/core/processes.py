@@ -22,6 +22,9 @@ T = TypeVar("T")
 PARENT = "LATENT_MEDI_PARENT"
 """Environment variable with the number of the process that started this one: when that ends, this one ends too."""
 
+RUNNER_OPTIONS = "LATENT_MEDI_RUNNER_OPTIONS"
+"""Environment variable of an experiment's runner that the launcher started: the launcher's options, as JSON."""
+
 _SAFE = "PYTHONSAFEPATH"
 _LOOK_EVERY = 0.5  # seconds
 _watched: set[int] = set()

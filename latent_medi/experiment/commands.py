@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 
-from latent_medi.core.errors import BAD_INPUT, UserError
+from latent_medi.core.errors import BAD_INPUT, RESUME, Preempted, UserError
 from latent_medi.core.processes import PARENT, environment, python_words
 
+_NOTICES = (signal.SIGUSR1, signal.SIGTERM)
+_ALONE_FOR = 30  # seconds that this node's part of a command may go on after another's has failed
 
-def run_in_parallel(commands: dict[str, list[str]], threads: int | None = None) -> None:
-    """Run ``latent-medi`` commands in parallel, one process each, and prefix their logs with their names.
+
+def run_in_parallel(commands: Mapping[str, Sequence[str]], threads: int | None = None) -> None:
+    """Run ``latent-medi`` commands in parallel, one process each; see :func:`run_words`.
 
     Args:
         commands: Words after ``latent-medi`` by the name to show.
         threads: Threads that each may use; ``None`` for as many as this process may.
+    """
+    run_words({name: python_words("latent_medi.cli", *words) for name, words in commands.items()}, threads)
+
+
+def run_words(
+    commands: Mapping[str, list[str]], threads: int | None = None, failed: Callable[[], bool] = lambda: False
+) -> None:
+    """Run commands in parallel, and prefix their logs with their names. SIGUSR1 and SIGTERM are passed on to them.
+
+    Args:
+        commands: Their words by the name to show.
+        threads: Threads that each process may use; ``None`` for as many as this process may.
+        failed: Whether what they need elsewhere has failed, so that they cannot go on.
 
     Raises:
         UserError: One was given what it cannot follow, and has said so; the others are stopped.
-        RuntimeError: The same of one that failed.
+        Preempted: They were asked to stop, and have; the same command continues.
+        RuntimeError: One failed; the others are stopped.
     """
     few = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     its_environment = environment(**few, **{PARENT: str(os.getpid())})
@@ -35,53 +55,94 @@ def run_in_parallel(commands: dict[str, list[str]], threads: int | None = None) 
             with suppress(OSError):
                 print(f"[{name}] {line}", end="", file=sys.stderr, flush=True)
 
+    with _notices_passed_on(running) as noticed:
+        try:
+            for name, words in commands.items():
+                process = subprocess.Popen(
+                    words,
+                    env=its_environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                )
+                running[name] = process
+                reader = threading.Thread(target=pass_on, args=(name, process), daemon=True)
+                reader.start()
+                readers.append(reader)
+                if noticed:  # between two starts
+                    process.send_signal(noticed[-1])
+            _wait(running, noticed, failed)
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+            for reader in readers:
+                reader.join(timeout=5)
+
+
+@contextmanager
+def _notices_passed_on(running: Mapping[str, subprocess.Popen[str]]) -> Iterator[list[int]]:
+    """Context in which a notice of the cluster goes to the running commands; yields the notices that came."""
+    noticed: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        noticed.append(number)
+        for process in list(running.values()):
+            process.send_signal(number)  # nothing if it has ended
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noticed
+        return
+    before = {number: signal.signal(number, pass_on) for number in _NOTICES}
     try:
-        for name, words in commands.items():
-            process = subprocess.Popen(
-                python_words("latent_medi.cli", *words),
-                env=its_environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
-            running[name] = process
-            reader = threading.Thread(target=pass_on, args=(name, process), daemon=True)
-            reader.start()
-            readers.append(reader)
-        while running:
-            for name, process in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[name]
-                if code == BAD_INPUT:
-                    raise UserError(f"{name} cannot go on; its message is above.", "Mend that and repeat the command.")
-                if code:
-                    raise RuntimeError(
-                        f"{name} ended with exit code {code}; its messages are above. The same command continues."
-                    )
-            time.sleep(0.1)
+        yield noticed
     finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-        for reader in readers:
-            reader.join(timeout=5)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def run_models(commands: dict[str, list[str]], at_once: int = 0) -> None:
-    """Run a command for each model, several at the same time.
+def _wait(running: dict[str, subprocess.Popen[str]], noticed: list[int], failed: Callable[[], bool]) -> None:
+    """Wait for commands, and remove those that have ended."""
+    alone_since = None
+    while running:
+        for name, process in list(running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del running[name]
+            if code == RESUME or (code and noticed):
+                raise Preempted(f"{name} was asked to stop; the same command continues")
+            if code == BAD_INPUT:
+                raise UserError(f"{name} cannot go on; its message is above.", "Mend that and repeat the command.")
+            if code:
+                raise RuntimeError(
+                    f"{name} ended with exit code {code}; its messages are above. The same command continues."
+                )
+        if alone_since is None and running and failed():
+            alone_since = time.monotonic()
+        if alone_since is not None and time.monotonic() > alone_since + _ALONE_FOR:
+            raise RuntimeError("Another node has failed; its messages say why. The same command continues.")
+        time.sleep(0.1)
+    if noticed:  # all ended as if nothing had been asked
+        raise Preempted("asked to stop; the same command continues")
 
-    Args:
-        commands: Words after ``latent-medi`` by model.
-        at_once: How many at the same time, sharing the cores; 0 means 2 on a machine without a GPU, otherwise 1.
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Context in which SIGUSR1, by which a cluster announces that it takes the machine back, ends this process's own
+    work as :class:`Preempted`: what it has finished is kept.
     """
-    import torch
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    at_once = at_once or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
-    names = list(commands)
-    for start in range(0, len(names), at_once):
-        together = {name: commands[name] for name in names[start : start + at_once]}
-        run_in_parallel(together, threads=max(1, (os.cpu_count() or 1) // at_once))
+    def stop(*_: object) -> None:
+        raise Preempted("asked to stop; the same command continues")
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)

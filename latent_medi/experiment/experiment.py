@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.experiment.launching import Launching
 from latent_medi.experiment.models import Model, concerning, data_folder, latents_folder, open_models, split_record
+from latent_medi.experiment.nodes import Leader, run_launched
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stages
 from latent_medi.latent_classifier.settings import ClassifierSettings
@@ -25,12 +28,16 @@ class Experiment:
 
     Args:
         settings: The experiment.
+        where: How its commands are started; by default one process for each.
+        leader: Tells other nodes, if there are any, what to start.
 
     Raises:
         UserError: Settings that cannot be followed, found without opening any data.
     """
 
-    def __init__(self, settings: ExperimentSettings) -> None:
+    def __init__(
+        self, settings: ExperimentSettings, where: Launching | None = None, leader: Leader | None = None
+    ) -> None:
         if settings.stages != [name for name in STAGES if name in settings.stages]:
             raise UserError(
                 f"stages is [{', '.join(settings.stages)}]; stages are listed once and in order.",
@@ -43,7 +50,14 @@ class Experiment:
                 f"The recipe {settings.recipe!r} needs the folder of its source.",
                 f"latent-medi run --config {settings.recipe}/… source=/path/to/it",
             )
+        self.where, self.leader = where or Launching(), leader
+        if settings.parallel > 1 and self.where.processes > 1:
+            raise UserError(
+                f"parallel is {settings.parallel}, and each model takes {self.where.processes} processes.",
+                "Leave parallel out, or set launch_processes=1.",
+            )
         self.settings = settings
+        self.recipe_arguments = _recipe_arguments(settings)
         self.folder = Path(settings.out)
         self.data = data_folder(settings)
         self.latents = latents_folder(settings)
@@ -80,6 +94,14 @@ class Experiment:
         """Record of the split: whoever splits the patients anew, or corrects their metadata, has another experiment."""
         name = self.settings.split
         return {"split": split_record(self.data, name) if self.has_data else {"name": name}}
+
+    def run_commands(self, commands: Mapping[str, Sequence[str]]) -> None:
+        """Run ``latent-medi`` commands on all the processes that there are.
+
+        Args:
+            commands: Words after ``latent-medi`` by the name to show.
+        """
+        run_launched(commands, self.where, self.leader, self.settings.parallel)
 
     def _encodings(self) -> dict[str, EncodeSettings]:
         """Encoding settings by the first model of a dataset of its own; "" is the experiment's dataset."""
@@ -174,3 +196,23 @@ class Experiment:
             "plan": str(self.folder / f"plan-{model.name}.csv"),
             "out": str(self.synthetic[model.name]),
         }
+
+
+def _recipe_arguments(settings: ExperimentSettings) -> dict[str, Any]:
+    """What the recipe's ``build`` is given besides the folders, the patch size, the seed and the processes."""
+    tables = {"metadata": settings.metadata, "codes": settings.codes}
+    given = settings.recipe_options | {name: path for name, path in tables.items() if path}
+    if not given:
+        return {}
+    if settings.data:
+        raise UserError(
+            f"{', '.join(given)} and data are given; options are of a recipe, and data is a dataset folder.",
+            "Leave data out to have the recipe make one.",
+        )
+    if settings.recipe == "demo":
+        raise UserError(f"The recipe 'demo' takes no {next(iter(given))}.", "Name a recipe: recipe=tcga-ut.")
+    if twice := [name for name, path in tables.items() if path and name in settings.recipe_options]:
+        raise UserError(f"{twice[0]} is given twice, also in recipe_options.", "Give one of them.")
+    from latent_medi.recipes.registry import recipe_arguments
+
+    return recipe_arguments(settings.recipe, given)

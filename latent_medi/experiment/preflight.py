@@ -121,6 +121,12 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
             check_guidance(generate.guidance, model.source.conditioner)
         return
     settings = config.make(TrainSettings, model.training or {}, model.name)
+    if settings.global_batch % e.where.processes:
+        raise UserError(
+            f"models.{model.name} has a global_batch of {settings.global_batch}, which {e.where.processes} processes "
+            "cannot share equally.",
+            "Choose launch_processes, or a global_batch, such that it is a multiple.",
+        )
     if model.entry.data:
         _warn_of_shared_patients(e, model)
     if settings.init_from and (model.parent is None or model.parent.source is not None):

@@ -6,6 +6,7 @@ truth is known; ``latent-medi benchmark-shift`` runs one experiment per level.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,13 @@ from latent_medi.core import config
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import write_json
 from latent_medi.core.locks import output_lock
+from latent_medi.core.processes import RUNNER_OPTIONS
 from latent_medi.core.progress import duration
+from latent_medi.experiment.commands import resumable
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
+from latent_medi.experiment.launching import launching
+from latent_medi.experiment.nodes import follow, leading
 from latent_medi.experiment.preflight import preflight
 from latent_medi.experiment.settings import DemoSettings, ExperimentSettings
 
@@ -41,6 +46,16 @@ def run_changed(name: str, changes: Mapping[str, Any], by_user: Mapping[str, Any
     return run(config.make(ExperimentSettings, config.merge(config.merge(values, changes), by_user), name))
 
 
+def take_part() -> bool:
+    """Take part in an experiment that another node runs, if the launcher started this process for that; returns whether
+    it did."""
+    if RUNNER_OPTIONS not in os.environ or not (where := launching()).node:
+        return False
+    with resumable():
+        follow(where)
+    return True
+
+
 def run(settings: ExperimentSettings) -> dict[str, Any]:
     """Run every stage that is not finished.
 
@@ -51,12 +66,13 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
         UserError: Settings that cannot be followed; a folder that another job writes; or, before anything is removed,
             latents, models or samples in the folder that were made from others.
     """
-    with output_lock(settings.out):
-        return _run(settings)
+    where = launching(settings.launch_processes)
+    with resumable(), leading(where) as leader, output_lock(settings.out):
+        return _run(Experiment(settings, where, leader))
 
 
-def _run(settings: ExperimentSettings) -> dict[str, Any]:
-    experiment = Experiment(settings)
+def _run(experiment: Experiment) -> dict[str, Any]:
+    settings = experiment.settings
     stages, folder = experiment.stages, experiment.folder
     declare(experiment)
     if not settings.replace:

@@ -77,6 +77,9 @@ class ExperimentSettings(Settings):
         models: The models by name. Model NAME is trained in ``out``/NAME, and its samples are the synthetic set NAME.
         recipe: Recipe that makes the dataset folder; "demo" is procedural tissue.
         source: Folder that the recipe reads.
+        metadata: Clinical table that the recipe joins, for recipes that take one (``--metadata``).
+        codes: Table of site codes that the recipe joins, for recipes that take one (``--codes``).
+        recipe_options: Further options of the recipe by name, such as {scheme: external}.
         data: Existing dataset folder, in place of one that the recipe makes.
         latents: Latent folder of that dataset, encoded if it does not exist; empty means one inside ``out``.
         split: Named split of the dataset.
@@ -99,8 +102,10 @@ class ExperimentSettings(Settings):
         generate: Sampler, guidance and batch.
         select: Selection settings, such as {name: best, share: 0.5}; the evaluation takes the selected patches.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
-        parallel: Commands that run at the same time in training and sampling; 0 chooses 2 on a machine without a GPU,
-            otherwise 1.
+        launch_processes: Processes of encoding, of each model's training and of its sampling, on each node; 0 means one
+            per GPU, and one on a machine without.
+        parallel: Models that are trained or sampled at the same time, where each takes one process; 0 chooses 2 on a
+            machine without a GPU, otherwise 1. With several processes, one model after the other takes them all.
         processes: Processes for rendering and importing; 0 means one per core.
         report_cells: Example patches per combination in the report.
         replace: Remove latents, models and samples in ``out`` that were made from other settings, data or split than
@@ -115,6 +120,9 @@ class ExperimentSettings(Settings):
     models: dict[str, ExperimentModel] = field(default_factory=demo_models)
     recipe: str = "demo"
     source: PathText = ""
+    metadata: PathText = ""
+    codes: PathText = ""
+    recipe_options: dict[str, str | list[str]] = field(default_factory=dict)
     data: PathText = ""
     latents: PathText = ""
     split: str = "main"
@@ -135,6 +143,7 @@ class ExperimentSettings(Settings):
     generate: GenerateSettings = field(default_factory=GenerateSettings)
     select: Annotated[dict[str, Any], PartOf(SelectSettings)] = field(default_factory=dict)
     evaluate: Annotated[dict[str, Any], PartOf(EvaluateSettings)] = field(default_factory=dict)
+    launch_processes: NonNegativeInt = 0
     parallel: NonNegativeInt = 0
     processes: NonNegativeInt = 0
     report_cells: NonNegativeInt = 6

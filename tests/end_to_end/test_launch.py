@@ -131,7 +131,7 @@ def test_a_terminated_command_takes_the_commands_it_started_along(tiny: Path, tm
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
     parent.terminate()
-    assert parent.wait(timeout=60) == 143
+    assert parent.wait(timeout=60) == 75  # training has saved: the same command continues
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
 

@@ -19,7 +19,6 @@ from latent_medi.core.config import build
 from latent_medi.core.errors import UserError
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import KINDS, declare
-from latent_medi.experiment.kinds import models as model_stages
 from latent_medi.experiment.kinds.datasets import make_plans
 from latent_medi.experiment.models import concerning
 from latent_medi.experiment.run import run, run_changed
@@ -96,7 +95,7 @@ def test_a_model_is_trained_after_the_one_that_it_starts_from(
     models = {"adapted": adapted, "tuned": tuned, "plain": {"config": "demo/cls"}, "base": base | {"sample": False}}
     e = experiment(models=models)
     ran: list[list[str]] = []
-    monkeypatch.setattr(model_stages, "run_models", lambda commands, _: ran.append(list(commands)))
+    monkeypatch.setattr(e, "run_commands", lambda commands: ran.append(list(commands)))
     e.folder.mkdir()
     KINDS["train"](e).action()
     assert [sorted(names) for names in ran] == [["base", "plain"], ["tuned"], ["adapted"]]

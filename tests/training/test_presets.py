@@ -42,12 +42,12 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stable_diffusion")
     stable_diffusion_vae(folder / "autoencoder")
     draw = np.random.default_rng(0)
-    table = pd.DataFrame({"class": list("abab"), "site": ["aster", "birch", "NA", "aster"]})
+    table = pd.DataFrame({"class": list("abab"), "tss": ["aster", "birch", "NA", "aster"]})
     patches = [
         Patch(f"k{i}", draw.integers(0, 256, (256, 256, 3), dtype=np.uint8), f"p{i}", f"s{i}", 0, 0, 0.5, row)
         for i, row in enumerate(table.to_dict("records"))
     ]
-    schema = Schema.from_table(table, "class", ["site"])
+    schema = Schema.from_table(table, "class", ["tss"])
     dataset = write_dataset(folder / "data", patches, "four", schema, 256, 0.5)
     parts = ["train"] * 3 + ["test"]
     for name in ("main", "medi"):
@@ -82,7 +82,7 @@ def test_recipe_trains_samples_and_reloads(name: str, encoded: Path, tmp_path: P
     assert all(np.isfinite(float(row["loss"])) for row in rows)
 
     pipeline = MediPipeline.from_pretrained(model)
-    fields = {"class": "a"} if name == "cls_faithful" else {"class": "a", "site": "NA"}
+    fields = {"class": "a"} if name == "cls_faithful" else {"class": "a", "tss": "NA"}
     sampler = {"sampler": "ddim"} if "faithful" in name else {}
     images = pipeline(num_images=2, steps=2, output_type="np", **sampler, **fields).images
     assert np.shape(images) == (2, 256, 256, 3)
@@ -130,7 +130,7 @@ def test_presets_differ_only_in_what_memory_decides() -> None:
 def test_faithful_recipes_differ_in_the_fields_only() -> None:
     words = ["out=x"]
     medi, cls = (config.parse(TrainSettings, ["--config", f"{name}_faithful", *words]) for name in ("medi", "cls"))
-    assert medi.model.fields == ["class", "site"]
+    assert medi.model.fields == ["class", "tss"]
     assert replace(cls, model=replace(cls.model, fields=medi.model.fields)) == medi
     assert (medi.objective.prediction, medi.objective.schedule, medi.objective.weighting) == (
         "epsilon",

@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 
 from latent_medi.core import config
-from latent_medi.core.files import write_json, write_text
-from latent_medi.experiment.commands import run_in_parallel
+from latent_medi.core.files import sha256_file, write_json, write_text
 from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_latents, reopen
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.stages import Stage
@@ -26,9 +25,14 @@ def shards(e: Experiment) -> Stage:
     settings = e.settings
     if settings.data:
         return Stage(lambda: None, {"sha256": dataset_hash(PatchDataset.open(e.data))})
+    inputs = {key: getattr(settings, key) for key in ("recipe", "source", "patch_size", "seed")}
+    if e.recipe_arguments:
+        inputs["options"] = {
+            name: sha256_file(value) if isinstance(value, Path) else value for name, value in e.recipe_arguments.items()
+        }
     return Stage(
         lambda: _make_dataset(e),
-        {key: getattr(settings, key) for key in ("recipe", "source", "patch_size", "seed")},
+        inputs,
         outputs=("data",),
         damaged=lambda: damaged_dataset(e.data),
         mend=lambda: reopen(e.data),
@@ -48,7 +52,8 @@ def _make_dataset(e: Experiment) -> None:
     from latent_medi.recipes.registry import load_recipe
 
     recipe = load_recipe(settings.recipe)
-    recipe.build(Path(settings.source), e.data, patch_size=settings.patch_size, seed=settings.seed, jobs=jobs)
+    sizes = {"patch_size": settings.patch_size, "seed": settings.seed, "jobs": jobs}
+    recipe.build(Path(settings.source), e.data, **sizes, **e.recipe_arguments)
 
 
 def audit(e: Experiment) -> Stage:
@@ -101,7 +106,7 @@ def _encode(e: Experiment) -> None:
     for name, settings in e.encodings.items():
         job = f"encode-{name}" if name else "encode"
         config.save_settings(settings, e.folder / f"{job}.yaml")
-        run_in_parallel({job: ["encode", "--config", str(e.folder / f"{job}.yaml")]})
+        e.run_commands({job: ["encode", "--config", str(e.folder / f"{job}.yaml")]})
 
 
 def plan(e: Experiment) -> Stage:

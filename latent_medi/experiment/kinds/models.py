@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from latent_medi.core import config
-from latent_medi.experiment.commands import run_models
 from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_model, reopen
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.stages import Stage
@@ -43,7 +42,7 @@ def _train(e: Experiment) -> None:
             file = e.folder / f"train-{model.name}.yaml"
             config.save_partial(TrainSettings, model.training or {}, file)
             commands[model.name] = ["train", "--config", str(file)]
-        run_models(commands, e.settings.parallel)
+        e.run_commands(commands)
         waiting = [model for model in waiting if model not in ready]
 
 
@@ -72,7 +71,7 @@ def _train_classifiers(e: Experiment) -> None:
         file = e.folder / f"classifier-{model.name}.yaml"
         config.save_settings(e.classifier(model), file)
         commands[model.name] = ["classifier", "--config", str(file)]
-    run_models(commands, e.settings.parallel)
+    e.run_commands(commands)
 
 
 def sample(e: Experiment) -> Stage:
@@ -100,4 +99,4 @@ def _sample(e: Experiment) -> None:
         file = e.folder / f"sample-{model.name}.yaml"
         config.save_partial(GenerateSettings, e.generation(model), file)
         commands[model.name] = ["sample", "--config", str(file)]
-    run_models(commands, e.settings.parallel)
+    e.run_commands(commands)

@@ -1,0 +1,183 @@
+"""How an experiment starts its commands: on one node or several, by themselves or by the launcher."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cluster_parts import REPOSITORY, free_port
+
+from latent_medi.core.config import build
+from latent_medi.core.errors import BAD_INPUT, RESUME, Preempted, UserError
+from latent_medi.core.processes import RUNNER_OPTIONS, environment
+from latent_medi.experiment import commands, nodes
+from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.launching import Launching, launching
+from latent_medi.experiment.settings import ExperimentSettings
+
+CPU = str(REPOSITORY / "configs" / "accelerate" / "cpu.yaml")
+
+
+def words(code: str) -> list[str]:
+    """A command that runs a line of Python."""
+    return [sys.executable, "-c", code]
+
+
+def test_a_process_per_gpu_unless_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUNNER_OPTIONS, raising=False)
+    for gpus, asked, processes in ((0, 0, 1), (0, 2, 2), (8, 0, 8), (8, 3, 3), (1, 0, 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert launching(asked).processes == processes
+    with pytest.raises(UserError, match="launch_processes is 2, and this machine has 1 GPU\\."):
+        launching(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="each would run the whole experiment"):
+        launching()
+
+
+def test_the_launcher_starts_commands_of_several_processes() -> None:
+    assert Launching().words(["encode", "data=x"])[-4:] == ["-m", "latent_medi.cli", "encode", "data=x"]
+    several = Launching(8, 2, 1, "10.0.0.1", 29500, ("--multi_gpu",)).words(["encode", "data=x"], 4711)
+    assert several[3:] == [
+        "latent_medi.launch", "--multi_gpu", "--num_processes", "8", "--num_machines", "2", "--machine_rank", "1",
+        "--main_process_ip", "10.0.0.1", "--main_process_port", "4711", "-m", "latent_medi.cli", "encode", "data=x",
+    ]  # fmt: skip
+
+
+def test_a_runner_that_was_launched_hands_the_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--config_file", CPU, "--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1", "-m"]
+    monkeypatch.setenv(RUNNER_OPTIONS, json.dumps(given))
+    found = launching()
+    assert (found.processes, found.nodes, found.node, found.address) == (2, 2, 1, "10.0.0.1")  # 2 is the file's
+    assert found.options == tuple(given)
+    assert launching(1) == found
+    with pytest.raises(UserError, match="launch_processes is 2, and the launcher was given 2 processes on 2 nodes"):
+        launching(2)
+
+
+def test_the_launcher_becomes_the_runner_of_its_node(tmp_path: Path) -> None:
+    """One process per node with its number, whose words are the user's; the settings are refused by ``run`` itself."""
+    options = ["--config_file", CPU, "--num_processes", "2", "--main_process_port", str(free_port())]
+    command = [sys.executable, "-m", "latent_medi.launch", *options, "-m", "latent_medi.cli", "run", "sources=x"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == BAD_INPUT
+    assert done.stderr.count("unknown setting 'sources'") == 1
+
+
+def test_several_processes_take_one_model_after_the_other(tmp_path: Path) -> None:
+    settings = build(ExperimentSettings, {"data": str(tmp_path), "out": str(tmp_path / "out"), "parallel": 2})
+    with pytest.raises(UserError, match="parallel is 2, and each model takes 4 processes"):
+        Experiment(settings, Launching(4))
+
+
+def test_a_notice_reaches_the_commands_and_says_that_the_run_goes_on() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    code = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); time.sleep(60)"
+    parent = "import os, signal, time; time.sleep(3); os.kill(os.getppid(), signal.SIGUSR1)"
+    with pytest.raises(Preempted, match="was asked to stop"):
+        commands.run_words({"long": words(code), "who asks": words(parent + "; time.sleep(60)")})
+    assert signal.getsignal(signal.SIGUSR1) is before
+    with pytest.raises(Preempted):  # of which this process was not told
+        commands.run_words({"long": words(f"raise SystemExit({RESUME})")})
+    with pytest.raises(Preempted), commands.resumable():  # nothing is running: what is under way is broken off
+        signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_command_whose_other_part_has_failed_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_ALONE_FOR", 0.2)
+    with pytest.raises(RuntimeError, match="Another node has failed"):
+        commands.run_words({"alone": words("import time; time.sleep(60)")}, failed=lambda: True)
+
+
+class Follower(threading.Thread):
+    """Node 1 of two, whose part of a command is a line of Python.
+
+    Args:
+        where: The nodes.
+    """
+
+    def __init__(self, where: Launching) -> None:
+        super().__init__(daemon=True)
+        self.where, self.error = where, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            nodes.follow(self.where)
+        except Exception as error:
+            self.error = error
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Launching, Launching]:
+    """Both nodes; each runs the words of a command as they are."""
+    monkeypatch.setattr(Launching, "words", lambda self, command, port=0: [*command, str(self.node), str(port)])
+    port = free_port()
+    return tuple(Launching(2, 2, node, "127.0.0.1", port) for node in range(2))  # type: ignore[return-value]
+
+
+def test_every_node_takes_part_in_each_command(two: tuple[Launching, Launching], tmp_path: Path) -> None:
+    note = "import sys; open(f'{}/{}-{{sys.argv[1]}}', 'w').write(sys.argv[2])"
+    follower = Follower(two[1])
+    with nodes.leading(two[0]) as leader:
+        both = {name: words(note.format(tmp_path, name)) for name in ("first", "second")}
+        nodes.run_launched(both, two[0], leader)
+    follower.join(timeout=60)
+    assert not follower.is_alive()
+    assert follower.error is None
+    ports = {}
+    for name in ("first", "second"):
+        found = [(tmp_path / f"{name}-{node}").read_text() for node in range(2)]
+        assert found[0] == found[1]
+        ports[name] = int(found[0])
+    assert len({*ports.values(), two[0].port}) == 3  # each command has a meeting point of its own
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(UserError("bad"), UserError), (Preempted("stop"), Preempted), (RuntimeError("bug"), RuntimeError)],
+)
+def test_all_nodes_end_alike(two: tuple[Launching, Launching], raised: Exception, expected: type[Exception]) -> None:
+    follower = Follower(two[1])
+    with pytest.raises(expected), nodes.leading(two[0]):
+        raise raised
+    follower.join(timeout=60)
+    assert type(follower.error) is expected
+
+
+def test_a_part_that_fails_ends_the_command_everywhere(
+    two: tuple[Launching, Launching], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_ALONE_FOR", 0.2)
+    follower = Follower(two[1])
+    code = "import sys, time; time.sleep(60) if sys.argv[1] == '0' else sys.exit(3)"
+    with pytest.raises(RuntimeError, match="Another node has failed"), nodes.leading(two[0]) as leader:
+        nodes.run_launched({"train": words(code)}, two[0], leader)
+    follower.join(timeout=60)
+    assert isinstance(follower.error, RuntimeError)
+
+
+def test_a_node_notices_that_the_first_is_gone(two: tuple[Launching, Launching]) -> None:
+    code = (
+        "import time\nfrom latent_medi.experiment import nodes\n"
+        "from latent_medi.experiment.launching import Launching\n"
+        f"leader = nodes.Leader(Launching(2, 2, 0, '127.0.0.1', {two[0].port}))\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    leader = subprocess.Popen(words(code), env=environment(), stdout=subprocess.PIPE)
+    assert leader.stdout is not None
+    assert leader.stdout.readline() == b"ready\n"
+    follower = Follower(two[1])
+    time.sleep(1)
+    leader.kill()
+    follower.join(timeout=60)
+    assert not follower.is_alive()
+    assert "Node 0 is gone" in str(follower.error)
+    leader.wait()
