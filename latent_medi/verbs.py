@@ -329,12 +329,12 @@ def _evaluate(words: list[str]) -> Printed:
     from latent_medi.evaluation.evaluate import evaluate
     from latent_medi.evaluation.results import metrics_json
     from latent_medi.evaluation.settings import EvaluateSettings
-    from latent_medi.evaluation.summary import headline, headline_text
+    from latent_medi.evaluation.summary import evaluation_text, headline
 
     settings = config.parse(EvaluateSettings, words, "evaluate")
     metrics = evaluate(settings)
     if os.environ.get("RANK", "0") == "0":
-        print(headline_text(headline(metrics)))
+        print(evaluation_text(metrics, headline(metrics)))
         print(f"\nThe page: latent-medi report metrics={Path(settings.out) / 'metrics.json'}")
     return metrics_json(metrics)
 

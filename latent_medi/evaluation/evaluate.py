@@ -28,6 +28,7 @@ from latent_medi.evaluation.cohort.comparison_sets import Comparison
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
+from latent_medi.evaluation.downstream.protocol_tables import medi_tables
 from latent_medi.evaluation.downstream.records import Protocols
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range, tissue
@@ -156,7 +157,7 @@ def _with_different_names(chosen: Sequence[ImageEncoder]) -> list[ImageEncoder]:
 def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncoder], device: str) -> None:
     clock = _Clock()
     out = Path(settings.out)
-    stage = DownstreamStage(study, settings)
+    stage = DownstreamStage(study, settings, device)
     comparisons = _Comparisons.of(study, settings)
     clock.lap("prepare")
     copies = memorisation.find_copies(study, device) if settings.memorisation and study.synthetic else None
@@ -188,6 +189,8 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         clock.lap("downstream")
     if stage.tables:
         write_for_people(pd.concat(stage.tables), out / "predictions.csv")
+    for name, table in medi_tables(stage.protocols.medi).items():
+        write_for_people(table, out / name)
     metrics.seconds.update(clock.seconds)
     metrics = replace(metrics, downstream=stage.results, protocols=stage.protocols)
     metrics = replace(metrics, headline=headline(metrics))

@@ -51,13 +51,19 @@ class MediProtocolSettings(Settings):
     """MeDi's downstream protocol: a few sites, few real patches, and synthetic ones in proportion.
 
     Args:
+        tasks: Classes by name of a task, such as {nsclc: [LUAD, LUSC]}; empty is one task of all classes.
         ratios: Synthetic patches per real one.
+        pools: Samples that are drawn from: "union" all of the task's classes; "separate" those at sites where training
+            has the class. A set without sites has one pool; as "separate" it has the classes in the training patches'
+            proportions.
         max_real: Real training patches per class, at most; 0 takes all.
-        sites: Number of training sites, drawn at random by seed; 0 takes all.
+        sites: Number of training sites, drawn at random by seed such that every class of a task has one; 0 takes all.
         seeds: Runs with seeds 0 to n − 1.
     """
 
+    tasks: dict[str, list[str]] = field(default_factory=dict)
     ratios: list[NonNegativeFloat] = field(default_factory=lambda: [0.0, 0.5, 1.0])
+    pools: list[Literal["union", "separate"]] = field(default_factory=lambda: ["union"])
     max_real: list[NonNegativeInt] = field(default_factory=lambda: [0])
     sites: list[NonNegativeInt] = field(default_factory=lambda: [0])
     seeds: PositiveInt = 5

@@ -9,6 +9,7 @@ from typing import Any
 from latent_medi.core.records import encode
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
+from latent_medi.evaluation.downstream.protocol_tables import protocol_text
 from latent_medi.evaluation.downstream.records import Downstream
 from latent_medi.evaluation.downstream.registry import (
     KINDS,
@@ -213,6 +214,12 @@ def distance_text(value: float | None) -> str:
     if abs(value) < 1e-4:
         return f"{value:.1e}" if value else "0"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def evaluation_text(metrics: Metrics, record: Headline) -> str:
+    """All that a terminal shows of an evaluation: the tables of a published protocol, then the summary."""
+    protocol = protocol_text(metrics.protocols)
+    return f"{protocol.lstrip()}\n\n{headline_text(record)}" if protocol else headline_text(record)
 
 
 def headline_text(record: Headline) -> str:

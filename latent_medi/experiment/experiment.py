@@ -130,6 +130,9 @@ class Experiment:
             "site_field": settings.site_field,
             "seed": settings.seed,
         }
+        tasks = settings.plan.get("tasks")
+        if tasks and "tasks" not in settings.evaluate.get("medi_protocol", {}):
+            derived["medi_protocol"] = {"tasks": tasks}
         # HistoDiffusion's protocol compares selected with random patches itself.
         if self.has("select") and settings.evaluate.get("downstream_protocol") != "histodiffusion":
             derived["selected"] = dict.fromkeys(self.synthetic, SELECTED_PREFIX + self.selection_name)

@@ -92,11 +92,12 @@ def _run(experiment: Experiment) -> dict[str, Any]:
         return {"out": settings.out, "seconds": stages.seconds}
 
     from latent_medi.evaluation.results import read_metrics
-    from latent_medi.evaluation.summary import headline, headline_json, headline_text
+    from latent_medi.evaluation.summary import evaluation_text, headline, headline_json
 
-    record = headline(read_metrics(folder), stages.seconds)
+    metrics = read_metrics(folder)
+    record = headline(metrics, stages.seconds)
     content = headline_json(record)
     write_json(folder / "headline.json", content)
     page = f" Report: {folder / 'report.html'}" if experiment.has("report") else ""
-    print(f"\n{headline_text(record)}\n\n{total} in all.{page}")
+    print(f"\n{evaluation_text(metrics, record)}\n\n{total} in all.{page}")
     return content

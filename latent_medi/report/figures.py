@@ -257,6 +257,49 @@ def runs(rows: Sequence[tuple[str, str, Style, Estimate]], xlabel: str) -> str |
     return _uri(figure)
 
 
+@dataclass(frozen=True)
+class SweepLine:
+    """One line of a sweep.
+
+    Args:
+        label: In the legend.
+        style: Its colour and shape.
+        x: Places, ascending.
+        means: Mean at each.
+        errors: Standard error at each; None for a single run.
+        dashed: Whether the line is dashed.
+    """
+
+    label: str
+    style: Style
+    x: list[float]
+    means: list[float]
+    errors: list[float | None]
+    dashed: bool
+
+
+def sweep(lines: Sequence[SweepLine], xlabel: str, ylabel: str) -> str:
+    """Mean ± standard error of a score against a setting, a line each; places are evenly spaced."""
+    places = sorted({x for line in lines for x in line.x})
+    figure = _figure(2.9 + 0.22 * -(-len(lines) // 2))
+    axes = figure.subplots()
+    for i, line in enumerate(lines):
+        x = [places.index(at) + 0.05 * (i - (len(lines) - 1) / 2) for at in line.x]  # so that bars do not overlap
+        errors = [error or 0.0 for error in line.errors]
+        dash = (0, (4, 3)) if line.dashed else "solid"
+        look = {"color": line.style.colour, "marker": line.style.marker, "linestyle": dash, "markersize": 5.5}
+        axes.errorbar(x, line.means, errors, linewidth=1.4, elinewidth=1.2, label=short(line.label), **look)
+    axes.set_xticks(range(len(places)), [f"{at:g}" for at in places])
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel, fontsize=_FONT, color=INK)
+    _style(axes)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    legend = figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=_FONT, columnspacing=1.2)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return _uri(figure)
+
+
 def projection(record: Projection, key: Literal["class", "site"], most: int = 12) -> str | None:
     """Points of each source on two principal components, a panel each with the same axes, by class or by site.
 

@@ -22,6 +22,7 @@ from latent_medi.report import figures, patches
 from latent_medi.report.colour import colour_table
 from latent_medi.report.compare import render_comparison
 from latent_medi.report.page import accuracies, differences, environment, shade
+from latent_medi.report.protocols import PageTask, page_tasks
 from latent_medi.report.settings import SECTIONS, ReportSettings
 from latent_medi.statistics.intervals import Estimate
 
@@ -46,6 +47,7 @@ class PageEncoder:
         bars: Plot of the distances by class; ``None`` unless there is more than one reference or nothing is held out.
         tables: Plots and numbers of the distances.
         downstream: Accuracies.
+        tasks: Tasks of MeDi's protocol.
         forest: Plot of the accuracies.
         differences: Plot of their differences.
         adherence: Recovery of the requested values.
@@ -62,6 +64,7 @@ class PageEncoder:
     bars: str | None
     tables: list[PageDistances]
     downstream: Downstream | None
+    tasks: list[PageTask]
     forest: str | None
     differences: str | None
     adherence: Adherence | None
@@ -250,6 +253,7 @@ def _encoder(
         bars=_bars(metrics, fidelity) if fidelity else None,
         tables=_distance_tables(fidelity, metrics.roles) if fidelity else [],
         downstream=downstream,
+        tasks=page_tasks(metrics.protocols.medi.get(name) if "downstream" in sections else None, metrics.roles),
         forest=figures.forest(accuracies(metrics, name), metrics.roles) if downstream else None,
         differences=figures.differences(_differences(metrics, name), metrics.roles) if downstream else None,
         adherence=adherence,

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import log_softmax
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from scipy.special import softmax
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
 from latent_medi.core.progress import get_logger
 from latent_medi.statistics.additive_effects import patient_weights
 from latent_medi.statistics.distances import blocks
+from latent_medi.statistics.logistic_regression import Problem, Scaling, Solution
 from latent_medi.statistics.patient_means import PatientTable
 from latent_medi.statistics.subsampling import whole_patients
 
@@ -40,32 +36,61 @@ class LinearProbe:
     """A fitted linear probe.
 
     Args:
-        scaler: Standardisation of the training features.
-        model: The logistic regression.
+        classes: Labels that the probe distinguishes, in order, [K].
+        scaling: Standardisation of the training features.
+        weights: Of the standardised features, [K, d]; [1, d] for two classes.
+        intercept: [K] or [1].
         converged: Whether the optimiser reached its tolerance.
     """
 
-    scaler: StandardScaler
-    model: LogisticRegression
+    classes: np.ndarray
+    scaling: Scaling
+    weights: np.ndarray
+    intercept: np.ndarray
     converged: bool
+
+    @classmethod
+    def of(cls, classes: np.ndarray, scaling: Scaling, solution: Solution) -> LinearProbe:
+        """The probe with a solution's weights; a warning is logged if it did not converge."""
+        if not solution.converged:
+            log.warning("A logistic regression did not converge in %d iterations.", MAX_ITER)
+        return cls(classes, scaling, solution.weights, solution.intercept, solution.converged)
 
     @property
     def values(self) -> list[str]:
         """Labels that the probe distinguishes, in order."""
-        return [str(value) for value in self.model.classes_]
+        return [str(value) for value in self.classes]
 
-    def _standardised(self, features: np.ndarray) -> np.ndarray:
-        result: np.ndarray = self.scaler.transform(np.asarray(features, np.float64))
-        return result
+    @property
+    def rows(self) -> np.ndarray:
+        """Weights with the intercept last, [K, d + 1] also for two classes."""
+        rows = np.column_stack([self.weights, self.intercept])
+        return np.concatenate([-rows / 2, rows / 2]) if len(rows) == 1 else rows
+
+    def start_for(self, classes: np.ndarray, scaling: Scaling) -> np.ndarray | None:
+        """The weights as those of otherwise scaled features, the intercept last; None for other classes."""
+        if not np.array_equal(classes, self.classes):
+            return None
+        raw = self.weights / self.scaling.scale
+        moved = self.intercept + raw @ (scaling.centre - self.scaling.centre)
+        return np.column_stack([raw * scaling.scale, moved])
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Logit of each class, float64 [N, K]; of two classes the first has 0."""
+        weights = self.weights / self.scaling.scale
+        offset = self.intercept - weights @ self.scaling.centre
+        found = np.empty((len(features), len(weights)))
+        for part in blocks(len(features)):
+            found[part] = np.asarray(features[part], np.float64) @ weights.T + offset
+        return np.column_stack([np.zeros(len(found)), found]) if len(weights) == 1 else found
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Predicted label of each row of [N, d]."""
-        result: np.ndarray = self.model.predict(self._standardised(features))
-        return result
+        return np.asarray(self.classes[self.logits(features).argmax(axis=1)])
 
     def probabilities(self, features: np.ndarray, classes: Sequence[str]) -> np.ndarray:
         """Probability of each class, [N, len(classes)]; 0 for a class that the training rows lack."""
-        found = self.model.predict_proba(self._standardised(features))
+        found = softmax(self.logits(features), axis=1)
         known = {value: i for i, value in enumerate(self.values)}
         return np.stack([found[:, known[c]] if c in known else np.zeros(len(found)) for c in classes], axis=1)
 
@@ -76,20 +101,14 @@ class LinearProbe:
             features: [N, d].
             labels: The label whose probability is returned, [N]. One that the training rows lack gets −50.
         """
-        codes = {value: i for i, value in enumerate(self.model.classes_)}
+        codes = {value: i for i, value in enumerate(self.classes)}
         own = np.array([codes.get(label, -1) for label in labels], np.int64)
-        result = np.empty(len(features))
-        for part in blocks(len(features)):
-            scores = self.model.decision_function(self._standardised(features[part]))
-            if scores.ndim == 1:  # two classes: the score is the log odds of the second
-                scores = np.stack([np.zeros(len(scores)), scores], 1)
-            rows = np.arange(len(scores))
-            others = scores.copy()
-            others[rows, own[part]] = -np.inf
-            largest = others.max(axis=1, keepdims=True)
-            rest = largest[:, 0] + np.log(np.exp(others - largest).sum(axis=1))
-            result[part] = -np.logaddexp(0.0, rest - scores[rows, own[part]])
-        return np.where(own >= 0, result, _NEVER_SEEN)
+        scores, rows = self.logits(features), np.arange(len(features))
+        others = scores.copy()
+        others[rows, own] = -np.inf
+        largest = others.max(axis=1, keepdims=True)
+        rest = largest[:, 0] + np.log(np.exp(others - largest).sum(axis=1))
+        return np.where(own >= 0, -np.logaddexp(0.0, rest - scores[rows, own]), _NEVER_SEEN)
 
 
 @dataclass
@@ -113,10 +132,11 @@ def fit_linear_probe(
     labels: np.ndarray,
     regularisation: float = 1.0,
     sample_weight: np.ndarray | None = None,
-    scaler: StandardScaler | None = None,
+    scaling: Scaling | None = None,
     start: LinearProbe | None = None,
+    device: str = "cpu",
 ) -> LinearProbe:
-    """StandardScaler and LogisticRegression (L-BFGS) with balanced classes: Σ loss·C + ½‖W‖².
+    """Standardisation and logistic regression with balanced classes: Σ loss·C + ½‖W‖².
 
     Classes are weighted equally, so that adding patches of a class is never rewarded for moving its prior.
 
@@ -125,35 +145,33 @@ def fit_linear_probe(
         labels: [N], at least two different.
         regularisation: C.
         sample_weight: Weight per row; then classes are balanced only by these weights.
-        scaler: Standardisation of other patches, instead of one fitted to these.
-        start: A linear probe of the same classes, whose weights the optimiser starts from.
+        scaling: Standardisation of other patches, instead of one fitted to these.
+        start: A probe fitted to similar patches, which saves time: the optimiser starts from its weights.
+        device: Torch device.
     """
-    x = np.asarray(features, np.float64)
-    scaler = scaler or StandardScaler().fit(x)
-    if start is None:
-        balance = "balanced" if sample_weight is None else None
-        model = LogisticRegression(C=regularisation, max_iter=MAX_ITER, tol=1e-4, class_weight=balance)
-    else:
-        model = copy.copy(start.model).set_params(C=regularisation, warm_start=True)
-    converged = fit_quietly(model, scaler.transform(x), labels, sample_weight)
-    return LinearProbe(scaler, model, converged)
+    scaling = scaling or Scaling.standard(features)
+    classes, problem = _problem(features, labels, sample_weight, scaling, device)
+    begin = start.start_for(classes, scaling) if start else None
+    return LinearProbe.of(classes, scaling, problem.solve(regularisation, MAX_ITER, begin))
 
 
-def fit_quietly(
-    model: LogisticRegression, x: np.ndarray, labels: np.ndarray, sample_weight: np.ndarray | None = None
-) -> bool:
-    """Fit a logistic regression. Returns whether it converged, and logs a warning if not."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(x, labels, sample_weight=sample_weight)
-    converged = not any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    if not converged:
-        log.warning("A logistic regression did not converge in %d iterations.", model.max_iter)
-    return converged
+def _problem(
+    features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None, scaling: Scaling, device: str = "cpu"
+) -> tuple[np.ndarray, Problem]:
+    """Classes and the logistic regression of some rows; without weights, classes weigh the same."""
+    classes, codes = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"all labels are {classes[0]!r}: a linear probe needs two")
+    balanced = compute_sample_weight("balanced", codes) if weights is None else weights
+    return classes, Problem(features, codes, balanced, scaling, device)
 
 
 def fine_tune_linear_probe(
-    first: tuple[np.ndarray, np.ndarray], features: np.ndarray, labels: np.ndarray, regularisation: float = 1.0
+    first: tuple[np.ndarray, np.ndarray],
+    features: np.ndarray,
+    labels: np.ndarray,
+    regularisation: float = 1.0,
+    device: str = "cpu",
 ) -> LinearProbe:
     """A linear probe pre-trained on some patches and fine-tuned on others.
 
@@ -167,69 +185,21 @@ def fine_tune_linear_probe(
         features: [N, d] to fine-tune on.
         labels: [N], at least two different.
         regularisation: C, the same for both.
+        device: Torch device.
     """
     if len(np.unique(first[1])) < 2:
-        return fit_linear_probe(features, labels, regularisation)
-    x = np.asarray(features, np.float64)
-    scaler = StandardScaler().fit(x)
-    before = fit_linear_probe(first[0], first[1], regularisation, scaler=scaler)
-    classes = np.unique(labels)
-    start = np.zeros((len(classes), x.shape[1] + 1))
-    rows = _symmetric(before.model)
-    for i, value in enumerate(before.model.classes_):
-        if value in classes:
-            start[np.searchsorted(classes, value)] = rows[i]
-    weights, converged = _towards(scaler.transform(x), np.searchsorted(classes, labels), start, regularisation)
-    model = LogisticRegression(C=regularisation, max_iter=MAX_ITER)
-    model.classes_, model.n_features_in_ = classes, x.shape[1]
-    model.coef_, model.intercept_ = weights[:, :-1], weights[:, -1]
-    if not converged:
-        log.warning("Fine-tuning a logistic regression did not converge in %d iterations.", MAX_ITER)
-    return LinearProbe(scaler, model, before.converged and converged)
-
-
-def _symmetric(model: LogisticRegression) -> np.ndarray:
-    """Weights with the intercept last, a row per class, also where scikit-learn keeps one row for two classes."""
-    rows = np.column_stack([model.coef_, model.intercept_])
-    return np.concatenate([-rows / 2, rows / 2]) if len(rows) == 1 else rows
-
-
-def _towards(x: np.ndarray, codes: np.ndarray, start: np.ndarray, regularisation: float) -> tuple[np.ndarray, bool]:
-    """Minimise Σ loss·C + ½‖W − W₀‖² with balanced classes; the intercept is free, as in scikit-learn.
-
-    Args:
-        x: Standardised features, [N, d].
-        codes: Class of each row, [N].
-        start: W₀ with the intercept last, [K, d + 1].
-        regularisation: C.
-
-    Returns:
-        Weights in scikit-learn's form ([1, d + 1] for two classes), and whether the optimiser converged.
-    """
-    if len(start) == 2:  # one row, the difference: its penalty is what scikit-learn's is
+        return fit_linear_probe(features, labels, regularisation, device=device)
+    scaling = Scaling.standard(features)
+    before = fit_linear_probe(first[0], first[1], regularisation, scaling=scaling, device=device)
+    classes, problem = _problem(features, labels, None, scaling, device)
+    start = np.zeros((len(classes), features.shape[1] + 1))
+    for value, row in zip(before.classes, before.rows, strict=True):
+        start[classes == value] = row
+    if len(classes) == 2:  # one row, the difference: its penalty is what scikit-learn's is
         start = start[1:] - start[:1]
-    count = max(len(start), 2)
-    design = np.column_stack([x, np.ones(len(x))])
-    balance = compute_sample_weight("balanced", codes)
-    scale = 1.0 / (regularisation * balance.sum())
-    target = np.eye(count)[codes]
-
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        w = flat.reshape(start.shape)
-        logits = design @ w.T
-        if len(w) == 1:
-            logits = np.column_stack([np.zeros(len(x)), logits])
-        logs = log_softmax(logits, axis=1)
-        move = w - start
-        move[:, -1] = 0.0
-        value = -(balance * logs[np.arange(len(x)), codes]).sum() / balance.sum() + 0.5 * scale * (move**2).sum()
-        slope = ((np.exp(logs) - target) * (balance / balance.sum())[:, None])[:, -len(w) :]
-        return float(value), (slope.T @ design + scale * move).ravel()
-
-    options = {"maxiter": MAX_ITER, "gtol": 1e-6, "ftol": 1e-12, "maxfun": 10 * MAX_ITER}
-    result = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
-    # Status 1 is a limit reached; a line search that finds nothing better (2) has arrived as far as rounding goes.
-    return result.x.reshape(start.shape), result.status != 1
+    probe = LinearProbe.of(classes, scaling, problem.solve(regularisation, MAX_ITER, towards=start))
+    probe.converged &= before.converged
+    return probe
 
 
 @dataclass(frozen=True)
@@ -312,7 +282,7 @@ def fit_validated_linear_probe(
         regularisation: C, inverse strength; 0 chooses it.
         seed: Seed of the folds.
     """
-    x = np.asarray(features, np.float64)
+    x = features
     weights = patient_weights(labels, patients)
     weights *= len(weights) / weights.sum()
     grid = (regularisation,) if regularisation else C_GRID_WEIGHTED
@@ -328,7 +298,10 @@ def fit_validated_linear_probe(
     probe = fit_linear_probe(x, labels, grid[best], weights)
     accuracy = float((weights @ right[best]) / weights.sum())
     converged &= probe.converged
-    return ValidatedLinearProbe(probe.scaler, probe.model, converged, grid[best], accuracy, len(x), len(set(patients)))
+    probe.converged = converged
+    return ValidatedLinearProbe(
+        **vars(probe), regularisation=grid[best], accuracy=accuracy, n_patches=len(x), n_patients=len(set(patients))
+    )
 
 
 def _out_of_fold(
@@ -340,16 +313,17 @@ def _out_of_fold(
 ) -> Iterator[tuple[int, int, np.ndarray, LinearProbe]]:
     """Number of the fold and of the candidate, rows that are held out, and the linear probe fitted to the others.
 
-    With weights, the fit of a candidate starts from that of the one before.
+    The fit of a candidate starts from that of the one before.
     """
     for i, (training, held_out) in enumerate(folds):
-        scaler = StandardScaler().fit(x[training])
+        scaling = Scaling.standard(x[training])
         weight = None if weights is None else weights[training]
-        before = None
+        classes, problem = _problem(x[training], labels[training], weight, scaling)
+        start = None
         for j, c in enumerate(grid):
-            probe = fit_linear_probe(x[training], labels[training], c, weight, scaler, before)
-            before = None if weights is None else probe
-            yield i, j, held_out, probe
+            solution = problem.solve(c, MAX_ITER, start)
+            start = np.column_stack([solution.weights, solution.intercept])
+            yield i, j, held_out, LinearProbe.of(classes, scaling, solution)
 
 
 def _folds(

@@ -370,3 +370,33 @@ def test_names_are_shortened_and_settings_flattened() -> None:
 def test_a_flipped_bit_of_metrics_is_refused_by_name(small_world: World, evaluated: dict[str, Any]) -> None:
     file = small_world.root / "full" / "metrics.json"
     flips(file, lambda: read_metrics(file), 100, names="metrics.json").check()
+
+
+def test_the_protocol_of_medi_has_plots_and_every_number(full: dict[str, Any], tmp_path: Path) -> None:
+    metrics = copy.deepcopy(full)
+    score = {"mean": 0.6, "sem": 0.05, "by_seed": [0.55, 0.65]}
+    base = {"max_real": 0, "n_real": [9, 9], "task": "nsclc", "balanced_accuracy": score, "mcc": score}
+    base["site_averaged_balanced_accuracy"] = score | {"mean": 0.5871}
+    rows: list[dict[str, Any]] = []
+    for sites in (5, 44):
+        rows.append(base | {"training_set": "real", "ratio": 0.0, "sites": sites, "n_synthetic": [0, 0]})
+        for ratio in (0.5, 1.0):
+            for name, pool in (("medi", "union"), ("medi", "separate"), ("cls", "union")):
+                drawn = {"training_set": name, "pool": pool, "ratio": ratio, "sites": sites, "n_synthetic": [4, 4]}
+                rows.append(base | drawn)
+    test = {"n_patches": 150, "n_patients": 31, "sites": ["a"]}
+    task = {"classes": ["LUAD", "LUSC"], "sites": 44, "n_train": 90, "test": test, "draws": {}, "left_out": [60]}
+    record = {"fingerprint": "f", "test": test, "not_converged": 0, "rows": rows, "tasks": {"nsclc": task}}
+    metrics["protocols"]["medi"] = {"filters": record}
+    without = render_report(metrics_of(full), tmp_path / "without.html").read_text(encoding="utf-8")
+    text = render_report(metrics_of(metrics), tmp_path / "page.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert "nsclc: LUAD, LUSC" in page.text
+    assert "150 test patches of 31 patients" in page.text
+    assert page.text.count("0.587") == len(rows)
+    assert "not: 60" in page.text
+    # Against the ratio and against the sites.
+    assert len(page.all("img")) - len(_Page(without).all("img")) == 2
+    assert "44 sites, all their real patches; mean ± standard error of 2 seeds" in page.text
+    assert "1 synthetic patches per real one, all their real patches" in page.text
+    assert "The protocol of MeDi" not in without

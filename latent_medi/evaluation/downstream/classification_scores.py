@@ -20,6 +20,7 @@ from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.records import (
     ClassificationScores,
     ScopedScores,
+    ScoredPatches,
     ScoresByUnit,
     SmallGroup,
     WorstGroup,
@@ -243,3 +244,9 @@ def quiet_balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
 def site_averaged(truth: np.ndarray, predicted: np.ndarray, sites: np.ndarray) -> float:
     """Mean over sites of the balanced accuracy over the classes that a site has."""
     return float(np.mean([quiet_balanced(truth[sites == s], predicted[sites == s]) for s in np.unique(sites)]))
+
+
+def scored_patches(study: Study, rows: np.ndarray) -> ScoredPatches:
+    """What a protocol scores: some real rows."""
+    table = study.index.iloc[rows]
+    return ScoredPatches(len(table), int(table["patient"].nunique()), sorted(set(table[study.site_field].astype(str))))

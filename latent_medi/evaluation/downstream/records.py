@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Literal
 
 from latent_medi.statistics.differences import Difference
@@ -247,6 +249,10 @@ class Downstream:
     not_converged: list[str]
 
 
+Pool = Literal["", "union", "separate"]
+"""Samples that MeDi's protocol draws from: all of a task's classes, or those at sites where training has the class."""
+
+
 @dataclass(frozen=True)
 class MeanOverSeeds:
     """Mean of a score over seeds.
@@ -260,6 +266,13 @@ class MeanOverSeeds:
     mean: float
     sem: float | None
     by_seed: list[float]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> MeanOverSeeds:
+        """Mean of a score by seed, and its standard error."""
+        n, mean = len(values), fmean(values)
+        sem = (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5 if n > 1 else None
+        return cls(mean, sem, [float(v) for v in values])
 
 
 @dataclass(frozen=True)
@@ -287,6 +300,8 @@ class MediProtocolRow:
         ratio: Synthetic patches per real one.
         n_real, n_synthetic: Patches by seed.
         balanced_accuracy, site_averaged_balanced_accuracy, mcc: Scores.
+        task: The task; empty for all classes.
+        pool: Which samples were drawn from; empty for "real".
     """
 
     training_set: str
@@ -298,6 +313,29 @@ class MediProtocolRow:
     balanced_accuracy: MeanOverSeeds
     site_averaged_balanced_accuracy: MeanOverSeeds
     mcc: MeanOverSeeds
+    task: str = ""
+    pool: Pool = ""
+
+
+@dataclass(frozen=True)
+class MediTask:
+    """A task of MeDi's protocol: distinguishing some classes.
+
+    Args:
+        classes: The classes.
+        sites: Their training sites.
+        n_train: Their real training patches.
+        test: Their test patches.
+        draws: By number of sites, those that each seed drew; not where all take part.
+        left_out: Numbers of sites that were asked for and that the task does not have.
+    """
+
+    classes: list[str]
+    sites: int
+    n_train: int
+    test: ScoredPatches
+    draws: dict[str, list[list[str]]]
+    left_out: list[int]
 
 
 @dataclass(frozen=True)
@@ -309,12 +347,14 @@ class MediProtocol:
         test: Test patches.
         not_converged: Fits that did not converge.
         rows: By combination of settings.
+        tasks: The tasks; a single one without a name for all classes.
     """
 
     fingerprint: str
     test: ScoredPatches
     not_converged: int
     rows: list[MediProtocolRow]
+    tasks: dict[str, MediTask] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

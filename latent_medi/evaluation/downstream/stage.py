@@ -14,7 +14,8 @@ from latent_medi.evaluation.downstream.baselines import nearest_sites
 from latent_medi.evaluation.downstream.classifiers import Classifier, linear_probe_classifier
 from latent_medi.evaluation.downstream.cnn import NetworkClassifier, PatchPools, check_network
 from latent_medi.evaluation.downstream.compare import choose, compare, jobs
-from latent_medi.evaluation.downstream.published_protocols import histodiffusion_protocol, medi_protocol
+from latent_medi.evaluation.downstream.histodiffusion_protocol import histodiffusion_protocol
+from latent_medi.evaluation.downstream.medi_protocol import medi_protocol, medi_tasks
 from latent_medi.evaluation.downstream.records import Downstream, Protocols
 from latent_medi.evaluation.downstream.registry import entries, plan_additions
 from latent_medi.evaluation.downstream.training_sets import DerivedFeatures, Sources
@@ -31,6 +32,7 @@ class DownstreamStage:
     Args:
         study: The cohort.
         settings: The evaluation's settings.
+        device: Torch device of the linear probes.
 
     Attributes:
         results: Results by encoder, so far.
@@ -38,8 +40,10 @@ class DownstreamStage:
         tables: Predictions of each encoder so far, a row per test patch.
     """
 
-    def __init__(self, study: Study, settings: EvaluateSettings) -> None:
-        self.study, self.settings = study, settings
+    def __init__(self, study: Study, settings: EvaluateSettings, device: str = "cpu") -> None:
+        self.study, self.settings, self.device = study, settings, device
+        if settings.downstream_protocol == "medi":
+            medi_tasks(study, settings.medi_protocol)  # refuses before anything is computed what would fail later
         self.results: dict[str, Downstream] = {}
         self.protocols = Protocols({}, {})
         self.tables: list[pd.DataFrame] = []
@@ -103,7 +107,9 @@ class DownstreamStage:
     def _classifier(self, encoder: ImageEncoder, features: Features, sources: Sources | None) -> Classifier:
         settings = self.settings
         if self.pools is None:
-            return linear_probe_classifier(self.study, features.real, settings.regularisation, settings.seed)
+            return linear_probe_classifier(
+                self.study, features.real, settings.regularisation, settings.seed, self.device
+            )
         n_networks = 0
         if sources:
             n_networks = len(jobs(choose(sources, settings.training_sets)[0], sources, True, settings.cnn.seeds))
@@ -113,7 +119,7 @@ class DownstreamStage:
         study, settings = self.study, self.settings
         if settings.downstream_protocol == "medi":
             self.protocols.medi[encoder.name] = medi_protocol(
-                study, encoder.fingerprint, features.real, features.synthetic, settings.medi_protocol
+                study, encoder.fingerprint, features.real, features.synthetic, settings.medi_protocol, self.device
             )
         elif settings.downstream_protocol == "histodiffusion":
             patches = self.pools or features

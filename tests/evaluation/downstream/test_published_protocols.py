@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from evaluation_world import SCHEMA, SIZE, World, filters, synthetic_patches
 from sklearn.linear_model import LogisticRegression
@@ -15,10 +17,12 @@ from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.study import Study
-from latent_medi.evaluation.downstream import published_protocols
 from latent_medi.evaluation.downstream.classifiers import Prediction
-from latent_medi.evaluation.downstream.records import ClassifierRecord
-from latent_medi.evaluation.downstream.stage import check_downstream
+from latent_medi.evaluation.downstream.histodiffusion_protocol import histodiffusion_protocol, macro_scores
+from latent_medi.evaluation.downstream.medi_protocol import _pool, medi_protocol, medi_real
+from latent_medi.evaluation.downstream.protocol_tables import RESULTS, SUMMARY, protocol_text
+from latent_medi.evaluation.downstream.records import ClassifierRecord, MeanOverSeeds
+from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.downstream.training_sets import TrainingSet
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.settings import EvaluateSettings, HistoDiffusionProtocolSettings, MediProtocolSettings
@@ -38,16 +42,16 @@ def _features(study: Study, seed: int = 0) -> tuple[np.ndarray, dict[str, np.nda
 
 
 def test_mean_and_standard_error_by_hand() -> None:
-    found = published_protocols.mean_over_seeds([0.5, 0.6, 1.0])
+    found = MeanOverSeeds.of([0.5, 0.6, 1.0])
     assert found.mean == pytest.approx(0.7)
     assert found.sem == pytest.approx(np.sqrt((0.04 + 0.01 + 0.09) / 2) / np.sqrt(3))
-    assert published_protocols.mean_over_seeds([0.5]).sem is None
+    assert MeanOverSeeds.of([0.5]).sem is None
 
 
 def test_scores_by_hand() -> None:
     truth = np.array(["a", "a", "a", "b", "b", "c"])
     found = np.array(["a", "a", "b", "b", "c", "c"])
-    accuracy, f1, sensitivity, specificity = published_protocols.macro_scores(truth, found)
+    accuracy, f1, sensitivity, specificity = macro_scores(truth, found)
     assert accuracy == pytest.approx(4 / 6)
     assert sensitivity == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
     assert specificity == pytest.approx((3 / 3 + 3 / 4 + 4 / 5) / 3)
@@ -58,20 +62,19 @@ def test_medi_protocol_takes_what_it_says(world: World) -> None:
     study = open_study(world.settings("medi-protocol"))
     labels, sites = (study.index[f].to_numpy(str) for f in ("class", "site"))
     for k, most in ((2, 0), (2, 7), (0, 7)):
-        rows = published_protocols.medi_real(study, k, most, 3)
+        rows, drawn = medi_real(study, study.train, 2, k, most, 3)
+        assert set(drawn) == set(sites[rows])
         assert set(rows) <= set(study.train)
         assert len(set(sites[rows])) == (k or 3)
         if most:
             assert dict(zip(*np.unique(labels[rows], return_counts=True), strict=True)) == dict.fromkeys(
                 study.classes, 7
             )
-    assert not np.array_equal(
-        published_protocols.medi_real(study, 2, 7, 0), published_protocols.medi_real(study, 2, 7, 1)
-    )
+    assert not np.array_equal(*(medi_real(study, study.train, 2, 2, 7, seed)[0] for seed in (0, 1)))
 
     real, arms = _features(study)
     settings = MediProtocolSettings(ratios=[0.0, 0.5], max_real=[9], sites=[2, 0], seeds=2)
-    record = published_protocols.medi_protocol(study, "f", real, arms, settings)
+    record = medi_protocol(study, "f", real, arms, settings)
     assert [(r.training_set, r.sites, r.ratio) for r in record.rows] == [
         (arm, k, ratio) for k in (2, 3) for arm, ratio in (("real", 0.0), ("medi", 0.5), ("cls", 0.5))
     ]
@@ -81,8 +84,9 @@ def test_medi_protocol_takes_what_it_says(world: World) -> None:
         assert row.n_synthetic == [int(row.ratio * n) for n in row.n_real]
 
     # One number by hand: two sites, seed 1, no synthetic patch.
-    rows = published_protocols.medi_real(study, 2, 9, 1)
-    model = LogisticRegression(class_weight="balanced", max_iter=5000).fit(real[rows], labels[rows])
+    rows, drawn = medi_real(study, study.train, 2, 2, 9, 1)
+    assert record.tasks[""].draws["2"][1] == drawn
+    model = LogisticRegression(class_weight="balanced", max_iter=5000, tol=1e-8).fit(real[rows], labels[rows])
     found, truth = model.predict(real[study.test]), labels[study.test]
     here = record.rows[0]
     assert here.balanced_accuracy.by_seed[1] == pytest.approx(balanced_accuracy_score(truth, found))
@@ -93,7 +97,92 @@ def test_medi_protocol_takes_what_it_says(world: World) -> None:
     assert here.site_averaged_balanced_accuracy.by_seed[1] == pytest.approx(np.mean(by_site))
 
     with pytest.raises(UserError, match="asks for 9 sites; training has 3"):
-        published_protocols.medi_protocol(study, "f", real, arms, MediProtocolSettings(sites=[9]))
+        medi_protocol(study, "f", real, arms, MediProtocolSettings(sites=[9]))
+
+
+PAIR = {"pair": ["blobs", "stripes"]}
+
+
+def test_a_task_is_about_its_own_classes(world: World) -> None:
+    """Stripes at south are held out, so the samples of them are in the union and not in the separate pool."""
+    study = open_study(world.settings("medi-tasks"))
+    real, arms = _features(study)
+    labels, sites = (study.index[f].to_numpy(str) for f in ("class", "site"))
+    settings = MediProtocolSettings(tasks=PAIR, ratios=[0.5, 0.0], pools=["union", "separate"], seeds=2)
+    record = medi_protocol(study, "f", real, arms, settings)
+    assert [(r.task, r.training_set, r.pool, r.ratio) for r in record.rows] == [
+        *[("pair", arm, pool, 0.5) for arm in ("medi", "cls") for pool in ("union", "separate")],
+        ("pair", "real", "", 0.0),
+    ]
+    task = record.tasks["pair"]
+    train, test = (rows[np.isin(labels[rows], PAIR["pair"])] for rows in (study.train, study.test))
+    assert (task.classes, task.sites, task.n_train, task.test.n_patches) == (PAIR["pair"], 3, len(train), len(test))
+    assert record.rows[0].n_real == [len(train)] * 2
+
+    samples = study.synthetic["medi"]
+    own = samples.index[["class", "site"]].astype(str).apply(tuple, axis=1)
+    union, separate = (_pool(study, "medi", pool, np.array(PAIR["pair"])) for pool in ("union", "separate"))
+    assert set(own[union]) == {(c, s) for c in PAIR["pair"] for s in ("east", "north", "south")}
+    assert set(own[union]) - set(own[separate]) == {("stripes", "south")}
+    # One number by hand.
+    extra = separate[np.random.default_rng([1, 37]).permutation(len(separate))[: int(0.5 * len(train))]]
+    x, y = (
+        np.concatenate([real[train], arms["medi"][extra]]),
+        np.concatenate([labels[train], [c for c, _ in own[extra]]]),
+    )
+    model = LogisticRegression(class_weight="balanced", max_iter=5000, tol=1e-8).fit(x, y)
+    found, truth = model.predict(real[test]), labels[test]
+    here = record.rows[1]
+    assert here.balanced_accuracy.by_seed[1] == pytest.approx(balanced_accuracy_score(truth, found))
+    assert here.mcc.by_seed[1] == pytest.approx(matthews_corrcoef(truth, found))
+    by_site = [balanced_accuracy_score(truth[sites[test] == s], found[sites[test] == s]) for s in np.unique(sites)]
+    assert here.site_averaged_balanced_accuracy.by_seed[1] == pytest.approx(np.mean(by_site))
+
+
+def test_samples_without_a_site_are_separate_in_the_real_proportions(world: World) -> None:
+    study = open_study(world.settings("medi-tasks"))
+    labels = study.index["class"].to_numpy(str)[study.train]
+    own = study.synthetic["cls"].index["class"].to_numpy(str)
+    classes = np.array(PAIR["pair"])
+    real, there = ({c: int((values == c).sum()) for c in classes} for values in (labels, own))
+    share = min(there[c] / real[c] for c in classes)
+    taken = own[_pool(study, "cls", "separate", classes)]
+    assert {c: int((taken == c).sum()) for c in classes} == {c: int(share * real[c]) for c in classes}
+    assert len(_pool(study, "cls", "union", classes)) == sum(there.values()) > len(taken)
+
+
+def test_every_class_of_a_task_has_a_site() -> None:
+    """As with TCGA's codes every site has one class: of eight sites two have the second one."""
+    sites = np.repeat(np.arange(8), 5).astype(str)
+    labels = np.where(np.isin(sites, ["6", "7"]), "rare", "frequent")
+    study: Any = SimpleNamespace(site_labels=sites, class_labels=labels)
+    draws = []
+    for seed in range(30):
+        rows, drawn = medi_real(study, np.arange(40), 2, 2, 0, seed)
+        assert set(labels[rows]) == {"frequent", "rare"}
+        assert len(set(drawn)) == 2
+        draws.append(tuple(sorted(drawn)))
+    assert len(set(draws)) > 8  # of 12
+    with pytest.raises(UserError, match="1 random sites of 8 do not have all 2 classes"):
+        medi_real(study, np.arange(40), 2, 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": {"pair": ["blobs", "strips"]}}, "'pair' names 'strips', which is no class; closest: 'stripes'"),
+        ({"tasks": {"pair": ["blobs"]}}, "'pair' needs two or more different classes"),
+        ({"tasks": {"pair": ["blobs", "blobs"]}}, "'pair' needs two or more different classes"),
+        ({"tasks": PAIR, "sites": [2, 4]}, "asks for 4 sites; the task 'pair' has 3"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused_before_anything_is_computed(
+    changes: dict[str, Any], words: str, world: World
+) -> None:
+    settings = world.settings("no-task", downstream=False, downstream_protocol="medi")
+    settings.medi_protocol = MediProtocolSettings(**changes)
+    with pytest.raises(UserError, match=words):
+        DownstreamStage(open_study(settings), settings)
 
 
 class Keeping:
@@ -123,7 +212,7 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
     real, arms = _features(study)
     classifier = Keeping(study)
     settings = HistoDiffusionProtocolSettings(percent=[50.0, 900.0], seeds=2)
-    record = published_protocols.histodiffusion_protocol(study, "f", real, arms, settings, classifier)
+    record = histodiffusion_protocol(study, "f", real, arms, settings, classifier)
     assert [(r.training_set, r.choice, r.percent) for r in record.rows] == [
         ("real", "none", 0.0),
         *[("medi", choice, percent) for percent in (50.0, 900.0) for choice in ("selected", "random")],
@@ -149,12 +238,10 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
     assert record.rows[0].accuracy.mean == pytest.approx(1 / 3)
 
     with pytest.raises(UserError, match="no selection 'bets'; closest: 'best'"):
-        published_protocols.histodiffusion_protocol(
-            study, "f", real, arms, HistoDiffusionProtocolSettings(selection="bets"), classifier
-        )
+        histodiffusion_protocol(study, "f", real, arms, HistoDiffusionProtocolSettings(selection="bets"), classifier)
     plain = open_study(world.settings("histo"))
     with pytest.raises(UserError, match="latent-medi select"):
-        published_protocols.histodiffusion_protocol(plain, "f", real, _features(plain)[1], settings, classifier)
+        histodiffusion_protocol(plain, "f", real, _features(plain)[1], settings, classifier)
 
 
 def test_a_protocol_is_one_setting(world: World) -> None:
@@ -164,6 +251,20 @@ def test_a_protocol_is_one_setting(world: World) -> None:
     rows = result.protocols.medi["filters"].rows
     assert [r.training_set for r in rows] == ["real", "medi", "cls"]
     assert 0 <= rows[1].balanced_accuracy.mean <= 1
+    # The paper's two tables: a row per seed, and a row per score.
+    results, summary = (pd.read_csv(Path(settings.out) / name, keep_default_na=False) for name in (RESULTS, SUMMARY))
+    assert list(results.columns[-5:]) == ["seed", "tss_subset", "overall_bal", "tss_avg_bal", "mcc"]
+    assert list(summary.columns[-3:]) == ["metric", "mean", "sem"]
+    assert len(results) == 3 * 2
+    assert len(summary) == 3 * 3
+    of_cls = results[results["training_set"] == "cls"]
+    assert of_cls["overall_bal"].tolist() == pytest.approx(rows[2].balanced_accuracy.by_seed)
+    assert of_cls["n_synthetic"].tolist() == rows[2].n_synthetic
+    mcc = summary[(summary["training_set"] == "medi") & (summary["metric"] == "mcc")].iloc[0]
+    assert (mcc["mean"], mcc["sem"]) == pytest.approx((rows[1].mcc.mean, rows[1].mcc.sem))
+    text = protocol_text(result.protocols)
+    assert f"{rows[1].balanced_accuracy.mean:.3f} ± {rows[1].balanced_accuracy.sem:.3f}" in text
+    assert "mean ± SEM of 2 seeds" in text
     assert result.downstream == {}
     assert result.protocols.histodiffusion == {}
     with pytest.raises(UserError, match="`selected`"):
@@ -185,6 +286,7 @@ def test_a_protocol_is_one_setting(world: World) -> None:
         ({"stain_jitter": 1.5}, "stain_jitter"),
         ({"medi_protocol": {"seeds": 0}}, "seeds"),
         ({"medi_protocol": {"ratios": [-0.5]}}, "ratios"),
+        ({"medi_protocol": {"pools": ["both"]}}, "separate"),
         ({"histodiffusion_protocol": {"percent": [-1.0]}}, "percent"),
     ],
 )

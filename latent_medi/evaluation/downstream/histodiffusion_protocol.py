@@ -1,119 +1,30 @@
-"""The downstream protocols of MeDi and HistoDiffusion, as close as frozen features or a small network allow.
+"""HistoDiffusion's downstream protocol, as close as frozen features or a small network allow.
 
-Their differences from the default comparison are kept: scores per patch, spread over seeds instead of patients, and
-other numbers of patches in each training set. They serve the comparison with published numbers, not claims.
+Its differences from the default comparison are kept: scores per patch, spread over seeds instead of patients, and other
+numbers of patches in each training set. It serves the comparison with published numbers, not claims.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import progress
-from latent_medi.evaluation.cohort.combinations import among
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
-from latent_medi.evaluation.downstream.classification_scores import quiet_balanced, site_averaged
+from latent_medi.evaluation.downstream.classification_scores import scored_patches
 from latent_medi.evaluation.downstream.classifiers import Classifier
 from latent_medi.evaluation.downstream.records import (
     HistoDiffusionProtocol,
     HistoDiffusionProtocolRow,
     MeanOverSeeds,
-    MediProtocol,
-    MediProtocolRow,
-    ScoredPatches,
 )
 from latent_medi.evaluation.downstream.registry import REAL
 from latent_medi.evaluation.downstream.training_sets import TrainingSet
-from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings, MediProtocolSettings
+from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings
 from latent_medi.shards.format.selections import SELECTED_PREFIX
-from latent_medi.statistics.linear_probe import MAX_ITER, fit_quietly
-
-
-def mean_over_seeds(values: Sequence[float]) -> MeanOverSeeds:
-    """Mean of a score over seeds, and its standard error."""
-    n = len(values)
-    sem = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
-    return MeanOverSeeds(float(np.mean(values)), sem, [float(v) for v in values])
-
-
-def medi_protocol(
-    study: Study,
-    fingerprint: str,
-    real: np.ndarray,
-    synthetic: Mapping[str, np.ndarray],
-    settings: MediProtocolSettings,
-) -> MediProtocol:
-    """MeDi's: real patches of k random sites, at most ``max_real`` per class, and ⌊ratio·n⌋ synthetic ones.
-
-    LogisticRegression with balanced classes and C = 1 on unscaled features; test on all test patches. A seed draws the
-    same sites and real patches for every training set and ratio; synthetic patches are drawn without repeats from a
-    whole synthetic set, so there are fewer where it has not enough.
-
-    Args:
-        study: The cohort.
-        fingerprint: The encoder's.
-        real: Features of every real row, [N, d].
-        synthetic: Features of every sample of each synthetic set.
-        settings: The sweep.
-
-    Raises:
-        UserError: More sites than training has, or training patches of one class.
-    """
-    names = np.unique(study.site_labels[study.train])
-    if max(settings.sites, default=0) > len(names):
-        raise UserError(f"medi_protocol.sites asks for {max(settings.sites)} sites; training has {len(names)}.")
-    jobs = [
-        (name, sites, most, ratio)
-        for sites in settings.sites
-        for most in settings.max_real
-        for ratio in settings.ratios
-        for name in ([REAL.name] if ratio == 0 else synthetic)
-    ]
-    labels, truth, test_sites = study.class_labels, study.class_labels[study.test], study.site_labels[study.test]
-    test = np.asarray(real[study.test], np.float64)
-    rows, not_converged = [], 0
-    for name, sites, most, ratio in progress(jobs, desc="MeDi's protocol", unit="setting"):
-        scores: list[tuple[float, float, float]] = []
-        n_real, n_synthetic = [], []
-        for seed in range(settings.seeds):
-            chosen = medi_real(study, sites, most, seed)
-            x, y = real[chosen], labels[chosen]
-            if name in synthetic:
-                pool = study.synthetic[name].index[study.class_field].to_numpy(str)
-                extra = np.random.default_rng([seed, 37]).permutation(len(pool))[: int(ratio * len(chosen))]
-                x, y = np.concatenate([x, synthetic[name][extra]]), np.concatenate([y, pool[extra]])
-            n_real.append(len(chosen))
-            n_synthetic.append(len(y) - len(chosen))
-            if len(np.unique(y)) < 2:
-                raise UserError(
-                    f"MeDi's protocol with {sites} sites and seed {seed} has training patches of one class."
-                )
-            model = LogisticRegression(class_weight="balanced", max_iter=MAX_ITER)
-            not_converged += not fit_quietly(model, np.asarray(x, np.float64), y)
-            found = model.predict(test).astype(str)
-            averaged = site_averaged(truth, found, test_sites)
-            scores.append((quiet_balanced(truth, found), averaged, float(matthews_corrcoef(truth, found))))
-        means = [mean_over_seeds(values) for values in zip(*scores, strict=True)]
-        rows.append(MediProtocolRow(name, sites or len(names), most, ratio, n_real, n_synthetic, *means))
-    return MediProtocol(fingerprint, _scored(study), not_converged, rows)
-
-
-def medi_real(study: Study, sites: int, max_real: int, seed: int) -> np.ndarray:
-    """Training rows of ``sites`` random sites (0: all), at most ``max_real`` per class (0: all), ascending."""
-    rng = np.random.default_rng([seed, 31])
-    names = np.unique(study.site_labels[study.train])
-    kept = names[rng.permutation(len(names))[: sites or len(names)]]
-    rows = among(study.train, np.isin(study.site_labels, kept))
-    if not max_real:
-        return rows
-    labels = study.class_labels[rows]
-    parts = [rng.permutation(rows[labels == value])[:max_real] for value in np.unique(labels)]
-    return np.sort(np.concatenate(parts))
 
 
 def histodiffusion_protocol(
@@ -164,9 +75,9 @@ def histodiffusion_protocol(
             scores.append(
                 macro_scores(study.class_labels[study.test], classifier.fit_predict(training_set, seed).predicted)
             )
-        means = [mean_over_seeds(values) for values in zip(*scores, strict=True)]
+        means = [MeanOverSeeds.of(values) for values in zip(*scores, strict=True)]
         rows.append(HistoDiffusionProtocolRow(name, choice, percent, len(y), n_synthetic, *means))  # type: ignore[arg-type]
-    return HistoDiffusionProtocol(fingerprint, _scored(study), classifier.record, rows)
+    return HistoDiffusionProtocol(fingerprint, scored_patches(study, study.test), classifier.record, rows)
 
 
 def macro_scores(truth: np.ndarray, found: np.ndarray) -> tuple[float, float, float, float]:
@@ -216,8 +127,3 @@ def _pools(samples: SyntheticSet, selection: str) -> dict[str, Callable[[int], n
 def _first_per_class(rows: np.ndarray, labels: np.ndarray, wanted: Mapping[str, int]) -> np.ndarray:
     parts = [rows[labels[rows] == value][:n] for value, n in wanted.items()]
     return np.concatenate([np.zeros(0, int), *parts])
-
-
-def _scored(study: Study) -> ScoredPatches:
-    table = study.index.iloc[study.test]
-    return ScoredPatches(len(table), int(table["patient"].nunique()), sorted(set(table[study.site_field].astype(str))))

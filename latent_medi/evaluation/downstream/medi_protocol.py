@@ -1,0 +1,315 @@
+"""MeDi's downstream protocol, as close as frozen features allow.
+
+Its differences from the default comparison are kept: scores per patch, spread over seeds instead of patients, and other
+numbers of patches in each training set. It serves the comparison with published numbers, not claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import matthews_corrcoef
+from sklearn.utils.class_weight import compute_sample_weight
+
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.progress import get_logger, progress
+from latent_medi.evaluation.cohort.combinations import among
+from latent_medi.evaluation.cohort.study import Study
+from latent_medi.evaluation.downstream.classification_scores import quiet_balanced, scored_patches, site_averaged
+from latent_medi.evaluation.downstream.records import MeanOverSeeds, MediProtocol, MediProtocolRow, MediTask, Pool
+from latent_medi.evaluation.downstream.registry import REAL
+from latent_medi.evaluation.settings import MediProtocolSettings
+from latent_medi.statistics.linear_probe import MAX_ITER
+from latent_medi.statistics.logistic_regression import Problem, Scaling
+
+log = get_logger(__name__)
+_DRAWS = 1000  # of sites, until every class has one
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A task with its patches.
+
+    Args:
+        name: Its name; empty for all classes.
+        classes: Its classes, in order.
+        train, test: Real rows of these classes.
+        sites: Training sites, in order.
+        numbers: Numbers of sites to draw, 0 for all.
+        left_out: Those that are too large.
+    """
+
+    name: str
+    classes: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+    sites: np.ndarray
+    numbers: list[int]
+    left_out: list[int]
+
+
+def medi_tasks(study: Study, settings: MediProtocolSettings) -> list[_Task]:
+    """The tasks of the settings.
+
+    Raises:
+        UserError: A task names an unknown class, the same twice or fewer than two, or has a class without a training or
+            test patch; or no task has as many sites as are asked for.
+    """
+    found = []
+    for name, values in settings.tasks.items() or [("", list(study.classes))]:
+        if name and len(set(values)) < max(2, len(values)):
+            raise UserError(f"medi_protocol.tasks: {name!r} needs two or more different classes, not {values}.")
+        for value in values:
+            if value not in study.classes:
+                close = nearest(value, study.classes)
+                raise UserError(f"medi_protocol.tasks: {name!r} names {value!r}, which is no class; {close}.")
+        train, test = (among(rows, np.isin(study.class_labels, values)) for rows in (study.train, study.test))
+        for rows, part in ((train, "training"), (test, "test")) if name else ():
+            if lacking := sorted(set(values) - set(study.class_labels[rows])):
+                raise UserError(f"medi_protocol.tasks: {name!r} has no {part} patch of {lacking[0]!r}.")
+        sites = np.unique(study.site_labels[train])
+        numbers = [n for n in settings.sites if n <= len(sites)]
+        left_out = [n for n in settings.sites if n > len(sites)]
+        found.append(_Task(name, np.unique(values), train, test, sites, numbers, left_out))
+    most = max(found, key=lambda task: len(task.sites))
+    for task in found:
+        if task.left_out and (task is most or not task.numbers):
+            of = f"the task {task.name!r}" if task.name else "training"
+            raise UserError(
+                f"medi_protocol.sites asks for {max(task.left_out)} sites; {of} has {len(task.sites)}.",
+                "0 takes all.",
+            )
+        if task.left_out:
+            log.info("MeDi's protocol, %s: it has %d sites, not %s", task.name, len(task.sites), task.left_out)
+    return found
+
+
+def medi_protocol(
+    study: Study,
+    fingerprint: str,
+    real: np.ndarray,
+    synthetic: Mapping[str, np.ndarray],
+    settings: MediProtocolSettings,
+    device: str = "cpu",
+) -> MediProtocol:
+    """MeDi's: real patches of k random sites, at most ``max_real`` per class, and ⌊ratio·n⌋ synthetic ones.
+
+    Logistic regression with balanced classes and C = 1 on unscaled features; test on all test patches of the task's
+    classes. A seed draws the same sites and real patches for every training set and ratio; synthetic patches are drawn
+    without repeats from a pool of a whole synthetic set, so there are fewer where it has not enough.
+
+    Args:
+        study: The cohort.
+        fingerprint: The encoder's.
+        real: Features of every real row, [N, d].
+        synthetic: Features of every sample of each synthetic set.
+        settings: The sweep.
+        device: Torch device of the fits.
+
+    Raises:
+        UserError: See :func:`medi_tasks`; or no draw of sites has all classes.
+    """
+    tasks = medi_tasks(study, settings)
+    sweeps = [_Sweep(task, study, real, synthetic, settings, device) for task in tasks]
+    fits = [fit for sweep in sweeps for fit in sweep.fits()]
+    for sweep, fit in progress(fits, desc="MeDi's protocol", unit="fit"):
+        sweep.run(fit)
+    rows = [row for sweep in sweeps for row in sweep.rows()]
+    stuck = sum(sweep.not_converged for sweep in sweeps)
+    records = {sweep.task.name: sweep.record() for sweep in sweeps}
+    return MediProtocol(fingerprint, scored_patches(study, study.test), stuck, rows, records)
+
+
+def medi_real(
+    study: Study, rows: np.ndarray, classes: int, sites: int, max_real: int, seed: int
+) -> tuple[np.ndarray, list[str]]:
+    """Real patches of random sites.
+
+    Args:
+        study: The cohort.
+        rows: Rows to draw from.
+        classes: Number of classes that random sites together must have; the draw is repeated until they do.
+        sites: Number of sites; 0 takes all.
+        max_real: Patches per class at most; 0 takes all.
+        seed: Of the draw.
+
+    Returns:
+        Rows, ascending; and the sites.
+
+    Raises:
+        UserError: No draw has all classes.
+    """
+    rng = np.random.default_rng([seed, 31])
+    names, labels = np.unique(study.site_labels[rows]), study.class_labels
+    for _ in range(_DRAWS):
+        kept = names[rng.permutation(len(names))[: sites or len(names)]]
+        chosen = among(rows, np.isin(study.site_labels, kept))
+        if not sites or len(np.unique(labels[chosen])) >= classes:
+            break
+    else:
+        raise UserError(
+            f"medi_protocol.sites: {sites} random sites of {len(names)} do not have all {classes} classes, in {_DRAWS} "
+            "draws.",
+            "Ask for more sites; 0 takes all.",
+        )
+    if not max_real:
+        return chosen, kept.tolist()
+    parts = [rng.permutation(chosen[labels[chosen] == value])[:max_real] for value in np.unique(labels[chosen])]
+    return np.sort(np.concatenate(parts)), kept.tolist()
+
+
+def _pool(study: Study, name: str, pool: str, classes: np.ndarray) -> np.ndarray:
+    """Rows of a synthetic set that a task may draw from, ascending."""
+    samples = study.synthetic[name]
+    labels = samples.index[study.class_field].to_numpy(str)
+    rows = np.flatnonzero(np.isin(labels, classes))
+    if pool == "union":
+        return rows
+    train = among(study.train, np.isin(study.class_labels, classes))
+    if study.site_field not in samples.fields:
+        return rows[_in_proportion(labels[rows], study.class_labels[train])]
+    seen = set(zip(study.class_labels[train].tolist(), study.site_labels[train].tolist(), strict=True))
+    sites = samples.index[study.site_field].to_numpy(str)
+    pairs = zip(labels[rows].tolist(), sites[rows].tolist(), strict=True)
+    return rows[np.array([pair in seen for pair in pairs], bool)]
+
+
+def _in_proportion(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The first of each class in the proportions of ``wanted``, as many as there are: bool over ``labels``."""
+    counts = {value: int((wanted == value).sum()) for value in np.unique(wanted)}
+    own = {value: np.flatnonzero(labels == value) for value in counts}
+    share = min((len(own[value]) / n for value, n in counts.items() if len(own[value])), default=0.0)
+    keep = np.zeros(len(labels), bool)
+    for value, n in counts.items():
+        keep[own[value][: int(share * n)]] = True
+    return keep
+
+
+_Key = tuple[int, int, float, str, Pool]
+"""Number of sites, real patches per class, ratio, training set and pool."""
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The fits of one training set: real patches alone, or with samples of a pool."""
+
+    sites: int
+    max_real: int
+    ratio: float
+    name: str
+    pool: Pool
+    seed: int
+
+
+class _Sweep:
+    """All fits of a task; those of one seed and number of sites start from their real patches alone."""
+
+    def __init__(
+        self,
+        task: _Task,
+        study: Study,
+        real: np.ndarray,
+        synthetic: Mapping[str, np.ndarray],
+        settings: MediProtocolSettings,
+        device: str,
+    ) -> None:
+        self.task, self.study, self.real, self.synthetic = task, study, real, synthetic
+        self.settings, self.device = settings, device
+        self.labels = {name: study.synthetic[name].index[study.class_field].to_numpy(str) for name in synthetic}
+        self.pools: dict[tuple[str, Pool], np.ndarray] = {}
+        self.pools |= {(n, p): _pool(study, n, p, task.classes) for n in synthetic for p in settings.pools}
+        self.test = real[task.test]
+        self.truth, self.test_sites = study.class_labels[task.test], study.site_labels[task.test]
+        self.not_converged = 0
+        self._scores: dict[_Key, list[tuple[float, float, float]]] = {}
+        self._numbers: dict[_Key, list[tuple[int, int]]] = {}
+        self._draws: dict[str, list[list[str]]] = {}
+        self._gram: np.ndarray | None = None
+        self._drawn: tuple[tuple[int, int, int], np.ndarray] | None = None
+        self._start: np.ndarray | None = None
+
+    def fits(self) -> Iterator[tuple[_Sweep, _Fit]]:
+        """Every fit, those of the same real patches in a row, the smallest training set first."""
+        sets: list[tuple[float, str, Pool]] = [(0.0, REAL.name, "")] if 0 in self.settings.ratios else []
+        sets += [(ratio, *pool) for ratio in sorted(self.settings.ratios) if ratio for pool in self.pools]
+        for sites in self.task.numbers:
+            for most in self.settings.max_real:
+                for seed in range(self.settings.seeds):
+                    for ratio, name, pool in sets:
+                        yield self, _Fit(sites, most, ratio, name, pool, seed)
+
+    def run(self, fit: _Fit) -> None:
+        """Fit and score."""
+        chosen = self._real(fit)
+        x, y = self.real[chosen], self.study.class_labels[chosen]
+        if fit.pool:
+            pool = self.pools[fit.name, fit.pool]
+            order = np.random.default_rng([fit.seed, 37]).permutation(len(pool))
+            extra = pool[order[: int(fit.ratio * len(chosen))]]
+            x = np.concatenate([x, self.synthetic[fit.name][extra]])
+            y = np.concatenate([y, self.labels[fit.name][extra]])
+        classes, codes = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise UserError(
+                f"MeDi's protocol with {fit.sites} sites and seed {fit.seed} has training patches of one class."
+            )
+        scaling = Scaling.none(x.shape[1])
+        problem = Problem(x, codes, compute_sample_weight("balanced", codes), scaling, self.device, self._gram)
+        self._gram = problem.gram
+        rows = 1 if len(classes) == 2 else len(classes)
+        start = self._start if self._start is not None and len(self._start) == rows else None
+        solution = problem.solve(1.0, MAX_ITER, start)
+        self._start = np.column_stack([solution.weights, solution.intercept])
+        self.not_converged += not solution.converged
+        logits = self.test @ solution.weights.T.astype(np.float32) + solution.intercept
+        found = classes[(logits[:, 0] > 0).astype(int) if rows == 1 else logits.argmax(axis=1)]
+        averaged = site_averaged(self.truth, found, self.test_sites)
+        key = (fit.sites, fit.max_real, fit.ratio, fit.name, fit.pool)
+        scores = (quiet_balanced(self.truth, found), averaged, float(matthews_corrcoef(self.truth, found)))
+        self._scores.setdefault(key, []).append(scores)
+        self._numbers.setdefault(key, []).append((len(chosen), len(y) - len(chosen)))
+
+    def _real(self, fit: _Fit) -> np.ndarray:
+        """The real patches of a fit, drawn once."""
+        key = (fit.sites, fit.max_real, fit.seed)
+        if self._drawn is None or self._drawn[0] != key:
+            needed = len(self.task.classes) if self.task.name else 2
+            rows, sites = medi_real(self.study, self.task.train, needed, *key)
+            self._drawn = key, rows
+            draws = self._draws.setdefault(str(fit.sites), [])
+            if fit.sites and len(draws) == fit.seed:
+                draws.append(sites)
+        return self._drawn[1]
+
+    def rows(self) -> list[MediProtocolRow]:
+        """The results, by number of sites, real patches, ratio and training set."""
+        order = {ratio: i for i, ratio in enumerate(self.settings.ratios)}
+        keys = sorted(self._scores, key=lambda key: order[key[2]])
+        keys.sort(key=lambda key: (self.task.numbers.index(key[0]), self.settings.max_real.index(key[1])))
+        return [self._row(*key) for key in keys]
+
+    def _row(self, sites: int, most: int, ratio: float, name: str, pool: Pool) -> MediProtocolRow:
+        key = (sites, most, ratio, name, pool)
+        overall, averaged, mcc = (MeanOverSeeds.of(values) for values in zip(*self._scores[key], strict=True))
+        return MediProtocolRow(
+            training_set=name,
+            sites=sites or len(self.task.sites),
+            max_real=most,
+            ratio=ratio,
+            n_real=[real for real, _ in self._numbers[key]],
+            n_synthetic=[synthetic for _, synthetic in self._numbers[key]],
+            balanced_accuracy=overall,
+            site_averaged_balanced_accuracy=averaged,
+            mcc=mcc,
+            task=self.task.name,
+            pool=pool,
+        )
+
+    def record(self) -> MediTask:
+        """The task's classes and patches."""
+        task = self.task
+        draws = {number: sites for number, sites in self._draws.items() if sites}
+        test = scored_patches(self.study, task.test)
+        return MediTask(task.classes.tolist(), len(task.sites), len(task.train), test, draws, task.left_out)
