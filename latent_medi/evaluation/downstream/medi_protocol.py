@@ -181,7 +181,7 @@ def _in_proportion(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     counts = {value: int((wanted == value).sum()) for value in np.unique(wanted)}
     own = {value: np.flatnonzero(labels == value) for value in counts}
     share = min((len(own[value]) / n for value, n in counts.items() if len(own[value])), default=0.0)
-    keep = np.zeros(len(labels), bool)
+    keep: np.ndarray = np.zeros(len(labels), bool)
     for value, n in counts.items():
         keep[own[value][: int(share * n)]] = True
     return keep

@@ -26,8 +26,8 @@ def medi_tables(protocols: Mapping[str, MediProtocol]) -> dict[str, pd.DataFrame
     results, summary = [], []
     for encoder, record in protocols.items():
         for row in record.rows:
-            setting = {"encoder": encoder, "task": row.task, "training_set": row.training_set, "pool": row.pool}
-            setting |= {"sites": row.sites, "max_real": row.max_real, "ratio": row.ratio}
+            setting: dict[str, object] = {"encoder": encoder, "task": row.task, "training_set": row.training_set}
+            setting |= {"pool": row.pool, "sites": row.sites, "max_real": row.max_real, "ratio": row.ratio}
             draws = record.tasks[row.task].draws.get(str(row.sites), []) if row.task in record.tasks else []
             for seed in range(len(row.mcc.by_seed)):
                 scores = {name: getattr(row, key).by_seed[seed] for name, key in _METRICS.items()}
