@@ -87,13 +87,13 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
         logger.info("%s is finished.", out / PRODUCT)
         return result(out, data, field, values)
     if main:
-        run_folder.begin(out, record, settings)
+        run_folder.begin(out, record, settings, products=(PRODUCT,))
     accelerator.wait_for_everyone()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = LatentEncoder(settings.network, data.store.shape[0], data.store.shape[1], len(values))
 
-    start = find_start(out, record, accelerator)
+    start = find_start(out, record, common, accelerator)
     data.whiten(source, [], start.state.get("whitening"), accelerator)
     drops = settings.network.dropout > 0
     run = Run(network, common, data, objective.timesteps, start, record, accelerator, drops)

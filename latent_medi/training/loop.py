@@ -9,6 +9,7 @@ unbroken run.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -78,12 +79,22 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     accelerator.wait_for_everyone()
 
     # Where to begin. The whitening is measured once: another device or batch would measure other last digits.
-    start = find_start(out, record, accelerator)
+    start = find_start(out, record, settings, accelerator)
     data.whiten(source, settings.override, start.state.get("whitening"), accelerator)
     drops, widths = run_folder.drops(settings, source), settings.ema.widths()
     run = Run(denoiser, settings, data, objective.timesteps, start, record, accelerator, drops, widths)
     averaged = cast(Denoiser, run.averages[settings.ema.relative_width].module)
-    monitor = DenoiserMonitor(run, averaged, autoencoder, objective)
+    write = partial(
+        run_folder.write_product,
+        settings=settings,
+        record=record,
+        data=data,
+        autoencoder=autoencoder,
+        objective=objective.settings,
+        averaged=averaged,
+        source=source,
+    )
+    monitor = DenoiserMonitor(run, averaged, autoencoder, objective, write)
 
     def losses(part: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         each = diffusion_loss(run.model, part.latents, part.noise, part.timesteps, part.conditions, objective)
@@ -91,9 +102,9 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
 
     run.train(losses, monitor, "training")
 
+    made = out / run_folder.product(settings)
     if main:
-        total = settings.total_images
-        run_folder.finish(settings, record, data, autoencoder, objective.settings, total, averaged, source)
+        write(made, settings.total_images, {})
     accelerator.wait_for_everyone()
     monitor.finish()
-    return out / run_folder.product(settings)
+    return made

@@ -5,18 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
+from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.objective import Objective
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.training import losses, preview, run_folder
 from latent_medi.training.data import Batch
-from latent_medi.training.log import start_trackers
+from latent_medi.training.log import read_log, start_trackers
 from latent_medi.training.updates import Monitor, Run, crossed
+
+logger = get_logger("training")
+
+BEST = "best"
+"""Folder in the run's that holds the model of the best preview."""
+
+Write = Callable[[Path, int, Mapping[str, Any]], None]
+"""Writes the model as it is into a folder; given that, the images seen, and facts for its provenance."""
 
 
 class DenoiserMonitor(Monitor):
@@ -27,10 +39,14 @@ class DenoiserMonitor(Monitor):
         averaged: The average of the denoiser, from which previews are sampled.
         autoencoder: Decodes the previews.
         objective: The run's.
+        write: Writes the model of the best preview.
     """
 
-    def __init__(self, run: Run, averaged: Denoiser, autoencoder: Autoencoder, objective: Objective) -> None:
+    def __init__(
+        self, run: Run, averaged: Denoiser, autoencoder: Autoencoder, objective: Objective, write: Write
+    ) -> None:
         super().__init__(run)
+        self._write = write
         settings, data, accelerator = run.settings, run.data, run.accelerator
         self._averaged = averaged
         self._table = losses.LossTable(data.schema, objective.timesteps, run.device)
@@ -62,15 +78,40 @@ class DenoiserMonitor(Monitor):
             self._losses.write(self._table.rows(images))
         self._table.clear()
 
+    def started(self) -> None:
+        """Make the preview of the checkpoint that the run continues from, if it was cut off before that."""
+        images = int(self._run.state["images"])
+        last = images == self._run.settings.total_images
+        made = [any(int(row["images"]) == images for row in self._rows())]
+        if self._accelerator.num_processes > 1:
+            made = broadcast_object_list(made)
+        if images and not made[0]:
+            self.after_saving(images, last)
+
     def after_saving(self, images: int, last: bool) -> None:
-        """Sample from the averaged model, where the settings ask for a preview."""
+        """Sample from the averaged model, where the settings ask for a preview; keep the model if it is the best."""
         every = self._run.settings.preview_every_images
         if self._previews is None or not (last or crossed(images, self._run.settings.global_batch, every)):
             return
         row = self._previews.make(images, self._averaged)
-        self._accelerator.log(dict(zip(preview.COLUMNS[1:], row[1:], strict=True)), step=images)
-        if self._preview_log is not None:
-            self._preview_log.write([row])
+        self._accelerator.log(row.numbers, step=images)
+        if self._preview_log is None:
+            return
+        # The row is written last: where it is missing, the preview is made again.
+        if row.kid is not None and row.kid < self._best(row):
+            facts = {"encoder": row.encoder, "kid": row.kid, "samples": row.n}
+            self._write(self._run.out / BEST / run_folder.product(self._run.settings), images, {"preview": facts})
+            logger.info("The best preview so far, at %s images: KID %.4g (%s).", f"{images:,}", row.kid, row.encoder)
+        self._preview_log.write([row])
+
+    def _rows(self) -> list[dict[str, str]]:
+        """The previews of this run; none but in the main process."""
+        return [] if self._preview_log is None else read_log(self._preview_log.path)
+
+    def _best(self, like: preview.Measured) -> float:
+        """The smallest kernel distance of the previews with an encoder and number of samples; infinity without one."""
+        same = [row for row in self._rows() if (row["encoder"], row["n"]) == (like.encoder, str(like.n))]
+        return min((value for row in same if (value := float(row["kid"])) == value), default=float("inf"))
 
     def state(self) -> dict[str, Any]:
         """As :meth:`Monitor.state`."""

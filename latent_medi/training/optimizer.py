@@ -1,7 +1,8 @@
-"""AdamW, in fp32 or with 8-bit moments."""
+"""AdamW, in fp32 or with 8-bit moments, and its learning rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -27,3 +28,20 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], settings: TrainSet
     except ImportError:
         raise UserError("optimizer=adamw8bit needs bitsandbytes.", "pip install 'latent-medi[lowmem]'") from None
     return AdamW8bit(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+
+
+def learning_rate(images: int, settings: TrainSettings) -> float:
+    """Learning rate of the update that starts at ``images`` images seen.
+
+    A linear rise from 0 over the warm-up, then half a cosine that reaches 0 at the end of the run; or a constant; or
+    lr/√max(images/decay_images, 1) (Karras et al. 2024, arXiv 2312.02696, equation 67).
+    """
+    lr, total, warmup = settings.lr, settings.total_images, settings.total_warmup_images
+    if images < warmup:
+        return lr * images / warmup
+    if settings.schedule == "constant":
+        return lr
+    if settings.schedule == "inverse_sqrt":
+        return lr / math.sqrt(max(images / settings.decay_images, 1.0))
+    share = min(1.0, (images - warmup) / max(total - warmup, 1))
+    return lr * 0.5 * (1.0 + math.cos(math.pi * share))

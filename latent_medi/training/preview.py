@@ -1,8 +1,8 @@
-"""Previews during training: a grid of samples, and a Fréchet distance between samples and data.
+"""Previews during training: a grid of samples, and distances between samples and data.
 
 Every process generates an equal share, so that none waits for another. A GPU decodes the grid between two updates; a
-CPU decodes it in a thread during training. A thread writes it. Previews use random numbers of their own and leave those
-of the training unchanged.
+CPU decodes it in a thread during training. A thread writes it. With an encoder every process decodes its whole share
+between two updates. Previews use random numbers of their own and leave those of the training unchanged.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,15 +30,44 @@ from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.statistics.distances import frechet_distance
 from latent_medi.training.data import TrainingData
 from latent_medi.training.estimate.step_cost import AUTOCAST
+from latent_medi.training.preview_distance import PatchDistance, gathered
 from latent_medi.training.settings import TrainSettings
 
 logger = get_logger("training")
 
 FOLDER = "previews"
-COLUMNS = ("images", "fd_pooled", "fd_pooled_real", "n")
 _STREAM = 7  # different from the streams of sample_order.py and batch_randomness.py
 _DECODED_AT_ONCE = 8
 _MOST_SHOWN = 64
+
+
+class Measured(NamedTuple):
+    """What was measured of a preview: a row of previews.csv, or its empty cells for what was not measured.
+
+    Args:
+        images: Images seen.
+        fd_pooled: Fréchet distance of :func:`pooled` latents of samples and training patches.
+        fd_pooled_real: The same of two sets of training patches.
+        encoder: Name of the encoder of ``kid``, "" without one.
+        kid: Kernel distance of samples to training patches in the encoder's features.
+        n: Samples.
+    """
+
+    images: int
+    fd_pooled: float
+    fd_pooled_real: float
+    encoder: str
+    kid: float | None
+    n: int
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What trackers show, by name."""
+        values = self._asdict()
+        return {name: values[name] for name in ("fd_pooled", "fd_pooled_real", "kid", "n") if values[name] is not None}
+
+
+COLUMNS = Measured._fields
 
 
 def pooled(latents: torch.Tensor) -> np.ndarray:
@@ -52,7 +82,8 @@ class Previews:
     The conditions are those of a random choice of training patches, drawn once, so that samples and the real latents of
     these patches should have the same distribution. The Fréchet distance is that of :func:`pooled` latents: it is cheap
     and ignores structure, but shows a run that diverges. The distance between two sets of real patches of the same size
-    is reported with it.
+    is reported with it. With an encoder, the kernel distance of the decoded samples to the images of these patches is
+    measured as well.
 
     Args:
         settings: The run's.
@@ -91,6 +122,7 @@ class Previews:
         self._noise = draw_noise(range(count), data.store.shape)[0][mine]
         self._real, self._other = (pooled(self._latents(data, rows)) for rows in (chosen, others))
         self._floor = frechet_distance(self._real, self._other)
+        self._distance = PatchDistance(settings, data.rows[chosen], accelerator) if settings.preview_encoder else None
         make_sampler(make_scheduler(objective).config, self._sampler)  # refuses settings now rather than after hours
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
@@ -100,35 +132,50 @@ class Previews:
         raw = mean.cpu() if std is None else mean.cpu() + std.cpu() * draw_noise(range(len(rows)), mean.shape[1:])[0]
         return (raw - self._shift.view(-1, 1, 1)) / self._scale.view(-1, 1, 1)
 
-    def make(self, images: int, averaged: Denoiser) -> tuple[int, float, float, int]:
+    def make(self, images: int, averaged: Denoiser) -> Measured:
         """Generate samples, measure their distance, and start writing the grid; every process must call.
 
         Args:
             images: Images seen.
             averaged: The averaged denoiser, on the training device.
-
-        Returns:
-            A row of :data:`COLUMNS`.
         """
         pipeline = MediPipeline.from_parts(averaged, self._objective, self._autoencoder, self._shift, self._scale)
         mine = pipeline.generate_latents(
             self._conditions, self._noise, self._sampler, batch=self._batch, precision=self._precision, keep_layout=True
         )
-        # [processes, share, …] back into the order of the whole.
-        gathered = self._accelerator.gather(mine.to(self._accelerator.device)).cpu()
-        share = gathered.unflatten(0, (self._accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1)
-        distance = frechet_distance(pooled(share), self._real) if bool(share.isfinite().all()) else float("nan")
+        share = gathered(self._accelerator, mine)
+        finite = bool(share.isfinite().all())
+        distance = frechet_distance(pooled(share), self._real) if finite else float("nan")
+        encoder, kid, tiles = "", None, None
+        if self._distance is not None:
+            self.finish()  # the autoencoder may still draw the picture before
+            encoder, kid = self._distance.name, float("nan")
+            if finite:
+                decoded = self._decode(pipeline, mine)
+                kid = self._distance.measure(decoded)
+                tiles = gathered(self._accelerator, torch.from_numpy(decoded))[self._shown].numpy()
         if self._accelerator.is_main_process and self._last is not None and not self._last.done():
             # Decoding is slower than training here, and the other processes must not wait for a picture.
             logger.warning("No picture at %s images: the previous one is still being drawn.", f"{images:,}")
         elif self._accelerator.is_main_process:
             self.finish()
-            shown = share[:: -(-self.count // _MOST_SHOWN)]
-            tiles = None
-            if self._accelerator.device.type != "cpu":
+            shown = share[self._shown]
+            if tiles is None and self._accelerator.device.type != "cpu":
                 tiles = decode_on(self._accelerator.device, pipeline, shown, self._precision)
             self._last = self._thread.submit(self._draw, pipeline, shown, tiles, images)
-        return images, distance, self._floor, self.count
+        return Measured(images, distance, self._floor, encoder, kid, self.count)
+
+    @property
+    def _shown(self) -> slice:
+        """The samples of the grid."""
+        return slice(None, None, -(-self.count // _MOST_SHOWN))
+
+    def _decode(self, pipeline: MediPipeline, latents: torch.Tensor) -> np.ndarray:
+        """Images of latents, decoded on the training's device if they fit there."""
+        device, tiles = self._accelerator.device, None
+        if device.type != "cpu":
+            tiles = decode_on(device, pipeline, latents, self._precision)
+        return _decoded(pipeline, latents) if tiles is None else tiles
 
     def finish(self) -> None:
         """Wait for the last grid; a failure is logged and does not end the training."""

@@ -30,20 +30,23 @@ from latent_medi.metadata.training_record import merge_records
 from latent_medi.training.batch_randomness import batch_seed
 from latent_medi.training.checkpoint import checkpoint_folders, load_state, newest_checkpoint, remove_unfinished
 from latent_medi.training.data import TrainingData
-from latent_medi.training.finetune.parameter_groups import added_values, fold, freeze_others
+from latent_medi.training.finetune.parameter_groups import added_values, folded, freeze_others
 from latent_medi.training.finetune.transfer import Source, describe_table, transfer, with_adapter
 from latent_medi.training.posthoc_ema import reconstruct
+from latent_medi.training.prolonged import LENGTH, planned_images, set_aside
 from latent_medi.training.settings import LORA_TARGETS, AverageSettings, TrainSettings
 
 logger = get_logger("training")
 
 RUN_FILE = "run.json"
+PRODUCTS = ("model", "adapter")
+"""Possible names of a run's result."""
 
 # What does not identify a run. Data and source are compared by their content, the latents' views and the like included.
 FREE = {"data", "latents", "autoencoder", "init_from", "out"}  # where things are
 FREE |= {"resident", "stream", "device_batch", "channels_last", "compile", "checkpoint_activations"}  # speed and memory
 FREE |= {"checkpoint_every_images", "keep_checkpoints", "log_every_images", "trackers"}
-FREE |= {"preview_every_images", "preview_images", "preview_steps"}
+FREE |= {"preview_every_images", "preview_images", "preview_steps", "preview_encoder", "preview_weights"}
 
 # A compiled network, or one in another memory layout, draws other dropout masks, so with dropout these change more than
 # rounding. Runs of earlier versions did not record them.
@@ -83,11 +86,12 @@ def declare(declared: Declared, settings: Any, data: TrainingData) -> None:
     declared.add_input("data", settings.data, data.table_hash)
     declared.add_input("latents", settings.latents, data.latents_hash)
     own = {"data", "latents", "autoencoder", "init_from", "model", "device_batch", "resident", "stream"}
+    own |= {"preview_weights"}
     declared.add_settings(plain(asdict(settings)), without=own)
 
 
 def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds another run.
+    """Refuse a folder that holds another run. The same run may be longer than it was.
 
     Raises:
         UserError: Lists every setting that differs.
@@ -95,7 +99,7 @@ def check_same(out: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) ->
     a, b = flat(theirs), flat(ours)
     unsaid = {f"settings.{name}" for name in MASKING} - set(a)
     changed = [key for key in sorted({*a, *b} - unsaid) if a.get(key) != b.get(key)]
-    if not changed:
+    if not changed or (set(changed) <= LENGTH and planned_images(ours) >= planned_images(theirs)):
         return
     words = {"data": "the training data", "source": "the model in init_from"}
     changes = [
@@ -115,8 +119,8 @@ def product(settings: TrainSettings) -> str:
     return "adapter" if settings.lora else "model"
 
 
-def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("model", "adapter")) -> bool:
-    """Whether ``out`` holds the result of this run.
+def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = PRODUCTS) -> bool:
+    """Whether ``out`` holds the result of this run, at its length.
 
     Args:
         out: The run's folder.
@@ -134,7 +138,10 @@ def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = ("m
     if not (out / RUN_FILE).exists():
         held = f"a finished {made}" if made else "checkpoints"
         raise UserError(f"{out} holds {held} but no {RUN_FILE}, which records its settings.", "Choose another out.")
-    check_same(out, record, _record_in(out))
+    before = _record_in(out)
+    check_same(out, record, before)
+    if planned_images(record) > planned_images(before):
+        return False
     if made:
         check_product(out / made)
     return bool(made)
@@ -212,8 +219,20 @@ def build(settings: TrainSettings, data: TrainingData, source: Source | None) ->
     return denoiser, table
 
 
-def begin(out: Path, record: Mapping[str, Any], settings: Any, table: pd.DataFrame | None = None) -> None:
-    """Write run.json, settings.yaml and, when fine-tuning, transfer.csv; remove what a killed process left."""
+def begin(
+    out: Path,
+    record: Mapping[str, Any],
+    settings: Any,
+    table: pd.DataFrame | None = None,
+    products: Sequence[str] = PRODUCTS,
+) -> None:
+    """Write run.json, settings.yaml and, when fine-tuning, transfer.csv; remove what a killed process left.
+
+    The result of a shorter run that is prolonged gets another name first, so that it is never taken for the longer's.
+    """
+    made = [name for name in products if (out / name).exists()]
+    if made and (before := planned_images(_record_in(out))) < planned_images(record):
+        set_aside(out, made, before)
     write_sealed(out / RUN_FILE, {"run": record})
     remove_unfinished(out)
     remove_unfinished(out / "checkpoints")
@@ -242,28 +261,37 @@ def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source
     return autoencoder
 
 
-def finish(
+def write_product(
+    folder: Path,
+    images: int,
+    facts: Mapping[str, Any],
+    *,
     settings: TrainSettings,
     record: Mapping[str, Any],
     data: TrainingData,
     autoencoder: Autoencoder,
     objective: ObjectiveSettings,
-    images: int,
     averaged: Denoiser,
     source: Source | None,
 ) -> None:
-    """Write ``out/model`` or ``out/adapter`` with the averaged weights, at once or not at all."""
-    out = Path(settings.out)
-    provenance = {**data.info, "training_patches": len(data), "images_seen": images, **record}
+    """Write a folder with the averaged weights, a model or an adapter, at once or not at all.
+
+    Args:
+        folder: Its path.
+        images: Images seen.
+        facts: What else its provenance has.
+        settings, record, data, autoencoder, objective, source: The run's.
+        averaged: The averaged denoiser; it stays as it is.
+    """
+    provenance = {**data.info, "training_patches": len(data), "images_seen": images, **record, **facts}
     if source is not None:
         provenance["seen"] = merge_records(data.info["seen"], source.seen)
-    fold(averaged)
+    averaged = folded(averaged)
     if settings.lora is not None and source is not None:
-        added = added_values(source, averaged)
-        save_adapter(out / "adapter", averaged, source.model_hash, added, provenance)
+        save_adapter(folder, averaged, source.model_hash, added_values(source, averaged), provenance)
         return
     MediPipeline.from_parts(averaged, objective, autoencoder, data.shift, data.scale, provenance).save_pretrained(
-        out / "model"
+        folder
     )
 
 

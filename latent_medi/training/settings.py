@@ -127,7 +127,8 @@ class TrainSettings(Settings):
         stream: Without latents: how patches are encoded while training.
         split: Named split of the dataset; empty trains on every row.
         split_value: Value of the split to train on.
-        max_images: Length of the run in images seen, rounded up to whole global batches; 0 if max_steps is given.
+        max_images: Length of the run in images seen, rounded up to whole global batches; 0 if max_steps is given. A
+            larger one prolongs a run that was made before.
         max_steps: Length of the run in updates; 0 if max_images is given.
         global_batch: Images per update, over all processes.
         device_batch: Most images per forward pass of one process; limits memory and does not change the update. Unset:
@@ -159,6 +160,10 @@ class TrainSettings(Settings):
             previews.csv; 0 for none.
         preview_images: Samples of a preview, over all processes.
         preview_steps: Sampler steps of a preview.
+        preview_encoder: Encoder, named as in `evaluate`, in whose features the kernel distance (KID) of a preview's
+            samples to as many training patches is measured; the model with the smallest is kept in out/best. Choose
+            some hundred preview_images. Empty: no such distance.
+        preview_weights: Weight file or folder of preview_encoder; empty: the hub's cache.
         init_from: Model folder (ours, or of a diffusers UNet2DModel) or hub id ``owner/name`` to start from; its
             autoencoder scaling and objective are inherited.
         override: With init_from, parts taken from these settings or data instead: any of "prediction", "schedule",
@@ -210,6 +215,8 @@ class TrainSettings(Settings):
     preview_every_images: NonNegativeInt = 0
     preview_images: PositiveInt = 32
     preview_steps: PositiveInt = 12
+    preview_encoder: str = ""
+    preview_weights: PathText = ""
     init_from: PathText = ""
     override: list[Literal["prediction", "schedule", "weighting", "scaling"]] = field(default_factory=list)
     train_parts: list[ParameterGroup] | None = None
@@ -251,6 +258,10 @@ class TrainSettings(Settings):
             problems.append("ema.also and ema.snapshot_every_images need ema.kind=power")
         if (self.schedule == "inverse_sqrt") != (self.decay_images > 0):
             problems.append("schedule=inverse_sqrt and decay_images above 0 need each other")
+        if self.preview_encoder and not self.preview_every_images:
+            problems.append("preview_encoder measures previews, which preview_every_images=0 does not make")
+        if self.preview_weights and not self.preview_encoder:
+            problems.append("preview_weights needs preview_encoder, which is empty")
         problems += self._fine_tuning_problems(snapshots)
         if problems:
             raise UserError("The training settings contradict each other: " + "; ".join(problems) + ".")

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
 from latent_medi.launch import make_accelerator
-from latent_medi.training import checkpoint, run_folder
+from latent_medi.training import checkpoint, prolonged, run_folder
 from latent_medi.training.settings import TrainSettings
 
 logger = get_logger("training")
@@ -81,12 +81,13 @@ class Start:
         return int(self.state["images"])
 
 
-def find_start(out: Path, record: Mapping[str, Any], accelerator: Accelerator) -> Start:
+def find_start(out: Path, record: Mapping[str, Any], settings: TrainSettings, accelerator: Accelerator) -> Start:
     """The newest whole checkpoint of a run, or its beginning; every process must call.
 
     Args:
         out: Folder of the run.
         record: What identifies the run.
+        settings: The run, which may be longer than it was.
         accelerator: The processes. The main one chooses, so that all agree.
 
     Raises:
@@ -101,4 +102,5 @@ def find_start(out: Path, record: Mapping[str, Any], accelerator: Accelerator) -
     run_folder.check_same(out, record, start.state["run"])
     if main:
         logger.info("Continuing at %s images.", f"{start.images:,}")
+        prolonged.explain(settings, start.state["run"], start.images)
     return start

@@ -27,7 +27,7 @@ from latent_medi.training import checkpoint, ddp, posthoc_ema, run_folder
 from latent_medi.training.data import Batch, TrainingData
 from latent_medi.training.ema import Ema, ema_decay
 from latent_medi.training.log import CsvLog
-from latent_medi.training.optimizer import build_optimizer
+from latent_medi.training.optimizer import build_optimizer, learning_rate
 from latent_medi.training.prefetch import made_ahead, threads_for
 from latent_medi.training.settings import TrainSettings
 from latent_medi.training.start import Start
@@ -118,6 +118,7 @@ class Run:
         accelerator, settings = self.accelerator, self.settings
         batch, total, main = settings.global_batch, settings.total_images, accelerator.is_main_process
         self._settle(losses)
+        monitor.started()
         # The next batches are prepared while the device works on this one.
         threads = threads_for(self.data, self.device)
         with listening() as notice, made_ahead(self._batch, self.steps, threads, self.device) as batches:
@@ -294,6 +295,9 @@ class Monitor:
         """Mean of some numbers, NaN of none."""
         return sum(values) / len(values) if values else float("nan")
 
+    def started(self) -> None:
+        """Called before the first update."""
+
     def before_saving(self, step: int, last: bool) -> None:
         """Called after every update, before its checkpoint; ``last`` is true for the run's last one."""
 
@@ -348,23 +352,6 @@ def crossed(images: int, batch: int, every: int) -> bool:
 def average_file(width: float, settings: TrainSettings) -> str:
     """Name of an average's file in a checkpoint, without its ending."""
     return "ema" if width == settings.ema.relative_width else f"ema-{width:.4f}"
-
-
-def learning_rate(images: int, settings: TrainSettings) -> float:
-    """Learning rate of the update that starts at ``images`` images seen.
-
-    A linear rise from 0 over the warm-up, then half a cosine that reaches 0 at the end of the run; or a constant; or
-    lr/√max(images/decay_images, 1) (Karras et al. 2024, arXiv 2312.02696, equation 67).
-    """
-    lr, total, warmup = settings.lr, settings.total_images, settings.total_warmup_images
-    if images < warmup:
-        return lr * images / warmup
-    if settings.schedule == "constant":
-        return lr
-    if settings.schedule == "inverse_sqrt":
-        return lr / math.sqrt(max(images / settings.decay_images, 1.0))
-    share = min(1.0, (images - warmup) / max(total - warmup, 1))
-    return lr * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
 def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], limit: float) -> torch.Tensor:

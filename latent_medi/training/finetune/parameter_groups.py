@@ -7,8 +7,10 @@ becomes a parameter of its own, so that no optimizer can change the old part.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -20,6 +22,8 @@ from latent_medi.diffusion.conditioning import embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.training.finetune.transfer import Source
 from latent_medi.training.settings import PARAMETER_GROUPS, TrainSettings
+
+M = TypeVar("M", bound=nn.Module)
 
 TRAINED, FROZEN, NEW_PART = "trained", "frozen", "new part"
 
@@ -187,12 +191,16 @@ def _hold_old_part(denoiser: Denoiser, name: str, part: NewPart) -> None:
     parametrize.register_parametrization(module, tensor, _Grown(getattr(module, tensor), part))
 
 
-def fold(module: nn.Module) -> None:
-    """Turn every tensor with a new part back into one parameter under its own name."""
-    for inner in list(module.modules()):
+def folded(module: M) -> M:
+    """The module with every tensor with a new part as one parameter under its own name; a copy if there is any."""
+    if not any(parametrize.is_parametrized(inner) for inner in module.modules()):
+        return module
+    whole = copy.deepcopy(module)
+    for inner in list(whole.modules()):
         if parametrize.is_parametrized(inner):
             for tensor in list(_parametrized(inner)):
                 parametrize.remove_parametrizations(inner, tensor, leave_parametrized=True)
+    return whole
 
 
 def _parametrized(module: nn.Module) -> Iterable[str]:

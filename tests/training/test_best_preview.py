@@ -1,0 +1,130 @@
+"""The distance of previews to training patches, and the model of the best one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from parts import random_images
+from safetensors.torch import load_file
+from test_prolonged import assert_same, cut_off
+
+from latent_medi.core.errors import UserError
+from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi.features.encoders import load_encoder
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.training.log import CsvLog, read_log
+from latent_medi.training.loop import train
+from latent_medi.training.preview import Previews
+from latent_medi.training.preview_distance import PatchDistance
+from latent_medi.training.settings import TrainSettings
+
+Make = Callable[..., TrainSettings]
+SCRIPTED = {40: 0.3, 80: 0.1, 120: 0.2, 160: float("nan")}
+
+
+@pytest.fixture
+def watched(run_settings: Make) -> Callable[..., TrainSettings]:
+    """Settings of a run of 20 updates with four previews in the features of the demo's encoder."""
+
+    def make(**values: object) -> TrainSettings:
+        defaults = {"max_steps": 20, "preview_every_images": 40, "preview_images": 20, "preview_steps": 2}
+        defaults |= {"checkpoint_every_images": 40, "keep_checkpoints": 9}
+        return run_settings(**{**defaults, "preview_encoder": "demo", **values})
+
+    return make
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previews measure what the script says."""
+    make = Previews.make
+    monkeypatch.setattr(Previews, "make", lambda self, n, model: make(self, n, model)._replace(kid=SCRIPTED[n]))
+
+
+def test_the_distance_is_the_kernel_distance_by_its_definition(tiny: Path, watched: Make) -> None:
+    dataset, encoder, rows = PatchDataset.open(tiny / "data"), load_encoder("demo"), np.array([0, 1, 5, 9, 21, 30])
+    images = random_images(7, 32, seed=4)
+    x, y = (encoder.features([part]).astype(float) for part in (dataset.read(rows), images))
+    who = dataset.index["patient"].to_numpy()[rows]
+
+    def mean(a: np.ndarray, b: np.ndarray, kept: Callable[[int, int], bool]) -> float:
+        pairs = [(a[i] @ b[j] / len(a[i]) + 1) ** 3 for i in range(len(a)) for j in range(len(b)) if kept(i, j)]
+        return sum(pairs) / len(pairs)
+
+    other = mean(x, x, lambda i, j: who[i] != who[j]) + mean(y, y, lambda i, j: i != j)
+    expected = other - 2 * mean(x, y, lambda i, j: True)
+    assert PatchDistance(watched(), rows, Accelerator()).measure(images) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_is_kept_as_it_was(watched: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch)
+    train(watched())
+    rows = read_log(tmp_path / "run" / "previews.csv")
+    assert [(int(row["images"]), row["encoder"], row["n"]) for row in rows] == [(n, "demo", "20") for n in SCRIPTED]
+    best = MediPipeline.from_pretrained(tmp_path / "run" / "best" / "model")
+    assert best.provenance["images_seen"] == 80
+    assert best.provenance["preview"] == {"encoder": "demo", "kid": 0.1, "samples": 20}
+    then = load_file(tmp_path / "run" / "checkpoints" / "images-000000000080" / "ema.safetensors")
+    assert all(torch.equal(tensor, then[name]) for name, tensor in best.denoiser.state_dict().items())
+
+
+def test_measuring_leaves_the_training_as_it_is(watched: Make, tmp_path: Path) -> None:
+    plain = watched(out=str(tmp_path / "plain"), preview_every_images=0, preview_encoder="", model={"dropout": 0.1})
+    train(plain)
+    train(watched(model={"dropout": 0.1}))
+    assert_same(tmp_path / "plain" / "model", tmp_path / "run" / "model")
+    distances = [float(row["kid"]) for row in read_log(tmp_path / "run" / "previews.csv")]
+    assert all(np.isfinite(distances))
+    assert len(set(distances)) == 4
+
+
+def test_a_kill_at_a_preview_loses_neither_its_row_nor_the_best(
+    watched: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch)
+    whole = watched(out=str(tmp_path / "whole"))
+    train(whole)
+    torn = replace(whole, out=str(tmp_path / "torn"))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # after the checkpoint of 40 images, before their preview
+        patch.setattr(Previews, "make", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(torn)
+    with monkeypatch.context() as patch:  # after the best was written, before its row
+        write = CsvLog.write
+        at = {"previews.csv": 80}
+        patch.setattr(
+            CsvLog, "write", lambda log, rows: killed() if at.get(log.path.name) == rows[0][0] else write(log, rows)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train(torn)
+    cut_off(torn, 3, monkeypatch)
+    train(torn)
+    rows = [read_log(tmp_path / name / "previews.csv") for name in ("whole", "torn")]
+    assert rows[0] == rows[1]
+    for part in ("model", "best/model"):
+        assert_same(tmp_path / "whole" / part, tmp_path / "torn" / part)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"preview_every_images": 0}, "preview_encoder measures previews"),
+        ({"preview_encoder": "", "preview_weights": "x"}, "preview_weights needs preview_encoder"),
+        ({"preview_encoder": "demoo"}, "There is no encoder 'demoo'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_training(
+    values: dict, words: str, watched: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train(watched(**values))
+    assert not read_log(tmp_path / "run" / "log.csv")
