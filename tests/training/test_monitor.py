@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -184,6 +185,56 @@ def test_trackers_get_what_log_csv_gets(run_settings: Make, tmp_path: Path) -> N
     assert losses == [(int(row["images"]), pytest.approx(float(row["loss"]))) for row in rows]
 
 
+def stored_by_wandb(file: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step, numbers) of each row in a file of W&B's offline mode: LevelDB's log format around its own messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    block, whole, data = 32768, (1, 4), file.read_bytes()
+    at, message = 7, b""
+    while at + 7 <= len(data):
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if block - at % block < 7:
+            at += block - at % block
+        if kind in whole:
+            record = Record.FromString(message)
+            message = b""
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                yield record.history.step.num, {name: json.loads(value) for name, value in items.items()}
+
+
+def test_wandb_gets_what_log_csv_gets_and_a_resumed_run_keeps_its_page(
+    run_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs wandb, of the extra `track`")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = run_settings(max_steps=20, trackers=["wandb"], preview_every_images=64, preview_steps=2)
+    try:
+        cut_off(settings, 13, monkeypatch)
+        wandb.finish()
+        train(settings)
+    finally:
+        wandb.teardown()
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len({file.stem for file in files}) == 1  # W&B's name of the run
+    sent: list[tuple[int, str, float]] = []
+    for number, file in enumerate(files):
+        rows = list(stored_by_wandb(file))
+        assert [step for step, _ in rows] == ([40, 64, 80], [80, 120, 128, 160])[number]
+        sent += [(step, name, row[name]) for step, row in rows for name in ("loss", "lr", "fd_pooled") if name in row]
+    told = [
+        (file, name)
+        for file, names in (("log.csv", ("loss", "lr")), ("previews.csv", ("fd_pooled",)))
+        for name in names
+    ]
+    expected = {
+        (int(row["images"]), name, float(row[name])) for file, name in told for row in read_log(tmp_path / "run" / file)
+    }
+    assert set(sent) == expected  # what is sent again after a resume is the same number
+
+
 def test_state_of_a_run_that_is_not_finite_is_kept(
     run_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +380,8 @@ def test_a_preview_that_cannot_be_made_is_refused_before_the_training(run_settin
     assert not read_log(tmp_path / "run" / "log.csv")
 
 
-def test_a_tracker_that_is_not_installed_is_named(run_settings: Make) -> None:
+def test_a_tracker_that_is_not_installed_is_named(run_settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # how Python marks what is not there
     with pytest.raises(UserError, match="trackers wandb cannot be started") as caught:
         train(run_settings(trackers=["wandb"]))
     assert "latent-medi[track]" in str(caught.value)
