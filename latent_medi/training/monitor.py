@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.training import losses, preview, run_folder
 from latent_medi.training.data import Batch
 from latent_medi.training.log import read_log, start_trackers
+from latent_medi.training.prolonged import LENGTH
 from latent_medi.training.updates import Monitor, Run, crossed
 
 logger = get_logger("training")
@@ -56,7 +56,8 @@ class DenoiserMonitor(Monitor):
         if settings.preview_every_images:
             self._previews = preview.Previews(settings, data, autoencoder, objective.settings, accelerator)
             self._preview_log = self._csv("previews.csv", preview.COLUMNS)
-        described = [run_folder.plain(asdict(settings)), str(run.out.resolve()), data.fingerprint()]
+        same = {key: value for key, value in run.record["settings"].items() if f"settings.{key}" not in LENGTH}
+        described = [same, str(run.out.resolve()), data.fingerprint()]
         identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         start_trackers(accelerator, settings.trackers, run.out, self._images, identity)
         self._time = time.monotonic()

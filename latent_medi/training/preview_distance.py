@@ -7,11 +7,14 @@ import torch
 from accelerate import Accelerator
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.progress import get_logger
 from latent_medi.features.cache import warn_if_demo_encoder
 from latent_medi.features.encoders import load_encoder
 from latent_medi.shards.reading.remote import open_dataset
 from latent_medi.statistics.kernel_distance import kid
 from latent_medi.training.settings import TrainSettings
+
+logger = get_logger("training")
 
 _BATCH = 32  # patches that are encoded at once
 
@@ -42,7 +45,7 @@ class PatchDistance:
     """
 
     def __init__(self, settings: TrainSettings, rows: np.ndarray, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+        self._accelerator, self._device = accelerator, accelerator.device
         self._encoder = load_encoder(settings.preview_encoder, settings.preview_weights or None)
         self.name = self._encoder.name
         dataset = open_dataset(settings.data)
@@ -62,6 +65,11 @@ class PatchDistance:
     def _features(self, images: np.ndarray) -> np.ndarray:
         """Features of the patches of all processes, float32 [N, d]. The encoder leaves the device afterwards."""
         batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-        mine = self._encoder.features(batches, self._accelerator.device)
+        try:
+            mine = self._encoder.features(batches, self._device)
+        except torch.OutOfMemoryError:
+            logger.warning("The encoder %s does not fit next to the training, and is run on the CPU.", self.name)
+            self._device = torch.device("cpu")
+            mine = self._encoder.features(batches, self._device)
         self._encoder.features([], "cpu")
         return gathered(self._accelerator, torch.from_numpy(mine)).numpy()

@@ -12,11 +12,12 @@ import torch
 from accelerate import Accelerator
 from parts import random_images
 from safetensors.torch import load_file
+from test_loop import two_processes
 from test_prolonged import assert_same, cut_off
 
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.features.encoders import load_encoder
+from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training.log import CsvLog, read_log
 from latent_medi.training.loop import train
@@ -46,7 +47,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Previews, "make", lambda self, n, model: make(self, n, model)._replace(kid=SCRIPTED[n]))
 
 
-def test_the_distance_is_the_kernel_distance_by_its_definition(tiny: Path, watched: Make) -> None:
+def test_the_distance_is_the_kernel_distance_by_its_definition(
+    tiny: Path, watched: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset, encoder, rows = PatchDataset.open(tiny / "data"), load_encoder("demo"), np.array([0, 1, 5, 9, 21, 30])
     images = random_images(7, 32, seed=4)
     x, y = (encoder.features([part]).astype(float) for part in (dataset.read(rows), images))
@@ -58,7 +61,20 @@ def test_the_distance_is_the_kernel_distance_by_its_definition(tiny: Path, watch
 
     other = mean(x, x, lambda i, j: who[i] != who[j]) + mean(y, y, lambda i, j: i != j)
     expected = other - 2 * mean(x, y, lambda i, j: True)
-    assert PatchDistance(watched(), rows, Accelerator()).measure(images) == pytest.approx(expected, rel=1e-5)
+    distance = PatchDistance(watched(), rows, Accelerator())
+    assert distance.measure(images) == pytest.approx(expected, rel=1e-5)
+    # Where a GPU's memory is full it is measured all the same.
+    features, failed = ImageEncoder.features, []
+
+    def full(self: ImageEncoder, batches: list[np.ndarray], device: object = None) -> np.ndarray:
+        if not failed:
+            failed.append(device)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return features(self, batches, device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ImageEncoder, "features", full)
+    assert distance.measure(images) == pytest.approx(expected, rel=1e-5)
+    assert failed
 
 
 def test_the_best_is_kept_as_it_was(watched: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +144,18 @@ def test_what_cannot_be_measured_is_refused_before_the_training(
     with pytest.raises(UserError, match=words):
         train(watched(**values))
     assert not read_log(tmp_path / "run" / "log.csv")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_same_and_keep_the_same(watched: Make, tmp_path: Path) -> None:
+    one = watched(out=str(tmp_path / "one"))
+    train(one)
+    two_processes(replace(one, out=str(tmp_path / "two")), 29513)
+    ours, theirs = (read_log(tmp_path / name / "previews.csv") for name in ("one", "two"))
+    assert [row["images"] for row in ours] == [row["images"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert float(a["kid"]) == pytest.approx(float(b["kid"]), rel=1e-3)
+    best = [MediPipeline.from_pretrained(tmp_path / name / "best" / "model") for name in ("one", "two")]
+    assert best[0].provenance["images_seen"] == best[1].provenance["images_seen"]
+    for name, tensor in best[0].denoiser.state_dict().items():
+        torch.testing.assert_close(tensor, best[1].denoiser.state_dict()[name], rtol=1e-3, atol=1e-5)

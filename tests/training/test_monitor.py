@@ -205,16 +205,19 @@ def stored_by_wandb(file: Path) -> Iterator[tuple[int, dict[str, float]]]:
                 yield record.history.step.num, {name: json.loads(value) for name, value in items.items()}
 
 
-def test_wandb_gets_what_log_csv_gets_and_a_resumed_run_keeps_its_page(
+def test_wandb_gets_what_log_csv_gets_and_a_resumed_or_prolonged_run_keeps_its_page(
     run_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = pytest.importorskip("wandb", reason="needs wandb, of the extra `track`")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    settings = run_settings(max_steps=20, trackers=["wandb"], preview_every_images=64, preview_steps=2)
+    settings = run_settings(
+        max_steps=20, trackers=["wandb"], preview_every_images=64, preview_steps=2, schedule="constant"
+    )
     try:
         cut_off(settings, 13, monkeypatch)
         wandb.finish()
         train(settings)
+        train(replace(settings, max_steps=24))
     finally:
         wandb.teardown()
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -222,7 +225,7 @@ def test_wandb_gets_what_log_csv_gets_and_a_resumed_run_keeps_its_page(
     sent: list[tuple[int, str, float]] = []
     for number, file in enumerate(files):
         rows = list(stored_by_wandb(file))
-        assert [step for step, _ in rows] == ([40, 64, 80], [80, 120, 128, 160])[number]
+        assert [step for step, _ in rows] == ([40, 64, 80], [80, 120, 128, 160], [192])[number]
         sent += [(step, name, row[name]) for step, row in rows for name in ("loss", "lr", "fd_pooled") if name in row]
     told = [
         (file, name)

@@ -54,7 +54,8 @@ def test_a_random_autoencoder_is_found_out(shared: Path, tmp_path: Path) -> None
 @pytest.mark.slow  # writes and reads 1.2 GB
 def test_a_random_uni_is_found_out(shared: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    state = {name: 0.02 * torch.randn(tensor.shape) for name, tensor in build_timm(REGISTRY["uni"]).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in build_timm(REGISTRY["uni"]).state_dict().items()}
+    state = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}
     for name, tensor in state.items():
         if name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "gamma")):
             tensor += 1
