@@ -21,7 +21,8 @@ from published_weights import (
     check_reconstruction,
     check_zero,
     features_of,
-    real_patches,
+    real_biopsies,
+    real_colon,
     stained_otherwise,
 )
 
@@ -47,7 +48,7 @@ def whole_folder(published: Published) -> Path:
 def test_an_autoencoder_gives_real_patches_back(published: Published, request: pytest.FixtureRequest) -> None:
     folder = whole_folder(published)
     autoencoder = load_autoencoder(folder)
-    patches, _ = real_patches(request.getfixturevalue("shared"), slides=8, each=1)
+    patches = real_colon(request.getfixturevalue("shared"))
     mean, _ = autoencoder.encode(patches[:1])
     channels = {"sd-vae-ft-mse": 4, "taef2": 32}[published.name]
     assert mean.shape == (1, channels, 32, 32)
@@ -58,7 +59,7 @@ def test_an_autoencoder_gives_real_patches_back(published: Published, request: p
 def test_an_encoder_knows_patches_again(published: Published, request: pytest.FixtureRequest) -> None:
     folder = whole_folder(published)
     encoder = load_encoder(published.name, weights=folder)
-    patches, slides = real_patches(request.getfixturevalue("shared"))
+    patches, slides = real_biopsies(request.getfixturevalue("shared"))
     features = features_of(encoder, patches)
     assert features.shape == (len(patches), REGISTRY[published.name].dim)
     assert np.abs(features - features[0]).max(1)[1:].min() > 0

@@ -14,7 +14,8 @@ from published_weights import (
     check_found_again,
     check_reconstruction,
     features_of,
-    real_patches,
+    real_biopsies,
+    real_colon,
     stained_otherwise,
 )
 
@@ -36,7 +37,7 @@ def test_another_file_is_not_the_published_one(tmp_path: Path) -> None:
 
 
 def test_real_weights_pass(shared: Path) -> None:
-    patches, slides = real_patches(shared)
+    patches, slides = real_biopsies(shared)
     assert patches.shape == (48, 256, 256, 3)
     assert len(set(slides)) == 12
     encoder = load_encoder("squeezenet", weights=shared / "models" / "squeezenet")
@@ -45,7 +46,7 @@ def test_real_weights_pass(shared: Path) -> None:
 
 @pytest.mark.slow
 def test_a_random_autoencoder_is_found_out(shared: Path, tmp_path: Path) -> None:
-    patches, _ = real_patches(shared, slides=2, each=1)
+    patches = real_colon(shared, 2)
     with pytest.raises(AssertionError, match="reconstructs real patches at"):
         check_reconstruction(load_autoencoder(stable_diffusion_vae(tmp_path / "vae")), patches)
     check_reconstruction(load_autoencoder(shared / "models" / "taef2"), patches)
@@ -61,7 +62,7 @@ def test_a_random_uni_is_found_out(shared: Path, tmp_path: Path) -> None:
             tensor += 1
     torch.save(state, tmp_path / "pytorch_model.bin")
     encoder = load_encoder("uni", weights=tmp_path)
-    patches, _ = real_patches(shared, slides=12, each=2)
+    patches, _ = real_biopsies(shared, slides=12, each=2)
     features, changed = features_of(encoder, patches), features_of(encoder, stained_otherwise(patches))
     assert np.isfinite(features).all()
     with pytest.raises(AssertionError, match="uni finds"):
@@ -74,6 +75,6 @@ def test_a_random_squeezenet_is_found_out(shared: Path) -> None:
     for module in encoder.module.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.reset_parameters()
-    patches, _ = real_patches(shared)
+    patches, _ = real_biopsies(shared)
     with pytest.raises(AssertionError, match="squeezenet finds"):
         check_found_again("squeezenet", features_of(encoder, patches), features_of(encoder, stained_otherwise(patches)))
