@@ -76,13 +76,20 @@ def _plots(rows: Sequence[MediProtocolRow], roles: Roles) -> list[tuple[str, str
 def _sweep(
     rows: Sequence[MediProtocolRow], at: Callable[[MediProtocolRow], float], xlabel: str, roles: Roles
 ) -> str | None:
-    """A line per training set; the real patches alone run through where only the others vary."""
+    """A line per training set. Where the real patches alone have one place, lines of samples begin there if they have
+    none (a ratio of 0), and otherwise the real patches run through.
+    """
     places = sorted({at(row) for row in rows})
+    alone = [row for row in rows if row.training_set == REAL]
+    others = {at(row) for row in rows if row.training_set != REAL}
+    first = {at(row): row.balanced_accuracy for row in alone if at(row) not in others} if len(alone) == 1 else {}
     lines: list[figures.SweepLine] = []
     for label in dict.fromkeys(map(set_label, rows)):
         own = sorted((row for row in rows if set_label(row) == label), key=at)
         points = {at(row): row.balanced_accuracy for row in own}
-        if own[0].training_set == REAL and len(points) == 1:
+        if own[0].training_set != REAL:
+            points = first | points
+        elif len(points) == 1:
             points = dict.fromkeys(places, own[0].balanced_accuracy)
         style = style_of(own[0].training_set, roles)
         errors = [point.sem for point in points.values()]

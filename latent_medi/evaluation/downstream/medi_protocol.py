@@ -6,7 +6,7 @@ numbers of patches in each training set. It serves the comparison with published
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class _Task:
         train, test: Real rows of these classes.
         sites: Training sites, in order.
         numbers: Numbers of sites to draw, 0 for all.
-        left_out: Those that are too large.
+        left_out: Those that are too large, or too small to have all classes.
     """
 
     name: str
@@ -55,7 +55,7 @@ def medi_tasks(study: Study, settings: MediProtocolSettings) -> list[_Task]:
 
     Raises:
         UserError: A task names an unknown class, the same twice or fewer than two, or has a class without a training or
-            test patch; or no task has as many sites as are asked for.
+            test patch; or no task has as many sites as are asked for, or a task suits none of the numbers.
     """
     found = []
     for name, values in settings.tasks.items() or [("", list(study.classes))]:
@@ -70,20 +70,47 @@ def medi_tasks(study: Study, settings: MediProtocolSettings) -> list[_Task]:
             if lacking := sorted(set(values) - set(study.class_labels[rows])):
                 raise UserError(f"medi_protocol.tasks: {name!r} has no {part} patch of {lacking[0]!r}.")
         sites = np.unique(study.site_labels[train])
-        numbers = [n for n in settings.sites if n <= len(sites)]
-        left_out = [n for n in settings.sites if n > len(sites)]
-        found.append(_Task(name, np.unique(values), train, test, sites, numbers, left_out))
+        needed = _classes_needed(name, values)
+        drawn = [n for n in settings.sites if n <= len(sites) and _can_draw(study, train, needed, n, settings.seeds)]
+        left_out = [n for n in settings.sites if n not in drawn]
+        found.append(_Task(name, np.unique(values), train, test, sites, drawn, left_out))
     most = max(found, key=lambda task: len(task.sites))
     for task in found:
-        if task.left_out and (task is most or not task.numbers):
-            of = f"the task {task.name!r}" if task.name else "training"
+        of = f"the task {task.name!r}" if task.name else "training"
+        if not task.numbers or (task is most and max(settings.sites) > len(task.sites)):
             raise UserError(
-                f"medi_protocol.sites asks for {max(task.left_out)} sites; {of} has {len(task.sites)}.",
+                f"medi_protocol.sites asks for {max(task.left_out)} sites; {of} has {len(task.sites)} and "
+                f"{len(task.classes)} classes, each of which needs a site.",
                 "0 takes all.",
             )
         if task.left_out:
-            log.info("MeDi's protocol, %s: it has %d sites, not %s", task.name, len(task.sites), task.left_out)
+            log.info("MeDi's protocol: %s has %d sites, so not %s", of, len(task.sites), task.left_out)
     return found
+
+
+def _classes_needed(name: str, classes: Sequence[str]) -> int:
+    """Number of classes that drawn sites must have: all of a task, two without tasks."""
+    return len(classes) if name else 2
+
+
+def _can_draw(study: Study, rows: np.ndarray, classes: int, sites: int, seeds: int) -> bool:
+    """Whether every seed finds so many sites with so many classes."""
+    draws = (_draw_sites(study, rows, classes, sites, np.random.default_rng([seed, 31])) for seed in range(seeds))
+    return all(draw is not None for draw in draws)
+
+
+def _draw_sites(
+    study: Study, rows: np.ndarray, classes: int, sites: int, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Random sites that together have so many classes, the first such draw; 0 takes all, None stands for no draw."""
+    pairs = set(zip(study.site_labels[rows].tolist(), study.class_labels[rows].tolist(), strict=True))
+    names = np.unique(study.site_labels[rows])
+    for _ in range(_DRAWS):
+        kept = names[rng.permutation(len(names))[: sites or len(names)]]
+        chosen = set(kept.tolist())
+        if not sites or len({value for site, value in pairs if site in chosen}) >= classes:
+            return np.asarray(kept)
+    return None
 
 
 def medi_protocol(
@@ -142,18 +169,13 @@ def medi_real(
         UserError: No draw has all classes.
     """
     rng = np.random.default_rng([seed, 31])
-    names, labels = np.unique(study.site_labels[rows]), study.class_labels
-    for _ in range(_DRAWS):
-        kept = names[rng.permutation(len(names))[: sites or len(names)]]
-        chosen = among(rows, np.isin(study.site_labels, kept))
-        if not sites or len(np.unique(labels[chosen])) >= classes:
-            break
-    else:
+    kept = _draw_sites(study, rows, classes, sites, rng)
+    if kept is None:
         raise UserError(
-            f"medi_protocol.sites: {sites} random sites of {len(names)} do not have all {classes} classes, in {_DRAWS} "
-            "draws.",
+            f"medi_protocol.sites: {sites} random sites do not have all {classes} classes, in {_DRAWS} draws.",
             "Ask for more sites; 0 takes all.",
         )
+    chosen, labels = among(rows, np.isin(study.site_labels, kept)), study.class_labels
     if not max_real:
         return chosen, kept.tolist()
     parts = [rng.permutation(chosen[labels[chosen] == value])[:max_real] for value in np.unique(labels[chosen])]
@@ -275,7 +297,7 @@ class _Sweep:
         """The real patches of a fit, drawn once."""
         key = (fit.sites, fit.max_real, fit.seed)
         if self._drawn is None or self._drawn[0] != key:
-            needed = len(self.task.classes) if self.task.name else 2
+            needed = _classes_needed(self.task.name, self.task.classes.tolist())
             rows, sites = medi_real(self.study, self.task.train, needed, *key)
             self._drawn = key, rows
             draws = self._draws.setdefault(str(fit.sites), [])

@@ -327,7 +327,7 @@ class MediTask:
         n_train: Their real training patches.
         test: Their test patches.
         draws: By number of sites, those that each seed drew; not where all take part.
-        left_out: Numbers of sites that were asked for and that the task does not have.
+        left_out: Numbers of sites that were asked for and that the task does not have, or that lack a class.
     """
 
     classes: list[str]

@@ -19,7 +19,7 @@ from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.classifiers import Prediction
 from latent_medi.evaluation.downstream.histodiffusion_protocol import histodiffusion_protocol, macro_scores
-from latent_medi.evaluation.downstream.medi_protocol import _pool, medi_protocol, medi_real
+from latent_medi.evaluation.downstream.medi_protocol import _pool, medi_protocol, medi_real, medi_tasks
 from latent_medi.evaluation.downstream.protocol_tables import RESULTS, SUMMARY, protocol_text
 from latent_medi.evaluation.downstream.records import ClassifierRecord, MeanOverSeeds
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
@@ -163,7 +163,12 @@ def test_every_class_of_a_task_has_a_site() -> None:
         assert len(set(drawn)) == 2
         draws.append(tuple(sorted(drawn)))
     assert len(set(draws)) > 8  # of 12
-    with pytest.raises(UserError, match="1 random sites of 8 do not have all 2 classes"):
+    every = {"train": np.arange(40), "test": np.arange(40), "classes": ["frequent", "rare"]}
+    study = SimpleNamespace(site_labels=sites, class_labels=labels, **every)
+    settings = MediProtocolSettings(tasks={"pair": ["frequent", "rare"]}, sites=[1, 2, 0], seeds=3)
+    (task,) = medi_tasks(study, settings)
+    assert (task.numbers, task.left_out) == ([2, 0], [1])  # the others are run
+    with pytest.raises(UserError, match="1 random sites do not have all 2 classes"):
         medi_real(study, np.arange(40), 2, 1, 0, 0)
 
 
@@ -174,6 +179,10 @@ def test_every_class_of_a_task_has_a_site() -> None:
         ({"tasks": {"pair": ["blobs"]}}, "'pair' needs two or more different classes"),
         ({"tasks": {"pair": ["blobs", "blobs"]}}, "'pair' needs two or more different classes"),
         ({"tasks": PAIR, "sites": [2, 4]}, "asks for 4 sites; the task 'pair' has 3"),
+        (
+            {"tasks": {"three": ["blobs", "rings", "stripes"]}, "sites": [9]},
+            "three' has 3 and 3 classes, each of which",
+        ),
     ],
 )
 def test_tasks_that_cannot_be_are_refused_before_anything_is_computed(
