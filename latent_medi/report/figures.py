@@ -287,7 +287,12 @@ def sweep(lines: Sequence[SweepLine], xlabel: str, ylabel: str) -> str:
         x = [places.index(at) + 0.05 * (i - (len(lines) - 1) / 2) for at in line.x]  # so that bars do not overlap
         errors = [error or 0.0 for error in line.errors]
         dash = (0, (4, 3)) if line.dashed else "solid"
-        look = {"color": line.style.colour, "marker": line.style.marker, "linestyle": dash, "markersize": 5.5}
+        look: dict[str, Any] = {
+            "color": line.style.colour,
+            "marker": line.style.marker,
+            "linestyle": dash,
+            "markersize": 5.5,
+        }
         axes.errorbar(x, line.means, errors, linewidth=1.4, elinewidth=1.2, label=short(line.label), **look)
     axes.set_xticks(range(len(places)), [f"{at:g}" for at in places])
     axes.set_xlabel(xlabel)
