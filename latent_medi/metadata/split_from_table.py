@@ -42,9 +42,9 @@ def split_from_table(index: pd.DataFrame, settings: SplitSettings) -> Split:
     """
     rows, recipe = _of_table(settings)
     where = f"The table {settings.table}"
-    names, unit = index["slide"].map(_plain), "slide"
+    names, unit = _plain_names(index["slide"]), "slide"
     if not names.isin(set(rows["slide"])).any():
-        names, unit = index["patient"].map(_plain), "patient"
+        names, unit = _plain_names(index["patient"]), "patient"
     parts = _parts(rows, unit, where)
     listed = names.isin(set(parts.index))
     if not listed.any():
@@ -110,7 +110,7 @@ def _of_table(settings: SplitSettings) -> tuple[pd.DataFrame, dict[str, Any]]:
             )
         rows["part"], recipe = ["" if is_missing(cell) else cell for cell in table[column]], {"kind": "of a table"}
         recipe["column"] = column
-    return rows.assign(slide=rows["slide"].map(_plain), patient=rows["patient"].map(_plain)), recipe
+    return rows.assign(slide=_plain_names(rows["slide"]), patient=_plain_names(rows["patient"])), recipe
 
 
 def _parts(rows: pd.DataFrame, unit: str, where: str) -> pd.Series:
@@ -133,6 +133,7 @@ def _parts(rows: pd.DataFrame, unit: str, where: str) -> pd.Series:
     return pairs.set_index(unit)["part"]
 
 
-def _plain(name: str) -> str:
-    """A name as both sides write it: of a TCGA slide or patient the barcode, without folder, UUID and ending."""
-    return str(parse_barcode(name)) if is_tcga([name.rpartition("/")[2]]) else name
+def _plain_names(column: pd.Series) -> pd.Series:
+    """Names as both sides write them: of TCGA slides and patients the barcodes, without folder, UUID and ending."""
+    names = {name: str(parse_barcode(name)) if is_tcga([name.rpartition("/")[2]]) else name for name in column.unique()}
+    return column.map(names)

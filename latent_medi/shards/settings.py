@@ -195,7 +195,7 @@ class ExportSettings(Settings):
 
 @dataclass
 class JoinSettings(Settings):
-    """Dataset folders, and the one that holds the patches of all of them.
+    """Dataset folders, and the one that holds the patches of all of them; also as `shards join OUT FOLDER FOLDER …`.
 
     Args:
         out: Dataset folder to write.
