@@ -104,15 +104,18 @@ def write_hub_tars(folder: Path, tables: Path, seed: int = 0, patches: int = 1) 
 
 
 def _picture(key: str, label: str) -> bytes:
-    """A JPEG of 256 px whose stripes show the class, whose colour the site code, with noise of its own."""
+    """A JPEG of 256 px whose stripes show the class, whose colour the site code, with blobs and noise of its own."""
     of_class, of_site, own = (_seed(text) for text in (label, key[5:7], key))
     rows, columns = np.mgrid[:256, :256]
     angle, length = np.pi * (of_class % 97) / 97, 12 + of_class % 31
     stripes = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / length + own % 7)
     base = np.array([190, 120, 170]) + np.random.default_rng(of_site).integers(-30, 30, 3)
-    noise = np.random.default_rng(own).normal(0, 8, (256, 256, 3))
+    drawn = np.random.default_rng(own)
+    # Without them patches would pass for the same picture.
+    blobs = np.kron(drawn.normal(0, 35, (8, 8, 1)), np.ones((32, 32, 1)))
+    noise = drawn.normal(0, 8, (256, 256, 3)) + blobs
     file = io.BytesIO()
-    Image.fromarray(np.clip(base + 40 * stripes[..., None] + noise, 0, 255).astype(np.uint8)).save(file, "JPEG")
+    Image.fromarray(np.clip(base + 25 * stripes[..., None] + noise, 0, 255).astype(np.uint8)).save(file, "JPEG")
     return file.getvalue()
 
 

@@ -60,7 +60,7 @@ def evaluate(e: Experiment) -> Stage:
         e.needs("select") or ("sample",),
         ("metrics.json",),
         # Cached features are found by content, and stay.
-        extras=("predictions.csv", "per_class_distance.csv", "reference"),
+        extras=("predictions.csv", "per_class_distance.csv", "medi_results.csv", "medi_summary.csv", "reference"),
         damaged=lambda: damaged_metrics(e.folder / "metrics.json"),
     )
 
