@@ -1,11 +1,12 @@
 """What distances by class cost at the size of TCGA-UT: seconds by part and peak memory, on random features.
 
-    python benchmarks/class_distances.py [--quick] [--json FILE] [--threads N]
+    python benchmarks/class_distances.py [--quick] [--json FILE] [--classes N] [--threads N]
 
 137,000 training and 32,000 test patches of 32 classes and 626 sites, none of which has two classes or is in both parts,
 and two synthetic sets of as many patches as there are for training, one of which knows the site; 1,024 features. Timed
 are the choice of what is compared, the table by class to training images and to test patients, and the one by class and
-site, with raw Fréchet distances. --quick takes a tenth of the patches and 128 features.
+site, with raw Fréchet distances. --quick takes a tenth of the patches and 128 features; with
+--classes fewer classes, sites and patches in proportion, since time grows with the classes.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from latent_medi.metadata.schema import Field, Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.distances import pca_basis
 
-N_CLASSES, TRAIN_SITES, TEST_SITES = 32, 398, 228
-CLASSES = tuple(f"class{i:02d}" for i in range(N_CLASSES))
+MOST_CLASSES, TRAIN_SITES, TEST_SITES = 32, 398, 228
+CLASSES = tuple(f"class{i:02d}" for i in range(MOST_CLASSES))
 SITES = tuple(f"s{i:03d}" for i in range(TRAIN_SITES + TEST_SITES))
 SCHEMA = Schema((Field("class", "class", CLASSES), Field("tss", "categorical", SITES)))
 PER_PATIENT = 25
 
 
-def table(count: int, sites: range, first: int) -> pd.DataFrame:
-    """Patches in turn of each site, whose class is the site's number modulo 32; ``first`` numbers the patients."""
+def table(count: int, sites: range, first: int, n_classes: int) -> pd.DataFrame:
+    """Patches in turn of each site, whose class is the site's number modulo the classes; ``first`` numbers patients."""
     site = np.resize(np.arange(sites.start, sites.stop), count)
     patient = first + site + (np.arange(count) // (len(sites) * PER_PATIENT)) * len(SITES)
     return pd.DataFrame(
         {
-            "class": np.array(CLASSES, object)[site % N_CLASSES],
+            "class": np.array(CLASSES, object)[site % n_classes],
             "tss": np.array(SITES, object)[site],
             "patient": np.char.add("p", patient.astype(str)).astype(object),
         }
@@ -59,9 +60,11 @@ def features_of(labels: pd.DataFrame, dim: int, seed: int, shift: float = 0.0) -
     return x + np.float32(shift)
 
 
-def cohort(train: int, test: int) -> Study:
+def cohort(train: int, test: int, n_classes: int) -> Study:
     """A study without files."""
-    of_train, of_test = table(train, range(TRAIN_SITES), 0), table(test, range(TRAIN_SITES, len(SITES)), 10**6)
+    n_train, n_test = (n * n_classes // MOST_CLASSES for n in (TRAIN_SITES, TEST_SITES))
+    of_train = table(train, range(n_train), 0, n_classes)
+    of_test = table(test, range(TRAIN_SITES, TRAIN_SITES + n_test), 10**6, n_classes)
     index = pd.concat([of_train, of_test], ignore_index=True)
     rows = np.arange(train, len(index))
     people = pd.factorize(index["patient"].iloc[rows])[0]
@@ -76,13 +79,14 @@ def cohort(train: int, test: int) -> Study:
     return Study(*everything, rows[half], rows[half], rows[~half], rows, "", [])
 
 
-def run(train: int, test: int, dim: int) -> dict[str, float]:
+def run(train: int, test: int, dim: int, n_classes: int) -> dict[str, float]:
     """Seconds of each part, and MiB."""
-    study = cohort(train, test)
+    train, test = (n * n_classes // MOST_CLASSES for n in (train, test))
+    study = cohort(train, test, n_classes)
     made = study.synthetic["medi"].index
     sets = {"medi": features_of(made, dim, 1), "cls": features_of(made, dim, 2, 0.1)}
     real = features_of(study.index, dim, 0)
-    result: dict[str, float] = {"training_patches": train, "test_patches": test, "features": dim}
+    result: dict[str, float] = {"classes": n_classes, "training_patches": train, "test_patches": test, "features": dim}
     result["features_mib"] = sum(x.nbytes for x in (real, *sets.values())) / 2**20
     start, busy = time.perf_counter(), time.process_time()
     features = Features(real, sets, pca_basis(real[study.train]))
@@ -109,9 +113,11 @@ def main() -> None:
     """Measure and report."""
     parser = options(__doc__, "a tenth of the patches, and 128 features")
     parser.add_argument("--threads", type=int, default=1, help="of the linear algebra; an evaluation has one")
+    parser.add_argument("--classes", type=int, default=MOST_CLASSES, help="number of classes, 2 to 32")
     given = parser.parse_args()
+    size = (13_700, 3_200, 128) if given.quick else (137_000, 32_000, 1024)
     with threadpool_limits(given.threads, user_api="blas"):
-        report(run(*((13_700, 3_200, 128) if given.quick else (137_000, 32_000, 1024))), given.json)
+        report(run(*size, given.classes), given.json)
 
 
 if __name__ == "__main__":

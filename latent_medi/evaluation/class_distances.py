@@ -36,7 +36,8 @@ def class_distances(metrics: Metrics) -> pd.DataFrame:
         for reference, table in references(fidelity).items():
             for row in _rows(table, sources):
                 rows.append({"encoder": encoder, "reference": reference} | row)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.astype({"n_reference": "Int64", "n_patients": "Int64"})
 
 
 def _rows(table: DistanceTable, sources: list[str]) -> Iterator[dict[str, Any]]:

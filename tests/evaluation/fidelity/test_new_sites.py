@@ -140,6 +140,7 @@ def test_the_table_by_class_has_a_row_per_class_and_reference(found: Metrics, gi
         assert rows["medi_kid"].iloc[-1] == pytest.approx(rows["medi_kid"].iloc[:-1].mean())
         assert (rows["cls_kid"] > rows["medi_kid"]).all()
         assert (rows["medi_kid_low"] < rows["medi_kid"]).all()
+        assert set(rows["n_reference"].iloc[:-1]) == {PER_CLASS if reference == "training images" else PER_CLASS // 2}
     assert table["medi_fd"].notna().all()
 
 
