@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder of features; a temporary one unless named")
     arguments = parser.parse_args()
     set_up_logging()
-    held_out = read_metrics(arguments.run).settings.held_out
+    held_out = read_metrics(arguments.run).dataset.held_out
     with tempfile.TemporaryDirectory() as name:
         folder = columns_only(arguments.run / "synthetic" / arguments.synthetic, Path(name) / "synthetic")
         cache = arguments.cache or Path(name) / "features"

@@ -182,26 +182,12 @@ def _audit(words: list[str]) -> Printed:
 
 def _split(words: list[str]) -> Printed:
     from latent_medi.metadata.settings import SplitSettings
-    from latent_medi.metadata.split_from_table import refuse_row_order, split_from_table
-    from latent_medi.metadata.split_schemes import make_split, split_summary
+    from latent_medi.metadata.split_schemes import split_summary
     from latent_medi.metadata.table_index import is_table, split_table
-    from latent_medi.shards.checking.duplicates import find_duplicates, patients_together
-    from latent_medi.shards.dataset import PatchDataset
+    from latent_medi.shards.split import split_folder
 
     settings = config.parse(SplitSettings, words, "split", positional="data")
-    if is_table(settings.data):
-        split, index = split_table(settings)
-    else:
-        refuse_row_order(settings)
-        with output_lock(settings.data):  # from reading the index to writing it
-            dataset = PatchDataset.open(settings.data)
-            find_duplicates(dataset)
-            index = dataset.index
-            if settings.table:
-                split = split_from_table(index, settings)
-            else:
-                split = make_split(index, settings, patients_together(index, settings.allow_duplicates))
-            dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
+    split, index = split_table(settings) if is_table(settings.data) else split_folder(settings)
     summary = split_summary(index, split)
     for part, counts in summary.items():
         print(f"{part or 'in no part'}: " + ", ".join(f"{count} {unit}" for unit, count in counts.items()))

@@ -250,7 +250,7 @@ def _begun(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEncod
     return Metrics(
         run=run_record(settings.seed, out),
         settings=recorded_settings(settings, out),
-        dataset=dataset_record(study, settings.split, out),
+        dataset=dataset_record(study, settings, out),
         synthetic={s.name: synthetic_record(s, selected.get(s.name, ""), out) for s in study.synthetic.values()},
         encoders={e.name: EncoderRecord(e.fingerprint, e.dim, e.preprocessing.text, e.license) for e in chosen},
         fidelity={},

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +23,10 @@ import pandas as pd
 
 import latent_medi
 from latent_medi.core.kinds import path_settings
+from latent_medi.evaluation.cohort.combinations import NotEvaluated
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
 from latent_medi.evaluation.settings import EvaluateSettings, FloorsSettings
+from latent_medi.metadata.row_filter import only_mask, with_values_of
 
 Settings = TypeVar("Settings", EvaluateSettings, FloorsSettings)
 _DECIDING = (
@@ -91,6 +93,7 @@ class RealDataset:
         n_patches, n_patients: Patches and patients of all splits.
         counts: Counts by class, site and split value.
         held_out: Held-out combinations.
+        not_evaluated: Combinations that the split holds out and that cannot be evaluated, with ``held_out: split``.
     """
 
     name: str
@@ -104,6 +107,7 @@ class RealDataset:
     n_patients: int
     counts: Counts
     held_out: list[dict[str, str]]
+    not_evaluated: list[NotEvaluated] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -255,11 +259,14 @@ def git_revision() -> str | None:
     return answer.stdout.strip() or None
 
 
-def dataset_record(study: Study, split: str, folder: str | Path) -> RealDataset:
-    """Counts of the real dataset by class, site and split, and the held-out combinations."""
-    index = study.index
-    column = index[f"split_{split}"].to_numpy(str)
-    classes, sites = (list(study.real.schema.field(name).values) for name in (study.class_field, study.site_field))
+def dataset_record(study: Study, settings: EvaluateSettings, folder: str | Path) -> RealDataset:
+    """Counts of the real patches that take part by class, site and split, and the held-out combinations."""
+    index, split, schema = study.index, settings.split, study.real.schema
+    kept = only_mask(index, settings.only, str(study.real.folder))
+    if settings.only:
+        schema = with_values_of(schema, index[kept])
+    column = np.where(kept, index[f"split_{split}"].to_numpy(str), "")
+    classes, sites = (list(schema.field(name).values) for name in (study.class_field, study.site_field))
     is_first = ~index.duplicated([f"split_{split}", study.class_field, study.site_field, "patient"]).to_numpy()
 
     def counts(rows: np.ndarray) -> dict[str, list[list[int]]]:
@@ -278,10 +285,11 @@ def dataset_record(study: Study, split: str, folder: str | Path) -> RealDataset:
         split=split,
         classes=classes,
         sites=sites,
-        n_patches=len(index),
-        n_patients=int(index["patient"].nunique()),
+        n_patches=int(kept.sum()),
+        n_patients=int(index["patient"][kept].nunique()),
         counts=Counts(counts(np.ones(len(index), bool)), counts(is_first)),
         held_out=study.held_out,
+        not_evaluated=study.not_evaluated,
     )
 
 

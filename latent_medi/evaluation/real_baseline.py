@@ -33,6 +33,7 @@ from latent_medi.features.cache import cached_features, content_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.fields import is_missing
+from latent_medi.metadata.row_filter import only_mask
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.distances import Basis, frechet_distance, pca_basis, pca_dims
@@ -179,7 +180,8 @@ def _open(settings: FloorsSettings) -> _Cohort:
     if synthetic := int((index["origin"] != "real").sum()):
         raise UserError(f"{settings.data} holds {synthetic} synthetic patches; floors are of real patients.")
     pair = [dataset.schema.class_field.name, settings.site_field]
-    rows = np.flatnonzero(~index[pair].astype(str).map(is_missing).any(axis=1).to_numpy(bool))
+    kept = only_mask(index, settings.only, settings.data)
+    rows = np.flatnonzero(kept & ~index[pair].astype(str).map(is_missing).any(axis=1).to_numpy(bool))
     patients = index["patient"].to_numpy(str)[rows]
     cells = []
     for values, where in sorted(index.iloc[rows].reset_index().groupby(pair, observed=True).indices.items()):

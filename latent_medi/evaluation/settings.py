@@ -101,7 +101,9 @@ class EvaluateSettings(Settings):
             part.
         out: Folder for metrics.json, predictions.csv, the reference statistics and the feature cache.
         held_out: Combinations without a training patch, each a mapping of field to value. May be empty with
-            downstream=false.
+            downstream=false. Or the word "split": those that the split's recipe holds out, else every class × site
+            with test patches and no training patch; those with fewer than 10 test patients or 20 test patches, or
+            that training cannot identify, are listed and not evaluated.
         unseen: Whether the combinations of held_out must be without a training patch; false allows combinations of
             which training has few.
         by_fields: Lists of fields, such as [[class, site]]: distances are also computed for each combination of their
@@ -118,6 +120,9 @@ class EvaluateSettings(Settings):
             adherence are trained on them, the oracle on them and the training patients; they give the real-vs-real
             distance.
         test_value: Split value of the patients that all scores are computed on.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only real and synthetic patches with one of them take
+            part, also as training patches that samples may be copies of. Fields that are not named keep all, and so do
+            fields that a model was not conditioned on.
         site_field: Field that names the hospital.
         protocol: "default", or "paper" to add raw Fréchet distances, labelled "rank-deficient", where there are too few
             patches for one.
@@ -169,7 +174,7 @@ class EvaluateSettings(Settings):
     further_seeds: dict[str, list[PathText]] = field(default_factory=dict)
     selected: dict[str, str] = field(default_factory=dict)
     out: PathText = "runs/evaluation"
-    held_out: list[dict[str, str]] = field(default_factory=list)
+    held_out: Literal["split"] | list[dict[str, str]] = field(default_factory=list)
     unseen: bool = True
     by_fields: list[list[str]] = field(default_factory=list)
     references: list[Literal["test", "train"]] = field(default_factory=lambda: ["test"])
@@ -180,6 +185,7 @@ class EvaluateSettings(Settings):
     train_value: str = "train"
     probe_value: str = "probe"
     test_value: str = "test"
+    only: dict[str, list[str]] = field(default_factory=dict)
     site_field: str = "site"
     protocol: Literal["default", "paper"] = "default"
     seed: int = 0
@@ -209,6 +215,8 @@ class FloorsSettings(Settings):
 
     Args:
         data: Folder of the real dataset; all its patches take part, whatever their split.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only patches with one of them. Fields that are not named
+            keep all.
         out: Folder for floors.json, floors.csv and the feature cache.
         encoders: Names or folders of encoders.
         weights: Weight file or folder by encoder name, for encoders that need one.
@@ -226,6 +234,7 @@ class FloorsSettings(Settings):
     RENAMED: ClassVar = {"deals": "real_splits"}
 
     data: PathText = ""
+    only: dict[str, list[str]] = field(default_factory=dict)
     out: PathText = "runs/floors"
     encoders: list[PathText] = field(default_factory=lambda: ["phikon-v2"])
     weights: dict[str, PathText] = field(default_factory=dict)

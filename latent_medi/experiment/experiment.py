@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,26 @@ class Experiment:
     def split_record(self) -> dict[str, Any]:
         """Record of the split: whoever splits the patients anew, or corrects their metadata, has another experiment."""
         name = self.settings.split
-        return {"split": split_record(self.data, name) if self.has_data else {"name": name}}
+        record: dict[str, Any] = split_record(self.data, name) if self.has_data else {"name": name}
+        return {"split": record | self.only}
+
+    @property
+    def only(self) -> dict[str, Any]:
+        """The row filter as a setting of a command; nothing if there is none, as in records of earlier versions."""
+        return {"only": self.settings.only} if self.settings.only else {}
+
+    @property
+    def held_out(self) -> list[dict[str, str]]:
+        """The held-out combinations; those of the split that can be evaluated, if the settings leave it to the split.
+
+        Needs the dataset folder.
+        """
+        if isinstance(self.settings.held_out, list):
+            return self.settings.held_out
+        from latent_medi.evaluation.cohort.open_study import open_study
+
+        settings = replace(self.evaluation, synthetic={}, further_seeds={}, selected={}, candidate="", downstream=False)
+        return open_study(settings).held_out
 
     def run_commands(self, commands: Mapping[str, Sequence[str]]) -> None:
         """Run ``latent-medi`` commands on all the processes that there are.
@@ -112,6 +132,8 @@ class Experiment:
         found = {}
         for latents, (name, data) in folders.items():
             derived = {"data": data, "out": latents, "autoencoder": self.settings.autoencoder}
+            if not name:
+                derived |= self.only
             values = config.merge({"device_batch": _ENCODED_AT_ONCE} | self.settings.encode, derived)
             found[name] = config.make(EncodeSettings, values, "encode")
             found[name].check()
@@ -129,6 +151,7 @@ class Experiment:
             "weights": settings.weights,
             "site_field": settings.site_field,
             "seed": settings.seed,
+            **self.only,
         }
         tasks = settings.plan.get("tasks")
         if tasks and "tasks" not in settings.evaluate.get("medi_protocol", {}):
@@ -155,6 +178,7 @@ class Experiment:
             "cache": str(self.folder / "features"),
             "seed": settings.seed,
             "replace": True,  # its record says whether it is the one that these settings make
+            **self.only,
         }
         return config.make(SelectSettings, config.merge(derived, settings.select), "select")
 
@@ -168,6 +192,7 @@ class Experiment:
             "split": self.settings.split,
             "out": str(self.folder / "classifiers" / model.name),
             "seed": self.settings.seed,
+            **self.only,
         }
         values = config.merge(config.merge(values, model.entry.classifier_train), derived)
         return config.make(ClassifierSettings, values, f"models.{model.name}.classifier")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,8 @@ def _to_train(settings: ExperimentSettings, name: str, entry: ExperimentModel, p
         "out": str(out),
         "seed": settings.seed,
     }
+    if settings.only and not entry.data:
+        values["only"] = settings.only
     if parent is not None:
         if values.get("init_from"):
             raise UserError(
@@ -160,7 +162,6 @@ def _to_train(settings: ExperimentSettings, name: str, entry: ExperimentModel, p
 
 def _trained(settings: ExperimentSettings, name: str, entry: ExperimentModel) -> Model:
     """A model that is trained already, opened before anything is run."""
-    from latent_medi.metadata.training_record import was_trained_on
     from latent_medi.training.finetune.transfer import open_source
 
     path = Path(entry.folder)
@@ -174,13 +175,27 @@ def _trained(settings: ExperimentSettings, name: str, entry: ExperimentModel) ->
     source = open_source(path)
     if source.scheduler is None or source.autoencoder is None:
         raise UserError(f"{path} is no whole model of this program.", "Give the folder `model` of a finished run.")
-    for combination in settings.held_out if settings.evaluate.get("unseen", True) else []:
-        if was_trained_on(source.seen, combination):
+    model = Model(name, entry, Path(settings.out) / name, str(path), source=source)
+    if isinstance(settings.held_out, list) and settings.evaluate.get("unseen", True):
+        refuse_trained_on(model, settings.held_out)  # those of the split are known once the data are open
+    return model
+
+
+def refuse_trained_on(model: Model, held_out: Sequence[Mapping[str, str]]) -> None:
+    """Refuse a model that is trained already, on patches of a held-out combination.
+
+    Raises:
+        UserError: Names the combination.
+    """
+    from latent_medi.metadata.training_record import was_trained_on
+
+    for combination in held_out:
+        if model.source is not None and was_trained_on(model.source.seen, combination):
             raise UserError(
-                f"The model {path} ({name}) was trained on patches of {' × '.join(combination.values())}.",
+                f"The model {model.folder} ({model.name}) was trained on patches of "
+                f"{' × '.join(combination.values())}.",
                 "Train one without them, or hold out combinations that it did not see.",
             )
-    return Model(name, entry, Path(settings.out) / name, str(path), source=source)
 
 
 def data_folder(settings: ExperimentSettings) -> Path:

@@ -11,7 +11,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds.datasets import make_plans
-from latent_medi.experiment.models import Model
+from latent_medi.experiment.models import Model, refuse_trained_on
 from latent_medi.metadata.schema import Schema
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
@@ -55,7 +55,7 @@ def _check_evaluation(e: Experiment) -> None:
     from latent_medi.evaluation.cohort.roles import synthetic_roles
     from latent_medi.evaluation.cohort.sample_size import thin_support
     from latent_medi.evaluation.evaluate import check_settings, load_encoders
-    from latent_medi.metadata.estimability import verdict
+    from latent_medi.metadata.estimability import Verdicts
 
     settings = e.evaluation
     check_settings(settings)
@@ -72,9 +72,13 @@ def _check_evaluation(e: Experiment) -> None:
                 f"downstream_protocol histodiffusion needs the selection {wanted or e.selection_name!r}.",
                 f"List the stage select before evaluate{f', with select.name={wanted}' if wanted else ''}.",
             )
-    study: Study = open_study(dataclasses.replace(settings, synthetic={}, selected={}, candidate=""))
+    alone = dataclasses.replace(settings, synthetic={}, further_seeds={}, selected={}, candidate="")
+    study: Study = open_study(alone)
+    for model in e.models.values() if settings.unseen else ():
+        refuse_trained_on(model, study.held_out)
+    verdict_of = Verdicts(study.index.iloc[study.shown], thin_patients=1)
     for combination in study.held_out:
-        found = verdict(study.index.iloc[study.shown], combination)
+        found = verdict_of(combination)
         if found["verdict"] == "unidentifiable":
             raise UserError(
                 f"{describe(combination)} cannot be generated from the training patches: {found['reason']}.",

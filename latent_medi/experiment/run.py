@@ -21,6 +21,7 @@ from latent_medi.core.progress import duration
 from latent_medi.experiment.commands import resumable
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
+from latent_medi.experiment.kinds.datasets import ensure_split
 from latent_medi.experiment.launching import launching
 from latent_medi.experiment.nodes import follow, leading
 from latent_medi.experiment.preflight import preflight
@@ -75,6 +76,9 @@ def _run(experiment: Experiment) -> dict[str, Any]:
     settings = experiment.settings
     stages, folder = experiment.stages, experiment.folder
     declare(experiment)
+    if experiment.has_data:
+        ensure_split(experiment)
+        declare(experiment)
     if not settings.replace:
         stages.check()
     if checked := experiment.has_data:  # before anything is removed
@@ -82,6 +86,7 @@ def _run(experiment: Experiment) -> dict[str, Any]:
     stages.begin(*_FILES)
     if not checked:
         stages.run("shards")
+        ensure_split(experiment)
         declare(experiment)
         preflight(experiment)
     config.save_settings(replace(settings, replace=False), folder / "settings.yaml")

@@ -11,6 +11,7 @@ from latent_medi.core.settings import NonNegativeInt, PositiveInt, Settings
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.latents.settings import EncodeSettings
+from latent_medi.metadata.settings import SplitSettings
 from latent_medi.planning.settings import PlanSettings
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.selection.settings import SelectSettings
@@ -83,6 +84,10 @@ class ExperimentSettings(Settings):
         data: Existing dataset folder, in place of one that the recipe makes.
         latents: Latent folder of that dataset, encoded if it does not exist; empty means one inside ``out``.
         split: Named split of the dataset.
+        split_settings: Settings of `latent-medi split`, such as {hold_out_fields: [class, site]}: how that split is
+            made where the dataset folder lacks it. One that is there must be the same.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only patches of the experiment's dataset with one of them
+            are encoded, trained on, planned for and evaluated. Fields that are not named keep all.
         patch_size: Width and height of a patch, pixels.
         seed: Seed of data, training, plan and evaluation.
         autoencoder: Name or folder of the frozen autoencoder.
@@ -90,15 +95,17 @@ class ExperimentSettings(Settings):
         encoders: Names or folders of the image encoders of selection and evaluation; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
         site_field: Field that names the hospital.
-        held_out: Combinations without a training patch.
+        held_out: Combinations without a training patch; or the word "split": those that the split holds out, of which
+            those that cannot be evaluated are listed.
         train: Training settings put over the configuration of every model, such as max_steps.
         plan_fields: Class and categorical fields whose combinations are generated; empty means all.
         seen_per_cell: Patches to generate per combination that training has seen.
         unseen_per_cell: Patches to generate per combination without a training patch; training sets add half at most.
+        plan_unseen: Which combinations without a training patch are generated: "all" of them, or those of "held_out".
         draw_from: Whose values of a continuous field, such as age, are drawn for a combination: "cell", its own
             training patients', else its class's; or "all", where they depend on neither.
         plan: Planning settings put over these, such as {goal: all_sites_of_classes, ratio: 1}; with a goal,
-            seen_per_cell and unseen_per_cell do not count.
+            seen_per_cell, unseen_per_cell and plan_unseen do not count.
         generate: Sampler, guidance and batch.
         select: Selection settings, such as {name: best, share: 0.5}; the evaluation takes the selected patches.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
@@ -126,6 +133,8 @@ class ExperimentSettings(Settings):
     data: PathText = ""
     latents: PathText = ""
     split: str = "main"
+    split_settings: Annotated[dict[str, Any], PartOf(SplitSettings)] = field(default_factory=dict)
+    only: dict[str, list[str]] = field(default_factory=dict)
     patch_size: PositiveInt = 64
     seed: int = 0
     autoencoder: PathText = "demo"
@@ -133,11 +142,12 @@ class ExperimentSettings(Settings):
     encoders: list[PathText] = field(default_factory=lambda: ["demo"])
     weights: dict[str, PathText] = field(default_factory=dict)
     site_field: str = "site"
-    held_out: list[dict[str, str]] = field(default_factory=list)
+    held_out: Literal["split"] | list[dict[str, str]] = field(default_factory=list)
     train: Annotated[dict[str, Any], PartOf(TrainSettings)] = field(default_factory=dict)
     plan_fields: list[str] = field(default_factory=list)
     seen_per_cell: NonNegativeInt = 30
     unseen_per_cell: NonNegativeInt = 90
+    plan_unseen: Literal["all", "held_out"] = "all"
     draw_from: Literal["cell", "all"] = "cell"
     plan: Annotated[dict[str, Any], PartOf(PlanSettings)] = field(default_factory=dict)
     generate: GenerateSettings = field(default_factory=GenerateSettings)

@@ -26,6 +26,7 @@ from latent_medi.evaluation.results import read_metrics
 from latent_medi.experiment.shift_result import loss, mean, write_result
 from latent_medi.experiment.shift_settings import ShiftSettings
 from latent_medi.metadata.association_levels import association, patients_by_level, rotating_targets
+from latent_medi.metadata.row_filter import only_mask
 from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 
@@ -63,7 +64,7 @@ def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
         raise UserError("changes.evaluate.downstream is false: the curve is of downstream accuracies.", "Remove it.")
     out = Path(settings.out)
     record_file = out / "settings.json"
-    left_out = {"mean", "replace"} | (set() if settings.models else {"models"})
+    left_out = {"mean", "replace"} | {name for name in ("models", "only") if not getattr(settings, name)}
     given = {key: value for key, value in asdict(settings).items() if key not in left_out}
     if record_file.is_file() and read_sealed(record_file, f"Remove {record_file}.")[0] != given:
         raise UserError(f"{out} holds another benchmark.", "Choose another folder, or remove this one first.")
@@ -97,6 +98,7 @@ def _benchmark(settings: ShiftSettings, run_level: RunLevel) -> dict[str, Any]:
                 "models": {name: {"folder": model} for name, model in settings.models.items()},
                 "evaluate": {"unseen": level == 1.0},
             }
+            | ({"only": settings.only} if settings.only else {})
         )
         training = pool[pool["patient"].isin(patients)]
         v = association(training, settings.class_field, settings.site_field)
@@ -124,7 +126,8 @@ def _add_splits(
         chosen: The training patients of each level.
     """
     # The name differs where another choice of patients would: how many there are depends on all levels.
-    key = (settings.split, settings.seed, settings.class_field, settings.site_field, targets, levels)
+    key: tuple[Any, ...] = (settings.split, settings.seed, settings.class_field, settings.site_field, targets, levels)
+    key += (settings.only,) if settings.only else ()
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:6]
     names = [f"shift_{round(1000 * level):04d}_{digest}" for level in levels]
     if not set(names) - set(PatchDataset.open(settings.data).splits):
@@ -139,7 +142,7 @@ def _add_splits(
                 "targets": targets,
                 "pool": settings.split,
                 "seed": settings.seed,
-            }
+            } | ({"only": settings.only} if settings.only else {})
             if name not in dataset.splits:
                 part = np.where((column == "train") & ~dataset.index["patient"].isin(patients), "", column)
                 dataset.add_split(name, part.tolist(), recipe | source)
@@ -153,7 +156,8 @@ def _pool(dataset: PatchDataset, settings: ShiftSettings) -> np.ndarray:
             f"{settings.data} has no split {settings.split!r}; {nearest(settings.split, dataset.splits)}.",
             "Levels draw from its training part; `latent-medi split` makes one.",
         )
-    column = dataset.index[SPLIT_PREFIX + settings.split].to_numpy(str)
+    kept = only_mask(dataset.index, settings.only, settings.data)
+    column = np.where(kept, dataset.index[SPLIT_PREFIX + settings.split].to_numpy(str), "")
     for part in ("train", "test"):
         if not (column == part).any():
             raise UserError(f"Split {settings.split!r} of {settings.data} has no {part!r} patches.")

@@ -18,6 +18,8 @@ class ShiftSettings(Settings):
         out: Folder of the benchmark, with one experiment per level.
         latents: Latent folder of the dataset, encoded if it does not exist; empty means one inside ``out``.
         split: Named split whose training part levels draw from; its parts ``probe`` and ``test`` stay.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only patches with one of them take part. Fields that are
+            not named keep all.
         levels: Association of class and site, from 0 (targets are as frequent as other combinations) to 1 (they are
             absent).
         held_out: The targets; empty takes rotating ones.
@@ -39,6 +41,7 @@ class ShiftSettings(Settings):
     out: PathText = "runs/shift"
     latents: PathText = ""
     split: str = "main"
+    only: dict[str, list[str]] = field(default_factory=dict)
     levels: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.8, 1.0])
     held_out: list[dict[str, str]] = field(default_factory=list)
     rotation: int = 0

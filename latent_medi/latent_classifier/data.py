@@ -12,6 +12,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.latent_classifier.scores import Validation
 from latent_medi.latent_classifier.settings import ClassifierSettings
+from latent_medi.latents.store import LatentStore
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.metadata.training_record import training_record
@@ -57,9 +58,10 @@ def open_parts(
     dataset = open_dataset(settings.data)
     field = chosen_field(dataset, settings.field)
     values = chosen_values(field, settings.values)
-    rows = labelled(dataset, field, values, training_rows(dataset, settings.split, settings.split_value))
+    rows = training_rows(dataset, settings.split, settings.split_value, settings.only)
+    rows = labelled(dataset, field, values, rows)
     store = (
-        open_latents(dataset, settings.latents, settings.resident, device)
+        open_latents(dataset, settings.latents, settings.resident, device, rows)
         if settings.latents
         else stream_latents(dataset, settings.autoencoder, settings.stream, device)
     )
@@ -90,8 +92,10 @@ def open_parts(
     others = np.zeros(0, np.int64)
     if settings.split and settings.validation_value:
         assert_patient_disjoint(dataset.index, f"{SPLIT_PREFIX}{settings.split}")
-        others = training_rows(dataset, settings.split, settings.validation_value)
+        others = training_rows(dataset, settings.split, settings.validation_value, settings.only)
         others = labelled(dataset, field, values, others)
+        if isinstance(store, LatentStore):
+            store.check_held(others)
     table = dataset.index.iloc[others]
     labels = torch.tensor([values.index(str(value)) for value in table[field.name]], dtype=torch.long)
     patients = int(table["patient"].nunique())

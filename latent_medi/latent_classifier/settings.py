@@ -41,6 +41,8 @@ class ClassifierSettings(Settings):
         stream: Without latents: how patches are encoded while training.
         split: Named split of the dataset; empty trains on every row, and evaluates on none.
         split_value: Value of the split to train on.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only patches with one of them take part. Fields that are
+            not named keep all.
         validation_value: Value of the split, of other patients, to score on by noise level; nothing is selected by
             these scores. Empty: no scores.
         validation_patches: Most patches to score, drawn once; 0 for all.
@@ -80,6 +82,7 @@ class ClassifierSettings(Settings):
     stream: StreamSettings = dataclasses.field(default_factory=StreamSettings)
     split: str = "main"
     split_value: str = "train"
+    only: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     validation_value: str = "test"
     validation_patches: NonNegativeInt = 4096
     max_images: NonNegativeInt = 0

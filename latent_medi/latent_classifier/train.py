@@ -147,6 +147,8 @@ def describe(
     """What identifies a run: its settings, but for paths and speed, and the content of its data and model."""
     effective = replace(settings, objective=objective, values=list(values))
     kept = {key: value for key, value in run_folder.plain(asdict(effective)).items() if key not in FREE}
+    if not settings.only:  # as in the records of versions without it
+        del kept["only"]
     inherited: dict[str, Any] = {}
     if source is not None and source.autoencoder is not None:
         inherited = {name: source.autoencoder[name] for name in ("shift", "scale")}

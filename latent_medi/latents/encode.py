@@ -19,11 +19,21 @@ from latent_medi.core.progress import get_logger, progress
 from latent_medi.features.cache import content_hash
 from latent_medi.features.encoders import load_encoder
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
-from latent_medi.latents.info import INFO_FILE, SCHEMA_VERSION, read_info, write_info
+from latent_medi.latents.info import (
+    INFO_FILE,
+    SCHEMA_VERSION,
+    as_ranges,
+    held_rows,
+    made_from,
+    read_info,
+    source_hash,
+    write_info,
+)
 from latent_medi.latents.reconstruction_error import measure_reconstruction, reconstruction_text
 from latent_medi.latents.settings import EncodeSettings, ReconstructionSettings
 from latent_medi.latents.views import view_of
 from latent_medi.launch import make_accelerator
+from latent_medi.metadata.row_filter import Only, only_mask, only_text
 from latent_medi.shards.dataset import INFO_FILE as DATASET_FILE
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.reading.read_ahead import ReadAhead, read_ahead_threads
@@ -53,6 +63,7 @@ def encode(settings: EncodeSettings) -> Path:
         workers=settings.workers,
         views=settings.views,
         reconstruction=settings.reconstruction_error,
+        only=settings.only,
     )
 
 
@@ -65,6 +76,7 @@ def encode_dataset(
     workers: int | None = None,
     views: int = 1,
     reconstruction: ReconstructionSettings | None = None,
+    only: Only | None = None,
 ) -> Path:
     """Encode a dataset folder.
 
@@ -79,17 +91,18 @@ def encode_dataset(
         views: 1, or 8 to encode each patch under every symmetry of the square, in pixel space.
         reconstruction: The reconstruction error to measure, by the first process, if the folder has none yet; ``None``
             for none.
+        only: Values by field: only patches with one of them are encoded.
 
     Returns:
         The latent folder.
 
     Raises:
-        UserError: The folder holds something else or is written by another job, the patches do not fit the
-            autoencoder, or a latent is beyond fp16.
+        UserError: The folder holds something else or is written by another job, no patch has these values, the patches
+            do not fit the autoencoder, or a latent is beyond fp16.
     """
     out, reconstruction = Path(out), reconstruction or ReconstructionSettings(patches=0)
     with output_lock(out, accelerator):
-        _encode(dataset, autoencoder, out, device_batch, accelerator, workers, views, reconstruction)
+        _encode(dataset, autoencoder, out, device_batch, accelerator, workers, views, reconstruction, only or {})
     return out
 
 
@@ -102,12 +115,13 @@ def _encode(
     workers: int | None,
     views: int,
     reconstruction: ReconstructionSettings,
+    only: Only,
 ) -> None:
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     with agreed(accelerator) as declared:
         data = open_dataset(dataset)
         workers = read_ahead_threads(autoencoder.device, data) if workers is None else workers
-        encoding = _Encoding(data, autoencoder, out, views, device_batch)
+        encoding = _Encoding(data, autoencoder, out, views, device_batch, only)
         if reconstruction.patches and rank == 0:  # a wrong name is refused now, not after hours
             load_encoder(reconstruction.encoder, reconstruction.weights or None)
         if (out / DATASET_FILE).is_file():
@@ -118,12 +132,13 @@ def _encode(
             encoding.check_finished()
         declared.add_input("data", dataset, lambda: content_hash(data))
         declared.add_input("autoencoder", autoencoder.source, lambda: autoencoder.hash)
-        declared.add_settings({"out": str(out), "device_batch": device_batch, "views": views, "finished": finished})
+        chosen = {"device_batch": device_batch, "views": views, "only": only_text(only)}
+        declared.add_settings({"out": str(out), **chosen, "finished": finished})
     if finished:
         logger.info("%s is finished.", out)
     else:
         (out / _PROGRESS).mkdir(parents=True, exist_ok=True)  # a kill before the first record leaves a folder of ours
-        mine = range(rank, len(encoding.shards), processes)
+        mine = encoding.numbers[rank::processes]
         reader = ReadAhead(data, workers)
         for number in progress(mine, desc="encoding", unit="shard") if rank == 0 else mine:
             if encoding.record(number) is None:
@@ -172,12 +187,16 @@ class _Encoding:
         out: The latent folder.
         views: 1 or 8.
         batch: Patches per forward pass.
+        only: Values by field of the patches to encode.
 
     Raises:
-        UserError: The patches do not fit the autoencoder, or the index is not in the order of its shards.
+        UserError: The patches do not fit the autoencoder, no patch is to be encoded, or the index is not in the order
+            of its shards.
     """
 
-    def __init__(self, data: PatchDataset, autoencoder: Autoencoder, out: Path, views: int, batch: int) -> None:
+    def __init__(
+        self, data: PatchDataset, autoencoder: Autoencoder, out: Path, views: int, batch: int, only: Only
+    ) -> None:
         self.data, self.autoencoder, self.out, self.views, self.batch = data, autoencoder, out, views, batch
         self.header: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -188,7 +207,14 @@ class _Encoding:
             "dtype": "float16",
         }
         self.shards: list[dict[str, Any]] = data.info["shards"]
-        self.rows = shard_rows(data)
+        kept = only_mask(data.index, only, str(data.folder))
+        self.rows = [rows[kept[rows]] for rows in shard_rows(data)]
+        self.only = {name: list(values) for name, values in only.items()}
+        # A folder of all patches has a file for every shard, and says nothing of rows.
+        self.numbers = [number for number, rows in enumerate(self.rows) if len(rows) or not only]
+        if only:
+            self.header |= {"only": self.only, "of": len(data), "source_sha256": source_hash(self.shards)}
+            logger.info("%s of %s patches have %s.", f"{kept.sum():,}", f"{len(data):,}", only_text(only))
 
     def _paths(self, number: int) -> tuple[Path, Path]:
         """A shard's latents, and its record."""
@@ -206,9 +232,14 @@ class _Encoding:
             kept = content["shard"]
             same = (kept["source_sha256"], kept["count"], kept["file"]) == expected
             same = same and content["header"] == self.header and sha256_file(file) == kept["sha256"]
+            same = same and kept.get("rows") == self._ranges(number)
             return kept if same else None
         except (UserError, KeyError, TypeError):  # damaged: encoding the shard again costs less than trusting it
             return None
+
+    def _ranges(self, number: int) -> list[int] | None:
+        """The encoded rows of a shard as ranges, if not all are."""
+        return as_ranges(self.rows[number]) if self.only else None
 
     def encode(self, reader: ReadAhead, number: int) -> None:
         """Write the latents of a shard, and its record.
@@ -247,20 +278,25 @@ class _Encoding:
             "sum_squares": mean.square().sum(others).tolist(),
             "sum_variances": tensors["std"].double().square().sum(others).tolist() if "std" in tensors else None,
         }
+        if self.only:
+            described["rows"] = self._ranges(number)
         write_sealed(record, {"header": self.header, "shard": described})
 
     def finish(self) -> None:
-        """Write ``latents.json`` and remove the records.
+        """Write ``latents.json``, and remove the records and what was encoded for another filter.
 
         Raises:
             UserError: A shard was not encoded.
         """
-        records = [self.record(number) for number in range(len(self.shards))]
-        if None in records:
-            raise UserError(f"{self.out}: shard {records.index(None)} was not encoded.", "Run the same command again.")
+        records = {number: self.record(number) for number in self.numbers}
+        if absent := [number for number, record in records.items() if record is None]:
+            raise UserError(f"{self.out}: shard {absent[0]} was not encoded.", "Run the same command again.")
         # Σ and Σ² per channel run over every latent pixel of the means, of all views; Σσ² is what sampling the
         # posterior adds. Counts are patches.
-        write_info(self.out, {**self.header, "count": sum(map(len, self.rows)), "shards": records})
+        shards = list(records.values())
+        write_info(self.out, {**self.header, "count": sum(map(len, self.rows)), "shards": shards})
+        for file in {*(self.out / "data").glob("part-*.safetensors")} - {self._paths(n)[0] for n in self.numbers}:
+            remove(file)
         remove(self.out / _PROGRESS)
 
     def check_finished(self) -> None:
@@ -271,7 +307,7 @@ class _Encoding:
         """
         info, asked = read_info(self.out), self.header["autoencoder"]
         precision, views = info["autoencoder"].get("precision"), info.get("views", 1)
-        shards = [s["source_sha256"] for s in info["shards"]], [s["sha256"] for s in self.shards]
+        held = held_rows(info, self.out)
         different = ""
         if info["autoencoder"]["hash"] != asked["hash"]:
             different = "of another autoencoder"
@@ -279,7 +315,9 @@ class _Encoding:
             different = f"encoded in {precision}, not {asked['precision']}"
         elif views != self.views:
             different = f"of {views} view(s) per patch, not {self.views}"
-        elif shards[0] != shards[1]:
+        elif not made_from(info, self.shards):
             different = f"of other images than {self.data.folder}"
+        elif held is not None and not np.isin(np.concatenate(self.rows), held).all():
+            different = f"of patches with {only_text(info['only'])} alone"
         if different:
             raise UserError(f"{self.out} holds latents {different}.", "Choose another folder, or remove this one.")

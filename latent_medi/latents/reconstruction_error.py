@@ -73,8 +73,8 @@ def measure_reconstruction(
     encoder = load_encoder(settings.encoder, settings.weights or None, autoencoder.device)
     warn_if_demo_encoder(encoder, data)
     store = LatentStore(latents, "mmap")
-    n = min(settings.patches, len(data))
-    rows = np.sort(np.random.default_rng(settings.seed).choice(len(data), n, replace=False))
+    n = min(settings.patches, len(store))
+    rows = np.sort(store.rows[np.random.default_rng(settings.seed).choice(len(store), n, replace=False)])
     ratios, features = [], []
     starts = range(0, n, batch)
     for start in progress(starts, desc="reconstruction error", unit="batch"):
@@ -88,7 +88,7 @@ def measure_reconstruction(
     valid = full_rank(n, encoder.dim)
     return {
         "patches": n,
-        "of": len(data),
+        "of": len(store),
         "seed": settings.seed,
         "psnr": {
             "mean": float(ratio.mean()),

@@ -37,6 +37,8 @@ class EncodeSettings(Settings):
         data: Dataset folder, or the URL of one.
         out: Latent folder to write; an unfinished folder is continued.
         autoencoder: "demo", "sd-vae-ft-mse", "taesd", a folder with an autoencoder, or a hub id.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only patches with one of them are encoded, and only
+            these can be trained on. Fields that are not named keep all.
         device_batch: Patches per forward pass.
         device: Torch device, such as "cpu" or "cuda"; empty means the launcher's.
         precision: Arithmetic of the autoencoder: "fp32", "bf16" or "fp16".
@@ -51,6 +53,7 @@ class EncodeSettings(Settings):
     data: PathText
     out: PathText
     autoencoder: PathText = "sd-vae-ft-mse"
+    only: dict[str, list[str]] = field(default_factory=dict)
     device_batch: PositiveInt = 64
     device: str = ""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

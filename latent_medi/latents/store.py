@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from latent_medi.core.errors import UserError
-from latent_medi.latents.info import INFO_FILE, read_info
+from latent_medi.latents.info import INFO_FILE, held_rows, read_info
 from latent_medi.latents.shard_files import OpenFiles, ShardFile
+from latent_medi.metadata.row_filter import only_text
 
 Residence = Literal["auto", "mmap", "ram", "device"]
 Moments = tuple[torch.Tensor, torch.Tensor | None]
@@ -27,7 +28,7 @@ _CHUNK = 4096  # latents per step of the statistics
 
 
 class LatentStore:
-    """The moments of the patches of a dataset, by row number of its index.
+    """The moments of the patches of a dataset, by row number of its index; of all, or of those that a filter kept.
 
     Args:
         folder: Latent folder.
@@ -41,6 +42,7 @@ class LatentStore:
         shape: (C, h, w) of a latent.
         deterministic: Whether there is a mean only.
         views: Symmetries stored per patch, 1 or 8.
+        rows: Row numbers of the dataset that have latents, ascending int64.
         resident: "mmap", "ram" or "device".
 
     Raises:
@@ -58,6 +60,8 @@ class LatentStore:
         self.views = int(self.info.get("views", 1))
         self._names = ["mean"] if self.deterministic else ["mean", "std"]
         self._starts = np.concatenate([[0], np.cumsum([s["count"] for s in self.info["shards"]])]).astype(np.int64)
+        held = held_rows(self.info, self.folder)
+        self._whole, self.rows = held is None, np.arange(len(self)) if held is None else held
         inner = [*([self.views] if self.views > 1 else []), *self.shape]
         self._shards = [
             ShardFile(self.folder / s["file"], s["sha256"], {name: [s["count"], *inner] for name in self._names})
@@ -119,6 +123,30 @@ class LatentStore:
             )
         return {name: torch.from_numpy(values).float() for name, values in out.items()}
 
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
+        """The place of some rows of the dataset among those that have latents.
+
+        Raises:
+            UserError: A row has none.
+        """
+        at = np.minimum(np.searchsorted(self.rows, rows), max(len(self) - 1, 0))
+        if absent := int((self.rows[at] != rows).sum()):
+            raise UserError(
+                f"{absent:,} of {len(rows):,} patches have no latents in {self.folder}: it holds those with "
+                f"{only_text(self.info['only'])}.",
+                "Use the same filter (only.FIELD=…), or encode without one into another folder.",
+            )
+        return at
+
+    def check_held(self, rows: np.ndarray) -> None:
+        """Refuse rows without latents.
+
+        Raises:
+            UserError: Says how many.
+        """
+        if not self._whole:
+            self._positions(rows)
+
     def moments(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> Moments:
         """Moments of some rows, in their order; rows may repeat.
 
@@ -132,10 +160,11 @@ class LatentStore:
             autoencoder.
 
         Raises:
-            UserError: A row or view number is out of range.
+            UserError: A row or view number is out of range, or a row has no latents.
         """
-        rows, views = check_rows(rows, views, len(self), self.views, str(self.folder))
-        found = self._rows(rows, views)
+        of = len(self) if self._whole else int(self.info["of"])
+        rows, views = check_rows(rows, views, of, self.views, str(self.folder))
+        found = self._rows(rows if self._whole else self._positions(rows), views)
         return found["mean"], found.get("std")
 
     def statistics(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

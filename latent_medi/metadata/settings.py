@@ -17,6 +17,8 @@ class AuditSettings(Settings):
         data: Dataset folder, or a CSV, TSV or Parquet table with a row per slide or patch.
         split: Split of a dataset folder to audit; empty for all rows.
         split_value: Part of that split, such as train.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only rows with one of them are counted. Fields that are
+            not named keep all.
         class_field: Class column of a table. A dataset folder names its own.
         site_field: Field of the hospital; its association with the class is reported.
         fields: Further categorical columns of a table, such as [gender, race].
@@ -36,6 +38,7 @@ class AuditSettings(Settings):
     data: PathText = ""
     split: str = ""
     split_value: str = "train"
+    only: dict[str, list[str]] = field(default_factory=dict)
     class_field: str = "class"
     site_field: str = "site"
     fields: list[str] = field(default_factory=list)
@@ -62,6 +65,8 @@ class SplitSettings(Settings):
             are found by name, or patients if the table has no slides; slides that it lacks are in no part.
         name: Name of the split; its column is split_NAME.
         replace: Overwrite another split of that name.
+        only: Values by field, such as {class: [LUAD, LUSC]}: other rows are in no part. Fields that are not named keep
+            all.
         scheme: "hold_out"; "medi" for the complex split that MeDi was published with; or a simpler rule of MeDi's code:
             "every_fourth_patient", or "every_fourth_site" of each class. The order of rows decides in "medi" and
             "every_fourth_patient", so that a dataset folder needs the table.
@@ -93,6 +98,7 @@ class SplitSettings(Settings):
     table: PathText = ""
     name: str = "main"
     replace: bool = False
+    only: dict[str, list[str]] = field(default_factory=dict)
     scheme: Literal["hold_out", "medi", "every_fourth_patient", "every_fourth_site"] = "hold_out"
     fractions: dict[str, UnitInterval] = field(default_factory=lambda: {"train": 0.7, "test": 0.3})
     seed: int = 0

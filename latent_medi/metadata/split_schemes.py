@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ import pandas as pd
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.published_splits import published_columns, published_split
+from latent_medi.metadata.row_filter import only_mask
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, random_key, random_split
 from latent_medi.metadata.tables import require_columns
@@ -43,9 +44,15 @@ def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[
         together: Groups of patients who share a picture: each group counts as one patient.
 
     Raises:
-        UserError: A column is absent, no patient is left for training, training would not see a value of a held-out
-            combination, a patient would be in two parts, or a group of patients cannot be kept together.
+        UserError: A column or a value of ``only`` is absent, no patient is left for training, training would not see a
+            value of a held-out combination, a patient would be in two parts, or a group of patients cannot be kept
+            together.
     """
+    if settings.only:
+        kept = only_mask(index, settings.only, settings.data or "the data")
+        split = make_split(index[kept], replace(settings, only={}), together)
+        only = {name: list(values) for name, values in settings.only.items()}
+        return Split(split.column.reindex(index.index, fill_value=""), {**split.recipe, "only": only})
     if together:
         first = {patient: group[0] for group in together for patient in group}
         index = index.assign(patient=index["patient"].map(lambda patient: first.get(patient, patient)))
@@ -262,9 +269,10 @@ def choose_combinations(
 
 def needed_columns(settings: SplitSettings) -> list[str]:
     """Columns besides ``patient`` that a split with these settings needs."""
+    filtered = [name for name in settings.only if name not in ("patient", "slide")]
     if settings.scheme != "hold_out":
-        return published_columns(settings)
-    names = [*settings.stratify, *settings.hold_out_fields, *(name for c in settings.hold_out for name in c)]
+        return list(dict.fromkeys([*published_columns(settings), *filtered]))
+    names = [*settings.stratify, *settings.hold_out_fields, *(name for c in settings.hold_out for name in c), *filtered]
     if settings.sites or settings.site_share:
         names.append(settings.site_field)
     if settings.site_share and settings.class_field:

@@ -14,6 +14,7 @@ from latent_medi.metadata.audit import audit
 from latent_medi.metadata.field_names import COUNTS
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.metadata.gdc_table import SITE_CODE_COLUMNS, with_folder_fields
+from latent_medi.metadata.row_filter import only_mask, with_values_of
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
 from latent_medi.metadata.split_schemes import Split, make_split, needed_columns
@@ -176,16 +177,19 @@ def audit_table(settings: AuditSettings) -> dict[str, Any]:
     Raises:
         UserError: As for :func:`read_table_index` and the audit.
     """
+    own = (settings.class_field, settings.site_field, *settings.fields, *settings.continuous, *_OWN_COLUMNS)
+    filtered = [name for name in settings.only if name not in own]
     index, schema = read_table_index(
         settings.data,
         settings.class_field,
         settings.site_field,
-        settings.fields,
+        [*settings.fields, *filtered],
         settings.patient_field,
         settings.slide_field,
         settings.continuous,
         bool(settings.tss_table),
     )
+    schema = schema.subset(name for name in schema.names if name not in filtered)
     return audit_index(index, schema, settings) | {"table": settings.data}
 
 
@@ -208,6 +212,9 @@ def audit_index(
     Raises:
         UserError: As for the audit, or a code is not in the table.
     """
+    if settings.only:
+        index = index[only_mask(index, settings.only, settings.data or "the data")]
+        schema = with_values_of(schema, index)
     site, thin = settings.site_field, settings.thin_patients
     if not settings.tss_table:
         return audit(index, schema, settings.requested or None, thin, split, site)

@@ -13,6 +13,7 @@ import pandas as pd
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.features.cache import dataset_hash
 from latent_medi.features.encoders import ImageEncoder
+from latent_medi.metadata.row_filter import only_mask, only_text
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.selection.settings import SelectSettings
@@ -101,8 +102,12 @@ def open_inputs(settings: SelectSettings) -> Inputs:
     split = SPLIT_PREFIX + settings.split
     assert_patient_disjoint(real.index, split)
     rows = real.rows({split: settings.split_value})
+    rows = rows[only_mask(real.index, settings.only, settings.real)[rows]]
+    with_only = f" with {only_text(settings.only)}" if settings.only else ""
     if not len(rows):
-        raise UserError(f"Split {settings.split!r} of {settings.real} has no {settings.split_value!r} patches.")
+        raise UserError(
+            f"Split {settings.split!r} of {settings.real} has no {settings.split_value!r} patches{with_only}."
+        )
     table = real.index.iloc[rows].reset_index(drop=True)
     # Patients with the same picture count as one: their distance of 0 would let every copy pass.
     table = table.assign(patient=joined_patients(table))
@@ -201,6 +206,8 @@ def joined(index: pd.DataFrame, group: Sequence[str]) -> np.ndarray:
 def make_recipe(settings: SelectSettings, inputs: Inputs, encoder: ImageEncoder) -> dict[str, Any]:
     """All that the choice depends on; entries are named as in the first version of the format."""
     kept = {k: v for k, v in asdict(settings).items() if k not in (*_NO_EFFECT, "filters")}
+    if not settings.only:  # as in records of versions without it
+        del kept["only"]
     compared = sorted({"key", "patient", *inputs.cells, *inputs.fields, *(f for g in inputs.groups for f in g)})
     return {
         **kept,

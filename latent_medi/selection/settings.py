@@ -23,6 +23,8 @@ class SelectSettings(Settings):
         name: Name of the selection: the columns are selected_NAME, selected_NAME_control and selected_NAME_score.
         split: Named split of the real dataset.
         split_value: Its part to learn from, a training part.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only real patches with one of them are learned from.
+            Fields that are not named keep all.
         cells: Fields whose combinations patches are chosen from; empty means every class and categorical field that the
             synthetic patches state.
         fields: Fields that centroids and confidence score; empty means the class, or, if cells does not name the class,
@@ -73,6 +75,7 @@ class SelectSettings(Settings):
     name: str = "best"
     split: str = "main"
     split_value: str = "train"
+    only: dict[str, list[str]] = field(default_factory=dict)
     cells: list[str] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
     filters: list[Filter] = field(default_factory=lambda: ["outliers", "copies", "duplicates"])

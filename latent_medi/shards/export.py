@@ -18,6 +18,7 @@ from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import atomic_path, write_json, write_text
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import progress
+from latent_medi.metadata.row_filter import only_mask, only_text
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import write_table
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
@@ -44,7 +45,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         ``folder``, ``format`` and the number of patches by part.
 
     Raises:
-        UserError: No such split, part or selection, nothing left, or the target exists and is not empty.
+        UserError: No such split, part, field, value or selection, nothing left, or the target exists and is not empty.
     """
     if not settings.out:
         raise UserError("No folder to write is given.", "out=/path/to/folder")
@@ -58,6 +59,10 @@ def _export(settings: ExportSettings) -> dict[str, Any]:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty.", "Export into a new folder.")
     column = _parts(dataset, settings)
+    if settings.only:
+        column = column.where(only_mask(dataset.index, settings.only, str(dataset.folder)), "")
+        if not (column != "").any():
+            raise UserError(f"No patch of the split {settings.split!r} has {only_text(settings.only)}.")
     if settings.selected:
         column = column.where(selected_mask(dataset, settings.selected), "")
         if not (column != "").any():
@@ -83,6 +88,8 @@ def _export(settings: ExportSettings) -> dict[str, Any]:
         kept = ("name", "schema", "patch_size", "mpp", "codec", "provenance")
         manifest = {"split": settings.split, "parts": counts, "folders": folders}
         manifest |= {key: dataset.info[key] for key in kept}
+        if settings.only:
+            manifest["only"] = settings.only
         if settings.selected:
             manifest["selected"] = settings.selected
         write_json(folder / "export.json", manifest)

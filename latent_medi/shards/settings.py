@@ -179,6 +179,8 @@ class ExportSettings(Settings):
         out: New folder to write.
         split: Named split whose parts are written separately; empty for all patches together.
         parts: Parts to write; none for every part.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only patches with one of them. Fields that are not named
+            keep all.
         selected: Column of a selection, such as selected_best: only the patches that it selected; empty for all.
         format: "webdataset" (tars and the Hub's README) or "folder" (images by class, and a CSV).
         patches_per_shard: Patches per tar.
@@ -188,6 +190,7 @@ class ExportSettings(Settings):
     out: PathText = ""
     split: str = ""
     parts: list[str] = field(default_factory=list)
+    only: dict[str, list[str]] = field(default_factory=dict)
     selected: str = ""
     format: Literal["webdataset", "folder"] = "webdataset"
     patches_per_shard: PositiveInt = 2048

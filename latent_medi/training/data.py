@@ -17,8 +17,10 @@ from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions, draw_dropout
 from latent_medi.diffusion.settings import DropoutSettings
 from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
+from latent_medi.latents.info import made_from
 from latent_medi.latents.store import LatentStore, Residence, moved, pinned
 from latent_medi.latents.stream import StreamedLatents
+from latent_medi.metadata.row_filter import Only, only_mask, only_text
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.metadata.training_record import training_record
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
@@ -217,10 +219,10 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
             the source's; or the source cannot be conditioned on these fields.
     """
     dataset = open_dataset(settings.data)
-    rows = training_rows(dataset, settings.split, settings.split_value)
+    rows = training_rows(dataset, settings.split, settings.split_value, settings.only)
     store: LatentStore | StreamedLatents
     if settings.latents:
-        store = open_latents(dataset, settings.latents, settings.resident, device)
+        store = open_latents(dataset, settings.latents, settings.resident, device, rows)
     else:
         store = stream_latents(dataset, settings.autoencoder, settings.stream, device)
     if (
@@ -249,18 +251,22 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
     return TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
 
 
-def training_rows(dataset: PatchDataset, split: str, value: str) -> np.ndarray:
-    """Row numbers of one value of a split, or of all rows if ``split`` is empty.
+def training_rows(dataset: PatchDataset, split: str, value: str, only: Only) -> np.ndarray:
+    """Row numbers of one value of a split, or of all rows if ``split`` is empty, that a filter keeps.
 
     Raises:
-        UserError: There is no such split, or it has no row with that value.
+        UserError: There is no such split, field or value of a field, or no row has that value of the split.
     """
+    kept = only_mask(dataset.index, only, str(dataset.folder))
     if not split:
-        return np.arange(len(dataset))
+        return np.flatnonzero(kept)
     rows = dataset.rows({f"{SPLIT_PREFIX}{split}": value})
+    rows = rows[kept[rows]]
     if not len(rows):
         raise UserError(
-            f"The split {split!r} of {dataset.folder} has no row in {value!r}.", "Choose another split or value."
+            f"The split {split!r} of {dataset.folder} has no row in {value!r}"
+            + (f" with {only_text(only)}." if only else "."),
+            "Choose another split or value.",
         )
     return rows
 
@@ -297,20 +303,32 @@ def stream_latents(
 
 
 def open_latents(
-    dataset: PatchDataset, folder: str, resident: Residence = "auto", device: torch.device | str = "cpu"
+    dataset: PatchDataset,
+    folder: str,
+    resident: Residence = "auto",
+    device: torch.device | str = "cpu",
+    rows: np.ndarray | None = None,
 ) -> LatentStore:
     """The latents of a dataset.
 
+    Args:
+        dataset: The dataset.
+        folder: Its latent folder.
+        resident: Where they are held.
+        device: Device on which they are needed.
+        rows: Row numbers that are needed; ``None`` for none in particular.
+
     Raises:
-        UserError: They were encoded from other images than the dataset's.
+        UserError: They were encoded from other images than the dataset's, or some of the rows were not encoded.
     """
     store = LatentStore(folder, resident, device)
-    hashes = [shard["sha256"] for shard in dataset.info["shards"]]
-    if len(store) != len(dataset) or [shard["source_sha256"] for shard in store.info["shards"]] != hashes:
+    if store.info.get("of", len(store)) != len(dataset) or not made_from(store.info, dataset.info["shards"]):
         raise UserError(
             f"The latents in {folder} were not encoded from the dataset in {dataset.folder}.",
             "Encode the dataset (again).",
         )
+    if rows is not None:
+        store.check_held(rows)
     return store
 
 

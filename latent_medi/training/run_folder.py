@@ -66,6 +66,8 @@ def describe(settings: TrainSettings, data: TrainingData, source: Source | None)
     """What identifies a run: its settings without paths and speed, and the content of its data and source."""
     free = FREE - set(MASKING) if drops(settings, source) else FREE
     kept = {key: value for key, value in plain(asdict(settings)).items() if key not in free}
+    if not settings.only:  # as in the records of versions without it
+        del kept["only"]
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
 
 

@@ -127,6 +127,8 @@ class TrainSettings(Settings):
         stream: Without latents: how patches are encoded while training.
         split: Named split of the dataset; empty trains on every row.
         split_value: Value of the split to train on.
+        only: Values by field, such as {class: [LUAD, LUSC]}: only patches with one of them take part. Fields that are
+            not named keep all.
         max_images: Length of the run in images seen, rounded up to whole global batches; 0 if max_steps is given. A
             larger one prolongs a run that was made before.
         max_steps: Length of the run in updates; 0 if max_images is given.
@@ -187,6 +189,7 @@ class TrainSettings(Settings):
     stream: StreamSettings = field(default_factory=StreamSettings)
     split: str = "main"
     split_value: str = "train"
+    only: dict[str, list[str]] = field(default_factory=dict)
     max_images: NonNegativeInt = 0
     max_steps: NonNegativeInt = 0
     global_batch: PositiveInt = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,19 @@ import pandas as pd
 from latent_medi.metadata.schema import Schema
 
 Combination = dict[str, str]
+
+
+@dataclass(frozen=True)
+class NotEvaluated:
+    """A combination that the split holds out and that nothing can be said about.
+
+    Args:
+        combination: Value by field.
+        reason: Why, as a clause.
+    """
+
+    combination: dict[str, str]
+    reason: str
 
 
 def categorical_fields(schema: Schema) -> tuple[str, ...]:

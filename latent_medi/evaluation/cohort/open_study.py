@@ -11,15 +11,17 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger
-from latent_medi.evaluation.cohort.combinations import Combination, categorical_fields, describe, matches
+from latent_medi.evaluation.cohort.combinations import Combination, NotEvaluated, categorical_fields, describe, matches
+from latent_medi.evaluation.cohort.held_out import held_out_of_split, not_evaluated_text
 from latent_medi.evaluation.cohort.roles import synthetic_roles
 from latent_medi.evaluation.cohort.study import NOT_CONDITIONED, Study, SyntheticSet
 from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.metadata.row_filter import only_mask, only_text
 from latent_medi.metadata.schema import NULL, Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.metadata.training_record import patients_hash, was_trained_on
 from latent_medi.shards.checking.duplicates import pictures_in_several_parts
-from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.format.layout import PICTURE
 from latent_medi.shards.format.selections import selected_mask
 
@@ -32,17 +34,24 @@ def open_study(settings: EvaluateSettings) -> Study:
     """Open the datasets, check them, and give every real row its part.
 
     Raises:
-        UserError: No class field, an unknown split or field, synthetic rows among the real ones, a combination that is
-            not held out or that has no test patch.
+        UserError: No class field, an unknown split, field or value, synthetic rows among the real ones, a combination
+            that is not held out or that has no test patch.
     """
     real = _open_real(settings)
-    held_out = _check_held_out(settings.held_out, real.schema, settings.downstream)
+    if isinstance(settings.held_out, str):  # "split"
+        split = _Split.of(real, settings)
+        held_out, not_evaluated = _of_split(settings, real, split)
+    else:
+        held_out, not_evaluated = _check_held_out(settings.held_out, real.schema, settings.downstream), []
+        split = _Split.of(real, settings)
     synthetic_roles(settings.synthetic, settings.candidate)
-    split = _Split.of(real, settings)
     _check_combinations(settings, real, split, held_out)
     parts = _Parts(split.probe, split.probe, split.test) if len(split.probe) else _halved(real, split, settings)
     notes: list[str] = []
     warnings = _shared_pictures(real.index, settings.split)
+    if not_evaluated:
+        warnings.append(not_evaluated_text(held_out, not_evaluated))
+        log.warning("%s", warnings[-1])
     if split.dropped:
         notes.append(
             f"{split.dropped} real patches without a known {split.class_field} take no part, but copies of them are "
@@ -52,7 +61,7 @@ def open_study(settings: EvaluateSettings) -> Study:
     if unknown := sorted(set(settings.selected) - set(settings.synthetic)):
         close = nearest(unknown[0], settings.synthetic)
         raise UserError(f"selected names {unknown[0]!r}, which is no synthetic set; {close}.")
-    trained = patients_hash(real.index["patient"].iloc[split.shown])
+    trained = _training_patients(real, settings, split)
     synthetic = {}
     further_seeds: dict[str, list[SyntheticSet]] = {}
     if unknown := sorted(set(settings.further_seeds) - set(settings.synthetic)):
@@ -81,6 +90,7 @@ def open_study(settings: EvaluateSettings) -> Study:
         oracle_reason=parts.oracle_reason,
         notes=notes,
         warnings=warnings,
+        not_evaluated=not_evaluated,
         candidate=settings.candidate,
         further_seeds=further_seeds,
     )
@@ -108,6 +118,35 @@ def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema, downs
             if schema.field(name).code(value) <= NULL + 1:
                 raise UserError(f"A held-out combination needs a value of {name!r}, not {value!r}.")
     return [dict(c) for c in held_out]
+
+
+def _of_split(
+    settings: EvaluateSettings, real: PatchDataset, split: _Split
+) -> tuple[list[Combination], list[NotEvaluated]]:
+    """The combinations that the split holds out: those that can be evaluated, and the others.
+
+    Raises:
+        UserError: None can be evaluated, and classifiers are to be compared.
+    """
+    found, others = held_out_of_split(
+        real, settings.split, settings.site_field, settings.only, split.shown, split.test, settings.unseen
+    )
+    if not found and settings.downstream:
+        what = f"{split.class_field} × {settings.site_field}"
+        raise UserError(
+            not_evaluated_text(found, others)
+            if others
+            else f"Split {settings.split!r} holds out no combination: training has every {what} of the test patches.",
+            "Make a split that holds out combinations of more patients (hold_out_fields), or set downstream=false to "
+            "evaluate the patches alone.",
+        )
+    return found, others
+
+
+def _training_patients(real: PatchDataset, settings: EvaluateSettings, split: _Split) -> set[str]:
+    """Hashes of the patients that a model of this split may have been trained on: those of the filter, or all."""
+    every = real.rows({SPLIT_PREFIX + settings.split: settings.train_value}) if settings.only else split.shown
+    return {patients_hash(real.index["patient"].iloc[rows]) for rows in (split.shown, every)}
 
 
 def _halve_test(
@@ -183,14 +222,18 @@ class _Split:
         """
         field = real.schema.class_field
         assert field is not None
-        split = real.index[f"split_{settings.split}"].to_numpy(dtype=str)
+        kept = only_mask(real.index, settings.only, settings.real)
+        split = np.where(kept, real.index[f"split_{settings.split}"].to_numpy(dtype=str), "")
         known = real.index[field.name].isin(field.values).to_numpy(bool)
         values = np.where(known, split, "")
         names = (settings.train_value, settings.probe_value, settings.test_value)
         train, probe, test = (np.flatnonzero(values == name) for name in names)
         for name, rows in ((settings.train_value, train), (settings.test_value, test)):
             if len(rows) == 0:
-                raise UserError(f"Split {settings.split!r} has no {name!r} patches; it has {sorted(set(values))}.")
+                with_only = f" with {only_text(settings.only)}" if settings.only else ""
+                raise UserError(
+                    f"Split {settings.split!r} has no {name!r} patches{with_only}; it has {sorted(set(values))}."
+                )
         shown = np.flatnonzero(split == settings.train_value)
         return cls(field.name, train, probe, test, shown, int(((split != "") & ~known).sum()))
 
@@ -284,7 +327,8 @@ def _open_synthetic(settings: EvaluateSettings, name: str, folder: str, class_fi
     """One synthetic set with the rows of its selection.
 
     Raises:
-        UserError: It has another class field, holds real patches, or lacks the selection.
+        UserError: It has another class field, holds real patches, lacks the selection, or has none of the values of
+            ``only``.
     """
     dataset = PatchDataset.open(folder)
     if dataset.schema.class_field is None or dataset.schema.class_field.name != class_field:
@@ -294,6 +338,12 @@ def _open_synthetic(settings: EvaluateSettings, name: str, folder: str, class_fi
     rows = np.arange(len(dataset))
     if name in settings.selected:
         rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
+    for field, wanted in settings.only.items():
+        if field in dataset.index.columns:
+            values = dataset.index[field].astype(str).iloc[rows]
+            rows = rows[values.isin([*wanted, *NOT_CONDITIONED]).to_numpy(bool)]
+    if settings.only and not len(rows):
+        raise UserError(f"The synthetic dataset {folder} ({name}) has no patch with {only_text(settings.only)}.")
     fields = _known_fields(dataset)
     log.info("Synthetic set %s: %d patches, fields %s", name, len(rows), ", ".join(fields))
     return SyntheticSet(name, dataset, fields, rows)
@@ -305,9 +355,9 @@ def _training_hashes(synthetic: SyntheticSet) -> tuple[bool, list[str | None]]:
     return record["complete"], [part.get("patients") for part in record["parts"]]
 
 
-def _other_patients(synthetic: SyntheticSet, settings: EvaluateSettings, trained: str) -> list[str]:
-    """A warning if the model was trained on other patients than those with the given hash."""
-    if all(known in (None, trained) for known in _training_hashes(synthetic)[1]):
+def _other_patients(synthetic: SyntheticSet, settings: EvaluateSettings, trained: set[str]) -> list[str]:
+    """A warning if the model was trained on other patients than those with one of the given hashes."""
+    if all(known is None or known in trained for known in _training_hashes(synthetic)[1]):
         return []
     return [
         f"The model that made {synthetic.dataset.folder} ({synthetic.name}) was trained on other patients than the "

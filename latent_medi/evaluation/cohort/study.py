@@ -10,7 +10,14 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.core.progress import get_logger
-from latent_medi.evaluation.cohort.combinations import Combination, Labels, among, categorical_fields, matches
+from latent_medi.evaluation.cohort.combinations import (
+    Combination,
+    Labels,
+    NotEvaluated,
+    among,
+    categorical_fields,
+    matches,
+)
 from latent_medi.evaluation.cohort.roles import Roles, synthetic_roles
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.shards.checking.duplicates import joined_patients
@@ -67,6 +74,7 @@ class Study:
         oracle_reason: Why there is no oracle; empty if there is one.
         notes: What a reader must know about these choices.
         warnings: What the verdict must not be read without.
+        not_evaluated: Combinations that the split holds out and that cannot be evaluated.
         candidate: Name of the candidate among the synthetic sets; empty for the default.
         further_seeds: By synthetic set further ones, of the same model with other training seeds.
     """
@@ -85,6 +93,7 @@ class Study:
     oracle_reason: str
     notes: list[str]
     warnings: list[str] = field(default_factory=list)
+    not_evaluated: list[NotEvaluated] = field(default_factory=list)
     candidate: str = ""
     further_seeds: dict[str, list[SyntheticSet]] = field(default_factory=dict)
 

@@ -9,13 +9,17 @@ from typing import Any
 import pandas as pd
 
 from latent_medi.core import config
+from latent_medi.core.errors import UserError
 from latent_medi.core.files import sha256_file, write_json, write_text
 from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_latents, reopen
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.stages import Stage
 from latent_medi.latents.settings import EncodeSettings
+from latent_medi.metadata.row_filter import only_mask, with_values_of
 from latent_medi.metadata.schema import Schema
+from latent_medi.metadata.settings import SplitSettings
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.split import split_folder, split_of
 
 
 def shards(e: Experiment) -> Stage:
@@ -56,6 +60,28 @@ def _make_dataset(e: Experiment) -> None:
     recipe.build(Path(settings.source), e.data, **sizes, **e.recipe_arguments)
 
 
+def ensure_split(e: Experiment) -> None:
+    """Make the split that ``split_settings`` describe, if the dataset folder lacks it.
+
+    Raises:
+        UserError: It has another split of that name, or no such split can be made.
+    """
+    settings = e.settings
+    if not settings.split_settings:
+        return
+    derived = {"site_field": settings.site_field, "seed": settings.seed, **e.only}
+    values = config.merge(derived, settings.split_settings) | {"data": str(e.data), "name": settings.split}
+    wanted = config.make(SplitSettings, values, "split_settings")
+    dataset = PatchDataset.open(e.data)
+    if settings.split not in dataset.splits:
+        split_folder(wanted)
+    elif split_of(dataset, wanted).column.tolist() != dataset.index[SPLIT_PREFIX + settings.split].tolist():
+        raise UserError(
+            f"{e.data} has another split {settings.split!r} than split_settings would make.",
+            "Choose another name with split=…, or leave split_settings out to use the one that is there.",
+        )
+
+
 def audit(e: Experiment) -> Stage:
     """What the training patches can support, as ``audit.json`` and ``audit.txt``."""
     inputs = e.split_record | {"held_out": e.settings.held_out}
@@ -67,9 +93,10 @@ def _audit(e: Experiment) -> None:
     from latent_medi.metadata.audit_text import audit_text
 
     index, schema = _training_rows(e)
-    result = audit_of(index, schema, requested=e.settings.held_out or None)
+    held_out = e.held_out
+    result = audit_of(index, schema, requested=held_out or None)
     text = audit_text(result)
-    if e.settings.held_out:
+    if held_out:
         result["all_combinations"] = audit_of(index, schema)["verdict_counts"]
         counts = ", ".join(f"{count} {verdict}" for verdict, count in result["all_combinations"].items() if count)
         text += f"\nall combinations of the fields, held out or not: {counts}"
@@ -83,7 +110,7 @@ def encode(e: Experiment) -> Stage:
     from latent_medi.features.cache import dataset_hash
 
     chosen = e.encodings[""]
-    inputs: dict[str, Any] = {"autoencoder": chosen.autoencoder}
+    inputs: dict[str, Any] = {"autoencoder": chosen.autoencoder} | e.only
     # What earlier versions could not choose is left out where it is what they did.
     inputs |= {n: v for n in ("precision", "views") if (v := getattr(chosen, n)) != getattr(EncodeSettings, n)}
     if others := {name: dataset_hash(PatchDataset.open(s.data)) for name, s in e.encodings.items() if name}:
@@ -117,6 +144,8 @@ def plan(e: Experiment) -> Stage:
     }
     if settings.plan:
         inputs["plan"] = settings.plan
+    if settings.plan_unseen != "all":
+        inputs |= {key: getattr(settings, key) for key in ("plan_unseen", "held_out", "site_field")}
     if e.has_data:
         schema = PatchDataset.open(e.data).schema
         # What earlier versions could not choose is left out where it is what they did.
@@ -141,6 +170,7 @@ def make_plans(e: Experiment) -> dict[str, pd.DataFrame]:
     """The plan of each model that is sampled: every combination of the fields that it is conditioned on, those without
     a training patch more often.
     """
+    from latent_medi.evaluation.cohort.combinations import any_match
     from latent_medi.planning.planner import make_plan
     from latent_medi.planning.settings import PlanSettings
 
@@ -163,6 +193,8 @@ def make_plans(e: Experiment) -> dict[str, pd.DataFrame]:
         seen = set(index[names].astype(str).itertuples(index=False, name=None))
         unseen = ~whole[names].astype(str).apply(tuple, axis=1).isin(seen)
         whole.loc[unseen & (whole["count"] > 0), "count"] = settings.unseen_per_cell
+        if settings.plan_unseen == "held_out":
+            whole = whole[~unseen | any_match(whole, e.held_out)].reset_index(drop=True)
     return {
         model.name: _plan_of(model.name, e.conditions(model), whole, index, schema, settings.seed)
         for model in e.sampled
@@ -197,6 +229,10 @@ def _plan_of(
 
 
 def _training_rows(e: Experiment) -> tuple[pd.DataFrame, Schema]:
-    """The index's training rows, and the schema."""
+    """The index's training rows, and the schema; with a filter, the values that the rows left have."""
     dataset = PatchDataset.open(e.data)
-    return dataset.index.iloc[dataset.rows({SPLIT_PREFIX + e.settings.split: "train"})], dataset.schema
+    index, only = dataset.index.iloc[dataset.rows({SPLIT_PREFIX + e.settings.split: "train"})], e.settings.only
+    if not only:
+        return index, dataset.schema
+    index = index[only_mask(index, only, f"the training patches of {e.data}")]
+    return index, with_values_of(dataset.schema, index)

@@ -52,7 +52,7 @@ def classifier(e: Experiment) -> Stage:
 
     chosen = {model.name: e.classifier(model) for model in e.guided}
     inputs = {
-        name: {key: value for key, value in config.as_dict(settings).items() if key not in FREE}
+        name: {k: v for k, v in config.as_dict(settings).items() if k not in FREE and (k != "only" or v)}
         for name, settings in chosen.items()
     }
     return Stage(

@@ -17,7 +17,7 @@ def select(e: Experiment) -> Stage:
     """The best of each model's samples, as columns of their dataset folder and counts in ``selection-NAME.json``."""
     free = {"data", "real", "weights", "cache", "batch", "device", "workers", "replace"}
     settings = config.as_dict(e.selection(e.sampled[0].name))
-    inputs = {key: value for key, value in settings.items() if key not in free}
+    inputs = {key: value for key, value in settings.items() if key not in free and (key != "only" or value)}
     outputs = {name: e.folder / f"selection-{name}.json" for name in e.synthetic}
     return Stage(
         lambda: _select(e, outputs),
@@ -53,7 +53,8 @@ def _select(e: Experiment, outputs: dict[str, Path]) -> None:
 def evaluate(e: Experiment) -> Stage:
     """Every model's samples against real patients, as ``metrics.json``, ``predictions.csv`` and ``reference``."""
     free = {"real", "synthetic", "out", "cache", "batch", "device"}
-    inputs = {key: value for key, value in config.as_dict(e.evaluation).items() if key not in free}
+    settings = config.as_dict(e.evaluation)
+    inputs = {key: value for key, value in settings.items() if key not in free and (key != "only" or value)}
     return Stage(
         lambda: _evaluate(e),
         inputs | {"synthetic": list(e.synthetic)},
