@@ -72,7 +72,7 @@ class Features:
 
 def against_scikit_learn(n: int, d: int, classes: int, device: str) -> dict[str, float]:
     """Seconds of one fit and accuracy on other patches, of both."""
-    rng, world = np.random.default_rng(1), Features(d, classes, 0.35)
+    rng, world = np.random.default_rng(1), Features(d, classes, 0.06)
     codes, groups = rng.integers(0, classes, n + 20_000), rng.integers(0, n // 20, n + 20_000)
     x = world.draw(codes, groups, 2)
     weights = compute_sample_weight("balanced", codes[:n])
@@ -129,7 +129,7 @@ def tasks_study(patches: int, world: Features) -> tuple[Any, np.ndarray, dict[st
 
 def comparison(n: int, d: int, device: str, fits: int) -> dict[str, float]:
     """Fits of the default comparison: the real patches, then with a few thousand others each time."""
-    rng, world, added = np.random.default_rng(6), Features(d, 32, 0.5), n // 25
+    rng, world, added = np.random.default_rng(6), Features(d, 32, 0.15), n // 25
     codes, groups = rng.integers(0, 32, n + added), rng.integers(0, n // 30, n + added)
     x, labels = world.draw(codes, groups, 7), np.char.add("class", codes.astype(str))
     test = x[: n // 4]
@@ -161,7 +161,7 @@ def main() -> None:
     result: dict[str, float] = {"threads": torch.get_num_threads(), "dimensions": d}
     for classes in (2, 8):
         result |= against_scikit_learn(1_000 if quick else 20_000, d, classes, device)
-    study, real, synthetic = tasks_study(2 if quick else 30, Features(d, len(SLIDES), 0.2))
+    study, real, synthetic = tasks_study(2 if quick else 30, Features(d, len(SLIDES), 0.06))
     settings = MediProtocolSettings(tasks=TASKS, ratios=RATIOS, pools=["union", "separate"], sites=SITES)
     start = time.perf_counter()
     record = medi_protocol(study, "", real, synthetic, settings, device)

@@ -226,7 +226,7 @@ class _Fit:
 
 
 class _Sweep:
-    """All fits of a task; those of one seed and number of sites start from their real patches alone."""
+    """All fits of a task. They share a preconditioner, which changes their time alone."""
 
     def __init__(
         self,
@@ -250,12 +250,11 @@ class _Sweep:
         self._draws: dict[str, list[list[str]]] = {}
         self._gram: np.ndarray | None = None
         self._drawn: tuple[tuple[int, int, int], np.ndarray] | None = None
-        self._start: np.ndarray | None = None
 
     def fits(self) -> Iterator[tuple[_Sweep, _Fit]]:
-        """Every fit, those of the same real patches in a row, the smallest training set first."""
+        """Every fit, those of the same real patches in a row."""
         sets: list[tuple[float, str, Pool]] = [(0.0, REAL.name, "")] if 0 in self.settings.ratios else []
-        sets += [(ratio, *pool) for ratio in sorted(self.settings.ratios) if ratio for pool in self.pools]
+        sets += [(ratio, *pool) for ratio in self.settings.ratios if ratio for pool in self.pools]
         for sites in self.task.numbers:
             for most in self.settings.max_real:
                 for seed in range(self.settings.seeds):
@@ -280,13 +279,10 @@ class _Sweep:
         scaling = Scaling.none(x.shape[1])
         problem = Problem(x, codes, compute_sample_weight("balanced", codes), scaling, self.device, self._gram)
         self._gram = problem.gram
-        rows = 1 if len(classes) == 2 else len(classes)
-        start = self._start if self._start is not None and len(self._start) == rows else None
-        solution = problem.solve(1.0, MAX_ITER, start)
-        self._start = np.column_stack([solution.weights, solution.intercept])
+        solution = problem.solve(1.0, MAX_ITER)
         self.not_converged += not solution.converged
         logits = self.test @ solution.weights.T.astype(np.float32) + solution.intercept
-        found = classes[(logits[:, 0] > 0).astype(int) if rows == 1 else logits.argmax(axis=1)]
+        found = classes[(logits[:, 0] > 0).astype(int) if len(classes) == 2 else logits.argmax(axis=1)]
         averaged = site_averaged(self.truth, found, self.test_sites)
         key = (fit.sites, fit.max_real, fit.ratio, fit.name, fit.pool)
         scores = (quiet_balanced(self.truth, found), averaged, float(matthews_corrcoef(self.truth, found)))
