@@ -134,9 +134,9 @@ def test_one_c_for_every_training_set(world: World, monkeypatch: pytest.MonkeyPa
 
     used: list[float] = []
 
-    def listen(*arguments: Any) -> linear_probe.LinearProbe:
+    def listen(*arguments: Any, **named: Any) -> linear_probe.LinearProbe:
         used.append(arguments[2])
-        return fit_linear_probe(*arguments)
+        return fit_linear_probe(*arguments, **named)
 
     monkeypatch.setattr(classifiers, "fit_linear_probe", listen)
     settings = world.settings("one-c", regularisation=0.0, repeats=1, training_sets=["real", "medi", "oversample"])
@@ -145,7 +145,7 @@ def test_one_c_for_every_training_set(world: World, monkeypatch: pytest.MonkeyPa
     chosen = downstream.classifier.regularisation
     assert chosen is not None
     assert chosen["chosen"] is True
-    assert len(used) == 4
+    assert len(used) == 4 + 1  # and the one that all start from
     assert set(used) == {chosen["value"]}
     assert set(downstream.training_sets) == {"real", "medi", "oversample"}
 
