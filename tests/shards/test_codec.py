@@ -33,6 +33,17 @@ def test_png_is_lossless_deterministic_and_carries_its_origin() -> None:
     assert origin_of(encode_image(IMAGE)) == "real"
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_png_of_any_size_is_read_back_and_every_checksum_holds(height: int, width: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for array in (image, np.asfortranarray(image), image[::-1, ::-1]):
+        data = encode_image(array)
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.verify()  # compares the CRC of every chunk
+        assert np.array_equal(decode_image(data), array)
+
+
 @pytest.mark.parametrize("codec", ["jpg", "webp"])
 def test_lossy_codecs_are_close_deterministic_and_carry_their_origin(codec: str) -> None:
     smooth = np.broadcast_to(np.linspace(40, 200, 20, dtype=np.uint8)[:, None, None], (20, 20, 3)).copy()
