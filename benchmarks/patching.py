@@ -157,7 +157,7 @@ def worker(small: Path, large: Path, what: str) -> dict[str, float]:
 def pinned(core: int, small: Path, large: Path, what: str = "ours") -> subprocess.Popen[str]:
     """Start a worker on one core."""
     words = [sys.executable, __file__, "--worker", str(small), str(large), what]
-    environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen(["taskset", "-c", str(core), *words], stdout=subprocess.PIPE, text=True, env=environment)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_medi.core.errors import UserError
+from latent_medi.shards.format import codec
 from latent_medi.shards.format.codec import decode_image, encode_image
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (20, 20, 3), dtype=np.uint8)
@@ -37,21 +38,34 @@ def test_png_is_lossless_deterministic_and_carries_its_origin() -> None:
 @settings(max_examples=50, deadline=None)
 def test_png_of_any_size_is_read_back_and_every_checksum_holds(height: int, width: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    for array in (image, np.asfortranarray(image), image[::-1, ::-1]):
+    for array in (image, np.asfortranarray(image), image[::-1, ::-1], np.zeros_like(image)):
         data = encode_image(array)
         with Image.open(io.BytesIO(data)) as opened:
             opened.verify()  # compares the CRC of every chunk
         assert np.array_equal(decode_image(data), array)
 
 
-@pytest.mark.parametrize("codec", ["jpg", "webp"])
-def test_lossy_codecs_are_close_deterministic_and_carry_their_origin(codec: str) -> None:
+def test_png_is_about_as_small_with_isal_as_with_zlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("isal", reason="the extra `slides` is not installed")
+    ramp = np.add.outer(np.arange(128), np.arange(128))[..., None] // 2 + [20, 40, 60]
+    image = np.clip(ramp + np.random.default_rng(0).normal(0, 8, ramp.shape), 0, 255).astype(np.uint8)
+    fast = encode_image(image)
+    monkeypatch.setattr(codec, "ISAL", False)
+    slow = encode_image(image)
+    assert fast != slow
+    assert np.array_equal(decode_image(fast), image)
+    assert np.array_equal(decode_image(slow), image)
+    assert len(fast) < 1.05 * len(slow)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_lossy_codecs_are_close_deterministic_and_carry_their_origin(kind: str) -> None:
     smooth = np.broadcast_to(np.linspace(40, 200, 20, dtype=np.uint8)[:, None, None], (20, 20, 3)).copy()
-    data = encode_image(smooth, codec, "synthetic")
-    assert np.abs(decode_image(data).astype(int) - smooth).max() <= (3 if codec == "jpg" else 6)
-    assert data == encode_image(smooth.copy(), codec, "synthetic")
+    data = encode_image(smooth, kind, "synthetic")
+    assert np.abs(decode_image(data).astype(int) - smooth).max() <= (3 if kind == "jpg" else 6)
+    assert data == encode_image(smooth.copy(), kind, "synthetic")
     assert origin_of(data) == "synthetic"
-    assert origin_of(encode_image(smooth, codec)) == "real"
+    assert origin_of(encode_image(smooth, kind)) == "real"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK"])
