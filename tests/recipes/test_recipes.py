@@ -16,9 +16,11 @@ from PIL import Image
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
+from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.recipes.registry import load_recipe, recipes
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 DRAW = np.random.default_rng(0)
 
@@ -288,6 +290,25 @@ def test_tcga_tiles_of_true_files(shared: Path, tmp_path: Path) -> None:
     assert dataset.index["patient"].nunique() == dataset.index["slide"].nunique() == 15
     assert "Johns Hopkins" in set(dataset.index["site"])
     assert dataset.index["key"].str.endswith("/512_512").sum() == 15
+
+
+def test_a_tcga_ut_folder_of_an_earlier_version_opens_and_made_again_it_has_the_site_code_as_a_field(
+    tmp_path: Path,
+) -> None:
+    slide = "TCGA-NA-A4QV-01Z-00-DX1"
+    path = tmp_path / "zenodo" / "Uterine_Carcinosarcoma" / "0" / slide / "0_1_256.jpg"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(image_bytes(256, "JPEG"))
+    fields = {"class": "Uterine_Carcinosarcoma", "scan_mpp": "0.5"}
+    patch = Patch(f"{slide}/0_1", picture(128), slide[:12], slide, -1, -1, 0.5, fields, extra={"tss": "NA"})
+    schema = Schema.from_table(pd.DataFrame([fields]), "class", continuous=["scan_mpp"])
+    earlier = write_dataset(tmp_path / "out", [patch], "tcga-ut", schema, 128, 1.0)
+    earlier.add_split("mine", ["train"], {"kind": "by hand"})
+    assert PatchDataset.open(tmp_path / "out").index["tss"].tolist() == ["NA"]
+    load_recipe("tcga-ut").build(tmp_path / "zenodo", tmp_path / "out", 128)
+    dataset = open_clean(tmp_path / "out")
+    assert dataset.schema.field("tss").values == ("NA",)
+    assert dataset.index["split_mine"].tolist() == ["train"]
 
 
 def test_a_clinical_table_with_a_row_per_treatment_is_read_and_one_that_contradicts_itself_named(

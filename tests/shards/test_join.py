@@ -197,7 +197,10 @@ def test_a_killed_join_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             joined(tmp_path / "out", a, b)
     with pytest.raises(UserError, match="is not finished"):
         PatchDataset.open(tmp_path / "out")
-    again = joined(tmp_path / "out", a, b)
+    with monkeypatch.context() as patched:
+        patched.setattr(joining, "write_record", lambda *given: (done.append(given), write_record(*given)))
+        again = joined(tmp_path / "out", a, b)
+    assert len(done) == 4 + 3  # of six shards three were finished
     assert again.verify(images=True) == []
     assert not (tmp_path / "out" / ".progress").exists()
     assert again.info["index_sha256"] == whole.info["index_sha256"]
