@@ -188,7 +188,7 @@ def median(runs: list[dict[str, float]], key: str) -> float:
 
 
 def slides(folder: Path, base: np.ndarray, edge: int) -> tuple[Path, Path]:
-    """A small and a large slide, each with its mask of tissue beside it (``.png``)."""
+    """A small and a large slide, each with its mask of tissue next to it (``.png``)."""
     small, large = folder / "small.tif", folder / "large.tif"
     for path, length in ((small, edge // 4), (large, edge)):
         build(path, base, length)

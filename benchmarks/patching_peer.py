@@ -3,7 +3,7 @@
     python patching_peer.py (tiatoolbox | histolab) SMALL LARGE PATCH MPP SLIDE_MPP LEAST_TISSUE
 
 All patches with tissue at the resolution asked for, PNG files by the peer's own writer. TIAToolbox takes the mask
-beside the slide (``.png``), histolab makes its own. Prints the rate per processor second of the large slide's patches
+next to the slide (``.png``), histolab makes its own. Prints the rate per processor second of the large slide's patches
 beyond the small one's, their number and their mean size in KiB, as JSON.
 """
 

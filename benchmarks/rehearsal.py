@@ -9,7 +9,7 @@ random: 4.4 GB in ``--folder``, or in a temporary folder, removed afterwards.
 
 Timed as the commands that a user runs: audit, split with held-out combinations, plan. Then the loader: training batches
 of 256 from files that are mapped, by one process and by two at the same time. Seconds are wall time; processor seconds
-stand beside them, since other programs on the machine change the former.
+follow, since other programs on the machine change the former.
 """
 
 from __future__ import annotations
