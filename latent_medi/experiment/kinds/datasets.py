@@ -13,6 +13,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import sha256_file, write_json, write_text
 from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_latents, reopen
 from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.experiment.stages import Stage
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.row_filter import only_mask, with_values_of
@@ -85,6 +86,8 @@ def ensure_split(e: Experiment) -> None:
 def audit(e: Experiment) -> Stage:
     """What the training patches can support, as ``audit.json`` and ``audit.txt``."""
     inputs = e.split_record | {"held_out": e.settings.held_out}
+    if e.settings.site_field != ExperimentSettings.site_field:  # earlier versions took this one
+        inputs["site_field"] = e.settings.site_field
     return Stage(lambda: _audit(e), inputs, ("shards",), ("audit.json", "audit.txt"))
 
 
@@ -93,11 +96,11 @@ def _audit(e: Experiment) -> None:
     from latent_medi.metadata.audit_text import audit_text
 
     index, schema = _training_rows(e)
-    held_out = e.held_out
-    result = audit_of(index, schema, requested=held_out or None)
+    held_out, site_field = e.held_out, e.settings.site_field
+    result = audit_of(index, schema, requested=held_out or None, site_field=site_field)
     text = audit_text(result)
     if held_out:
-        result["all_combinations"] = audit_of(index, schema)["verdict_counts"]
+        result["all_combinations"] = audit_of(index, schema, site_field=site_field)["verdict_counts"]
         counts = ", ".join(f"{count} {verdict}" for verdict, count in result["all_combinations"].items() if count)
         text += f"\nall combinations of the fields, held out or not: {counts}"
     write_json(e.folder / "audit.json", result)
