@@ -30,7 +30,7 @@ class Experiment:
     Args:
         settings: The experiment.
         where: How its commands are started; by default one process for each.
-        leader: Tells other nodes, if there are any, what to start.
+        leader: Starts the same on other nodes, if there are any.
 
     Raises:
         UserError: Settings that cannot be followed, found without opening any data.

@@ -27,7 +27,7 @@ class Launching:
         nodes: Number of nodes.
         node: Number of this node; 0 is the one that decides.
         address: Address of node 0.
-        port: Port on which node 0 tells the others what to run.
+        port: Port on which node 0 sends the others what to run.
         options: Options of the launcher besides those for the above.
     """
 

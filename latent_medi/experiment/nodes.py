@@ -76,7 +76,7 @@ def run_launched(
     Args:
         commands: Words after ``latent-medi`` by the name to show.
         launching: The processes.
-        leader: Tells the other nodes, if there are any.
+        leader: Starts the stages on other nodes, if there are any.
         at_once: How many commands of one process each at the same time, sharing the cores; 0 means 2 on a machine
             without a GPU, otherwise 1.
     """
