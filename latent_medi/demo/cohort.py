@@ -26,6 +26,7 @@ from latent_medi.features.registry import DEMO_GENERATOR
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.importing.workers import dispatch
+from latent_medi.shards.listing import Listing, in_shards
 from latent_medi.shards.writing.finish import Description, finish_dataset, finished_dataset
 from latent_medi.shards.writing.records import kept_shards, mark_unfinished
 from latent_medi.shards.writing.writer import Patch, write_shard
@@ -204,13 +205,18 @@ def patches(patient: Patient, settings: CohortSettings) -> Iterator[Patch]:
         )
 
 
-def schema(cohort: list[Patient]) -> Schema:
-    """The demo's schema; the scaling of age comes from the training patients."""
+def _values(cohort: list[Patient]) -> pd.DataFrame:
+    """The fields of each patient as text."""
     rows = [
         {"class": p.tumour, "site": p.site, "fixation": p.fixation, "age": "unknown" if p.age is None else str(p.age)}
         for p in cohort
     ]
-    table = pd.DataFrame(rows)[[p.split == "train" for p in cohort]]
+    return pd.DataFrame(rows)
+
+
+def schema(cohort: list[Patient]) -> Schema:
+    """The demo's schema; the scaling of age comes from the training patients."""
+    table = _values(cohort)[[p.split == "train" for p in cohort]]
     return Schema.from_table(
         table, class_field="class", categorical=["site", "fixation"], continuous=["age"], units={"age": "years"}
     )
@@ -256,6 +262,18 @@ def _build(folder: Path, settings: CohortSettings, jobs: int) -> PatchDataset:
     for _ in progress(dispatch(_write_part, work, jobs), total=len(work), desc="rendering", unit="shards"):
         pass
     return finish_dataset(folder, about, range(len(parts)))
+
+
+def listing(settings: CohortSettings) -> Listing:
+    """The patches that :func:`build` will render."""
+    cohort, each = patients(settings), settings.patches_per_patient
+    table = _values(cohort).assign(patient=[p.name for p in cohort], split_main=[p.split for p in cohort])
+    table["age"] = pd.to_numeric(table["age"].where(table["age"] != "unknown"))
+    index = table.loc[table.index.repeat(each)].reset_index(drop=True)
+    index["key"] = [f"{name}/{number % each:02d}" for number, name in enumerate(index["patient"])]
+    index["slide"] = index["patient"] + "-a"
+    counts = [each * count for count in in_shards(len(cohort), _PATIENTS_PER_SHARD)]
+    return Listing(index, schema(cohort), counts)
 
 
 def build_folder(settings: CohortFolderSettings) -> PatchDataset:

@@ -51,7 +51,7 @@ def local_folder(name: str | Path, download: Mapping[str, Any] | None = None) ->
 
     Args:
         name: The folder or hub id.
-        download: Arguments of a download, such as ``revision``.
+        download: Arguments of a download, such as ``revision``, or ``allow_patterns`` for fewer files.
 
     Raises:
         UserError: It is no folder, and cannot be downloaded.
@@ -64,7 +64,7 @@ def local_folder(name: str | Path, download: Mapping[str, Any] | None = None) ->
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **(download or {})))
+        return Path(snapshot_download(name, **({"allow_patterns": ["*.json", "*.safetensors"]} | dict(download or {}))))
     except Exception as error:  # offline, absent or refused; the message says which
         raise UserError(
             f"{name} is no folder here, and cannot be downloaded: {first_line(error)}",

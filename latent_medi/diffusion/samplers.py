@@ -21,9 +21,10 @@ from torch import nn
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import Denoiser
-from latent_medi.diffusion.guidance import FieldGuidance, Guidance, check_guidance
-from latent_medi.diffusion.objective import clean_latent, noise_schedule, settings_of
+from latent_medi.diffusion.guidance import FieldGuidance, Guidance, check_guidance, evaluations
+from latent_medi.diffusion.objective import clean_latent, make_scheduler, noise_schedule, settings_of
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
+from latent_medi.metadata.schema import Schema
 
 StepCallback = Callable[[float, torch.Tensor, torch.Tensor], None]
 """Called at each evaluation of the network with ᾱ, the noisy latent x_t and the x₀ that the prediction stands for, fp32
@@ -194,6 +195,19 @@ def _prepare(sampler: Any, first_step: int, device: torch.device) -> tuple[list[
         sampler.set_begin_index(first_step)
     alphas_cumprod = noise_schedule(settings_of(sampler.config))
     return timesteps, alphas_cumprod[torch.tensor([round(float(t)) for t in timesteps], dtype=torch.long)]
+
+
+def network_evaluations(
+    objective: ObjectiveSettings, sampler: SamplerSettings, guidance: GuidanceSettings, schema: Schema
+) -> int:
+    """Evaluations of the network for one image: one per step, and inside the guidance interval one per branch.
+
+    Raises:
+        UserError: The sampler does not support the objective, or the guidance does not fit the fields.
+    """
+    _, alphas = _prepare(make_sampler(make_scheduler(objective).config, sampler), 0, torch.device("cpu"))
+    branches, (low, high) = evaluations(guidance, schema), guidance.interval
+    return sum(branches if low <= alpha_bar <= high else 1 for alpha_bar in alphas.tolist())
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from latent_medi.core.device import check_precision
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.study import Study
+from latent_medi.experiment.cost import experiment_cost
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds.datasets import make_plans
+from latent_medi.experiment.limits import announce
 from latent_medi.experiment.models import Model, refuse_trained_on
 from latent_medi.metadata.schema import Schema
 from latent_medi.sampling.settings import GenerateSettings
@@ -26,7 +28,7 @@ def preflight(e: Experiment) -> None:
     Raises:
         UserError: Training settings that build no network; a sampler, guidance, selection or evaluation that cannot
             be followed; a split, field or held-out combination that the dataset does not have, or one that training
-            patches cannot identify; an encoder that cannot be loaded.
+            patches cannot identify; an encoder that cannot be loaded; more images or hours than the settings allow.
     """
     if all(e.stages.finished(name) for name in e.settings.stages if name != "report"):
         return
@@ -45,8 +47,9 @@ def preflight(e: Experiment) -> None:
         _check_model(e, model, schema)
     if e.has("select"):
         _check_selection(e)
-    if e.has("plan") and not e.stages.finished("plan"):
-        make_plans(e)
+    plans = make_plans(e) if e.has("plan") and not e.stages.finished("plan") else None
+    if not e.settings.dry_run:
+        announce(e, experiment_cost(e, plans, measure=e.settings.max_hours > 0))
 
 
 def _check_evaluation(e: Experiment) -> None:

@@ -19,6 +19,7 @@ from latent_medi.core.locks import output_lock
 from latent_medi.core.processes import RUNNER_OPTIONS
 from latent_medi.core.progress import duration
 from latent_medi.experiment.commands import resumable
+from latent_medi.experiment.dry_run import dry_run
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
 from latent_medi.experiment.kinds.datasets import ensure_split
@@ -61,12 +62,15 @@ def run(settings: ExperimentSettings) -> dict[str, Any]:
     """Run every stage that is not finished.
 
     Returns:
-        The headline, which is also printed; without the stage "evaluate", ``out``, and ``seconds`` by stage.
+        The headline, which is also printed; without the stage "evaluate", ``out``, and ``seconds`` by stage. With
+        ``dry_run`` what the experiment will take.
 
     Raises:
         UserError: Settings that cannot be followed; a folder that another job writes; or, before anything is removed,
             latents, models or samples in the folder that were made from others.
     """
+    if settings.dry_run:
+        return dry_run(settings)
     where = launching(settings.launch_processes)
     with resumable(), leading(where) as leader, output_lock(settings.out):
         return _run(Experiment(settings, where, leader))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from latent_medi.core.kinds import PartOf
 from latent_medi.core.paths import PathText
-from latent_medi.core.settings import NonNegativeInt, PositiveInt, Settings
+from latent_medi.core.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.latents.settings import EncodeSettings
@@ -114,6 +114,11 @@ class ExperimentSettings(Settings):
         parallel: Models that are trained or sampled at the same time, where each takes one process; 0 chooses 2 on a
             machine without a GPU, otherwise 1. With several processes, one model after the other takes them all.
         processes: Processes for rendering and importing; 0 means one per core.
+        dry_run: Print what the experiment will take (images, GB, hours, weights, what is missing), and run nothing.
+        card: GPU that dry_run gives the hours of, such as "h100", instead of this machine.
+        max_hours: Most hours that may be left when it starts, as far as they are measured; 0 for no limit.
+        max_images: Most images that may be generated for a model. Without it a plan of more images than there are
+            training patches is refused, if these are more than 10,000.
         report_cells: Example patches per combination in the report.
         replace: Remove latents, models and samples in ``out`` that were made from other settings, data or split than
             these, instead of stopping.
@@ -156,6 +161,10 @@ class ExperimentSettings(Settings):
     launch_processes: NonNegativeInt = 0
     parallel: NonNegativeInt = 0
     processes: NonNegativeInt = 0
+    dry_run: bool = False
+    card: str = ""
+    max_hours: NonNegativeFloat = 0.0
+    max_images: NonNegativeInt = 0
     report_cells: NonNegativeInt = 6
     replace: bool = False
 

@@ -14,6 +14,9 @@ from typing import Any, Literal
 DEMO_GENERATOR = "latent_medi.demo.cohort"
 """Generator in the provenance of the demo's procedural tissue, the only data that the demo's encoder was trained on."""
 
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the file with the weights in a repository of the Hugging Face hub, in order of preference."""
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = (0.5,) * 3
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latent_medi.core.errors import UserError, needs
 from latent_medi.features.networks import Network, find_weights, load_strictly
-from latent_medi.features.registry import ENCODERS, Entry, access_hint
+from latent_medi.features.registry import ENCODERS, HUB_FILES, Entry, access_hint
 
 _DECIDES_FEATURES = (
     "hidden_act",
@@ -29,7 +29,6 @@ _DECIDES_FEATURES = (
     "use_swiglu_ffn",
 )
 """Entries of a transformers configuration that features depend on; labels, versions and dropout do not matter."""
-_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class _ClassToken(nn.Module):
@@ -123,7 +122,7 @@ def _from_timm(name: str, entry: Entry, weights: str | Path | None) -> nn.Module
 def _hub_file(name: str, entry: Entry) -> Path:
     from huggingface_hub import hf_hub_download
 
-    for file in _FILES:
+    for file in HUB_FILES:
         try:
             return Path(hf_hub_download(entry.source, file))
         except Exception as error:  # the client has a class each for no licence, no such file, no connection
@@ -136,7 +135,7 @@ def _from_transformers(name: str, entry: Entry, weights: str | Path | None) -> n
 
     if weights and not (Path(weights) / "config.json").is_file():
         raise UserError(
-            f"{weights} is not a folder with config.json and {' or '.join(_FILES)}.",
+            f"{weights} is not a folder with config.json and {' or '.join(HUB_FILES)}.",
             f"The encoder {name!r} needs the files of https://huggingface.co/{entry.source} in one folder.",
         )
     architecture: Any = getattr(transformers, entry.architecture)

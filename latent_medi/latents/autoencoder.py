@@ -16,6 +16,7 @@ from latent_medi.core.checksums import verify_checksums, write_checksums
 from latent_medi.core.device import HalvedBatch, check_precision, exact_fp32
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_json, read_object, write_json
+from latent_medi.core.hub import is_hub_id
 from latent_medi.core.json_types import check_config
 from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAEF2
 
@@ -259,7 +260,7 @@ def load_autoencoder(
         model = _from_folder(demo_folder())
     elif Path(name).is_dir() and name not in HUB_NAMES:
         model, source = _from_folder(Path(name)), str(Path(name).resolve())
-    elif name in HUB_NAMES or _is_hub_id(name):
+    elif name in HUB_NAMES or is_hub_id(name):
         model = _from_hub(name, HUB_NAMES.get(name, name))
     else:
         known = ", ".join(["demo", *HUB_NAMES])
@@ -268,10 +269,6 @@ def load_autoencoder(
             f"Give a folder, a hub id owner/name, or one of {known}.",
         )
     return Autoencoder(model, source).to(device, dtype)
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
 
 
 def _from_folder(folder: Path) -> nn.Module:

@@ -18,15 +18,18 @@ from typing import Any, Unpack
 import pandas as pd
 
 from latent_medi.core.errors import UserError
+from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import hold_out
 from latent_medi.metadata.tables import read_table, require_columns
 from latent_medi.recipes._common import Options, import_options, recipe_parser, run_recipe
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.importing.images import import_images
+from latent_medi.shards.listing import Listing, in_shards
 from latent_medi.shards.settings import ImportSettings
 
 HELD_OUT = ({"class": "gleason4", "site": "radboud"},)
 """Combinations whose patients are all in the test part, so that no model is trained on them."""
+MANIFEST = "manifest.csv"
 TEST_SHARE = 0.3
 VALIDATION_SHARE = 0.1
 VALIDATION_FROM = 6
@@ -67,6 +70,27 @@ def split_patients(table: pd.DataFrame, seed: int = 0) -> dict[str, str]:
     return parts
 
 
+def _read(manifest: Path) -> pd.DataFrame:
+    table = read_table(manifest)
+    require_columns(table, ["image", "patient", "class", "site", "isup_grade"], str(manifest))
+    # Biopsy and patch number, without the folder that all images share.
+    table["key"] = [
+        f"{patient}/{Path(image).stem.rpartition('_')[2]}"
+        for patient, image in zip(table["patient"], table["image"], strict=True)
+    ]
+    return table
+
+
+def listing(source: Path, patch_size: int = 64, **options: Unpack[Options]) -> Listing:
+    """The patches that :func:`build` will import if no image is bad; arguments as there."""
+    table = _read(Path(source) / MANIFEST)
+    parts = split_patients(table, options.get("seed", 0))
+    index = table[["key", "patient", "class", "site"]].assign(split_main=table["patient"].map(parts))
+    index["slide"] = index["patient"]
+    counts = in_shards(len(index), ImportSettings.patches_per_shard)
+    return Listing(index, Schema.from_table(index, "class", ["site"]), counts)
+
+
 def build(source: Path, out: Path, patch_size: int = 64, **options: Unpack[Options]) -> PatchDataset:
     """Write the dataset folder with the split ``main``.
 
@@ -79,14 +103,8 @@ def build(source: Path, out: Path, patch_size: int = 64, **options: Unpack[Optio
     Raises:
         UserError: The source has another layout, or more than 1% of its images are bad.
     """
-    manifest = Path(source) / "manifest.csv"
-    table = read_table(manifest)
-    require_columns(table, ["image", "patient", "class", "site", "isup_grade"], str(manifest))
-    # Biopsy and patch number, without the folder that all images share.
-    table["key"] = [
-        f"{patient}/{Path(image).stem.rpartition('_')[2]}"
-        for patient, image in zip(table["patient"], table["image"], strict=True)
-    ]
+    manifest = Path(source) / MANIFEST
+    table = _read(manifest)
     settings = ImportSettings(
         table=str(manifest),
         name="prostate",

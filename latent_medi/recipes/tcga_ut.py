@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -33,15 +34,17 @@ from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.split_from_table import split_from_table
+from latent_medi.metadata.split_schemes import Split
 from latent_medi.metadata.table_index import SLIDE_COLUMNS
 from latent_medi.metadata.tables import read_table
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
 from latent_medi.recipes._common import Options, recipe_parser
 from latent_medi.shards.checking.duplicates import allowed
-from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.format.codec import decode_image
 from latent_medi.shards.importing.convert import Source, convert, scaled
 from latent_medi.shards.importing.find_files import find_files
+from latent_medi.shards.listing import Listing
 from latent_medi.shards.writing.finish import Description, Splits
 from latent_medi.shards.writing.patch import Patch
 
@@ -132,6 +135,68 @@ def _patches(rows: Sequence[dict[str, Any]], source: Path, fields: Sequence[str]
         yield Patch(image=scaled(image, patch_size, row["name"]), x=-1, y=-1, **known)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a source holds: its tars, a row per patch, the fields, and the patches of each shard."""
+
+    tars: list[Path]
+    table: pd.DataFrame
+    schema: Schema
+    chunks: list[list[dict[str, Any]]]
+
+
+def _find(source: Path, metadata: Path | None, codes: Path | None, scheme: str, scale: int) -> _Found:
+    """List a source; arguments as for :func:`build`.
+
+    Raises:
+        UserError: The source has another layout.
+    """
+    if scale != 0:
+        raise UserError(f"The physical size of scale {scale} is not documented.", "Use scale 0, patches of 128 µm.")
+    tars, table = _list_tars(source, scheme)
+    if not tars:
+        table = _list_folders(source, scale)
+    if not len(table):
+        problem = f"{source} holds neither data/dataset_{scheme}_*_part*.tar nor <Class>/{scale}/<slide>/*.jpg."
+        raise UserError(problem, "Give the downloaded folder itself.")
+    table = _with_metadata(table, metadata, codes)
+    categorical = [name for name in ("site", "tss", "gender", "race") if name in table]
+    continuous = [*(["age"] if "age" in table else []), "scan_mpp"]
+    units = {"age": "years", "scan_mpp": "µm per pixel"}
+    schema = Schema.from_table(table, "class", categorical, continuous, {name: units[name] for name in continuous})
+    groups = [rows for _, rows in table.groupby("file", sort=False)] if tars else [table]
+    chunks = [
+        rows.iloc[i : i + PATCHES_PER_SHARD].to_dict(orient="records")
+        for rows in groups
+        for i in range(0, len(rows), PATCHES_PER_SHARD)
+    ]
+    return _Found(tars, table, schema, chunks)
+
+
+def listing(
+    source: Path,
+    patch_size: int = 256,
+    metadata: Path | None = None,
+    codes: Path | None = None,
+    scheme: str = "internal",
+    scale: int = 0,
+    **options: Unpack[Options],
+) -> Listing:
+    """The patches that :func:`build` will write, from the headers of the source alone; arguments as there."""
+    found = _find(Path(source), metadata, codes, scheme, scale)
+    index = found.table[["key", "patient", "slide", *found.schema.names]].copy()
+    for field in found.schema.fields:
+        if field.continuous:
+            index[field.name] = pd.to_numeric(index[field.name].where(index[field.name] != UNKNOWN_WORD))
+    allowed_patients = options.get("allow_duplicates", ())
+    splits = _published_split(found.table, scheme, allowed_patients) if found.tars else {}
+    for name, (parts, _) in splits.items():
+        index[SPLIT_PREFIX + name] = index["patient"].map(parts).fillna("")
+    if metadata is not None and (split := _medi_split(index, metadata, allowed_patients)) is not None:
+        index[SPLIT_PREFIX + "medi"] = split.column
+    return Listing(index, found.schema, [len(chunk) for chunk in found.chunks])
+
+
 def build(
     source: Path,
     out: Path,
@@ -159,28 +224,11 @@ def build(
         UserError: The source has another layout, or a picture is in several parts of a split.
     """
     source = Path(source)
-    if scale != 0:
-        raise UserError(f"The physical size of scale {scale} is not documented.", "Use scale 0, patches of 128 µm.")
-    tars, table = _list_tars(source, scheme)
-    if not tars:
-        table = _list_folders(source, scale)
-    if not len(table):
-        problem = f"{source} holds neither data/dataset_{scheme}_*_part*.tar nor <Class>/{scale}/<slide>/*.jpg."
-        raise UserError(problem, "Give the downloaded folder itself.")
-    table = _with_metadata(table, metadata, codes)
-    categorical = [name for name in ("site", "tss", "gender", "race") if name in table]
-    continuous = [*(["age"] if "age" in table else []), "scan_mpp"]
-    units = {"age": "years", "scan_mpp": "µm per pixel"}
-    schema = Schema.from_table(table, "class", categorical, continuous, {name: units[name] for name in continuous})
-    groups = [rows for _, rows in table.groupby("file", sort=False)] if tars else [table]
-    chunks = [
-        rows.iloc[i : i + PATCHES_PER_SHARD].to_dict(orient="records")
-        for rows in groups
-        for i in range(0, len(rows), PATCHES_PER_SHARD)
-    ]
+    found = _find(source, metadata, codes, scheme, scale)
     provenance = {"source": "TCGA-UT (Komura & Ishikawa), Zenodo 5889558", "licence": "CC BY-NC-SA 4.0"}
     provenance["recipe"] = "shards/tcga_ut.py"
-    splits = _published_split(table, scheme, options.get("allow_duplicates", ())) if tars else {}
+    table, schema, chunks = found.table, found.schema, found.chunks
+    splits = _published_split(table, scheme, options.get("allow_duplicates", ())) if found.tars else {}
     mpp = PATCH_UM / patch_size
     read = partial(_patches, source=source, fields=schema.names, patch_size=patch_size)
     dataset = convert(
@@ -200,20 +248,27 @@ def _add_medi_split(dataset: PatchDataset, metadata: Path, allow_duplicates: Seq
     Raises:
         UserError: A picture is in both parts.
     """
+    split = _medi_split(dataset.index, metadata, allow_duplicates)
+    if split is None:
+        return
+    recorded = dataset.info["splits"].get("medi", {}).get("recipe") == split.recipe
+    if not recorded or dataset.index["split_medi"].tolist() != split.column.tolist():
+        dataset.add_split("medi", split.column, split.recipe, replace=True)
+
+
+def _medi_split(index: pd.DataFrame, metadata: Path, allow_duplicates: Sequence[str]) -> Split | None:
+    """MeDi's split of an index; ``None``, with a warning, where the metadata do not give it."""
     settings = SplitSettings(table=str(metadata), name="medi", scheme="medi", site_field="tss")
     settings.allow_duplicates = list(allow_duplicates)
     columns = read_table(metadata).columns
     if not any(name in columns for name in SLIDE_COLUMNS):
         logger.warning("No split 'medi': it needs a row per slide, in MeDi's order, and %s has none", metadata)
-        return
+        return None
     try:
-        split = split_from_table(dataset.index, settings)
+        return split_from_table(index, settings)
     except UserError as error:
         logger.warning("No split 'medi': %s", error.message)
-        return
-    recorded = dataset.info["splits"].get("medi", {}).get("recipe") == split.recipe
-    if not recorded or dataset.index["split_medi"].tolist() != split.column.tolist():
-        dataset.add_split("medi", split.column, split.recipe, replace=True)
+        return None
 
 
 def _published_split(table: pd.DataFrame, scheme: str, allow_duplicates: Sequence[str]) -> Splits:

@@ -16,8 +16,17 @@ from latent_medi.core.errors import UserError
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.guidance import Autoguidance, Guidance
 from latent_medi.diffusion.objective import Objective, make_scheduler
-from latent_medi.diffusion.samplers import SAMPLERS, draw_noise, draws_noise, make_sampler, refusal, sample_latents
+from latent_medi.diffusion.samplers import (
+    SAMPLERS,
+    draw_noise,
+    draws_noise,
+    make_sampler,
+    network_evaluations,
+    refusal,
+    sample_latents,
+)
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
+from latent_medi.metadata.schema import Field, Schema
 
 OBJECTIVES = {
     f"{prediction}-{schedule}-{'zero' if zero else 'plain'}": ObjectiveSettings(
@@ -344,3 +353,19 @@ def test_low_precision_casts_each_weight_once_and_changes_no_pixel(name, schema)
 def lowered(evaluate, *args):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return evaluate(*args)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "heun", "ddim"])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.25), (0.3, 0.9)])
+def test_the_evaluations_of_an_image_are_counted_before(name: str, interval: tuple[float, float]) -> None:
+    schema = Schema((Field("class", "class", ("a", "b")), Field("site", "categorical", ("x", "y"))))
+    denoiser, asked = make_denoiser(schema), []
+    denoiser.unet.register_forward_hook(lambda module, given, result: asked.append(len(given[0])))
+    objective = ObjectiveSettings(zero_terminal_snr=False, schedule="linear")
+    sampler, guidance = SamplerSettings(name, 10), GuidanceSettings("chain", scale=2.0, interval=interval)
+    noise, _ = draw_noise([1, 2, 3], (4, 8, 8))
+    conditions = Conditions.from_schema(schema, [{"class": "a", "site": "x"}] * 3)
+    made = make_sampler(make_scheduler(objective).config, sampler)
+    sample_latents(denoiser, conditions, noise, made, guidance)
+    assert network_evaluations(objective, sampler, guidance, schema) == sum(asked) / 3
+    assert network_evaluations(objective, sampler, GuidanceSettings(), schema) == len(asked)

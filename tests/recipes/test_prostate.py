@@ -85,6 +85,14 @@ def test_the_split_depends_on_the_seed_but_not_on_the_order_of_rows(recipe: Modu
         recipe.split_patients(table[table["patient"].isin({"benignkarolinska0", "gleason4radboud0"})])
 
 
+def test_what_will_be_imported_is_listed_before(recipe: ModuleType, source: Path, tmp_path: Path) -> None:
+    told, made = recipe.listing(source, seed=4), recipe.build(source, tmp_path / "listed", patch_size=32, seed=4)
+    assert told.schema == made.schema
+    assert told.counts == [shard["count"] for shard in made.info["shards"]]
+    columns = ["key", "patient", "slide", "class", "site", "split_main"]
+    assert told.index[columns].astype(str).to_numpy().tolist() == made.index[columns].astype(str).to_numpy().tolist()
+
+
 @pytest.fixture(scope="module")
 def real(recipe: ModuleType, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
     return recipe.build(shared / "data/prostate", tmp_path_factory.mktemp("prostate") / "out")

@@ -249,6 +249,10 @@ def test_tcga_ut_has_the_published_split_whatever_the_order_of_its_tars(
     if seed:
         return
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    told = load_recipe("tcga-ut").listing(tmp_path / "hub", 16, metadata=table)
+    assert (told.schema, told.counts) == (dataset.schema, [shard["count"] for shard in dataset.info["shards"]])
+    columns = ["key", "patient", "slide", *dataset.schema.names, "split_internal", "split_medi"]
+    assert told.index[columns].astype(str).to_numpy().tolist() == dataset.index[columns].astype(str).to_numpy().tolist()
     again = load_recipe("tcga-ut").build(tmp_path / "hub", tmp_path / "out", 16, metadata=table)
     assert again.splits == ["internal", "medi"]
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}

@@ -169,9 +169,13 @@ def _plan(e: Experiment) -> None:
         write_plan(table, e.folder / f"plan-{name}.csv")
 
 
-def make_plans(e: Experiment) -> dict[str, pd.DataFrame]:
+def make_plans(e: Experiment, rows: tuple[pd.DataFrame, Schema] | None = None) -> dict[str, pd.DataFrame]:
     """The plan of each model that is sampled: every combination of the fields that it is conditioned on, those without
     a training patch more often.
+
+    Args:
+        e: The experiment.
+        rows: Training rows and schema of a dataset that is only listed yet; by default those of the dataset folder.
     """
     from latent_medi.evaluation.cohort.combinations import any_match
     from latent_medi.planning.planner import make_plan
@@ -188,7 +192,7 @@ def make_plans(e: Experiment) -> dict[str, pd.DataFrame]:
     own_goal = bool(settings.plan.get("goal") or settings.plan.get("tasks"))
     if own_goal:
         del derived["per_cell"], derived["goal"]
-    index, schema = _training_rows(e)
+    index, schema = rows or _training_rows(e)
     asked = config.make(PlanSettings, config.merge(derived, settings.plan), "plan")
     whole = make_plan(index, schema, asked).table
     if not own_goal:

@@ -26,6 +26,7 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.training.data import open_latents
 from latent_medi.training.estimate.measured import Measured, measured_text, read_measured
 from latent_medi.training.estimate.step_cost import AUTOCAST, build_denoiser, example, state_bytes, step_cost
+from latent_medi.training.estimate.whole_run import latents_to_come, whole_run, whole_run_text
 from latent_medi.training.optimizer import build_optimizer
 from latent_medi.training.settings import EstimateSettings, TrainSettings
 
@@ -72,7 +73,8 @@ def stand_in_schema(names: list[str] | None, count: int, values: int) -> Schema 
 def estimate_inputs(settings: EstimateSettings) -> tuple[tuple[int, int, int], Schema | None, str, int]:
     """Shape (C, h, w) of a latent, the model's fields, a phrase on their origin, and bytes of all latents.
 
-    They come from the data and latents of the settings if these exist, otherwise from the stand-in settings.
+    They come from the data and latents of the settings if these exist; of latents that are yet to be made, from the
+    autoencoder that the settings name; otherwise from the stand-in settings.
 
     Raises:
         UserError: Data that do not fit the settings or each other.
@@ -86,6 +88,8 @@ def estimate_inputs(settings: EstimateSettings) -> tuple[tuple[int, int, int], S
         if settings.latents and (Path(settings.latents) / "latents.json").is_file():
             store = open_latents(dataset, settings.latents, "mmap")
             return store.shape, fields, f"{origin}, latents of {settings.latents}", store.nbytes
+        if (known := latents_to_come(settings, dataset)) is not None:
+            return known[0], fields, f"{origin}, latents that {settings.autoencoder} will make", known[1]
     else:
         fields = stand_in_schema(names, settings.stand_in_fields, settings.stand_in_values)
         count = len(fields.fields) if fields else 0
@@ -110,7 +114,8 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
     Returns:
         ``bytes`` by purpose with their sum ``peak``, the ``margin`` beyond it, parameters, batch, operations per image,
         and the expected rates. ``measured`` holds rates of a GPU of this machine: empty if its memory was too small,
-        ``None`` without one. ``measured_before`` holds the rows of
+        ``None`` without one. ``images``, ``hours``, ``files`` and ``weights`` are those of
+        :func:`~latent_medi.training.estimate.whole_run.whole_run`. ``measured_before`` holds the rows of
         :func:`~latent_medi.training.estimate.measured.read_measured`.
 
     Raises:
@@ -145,14 +150,14 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
         sizes["latents"], sizes["peak"] = stored, sizes["peak"] + stored
         margin = beyond(sizes["peak"], settings.processes)
         card, memory, tflops = choose_card(settings, sizes["peak"] + sum(margin.values()))
-    per_second = settings.device_share * tflops * 1e12 * (fp32_share(card) if settings.precision == "fp32" else 1.0)
-    images = per_second / (cost.flops / batch) * settings.processes
+    images = operations_per_second(settings, card, tflops) / (cost.flops / batch) * settings.processes
     measured: dict[str, float] | None = None
     if torch.cuda.is_available():
         try:
             measured = measure(settings, shape, schema, batch)
         except torch.cuda.OutOfMemoryError:
             measured = {}
+    known = measured["steps_per_s"] * settings.global_batch if measured else images
     return {
         "data": origin,
         "latent_shape": list(shape),
@@ -175,6 +180,7 @@ def estimate(settings: EstimateSettings, ema_count: int | None = None) -> dict[s
         "estimated_steps_per_s": images / settings.global_batch,
         "measured": measured,
         "network": settings.model.preset if shape == PRESET_SHAPE and not settings.init_from else "",
+        **whole_run(settings, denoiser, known),
         "measured_before": [asdict(row) for row in read_measured()],
     }
 
@@ -197,9 +203,7 @@ def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, floa
     """
     name = settings.card
     if name and name not in CARDS:
-        raise UserError(
-            f"The speed of the card {name!r} is not known; {nearest(name, CARDS)}.", "Or give card_gib and card_tflops."
-        )
+        raise unknown_card(name, "Or give card_gib and card_tflops.")
     if not name and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
@@ -210,6 +214,17 @@ def choose_card(settings: EstimateSettings, peak: int) -> tuple[str, float, floa
         name = next((c for c, (memory, _) in CARDS.items() if memory >= enough), "h200")
     memory, tflops = CARDS[name]
     return name, settings.card_gib or memory, settings.card_tflops or tflops
+
+
+def unknown_card(name: str, hint: str = "") -> UserError:
+    """The error for a card that is not in the table."""
+    return UserError(f"The speed of the card {name!r} is not known; {nearest(name, CARDS)}.", hint)
+
+
+def operations_per_second(settings: EstimateSettings, card: str, tflops: float) -> float:
+    """Operations per second that a network is expected to reach on a card."""
+    share = fp32_share(card) if settings.precision == "fp32" else 1.0
+    return settings.device_share * tflops * 1e12 * share
 
 
 _FP32_SHARE = {"l40s": 0.25, "a100": 1 / 16, "h100": 1 / 15, "h200": 1 / 15}  # of the others: a half
@@ -243,7 +258,12 @@ def _wait(device: str) -> None:
 
 @exact_fp32()
 def measure(
-    settings: EstimateSettings, shape: tuple[int, int, int], schema: Schema | None, batch: int, device: str = "cuda"
+    settings: EstimateSettings,
+    shape: tuple[int, int, int],
+    schema: Schema | None,
+    batch: int,
+    device: str = "cuda",
+    warm: int = 3,
 ) -> dict[str, float]:
     """Make real updates on one device and measure their peak memory and rate.
 
@@ -253,6 +273,7 @@ def measure(
         schema: The model's fields, or ``None``.
         batch: Images per forward pass.
         device: Where to run.
+        warm: Updates before the clock starts.
 
     Returns:
         On a GPU ``peak_bytes`` and ``reserved_bytes``, the most that torch had allocated and reserved; and
@@ -260,7 +281,7 @@ def measure(
     """
     try:
         release(device)
-        return _measure(settings, shape, schema, batch, device)
+        return _measure(settings, shape, schema, batch, device, warm)
     finally:
         release(device)
 
@@ -273,7 +294,7 @@ def release(device: str = "cuda") -> None:
 
 
 def _measure(
-    settings: EstimateSettings, shape: tuple[int, int, int], schema: Schema | None, batch: int, device: str
+    settings: EstimateSettings, shape: tuple[int, int, int], schema: Schema | None, batch: int, device: str, warm: int
 ) -> dict[str, float]:
     from latent_medi.training.ema import Ema
 
@@ -293,7 +314,6 @@ def _measure(
     with torch.device(device):
         inputs = example(denoiser, shape, batch, objective.timesteps)
     parts = max(settings.global_batch // settings.processes // batch, 1)
-    warm = 3
     for step in range(warm + settings.measure_steps):
         if step == warm:
             _wait(device)
@@ -360,5 +380,6 @@ def estimate_text(result: dict[str, Any]) -> str:
             f"measured on this GPU: peak {peak / GIB:.2f} GiB, reserved by torch {held / GIB:.2f} GiB, "
             f"{rate:.3g} steps/s per process"
         )
+    lines += whole_run_text(result)
     lines += measured_text([Measured(**row) for row in result["measured_before"]], result["network"])
     return "\n".join(lines)

@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_json
+from latent_medi.core.hub import is_hub_id
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, build_unet
+from latent_medi.diffusion.model_folder import local_folder
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.metadata.schema import Schema
 from latent_medi.training.settings import TrainSettings
@@ -150,7 +152,10 @@ def build_denoiser(settings: TrainSettings, shape: tuple[int, int, int], schema:
 def _source_unet(folder: str, conditional: bool) -> Any:
     from diffusers import UNet2DModel
 
-    found = [f for f in (Path(folder) / "unet" / "config.json", Path(folder) / "config.json") if f.is_file()]
+    place = Path(folder)
+    if is_hub_id(folder) and not place.is_dir():  # its configuration alone, which has a few hundred bytes
+        place = local_folder(folder, {"allow_patterns": ["unet/config.json", "config.json"]})
+    found = [f for f in (place / "unet" / "config.json", place / "config.json") if f.is_file()]
     if not found:
         raise UserError(f"There is no network in {folder} to estimate.", "Give a model folder, or leave out init_from.")
     values = {key: value for key, value in read_json(found[0]).items() if not key.startswith("_")}

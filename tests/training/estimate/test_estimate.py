@@ -11,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from parts import small_model
@@ -22,6 +23,7 @@ from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.diffusion.settings import ModelSettings
+from latent_medi.latents.info import read_info
 from latent_medi.latents.store import LatentStore
 from latent_medi.training.checkpoint import optimizer_tensors
 from latent_medi.training.ema import Ema
@@ -197,6 +199,39 @@ def test_data_that_are_there_are_used(tiny: Path) -> None:
     assert result["parameters"] - same["parameters"] == 4 * 22 + 5 * 21 + (2 * 21 + 33 * 21)
     unconditional = estimate(replace(settings, model=replace(small_model(), fields=[])))
     assert unconditional["parameters"] == same["parameters"]
+
+
+def test_latents_and_models_that_are_yet_to_come_count(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents that the named autoencoder will make, a model of the hub to start from, and the length of the run."""
+    stored = LatentStore(tiny / "latents").nbytes
+    there = run_of(small_model(), data=str(tiny / "data"), latents=str(tiny / "latents"), global_batch=8)
+    source = read_info(tiny / "latents")["autoencoder"]["source"]
+    to_come = replace(there, latents=str(tmp_path / "latents"), autoencoder=source, resident="device")
+    result = estimate(to_come)
+    assert result["latent_shape"] == [4, 8, 8]
+    assert stored <= result["bytes"]["latents"] < 1.05 * stored  # with the headers of the files
+    assert result["files"] == estimate(replace(there, autoencoder=source))["files"]
+    longer = estimate(replace(to_come, max_steps=0, max_images=8_000))
+    assert longer["images"] == 8_000
+    if longer["measured"] is None:
+        assert longer["hours"] == pytest.approx(8_000 / longer["estimated_images_per_s"] / 3600)
+    assert "8,000 images" in estimating.estimate_text(longer)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(UserError, match="somebody/model"):
+        estimate(replace(to_come, init_from="somebody/model"))
+    snapshot = tmp_path / "hub" / "models--somebody--model" / "snapshots" / "abc"
+    (snapshot / "unet").mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    network = build_denoiser(replace(there, model=small_model()), TINY, SCHEMA).unet
+    network.save_config(snapshot / "unet")
+    started = estimate(replace(to_come, init_from="somebody/model"))
+    assert started["parameters"] == result["parameters"]
+    hub = [weights for weights in started["weights"] if weights["hub_id"]]
+    assert [(weights["name"], weights["found"]) for weights in hub] == [("somebody/model", True)]
 
 
 def test_latents_count_where_the_run_would_keep_them_on_the_device(tiny: Path) -> None:

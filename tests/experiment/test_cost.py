@@ -1,0 +1,257 @@
+"""What an experiment will cost, told before it runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from parts import make_cohort
+
+from latent_medi.cli import main
+from latent_medi.core.config import build, load
+from latent_medi.core.errors import UserError
+from latent_medi.core.hub import Weights
+from latent_medi.demo import cohort
+from latent_medi.demo.settings import CohortSettings
+from latent_medi.experiment import cost as costing
+from latent_medi.experiment import limits
+from latent_medi.experiment.cost import experiment_cost
+from latent_medi.experiment.cost_records import ExperimentCost, cost_text
+from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.kinds import declare
+from latent_medi.experiment.limits import check_limits
+from latent_medi.experiment.rates import Rates, TrainTrial, rates_of
+from latent_medi.experiment.run import run
+from latent_medi.experiment.settings import STAGES, ExperimentSettings
+from latent_medi.shards.dataset import PatchDataset
+
+NETWORK = {
+    "block_out_channels": [16, 32],
+    "attention": [False, True],
+    "attention_head_dim": 16,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+TO_SAMPLE = list(STAGES[: STAGES.index("sample") + 1])
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., ExperimentSettings]:
+    """Makes settings of an experiment on a tiny dataset, given changes."""
+    make_cohort(tmp_path / "data", ("aster", "birch"))
+
+    def make(**values: Any) -> ExperimentSettings:
+        own = {
+            "data": str(tmp_path / "data"),
+            "out": str(tmp_path / "out"),
+            "stages": TO_SAMPLE,
+            "train": {"max_steps": 3, "model": NETWORK, "checkpoint_every_images": 16},
+            "seen_per_cell": 3,
+            "generate": {"sampler": {"steps": 2}, "device_batch": 4, "patches_per_shard": 5},
+        }
+        return build(ExperimentSettings, own | values)
+
+    return make
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Rates that stand for measured ones: 2 images per second of everything, unless a test changes them."""
+    known: dict[str, float] = {}
+    monkeypatch.setattr(
+        costing, "measure_rates", lambda trials, _: Rates({key: known.get(key, 2.0) for key in trials}, 0.0)
+    )
+    return known
+
+
+def cost_of(settings: ExperimentSettings, measure: bool = False) -> ExperimentCost:
+    """The cost of an experiment that nothing is known of yet."""
+    experiment = Experiment(settings)
+    declare(experiment)
+    return experiment_cost(experiment, measure=measure)
+
+
+@pytest.mark.slow
+def test_images_and_bytes_are_those_of_the_run(settings: Callable[..., ExperimentSettings]) -> None:
+    asked = settings()
+    told = {(row.stage, row.model): row for row in cost_of(asked).stages}
+    run(asked)
+    out = Path(asked.out)
+
+    def tensors(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+    assert told["encode", ""].bytes == tensors(out / "latents")
+    assert told["encode", ""].images == len(PatchDataset.open(asked.data))
+    for name in ("medi", "cls"):
+        assert told["train", name].bytes == tensors(out / name)
+        assert (
+            told["train", name].images
+            == json.loads((out / name / "model" / "provenance.json").read_text())["images_seen"]
+        )
+        made = PatchDataset.open(out / "synthetic" / name)
+        assert told["sample", name].images == len(made)
+        assert not told["sample", name].exact
+    after = cost_of(asked)
+    assert all(row.finished for row in after.stages)
+    assert (after.bytes, after.seconds) == (0, 0)
+    assert after.planned == {"medi": 12, "cls": 12}
+
+
+def test_a_dry_run_tells_all_and_writes_nothing(
+    settings: Callable[..., ExperimentSettings],
+    rates: dict[str, float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rates["train medi"], rates["train cls"] = 0.01, 0.02
+    words = [f"data={tmp_path / 'data'}", f"out={tmp_path / 'out'}", "stages=[shards, encode, train, plan, sample]"]
+    words += ["train={max_steps: 3}", "seen_per_cell=3", "dry_run=true", "parallel=2"]
+    settings()
+    assert main(["run", *words, "--json", str(tmp_path / "cost.json")]) == 0
+    assert not (tmp_path / "out").exists()
+    told, text = json.loads((tmp_path / "cost.json").read_text()), capsys.readouterr().out
+    assert told["planned"] == {"medi": 12, "cls": 12}
+    rows = {(row["stage"], row.get("model", "")): row for row in told["stages"]}
+    # 3 updates of 16 images; both models at the same time, so the longer one counts.
+    assert rows["train", "medi"]["seconds"] == pytest.approx(48 / 0.01)
+    encoding = (52 + 2 * 52) / 2
+    assert told["seconds"] == pytest.approx(48 / 0.01 + 12 / 2 + encoding)
+    assert "train" in text
+    assert "1.3  measured here" in text
+    assert told["bytes"] == sum(row.get("bytes", 0) for row in told["stages"])
+
+
+def test_models_one_after_the_other_add_up(
+    settings: Callable[..., ExperimentSettings], rates: dict[str, float]
+) -> None:
+    rates["train medi"], rates["train cls"] = 0.01, 0.02
+    taken = {n: cost_of(settings(parallel=n), measure=True).seconds for n in (1, 2)}
+    # 3 updates of 16 images each, and 12 samples each.
+    assert taken[1] - taken[2] == pytest.approx(48 / 0.02 + 12 / 2)
+
+
+def test_more_images_than_real_ones_have_to_be_named(settings: Callable[..., ExperimentSettings]) -> None:
+    """The default plan of a dataset with many sites asks for millions of images."""
+    told = cost_of(settings(seen_per_cell=5000))
+    assert told.planned == {"medi": 20_000, "cls": 20_000}
+    assert told.training_patches == 48
+    with pytest.raises(UserError, match=r"medi asks for 20,000 images, and 48 patches are real(.|\n)*max_images=20000"):
+        check_limits(settings(), told)
+    check_limits(settings(max_images=20_000), told)
+    with pytest.raises(UserError, match="more than max_images=19,999"):
+        check_limits(settings(max_images=19_999), told)
+    check_limits(settings(), cost_of(settings(seen_per_cell=2500)))  # 10,000 take little, however few are real
+    made = replace(told, stages=[replace(row, finished=True) for row in told.stages])
+    check_limits(settings(), made)
+    check_limits(settings(), replace(told, training_patches=30_000))
+
+
+def test_a_run_is_refused_before_anything_is_made(
+    settings: Callable[..., ExperimentSettings], rates: dict[str, float]
+) -> None:
+    for values, why in (({"seen_per_cell": 5000}, "max_images"), ({"max_hours": 0.01}, "max_hours=0.01")):
+        asked = settings(**values)
+        with pytest.raises(UserError, match=why):
+            run(asked)
+        assert not (Path(asked.out) / "stages").exists()
+        assert not (Path(asked.out) / "latents").exists()
+
+
+def test_the_hours_of_a_card_are_told_without_measuring(settings: Callable[..., ExperimentSettings]) -> None:
+    told = cost_of(settings(card="h100"))
+    rows = {(row.stage, row.model): row for row in told.stages}
+    assert told.machine == "the card h100"
+    assert rows["train", "medi"].measured == "estimate"
+    assert 0 < rows["train", "medi"].seconds < 1  # type: ignore[operator]
+    assert told.not_measured == ["encode"]
+    assert "estimated from the card's speed, not measured" in cost_text(told)
+    with pytest.raises(UserError, match="h100"):
+        cost_of(settings(card="h101"))
+
+
+def test_what_is_missing_is_listed(
+    settings: Callable[..., ExperimentSettings],
+    rates: dict[str, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    values = {
+        "data": "",
+        "recipe": "prostate",
+        "source": str(tmp_path / "nowhere"),
+        "patch_size": 256,
+        "autoencoder": "sd-vae-ft-mse",
+        "encoders": ["uni", "squeezenet"],
+        "stages": [name for name in STAGES if name not in ("classifier", "select")],
+    }
+    told = cost_of(settings(**values))
+    assert [row.images for row in told.stages if row.stage == "encode"] == [None]
+    assert [row.images for row in told.stages if row.stage == "train"] == [48, 48]
+    missing = "\n".join(told.missing)
+    for word in ("nowhere", "sd-vae-ft-mse", "huggingface.co/MahmoodLab/UNI", "weights.squeezenet"):
+        assert word in missing
+    assert Weights("uni", "MahmoodLab/UNI", False).name in [weights.name for weights in told.weights]
+    monkeypatch.setattr(costing, "offline", lambda: False)  # with a connection, the hub's are fetched
+    assert all("sd-vae" not in text for text in cost_of(settings(**values)).missing)
+    words = [f"source={tmp_path / 'nowhere'}", "recipe=prostate", f"out={tmp_path / 'x'}", "dry_run=true"]
+    assert main(["run", *words, "--json", str(tmp_path / "cost.json")]) == 3
+    assert "nowhere" in capsys.readouterr().err
+    assert any("nowhere" in text for text in json.loads((tmp_path / "cost.json").read_text())["missing"])
+
+
+def test_a_long_run_on_a_cpu_is_measured_and_names_what_a_cpu_can_do(
+    settings: Callable[..., ExperimentSettings], rates: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cost_of(settings()).seconds == 0
+    monkeypatch.setattr(costing.torch.cuda, "is_available", lambda: False)
+    long = cost_of(settings(train={"max_images": 51_200_000, "max_steps": 0, "model": NETWORK}, parallel=2))
+    assert long.seconds > 51_200_000 / 2
+    note = "\n".join(long.notes)
+    assert "no GPU" in note
+    assert "296 days" in note
+    assert "prostate/64px" in note
+
+
+def test_rates_are_those_of_real_work(settings: Callable[..., ExperimentSettings]) -> None:
+    """Every kind of work that is timed is done for real, on the smallest of networks."""
+    asked = settings(stages=[name for name in STAGES if name not in ("classifier", "select")])
+    experiment = Experiment(asked)
+    declare(experiment)
+    whole = costing._Costing(experiment, None)
+    whole.cost(measure=False)
+    kinds = {key: trial for key, trial in whole.trials.items() if "cls" not in key}
+    assert set(kinds) == {"encode ", "train medi", "sample medi", "evaluate demo"}
+    start, found = rates_of(list(kinds.values()), threads=1)
+    assert start > 0
+    assert all(rate > 0 for rate in found)
+    trial = kinds["train medi"]
+    assert isinstance(trial, TrainTrial)
+    assert rates_of([replace(trial, shape=(4, 7, 9))], threads=1)[1] == [0.0]  # which no network takes
+
+
+def test_the_demo_lists_what_it_will_make(tmp_path: Path) -> None:
+    small = CohortSettings(seed=3, scale=0.03, patches_per_patient=2)
+    told, made = cohort.listing(small), cohort.build(tmp_path / "demo", small, jobs=1)
+    assert told.schema == made.schema
+    assert told.counts == [shard["count"] for shard in made.info["shards"]]
+    columns = ["key", "patient", "slide", *made.schema.names, "split_main"]
+    assert told.index[columns].equals(made.index[columns])
+
+
+def test_a_dataset_that_is_yet_to_be_made_is_counted(tmp_path: Path) -> None:
+    """The demo's plan and latents are known before anything is rendered."""
+    told = cost_of(build(ExperimentSettings, load(ExperimentSettings, "demo/experiment") | {"out": str(tmp_path)}))
+    rows = {(row.stage, row.model): row for row in told.stages}
+    assert rows["shards", ""].images == rows["encode", ""].images
+    assert rows["train", "medi"].images == 27_200
+    # As in the demo's own result.
+    assert rows["sample", "medi"].images == rows["sample", "cls"].images
+    assert told.planned["medi"] <= limits.FREE_IMAGES
