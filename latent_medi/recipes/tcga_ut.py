@@ -187,7 +187,8 @@ def listing(
     index = found.table[["key", "patient", "slide", *found.schema.names]].copy()
     for field in found.schema.fields:
         if field.continuous:
-            index[field.name] = pd.to_numeric(index[field.name].where(index[field.name] != UNKNOWN_WORD))
+            known = index[field.name].where(index[field.name] != UNKNOWN_WORD)
+            index[field.name] = pd.to_numeric(known).astype(float)
     allowed_patients = options.get("allow_duplicates", ())
     splits = _published_split(found.table, scheme, allowed_patients) if found.tars else {}
     for name, (parts, _) in splits.items():
