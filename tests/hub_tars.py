@@ -70,7 +70,7 @@ def chosen_slides(tables: Path) -> pd.DataFrame:
     return pd.concat(kept)[["slide", "label", "tss", "part"]].reset_index(drop=True)
 
 
-def write_hub_tars(folder: Path, tables: Path, seed: int = 0, patches: int = 1) -> pd.DataFrame:
+def write_hub_tars(folder: Path, tables: Path, seed: int = 0, patches: int = 2) -> pd.DataFrame:
     """Write ``folder/data/dataset_internal_{train,valid,test}_part000.tar``.
 
     Args:
@@ -78,14 +78,19 @@ def write_hub_tars(folder: Path, tables: Path, seed: int = 0, patches: int = 1) 
         tables: As for :func:`chosen_slides`.
         seed: Of the order of the samples in the tars, and of their division into the Hub's own three parts; a patch is
             the same whatever the seed.
-        patches: Patches per slide.
+        patches: Patches per slide; of a class that has fewer than ten slides for testing, five of each of these, since
+            a distance needs 20 patches.
 
     Returns:
         :func:`chosen_slides`.
     """
     slides = chosen_slides(tables)
     rng = np.random.default_rng(seed)
-    order = rng.permutation([f"{i}/{n}" for i in range(len(slides)) for n in range(patches)])
+    slides_of = slides.groupby(["label", "part"])["slide"].transform("size")
+    counts = [
+        5 if part == "test" and size < 10 else patches for part, size in zip(slides["part"], slides_of, strict=True)
+    ]
+    order = rng.permutation([f"{i}/{n}" for i, count in enumerate(counts) for n in range(count)])
     samples: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
     hubs_parts = rng.choice(list(samples), len(slides), p=(0.7, 0.15, 0.15))
     for entry in order:
