@@ -67,7 +67,8 @@ class _Costing:
         self.images = planned_images(e, plans, self.data)
         self.gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         self.processes, cores = e.where.processes, os.cpu_count() or 1
-        self.together = 1 if self.gpus or self.processes > 1 else settings.parallel or min(2, cores)
+        alone = bool(settings.card or self.gpus or self.processes > 1)  # models one after the other
+        self.together = 1 if alone else settings.parallel or min(2, cores)
         self.threads = max(1, cores // (self.together if self.processes == 1 else self.processes // e.where.nodes))
         self.patch_size = self.data.patch_size if self.data else settings.patch_size
         self.autoencoder: Autoencoder | None = open_autoencoder(settings.autoencoder)

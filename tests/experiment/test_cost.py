@@ -170,6 +170,7 @@ def test_the_hours_of_a_card_are_told_without_measuring(settings: Callable[..., 
     assert rows["train", "medi"].measured == "estimate"
     assert 0 < rows["train", "medi"].seconds < 1  # type: ignore[operator]
     assert told.not_measured == ["encode"]
+    assert told.seconds == pytest.approx(sum(row.seconds or 0 for row in told.stages))  # one model after the other
     assert "estimated from the card's speed, not measured" in cost_text(told)
     with pytest.raises(UserError, match="h100"):
         cost_of(settings(card="h101"))
