@@ -92,7 +92,10 @@ class _Costing:
             rates = {key: rate for key, trial in self.trials.items() if (rate := self._on_card(trial))}
         elif measure or self._work() > _LONG_WORK:
             found = measure_rates(self.trials, self.threads)
-            rates = {key: CardRate(r * self.processes, "here") for key, r in found.images_per_second.items()}
+            # The evaluation runs in one process, whatever the stages before it take.
+            alone = {key for key, trial in self.trials.items() if self.gpus and isinstance(trial, EmbedTrial)}
+            each = found.images_per_second
+            rates = {key: CardRate(r * (1 if key in alone else self.processes), "here") for key, r in each.items()}
             self.start = found.start
         rows = [self._timed(row, rates) for row in rows]
         weights = self._weights()
@@ -129,7 +132,8 @@ class _Costing:
                 patches = len(data.index)
                 if self.kind is not None:
                     size = latents_bytes(self.kind, data.patch_size, data.counts, settings.views)
-            finished = stage in self.done or (Path(settings.out) / LATENTS_FILE).is_file()
+            there = (Path(settings.out) / LATENTS_FILE).is_file()
+            finished = stage in self.done or (there and Path(settings.out) not in self.e.stages.stale(stage))
             rows.append(StageCost(stage, name, patches, size, finished=finished))
             if not finished:
                 there = data is not None and data.dataset is not None
@@ -140,7 +144,8 @@ class _Costing:
         rows = []
         for model in self.e.to_train:
             network = self.networks[model.name]
-            finished = stage in self.done or (model.adapter or model.out / "model").is_dir()
+            there = (model.adapter or model.out / "model").is_dir()
+            finished = stage in self.done or (there and model.out not in self.e.stages.stale(stage))
             settings, size = config.make(TrainSettings, model.training or {}, model.name), None
             if network and network.on_meta is not None and not model.adapter:
                 inside = self.autoencoder if self._stored_with_models() else None

@@ -33,6 +33,8 @@ def dry_run(settings: ExperimentSettings) -> dict[str, Any]:
     result = {"out": settings.out, "bytes": cost.bytes, "planned": cost.planned, **encode(cost)}
     print(cost_text(cost))
     check_limits(settings, cost)
+    if not settings.replace:
+        experiment.stages.check()
     if cost.missing:
         raise Incomplete(f"The experiment cannot run yet: {'; '.join(cost.missing)}", result)
     divided = experiment.has_data and settings.split in PatchDataset.open(experiment.data).splits

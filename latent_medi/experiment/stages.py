@@ -93,7 +93,7 @@ class Stages:
         if record["seconds"] is None or record["made_from"] != self._made_from(name):
             return False
         written = [*stage.shared, *(self.folder / path for path in (*stage.required, *record.get("extras", ())))]
-        return all(Path(path).exists() for path in written) and not self._stale(name) and not stage.damaged()
+        return all(Path(path).exists() for path in written) and not self.stale(name) and not stage.damaged()
 
     def check(self) -> None:
         """Refuse to remove costly outputs: to be called before anything runs.
@@ -104,7 +104,7 @@ class Stages:
         stale: list[str] = []
         differ: dict[str, str] = {}
         for name, stage in self._stages.items():
-            if stage.costly and (paths := self._stale(name)):
+            if stage.costly and (paths := self.stale(name)):
                 stale += map(str, paths)
                 differ |= _differences(self._record(name)["made_from"], self._made_from(name))
         if stale:
@@ -151,7 +151,7 @@ class Stages:
         if before["made_from"] is not None:
             if before["made_from"] == made_from and before["seconds"] is not None:
                 log.warning("%s %s: its outputs are absent or damaged; it runs again", number, name)
-            self._discard(self._stale(name))
+            self._discard(self.stale(name))
             self._set_aside([path for path in stage.damaged() if path.exists()])
             stage.mend()
         self._reopen_dependents(name)
@@ -184,7 +184,7 @@ class Stages:
         stage = self._stages[name]
         return [path for output in (*stage.required, *stage.extras) if (path := self.folder / output).exists()]
 
-    def _stale(self, name: str) -> list[Path]:
+    def stale(self, name: str) -> list[Path]:
         """The outputs of a stage that exist and were made from other inputs than it has now."""
         stage, before = self._stages[name], self._record(name)["made_from"]
         if before is None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from parts import make_cohort
 
 from latent_medi.cli import main
 from latent_medi.core.config import build, load
 from latent_medi.core.errors import UserError
+from latent_medi.core.files import write_json
 from latent_medi.core.hub import Weights
 from latent_medi.demo import cohort
 from latent_medi.demo.settings import CohortSettings
@@ -24,6 +26,7 @@ from latent_medi.experiment.cost import experiment_cost
 from latent_medi.experiment.cost_records import ExperimentCost, cost_text
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
+from latent_medi.experiment.launching import Launching
 from latent_medi.experiment.limits import check_limits
 from latent_medi.experiment.rates import Rates, TrainTrial, rates_of
 from latent_medi.experiment.run import run
@@ -125,6 +128,42 @@ def test_a_dry_run_tells_all_and_writes_nothing(
     assert "train" in text
     assert "1.3  measured here" in text
     assert told["bytes"] == sum(row.get("bytes", 0) for row in told["stages"])
+
+
+def test_what_is_to_be_made_again_is_left(settings: Callable[..., ExperimentSettings], rates: dict[str, float]) -> None:
+    """Models of other settings are refused, and with replace=true trained again: then they are not finished."""
+
+    def trained(max_steps: int) -> set[bool]:
+        asked = settings(train={"max_steps": max_steps, "model": NETWORK})
+        return {row.finished for row in cost_of(asked, measure=True).stages if row.stage == "train"}
+
+    experiment = Experiment(settings(train={"max_steps": 3, "model": NETWORK}))
+    declare(experiment)
+    made_from = experiment.stages._made_from("train")
+    write_json(experiment.folder / "stages" / "train.json", {"made_from": made_from, "seconds": None})
+    for name in ("medi", "cls"):
+        (experiment.folder / name / "model").mkdir(parents=True)
+    assert trained(3) == {True}
+    assert trained(4) == {False}
+    asked = settings(train={"max_steps": 4, "model": NETWORK}, dry_run=True)
+    with pytest.raises(UserError, match=r"made from other inputs: train\.medi\.max_steps was 3, is 4"):
+        run(asked)
+    assert run(replace(asked, replace=True))["seconds"] > 0
+
+
+def test_the_evaluation_takes_one_gpu_of_several(
+    settings: Callable[..., ExperimentSettings], rates: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
+    experiment = Experiment(settings(stages=[*TO_SAMPLE, "evaluate"]), Launching(8))
+    declare(experiment)
+    rows = {row.stage: row for row in experiment_cost(experiment, measure=True).stages}
+    for stage, processes in (("evaluate", 1), ("sample", 8)):
+        images = rows[stage].images
+        assert images
+        assert rows[stage].seconds == pytest.approx(images * (2 if stage == "evaluate" else 1) / 2 / processes)
 
 
 def test_models_one_after_the_other_add_up(
