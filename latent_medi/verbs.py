@@ -31,10 +31,9 @@ def _run(words: list[str]) -> Printed:
     from latent_medi.experiment.run import run, take_part
     from latent_medi.experiment.settings import ExperimentSettings
 
-    if take_part():
-        return {}
     # The defaults alone would run a demo that does not print its results.
-    return run(config.parse(ExperimentSettings, words or ["--help"], "run"))
+    settings = config.parse(ExperimentSettings, words or ["--help"], "run")  # every node refuses what cannot be read
+    return {} if take_part(settings) else run(settings)
 
 
 _SHARDS = """latent-medi shards WHAT …

@@ -48,13 +48,14 @@ def run_changed(name: str, changes: Mapping[str, Any], by_user: Mapping[str, Any
     return run(config.make(ExperimentSettings, config.merge(config.merge(values, changes), by_user), name))
 
 
-def take_part() -> bool:
+def take_part(settings: ExperimentSettings) -> bool:
     """Take part in an experiment that another node runs, if the launcher started this process for that; returns whether
-    it did."""
-    if RUNNER_OPTIONS not in os.environ or not (where := launching()).node:
+    it did. A dry run is node 0's alone."""
+    if RUNNER_OPTIONS not in os.environ or not (where := launching(settings.launch_processes)).node:
         return False
-    with resumable():
-        follow(where)
+    if not settings.dry_run:
+        with resumable():
+            follow(where)
     return True
 
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from cluster_parts import REPOSITORY, free_port
 
+from latent_medi.cli import main
 from latent_medi.core.config import build
 from latent_medi.core.errors import BAD_INPUT, RESUME, Preempted, UserError
 from latent_medi.core.processes import RUNNER_OPTIONS, environment
-from latent_medi.experiment import commands, nodes
+from latent_medi.experiment import commands, nodes, run
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.launching import Launching, launching
 from latent_medi.experiment.settings import ExperimentSettings
@@ -69,6 +70,14 @@ def test_the_launcher_becomes_the_runner_of_its_node(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == BAD_INPUT
     assert done.stderr.count("unknown setting 'sources'") == 1
+
+
+def test_a_node_waits_for_no_dry_run_and_for_no_words_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--num_processes", "2", "--num_machines", "2", "--machine_rank", "1", "-m"]
+    monkeypatch.setenv(RUNNER_OPTIONS, json.dumps(options))
+    monkeypatch.setattr(run, "follow", lambda where: pytest.fail(f"{where} waits for a node that never leads"))
+    assert main(["run", "dry_run=true"]) == 0
+    assert main(["run", "sources=x"]) == BAD_INPUT
 
 
 def test_several_processes_take_one_model_after_the_other(tmp_path: Path) -> None:
