@@ -7,6 +7,7 @@ from pathlib import Path
 from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import write_json
+from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.experiment.damaged_outputs import damaged_metrics
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.stages import Stage
@@ -54,7 +55,11 @@ def evaluate(e: Experiment) -> Stage:
     """Every model's samples against real patients, as ``metrics.json``, ``predictions.csv`` and ``reference``."""
     free = {"real", "synthetic", "out", "cache", "batch", "device"}
     settings = config.as_dict(e.evaluation)
-    inputs = {key: value for key, value in settings.items() if key not in free and (key != "only" or value)}
+    # What earlier versions could not choose is left out where it is what they did.
+    free |= {key for key in ("only", "references") if settings[key] == config.as_dict(EvaluateSettings())[key]}
+    if settings["downstream_protocol"] != "medi":
+        settings["medi_protocol"] = {k: v for k, v in settings["medi_protocol"].items() if k not in ("tasks", "pools")}
+    inputs = {key: value for key, value in settings.items() if key not in free}
     return Stage(
         lambda: _evaluate(e),
         inputs | {"synthetic": list(e.synthetic)},
