@@ -144,7 +144,9 @@ class Problem:
         target = np.zeros((k, d)) if towards is None else towards[:, :-1]
         begin = start if start is not None else towards if towards is not None else np.zeros((k, d + 1))
         curvature = (1 - 1 / self.n_classes) / self.n_classes
-        hessian = curvature * self.gram + penalty * np.eye(d)
+        # Of dependent features the Gram matrix, in single precision, may have eigenvalues a little below 0.
+        rounding = 4 * float(np.finfo(np.float32).eps) * float(np.trace(self.gram))
+        hessian = curvature * self.gram + (curvature * rounding + penalty) * np.eye(d)
         lower = torch.linalg.cholesky(torch.as_tensor(hessian))
         inverse = torch.linalg.solve_triangular(lower, torch.eye(d, dtype=torch.float64), upper=False).numpy()
         # The intercept's own curvature is that of a feature that is always 1.

@@ -89,6 +89,21 @@ def test_any_start_and_preconditioner_end_alike() -> None:
         assert found.weights == pytest.approx(first.weights, abs=1e-4)
 
 
+def test_dependent_features_of_a_large_scale_are_solved_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their Gram matrix is singular, and by rounding has eigenvalues below 0."""
+    monkeypatch.setattr(logistic_regression, "_DOUBLE", 0)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2, 2000)
+    hidden = rng.normal(size=(2000, 10)) + codes[:, None] * 0.3
+    x = (hidden @ rng.normal(size=(10, 128)) * 100).astype(np.float32)
+    problem = Problem(x, codes, np.ones(2000), Scaling.none(128))
+    assert np.linalg.eigvalsh(problem.gram)[0] < -1e-3
+    found = problem.solve(1.0, 5000)
+    judge = _judge(hidden, codes, 1e6, np.ones(2000))
+    assert found.converged
+    assert (_predicted(found, x) == judge.predict(hidden)).mean() > 0.995
+
+
 def test_what_is_no_number_is_refused() -> None:
     x, codes = _patches(50, 4, 2, 0)
     x[7, 2] = np.nan
