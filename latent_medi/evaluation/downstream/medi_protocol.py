@@ -54,9 +54,13 @@ def medi_tasks(study: Study, settings: MediProtocolSettings) -> list[_Task]:
     """The tasks of the settings.
 
     Raises:
-        UserError: A task names an unknown class, the same twice or fewer than two, or has a class without a training or
-            test patch; or no task has as many sites as are asked for, or a task suits none of the numbers.
+        UserError: A list is empty or has a value twice; a task names an unknown class, the same twice or fewer than
+            two, or has a class without a training or test patch; or no task has as many sites as are asked for, or a
+            task suits none of the numbers.
     """
+    for name in ("ratios", "pools", "max_real", "sites"):
+        if not (given := getattr(settings, name)) or len(set(given)) < len(given):
+            raise UserError(f"medi_protocol.{name} is {given}; it takes one or more different values.")
     found = []
     for name, values in settings.tasks.items() or [("", list(study.classes))]:
         if name and len(set(values)) < max(2, len(values)):
@@ -249,6 +253,7 @@ class _Sweep:
         self._numbers: dict[_Key, list[tuple[int, int]]] = {}
         self._draws: dict[str, list[list[str]]] = {}
         self._gram: np.ndarray | None = None
+        self._gram_rows = 0
         self._drawn: tuple[tuple[int, int, int], np.ndarray] | None = None
 
     def fits(self) -> Iterator[tuple[_Sweep, _Fit]]:
@@ -277,8 +282,11 @@ class _Sweep:
                 f"MeDi's protocol with {fit.sites} sites and seed {fit.seed} has training patches of one class."
             )
         scaling = Scaling.none(x.shape[1])
-        problem = Problem(x, codes, compute_sample_weight("balanced", codes), scaling, self.device, self._gram)
-        self._gram = problem.gram
+        # The preconditioner of far fewer patches lacks directions: fits would take many times the iterations.
+        gram = self._gram if len(x) < 2 * self._gram_rows else None
+        problem = Problem(x, codes, compute_sample_weight("balanced", codes), scaling, self.device, gram)
+        if gram is None:
+            self._gram, self._gram_rows = problem.gram, len(x)
         solution = problem.solve(1.0, MAX_ITER)
         self.not_converged += not solution.converged
         logits = self.test @ solution.weights.T.astype(np.float32) + solution.intercept

@@ -27,6 +27,7 @@ from latent_medi.evaluation.downstream.training_sets import TrainingSet
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.settings import EvaluateSettings, HistoDiffusionProtocolSettings, MediProtocolSettings
 from latent_medi.shards.writing.writer import write_dataset
+from latent_medi.statistics.logistic_regression import Problem
 
 
 def _features(study: Study, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -176,6 +177,8 @@ def test_every_class_of_a_task_has_a_site() -> None:
     ("changes", "words"),
     [
         ({"tasks": {"pair": ["blobs", "strips"]}}, "'pair' names 'strips', which is no class; closest: 'stripes'"),
+        ({"ratios": [0.5, 1.0, 0.5]}, "ratios is .* one or more different values"),  # seeds would count twice
+        ({"sites": []}, "sites is .*; it takes one or more different values"),
         ({"tasks": {"pair": ["blobs"]}}, "'pair' needs two or more different classes"),
         ({"tasks": {"pair": ["blobs", "blobs"]}}, "'pair' needs two or more different classes"),
         ({"tasks": PAIR, "sites": [2, 4]}, "asks for 4 sites; the task 'pair' has 3"),
@@ -192,6 +195,20 @@ def test_tasks_that_cannot_be_are_refused_before_anything_is_computed(
     settings.medi_protocol = MediProtocolSettings(**changes)
     with pytest.raises(UserError, match=words):
         DownstreamStage(open_study(settings), settings)
+
+
+def test_a_preconditioner_of_few_patches_is_made_anew_for_many(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = open_study(world.settings("medi-tasks"))
+    real, arms = _features(study)
+    made: list[tuple[int, bool]] = []
+
+    def problem(x: np.ndarray, *more: Any) -> Problem:
+        made.append((len(x), more[-1] is None))
+        return Problem(x, *more)
+
+    monkeypatch.setattr("latent_medi.evaluation.downstream.medi_protocol.Problem", problem)
+    medi_protocol(study, "f", real, arms, MediProtocolSettings(ratios=[0.0], max_real=[4, 5, 0, 50], seeds=1))
+    assert made == [(12, True), (15, False), (len(study.train), True), (150, False)]
 
 
 class Keeping:
