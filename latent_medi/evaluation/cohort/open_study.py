@@ -339,7 +339,7 @@ def _open_synthetic(settings: EvaluateSettings, name: str, folder: str, class_fi
     if name in settings.selected:
         rows = np.flatnonzero(selected_mask(dataset, settings.selected[name]))
     for field, wanted in settings.only.items():
-        if field in dataset.index.columns:
+        if field in dataset.schema.names:  # not slides or patients, whose names are the samples' own
             values = dataset.index[field].astype(str).iloc[rows]
             rows = rows[values.isin([*wanted, *NOT_CONDITIONED]).to_numpy(bool)]
     if settings.only and not len(rows):

@@ -118,6 +118,10 @@ def test_an_evaluation_of_some_rows_is_that_of_a_folder_with_these_rows(world: W
     sites = open_study(world.settings("sites", only={"site": ["south", "east"]}, **options))
     assert len(sites.synthetic["cls"].rows) == len(sites.synthetic["cls"].dataset)
     assert set(sites.synthetic["medi"].index["site"]) == {"south", "east"}
+    # Samples have slides of their own names.
+    slides = ours.index["slide"][ours.index["site"] != "north"].unique().tolist()
+    of_slides = open_study(world.settings("slides", only={"slide": slides}, **options))
+    assert len(of_slides.synthetic["medi"].rows) == len(of_slides.synthetic["medi"].dataset)
     with pytest.raises(UserError, match="closest: 'rings'"):
         open_study(world.settings("typo", only={"class": ["ring"]}, **options))
     found = evaluated(world.settings("counted", only=only, **options), [filters()])
