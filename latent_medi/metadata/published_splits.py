@@ -19,6 +19,10 @@ ROW_ORDER_SCHEMES = ("medi", "every_fourth_patient")
 """Schemes in which the order of the rows decides: they need the published table."""
 
 
+HOLD_OUT_SETTINGS = ("hold_out", "hold_out_fields", "hold_out_fractions", "sites", "site_share", "stratify")
+"""Settings of the scheme "hold_out" alone."""
+
+
 def published_columns(settings: SplitSettings) -> list[str]:
     """Columns besides ``patient`` that a published scheme needs."""
     if settings.scheme == "every_fourth_patient":
@@ -35,8 +39,8 @@ def published_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
         UserError: Settings of other schemes are given, or a class is in one part only.
     """
     scheme, class_field, site_field = settings.scheme, settings.class_field, settings.site_field
-    if settings.hold_out_fractions:
-        raise UserError(f"scheme={scheme} has no hold_out_fractions: it has only training and test.")
+    if given := [name for name in HOLD_OUT_SETTINGS if getattr(settings, name)]:
+        raise UserError(f"scheme={scheme} has no {', '.join(given)}: it has only training and test.")
     if scheme == "every_fourth_patient":
         return every_fourth_patient(index), {"kind": "MeDi's code: every fourth, by patient"}
     fields = {"class_field": class_field, "site_field": site_field}

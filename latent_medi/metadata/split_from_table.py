@@ -11,7 +11,7 @@ from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import sha256_file
 from latent_medi.core.progress import get_logger
 from latent_medi.metadata.fields import is_missing
-from latent_medi.metadata.published_splits import ROW_ORDER_SCHEMES
+from latent_medi.metadata.published_splits import HOLD_OUT_SETTINGS, ROW_ORDER_SCHEMES
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.split_schemes import Split, make_split, needed_columns
 from latent_medi.metadata.splits import assert_patient_disjoint
@@ -22,7 +22,6 @@ from latent_medi.metadata.tcga import is_tcga, parse_barcode
 logger = get_logger(__name__)
 
 SPLIT_PREFIX = "split_"
-_OF_HOLD_OUT = ("hold_out", "hold_out_fields", "hold_out_fractions", "sites", "site_share", "stratify")
 
 
 def split_from_table(index: pd.DataFrame, settings: SplitSettings) -> Split:
@@ -82,7 +81,7 @@ def refuse_row_order(settings: SplitSettings) -> None:
 
 def _of_table(settings: SplitSettings) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Slide, patient and part of each row of the table, and how the parts were made."""
-    if settings.scheme == "hold_out" and (given := [name for name in _OF_HOLD_OUT if getattr(settings, name)]):
+    if settings.scheme == "hold_out" and (given := [name for name in HOLD_OUT_SETTINGS if getattr(settings, name)]):
         raise UserError(
             f"table= gives the split, so that {', '.join(given)} would have no effect.",
             f"Make that split first: latent-medi split {settings.table} out=… {given[0]}=…",

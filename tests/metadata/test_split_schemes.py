@@ -84,6 +84,8 @@ def test_fractions_of_nothing_are_refused() -> None:
         make_split(cohort(), SplitSettings(hold_out_fractions=shares))
     with pytest.raises(UserError, match="scheme=medi has no hold_out_fractions"):
         make_split(cohort(), SplitSettings(scheme="medi", hold_out_fractions=shares, medi_fields=[]))
+    with pytest.raises(UserError, match="scheme=every_fourth_site has no sites, stratify"):
+        make_split(cohort(), SplitSettings(scheme="every_fourth_site", sites=["x"], stratify=["class"]))
 
 
 def test_a_split_at_random_needs_no_part_of_its_own_for_what_is_held_out() -> None:
