@@ -85,7 +85,7 @@ def _run(
     with agreed(accelerator) as declared:
         check_settings(settings)
         signs = {"metrics.json": "metrics_version", "reference": "", "features": ""}
-        refuse_foreign(out, signs, ["metrics.json", "predictions.csv", FILE])
+        refuse_foreign(out, signs, ["metrics.json", "predictions.csv", FILE, "medi_*.csv"])
         study = open_study(settings)
         chosen = _with_different_names(encoders) if encoders else load_encoders(settings, device)
         if settings.colour_free:
