@@ -1,0 +1,164 @@
+"""``run --config tcga_ut/paper`` from tars as the Hub has them to the paper's tables, at a size for processors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from cluster_parts import REPOSITORY, images_logged, kill, wait_until
+from hub_tars import PROJECTS, UNLISTED, published_parts, write_hub_tars
+from parts import stable_diffusion_vae
+
+from latent_medi.core.files import read_json
+from latent_medi.experiment.settings import ExperimentSettings
+from latent_medi.recipes.registry import load_recipe
+from latent_medi.shards.dataset import PatchDataset
+
+STAGES = ("shards", "audit", "encode", "train", "plan", "sample", "evaluate", "report")
+STEPS = 12
+RCC = ["Kidney_renal_clear_cell_carcinoma", "Kidney_renal_papillary_cell_carcinoma"]
+NETWORK = {"block_out_channels": [32, 64], "attention": [False, False], "layers_per_block": 1, "norm_num_groups": 8}
+
+
+@pytest.fixture(scope="module")
+def tables(shared: Path) -> Path:
+    folder = shared / "data" / "tcga_metadata"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paper's configuration with Stable Diffusion's autoencoder and UNI's architecture (one block of it), both of
+    random weights, on patches of 32 px and with few steps."""
+    folder = tmp_path_factory.mktemp("paper")
+    write_hub_tars(folder / "hub", tables)
+    values: dict[str, Any] = {
+        "base": "tcga_ut/paper",
+        "source": str(folder / "hub"),
+        "metadata": str(tables / "all_slide_metadata.csv"),
+        "codes": str(tables / "tissueSourceSite.tsv"),
+        "patch_size": 32,
+        "autoencoder": str(stable_diffusion_vae(folder / "vae")),
+        "encode": {"precision": "fp32", "reconstruction_error": {"patches": 0}},
+        "encoders": ["hub_tars:one_block_uni"],
+        "train": {
+            "max_steps": STEPS,
+            "global_batch": 16,
+            "precision": "fp32",
+            "channels_last": False,
+            "model": NETWORK,
+        },
+        "generate": {"sampler": {"steps": 2}, "device_batch": 16, "precision": "fp32"},
+        "plan": {"tasks": {"rcc": RCC}},  # the tars have no third class
+        "processes": 1,
+    }
+    values["train"] |= {"device_batch": 16, "log_every_images": 16, "checkpoint_every_images": 32}
+    values["evaluate"] = {"medi_protocol": {"ratios": [0.0, 1.0], "sites": [2, 0], "seeds": 2}, "real_splits": 0}
+    (folder / "paper.yaml").write_text(yaml.safe_dump(values))
+    return folder / "paper.yaml"
+
+
+def start_run(config: Path, out: Path) -> subprocess.Popen[bytes]:
+    """Start the experiment; what it prints is appended to a file beside its folder."""
+    with open(out.with_suffix(".log"), "ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "latent_medi.cli", "run", "--config", str(config), f"out={out}"],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path) -> Path:
+    """Folder of the experiment that nobody disturbs."""
+    out = config.parent / "unbroken"
+    assert start_run(config, out).wait(timeout=900) == 0, out.with_suffix(".log").read_text()[-4000:]
+    return out
+
+
+def test_the_configuration_asks_for_the_papers_study() -> None:
+    from latent_medi.core import config as settings_files
+
+    values = settings_files.load(ExperimentSettings, Path("tcga_ut/paper"))
+    assert (values["recipe"], values["split"], values["site_field"]) == ("tcga-ut", "medi", "tss")
+    for name, fields in (("medi", ["class", "tss"]), ("cls", ["class"])):
+        from latent_medi.training.settings import TrainSettings
+
+        training = settings_files.load(TrainSettings, Path(values["models"][name]["config"]))
+        assert training["model"]["fields"] == fields
+
+
+@pytest.mark.slow
+def test_the_split_is_the_published_one_whatever_the_order_of_the_tars(tables: Path, tmp_path: Path) -> None:
+    published = published_parts(tables)
+    orders = set()
+    for seed in range(3):
+        source = tmp_path / f"hub-{seed}"
+        slides = write_hub_tars(source, tables, seed)
+        files = {"metadata": tables / "all_slide_metadata.csv", "codes": tables / "tissueSourceSite.tsv"}
+        index = load_recipe("tcga-ut").build(source, tmp_path / f"data-{seed}", 32, **files).index
+        orders.add(tuple(index["slide"]))
+        found = index.set_index("slide")["split_medi"].fillna("").to_dict()
+        assert found == {slide: published.get(slide, "") for slide in slides["slide"]}
+        assert found[UNLISTED] == ""
+    assert len(orders) == 3
+
+
+@pytest.mark.slow
+def test_from_the_hubs_tars_to_the_papers_tables(finished: Path, tables: Path) -> None:
+    index = PatchDataset.open(finished / "data").index
+    assert set(index["class"]) == set(PROJECTS)
+    published = published_parts(tables)
+    found = index.set_index("slide")["split_medi"].fillna("").to_dict()
+    assert found == {slide: published.get(slide, "") for slide in index["slide"]}
+    distances = pd.read_csv(finished / "per_class_distance.csv").query("`class` != 'mean'")
+    for reference in ("training images", "held-out patients"):
+        rows = distances[distances["reference"] == reference]
+        assert set(rows["class"]) == set(PROJECTS)
+        assert np.isfinite(rows[["medi_kid", "cls_kid"]].to_numpy()).all()
+    scores = pd.read_csv(finished / "medi_summary.csv")
+    assert set(scores["task"]) == {"nsclc", "uterine", "rcc"}
+    assert set(scores["pool"].dropna()) >= {"union", "separate"}
+    assert scores["mean"].notna().all()
+    assert (finished / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_killed_once_in_each_stage_it_ends_with_equal_tables(config: Path, finished: Path) -> None:
+    out = config.parent / "killed"
+
+    def under_way(stage: str) -> bool:
+        if stage == "train":  # after a checkpoint, before the end
+            return images_logged(out / "medi") >= 16 * STEPS // 2
+        record = out / "stages" / f"{stage}.json"
+        return record.is_file() and read_json(record)["seconds"] is None
+
+    for stage in STAGES:
+        process = start_run(config, out)
+        wait_until(lambda: under_way(stage), process, out.with_suffix(".log"))  # noqa: B023
+        kill(process)
+        record = out / "stages" / f"{stage}.json"
+        print(stage, "broken off" if read_json(record)["seconds"] is None else "killed just after it")
+    process = start_run(config, out)
+    assert process.wait(timeout=900) == 0, out.with_suffix(".log").read_text()[-4000:]
+    tables = sorted(path.name for path in finished.glob("*.csv"))
+    assert {"per_class_distance.csv", "medi_results.csv", "medi_summary.csv"} <= set(tables)
+    for name in tables:
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
