@@ -21,9 +21,10 @@ from latent_medi.metadata.estimability import (
     missing,
     records,
 )
+from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.metadata.splits import split_column
-from latent_medi.metadata.suspect_values import looks_missing, spelled_alike
+from latent_medi.metadata.suspect_values import are_tcga_codes, looks_missing, spelled_alike
 
 _MOST_COMBINATIONS = 200_000
 _MOST_PAIRS = 1_000_000  # cells of a table of two fields
@@ -151,7 +152,8 @@ def _looks_missing(index: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[
     found = {}
     for name in ("patient", *names):
         counts = index[name].astype(str).value_counts().sort_index()
-        if words := {str(value): int(count) for value, count in counts.items() if looks_missing(str(value))}:
+        words = {str(value): int(count) for value, count in counts.items() if looks_missing(str(value))}
+        if words and not are_tcga_codes(value for value in counts.index if not is_missing(value)):
             found[name] = words
     return found
 

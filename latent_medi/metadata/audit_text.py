@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latent_medi.metadata.estimability import VERDICTS
+from latent_medi.metadata.suspect_values import are_tcga_codes
 
 _STRONG = 0.8  # Cramér's V above which the advice warns of shortcut learning
 _SEPARATES = 0.9  # AUROC over patients from which the advice says that a continuous field separates two classes
 _MUCH_MISSING = 0.2  # share of unknown values above which the advice mentions the field
-_SITE_CODE = re.compile("[A-Z0-9]{2}")
 
 
 def advice(result: Mapping[str, Any], class_field: str) -> list[str]:
@@ -33,10 +32,13 @@ def advice(result: Mapping[str, Any], class_field: str) -> list[str]:
         )
     if len(groups) > 1:
         codes = [site for group in groups for site in group["sites"]]
-        if all(_SITE_CODE.fullmatch(site) for site in codes):
+        if are_tcga_codes(codes):
+            remedy = "Map them to institutions with tss_table=… (GDC's table of tissue source sites), and audit again."
+            if site_field == "tss" and "site" in result["fields"]:
+                remedy = "The institutions are in the field site: audit again with site_field=site."
             lines.append(
                 f"The values of {site_field} look like TCGA codes, each of which stands for a hospital and a study. "
-                "Map them to institutions with tss_table=… (GDC's table of tissue source sites), and audit again."
+                + remedy
             )
         else:
             lines.append(

@@ -16,6 +16,15 @@ _WORDS_FOR_MISSING = frozenset(
 )
 
 
+_TCGA_CODE = re.compile("[A-Z0-9]{2}")
+
+
+def are_tcga_codes(values: Iterable[str]) -> bool:
+    """Whether values look like TCGA's codes of tissue source sites, of which NA is one: two signs each, some digits."""
+    found = list(values)
+    return all(_TCGA_CODE.fullmatch(value) for value in found) and any(re.search("[0-9]", value) for value in found)
+
+
 def plain_spelling(value: str) -> str:
     """``value`` with case, Unicode form, and kind and number of blanks normalised, without zero-width characters."""
     text = unicodedata.normalize("NFKC", value)

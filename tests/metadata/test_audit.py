@@ -256,6 +256,18 @@ def test_values_that_may_be_one_or_may_mean_missing_are_asked_about() -> None:
     assert "?" not in audit_text(found)
 
 
+def test_site_codes_are_no_words_for_missing() -> None:
+    table = index({("a", "05"): 12, ("b", "NA"): 12}).rename(columns={"site": "tss"}).assign(site=["x", "y"] * 24)
+    schema = Schema.from_table(table, "class", ["site", "tss"])
+    result = audit(table, schema, site_field="tss")
+    assert result["looks_missing"] == {}
+    assert "audit again with site_field=site" in audit_text(result)
+    words = table.assign(tss=table["tss"].replace("05", "east"))
+    assert audit(words, Schema.from_table(words, "class", ["tss"]), site_field="tss")["looks_missing"] == {
+        "tss": {"NA": 24}
+    }
+
+
 def test_words_for_missing_are_refused_alike_as_numbers() -> None:
     for word in ("nan", "NaN", "NA", "n/a", "None"):
         table = pd.DataFrame({"age": ["61", word, ""]})
