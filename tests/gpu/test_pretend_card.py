@@ -265,7 +265,7 @@ def test_encoding_runs_on_a_card(
         str(tmp_path / "data"),
         str(tmp_path / "there"),
         str(tmp_path / "autoencoder"),
-        8,
+        device_batch=8,
         slicing=slicing,
         views=views,
         reconstruction_error=ReconstructionSettings(8),

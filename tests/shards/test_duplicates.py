@@ -201,11 +201,12 @@ def test_where_they_cannot_be_kept_together_the_split_is_refused(
     sites = ["nesw"[i // 12] for i in range(48)]
     images = [image if i not in (0, 47) else tissue[0] for i, image in enumerate(tissue)]
     data = written(tmp_path / "e", cohort(images, [f"p{i // 4:02d}" for i in range(48)], sites))
-    medi = ["split", str(data.folder), "scheme=medi", "medi_fields=[]", "medi_share=0.5"]
+    table = tmp_path / "e.csv"  # whose order of rows decides
+    data.index[["slide", "patient", "class", "site"]].to_csv(table, index=False)
+    medi = ["split", str(data.folder), "scheme=medi", f"table={table}", "medi_fields=[]", "medi_share=0.5"]
     assert main(medi) == 2
     error = capsys.readouterr().err
-    assert "2 patients share pictures" in error
-    assert "'p00' and 'p11'" in error
+    assert "'p00/000' of 'p00' (train) and 'p11/047' of 'p11' (test)" in error
     assert PatchDataset.open(data.folder).splits == []
     assert main([*medi, "allow_duplicates=[p11]"]) == 0
 
