@@ -139,7 +139,9 @@ def _candidates(
     beyond = [f for f in fields if _beyond(study, f, result.reference, study.train)]
     if beyond:
         pair = [f for f in (study.class_field, *beyond) if f in synthetic.fields]
-        trained = strata(study.index, study.rows_of(study.train, known), pair)
+        of_class = {name: value for name, value in known.items() if name == study.class_field}
+        seen = study.rows_of(study.train, known)  # none of a combination that is held out: then of its class
+        trained = strata(study.index, seen if len(seen) else study.rows_of(study.train, of_class), pair)
         rows = rows[np.isin(strata(index, rows, pair).astype(str), np.unique(trained.astype(str)))]
         result.unmatched[synthetic.name] = beyond
     return index, rows, [f for f in fields if f not in beyond]

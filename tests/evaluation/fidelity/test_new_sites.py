@@ -12,7 +12,7 @@ from evaluation_world import filters
 from new_sites import CLASSES, PATCHES, PATIENTS, TRAIN_SITES, build, train_sites
 
 from latent_medi.core.errors import UserError
-from latent_medi.evaluation.cohort.comparison_sets import REAL, class_comparisons, field_comparisons
+from latent_medi.evaluation.cohort.comparison_sets import REAL, class_comparisons, comparison_for, field_comparisons
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.evaluate import check_settings, evaluate
@@ -20,7 +20,9 @@ from latent_medi.evaluation.fidelity.records import DistanceTable
 from latent_medi.evaluation.results import Metrics, metrics_json, metrics_of
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.summary import headline_json, headline_text
+from latent_medi.metadata.schema import Field, Schema
 from latent_medi.report.render import render_report
+from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.statistics.distances import frechet_distance
 
 PER_CLASS = TRAIN_SITES * PATIENTS * PATCHES
@@ -72,6 +74,37 @@ def test_a_combination_of_a_new_site_has_no_sample_and_says_so(study: Study) -> 
     cells = field_comparisons(study, ["class", "tss"], 0, "train")
     assert [len(cell.rows["medi"]) for cell in cells] == [PATIENTS * PATCHES] * len(CLASSES) * TRAIN_SITES
     assert all(cell.skipped == {} for cell in cells)
+
+
+def test_samples_of_a_held_out_hospital_have_codes_of_their_class(tmp_path: Path) -> None:
+    """Of TCGA's hospitals each has a code per class: where A at h2 is held out, no sample can have A's code there."""
+    classes, hospitals = ("A", "B"), ("h0", "h1", "h2")
+    codes = Field("tss", "categorical", tuple(c + h for c in classes for h in hospitals))
+    schema = Schema((Field("class", "class", classes), Field("site", "categorical", hospitals), codes))
+    image = np.random.default_rng(0).integers(0, 256, (600, 32, 32, 3), dtype=np.uint8)
+
+    def patches(rows: list[tuple[str, str, str, str]], origin: str) -> list[Patch]:
+        return [
+            Patch(f"{o}{i}", image[i], o, o, i, 0, 0.5, {"class": c, "site": h, "tss": t}, origin=origin)
+            for i, (o, c, h, t) in enumerate(rows)
+        ]
+
+    cells = [(part, c, h) for part in ("train", "test") for c in classes for h in hospitals]
+    cells.remove(("train", "A", "h2"))
+    real = [(f"{part}-{c}-{h}-{i % 12}", c, h, c + h) for part, c, h in cells for i in range(48)]
+    made = [(f"synthetic:a:{c}{h}{k}", c, h, c + k) for c in classes for h in hospitals for k in ("h0", "h1")]
+    splits = {"main": ({name: name.split("-")[0] for name, *_ in real}, {"kind": "planted"})}
+    write_dataset(tmp_path / "real", patches(real, "real"), "r", schema, 32, 0.5, splits=splits)
+    write_dataset(tmp_path / "medi", patches(made * 20, "synthetic"), "medi", schema, 32, 0.5)
+    held_out = [{"class": "A", "site": "h2"}]
+    settings = EvaluateSettings(real=str(tmp_path / "real"), held_out=held_out, downstream=False)
+    study = open_study(replace(settings, synthetic={"medi": str(tmp_path / "medi")}))
+    comparison = comparison_for(study, held_out[0], 0)
+    assert comparison.skipped == {}
+    chosen = study.synthetic["medi"].index.iloc[comparison.rows["medi"]]
+    assert comparison.unmatched == {"medi": ["tss"]}
+    assert set(chosen["site"]) == {"h2"}
+    assert set(chosen["tss"]) == {"Ah0", "Ah1"}
 
 
 def _finite(table: DistanceTable) -> list[str]:
