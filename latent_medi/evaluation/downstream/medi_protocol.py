@@ -203,13 +203,13 @@ def _pool(study: Study, name: str, pool: str, classes: np.ndarray) -> np.ndarray
 
 
 def _in_proportion(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The first of each class in the proportions of ``wanted``, as many as there are: bool over ``labels``."""
+    """Random ones of each class in the proportions of ``wanted``, as many as there are: bool over ``labels``."""
     counts = {value: int((wanted == value).sum()) for value in np.unique(wanted)}
     own = {value: np.flatnonzero(labels == value) for value in counts}
     share = min((len(own[value]) / n for value, n in counts.items() if len(own[value])), default=0.0)
     keep: np.ndarray = np.zeros(len(labels), bool)
     for value, n in counts.items():
-        keep[own[value][: int(share * n)]] = True
+        keep[np.random.default_rng(41).permutation(own[value])[: int(share * n)]] = True
     return keep
 
 

@@ -152,6 +152,17 @@ def test_samples_without_a_site_are_separate_in_the_real_proportions(world: Worl
     assert len(_pool(study, "cls", "union", classes)) == sum(there.values()) > len(taken)
 
 
+def test_a_separate_pool_keeps_the_mix_of_other_fields() -> None:
+    """The samples of a plan are in its order: the first half of each class would be of one gender."""
+    index = pd.DataFrame({"class": ["a"] * 100 + ["b"] * 100, "gender": (["f"] * 50 + ["m"] * 50) * 2})
+    samples = SimpleNamespace(index=index, fields=("class", "gender"))
+    study: Any = SimpleNamespace(synthetic={"cls": samples}, class_field="class", site_field="site")
+    study.train, study.class_labels = np.arange(150), np.repeat(["a", "b"], [50, 100])
+    pool = index.iloc[_pool(study, "cls", "separate", np.array(["a", "b"]))]
+    assert pool["class"].value_counts().to_dict() == {"a": 50, "b": 100}
+    assert 15 < (pool.loc[pool["class"] == "a", "gender"] == "f").sum() < 35
+
+
 def test_every_class_of_a_task_has_a_site() -> None:
     """As with TCGA's codes every site has one class: of eight sites two have the second one."""
     sites = np.repeat(np.arange(8), 5).astype(str)
