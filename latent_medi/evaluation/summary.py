@@ -225,7 +225,7 @@ def evaluation_text(metrics: Metrics, record: Headline) -> str:
 def headline_text(record: Headline) -> str:
     """The summary as a table for a terminal, the verdict last."""
     names = [label_of(name)[:9] for name in (record.candidate, record.baseline)]
-    lines = ["Kernel distance (KID) to real patches of other patients (lower is better)"]
+    lines = ["Kernel distance (KID) to real patches (lower is better)"]
     lines.append(f"  {'':<32}" + "".join(f"{name:>10}" for name in (*names, "real", "ratio")))
     for name, title in _DISTANCES.items():
         row: SummaryDistances | None = getattr(record, name)

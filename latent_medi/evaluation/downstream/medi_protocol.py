@@ -254,6 +254,7 @@ class _Sweep:
         self._draws: dict[str, list[list[str]]] = {}
         self._gram: np.ndarray | None = None
         self._gram_rows = 0
+        self._short: set[tuple[str, Pool]] = set()
         self._drawn: tuple[tuple[int, int, int], np.ndarray] | None = None
 
     def fits(self) -> Iterator[tuple[_Sweep, _Fit]]:
@@ -274,6 +275,7 @@ class _Sweep:
             pool = self.pools[fit.name, fit.pool]
             order = np.random.default_rng([fit.seed, 37]).permutation(len(pool))
             extra = pool[order[: int(fit.ratio * len(chosen))]]
+            self._warn_if_short(fit, int(fit.ratio * len(chosen)), len(pool))
             x = np.concatenate([x, self.synthetic[fit.name][extra]])
             y = np.concatenate([y, self.labels[fit.name][extra]])
         classes, codes = np.unique(y, return_inverse=True)
@@ -296,6 +298,15 @@ class _Sweep:
         scores = (quiet_balanced(self.truth, found), averaged, float(matthews_corrcoef(self.truth, found)))
         self._scores.setdefault(key, []).append(scores)
         self._numbers.setdefault(key, []).append((len(chosen), len(y) - len(chosen)))
+
+    def _warn_if_short(self, fit: _Fit, wanted: int, there: int) -> None:
+        """Log, once for a pool, that it has fewer samples than a ratio asks for."""
+        if wanted > there and (fit.name, fit.pool) not in self._short:
+            self._short.add((fit.name, fit.pool))
+            log.warning(
+                "MeDi's protocol, task %s: the pool %s of %s has %d samples; ratio %g asks for %d, and gets all",
+                *(self.task.name, fit.pool, fit.name, there, fit.ratio, wanted),
+            )
 
     def _real(self, fit: _Fit) -> np.ndarray:
         """The real patches of a fit, drawn once."""

@@ -101,6 +101,17 @@ def test_medi_protocol_takes_what_it_says(world: World) -> None:
         medi_protocol(study, "f", real, arms, MediProtocolSettings(sites=[9]))
 
 
+def test_a_pool_with_too_few_samples_is_named(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    study = open_study(world.settings("short"))
+    real, arms = _features(study)
+    caplog.set_level("WARNING", "latent_medi")
+    record = medi_protocol(study, "f", real, arms, MediProtocolSettings(ratios=[1.0, 50.0], seeds=1))
+    messages = [each.getMessage() for each in caplog.records if "gets all" in each.getMessage()]
+    assert len(messages) == 2  # one for each set, and none at ratio 1
+    assert all("ratio 50" in message for message in messages)
+    assert max(row.n_synthetic[0] for row in record.rows) == len(study.synthetic["medi"].index)
+
+
 PAIR = {"pair": ["blobs", "stripes"]}
 
 
