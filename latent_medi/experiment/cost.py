@@ -283,9 +283,11 @@ class _Costing:
         for model in e.to_train:
             source = "" if model.parent else str((model.training or {}).get("init_from") or "")
             found += [weights] if (weights := init_weights(source)) else []
+            settings = config.make(TrainSettings, model.training or {}, model.name)
+            if settings.preview_encoder:
+                found.append(encoder_weights(settings.preview_encoder, settings.preview_weights))
         if e.has("evaluate"):
-            settings = e.evaluation
-            found += [encoder_weights(text, settings.weights.get(text, "")) for text in settings.encoders]
+            found += [encoder_weights(text, e.evaluation.weights.get(text, "")) for text in e.evaluation.encoders]
         return list(dict.fromkeys(found))
 
     def _missing(self, weights: list[Weights]) -> list[str]:

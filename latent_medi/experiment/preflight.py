@@ -117,6 +117,7 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
     from latent_medi.diffusion.guidance import check_guidance
     from latent_medi.diffusion.objective import settings_of
     from latent_medi.diffusion.samplers import check_sampler
+    from latent_medi.features.encoders import load_encoder
     from latent_medi.training.finetune.transfer import inherited_objective, open_source
 
     if model in e.guided:
@@ -134,6 +135,8 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
             "cannot share equally.",
             "Choose launch_processes, or a global_batch, such that it is a multiple.",
         )
+    if settings.preview_encoder:
+        load_encoder(settings.preview_encoder, settings.preview_weights or None)
     if model.entry.data:
         _warn_of_shared_patients(e, model)
     if settings.init_from and (model.parent is None or model.parent.source is not None):

@@ -166,6 +166,16 @@ def test_the_evaluation_takes_one_gpu_of_several(
         assert rows[stage].seconds == pytest.approx(images * (2 if stage == "evaluate" else 1) / 2 / processes)
 
 
+def test_the_encoder_of_previews_is_needed(settings: Callable[..., ExperimentSettings]) -> None:
+    previews = {"preview_every_images": 16, "preview_encoder": "uni"}
+    asked = settings(train={"max_steps": 3, "model": NETWORK, **previews})
+    found = {weights.name: weights.found for weights in cost_of(asked).weights}
+    assert found["uni"] is False
+    with pytest.raises(UserError, match="uni"):  # before the hours of encoding
+        run(asked)
+    assert not (Path(asked.out) / "latents").exists()
+
+
 def test_models_one_after_the_other_add_up(
     settings: Callable[..., ExperimentSettings], rates: dict[str, float]
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from latent_medi.core.files import read_object
 from latent_medi.core.hub import Weights, in_hub_cache, is_hub_id
 from latent_medi.diffusion.denoiser import Denoiser
+from latent_medi.features.needed import encoder_weights
 from latent_medi.latents.info import INFO_FILE
 from latent_medi.latents.size import autoencoder_weights, latent_kind, latents_bytes, open_autoencoder
 from latent_medi.shards.dataset import PatchDataset
@@ -56,7 +57,9 @@ def whole_run(settings: TrainSettings, denoiser: Denoiser, images_per_second: fl
     own = open_autoencoder(name) if found is not None and found.found and not found.hub_id else None
     stored = own is not None and Path(own.source).is_dir()
     files = run_files(settings, denoiser, own.model if own is not None and stored else None)
-    needed = [weights for weights in (found, init_weights(settings.init_from)) if weights is not None]
+    previews = settings.preview_encoder
+    shown = encoder_weights(previews, settings.preview_weights) if previews else None
+    needed = [weights for weights in (found, init_weights(settings.init_from), shown) if weights is not None]
     images = settings.total_images
     return {
         "images": images,
