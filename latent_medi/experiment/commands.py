@@ -17,6 +17,7 @@ from latent_medi.core.processes import PARENT, environment, python_words
 
 _NOTICES = (signal.SIGUSR1, signal.SIGTERM)
 _ALONE_FOR = 30  # seconds that this node's part of a command may go on after another's has failed
+_STOP_WITHIN = 300  # seconds in which it must then end by itself: one that waits for the other gets no signal
 
 
 def run_in_parallel(commands: Mapping[str, Sequence[str]], threads: int | None = None) -> None:
@@ -120,13 +121,26 @@ def _wait(running: dict[str, subprocess.Popen[str]], noticed: list[int], failed:
                 raise RuntimeError(
                     f"{name} ended with exit code {code}; its messages are above. The same command continues."
                 )
-        if alone_since is None and running and failed():
-            alone_since = time.monotonic()
-        if alone_since is not None and time.monotonic() > alone_since + _ALONE_FOR:
-            raise RuntimeError("Another node has failed; its messages say why. The same command continues.")
+        if running and not noticed and failed():  # what was asked to stop may take its time
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() > alone_since + _ALONE_FOR:
+                _stop(running)
+                raise RuntimeError("Another node has failed or stopped. The same command continues.")
         time.sleep(0.1)
     if noticed:  # all ended as if nothing had been asked
         raise Preempted("asked to stop; the same command continues")
+
+
+def _stop(running: Mapping[str, subprocess.Popen[str]]) -> None:
+    """End commands that cannot go on, by force if they do not end by themselves."""
+    for process in running.values():
+        process.terminate()
+    end = time.monotonic() + _STOP_WITHIN
+    for process in running.values():
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 @contextmanager

@@ -77,8 +77,6 @@ def launching(launch_processes: int = 0) -> Launching:
         UserError: There are fewer GPUs than that; several runners were launched on one node; or the number differs from
             that of the launcher which started this process.
     """
-    import torch
-
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
             "Several processes were launched, and each would run the whole experiment.",
@@ -86,14 +84,21 @@ def launching(launch_processes: int = 0) -> Launching:
         )
     if given := os.environ.get(RUNNER_OPTIONS):
         return _as_launched(json.loads(given), launch_processes)
+    several = ("--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no")
+    return Launching(_per_node(launch_processes), options=several)
+
+
+def _per_node(launch_processes: int) -> int:
+    """Processes of this node where the launcher does not say."""
+    import torch
+
     gpus = torch.cuda.device_count()
     if gpus and launch_processes > gpus:
         raise UserError(
             f"launch_processes is {launch_processes}, and this machine has {gpus} GPU{'s' * (gpus > 1)}.",
             "Give as many as there are GPUs, or leave it out.",
         )
-    several = ("--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no")
-    return Launching(launch_processes or gpus or 1, options=several)
+    return launch_processes or gpus or 1
 
 
 def _as_launched(words: Sequence[str], launch_processes: int) -> Launching:
@@ -106,7 +111,7 @@ def _as_launched(words: Sequence[str], launch_processes: int) -> Launching:
     from_file = _of_file(parsed.config_file)
     values |= {name: from_file[name] for name in known if values[name] is None and from_file.get(name) is not None}
     nodes = int(values["num_machines"] or 1)
-    processes = int(values["num_processes"] or 1)
+    processes = int(values["num_processes"] or _per_node(launch_processes) * nodes)
     if launch_processes and launch_processes * nodes != processes:
         raise UserError(
             f"launch_processes is {launch_processes}, and the launcher was given {processes} processes on {nodes} "

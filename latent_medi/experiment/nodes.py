@@ -2,8 +2,8 @@
 that it launches.
 
 Node 0 keeps a store that the others ask for the next command (:class:`torch.distributed.TCPStore`). What runs in the
-runner itself, such as the evaluation, runs on node 0 while the others wait. A node whose runner is gone is noticed by
-its connection.
+runner itself, such as the evaluation, runs on node 0 while the others wait. The others notice by their connection that
+node 0 is gone. Each of them gives the store a new sign of life every few seconds, and node 0 notices when they stop.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from latent_medi.core.errors import BAD_INPUT, RESUME, Preempted, UserError
@@ -30,6 +32,8 @@ log = get_logger(__name__)
 _MEET_WITHIN = 600  # seconds in which all nodes must have started
 _LOOK_EVERY = 0.2  # seconds
 _END_WITHIN = 20  # seconds in which the others learn that node 0 has ended
+_BEAT_EVERY = 5  # seconds between two signs of life of a node
+_SILENT_FOR = 60  # seconds without a sign of life after which a node is gone
 
 
 class Leader:
@@ -43,6 +47,7 @@ class Leader:
         self._launching = launching
         self._store = _store(launching)
         self._number = 0
+        self._beats: dict[int, tuple[bytes, float]] = {}  # by node: its last sign of life, and since when
 
     def announce(self, command: Sequence[str]) -> int:
         """Tell the other nodes to start a command; returns the port at which its processes meet."""
@@ -51,8 +56,18 @@ class Leader:
         return port
 
     def failed(self) -> bool:
-        """Whether another node's part of the last announced command has failed."""
-        return bool(self._store.check([f"failed/{self._number}"]))
+        """Whether another node's part of the last announced command has failed, or a node is gone that was there."""
+        failed, now = f"failed/{self._number}", time.monotonic()
+        for node in range(1, self._launching.nodes):
+            if not self._store.check([f"alive/{node}"]):
+                continue
+            beat = self._store.get(f"alive/{node}")
+            last, since = self._beats.get(node, (b"", now))
+            if beat != last:
+                self._beats[node] = beat, now
+            elif now > since + _SILENT_FOR:
+                self._store.set(failed, "")  # the other nodes look there
+        return bool(self._store.check([failed]))
 
     def end(self, code: int) -> None:
         """Tell the other nodes that the experiment has ended, and wait until they know."""
@@ -124,25 +139,53 @@ def follow(launching: Launching) -> None:
         Preempted: It was asked to stop.
         RuntimeError: It failed, or node 0 is gone.
     """
-    store, number = _store(launching), 0
+    store, number, name = _store(launching), 0, f"node {launching.node}"
     log.info("node %d of %d: follows node 0 at %s", launching.node, launching.nodes, launching.address)
-    while True:
-        number += 1
-        said = _next(store, f"say/{number}")
-        if "end" in said:
-            with suppress(RuntimeError):
-                store.set(f"left/{launching.node}", "")
-            _end(int(said["end"]))
-            return
-        name = f"node {launching.node}"
-        try:
-            run_words({name: launching.words(said["command"], int(said["port"]))}, launching.threads)
-        except Preempted:
-            pass  # node 0 knows, and says so
-        except (UserError, RuntimeError) as error:
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+    with _heartbeat(launching):
+        while True:
+            number += 1
+            said = _next(store, f"say/{number}")
+            if "end" in said:
+                with suppress(RuntimeError):
+                    store.set(f"left/{launching.node}", "")
+                _end(int(said["end"]))
+                return
+            words = launching.words(said["command"], int(said["port"]))
+            try:
+                run_words({name: words}, launching.threads, partial(_failed, store, number))
+                continue
+            except (Preempted, UserError, RuntimeError) as error:
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
             with suppress(RuntimeError):
                 store.set(f"failed/{number}", "")
+
+
+@contextmanager
+def _heartbeat(launching: Launching) -> Iterator[None]:
+    """Context in which a thread with a connection of its own gives the store signs of life of this node."""
+    store, ended = _store(launching), threading.Event()
+
+    def beat() -> None:
+        with suppress(RuntimeError):  # node 0 is gone
+            while not ended.is_set():
+                store.set(f"alive/{launching.node}", str(time.monotonic_ns()))
+                ended.wait(_BEAT_EVERY)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=_BEAT_EVERY)
+
+
+def _failed(store: TCPStore, number: int) -> bool:
+    """Whether a command has failed on another node, or node 0 is gone."""
+    try:
+        return bool(store.check([f"failed/{number}"]))
+    except RuntimeError:  # the connection is closed
+        return True
 
 
 def _store(launching: Launching) -> TCPStore:

@@ -63,6 +63,15 @@ def test_a_runner_that_was_launched_hands_the_options_on(monkeypatch: pytest.Mon
         launching(2)
 
 
+def test_a_launcher_that_does_not_say_takes_a_process_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUNNER_OPTIONS, json.dumps(["--num_machines", "2", "--machine_rank", "1", "-m"]))
+    for gpus, asked, processes in ((0, 0, 2), (0, 3, 6), (8, 0, 16), (8, 3, 6)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert launching(asked).processes == processes
+    with pytest.raises(UserError, match="launch_processes is 9, and this machine has 8 GPUs\\."):
+        launching(9)
+
+
 def test_the_launcher_becomes_the_runner_of_its_node(tmp_path: Path) -> None:
     """One process per node with its number, whose words are the user's; the settings are refused by ``run`` itself."""
     options = ["--config_file", CPU, "--num_processes", "2", "--main_process_port", str(free_port())]
@@ -103,6 +112,16 @@ def test_a_command_whose_other_part_has_failed_does_not_wait_for_it(monkeypatch:
     monkeypatch.setattr(commands, "_ALONE_FOR", 0.2)
     with pytest.raises(RuntimeError, match="Another node has failed"):
         commands.run_words({"alone": words("import time; time.sleep(60)")}, failed=lambda: True)
+
+
+def test_a_command_that_hears_no_signal_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_ALONE_FOR", 3)
+    monkeypatch.setattr(commands, "_STOP_WITHIN", 0.2)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="Another node has failed"):
+        commands.run_words({"deaf": words(code)}, failed=lambda: True)
+    assert time.monotonic() < start + 30
 
 
 class Follower(threading.Thread):
@@ -161,28 +180,39 @@ def test_all_nodes_end_alike(two: tuple[Launching, Launching], raised: Exception
     assert type(follower.error) is expected
 
 
-def test_a_part_that_fails_ends_the_command_everywhere(
-    two: tuple[Launching, Launching], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", [3, RESUME])
+def test_a_part_that_fails_or_stops_ends_the_command_everywhere(
+    two: tuple[Launching, Launching], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     monkeypatch.setattr(commands, "_ALONE_FOR", 0.2)
     follower = Follower(two[1])
-    code = "import sys, time; time.sleep(60) if sys.argv[1] == '0' else sys.exit(3)"
-    with pytest.raises(RuntimeError, match="Another node has failed"), nodes.leading(two[0]) as leader:
-        nodes.run_launched({"train": words(code)}, two[0], leader)
+    part = f"import sys, time; time.sleep(60) if sys.argv[1] == '0' else sys.exit({code})"
+    with pytest.raises(RuntimeError, match="Another node has failed or stopped"), nodes.leading(two[0]) as leader:
+        nodes.run_launched({"train": words(part)}, two[0], leader)
     follower.join(timeout=60)
     assert isinstance(follower.error, RuntimeError)
 
 
-def test_a_node_notices_that_the_first_is_gone(two: tuple[Launching, Launching]) -> None:
-    code = (
+def other_process(code: str) -> subprocess.Popen[bytes]:
+    """A process that imports the nodes' code and runs more, whose first line is ``ready``."""
+    head = (
         "import time\nfrom latent_medi.experiment import nodes\n"
         "from latent_medi.experiment.launching import Launching\n"
-        f"leader = nodes.Leader(Launching(2, 2, 0, '127.0.0.1', {two[0].port}))\n"
-        "print('ready', flush=True); time.sleep(60)"
     )
-    leader = subprocess.Popen(words(code), env=environment(), stdout=subprocess.PIPE)
-    assert leader.stdout is not None
-    assert leader.stdout.readline() == b"ready\n"
+    process = subprocess.Popen(words(head + code), env=environment(), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def leader_process(port: int, then: str = "") -> subprocess.Popen[bytes]:
+    """Node 0 of two, which lives for a minute."""
+    leader = f"leader = nodes.Leader(Launching(2, 2, 0, '127.0.0.1', {port}))\n{then}\n"
+    return other_process(leader + "print('ready', flush=True); time.sleep(60)")
+
+
+def test_a_node_notices_that_the_first_is_gone(two: tuple[Launching, Launching]) -> None:
+    leader = leader_process(two[0].port)
     follower = Follower(two[1])
     time.sleep(1)
     leader.kill()
@@ -190,3 +220,39 @@ def test_a_node_notices_that_the_first_is_gone(two: tuple[Launching, Launching])
     assert not follower.is_alive()
     assert "Node 0 is gone" in str(follower.error)
     leader.wait()
+
+
+def test_a_command_stops_when_the_first_node_is_gone(
+    two: tuple[Launching, Launching], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(commands, "_ALONE_FOR", 0.2)
+    code = f"import time; open({str(tmp_path / 'started')!r}, 'w').close(); time.sleep(600)"
+    leader = leader_process(two[0].port, f"leader.announce({words(code)!r})")
+    follower = Follower(two[1])
+    while not (tmp_path / "started").exists():
+        time.sleep(0.1)
+    leader.kill()
+    follower.join(timeout=60)
+    assert not follower.is_alive()
+    assert "Node 0 is gone" in str(follower.error)
+    leader.wait()
+
+
+def test_the_first_node_notices_that_another_is_gone(
+    two: tuple[Launching, Launching], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_ALONE_FOR", 0.2)
+    monkeypatch.setattr(nodes, "_SILENT_FOR", 2)
+    leader = nodes.Leader(two[0])
+    beat = "nodes._BEAT_EVERY = 0.1\nprint('ready', flush=True)\n"
+    follower = other_process(f"{beat}nodes.follow(Launching(2, 2, 1, '127.0.0.1', {two[0].port}))")
+    while not leader._store.check(["alive/1"]):
+        time.sleep(0.1)
+    for _ in range(30):  # longer than a node may be silent
+        assert not leader.failed()
+        time.sleep(0.1)
+    follower.kill()
+    follower.wait()
+    encode = {"encode": words("import time; time.sleep(60)")}
+    with pytest.raises(RuntimeError, match="Another node has failed or stopped"):
+        nodes.run_launched(encode, two[0], leader)
