@@ -121,7 +121,9 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
     from latent_medi.training.finetune.transfer import inherited_objective, open_source
 
     if model in e.guided:
-        e.classifier(model).check()
+        classifier = e.classifier(model)
+        classifier.check()
+        _check_shared(e, f"models.{model.name}.classifier", classifier.global_batch)
     generate = config.make(GenerateSettings, e.generation(model), "generate") if model.entry.sample else None
     if model.source is not None:
         if generate:
@@ -129,12 +131,7 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
             check_guidance(generate.guidance, model.source.conditioner)
         return
     settings = config.make(TrainSettings, model.training or {}, model.name)
-    if settings.global_batch % e.where.processes:
-        raise UserError(
-            f"models.{model.name} has a global_batch of {settings.global_batch}, which {e.where.processes} processes "
-            "cannot share equally.",
-            "Choose launch_processes, or a global_batch, such that it is a multiple.",
-        )
+    _check_shared(e, f"models.{model.name}", settings.global_batch)
     if settings.preview_encoder:
         load_encoder(settings.preview_encoder, settings.preview_weights or None)
     if model.entry.data:
@@ -154,6 +151,15 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
         patterns = dataclasses.asdict(settings.dropout)
         conditioner = MetadataConditioner(known.to_dict(), 1, fusion="additive", dropout_patterns=patterns)
     check_guidance(generate.guidance, conditioner)
+
+
+def _check_shared(e: Experiment, name: str, global_batch: int) -> None:
+    """Refuse a batch of which the launched processes cannot take equal parts."""
+    if global_batch % e.where.processes:
+        raise UserError(
+            f"{name} has a global_batch of {global_batch}, which {e.where.processes} processes cannot share equally.",
+            "Choose launch_processes, or a global_batch, such that it is a multiple.",
+        )
 
 
 def _warn_of_shared_patients(e: Experiment, model: Model) -> None:

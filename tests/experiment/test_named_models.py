@@ -20,7 +20,9 @@ from latent_medi.core.errors import UserError
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import KINDS, declare
 from latent_medi.experiment.kinds.datasets import make_plans
+from latent_medi.experiment.launching import Launching
 from latent_medi.experiment.models import concerning
+from latent_medi.experiment.preflight import preflight
 from latent_medi.experiment.run import run, run_changed
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stage, Stages
@@ -111,6 +113,17 @@ def test_a_model_is_trained_after_the_one_that_it_starts_from(
     assert generation["model"] == str(e.folder / "tuned" / "model")
     assert generation["adapters"] == [str(e.folder / "adapted" / "adapter")]
     assert set(e.synthetic) == {"adapted", "tuned", "plain"}
+
+
+def test_a_classifier_whose_batch_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    make_cohort(tmp_path / "data", ("aster", "birch"))
+    guided = {"config": "demo/medi", "classifier": "demo/classifier", "classifier_train": {"global_batch": 3}}
+    values = {"data": str(tmp_path / "data"), "out": str(tmp_path / "out"), "models": {"guided": guided}}
+    values["stages"] = list(STAGES[: STAGES.index("sample") + 1])
+    e = Experiment(build(ExperimentSettings, values), Launching(2))
+    declare(e)
+    with pytest.raises(UserError, match=r"models\.guided\.classifier has a global_batch of 3, which 2 processes"):
+        preflight(e)
 
 
 def test_a_plan_has_the_fields_that_the_model_knows(experiment: Callable[..., Experiment]) -> None:
