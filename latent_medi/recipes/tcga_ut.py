@@ -247,14 +247,22 @@ def _add_medi_split(dataset: PatchDataset, metadata: Path, allow_duplicates: Seq
     """Record MeDi's split, decided by the order of the metadata's rows, unless the folder has it.
 
     Raises:
-        UserError: A picture is in both parts.
+        UserError: A picture is in both parts, or the folder has another split of that name.
     """
     split = _medi_split(dataset.index, metadata, allow_duplicates)
     if split is None:
         return
-    recorded = dataset.info["splits"].get("medi", {}).get("recipe") == split.recipe
-    if not recorded or dataset.index["split_medi"].tolist() != split.column.tolist():
-        dataset.add_split("medi", split.column, split.recipe, replace=True)
+    recorded = dataset.info["splits"].get("medi", {}).get("recipe")
+    equal = recorded is not None and dataset.index["split_medi"].tolist() == split.column.tolist()
+    if equal and recorded == split.recipe:
+        return
+    if recorded is not None and not equal and recorded.get("kind") != split.recipe["kind"]:
+        raise UserError(
+            f"{dataset.folder} has a split 'medi' that is not MeDi's; it is kept.",
+            "Make the dataset in another folder, or replace the split: "
+            f"`latent-medi split {dataset.folder} name=medi table={metadata} scheme=medi site_field=tss replace=true`.",
+        )
+    dataset.add_split("medi", split.column, split.recipe, replace=True)
 
 
 def _medi_split(index: pd.DataFrame, metadata: Path, allow_duplicates: Sequence[str]) -> Split | None:

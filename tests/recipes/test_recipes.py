@@ -258,6 +258,20 @@ def test_tcga_ut_has_the_published_split_whatever_the_order_of_its_tars(
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
 
 
+def test_a_split_of_the_users_own_called_medi_is_kept(tmp_path: Path) -> None:
+    slides = [f"TCGA-{site}-A4Q{i}-01Z-00-DX1" for site in ("NA", "E2") for i in range(4)]
+    write_tar(tmp_path / "hub" / "dataset_internal_train_part000.tar", [(f"{s}/0_0_256", "Lung") for s in slides], 16)
+    table = tmp_path / "slides.csv"
+    rows = [f"{slide},{slide[:12]},Lung,{('female', 'male')[i % 2]},white" for i, slide in enumerate(slides)]
+    table.write_text("\n".join(["slide_submitter_id,case_submitter_id,class,gender,race", *rows]))
+    recipe, out = load_recipe("tcga-ut"), tmp_path / "out"
+    mine = ["train"] * 4 + ["probe"] * 4
+    recipe.build(tmp_path / "hub", out, 16).add_split("medi", mine, {"kind": "by hand"})
+    with pytest.raises(UserError, match="has a split 'medi' that is not MeDi's"):
+        recipe.build(tmp_path / "hub", out, 16, metadata=table)
+    assert PatchDataset.open(out).index["split_medi"].tolist() == mine
+
+
 def test_tcga_ut_from_zenodos_folders(tmp_path: Path) -> None:
     source = tmp_path / "zenodo"
     for slide, label, _ in SLIDES:
