@@ -17,7 +17,7 @@ import torch
 from latent_medi.core import config
 from latent_medi.core.hub import Weights, offline
 from latent_medi.core.tensor_files import tensor_file_bytes
-from latent_medi.experiment.cost_records import LONG_STAGES, ExperimentCost, StageCost, days
+from latent_medi.experiment.cost_records import LONG_STAGES, ExperimentCost, StageCost, days, listed
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.networks import Network, network_of
 from latent_medi.experiment.rates import EmbedTrial, EncodeTrial, SampleTrial, TrainTrial, Trial, measure_rates
@@ -76,6 +76,7 @@ class _Costing:
         self.networks = {model.name: self._network(model.name) for model in e.models.values()}
         self.trials: dict[str, Trial] = {}
         self.start = 0.0
+        self.failed: dict[str, str] = {}
         self.done = {name for name in settings.stages if e.stages.finished(name)}
 
     def _network(self, name: str) -> Network | None:
@@ -96,7 +97,7 @@ class _Costing:
             alone = {key for key, trial in self.trials.items() if self.gpus and isinstance(trial, EmbedTrial)}
             each = found.images_per_second
             rates = {key: CardRate(r * (1 if key in alone else self.processes), "here") for key, r in each.items()}
-            self.start = found.start
+            self.start, self.failed = found.start, found.failed
         rows = [self._timed(row, rates) for row in rows]
         weights = self._weights()
         known = [row for row in rows if row.seconds is not None]
@@ -310,8 +311,11 @@ class _Costing:
                 f"This machine has no GPU: what is measured takes {days(cost.seconds)}. Sized for a CPU are "
                 f"{CPU_CONFIGURATIONS}; card=NAME says what a GPU would take."
             )
-        elif cost.not_measured and not cost.seconds and not self.e.settings.card:
+        elif cost.not_measured and not cost.seconds and not self.e.settings.card and not self.failed:
             notes.append("Hours were not measured: dry_run=true measures them.")
+        for reason in dict.fromkeys(self.failed.values()):
+            names = [name.strip() for name, why in self.failed.items() if why == reason]
+            notes.append(f"Hours of {listed(names)} were not measured: {reason}")
         if any(row.stage == "evaluate" for row in left):
             notes.append("evaluate: the embedding of all patches alone; classifiers and intervals come on top.")
         if self.data is None:

@@ -10,7 +10,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -164,10 +165,12 @@ class Rates:
     Args:
         images_per_second: Of one process, by name; without what cannot be measured here.
         start: Seconds that a process takes before it works, which each command of an experiment does.
+        failed: By name, why the others cannot be measured.
     """
 
     images_per_second: dict[str, float]
     start: float
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def measure_rates(trials: Mapping[str, Trial], threads: int) -> Rates:
@@ -180,14 +183,22 @@ def measure_rates(trials: Mapping[str, Trial], threads: int) -> Rates:
     if not trials:
         return Rates({}, 0.0)
     context = multiprocessing.get_context("spawn")
-    with safe_helpers(), ProcessPoolExecutor(1, mp_context=context) as pool:
-        start, found = pool.submit(call_tied, os.getpid(), rates_of, list(trials.values()), threads).result()
-    return Rates({name: rate for name, rate in zip(trials, found, strict=True) if rate}, start)
+    try:
+        with safe_helpers(), ProcessPoolExecutor(1, mp_context=context) as pool:
+            asked = pool.submit(call_tied, os.getpid(), rates_of, list(trials.values()), threads)
+            start, found, reasons = asked.result()
+    except BrokenProcessPool:
+        return Rates({}, 0.0, dict.fromkeys(trials, "the process that measures was killed, perhaps for want of memory"))
+    return Rates(
+        {name: rate for name, rate in zip(trials, found, strict=True) if rate},
+        start,
+        {name: reason for name, reason in zip(trials, reasons, strict=True) if reason},
+    )
 
 
-def rates_of(trials: Sequence[Trial], threads: int) -> tuple[float, list[float]]:
-    """Seconds since this process began, everything imported; and images per second of each trial, 0 for one that
-    cannot be measured."""
+def rates_of(trials: Sequence[Trial], threads: int) -> tuple[float, list[float], list[str]]:
+    """Seconds since this process began, everything imported; images per second of each trial, 0 for one that cannot be
+    measured; and why it cannot, or ``""``."""
     import torch
 
     from latent_medi.sampling import generate
@@ -196,10 +207,14 @@ def rates_of(trials: Sequence[Trial], threads: int) -> tuple[float, list[float]]
     del generate, loop
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    start, found = time.time() - psutil.Process().create_time(), []
+    start = time.time() - psutil.Process().create_time()
+    found, reasons = [], []
     for trial in trials:
+        rate, reason = 0.0, ""
         try:
-            found.append(trial.rate(device))
-        except (UserError, torch.OutOfMemoryError):  # the stage itself will say why
-            found.append(0.0)
-    return start, found
+            rate = trial.rate(device)
+        except (UserError, RuntimeError, MemoryError) as error:  # PyTorch's want of memory is a RuntimeError
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        found.append(rate)
+        reasons.append(reason)
+    return start, found, reasons

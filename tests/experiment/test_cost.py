@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
 from latent_medi.experiment.launching import Launching
 from latent_medi.experiment.limits import check_limits
-from latent_medi.experiment.rates import Rates, TrainTrial, rates_of
+from latent_medi.experiment.rates import Rates, TrainTrial, measure_rates, rates_of
 from latent_medi.experiment.run import run
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.shards.dataset import PatchDataset
@@ -279,12 +280,44 @@ def test_rates_are_those_of_real_work(settings: Callable[..., ExperimentSettings
     whole.cost(measure=False)
     kinds = {key: trial for key, trial in whole.trials.items() if "cls" not in key}
     assert set(kinds) == {"encode ", "train medi", "sample medi", "evaluate demo"}
-    start, found = rates_of(list(kinds.values()), threads=1)
+    start, found, _ = rates_of(list(kinds.values()), threads=1)
     assert start > 0
     assert all(rate > 0 for rate in found)
     trial = kinds["train medi"]
     assert isinstance(trial, TrainTrial)
     assert rates_of([replace(trial, shape=(4, 7, 9))], threads=1)[1] == [0.0]  # which no network takes
+
+
+class TooLarge:
+    """Work for which there is no memory."""
+
+    def rate(self, device: str) -> float:
+        return float(torch.zeros(2**60)[0])
+
+
+class Killed:
+    """Work that ends the process that receives it."""
+
+    def rate(self, device: str) -> float:
+        return 1.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_hours_that_memory_is_too_small_to_measure_are_told_with_the_reason(
+    settings: Callable[..., ExperimentSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found, reasons = rates_of([TooLarge()], threads=1)
+    assert found == [0.0]
+    assert "memory" in reasons[0]
+    killed = measure_rates({"train medi": Killed()}, threads=1)
+    assert not killed.images_per_second
+    assert "killed" in killed.failed["train medi"]
+    monkeypatch.setattr(costing, "measure_rates", lambda trials, _: killed)
+    told = cost_of(settings(), measure=True)
+    assert "train" in told.not_measured
+    assert any("Hours of train medi were not measured: the process" in note for note in told.notes)
 
 
 def test_the_demo_lists_what_it_will_make(tmp_path: Path) -> None:
