@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ def own_precision() -> Iterator[None]:
     if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def log_for_caplog() -> None:
+    """A command that an earlier test ran in this process keeps the log from pytest; ``caplog`` sees it all the same."""
+    logging.getLogger("latent_medi").propagate = True
 
 
 @pytest.fixture(scope="session")

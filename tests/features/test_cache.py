@@ -165,6 +165,7 @@ def test_the_demo_s_encoder_says_that_it_has_seen_no_tissue(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
+    cache_module._warn.cache_clear()  # another test of this process may have been warned
     monkeypatch.setattr(cache_module.log, "warning", lambda text, *values: said.append(text % values))
     real = PatchDataset.open(tiny / "data")
     for _ in range(2):

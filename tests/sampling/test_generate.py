@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import signal
 import tarfile
 import threading
@@ -304,7 +303,6 @@ def test_a_full_memory_halves_the_batch_and_goes_on(
         return real(self, conditions, noise, *rest, batch=batch, **named)
 
     monkeypatch.setattr(MediPipeline, "generate_latents", small)
-    monkeypatch.setattr(logging.getLogger("latent_medi"), "propagate", True)
     limit = 2
     made = generate_plan(plan, model, tmp_path / "small" / "synthetic", SETTINGS)
     assert sizes[:2] == [4, 2]

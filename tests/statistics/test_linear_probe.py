@@ -153,7 +153,6 @@ def test_one_c_for_every_training_set(world: World, monkeypatch: pytest.MonkeyPa
 def test_what_does_not_converge_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(linear_probe, "MAX_ITER", 1)
     x, y = _blobs(200, 3, 4)
-    monkeypatch.setattr(logging.getLogger("latent_medi"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert not fit_linear_probe(x, y).converged
     assert "did not converge in 1 iterations" in caplog.text
