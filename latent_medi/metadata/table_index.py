@@ -109,6 +109,18 @@ def read_table_index(
     warn_of_contradictions(index["patient"], table, named, where)
     if (gone := index["patient"].map(is_missing)).any():
         raise UserError(f"{where}: row {int(gone.to_numpy().argmax()) + 1} has no patient ({int(gone.sum())} in all).")
+    _add_fields(index, table, named, numbers, site_field, barcodes)
+    categorical = [n for n in named if n != class_field]
+    schema = Schema.from_table(index, class_field or None, categorical, numbers)
+    for name in numbers:
+        index[name] = pd.to_numeric(index[name].mask(index[name].map(is_missing)))
+    return index, schema
+
+
+def _add_fields(
+    index: pd.DataFrame, table: pd.DataFrame, named: list[str], numbers: list[str], site_field: str, barcodes: str
+) -> None:
+    """Add the cells of the fields, site codes as the barcodes have them."""
     for name in named:
         cells = table[name]
         if name == site_field and name in SITE_CODE_COLUMNS and barcodes:
@@ -117,11 +129,6 @@ def read_table_index(
         index[name] = cells.map(values).to_numpy()
     for name in numbers:
         index[name] = table[name].to_numpy()
-    categorical = [n for n in named if n != class_field]
-    schema = Schema.from_table(index, class_field or None, categorical, numbers)
-    for name in numbers:
-        index[name] = pd.to_numeric(index[name].mask(index[name].map(is_missing)))
-    return index, schema
 
 
 def institutions_of(codes: pd.Series, tss_table: str | Path) -> pd.DataFrame:

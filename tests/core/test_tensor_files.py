@@ -1,4 +1,4 @@
-"""The size of a safetensors file, told before it is written."""
+"""The size of a safetensors file, known before it is written."""
 
 from __future__ import annotations
 

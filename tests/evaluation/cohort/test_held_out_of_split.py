@@ -142,8 +142,8 @@ def test_a_model_of_all_rows_may_be_evaluated_on_some(world: World, tmp_path: Pa
         info["provenance"]["seen"] = training_record(rows, real.schema)
         write_sealed(copied / "dataset.json", {key: value for key, value in info.items() if key != "seal"})
         settings = world.settings("seen", synthetic={"medi": str(copied)}, only=only, held_out=HELD_OUT[:1])
-        told = [text for text in open_study(settings).warnings if "other patients" in text]
-        assert bool(told) == (number == 2)
+        warned = [text for text in open_study(settings).warnings if "other patients" in text]
+        assert bool(warned) == (number == 2)
 
 
 def _copy(folder: Path, to: Path) -> None:
