@@ -64,6 +64,8 @@ class ClassifierSettings(Settings):
             field itself, so that no value is favoured at high noise; an empty list visits each patch once per epoch.
         balance_temperature: 0 keeps the data's frequencies, 1 draws every combination equally often.
         network: The network.
+        noise_aware: Train on latents of every noise level, which guidance shows it. False trains on clean latents at
+            timestep 0 alone, as HistoDiffusion's released code does: its gradient on noisy latents is then a guess.
         objective: Without model: the noise schedule; prediction and weighting are not used.
         evaluate_every_images: Images between scores; 0 scores once at the end.
         checkpoint_every_images: Images between checkpoints; 0 writes one at the end only.
@@ -101,6 +103,7 @@ class ClassifierSettings(Settings):
     balance: list[str] | None = None
     balance_temperature: NonNegativeFloat = 1.0
     network: EncoderSettings = dataclasses.field(default_factory=EncoderSettings)
+    noise_aware: bool = True
     objective: ObjectiveSettings = dataclasses.field(default_factory=ObjectiveSettings)
     evaluate_every_images: NonNegativeInt = 0
     checkpoint_every_images: NonNegativeInt = 100_000

@@ -1,4 +1,4 @@
-"""Training of the noise-aware latent classifier, to be read from top to bottom.
+"""Training of the latent classifier, to be read from top to bottom.
 
     latent-medi classifier --config demo/classifier model=runs/demo/uncond/model out=runs/demo/classifier
     accelerate launch --num_processes 8 -m latent_medi.cli classifier --config …      (same result, faster)
@@ -105,7 +105,10 @@ def _train_classifier(settings: ClassifierSettings, accelerator: Accelerator) ->
     def losses(part: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         assert part.conditions is not None  # the field is always one of them
         labels = label_of[part.conditions.codes[:, 0]]
-        logits = run.model(objective.add_noise(part.latents, part.noise, part.timesteps), part.timesteps).float()
+        noisy, timesteps = part.latents, torch.zeros_like(part.timesteps)
+        if settings.noise_aware:
+            noisy, timesteps = objective.add_noise(part.latents, part.noise, part.timesteps), part.timesteps
+        logits = run.model(noisy, timesteps).float()
         right = (logits.detach().argmax(1) == labels).sum() / run.share
         return F.cross_entropy(logits, labels, reduction="sum") / run.share, right
 
@@ -147,8 +150,11 @@ def describe(
     """What identifies a run: its settings, but for paths and speed, and the content of its data and model."""
     effective = replace(settings, objective=objective, values=list(values))
     kept = {key: value for key, value in run_folder.plain(asdict(effective)).items() if key not in FREE}
-    if not settings.only:  # as in the records of versions without it
+    # As in the records of versions without these settings.
+    if not settings.only:
         del kept["only"]
+    if settings.noise_aware:
+        del kept["noise_aware"]
     inherited: dict[str, Any] = {}
     if source is not None and source.autoencoder is not None:
         inherited = {name: source.autoencoder[name] for name in ("shift", "scale")}

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from parts import make_autoencoder, make_cohort, put_index, small_model
+from parts import make_cohort, put_index, small_model
 from safetensors.torch import load_file
 
 from latent_medi.cli import main
@@ -26,58 +26,21 @@ from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.latent_classifier import train as trainer
 from latent_medi.latent_classifier.data import open_parts
-from latent_medi.latent_classifier.network import LatentClassifier
+from latent_medi.latent_classifier.network import LatentClassifier, LatentEncoder
 from latent_medi.latent_classifier.network_settings import EncoderSettings
 from latent_medi.latent_classifier.scores import score, timestep_buckets
 from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.latent_classifier.train import train_classifier
-from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.encode import encode_dataset
 from latent_medi.launch import make_accelerator
-from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
-from latent_medi.shards.writing.writer import Patch, write_dataset
 from latent_medi.training import run_folder, updates
 from latent_medi.training.log import read_log
 from latent_medi.training.loop import train
 from latent_medi.training.settings import TrainSettings
 
 Make = Callable[..., ClassifierSettings]
-COLOURS = {"benign": (150, 80, 110), "solid": (90, 120, 150), "spindle": (110, 110, 60)}
-
-
-@pytest.fixture(scope="module")
-def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that differ in colour, four unknown patches, other patients for testing; unbalanced."""
-    folder = tmp_path_factory.mktemp("coloured")
-    random = make_autoencoder()
-    with torch.no_grad():  # as of a trained autoencoder, whose posterior is narrow
-        random.model.quant_conv.bias[4:] = -8.0
-    save_autoencoder(random, folder / "autoencoder")
-    autoencoder = load_autoencoder(str(folder / "autoencoder"))
-    rng = np.random.default_rng(0)
-    names = ["benign"] * 60 + ["solid"] * 30 + ["spindle"] * 30 + ["unknown"] * 4
-    table = pd.DataFrame({"class": names, "site": [("a", "b")[i % 2] for i in range(len(names))]})
-    colours = {**COLOURS, "unknown": (128, 128, 128)}
-    items = [
-        Patch(
-            key=f"p{i:03d}",
-            image=np.clip(rng.normal(colours[row["class"]], 12, (32, 32, 3)), 0, 255).astype(np.uint8),
-            patient=f"patient{i // 2:02d}",
-            slide=f"slide{i // 2:02d}",
-            x=0,
-            y=0,
-            source_mpp=0.5,
-            fields=row,
-        )
-        for i, row in enumerate(table.to_dict("records"))
-    ]
-    schema = Schema.from_table(table, "class", ["site"])
-    dataset = write_dataset(folder / "data", items, "coloured", schema, 32, 0.5, patches_per_shard=40)
-    parts = ["test" if i // 2 % 3 == 0 else "train" for i in range(len(names))]
-    dataset.add_split("main", parts, {"scheme": "by hand"})
-    encode_dataset(folder / "data", autoencoder, folder / "latents")
-    return folder
 
 
 @pytest.fixture
@@ -168,6 +131,32 @@ def test_it_sees_through_noise_the_less_the_more_there_is(trained) -> None:
     assert told["scores"][-1]["n"] == 400
 
 
+def test_on_clean_latents_alone_it_does_not_learn_to_see_through_noise(trained, make: Make) -> None:
+    _, aware = trained
+    clean = train_classifier(make(max_steps=250, noise_aware=False))
+    of = {kind: {row["timesteps"]: row for row in found["scores"]} for kind, found in (("a", aware), ("c", clean))}
+    assert of["c"]["0-99"]["f1"] > of["a"]["0-99"]["f1"] - 0.1  # hardly any noise
+    assert of["c"]["500-599"]["loss"] > of["a"]["500-599"]["loss"] + 0.3
+    assert of["c"]["900-999"]["loss"] > of["a"]["900-999"]["loss"] + 0.5  # sure of what it cannot know
+
+
+def test_clean_latents_come_with_timestep_zero_and_their_whitening(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    forward = LatentEncoder.forward
+
+    def watched(self: LatentEncoder, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            seen.append((x.detach(), t))
+        return forward(self, x, t)
+
+    monkeypatch.setattr(LatentEncoder, "forward", watched)
+    train_classifier(make(noise_aware=False))
+    assert len(seen) == 30
+    assert all((t == 0).all() for _, t in seen)
+    values = torch.cat([x for x, _ in seen])  # whitened, and nothing added: a variance of 1 by channel
+    torch.testing.assert_close(values.var((0, 2, 3)), torch.ones(values.shape[1]), rtol=0.15, atol=0)
+
+
 def test_it_knows_how_noisy_a_latent_is(trained) -> None:
     """Told wrong timesteps, it is worse: what it is told is used."""
     settings, _ = trained
@@ -223,7 +212,7 @@ def test_what_it_tells_and_writes(trained) -> None:
     settings, told = trained
     out = Path(settings.out)
     assert told["classifier"] == str(out / "classifier")
-    assert told["values"] == sorted(COLOURS)
+    assert told["values"] == ["benign", "solid", "spindle"]
     assert (told["field"], told["patches"], told["patients"]) == ("class", 80, 40)  # without the unknown
     rows = read_log(out / "evaluation.csv")
     assert [int(row["images"]) for row in rows] == [2000] * 11 + [4000] * 11

@@ -109,8 +109,8 @@ def test_wanted_classes_are_brought_to_the_network_s_device_once_not_at_every_st
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
 def test_guidance_follows_its_gradient(prediction):
-    """ε′ = ε − s·√(1−ᾱ)·∇ log p, with the gradient from autograd over the softmax written out, in fp32; and in fp64
-    from the change of log p along each direction."""
+    """ε′ = ε − s·√(1−ᾱ)·∇ log p, with the gradient from autograd over the softmax written out, and its length from
+    the change of log p along it (finite differences)."""
     classifier = make_classifier()
     objective = Objective(ObjectiveSettings(prediction=prediction, zero_terminal_snr=False))
     t, scale, wanted = torch.full((4,), 400), 3.0, ["gleason4", "benign", "gleason3", "benign"]

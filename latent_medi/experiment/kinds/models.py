@@ -51,8 +51,9 @@ def classifier(e: Experiment) -> Stage:
     from latent_medi.latent_classifier.train import FREE
 
     chosen = {model.name: e.classifier(model) for model in e.guided}
+    earlier: dict[str, Any] = {"only": {}, "noise_aware": True}  # what earlier versions could not choose
     inputs = {
-        name: {k: v for k, v in config.as_dict(settings).items() if k not in FREE and (k != "only" or v)}
+        name: {k: v for k, v in config.as_dict(settings).items() if k not in FREE and earlier.get(k, ...) != v}
         for name, settings in chosen.items()
     }
     return Stage(
