@@ -11,6 +11,8 @@ At scale 0 the images are the same whatever is wanted, so recovery is 1 / classe
 the variance of the samples of a class around their mean, over that of as many real patches: 1 is as various as real
 ones, and less is what guidance costs.
 
+With --clean the classifier is trained on clean latents, as in HistoDiffusion's released code, in place of noisy ones.
+
 Two encoders measure: the demo's own, and, given its weights, SqueezeNet at 224 px, which nothing here was made with.
 """
 
@@ -46,14 +48,18 @@ CONTROL_PART = "test"
 FIRST_SEED = 1_000
 
 
-def train_both(run: Path, out: Path, quick: bool, model_steps: int, classifier_steps: int) -> tuple[Path, Path]:
+def train_both(
+    run: Path, out: Path, quick: bool, model_steps: int, classifier_steps: int, clean: bool
+) -> tuple[Path, Path]:
     """Folders of the unconditional model and of the classifier, trained unless they are there."""
     where = [f"data={run / 'data'}", f"latents={run / 'latents'}"]
     short = ["max_steps=20"] if quick else []
     words = ["--config", "demo/medi", *where, f"out={out / 'uncond'}", "model.fields=[]"]
     words += [f"max_steps={model_steps}"] if model_steps else []
     model = train(config.parse(TrainSettings, [*words, *short]))
-    words = ["--config", "demo/classifier", *where, f"model={model}", f"out={out / 'classifier'}"]
+    folder = out / ("classifier-clean" if clean else "classifier")
+    words = ["--config", "demo/classifier", *where, f"model={model}", f"out={folder}"]
+    words += ["noise_aware=false"] if clean else []
     words += [f"max_steps={classifier_steps}"] if classifier_steps else []
     short += ["validation_patches=64"] if quick else []
     trained = train_classifier(config.parse(ClassifierSettings, [*words, *short]))
@@ -107,7 +113,7 @@ def measures_of(
 
 def measure(words: argparse.Namespace, out: Path) -> dict[str, float]:
     """All numbers, flat."""
-    model, folder = train_both(words.run, out, words.quick, words.model_steps, words.classifier_steps)
+    model, folder = train_both(words.run, out, words.quick, words.model_steps, words.classifier_steps, words.clean)
     pipeline, classifier = MediPipeline.from_pretrained(model), LatentClassifier.from_pretrained(folder)
     classifier.check_model(pipeline)
     dataset = PatchDataset.open(words.run / "data")
@@ -145,6 +151,7 @@ def main() -> None:
         "--model-steps", type=int, default=0, help="updates of the model (default: the configuration's)"
     )
     parser.add_argument("--classifier-steps", type=int, default=0, help="updates of the classifier (likewise)")
+    parser.add_argument("--clean", action="store_true", help="train the classifier on clean latents alone")
     parser.add_argument("--probe-patients", type=int, default=100, help="patients per class and hospital for the probe")
     parser.add_argument("--squeezenet", type=Path, help="weights of the second encoder")
     words = parser.parse_args()
