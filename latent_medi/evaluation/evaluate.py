@@ -219,7 +219,7 @@ class _Comparisons:
         return cls(
             comparison_sets.held_out_comparisons(study, seed),
             comparison_sets.class_comparisons(study, seed),
-            comparison_sets.field_comparisons(study, [settings.site_field], seed),
+            comparison_sets.field_comparisons(study, [study.site_field], seed),
             {" × ".join(f): comparison_sets.field_comparisons(study, f, seed) for f in settings.by_fields},
             comparison_sets.comparison_for(study, {}, seed),
             _TrainingComparisons.of(study, settings) if "train" in settings.references else None,

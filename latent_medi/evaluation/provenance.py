@@ -87,13 +87,15 @@ class RealDataset:
     Args:
         name: Its name.
         folder: Its folder, relative to the result's folder.
-        class_field, site_field: Names of the two fields.
+        class_field, site_field: Names of the two fields; site_field is empty if the data have none, and all patches
+            then count as one site, "all".
         split: Name of the split.
         classes, sites: Their values.
         n_patches, n_patients: Patches and patients of all splits.
         counts: Counts by class, site and split value.
         held_out: Held-out combinations.
         not_evaluated: Combinations that the split holds out and that cannot be evaluated, with ``held_out: split``.
+        patient_is: What counts as a patient: "patient", or where patients are not known "slide", "image" or "group".
     """
 
     name: str
@@ -108,6 +110,7 @@ class RealDataset:
     counts: Counts
     held_out: list[dict[str, str]]
     not_evaluated: list[NotEvaluated] = field(default_factory=list)
+    patient_is: str = "patient"
 
 
 @dataclass(frozen=True)
@@ -281,7 +284,7 @@ def dataset_record(study: Study, settings: EvaluateSettings, folder: str | Path)
         name=study.real.info.get("name", ""),
         folder=relative_path(str(study.real.folder), folder),
         class_field=study.class_field,
-        site_field=study.site_field,
+        site_field=settings.site_field,
         split=split,
         classes=classes,
         sites=sites,
@@ -290,6 +293,7 @@ def dataset_record(study: Study, settings: EvaluateSettings, folder: str | Path)
         counts=Counts(counts(np.ones(len(index), bool)), counts(is_first)),
         held_out=study.held_out,
         not_evaluated=study.not_evaluated,
+        patient_is=study.real.patient_is,
     )
 
 

@@ -123,7 +123,7 @@ class EvaluateSettings(Settings):
         only: Values by field, such as {class: [LUAD, LUSC]}: only real and synthetic patches with one of them take
             part, also as training patches that samples may be copies of. Fields that are not named keep all, and so do
             fields that a model was not conditioned on.
-        site_field: Field that names the hospital.
+        site_field: Field that names the hospital; empty if the data have none: all that compares sites is left out.
         protocol: "default", or "paper" to add raw Fréchet distances, labelled "rank-deficient", where there are too few
             patches for one.
         seed: Seed of every subsample.

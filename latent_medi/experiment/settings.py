@@ -94,7 +94,7 @@ class ExperimentSettings(Settings):
         encode: Encoding settings, such as precision; ``device_batch`` is 16 here unless it is given.
         encoders: Names or folders of the image encoders of selection and evaluation; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
-        site_field: Field that names the hospital.
+        site_field: Field that names the hospital; empty if the data have none.
         held_out: Combinations without a training patch; or the word "split": those that the split holds out, of which
             those that cannot be evaluated are listed.
         train: Training settings put over the configuration of every model, such as max_steps.

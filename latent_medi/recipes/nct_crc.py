@@ -4,8 +4,8 @@
 
 SOURCE holds ``NCT-CRC-HE-100K`` (or ``…-NONORM``) and optionally ``CRC-VAL-HE-7K``, each with a folder per class (ADI,
 BACK, DEB, LYM, MUC, MUS, NORM, STR, TUM) of ``.tif`` files. The source names no patients; it only says that the two
-sets share none. So each set counts as *one* patient: a finer split than the published one would not be by patient.
-CC BY 4.0.
+sets share none. So each image counts as one, and every result says so: of the splits only the published one, by set, is
+by patient. CC BY 4.0.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def build(source: Path, out: Path, patch_size: int = 224, **options: Unpack[Opti
                 raise UserError(f"{folder} is no class; {nearest(folder.name, CLASSES)}.")
             for path in sorted(folder.glob("[!.]*.tif")):  # not the ._ files of macOS
                 key = f"{name}/{path.stem.replace('.', '-')}"
-                row = {"image": path.relative_to(source).as_posix(), "key": key, "patient": name}
+                row = {"image": path.relative_to(source).as_posix(), "key": key}
                 rows.append(row | {"class": CLASSES[folder.name], "set": name})
     if not rows:
         raise UserError(f"{source} holds no .tif in {there}.")
@@ -70,6 +70,7 @@ def build(source: Path, out: Path, patch_size: int = 224, **options: Unpack[Opti
         root=str(source),
         name="nct-crc",
         key_column="key",
+        patient_is="image",
         extra=["set"],
         source_mpp=SOURCE_MPP,
         patches_per_shard=4096,
@@ -78,10 +79,10 @@ def build(source: Path, out: Path, patch_size: int = 224, **options: Unpack[Opti
     provenance = {
         "source": "NCT-CRC-HE-100K and CRC-VAL-HE-7K (Kather et al. 2018), Zenodo 1214456",
         "licence": "CC BY 4.0",
-        "patients": "not known; each set stands as one patient, so that no split can divide it",
+        "patients": "not known; each image counts as one; the two sets share no patient",
         "recipe": "shards/nct_crc.py",
     }
-    split = ({name: SETS[name] for name in there}, {"kind": "as published, by set"})
+    split = ({row["key"]: SETS[row["set"]] for row in rows}, {"kind": "as published, by set"})
     return import_images(settings, pd.DataFrame(rows), provenance=provenance, splits={"published": split})
 
 

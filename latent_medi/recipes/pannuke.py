@@ -3,8 +3,7 @@
     latent-medi shards pannuke SOURCE OUT --patch-size 256
 
 SOURCE holds ``Fold 1/images/fold1/images.npy`` and ``types.npy`` (and 2, 3), as unpacked; masks are not read. The class
-is the tissue. The source names no patients, so each fold counts as *one* patient, and only the published folds can be
-parts of a split. CC BY-NC-SA 4.0.
+is the tissue. The source names no patients, so each image counts as one, and every result says so. CC BY-NC-SA 4.0.
 """
 
 from __future__ import annotations
@@ -44,6 +43,10 @@ def _load(path: Path) -> np.ndarray:
         raise UserError(f"{path} is no plain array, and is not opened: {error}.") from None
 
 
+def _key(fold: int, number: int) -> str:
+    return f"fold{fold}/{number:05d}"
+
+
 def _read(chunk: tuple[int, int, int], source: Path, patch_size: int) -> Iterator[Patch]:
     fold, start, stop = chunk
     images, types = (_load(path) for path in _arrays(source, fold))
@@ -54,9 +57,9 @@ def _read(chunk: tuple[int, int, int], source: Path, patch_size: int) -> Iterato
         whole = (np.abs(image - exact) < 1e-3).all() and exact.min() >= 0 and exact.max() <= 255
         if image.shape != (256, 256, 3) or not whole:
             raise UserError(f"Image {i} of fold {fold} is not 256 × 256 × 3 of whole numbers from 0 to 255.")
-        key, patient, fields = f"fold{fold}/{i:05d}", f"fold {fold}", {"class": str(types[i])}
+        key, fields = _key(fold, i), {"class": str(types[i])}
         patch = scaled(exact.astype(np.uint8), patch_size, f"image {i}")
-        yield Patch(key, patch, patient, patient, -1, -1, SOURCE_MPP, fields)
+        yield Patch(key, patch, key, key, -1, -1, SOURCE_MPP, fields, extra={"fold": str(fold)})
 
 
 def build(source: Path, out: Path, patch_size: int = 256, **options: Unpack[Options]) -> PatchDataset:
@@ -85,18 +88,19 @@ def build(source: Path, out: Path, patch_size: int = 256, **options: Unpack[Opti
     provenance = {
         "source": "PanNuke (Gamper et al. 2020)",
         "licence": "CC BY-NC-SA 4.0",
-        "patients": "not known; each fold stands as one patient, so that no split can divide it",
+        "patients": "not known; each image counts as one",
         "recipe": "shards/pannuke.py",
     }
     recipe = {"kind": "as published, by fold"} | allowed(options.get("allow_duplicates", ()))
-    splits = {"published": ({f"fold {fold}": PARTS[fold] for fold in folds}, recipe)}
+    parts = {_key(fold, i): PARTS[fold] for fold, start, stop in chunks for i in range(start, stop)}
+    splits = {"published": (parts, recipe)}
     schema = Schema.from_table(pd.DataFrame({"class": types}), "class")
     mpp = SOURCE_MPP * 256 / patch_size
     read = partial(_read, source=Path(source), patch_size=patch_size)
     return convert(
         Path(out),
         Source(chunks, read, lambda chunk: _arrays(source, chunk[0])),
-        Description("pannuke", schema, patch_size, mpp, options.get("codec", "png"), provenance, splits),
+        Description("pannuke", schema, patch_size, mpp, options.get("codec", "png"), provenance, splits, "image"),
         options.get("jobs", 1),
     )
 
@@ -104,4 +108,4 @@ def build(source: Path, out: Path, patch_size: int = 256, **options: Unpack[Opti
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line of the recipe; returns the folder and its counts."""
     parser = recipe_parser("pannuke", __doc__, "folder that holds 'Fold 1' to 'Fold 3'", 256)
-    return run_recipe(build, parser, argv, "published", ("class", "patient"))
+    return run_recipe(build, parser, argv, "published", ("class", "fold"))

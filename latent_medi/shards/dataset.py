@@ -23,7 +23,7 @@ from latent_medi.shards.checking.duplicates import check_pictures, find_duplicat
 from latent_medi.shards.checking.verify import problems_of
 from latent_medi.shards.format.codec import ORIGINS, decode_image
 from latent_medi.shards.format.folder import INDEX_FILE, INFO_FILE, UNITS, read_folder, write_folder
-from latent_medi.shards.format.layout import FIXED_COLUMNS, SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.format.layout import FIXED_COLUMNS, PATIENT, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.format.selections import selection_columns
 
 __all__ = ["FIXED_COLUMNS", "INDEX_FILE", "INFO_FILE", "RESTORE", "SPLIT_PREFIX", "UNITS", "PatchDataset"]
@@ -83,6 +83,22 @@ class PatchDataset:
     def patch_size(self) -> int:
         """Edge of a patch in pixels."""
         return self.info["patch_size"]
+
+    @property
+    def patient_is(self) -> str:
+        """What the column of patients holds: "patient", or what stands for patients that are not known: "slide",
+        "image" or "group"."""
+        return self.info.get("patient_is", PATIENT)
+
+    @property
+    def patients_note(self) -> str:
+        """What a reader must know where patients are not known; "" where they are."""
+        if self.patient_is == PATIENT:
+            return ""
+        return (
+            f"Patients are not known: each {self.patient_is} counts as one. Images of one person can be in several "
+            "parts of a split, so that scores are too good and intervals too narrow for new patients."
+        )
 
     @property
     def splits(self) -> list[str]:

@@ -28,12 +28,15 @@ class ImportSettings(Settings):
         table: CSV, TSV or Parquet file with a row per image.
         folder: Instead of a table: folder that is searched for images.
         pattern: With folder: regular expression that every path (relative to it, with '/') matches as a whole; its
-            named groups become columns, one of them patient.
+            named groups become columns, one of them patient (unless an image is one).
         out: Dataset folder to write.
         root: Folder that the image paths are relative to; empty for the table's folder.
         name: The dataset's name; empty for the name of the output folder.
         image_column: Column of image paths.
         patient_column: Column of patients, the unit that never crosses splits.
+        patient_is: What that column holds. Where patients are not known, "slide", "group" (such as the tiles of a
+            region) or "image" stands for them, and every result says so. With "image" the column is not read: each
+            image is a patient of its own, and split together with its near-duplicates.
         slide_column: Column of slides; empty if slides are not known, then the patient stands for it.
         key_column: Column of unique keys; empty to use the image path without its ending, dots replaced by '-'.
         x_column: Column of left edges in level-0 pixels; empty if not known.
@@ -67,6 +70,7 @@ class ImportSettings(Settings):
     name: str = ""
     image_column: str = "image"
     patient_column: str = "patient"
+    patient_is: Literal["patient", "slide", "image", "group"] = "patient"
     slide_column: str = ""
     key_column: str = ""
     x_column: str = ""

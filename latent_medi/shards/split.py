@@ -7,12 +7,15 @@ from dataclasses import replace
 import pandas as pd
 
 from latent_medi.core.locks import output_lock
+from latent_medi.core.progress import get_logger
 from latent_medi.metadata.row_filter import only_mask
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.split_from_table import refuse_row_order, split_from_table
 from latent_medi.metadata.split_schemes import Split, make_split
 from latent_medi.shards.checking.duplicates import find_duplicates, patients_together
 from latent_medi.shards.dataset import PatchDataset
+
+logger = get_logger(__name__)
 
 
 def split_folder(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:
@@ -27,6 +30,8 @@ def split_folder(settings: SplitSettings) -> tuple[Split, pd.DataFrame]:
     """
     with output_lock(settings.data):  # from reading the index to writing it
         dataset = PatchDataset.open(settings.data)
+        if dataset.patients_note:
+            logger.warning("%s: %s", dataset.folder, dataset.patients_note)
         split = split_of(dataset, settings)
         dataset.add_split(settings.name, split.column, split.recipe, settings.replace)
     return split, dataset.index

@@ -99,8 +99,8 @@ def test_nct_crc(tmp_path: Path) -> None:
     dataset = open_clean(tmp_path / "out")
     assert dataset.info["mpp"] == 1.0
     assert dataset.info["splits"]["published"]["counts"]["test"]["patches"] == 4
-    # Unknown patients: a set is one, so that no split can tear it apart.
-    assert dataset.info["counts"]["patients"] == 2
+    assert (dataset.patient_is, dataset.info["counts"]["patients"]) == ("image", 10)
+    assert "each image counts as one" in dataset.patients_note
     (source / "CRC-VAL-HE-7K" / "TUMOR").mkdir()
     with pytest.raises(UserError, match="closest: 'TUM'"):
         load_recipe("nct-crc").build(source, tmp_path / "x")
@@ -125,7 +125,8 @@ def test_pannuke(tmp_path: Path) -> None:
     original = np.load(source / "Fold 2" / "images" / "fold2" / "images.npy")[3]
     row = dataset.index.index[dataset.index["key"] == "fold2/00003"][0]
     assert np.array_equal(dataset.read([row])[0], original.astype(np.uint8))
-    assert set(dataset.index.loc[dataset.index["patient"] == "fold 3", "split_published"]) == {"test"}
+    assert set(dataset.index.loc[dataset.index["fold"] == "3", "split_published"]) == {"test"}
+    assert (dataset.patient_is, dataset.index["patient"].nunique()) == ("image", 15)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
     load_recipe("pannuke").build(source, tmp_path / "out", jobs=2)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}

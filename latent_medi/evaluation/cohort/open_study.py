@@ -14,7 +14,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.combinations import Combination, NotEvaluated, categorical_fields, describe, matches
 from latent_medi.evaluation.cohort.held_out import held_out_of_split, not_evaluated_text
 from latent_medi.evaluation.cohort.roles import synthetic_roles
-from latent_medi.evaluation.cohort.study import NOT_CONDITIONED, Study, SyntheticSet
+from latent_medi.evaluation.cohort.study import ALL_SITES, NO_SITE, NOT_CONDITIONED, Study, SyntheticSet
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.metadata.row_filter import only_mask, only_text
 from latent_medi.metadata.schema import NULL, Schema
@@ -48,7 +48,8 @@ def open_study(settings: EvaluateSettings) -> Study:
     _check_combinations(settings, real, split, held_out)
     parts = _Parts(split.probe, split.probe, split.test) if len(split.probe) else _halved(real, split, settings)
     notes: list[str] = []
-    warnings = _shared_pictures(real.index, settings.split)
+    warnings = [real.patients_note] if real.patients_note else []
+    warnings += _shared_pictures(real.index, settings.split)
     if not_evaluated:
         warnings.append(not_evaluated_text(held_out, not_evaluated))
         log.warning("%s", warnings[-1])
@@ -78,7 +79,7 @@ def open_study(settings: EvaluateSettings) -> Study:
     return Study(
         real=real,
         class_field=split.class_field,
-        site_field=settings.site_field,
+        site_field=settings.site_field or NO_SITE,
         held_out=held_out,
         synthetic=synthetic,
         train=split.train,
@@ -129,10 +130,10 @@ def _of_split(
         UserError: None can be evaluated, and classifiers are to be compared.
     """
     found, others = held_out_of_split(
-        real, settings.split, settings.site_field, settings.only, split.shown, split.test, settings.unseen
+        real, settings.split, settings.site_field or NO_SITE, settings.only, split.shown, split.test, settings.unseen
     )
     if not found and settings.downstream:
-        what = f"{split.class_field} × {settings.site_field}"
+        what = f"{split.class_field} × {settings.site_field}" if settings.site_field else split.class_field
         raise UserError(
             not_evaluated_text(found, others)
             if others
@@ -182,9 +183,18 @@ def _open_real(settings: EvaluateSettings) -> PatchDataset:
             f"The dataset {settings.real} has no split {settings.split!r}; {nearest(settings.split, real.splits)}.",
             f"`latent-medi split {settings.real} name={settings.split} …` makes one.",
         )
-    if settings.site_field not in real.schema.names:
+    if not settings.site_field:
+        if NO_SITE in real.schema.names:
+            problem = f"site_field is empty, and {settings.real} has a field {NO_SITE!r}."
+            raise UserError(problem, f"Leave site_field out, or set site_field={NO_SITE}.")
+        # One site for all patches: what compares sites then says that there is one alone.
+        index = index.assign(**{NO_SITE: ALL_SITES})
+        schema = Schema.merge(real.schema, Schema.from_table(index, None, [NO_SITE]))
+        real = PatchDataset(real.folder, real.info, schema, index)
+    elif settings.site_field not in real.schema.names:
         close = nearest(settings.site_field, real.schema.names)
-        raise UserError(f"The dataset {settings.real} has no field {settings.site_field!r}; {close}.")
+        problem = f"The dataset {settings.real} has no field {settings.site_field!r}; {close}."
+        raise UserError(problem, "If no field names the hospital, site_field='' leaves out all that compares sites.")
     if synthetic := int((index["origin"] != "real").sum()):
         raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
     assert_patient_disjoint(index, column)
@@ -272,7 +282,7 @@ class _Parts:
 
 def _halved(real: PatchDataset, split: _Split, settings: EvaluateSettings) -> _Parts:
     """Half of the test patients in place of a probe split, for real-vs-real distances and linear probes."""
-    fields = (split.class_field, settings.site_field)
+    fields = (split.class_field, (settings.site_field or NO_SITE))
     others = [name for name in categorical_fields(real.schema) if name not in fields]
     half = _halve_test(real.index, split.test, fields, others, settings.seed)
     probe = split.test[half]

@@ -25,6 +25,8 @@ from latent_medi.shards.dataset import PatchDataset
 
 log = get_logger(__name__)
 
+NO_SITE, ALL_SITES = "site", "all"
+"""Field and value that stand for the hospital in a study without one; a result then names no site field."""
 NOT_CONDITIONED = frozenset({UNKNOWN_WORD, "null", ""})
 """Values of a synthetic patch's field that its model was not conditioned on."""
 

@@ -37,7 +37,8 @@ INDEX_HASH = "index_sha256"
 UNITS = {"patches": "key", "patients": "patient", "slides": "slide"}
 REMEDY = "Restore it from a copy, or write the dataset again."
 
-_ORDER = ("name", "schema", "patch_size", "mpp", "codec", "counts", "shards", "splits", "selections", "duplicates")
+_ABOUT = ("name", "schema", "patch_size", "mpp", "codec", "patient_is")
+_ORDER = (*_ABOUT, "counts", "shards", "splits", "selections", "duplicates")
 _TRIES = 10
 _warned: set[str] = set()
 

@@ -24,6 +24,9 @@ FINGERPRINT = "image_fingerprint"
 """Column that finds copies of a real patch; "" for a synthetic one."""
 PICTURE = "shared_picture"
 """Column with a number for each picture that several patients share, -1 for every other patch."""
+PATIENT = "patient"
+PATIENT_IS = (PATIENT, "slide", "image", "group")
+"""What the column of patients can hold. Where patients are not known, something else stands for them."""
 KNOWN_COLUMNS = ("origin", "patient", "slide", "x", "y", "source_mpp")
 """What a patch has besides its fields."""
 ROW_COLUMNS = ("key", "offset", "size", *SUM_COLUMNS, *KNOWN_COLUMNS, FINGERPRINT)
@@ -50,6 +53,7 @@ _INFO: dict[Any, Any] = {
     "patch_size": int,
     "mpp": float,
     "codec": str,
+    "patient_is?": str,
     "counts": {"patches": int, ...: int},
     "shards": [{"file": str, "sha256": str, "count": int, "bytes": int, "made_from": str}],
     "splits": {...: {"recipe": _ANY, "counts": {...: _COUNTS}, "sha256": str}},
@@ -81,6 +85,8 @@ def check_info(info: Mapping[str, Any], where: str, remedy: str) -> Schema:
         raise UserError(f"{where} is damaged: it holds NaN or Infinity, which are no JSON.", remedy) from None
     sound = {"patch_size": 1 <= info["patch_size"] <= _MOST_PIXELS, "mpp": info["mpp"] > 0}
     sound["codec"] = info["codec"] in CODECS
+    if "patient_is" in info:
+        sound["patient_is"] = info["patient_is"] in PATIENT_IS
     for name in (name for name, right in sound.items() if not right):
         raise UserError(f"{where} is damaged: {name} is {info[name]!r}.", remedy)
     check_shard_names([shard["file"] for shard in info["shards"]], where)

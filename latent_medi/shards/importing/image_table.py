@@ -32,6 +32,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LARGEST_TILE = "/99999_99999"
 _OPTIONAL = ("slide_column", "key_column", "x_column", "y_column", "source_mpp_column", "split_column")
+_UNKNOWN_PATIENTS = "If patients are not known, patient_is=image takes each image for one."
 _REQUIRED = ("image_column", "patient_column", "class_field", "categorical", "continuous", "extra")
 
 
@@ -49,9 +50,9 @@ def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings,
         pattern = re.compile(settings.pattern)
     except re.error as error:
         raise UserError(f"The pattern {settings.pattern!r} is no regular expression: {error}.") from None
-    if "patient" not in pattern.groupindex:
+    if "patient" not in pattern.groupindex and settings.patient_is != "image":
         hint = r"Name parts of the path, such as '(?P<class>[^/]+)/(?P<patient>[^/_]+)_[0-9]+\.png'."
-        raise UserError(f"The pattern {settings.pattern!r} names no patient.", hint)
+        raise UserError(f"The pattern {settings.pattern!r} names no patient.", f"{hint} {_UNKNOWN_PATIENTS}")
     found = find_files(folder, IMAGE_ENDINGS)
     left_out = [
         Rejected(path.relative_to(folder).as_posix(), f"cannot be used: {why}", "Repair or remove it.")
@@ -69,6 +70,25 @@ def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings,
     root = settings.root or str(folder)
     changed = dataclasses.replace(settings, image_column="image", patient_column="patient", root=root)
     return pd.DataFrame(rows), changed, left_out
+
+
+def images_as_patients(table: pd.DataFrame, settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings]:
+    """The table with each image's key as its patient, and the settings that go with it.
+
+    Raises:
+        UserError: The table has patients.
+    """
+    if settings.patient_column in table:
+        raise UserError(
+            f"patient_is=image, and the table has a column {settings.patient_column!r}.",
+            "Leave patient_is out, so that splits are by patient; or rename the column, if it holds something else.",
+        )
+    where = f"The table {settings.table}".strip()
+    named = settings.key_column or settings.image_column
+    require_columns(table, [named], where, settings_of_columns(settings, "image_column", "key_column"))
+    keys = table[named].astype(str)
+    patients = keys if settings.key_column else keys.map(key_of)
+    return table.assign(patient=patients), dataclasses.replace(settings, patient_column="patient")
 
 
 def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict[str, Any]], list[int], list[Rejected]]:
@@ -106,7 +126,7 @@ def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict
         seen[key] = number, path
         patient = row[settings.patient_column]
         if is_missing(patient):
-            raise UserError(f"{path!r} has no patient.", "Fill the column: splits are by patient.")
+            raise UserError(f"{path!r} has no patient.", f"Fill the column: splits are by patient. {_UNKNOWN_PATIENTS}")
         made_from = {"path": path, "key": key, "patient": patient}
         made_from["slide"] = row[settings.slide_column] if settings.slide_column else patient
         place = {"x": _whole(row, settings.x_column), "y": _whole(row, settings.y_column)}

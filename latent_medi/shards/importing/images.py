@@ -23,7 +23,7 @@ from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.format.codec import check_header, decode_image, open_image
 from latent_medi.shards.importing.image_file import check_file, image_path, read_image, unreadable
-from latent_medi.shards.importing.image_table import given_split, image_rows, list_images
+from latent_medi.shards.importing.image_table import given_split, image_rows, images_as_patients, list_images
 from latent_medi.shards.importing.rejected import Rejected, recorded, report_rejected, smaller_than
 from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.settings import ImportSettings
@@ -76,6 +76,8 @@ def import_images(
     if settings.tile and not settings.mpp:
         raise UserError("Images are to be tiled, but the resolution of a patch is not given.", "mpp=… in µm per pixel")
     with output_lock(settings.out):
+        if settings.patient_is == "image":
+            table, settings = images_as_patients(table, settings)
         patients = set(table[settings.patient_column].astype(str)) if settings.patient_column in table else set()
         rows, kept, unusable = image_rows(table, settings)
         table, left_out = table.iloc[kept], left_out + unusable
@@ -91,7 +93,9 @@ def import_images(
         mpp = settings.mpp or _whole_mpp(rows, root, settings)
         geometry = _Geometry(settings.patch_size, mpp, bool(settings.mpp), settings.tile)
         name = settings.name or Path(settings.out).name
-        about = Description(name, schema, settings.patch_size, mpp, settings.codec, provenance or {}, splits)
+        about = Description(
+            name, schema, settings.patch_size, mpp, settings.codec, provenance or {}, splits, settings.patient_is
+        )
         return _import(settings, about, _Work(rows, root, geometry, settings.codec), left_out, patients)
 
 

@@ -20,7 +20,7 @@ from latent_medi.shards.checking.duplicates import check_pictures, duplicates_te
 from latent_medi.shards.checking.verify import picture_problems
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.folder import NEXT_INDEX, write_folder
-from latent_medi.shards.format.layout import FINGERPRINT, SPLIT_PREFIX
+from latent_medi.shards.format.layout import FINGERPRINT, PATIENT, SPLIT_PREFIX
 from latent_medi.shards.writing.records import PROGRESS_FOLDER, ShardRecord, finished_shards, shard_file
 from latent_medi.shards.writing.rewrite import dataset_or_none, remembered_splits
 
@@ -42,6 +42,7 @@ class Description:
         codec: ``png``, ``jpg`` or ``webp``.
         provenance: JSON-able: where the patches come from. No times or host names: equal input gives equal bytes.
         splits: Its named splits.
+        patient_is: What its column of patients holds, one of :data:`~latent_medi.shards.format.layout.PATIENT_IS`.
     """
 
     name: str
@@ -51,10 +52,12 @@ class Description:
     codec: str = "png"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     splits: Splits = field(default_factory=dict)
+    patient_is: str = PATIENT
 
     def info(self) -> dict[str, Any]:
         """The entries without the splits, as ``dataset.json`` holds them."""
         known = {"name": self.name, "schema": self.schema.to_dict(), "patch_size": self.patch_size}
+        known |= {"patient_is": self.patient_is} if self.patient_is != PATIENT else {}
         return known | {"mpp": float(self.mpp), "codec": self.codec, "provenance": _as_json(self.provenance)}
 
 

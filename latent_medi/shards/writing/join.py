@@ -24,7 +24,7 @@ from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
-from latent_medi.shards.format.layout import SPLIT_PREFIX, SUM_COLUMNS
+from latent_medi.shards.format.layout import PATIENT, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.format.tar import BLOCK, tar_end, tar_member
 from latent_medi.shards.reading.samples import samples
 from latent_medi.shards.settings import JoinSettings
@@ -43,6 +43,8 @@ from latent_medi.shards.writing.rewrite import SPLITS_FILE, extra_columns, shard
 logger = get_logger(__name__)
 
 _NAMED = ("key", "patient", "slide")
+_LEAST_KNOWN = (PATIENT, "slide", "group", "image")
+"""What the column of patients can hold; of joined folders the last of these counts."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,13 @@ def join(settings: JoinSettings) -> PatchDataset:
     splits = _splits(datasets, pd.concat(indexes, ignore_index=True))
     first = datasets[0]
     description = Description(
-        settings.name or out.name, schema, first.patch_size, first.info["mpp"], first.info["codec"], _origin(datasets)
+        settings.name or out.name,
+        schema,
+        first.patch_size,
+        first.info["mpp"],
+        first.info["codec"],
+        _origin(datasets),
+        patient_is=max((dataset.patient_is for dataset in datasets), key=_LEAST_KNOWN.index),
     )
     with output_lock(out):
         return _join(out, description, datasets, changes, splits)
