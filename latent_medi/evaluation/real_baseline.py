@@ -26,6 +26,7 @@ from latent_medi.core.progress import get_logger, progress
 from latent_medi.core.records import encode
 from latent_medi.evaluation.cohort.combinations import categorical_fields, describe
 from latent_medi.evaluation.cohort.matching import strata
+from latent_medi.evaluation.cohort.study import NO_SITE, with_one_site
 from latent_medi.evaluation.fidelity.real_split_range import Groups, real_splits
 from latent_medi.evaluation.provenance import portable, recorded_settings, run_record
 from latent_medi.evaluation.settings import FloorsSettings
@@ -170,16 +171,20 @@ def _open(settings: FloorsSettings) -> _Cohort:
         UserError: As :func:`floors`.
     """
     dataset = PatchDataset.open(settings.data)
-    if dataset.schema.class_field is None:
+    class_field = dataset.schema.class_field
+    if class_field is None:
         raise UserError(f"{settings.data} has no class field.", "Name the class when the dataset folder is made.")
+    if not settings.site_field:
+        dataset = with_one_site(dataset)
+    site_field = settings.site_field or NO_SITE
     known = categorical_fields(dataset.schema)
-    for name in (settings.site_field, *settings.fields):
+    for name in (site_field, *settings.fields):
         if name not in known:
             raise UserError(f"{settings.data} has no categorical field {name!r}; {nearest(name, known)}.")
     index = dataset.index
     if synthetic := int((index["origin"] != "real").sum()):
         raise UserError(f"{settings.data} holds {synthetic} synthetic patches; floors are of real patients.")
-    pair = [dataset.schema.class_field.name, settings.site_field]
+    pair = [class_field.name, site_field]
     kept = only_mask(index, settings.only, settings.data)
     rows = np.flatnonzero(kept & ~index[pair].astype(str).map(is_missing).any(axis=1).to_numpy(bool))
     patients = index["patient"].to_numpy(str)[rows]

@@ -221,7 +221,7 @@ class FloorsSettings(Settings):
         encoders: Names or folders of encoders.
         weights: Weight file or folder by encoder name, for encoders that need one.
         colour_free: Also use each encoder on the haematoxylin channel alone.
-        site_field: Field that names the hospital.
+        site_field: Field that names the hospital; empty if the data have none.
         fields: Further categorical fields that linear probes are trained for; class and site always are.
         real_splits: Number of random splits of the patients into two groups, 20 or more.
         seed: Seed of the splits.

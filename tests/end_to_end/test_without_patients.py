@@ -13,7 +13,8 @@ from PIL import Image
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.evaluate import evaluate
-from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.evaluation.real_baseline import floors
+from latent_medi.evaluation.settings import EvaluateSettings, FloorsSettings
 from latent_medi.report.render import render_report
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.writer import Patch, write_dataset
@@ -93,3 +94,12 @@ def test_the_evaluation_needs_no_site_and_names_what_counts_as_a_patient(divided
     page = tmp_path / "report.html"
     render_report(metrics, page, title="t", real=divided.folder, synthetic=settings.synthetic, per_cell=2)
     assert "each image counts as one" in page.read_text()
+
+
+def test_real_images_alone_are_measured_without_a_site(divided: PatchDataset, tmp_path: Path) -> None:
+    settings = FloorsSettings(data=str(divided.folder), out=str(tmp_path), colour_free=False, real_splits=20)
+    with pytest.raises(UserError, match="no categorical field 'site'"):
+        floors(settings, [filters()])
+    settings.site_field = ""
+    found = floors(settings, [filters()])
+    assert {cell["combination"]["class"] for cell in found["encoders"]["filters"]["cells"]} == set(PER_CLASS)

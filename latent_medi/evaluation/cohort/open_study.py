@@ -14,7 +14,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.combinations import Combination, NotEvaluated, categorical_fields, describe, matches
 from latent_medi.evaluation.cohort.held_out import held_out_of_split, not_evaluated_text
 from latent_medi.evaluation.cohort.roles import synthetic_roles
-from latent_medi.evaluation.cohort.study import ALL_SITES, NO_SITE, NOT_CONDITIONED, Study, SyntheticSet
+from latent_medi.evaluation.cohort.study import NO_SITE, NOT_CONDITIONED, Study, SyntheticSet, with_one_site
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.metadata.row_filter import only_mask, only_text
 from latent_medi.metadata.schema import NULL, Schema
@@ -184,13 +184,7 @@ def _open_real(settings: EvaluateSettings) -> PatchDataset:
             f"`latent-medi split {settings.real} name={settings.split} …` makes one.",
         )
     if not settings.site_field:
-        if NO_SITE in real.schema.names:
-            problem = f"site_field is empty, and {settings.real} has a field {NO_SITE!r}."
-            raise UserError(problem, f"Leave site_field out, or set site_field={NO_SITE}.")
-        # One site for all patches: what compares sites then says that there is one alone.
-        index = index.assign(**{NO_SITE: ALL_SITES})
-        schema = Schema.merge(real.schema, Schema.from_table(index, None, [NO_SITE]))
-        real = PatchDataset(real.folder, real.info, schema, index)
+        real = with_one_site(real)
     elif settings.site_field not in real.schema.names:
         close = nearest(settings.site_field, real.schema.names)
         problem = f"The dataset {settings.real} has no field {settings.site_field!r}; {close}."

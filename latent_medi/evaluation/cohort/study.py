@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.cohort.combinations import (
     Combination,
@@ -19,7 +20,7 @@ from latent_medi.evaluation.cohort.combinations import (
     matches,
 )
 from latent_medi.evaluation.cohort.roles import Roles, synthetic_roles
-from latent_medi.metadata.schema import UNKNOWN_WORD
+from latent_medi.metadata.schema import UNKNOWN_WORD, Schema
 from latent_medi.shards.checking.duplicates import joined_patients
 from latent_medi.shards.dataset import PatchDataset
 
@@ -171,6 +172,22 @@ def held_out_with_class(study: Study) -> list[Combination]:
 def domain(study: Study, cell: Combination) -> Combination:
     """A cell without its class: where and how the patch was made."""
     return {k: v for k, v in cell.items() if k != study.class_field}
+
+
+def with_one_site(dataset: PatchDataset) -> PatchDataset:
+    """A dataset without a field of the hospital, given one that is the same for all patches.
+
+    What compares sites then finds a single one.
+
+    Raises:
+        UserError: It has a field of that name.
+    """
+    if NO_SITE in dataset.schema.names:
+        problem = f"site_field is empty, and {dataset.folder} has a field {NO_SITE!r}."
+        raise UserError(problem, f"Leave site_field out, or set site_field={NO_SITE}.")
+    index = dataset.index.assign(**{NO_SITE: ALL_SITES})
+    schema = Schema.merge(dataset.schema, Schema.from_table(index, None, [NO_SITE]))
+    return PatchDataset(dataset.folder, dataset.info, schema, index)
 
 
 def affected_sites(study: Study) -> set[str]:
