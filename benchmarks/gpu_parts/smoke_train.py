@@ -96,8 +96,8 @@ def reference(context: Context, model: str, skipped: Sequence[int] = ()) -> list
     if file.is_file():
         return json.loads(file.read_text())
 
-    def leaving_out(parameters: Any, settings: TrainSettings) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(parameters, settings)
+    def leaving_out(parameters: Any, settings: TrainSettings, undecayed: int = 0) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(parameters, settings, undecayed)
         step, count = optimizer.step, iter(range(sys.maxsize))
         optimizer.step = lambda *a, **k: None if next(count) in skipped else step(*a, **k)  # type: ignore[method-assign]
         return optimizer
@@ -183,7 +183,7 @@ def _fused(context: Context) -> None:
     """The fused kernel is the default: held against torch's plain loop over parameters."""
     context.only_on_gpu()
 
-    def plain(parameters: Any, settings: TrainSettings) -> torch.optim.Optimizer:
+    def plain(parameters: Any, settings: TrainSettings, undecayed: int = 0) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             parameters,
             lr=settings.lr,

@@ -12,7 +12,7 @@ from latent_medi.diffusion.objective import Objective
 from latent_medi.latent_classifier.scores import COLUMNS as SCORE_COLUMNS
 from latent_medi.latent_classifier.scores import Validation, score, score_text
 from latent_medi.latent_classifier.settings import ClassifierSettings
-from latent_medi.training.data import Batch
+from latent_medi.training.data import Batch, TrainingData
 from latent_medi.training.updates import Monitor, Run, crossed
 
 logger = get_logger("training")
@@ -30,7 +30,12 @@ class ClassifierMonitor(Monitor):
     """
 
     def __init__(
-        self, run: Run, settings: ClassifierSettings, validation: Validation, field: str, objective: Objective
+        self,
+        run: Run[TrainingData],
+        settings: ClassifierSettings,
+        validation: Validation,
+        field: str,
+        objective: Objective,
     ) -> None:
         super().__init__(run, ("loss", "accuracy"))
         self._settings, self._validation, self._field, self._objective = settings, validation, field, objective

@@ -133,6 +133,15 @@ class TrainingData:
                 found = [[torch.as_tensor(v, dtype=torch.float32).cpu() for v in self.store.statistics(self.rows)]]
             self.shift, self.scale = broadcast_object_list(found)[0] if several else found[0]
 
+    @property
+    def in_order(self) -> bool:
+        """Whether batches are to be requested one after the other, since patches are read ahead."""
+        return isinstance(self.store, StreamedLatents)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the whitening."""
+        return {"whitening": [self.shift.tolist(), self.scale.tolist()]}
+
     def at(self, number: int, batch: int, seed: int) -> np.ndarray:
         """Positions in :attr:`rows` of the ``number``-th global batch, int64 [batch]."""
         return rows_at(number * batch, batch, len(self), seed, self.weights)

@@ -45,7 +45,7 @@ def ema_decay(images: int, batch: int, settings: EmaSettings, width: float | Non
 
 
 class Ema(Generic[M]):
-    """A copy of a module whose parameters follow the module's.
+    """A copy of a module whose parameters, and buffers such as batch normalisation's statistics, follow the module's.
 
     Args:
         module: The trained module (not wrapped for distributed training). Its frozen parameters are shared, not copied.
@@ -61,6 +61,7 @@ class Ema(Generic[M]):
         if any(p.dtype != torch.float32 for p in self._averages):
             # bf16 rounds an update of size 1e-4 away.
             raise ValueError("The average is kept in fp32; the module has parameters of another type.")
+        self._buffers = [b for b in self.module.buffers() if b.is_floating_point()]
 
     @torch.no_grad()
     def update(self, module: nn.Module, decay: float, made: torch.Tensor | None = None) -> None:
@@ -73,8 +74,10 @@ class Ema(Generic[M]):
                 Unset: they were.
         """
         weights = [p.detach() for p in module.parameters() if p.requires_grad]
+        weights += [b for b in module.buffers() if b.is_floating_point()]
+        averages = self._averages + self._buffers
         if made is None:
-            torch._foreach_lerp_(self._averages, weights, 1.0 - decay)
+            torch._foreach_lerp_(averages, weights, 1.0 - decay)
             return
         share = made.to(torch.float32) * (1.0 - decay)
-        torch._foreach_lerp_(self._averages, weights, [share] * len(weights))
+        torch._foreach_lerp_(averages, weights, [share] * len(weights))

@@ -17,7 +17,7 @@ from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.objective import Objective
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.training import losses, preview, run_folder
-from latent_medi.training.data import Batch
+from latent_medi.training.data import Batch, TrainingData
 from latent_medi.training.log import read_log, start_trackers
 from latent_medi.training.prolonged import LENGTH
 from latent_medi.training.updates import Monitor, Run, crossed
@@ -43,7 +43,7 @@ class DenoiserMonitor(Monitor):
     """
 
     def __init__(
-        self, run: Run, averaged: Denoiser, autoencoder: Autoencoder, objective: Objective, write: Write
+        self, run: Run[TrainingData], averaged: Denoiser, autoencoder: Autoencoder, objective: Objective, write: Write
     ) -> None:
         super().__init__(run)
         self._write = write

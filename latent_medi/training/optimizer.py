@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -11,23 +12,34 @@ from latent_medi.core.errors import UserError
 from latent_medi.training.settings import TrainSettings
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], settings: TrainSettings, undecayed: int = 0
+) -> torch.optim.Optimizer:
     """The optimizer of the settings: AdamW as one fused kernel, or with its two moments in 8 bits.
 
     8-bit moments take a quarter of the memory.
 
+    Args:
+        parameters: What it trains.
+        settings: The run.
+        undecayed: The last so many of the parameters have no weight decay.
+
     Raises:
         UserError: The 8-bit one is not installed.
     """
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    trained = list(parameters)
+    decayed = len(trained) - undecayed
+    groups: list[dict[str, Any]] = [{"params": trained[:decayed]}]
+    if undecayed:
+        groups.append({"params": trained[decayed:], "weight_decay": 0.0})
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(groups, **common, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError("optimizer=adamw8bit needs bitsandbytes.", "pip install 'latent-medi[lowmem]'") from None
-    return AdamW8bit(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    return AdamW8bit(groups, **common)
 
 
 def learning_rate(images: int, settings: TrainSettings) -> float:

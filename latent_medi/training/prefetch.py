@@ -8,25 +8,54 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
-from latent_medi.latents.stream import StreamedLatents
-from latent_medi.training.data import Batch, TrainingData
+from latent_medi.diffusion.settings import DropoutSettings
 
 MOST_THREADS = 4
 
 
-def threads_for(data: TrainingData, device: torch.device) -> int:
+T = TypeVar("T")
+
+
+class RunData(Protocol):
+    """The rows that a run trains on.
+
+    Its batches have ``pinned()``, the same in pinned memory, and ``parts(size, device)``, the batch on a device in
+    parts of at most ``size`` images.
+    """
+
+    keys: np.ndarray
+
+    def at(self, number: int, batch: int, seed: int) -> np.ndarray:
+        """Positions in :attr:`keys` of the ``number``-th global batch, int64 [batch]."""
+
+    def batch(
+        self, number: int, batch: int, seed: int, timesteps: int, dropout: DropoutSettings, rank: int, processes: int
+    ) -> Any:
+        """A process's share of the ``number``-th global batch."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether batches are to be requested one after the other."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, JSON-able."""
+
+
+def threads_for(data: RunData, device: torch.device) -> int:
     """Number of threads that prepare batches for a device: 0 for a CPU, whose cores the network needs.
 
     Every process draws the whole global batch, so a batch takes longer the more devices share it. Torch computes
-    without Python's lock, so threads draw in parallel. An autoencoder in the loop has its own reading threads, which
-    need their announcements in order; it gets one thread.
+    without Python's lock, so threads draw in parallel. Data with readers of their own, such as those of an autoencoder
+    in the loop, need their announcements in order; they get one thread.
     """
     if device.type == "cpu":
         return 0
-    if isinstance(data.store, StreamedLatents):
+    if data.in_order:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mine = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -35,8 +64,8 @@ def threads_for(data: TrainingData, device: torch.device) -> int:
 
 @contextmanager
 def made_ahead(
-    make: Callable[[int], Batch], steps: Sequence[int], threads: int, device: torch.device
-) -> Iterator[Iterator[Batch]]:
+    make: Callable[[int], T], steps: Sequence[int], threads: int, device: torch.device
+) -> Iterator[Iterator[T]]:
     """The batches of some updates, in order.
 
     Args:
@@ -54,8 +83,8 @@ def made_ahead(
         return
     pool = ThreadPoolExecutor(threads, "batches", _choose, (device,))
 
-    def batches() -> Iterator[Batch]:
-        left, coming = iter(steps), deque[Future[Batch]]()
+    def batches() -> Iterator[T]:
+        left, coming = iter(steps), deque[Future[T]]()
         coming.extend(pool.submit(make, step) for step in islice(left, threads + 1))
         while coming:
             ready = coming.popleft().result()

@@ -1,4 +1,4 @@
-"""The updates of a run, one after the other: what the trainings of a denoiser and of a latent classifier share.
+"""The updates of a run, one after the other: what the trainings of all networks share.
 
 Order, noise, learning rate and averages are pure functions of (settings, images seen), and a checkpoint holds the
 rest. A run that was cut off therefore continues with the numbers of an unbroken run.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,11 +24,10 @@ from latent_medi.core.files import atomic_path, write_json
 from latent_medi.core.preemption import listening
 from latent_medi.core.progress import get_logger, progress
 from latent_medi.training import checkpoint, ddp, posthoc_ema, run_folder
-from latent_medi.training.data import Batch, TrainingData
 from latent_medi.training.ema import Ema, ema_decay
 from latent_medi.training.log import CsvLog
 from latent_medi.training.optimizer import build_optimizer, learning_rate
-from latent_medi.training.prefetch import made_ahead, threads_for
+from latent_medi.training.prefetch import RunData, made_ahead, threads_for
 from latent_medi.training.settings import TrainSettings
 from latent_medi.training.start import Start
 
@@ -36,23 +35,26 @@ logger = get_logger("training")
 
 _FETCH_EVERY = 100  # updates after which losses are fetched from the device at the latest
 
-Losses = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+D = TypeVar("D", bound=RunData)
+
+Losses = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 """From part of a process's batch: its share of the update's loss, [], and what the monitor notes of the part."""
 
 
-class Run:
+class Run(Generic[D]):
     """A network in training: its optimizer, its averages, and its updates.
 
     Args:
         network: The network at its start, on the CPU. Parameters that require no gradient stay as they are.
         settings: How to train. Fields of the model are not used.
-        data: The training rows, whitened.
-        timesteps: Length of the noise schedule.
+        data: The training rows; latents are whitened.
+        timesteps: Length of the noise schedule; 0 for a network without one.
         start: Where to begin; its tensors are released.
         record: What identifies the run; stored in every checkpoint.
         accelerator: Devices and processes.
         drops: Whether the network drops activations while it trains.
         widths: Relative widths of the averages of the weights.
+        undecayed: Names of parameters without weight decay.
 
     Attributes:
         model: The network as it is called in training: wrapped for several processes and for autocast.
@@ -65,13 +67,14 @@ class Run:
         self,
         network: nn.Module,
         settings: TrainSettings,
-        data: TrainingData,
+        data: D,
         timesteps: int,
         start: Start,
         record: Mapping[str, Any],
         accelerator: Accelerator,
         drops: bool,
         widths: Sequence[float] = (),
+        undecayed: Collection[str] = (),
     ) -> None:
         self.network, self.settings, self.data, self.timesteps = network, settings, data, timesteps
         self.accelerator, self.record, self.drops = accelerator, record, drops
@@ -80,7 +83,9 @@ class Run:
         self.largest = min(settings.device_batch or self.share, self.share)
         self.steps = range(start.images // settings.global_batch, settings.total_images // settings.global_batch)
         self.state, self.resumed = start.state, bool(start.tensors)
-        self._names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        # In the optimizer's order.
+        self._names = [n for n in names if n not in undecayed] + [n for n in names if n in undecayed]
 
         if self.resumed:
             checkpoint.load_trained(network, start.tensors["model"], self._names)
@@ -88,8 +93,8 @@ class Run:
         if settings.channels_last:
             network.to(memory_format=torch.channels_last)
         self.averages: dict[float, Ema[nn.Module]] = {width: Ema(network) for width in widths}
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(trained, settings)
+        trained = [network.get_parameter(name) for name in self._names]
+        optimizer = build_optimizer(trained, settings, sum(name in undecayed for name in self._names))
         if self.resumed:
             for width, average in self.averages.items():
                 checkpoint.load_trained(average.module, start.tensors[average_file(width, settings)], self._names)
@@ -138,7 +143,7 @@ class Run:
                 if main:
                     self._snapshot(images, last)
                 if main and saving:
-                    self._save(images, monitor.state())
+                    self._save(images, monitor)
                 monitor.after_saving(images, last)
                 if stopping:
                     accelerator.wait_for_everyone()
@@ -147,7 +152,7 @@ class Run:
                         "saved, the same command continues"
                     )
 
-    def _update(self, step: int, batches: Iterator[Batch], losses: Losses, monitor: Monitor) -> float:
+    def _update(self, step: int, batches: Iterator[Any], losses: Losses, monitor: Monitor) -> float:
         """One update of the weights and of their averages; returns its learning rate."""
         accelerator, settings = self.accelerator, self.settings
         batch = settings.global_batch
@@ -176,7 +181,7 @@ class Run:
         monitor.end_update(norm)
         return rate
 
-    def _batch(self, step: int) -> Batch:
+    def _batch(self, step: int) -> Any:
         size, seed, dropout = self.settings.global_batch, self.settings.seed, self.settings.dropout
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         made = self.data.batch(step, size, seed, self.timesteps, dropout, rank, processes)
@@ -197,9 +202,10 @@ class Run:
             tensors = {width: average.module.state_dict() for width, average in self.averages.items()}
             posthoc_ema.save_snapshots(self.out, images, tensors)
 
-    def _save(self, images: int, noted: Mapping[str, Any]) -> None:
+    def _save(self, images: int, monitor: Monitor) -> None:
         """Write a checkpoint, with the state of the monitor; the main process alone calls."""
         tensors = {
+            **monitor.tensors(),
             "model": checkpoint.trained_tensors(self.network, self._names),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, self._names),
         }
@@ -208,8 +214,8 @@ class Run:
             tensors[name] = checkpoint.trained_tensors(average.module, self._names)
         state = {
             "run": self.record,
-            **noted,
-            "whitening": [self.data.shift.tolist(), self.data.scale.tolist()],
+            **monitor.state(),
+            **self.data.state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         }
         checkpoint.save_checkpoint(self.out / "checkpoints", images, tensors, state, self.settings.keep_checkpoints)
@@ -226,7 +232,7 @@ class Monitor:
         measures: Names of what is measured at each update, the loss first.
     """
 
-    def __init__(self, run: Run, measures: Sequence[str] = ("loss",)) -> None:
+    def __init__(self, run: Run[Any], measures: Sequence[str] = ("loss",)) -> None:
         self._run, self._accelerator = run, run.accelerator
         self._images = int(run.state["images"])
         # Of each update since the last row: its measures, and its gradient norm unless fp16's loss scaler skipped it.
@@ -246,7 +252,7 @@ class Monitor:
         """Updates whose measures are still on the device."""
         return len(self._pending)
 
-    def add(self, part: Batch, loss: torch.Tensor, noted: torch.Tensor) -> None:
+    def add(self, part: Any, loss: torch.Tensor, noted: torch.Tensor) -> None:
         """Note part of an update without fetching anything from the device.
 
         Args:
@@ -307,6 +313,10 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, JSON-able."""
         return {"window": self._window}
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint keeps of it as tensors, by file and name."""
+        return {}
 
     def _check_finite(self, values: list[list[float]], step: int) -> None:
         """Stop at the first update whose loss or gradient is not finite.
