@@ -206,17 +206,21 @@ class JoinSettings(Settings):
 
     Args:
         out: Dataset folder to write.
-        folders: Dataset folders, two or more, of one patch size, resolution and codec.
+        folders: Dataset folders, two or more (one with ``without``), of one patch size, resolution and codec.
         name: The dataset's name; empty for the name of the output folder.
         patients: What patients of the same name in several folders are. "refuse" stops at them. "same": one person.
             "separate": different persons; every patient, slide and key then begins with its folder's name, as in
             north/12.
+        without: Dataset folders whose patients are not to be trained on, such as the labelled ones that a pre-trained
+            model is adapted to and tested on. The split "corpus" then has all other patients in its part "train";
+            patients with one of their names, or with one of their pictures, are in no part.
     """
 
     out: PathText = ""
     folders: list[PathText] = field(default_factory=list)
     name: str = ""
     patients: Literal["refuse", "same", "separate"] = "refuse"
+    without: list[PathText] = field(default_factory=list)
 
 
 @dataclass

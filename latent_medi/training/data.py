@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from latent_medi.core.errors import UserError
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.diffusion.conditioning import Conditions, draw_dropout
 from latent_medi.diffusion.settings import DropoutSettings
 from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
@@ -255,6 +255,7 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
         # Only the requested fields: a further field of the source stays null, which the source was trained with.
         conditions = Conditions.from_schema(schema, table[list(own.names)], absent="null")
     weights = combination_weights(dataset, rows, settings.balance, settings.balance_temperature)
+    weights = mixture_weights(dataset, rows, settings.mixture, weights)
     info = {"name": dataset.name, "patch_size": dataset.patch_size, "mpp": dataset.info["mpp"]}
     info["seen"] = training_record(table, dataset.schema)
     return TrainingData(store, rows, table["key"].to_numpy(), schema, conditions, weights, info)
@@ -356,3 +357,46 @@ def combination_weights(
         raise UserError(f"Only class and categorical fields can be balanced, not {', '.join(continuous)}.")
     codes, _ = known.encode(dataset.index.iloc[rows])
     return balance_weights(codes, temperature)
+
+
+def mixture_weights(
+    dataset: PatchDataset, rows: np.ndarray, shares: Mapping[str, float], weights: np.ndarray | None
+) -> np.ndarray | None:
+    """Sampling weights that give each folder of a joined dataset a share of the images.
+
+    Args:
+        dataset: The joined dataset.
+        rows: The training rows.
+        shares: Share by name of a joined dataset, in any unit; empty changes nothing.
+        weights: Weights of the rows within a folder; ``None`` for equal ones.
+
+    Returns:
+        float64 [n]: the rows of a folder sum up to its share; or ``weights``, without shares.
+
+    Raises:
+        UserError: The dataset is not joined, a name is unknown or ambiguous, a named folder has no training row, or all
+            shares are 0.
+    """
+    if not shares:
+        return weights
+    joined = dataset.info["provenance"].get("joined")
+    if not joined:
+        raise UserError(
+            f"mixture names {next(iter(shares))!r}, and {dataset.folder} is not joined of several folders.",
+            "Join them with `latent-medi shards join`, or leave mixture out.",
+        )
+    names = [part["name"] for part in joined]
+    of_row = np.repeat(np.arange(len(names)), [part["patches"] for part in joined])[rows]
+    result = np.zeros(len(rows))
+    for name, share in shares.items():
+        if names.count(name) != 1:
+            number = "several joined folders are" if name in names else "no joined folder is"
+            raise UserError(f"mixture: {number} called {name!r}; {nearest(name, names)}.", "See `shards info`.")
+        here = of_row == names.index(name)
+        if share and not here.any():
+            raise UserError(f"mixture gives {name!r} a share, and it has no training row.", "Check split and only.")
+        inside = np.ones(int(here.sum())) if weights is None else weights[here]
+        result[here] = share * inside / inside.sum() if share else 0.0
+    if not result.any():
+        raise UserError("All shares of mixture are 0.", "Give at least one joined folder a share.")
+    return result

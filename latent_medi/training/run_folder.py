@@ -68,6 +68,8 @@ def describe(settings: TrainSettings, data: TrainingData, source: Source | None)
     kept = {key: value for key, value in plain(asdict(settings)).items() if key not in free}
     if not settings.only:  # as in the records of versions without it
         del kept["only"]
+    if not settings.mixture:
+        del kept["mixture"]
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
 
 

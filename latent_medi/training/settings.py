@@ -151,6 +151,8 @@ class TrainSettings(Settings):
         model: The denoiser. With init_from, only fields, fusion and widths are used.
         objective: The prediction and its weighting. With init_from, the source's unless named in override.
         dropout: How often conditions are dropped, which guidance needs.
+        mixture: Shares of the images by joined folder (`shards join`), by its dataset's name, such as {pannuke: 1,
+            own: 3}; empty: as many as each has. Folders that are not named are left out.
         balance: Fields whose combinations are balanced by drawing rare ones more often (with replacement); empty
             visits each patch once per epoch.
         balance_temperature: 0 keeps the data's frequencies, 1 draws every combination equally often.
@@ -209,6 +211,7 @@ class TrainSettings(Settings):
     model: ModelSettings = field(default_factory=ModelSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     dropout: DropoutSettings = field(default_factory=DropoutSettings)
+    mixture: dict[str, NonNegativeFloat] = field(default_factory=dict)
     balance: list[str] = field(default_factory=list)
     balance_temperature: NonNegativeFloat = 1.0
     checkpoint_every_images: NonNegativeInt = 100_000

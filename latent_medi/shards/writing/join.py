@@ -23,6 +23,7 @@ from latent_medi.core.progress import get_logger, progress
 from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
+from latent_medi.shards.checking.shared_patients import shared_patients
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.format.layout import PATIENT, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.format.tar import BLOCK, tar_end, tar_member
@@ -43,6 +44,8 @@ from latent_medi.shards.writing.rewrite import SPLITS_FILE, extra_columns, shard
 logger = get_logger(__name__)
 
 _NAMED = ("key", "patient", "slide")
+CORPUS = "corpus"
+"""Split that ``without`` makes: unlabelled tissue without the patients of other datasets."""
 _LEAST_KNOWN = (PATIENT, "slide", "group", "image")
 """What the column of patients can hold; of joined folders the last of these counts."""
 
@@ -90,7 +93,7 @@ def join(settings: JoinSettings) -> PatchDataset:
             patients (unless ``patients`` says what these are) or keys; a patient would be in two parts of a split; or
             the output is another finished dataset.
     """
-    if not settings.out or len(settings.folders) < 2:
+    if not settings.out or len(settings.folders) + bool(settings.without) < 2:
         raise UserError("A folder to write and two or more to join are needed.", "latent-medi shards join OUT A B …")
     out = Path(settings.out)
     if len({Path(path).resolve() for path in [settings.out, *settings.folders]}) < len(settings.folders) + 1:
@@ -101,7 +104,10 @@ def join(settings: JoinSettings) -> PatchDataset:
     changes = _changes(datasets, schema, settings)
     indexes = [_renamed(dataset.index, change) for dataset, change in zip(datasets, changes, strict=True)]
     _check_names(datasets, indexes, settings)
-    splits = _splits(datasets, pd.concat(indexes, ignore_index=True))
+    index = pd.concat(indexes, ignore_index=True)
+    splits = _splits(datasets, index)
+    if settings.without:
+        splits |= {CORPUS: _corpus(datasets, changes, index, [PatchDataset.open(path) for path in settings.without])}
     first = datasets[0]
     description = Description(
         settings.name or out.name,
@@ -232,6 +238,40 @@ def _splits(datasets: Sequence[PatchDataset], index: pd.DataFrame) -> dict[str, 
             recipe["allow_duplicates"] = allow
         found[name] = split_by_patient(index, column, recipe)
     return found
+
+
+def _corpus(
+    datasets: Sequence[PatchDataset], changes: Sequence[_Change], index: pd.DataFrame, without: Sequence[PatchDataset]
+) -> dict[str, Any]:
+    """The split of all patients but those who are also in other datasets.
+
+    Raises:
+        UserError: A folder has a split of that name, or nobody is left.
+    """
+    if taken := [dataset.folder for dataset in datasets if CORPUS in dataset.splits]:
+        raise UserError(f"{taken[0]} has a split {CORPUS!r}, which `without` makes.", "Join the folders that it is of.")
+    left_out: set[str] = set()
+    counts = {"by_name": 0, "by_picture": 0}
+    for dataset, change in zip(datasets, changes, strict=True):
+        shared = shared_patients(dataset, without)
+        left_out |= {change.prefix + patient for patient in shared.all}
+        counts["by_name"] += len(shared.by_name)
+        counts["by_picture"] += len(shared.by_picture - shared.by_name)
+    column = pd.Series(np.where(index["patient"].isin(left_out), "", "train"), index.index)
+    if not (column == "train").any():
+        names = ", ".join(str(dataset.folder) for dataset in without)
+        raise UserError(f"Every patient is also in {names}, so nothing is left to train on.", "Join other folders.")
+    logger.info(
+        "Split %r: %d of %d patients; left out are %d with a name and %d with a picture of %s",
+        CORPUS,
+        index["patient"].nunique() - len(left_out),
+        index["patient"].nunique(),
+        counts["by_name"],
+        counts["by_picture"],
+        ", ".join(dataset.name for dataset in without),
+    )
+    of = [{"name": dataset.name, "index_sha256": dataset.info.get("index_sha256", "")} for dataset in without]
+    return split_by_patient(index, column, {"kind": "without", "of": of, "left_out": counts})
 
 
 def _origin(datasets: Sequence[PatchDataset]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from latent_medi.shards.checking.likeness import fingerprint
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.codec import check_codec, encode_image
 from latent_medi.shards.format.folder import INFO_FILE
-from latent_medi.shards.format.layout import FINGERPRINT, ROW_COLUMNS, SUM_COLUMNS
+from latent_medi.shards.format.layout import FINGERPRINT, PATIENT, ROW_COLUMNS, SUM_COLUMNS
 from latent_medi.shards.format.tar import BLOCK, tar_end, tar_member
 from latent_medi.shards.writing.finish import Description, Splits, finish_dataset, finished_dataset
 from latent_medi.shards.writing.patch import Patch, checked_row, column_types
@@ -134,6 +134,7 @@ def write_dataset(
     provenance: Mapping[str, Any] | None = None,
     splits: Splits | None = None,
     patches_per_shard: int = 512,
+    patient_is: str = PATIENT,
 ) -> PatchDataset:
     """Write a whole dataset folder. Given a sequence, a rerun keeps the shards made from the same patches.
 
@@ -143,13 +144,14 @@ def write_dataset(
         name, schema, patch_size, mpp, codec, provenance, splits: As for
             :class:`~latent_medi.shards.writing.finish.Description`.
         patches_per_shard: Patches per tar, > 0.
+        patient_is: What the patches' patients are, as for the same.
 
     Raises:
         UserError: As for :func:`write_shard` and :func:`~latent_medi.shards.writing.finish.finish_dataset`.
     """
     if patches_per_shard < 1:
         raise UserError(f"patches_per_shard is {patches_per_shard}; it is at least 1.")
-    about = Description(name, schema, patch_size, mpp, codec, provenance or {}, splits or {})
+    about = Description(name, schema, patch_size, mpp, codec, provenance or {}, splits or {}, patient_is)
     with output_lock(folder):
         return _write_dataset(Path(folder), patches, about, patches_per_shard)
 

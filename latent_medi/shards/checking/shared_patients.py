@@ -1,0 +1,79 @@
+"""Patients of one dataset who are also in others: by name, and by a picture that both have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from latent_medi.shards.checking.duplicates import find_duplicates
+from latent_medi.shards.checking.likeness import shared_pictures
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.format.layout import FINGERPRINT
+
+_NAMED = ("patient", "slide")
+"""Where the column of patients holds these, a name is that of a person; an image's or a group's name is chance."""
+
+
+@dataclass(frozen=True)
+class SharedPatients:
+    """Patients of a dataset who are also in others.
+
+    Args:
+        by_name: Those whose name another dataset has, too.
+        by_picture: Those with a picture that another dataset has, too, also turned, mirrored or encoded again.
+    """
+
+    by_name: frozenset[str]
+    by_picture: frozenset[str]
+
+    @property
+    def all(self) -> frozenset[str]:
+        """Both."""
+        return self.by_name | self.by_picture
+
+
+def shared_patients(dataset: PatchDataset, others: Sequence[PatchDataset]) -> SharedPatients:
+    """Find the patients of a dataset who are also in others.
+
+    Names are compared where both datasets' patients are persons or slides. Pictures are compared in any case.
+
+    Args:
+        dataset: The dataset; its synthetic patches take no part.
+        others: Other datasets.
+    """
+    own = set(dataset.index["patient"].astype(str))
+    named = [other for other in others if {dataset.patient_is, other.patient_is} <= set(_NAMED)]
+    names = own & {name for other in named for name in other.index["patient"].astype(str)}
+    everything = [dataset, *others]
+    for each in everything:
+        find_duplicates(each)
+    prints = [each.index.get(FINGERPRINT, pd.Series("", each.index.index)).fillna("").tolist() for each in everything]
+    # All patches of a dataset count as one patient, so that only pictures of several datasets are found.
+    owner = np.repeat(np.arange(len(everything)), [len(each) for each in everything])
+    start = np.cumsum([0, *(len(each) for each in everything)])
+
+    edge = min(each.patch_size for each in everything)
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        images = np.empty((len(rows), edge, edge, 3), np.uint8)
+        for number, each in enumerate(everything):
+            here = owner[rows] == number
+            if here.any():
+                images[here] = _resized(each.read(rows[here] - start[number]), edge)
+        return images
+
+    picture = shared_pictures([p for part in prints for p in part], owner.astype(str).tolist(), read)
+    mine, theirs = picture[: len(dataset)], picture[len(dataset) :]
+    found = np.isin(mine, theirs[theirs >= 0]) & (mine >= 0)
+    pictures = frozenset(dataset.index["patient"].to_numpy(str)[found].tolist())
+    return SharedPatients(frozenset(names), pictures)
+
+
+def _resized(images: np.ndarray, edge: int) -> np.ndarray:
+    if images.shape[1] == edge:
+        return images
+    return np.stack([np.asarray(Image.fromarray(image).resize((edge, edge))) for image in images])

@@ -1,0 +1,125 @@
+"""A corpus of several datasets: without the patients of others, and with a share of the images for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from latent_medi.core.errors import UserError
+from latent_medi.latents.autoencoder import Autoencoder
+from latent_medi.latents.encode import encode_dataset
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.checking.shared_patients import shared_patients
+from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.settings import JoinSettings
+from latent_medi.shards.writing.join import join
+from latent_medi.shards.writing.writer import Patch, write_dataset
+from latent_medi.training.data import open_data
+from latent_medi.training.settings import TrainSettings
+
+
+def images(count: int, seed: int, edge: int) -> list[np.ndarray]:
+    """Pictures with content of their own: sums of some waves."""
+    draw, found = np.random.default_rng(seed), []
+    y, x = np.mgrid[0:edge, 0:edge] / edge
+    for _ in range(count):
+        waves = sum(
+            draw.normal() * np.cos(np.pi * (draw.integers(1, 7) * x + draw.integers(1, 7) * y) + draw.random())
+            for _ in range(6)
+        )
+        grey = 130 + 30 * waves[..., None] + np.array([20.0, -20.0, 10.0])
+        found.append(np.clip(grey, 0, 255).astype(np.uint8))
+    return found
+
+
+def folder(
+    path: Path, pictures: list[np.ndarray], patients: list[str], patient_is: str = "patient", prefix: str = ""
+) -> PatchDataset:
+    edge = len(pictures[0])
+    patches = [
+        Patch(f"{path.name}/{i}", image, prefix + patient, prefix + patient, i, 0, 0.5, {"class": "a"})
+        for i, (image, patient) in enumerate(zip(pictures, patients, strict=True))
+    ]
+    schema = Schema.from_table(pd.DataFrame({"class": ["a"]}), "class")
+    return write_dataset(path, patches, path.name, schema, edge, 0.5, patches_per_shard=7, patient_is=patient_is)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[PatchDataset, PatchDataset, PatchDataset]:
+    """Two datasets of 40 and 20 patches of 64 px; and a labelled one of 96 px, which has a patient of the first by
+    name, and one picture of the second, mirrored."""
+    one = folder(tmp_path / "one", images(40, 0, 64), [f"p{i // 4}" for i in range(40)])
+    other = folder(tmp_path / "other", images(20, 1, 64), [f"q{i // 2}" for i in range(20)])
+    labelled = images(6, 2, 96)
+    large = images(20, 1, 96)[7]  # patch 7 of "other", patient q3, larger
+    labelled[0] = large[:, ::-1]
+    target = folder(tmp_path / "target", labelled, ["z", "z", "p2", "p2", "y", "y"])
+    return one, other, target
+
+
+def test_patients_are_found_by_name_and_by_picture(parts) -> None:
+    one, other, target = parts
+    found = shared_patients(one, [target])
+    assert (found.by_name, found.by_picture) == ({"p2"}, set())
+    found = shared_patients(other, [target])
+    assert (found.by_name, found.by_picture) == (set(), {"q3"})
+
+
+def test_the_name_of_an_image_is_no_person(tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", images(4, 0, 64), ["1", "2", "3", "4"], "image")
+    target = folder(tmp_path / "target", images(4, 3, 64), ["1", "2", "3", "4"], "image")
+    assert shared_patients(one, [target]).all == set()
+
+
+def test_a_corpus_leaves_them_out(parts, tmp_path: Path) -> None:
+    one, other, target = parts
+    joined = join(
+        JoinSettings(
+            out=str(tmp_path / "corpus"),
+            folders=[str(one.folder), str(other.folder)],
+            patients="separate",
+            without=[str(target.folder)],
+        )
+    )
+    out = joined.index.groupby("split_corpus")["patient"].agg(set)
+    assert out[""] == {"one/p2", "other/q3"}
+    assert joined.info["splits"]["corpus"]["recipe"]["left_out"] == {"by_name": 1, "by_picture": 1}
+    alone = join(JoinSettings(out=str(tmp_path / "alone"), folders=[str(one.folder)], without=[str(target.folder)]))
+    assert set(alone.index["patient"][alone.index["split_corpus"] == ""]) == {"p2"}
+    with pytest.raises(UserError, match="nothing is left"):
+        join(JoinSettings(out=str(tmp_path / "none"), folders=[str(one.folder)], without=[str(one.folder)]))
+
+
+def settings(data: PatchDataset, latents: Path, **values) -> TrainSettings:
+    return TrainSettings(
+        data=str(data.folder), latents=str(latents), out="", split="", max_steps=1, global_batch=64, **values
+    )
+
+
+def test_each_folder_has_its_share_of_the_images(parts, tmp_path: Path, autoencoder: Autoencoder) -> None:
+    one, other, _ = parts
+    joined = join(JoinSettings(out=str(tmp_path / "corpus"), folders=[str(one.folder), str(other.folder)]))
+    latents = tmp_path / "latents"
+    encode_dataset(joined.folder, autoencoder, latents)
+
+    def shares(mixture: dict[str, float]) -> float:
+        data = open_data(settings(joined, latents, mixture=mixture), None)
+        rows = np.concatenate([data.at(step, 64, 0) for step in range(40)])
+        return float((data.rows[rows] < 40).mean())
+
+    assert shares({"one": 1, "other": 3}) == pytest.approx(0.25, abs=0.04)
+    assert shares({"one": 2, "other": 2}) == pytest.approx(0.5, abs=0.04)
+    assert shares({"one": 1}) == 1.0  # who is not named is left out
+    assert shares({}) == pytest.approx(2 / 3, abs=0.02)
+    for mixture, why in (
+        ({"two": 1.0}, "no joined folder is called 'two'"),
+        ({"one": 0.0}, "All shares"),
+    ):
+        with pytest.raises(UserError, match=why):
+            open_data(settings(joined, latents, mixture=mixture), None)
+    encode_dataset(one.folder, autoencoder, tmp_path / "alone")
+    with pytest.raises(UserError, match="is not joined"):
+        open_data(settings(one, tmp_path / "alone", mixture={"one": 1.0}), None)
