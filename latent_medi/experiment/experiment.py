@@ -207,6 +207,17 @@ class Experiment:
         field = self.classifier(model).field or (class_field.name if class_field else "")
         return [*model.fields, *([field] if field not in model.fields else [])]
 
+    def plans(self, name: str) -> list[Path]:
+        """The plan of a model's samples, then the longer ones of the rounds in which more were generated."""
+        found = [self.folder / f"plan-{name}.csv"]
+        for number in range(2, self.settings.select_rounds + 1):
+            longer = self.folder / f"plan-{name}-round-{number}.csv"
+            # One that does not begin with the plan before it is of an earlier plan.
+            if not longer.is_file() or not longer.read_bytes().startswith(found[-1].read_bytes()):
+                break
+            found.append(longer)
+        return found
+
     def generation(self, model: Model) -> dict[str, Any]:
         """Sampling settings of a model (a partial)."""
         values = config.merge(config.as_dict(self.settings.generate), model.entry.generate)
@@ -221,7 +232,7 @@ class Experiment:
             "guidance": guidance,
             "model": model.folder,
             "adapters": [str(model.adapter)] if model.adapter else values["adapters"],
-            "plan": str(self.folder / f"plan-{model.name}.csv"),
+            "plan": str(self.plans(model.name)[-1]),
             "out": str(self.synthetic[model.name]),
         }
 

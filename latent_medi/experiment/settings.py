@@ -108,6 +108,8 @@ class ExperimentSettings(Settings):
             seen_per_cell, unseen_per_cell and plan_unseen do not count.
         generate: Sampler, guidance and batch.
         select: Selection settings, such as {name: best, share: 0.5}; the evaluation takes the selected patches.
+        select_rounds: Rounds of sampling at most, until as many patches are selected as per_cell or percent of
+            ``select`` ask for: each further round generates what is missing, by the share that was accepted so far.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
         launch_processes: Processes of encoding, of each model's training and of its sampling, on each node; 0 means one
             per GPU, and one on a machine without.
@@ -157,6 +159,7 @@ class ExperimentSettings(Settings):
     plan: Annotated[dict[str, Any], PartOf(PlanSettings)] = field(default_factory=dict)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
     select: Annotated[dict[str, Any], PartOf(SelectSettings)] = field(default_factory=dict)
+    select_rounds: PositiveInt = 1
     evaluate: Annotated[dict[str, Any], PartOf(EvaluateSettings)] = field(default_factory=dict)
     launch_processes: NonNegativeInt = 0
     parallel: NonNegativeInt = 0

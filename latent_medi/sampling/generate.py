@@ -99,6 +99,8 @@ def generate_plan(
 ) -> PatchDataset:
     """Generate the images of a plan into a dataset folder, or complete the folder of a killed run.
 
+    A finished folder whose plan is the beginning of this one is continued: rows can be added at the end of a plan.
+
     Args:
         plan: The plan or its file.
         model: A pipeline or its folder.
@@ -157,7 +159,9 @@ def _generate(
     if done is not None:
         return done
     if accelerator.is_main_process:
+        synthetic.reopen()
         logger.info("%d images: %s", ends[-1], sampler.cost_text())
+    accelerator.wait_for_everyone()
 
     def patches(positions: range) -> Iterator[Patch]:
         samples = [sample_at(checked, sampler.schema, position, ends) for position in positions]

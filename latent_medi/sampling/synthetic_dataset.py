@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from latent_medi.sampling.settings import GenerateSettings, TranslateSettings
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.writing.background_writer import write_behind
 from latent_medi.shards.writing.finish import Description, finish_dataset
-from latent_medi.shards.writing.records import kept_shards
+from latent_medi.shards.writing.records import kept_shards, write_record
+from latent_medi.shards.writing.rewrite import reopen_dataset, shard_records
 from latent_medi.shards.writing.writer import Patch, write_shard
 
 logger = get_logger("sampling")
@@ -44,7 +45,7 @@ class SyntheticDataset:
     settings: GenerateSettings | TranslateSettings
 
     def finished(self) -> PatchDataset | None:
-        """The dataset if an earlier run has finished it; ``None`` if there is none.
+        """The dataset if an earlier run has finished it; ``None`` if there is none, or one of a shorter plan.
 
         Raises:
             UserError: The folder holds another dataset.
@@ -52,10 +53,32 @@ class SyntheticDataset:
         if not (self.folder / INFO_FILE).exists():
             return None
         done = PatchDataset.open(self.folder)
+        if self.grows(done):
+            return None
         if done.info["provenance"] != self.about.provenance or done.name != self.about.name:
             raise UserError(f"{self.folder} holds another dataset.", "Choose another folder, or remove this one first.")
         logger.info("%s is finished.", self.folder)
         return done
+
+    def grows(self, done: PatchDataset) -> bool:
+        """Whether a finished dataset has the patches of the first rows of this one's plan, and no others."""
+        before, now = done.info["provenance"], self.about.provenance
+        if "plan" not in now or "plan" not in before or done.name != self.about.name:
+            return False
+        rows = before["plan"]["rows"]
+        longer = len(rows) < len(now["plan"]["rows"]) and rows == now["plan"]["rows"][: len(rows)]
+        return longer and {**before, "plan": now["plan"]} == now
+
+    def reopen(self) -> None:
+        """Continue a finished dataset of a shorter plan: its whole shards stay, the last one is made again."""
+        if not (self.folder / INFO_FILE).exists():
+            return
+        done, size = PatchDataset.open(self.folder), self.settings.patches_per_shard
+        whole = [record for record in shard_records(done) if record.count == size]
+        reopen_dataset(self.folder)
+        for record in whole:
+            write_record(self.folder, replace(record, token=digest(self.about.provenance)))
+        logger.info("%s: the plan is longer now; %d of %d patches are kept.", self.folder, len(whole) * size, len(done))
 
     def write(self, patches: Callable[[range], Iterator[Patch]], accelerator: Accelerator, desc: str) -> PatchDataset:
         """Write the shards that are not finished, and then the index.

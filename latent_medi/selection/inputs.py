@@ -208,6 +208,8 @@ def make_recipe(settings: SelectSettings, inputs: Inputs, encoder: ImageEncoder)
     kept = {k: v for k, v in asdict(settings).items() if k not in (*_NO_EFFECT, "filters")}
     if not settings.only:  # as in records of versions without it
         del kept["only"]
+    if not settings.percent:
+        del kept["percent"]
     compared = sorted({"key", "patient", *inputs.cells, *inputs.fields, *(f for g in inputs.groups for f in g)})
     return {
         **kept,

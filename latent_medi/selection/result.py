@@ -45,10 +45,17 @@ class CombinationCounts(Counts):
     Args:
         cell: The combination, value by field.
         unseen: Whether no real training patch has it.
+        wanted: Patches that the settings ask for; None if they name no number.
     """
 
     cell: dict[str, str]
     unseen: bool
+    wanted: int | None = None
+
+    @property
+    def missing(self) -> int:
+        """Patches that are wanted and not chosen."""
+        return max(0, (self.wanted or 0) - self.chosen)
 
 
 @dataclass

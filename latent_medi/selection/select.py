@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,8 @@ def _choose(
         accepted = accepted & passed["duplicates"]
     asked = np.bincount(inputs.cell, minlength=len(inputs.names))
     most = np.ceil(settings.share * asked - 1e-9).astype(np.int64)
-    most = np.minimum(most, settings.per_cell) if settings.per_cell else most
+    wanted = wanted_per_combination(inputs, settings)
+    most = most if wanted is None else np.minimum(most, wanted)
     chosen = best_per_combination(np.where(accepted, order_by, np.inf), keys, inputs.cell, most)
     if not chosen.any():
         counts = ", ".join(f"{name} {int(mask.sum())}" for name, mask in passed.items())
@@ -122,8 +124,8 @@ def _choose(
         columns["_control"] = random_per_combination(inputs, size, settings.seed)
     masks = {**{f"passed_{name}": mask for name, mask in passed.items()}, "accepted": accepted, "chosen": chosen}
     masks |= {"control": columns["_control"]} if settings.control else {}
-    cells, total = _counts(inputs, masks)
-    few = _few_warning(inputs, cells, most, settings)
+    cells, total = _counts(inputs, masks, wanted)
+    few = _few_warning(inputs, cells, most if wanted is None or settings.share < 1 else wanted, settings)
     compared = {"chosen": chosen, "control": columns.get("_control"), "all": np.ones(len(chosen), bool)}
     result = Result(
         cells,
@@ -143,6 +145,20 @@ def _choose(
     PatchDataset.open(settings.data).add_selection(settings.name, columns, recipe, encode(result), settings.replace)
     for text in result.warnings:
         log.warning(text)
+
+
+def wanted_per_combination(inputs: Inputs, settings: SelectSettings) -> np.ndarray | None:
+    """Patches that the settings ask for of each combination, whatever there are, int64 [combinations]; ``None`` if they
+    name no number.
+    """
+    if not settings.per_cell and not settings.percent:
+        return None
+    wanted = np.full(len(inputs.names), settings.per_cell or np.iinfo(np.int64).max)
+    if settings.percent:
+        real = Counter(map(tuple, inputs.real[inputs.cells].astype(str).to_numpy()))
+        counts = np.array([real[name] for name in inputs.names])
+        wanted = np.minimum(wanted, np.ceil(settings.percent / 100 * counts - 1e-9).astype(np.int64))
+    return wanted
 
 
 def best_per_combination(
@@ -197,7 +213,9 @@ def _without_duplicates(
     return result
 
 
-def _counts(inputs: Inputs, masks: dict[str, np.ndarray]) -> tuple[list[CombinationCounts], Counts]:
+def _counts(
+    inputs: Inputs, masks: dict[str, np.ndarray], wanted: np.ndarray | None
+) -> tuple[list[CombinationCounts], Counts]:
     """Patches in each mask, by combination and in all."""
     size = len(inputs.names)
     counts = {"asked": np.bincount(inputs.cell, minlength=size)}
@@ -208,6 +226,7 @@ def _counts(inputs: Inputs, masks: dict[str, np.ndarray]) -> tuple[list[Combinat
             cell=dict(zip(inputs.cells, name, strict=True)),
             unseen=bool(inputs.unseen[code]),
             acceptance=float(acceptance[code]),
+            wanted=None if wanted is None else int(wanted[code]),
             **{key: int(values[code]) for key, values in counts.items()},
         )
         for code, name in enumerate(inputs.names)
@@ -220,10 +239,9 @@ def _few_warning(
     inputs: Inputs, cells: list[CombinationCounts], most: np.ndarray, settings: SelectSettings
 ) -> list[str]:
     """A warning if combinations have fewer chosen patches than wanted."""
-    wanted = np.maximum(most, settings.per_cell) if settings.share == 1 else most
-    named = [(" × ".join(name), counts.chosen, w) for name, counts, w in zip(inputs.names, cells, wanted, strict=True)]
+    named = [(" × ".join(name), counts.chosen, w) for name, counts, w in zip(inputs.names, cells, most, strict=True)]
     short = [f"{name}: {chosen} of {w}" for name, chosen, w in named if chosen < w]
-    if short and (settings.per_cell or settings.share < 1):
+    if short and (settings.per_cell or settings.percent or settings.share < 1):
         return [f"{len(short)} of {len(cells)} combinations have fewer patches than wanted: {'; '.join(short[:5])}."]
     if empty := [name for name, chosen, _ in named if not chosen]:
         return [f"{len(empty)} of {len(cells)} combinations have no patch left: {'; '.join(empty[:5])}."]

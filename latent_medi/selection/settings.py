@@ -52,6 +52,8 @@ class SelectSettings(Settings):
             "centroid" (mean squared distance to the own centroids) or "distance" (to the nearest real patch).
             selected_NAME_score holds it.
         per_cell: Patches to choose per combination at most; 0 for no such bound.
+        percent: Patches to choose per combination at most, per 100 real training patches that have it; 0 for no such
+            bound. A combination that training lacks gets none.
         share: Share of a combination's patches, above 0 to 1, to choose at most, rounded up.
         control: Also choose as many per combination at random, from all of its patches.
         encoder: Name of an encoder (docs/evaluation.md lists them), a folder with one, or ``module:callable``.
@@ -88,6 +90,7 @@ class SelectSettings(Settings):
     farthest: NonNegativeFloat = 1.3
     rank: Score = "confidence"
     per_cell: NonNegativeInt = 0
+    percent: NonNegativeFloat = 0.0
     share: Annotated[float, Range(0, 1, above=True)] = 0.5
     control: bool = True
     encoder: PathText = "phikon-v2"

@@ -20,12 +20,14 @@ from latent_medi.core.errors import UserError
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import KINDS, declare
 from latent_medi.experiment.kinds.datasets import make_plans
+from latent_medi.experiment.kinds.results import longer_plan
 from latent_medi.experiment.launching import Launching
 from latent_medi.experiment.models import concerning
 from latent_medi.experiment.preflight import preflight
 from latent_medi.experiment.run import run, run_changed
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stage, Stages
+from latent_medi.selection.result import CombinationCounts
 from latent_medi.shards.dataset import PatchDataset
 
 NETWORK = {
@@ -298,6 +300,62 @@ def test_one_model_alone_to_its_samples_and_then_selected_and_evaluated(tmp_path
     shutil.rmtree(out / "synthetic" / "only")
     run(build(ExperimentSettings, values))
     assert "best" in PatchDataset.open(out / "synthetic" / "only").selections
+
+
+def test_a_longer_plan_asks_for_what_is_missing_by_what_was_accepted() -> None:
+    plan = pd.DataFrame(
+        {"class": ["a", "a", "b", "c"], "site": list("xyxx"), "count": [30, 10, 20, 8], "seed": range(4)}
+    )
+
+    def counts(kind: str, asked: int, accepted: int, chosen: int, wanted: int) -> CombinationCounts:
+        return CombinationCounts(
+            cell={"class": kind},
+            unseen=False,
+            wanted=wanted,
+            asked=asked,
+            accepted=accepted,
+            chosen=chosen,
+            acceptance=accepted / asked,
+        )
+
+    cells = [counts("a", 40, 20, 20, 32), counts("b", 20, 15, 12, 12), counts("c", 8, 0, 0, 5)]
+    longer = longer_plan(plan, cells, 2)
+    assert longer.iloc[:4].equals(plan)
+    # a lacks 12 of which half pass: 24, a tenth more, three quarters of them at x; c, of which none passed, as before.
+    assert longer.iloc[4:][["class", "site", "count"]].values.tolist() == [["a", "x", 20], ["a", "y", 7], ["c", "x", 9]]
+    assert longer["seed"].is_unique
+
+
+@pytest.mark.slow
+def test_more_is_generated_until_the_selection_has_what_it_wants(tmp_path: Path) -> None:
+    stages = [*(name for name in TO_SAMPLE if name != "classifier"), "select"]
+    values = tiny_settings(tmp_path, models={"only": {"config": "demo/cls"}}, stages=stages, unseen_per_cell=2)
+    # Training has 120 patches; two per combination of class and site are generated at first.
+    values |= {"seen_per_cell": 2, "select_rounds": 4}
+    values["select"] = {
+        "filters": ["duplicates"],
+        "rank": "distance",
+        "percent": 50,
+        "share": 1.0,
+        "cells": ["class"],
+        "farthest": 0,
+    }
+    run(build(ExperimentSettings, values))
+    out = tmp_path / "out"
+    found = json.loads((out / "selection-only.json").read_text())["cells"]
+    real = PatchDataset.open(tmp_path / "data").index
+    of_class = real[real["split_main"] == "train"]["class"].value_counts()
+    assert {c["cell"]["class"]: c["wanted"] for c in found} == {k: -(-n // 2) for k, n in of_class.items()}
+    assert all(c["chosen"] == c["control"] == c["wanted"] for c in found)
+    assert (out / "plan-only-round-2.csv").read_text().startswith((out / "plan-only.csv").read_text())
+    before = written_at(out / "synthetic" / "only" / "dataset.json", out / "selection-only.json")
+    run(build(ExperimentSettings, values))
+    assert written_at(out / "synthetic" / "only" / "dataset.json", out / "selection-only.json") == before
+    # Samples that are made again begin with the plan, and end as before.
+    first = PatchDataset.open(out / "synthetic" / "only").index
+    shutil.rmtree(out / "synthetic" / "only")
+    run(build(ExperimentSettings, values))
+    assert PatchDataset.open(out / "synthetic" / "only").index.equals(first)
 
 
 @pytest.mark.slow

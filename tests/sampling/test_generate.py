@@ -214,6 +214,28 @@ def test_finished_dataset_returns_at_once_and_another_is_refused(
     assert files(whole.folder) == before
 
 
+def test_rows_added_at_the_end_of_a_plan_continue_a_finished_folder(
+    plan: pd.DataFrame, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = pd.concat([plan, plan.iloc[:1].assign(seed=77, count=5)], ignore_index=True)
+    anew = generate_plan(longer, model, tmp_path / "anew" / "synthetic", SETTINGS)
+    folder = tmp_path / "grown" / "synthetic"
+    generate_plan(plan, model, folder, SETTINGS)
+    written: list[int] = []
+    write = module.write_shard
+
+    def noting(folder: Path, number: int, *rest: Any) -> Any:
+        written.append(number)
+        return write(folder, number, *rest)
+
+    monkeypatch.setattr(module, "write_shard", noting)
+    generate_plan(longer, model, folder, SETTINGS)
+    assert written == [2, 3]  # the two whole shards stayed
+    assert files(folder) == files(anew.folder)
+    with pytest.raises(UserError, match="another dataset"):  # a plan does not become shorter
+        generate_plan(plan, model, folder, SETTINGS)
+
+
 def test_unfinished_dataset_of_another_plan_is_not_mixed_in(
     plan: pd.DataFrame, model: Path, whole: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from latent_medi.core import config
+from latent_medi.core.files import remove
 from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_model, reopen
 from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.models import Model
 from latent_medi.experiment.stages import Stage
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training.settings import TrainSettings
@@ -95,8 +98,18 @@ def sample(e: Experiment) -> Stage:
 
 
 def _sample(e: Experiment) -> None:
-    commands = {}
+    """Samples that are not there yet begin with the plan, whatever a selection asked for of earlier ones."""
     for model in e.sampled:
+        if not e.synthetic[model.name].exists():
+            for longer in e.plans(model.name)[1:]:
+                remove(longer)
+    sample_models(e, e.sampled)
+
+
+def sample_models(e: Experiment, models: Sequence[Model]) -> None:
+    """Generate the samples of some models, each by its newest plan; what exists of a shorter plan is continued."""
+    commands = {}
+    for model in models:
         file = e.folder / f"sample-{model.name}.yaml"
         config.save_partial(GenerateSettings, e.generation(model), file)
         commands[model.name] = ["sample", "--config", str(file)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from latent_medi.core import config
 from latent_medi.core.errors import UserError
@@ -10,8 +14,14 @@ from latent_medi.core.files import write_json
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.experiment.damaged_outputs import damaged_metrics
 from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.kinds.models import sample_models
 from latent_medi.experiment.stages import Stage
+from latent_medi.planning.plan import stable_seed
+from latent_medi.selection.result import CombinationCounts
 from latent_medi.shards.dataset import PatchDataset
+
+_MORE = 1.1
+"""What a further round generates over what is missing on average."""
 
 
 def select(e: Experiment) -> Stage:
@@ -19,12 +29,16 @@ def select(e: Experiment) -> Stage:
     free = {"data", "real", "weights", "cache", "batch", "device", "workers", "replace"}
     settings = config.as_dict(e.selection(e.sampled[0].name))
     inputs = {key: value for key, value in settings.items() if key not in free and (key != "only" or value)}
+    if e.settings.select_rounds > 1:
+        inputs["rounds"] = e.settings.select_rounds
     outputs = {name: e.folder / f"selection-{name}.json" for name in e.synthetic}
+    numbers = range(2, e.settings.select_rounds + 1)
     return Stage(
         lambda: _select(e, outputs),
         inputs,
         ("sample",),
         by_model={name: (path.name,) for name, path in outputs.items()},
+        extras=tuple(f"plan-{name}-round-{number}.csv" for name in outputs for number in numbers),
         damaged=lambda: [path for name, path in outputs.items() if not _has_selection(e, name)],
     )
 
@@ -39,16 +53,51 @@ def _has_selection(e: Experiment, name: str) -> bool:
 
 def _select(e: Experiment, outputs: dict[str, Path]) -> None:
     from latent_medi.core.device import release_memory
+    from latent_medi.planning.plan import read_plan, write_plan
     from latent_medi.selection.result import selection_text
     from latent_medi.selection.select import select as select_samples
 
+    models = {model.name: model for model in e.sampled}
     try:
         for name, path in outputs.items():
+            if len(e.plans(name)) > 1:  # of a run that was broken off
+                sample_models(e, [models[name]])
             selection = select_samples(e.selection(name))
+            for number in range(len(e.plans(name)) + 1, e.settings.select_rounds + 1):
+                if not any(cell.missing for cell in selection.result.cells):
+                    break
+                plan = longer_plan(read_plan(e.plans(name)[-1]), selection.result.cells, number)
+                write_plan(plan, e.folder / f"plan-{name}-round-{number}.csv")
+                sample_models(e, [models[name]])
+                selection = select_samples(e.selection(name))
             write_json(path, selection.to_json())
             print(f"{name}: {selection_text(selection)}")
     finally:
         release_memory()
+
+
+def longer_plan(plan: pd.DataFrame, cells: Sequence[CombinationCounts], number: int) -> pd.DataFrame:
+    """A plan with further rows at its end: what a selection still wants, by the share of the patches that it accepted.
+
+    Args:
+        plan: The plan of the patches so far.
+        cells: What was chosen of each combination.
+        number: Of the round, which the seeds of the new rows depend on.
+
+    Returns:
+        The plan; a combination of which no patch was accepted is asked for as often again as so far.
+    """
+    rows = [plan]
+    for cell in cells:
+        of_cell = plan[(plan[list(cell.cell)] == pd.Series(cell.cell)).all(axis=1) & (plan["count"] > 0)]
+        if not cell.missing or not len(of_cell):
+            continue
+        wanted = cell.missing / cell.acceptance if cell.accepted else cell.asked
+        shares = of_cell["count"] / of_cell["count"].sum()
+        counts = np.ceil(_MORE * wanted * shares).astype(int)
+        seeds = [stable_seed(int(seed), "round", number) for seed in of_cell["seed"]]
+        rows.append(of_cell.assign(count=counts, seed=seeds))
+    return pd.concat(rows, ignore_index=True)
 
 
 def evaluate(e: Experiment) -> Stage:
