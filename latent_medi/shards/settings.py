@@ -207,12 +207,15 @@ class JoinSettings(Settings):
         patients: What patients of the same name in several folders are. "refuse" stops at them. "same": one person.
             "separate": different persons; every patient, slide and key then begins with its folder's name, as in
             north/12.
+        slides: What slides of the same name of such a patient are. "refuse" stops at them. "same": one slide, of which
+            the folders hold different patches.
     """
 
     out: PathText = ""
     folders: list[PathText] = field(default_factory=list)
     name: str = ""
     patients: Literal["refuse", "same", "separate"] = "refuse"
+    slides: Literal["refuse", "same"] = "refuse"
 
 
 @dataclass
