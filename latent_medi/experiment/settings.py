@@ -109,8 +109,8 @@ class ExperimentSettings(Settings):
         generate: Sampler, guidance and batch.
         select: Selection settings, such as {name: best, share: 0.5}; the evaluation takes the selected patches.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
-        launch_processes: Processes of encoding, of each model's training and of its sampling, on each node; 0 means one
-            per GPU, and one on a machine without.
+        launch_processes: Processes of encoding, of each model's training and sampling, and of the embedding of
+            selection and evaluation, on each node; 0 means one per GPU, and one on a machine without.
         parallel: Models that are trained or sampled at the same time, where each takes one process; 0 chooses 2 on a
             machine without a GPU, otherwise 1. With several processes, one model after the other takes them all.
         processes: Processes for rendering and importing; 0 means one per core.

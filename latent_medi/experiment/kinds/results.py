@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from latent_medi.core import config
@@ -37,11 +38,24 @@ def _has_selection(e: Experiment, name: str) -> bool:
         return False
 
 
+def _embed_together(e: Experiment, settings: EvaluateSettings) -> None:
+    """Have all processes, if there are several, embed the patches that an evaluation compares. This is by far its
+    longest part; one process does the rest with the features that it finds in the cache."""
+    if e.where.processes > 1:
+        file = e.folder / "embed.yaml"
+        config.save_settings(settings, file)
+        e.run_commands({"embed": ["evaluate", "--embed", "--config", str(file)]})
+
+
 def _select(e: Experiment, outputs: dict[str, Path]) -> None:
     from latent_medi.core.device import release_memory
     from latent_medi.selection.result import selection_text
     from latent_medi.selection.select import select as select_samples
 
+    chosen = e.selection(e.sampled[0].name)
+    weights = {chosen.encoder: chosen.weights} if chosen.weights else {}
+    own = replace(e.evaluation, encoders=[chosen.encoder], weights=weights, colour_free=chosen.colour_free)
+    _embed_together(e, replace(own, selected={}))
     try:
         for name, path in outputs.items():
             selection = select_samples(e.selection(name))
@@ -76,6 +90,7 @@ def _evaluate(e: Experiment) -> None:
     from latent_medi.evaluation import evaluate as evaluation
     from latent_medi.evaluation.fidelity.memorisation import TooManyCopies
 
+    _embed_together(e, e.evaluation)
     try:
         evaluation.evaluate(e.evaluation)
     except TooManyCopies:
