@@ -239,7 +239,7 @@ class _Sweep:
         self.labels = {name: study.synthetic[name].index[study.class_field].to_numpy(str) for name in synthetic}
         self.pools: dict[tuple[str, Pool], np.ndarray] = {}
         self.pools |= {(n, p): _pool(study, n, p, task.classes) for n in synthetic for p in settings.pools}
-        # About their mean, single precision loses nothing of what tells patches apart.
+        # About their mean, single precision loses nothing of the differences between patches.
         self.centre = real[task.test].mean(axis=0)
         self.test = real[task.test] - self.centre
         self.truth, self.test_sites = study.class_labels[task.test], study.site_labels[task.test]
