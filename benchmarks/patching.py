@@ -70,8 +70,9 @@ def build(path: Path, base: np.ndarray, edge: int) -> None:
     def tiles(level: int) -> Iterator[bytes]:
         image = np.asarray(mosaic.resize((mosaic.width >> level, mosaic.height >> level), Image.Resampling.BOX))
         period, encoded = image.shape[0] // TILE, {}
-        for row in range((edge >> level) // TILE):
-            for column in range((edge >> level) // TILE):
+        along = -(-(edge >> level) // TILE)  # the last one is cut off where the level ends within it
+        for row in range(along):
+            for column in range(along):
                 at = (row % period, column % period)
                 if at not in encoded:
                     y, x = at[0] * TILE, at[1] * TILE

@@ -26,7 +26,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from latent_medi.core.progress import set_up_logging
 from latent_medi.evaluation.downstream.classifiers import LinearProbeClassifier
 from latent_medi.evaluation.downstream.medi_protocol import medi_protocol
-from latent_medi.evaluation.downstream.training_sets import TrainingSet
+from latent_medi.evaluation.downstream.training_sets import ProtocolSources, TrainingSet
 from latent_medi.evaluation.settings import MediProtocolSettings
 from latent_medi.statistics.linear_probe import MAX_ITER
 from latent_medi.statistics.logistic_regression import Problem, Scaling
@@ -165,7 +165,7 @@ def main() -> None:
     study, real, synthetic = tasks_study(2 if quick else 30, Features(d, len(SLIDES), 0.06))
     settings = MediProtocolSettings(tasks=TASKS, ratios=RATIOS, pools=["union", "separate"], sites=SITES)
     start = time.perf_counter()
-    record = medi_protocol(study, "", real, synthetic, settings, device)
+    record = medi_protocol(ProtocolSources(study, "", real, synthetic), settings, device)
     result |= {
         "protocol_real_patches": len(real),
         "protocol_synthetic_patches": len(synthetic["medi"]),

@@ -311,11 +311,14 @@ def _translate(words: list[str]) -> Printed:
 
 
 def _evaluate(words: list[str]) -> Printed:
-    from latent_medi.evaluation.evaluate import evaluate
+    from latent_medi.evaluation.evaluate import embed, evaluate
     from latent_medi.evaluation.results import metrics_json
     from latent_medi.evaluation.settings import EvaluateSettings
     from latent_medi.evaluation.summary import evaluation_text, headline
 
+    if "--embed" in words:
+        words = [word for word in words if word != "--embed"]
+        return {"features": str(embed(config.parse(EvaluateSettings, words, "evaluate --embed")))}
     settings = config.parse(EvaluateSettings, words, "evaluate")
     metrics = evaluate(settings)
     if os.environ.get("RANK", "0") == "0":
@@ -381,7 +384,10 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "grid": (_grid, "draw samples as a picture: a grid of combinations, an interpolation, or the denoising steps"),
     "select": (_select, "select the best synthetic patches of each combination, and as many random ones"),
     "translate": (_translate, "translate real patches to another hospital's appearance, as a dataset folder"),
-    "evaluate": (_evaluate, "measure fidelity, adherence and downstream accuracy on held-out real patients"),
+    "evaluate": (
+        _evaluate,
+        "measure fidelity, adherence and accuracy on held-out real patients; --embed: only embed the patches",
+    ),
     "floors": (_floors, "measure what real patients reach: real-vs-real distances and accuracy on real patches"),
     "benchmark-shift": (_benchmark_shift, "measure accuracy as the association of class and site increases"),
     "report": (_report, "write one HTML page from metrics.json; --compare A B: compare several evaluations"),

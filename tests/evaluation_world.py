@@ -175,7 +175,7 @@ class Filters(torch.nn.Module):
         return torch.cat([y.mean(2), y.std(2), z.mean(2), z.std(2)], 1)
 
 
-def evaluated(settings: EvaluateSettings, encoders: list[ImageEncoder]) -> dict[str, Any]:
+def evaluated(settings: EvaluateSettings, encoders: list[ImageEncoder] | None) -> dict[str, Any]:
     """What an evaluation writes."""
     return metrics_json(evaluate(settings, encoders))
 

@@ -72,15 +72,60 @@ def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None
             :func:`latent_medi.features.encoders.load_encoder`.
         TooManyCopies: More copies than ``max_copy_rate``, after ``metrics.json`` was written.
     """
-    accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
-    device = settings.device or str(accelerator.device)
+    accelerator, device = _processes(settings)
     with output_lock(settings.out, accelerator):
-        return _run(settings, encoders, accelerator, device)
+        study, chosen = _prepared(settings, encoders, accelerator, device)
+        if accelerator.num_processes > 1:
+            _embed_all(settings, study, chosen, accelerator, device)
+        if accelerator.is_main_process:
+            # Thousands of small eigenvalue problems: threads of the linear algebra cost more than they bring.
+            with threadpool_limits(1, user_api="blas"):
+                _evaluate(settings, study, chosen, device)
+        accelerator.wait_for_everyone()
+        return read_metrics(Path(settings.out) / "metrics.json")
 
 
-def _run(
+def embed(settings: EvaluateSettings) -> Path:
+    """Put the features of all patches that an evaluation compares into its cache, so that the evaluation finds them.
+
+    Several launched processes share them. Nothing else is written.
+
+    Args:
+        settings: As for :func:`evaluate`.
+
+    Returns:
+        The folder of the cache.
+
+    Raises:
+        UserError: As for :func:`evaluate`.
+    """
+    accelerator, device = _processes(settings)
+    _embed_all(settings, *_prepared(settings, None, accelerator, device), accelerator, device)
+    return _cache(settings)
+
+
+def _processes(settings: EvaluateSettings) -> tuple[Accelerator, str]:
+    """All launched processes, and this one's device."""
+    accelerator = make_accelerator(cpu=settings.device == "cpu", patient=True)
+    return accelerator, settings.device or str(accelerator.device)
+
+
+def _embed_all(
+    settings: EvaluateSettings,
+    study: Study,
+    chosen: Sequence[ImageEncoder],
+    accelerator: Accelerator,
+    device: str,
+) -> None:
+    for encoder in chosen:
+        _embed(study, encoder, settings, device, accelerator)
+        seed_features(study, encoder, settings, device, accelerator)
+
+
+def _prepared(
     settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None, accelerator: Accelerator, device: str
-) -> Metrics:
+) -> tuple[Study, list[ImageEncoder]]:
+    """The opened datasets and the encoders, the same in all processes."""
     out = Path(settings.out)
     with agreed(accelerator) as declared:
         check_settings(settings)
@@ -97,16 +142,7 @@ def _run(
                 declared.add_input(place, dataset.folder, partial(content_hash, dataset))
         declared.add_settings(settings, without=("real", "synthetic", "further_seeds", "weights", "device", "cache"))
         declared.add_settings({encoder.name: encoder.fingerprint for encoder in chosen}, prefix="encoder")
-    if accelerator.num_processes > 1:
-        for encoder in chosen:
-            _embed(study, encoder, settings, device, accelerator)
-            seed_features(study, encoder, settings, device, accelerator)
-    if accelerator.is_main_process:
-        # Thousands of small eigenvalue problems: threads of the linear algebra cost more than they bring.
-        with threadpool_limits(1, user_api="blas"):
-            _evaluate(settings, study, chosen, device)
-    accelerator.wait_for_everyone()
-    return read_metrics(out / "metrics.json")
+    return study, chosen
 
 
 def check_settings(settings: EvaluateSettings) -> None:

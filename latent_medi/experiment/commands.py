@@ -8,16 +8,45 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Protocol
 
 from latent_medi.core.errors import BAD_INPUT, RESUME, Preempted, UserError
 from latent_medi.core.processes import PARENT, environment, python_words
 
 _NOTICES = (signal.SIGUSR1, signal.SIGTERM)
-_ALONE_FOR = 30  # seconds that this node's part of a command may go on after another's has failed
+_ALONE_FOR = 30  # seconds that this node's part of a command may go on after another's has ended without success
 _STOP_WITHIN = 300  # seconds in which it must then end by itself: one that waits for the other gets no signal
+
+
+class OtherNodes(Protocol):
+    """The parts of a command that run on other nodes."""
+
+    def ask_to_stop(self) -> None:
+        """Tell the other nodes that this one was asked to stop."""
+
+    def asked_to_stop(self) -> bool:
+        """Whether another node was asked to stop."""
+
+    def over(self) -> bool:
+        """Whether another node's part has stopped or failed, or the node is gone."""
+
+
+class NoOtherNodes:
+    """All parts of a command run on this node."""
+
+    def ask_to_stop(self) -> None:
+        """There is nobody to tell."""
+
+    def asked_to_stop(self) -> bool:
+        """Never."""
+        return False
+
+    def over(self) -> bool:
+        """Never."""
+        return False
 
 
 def run_in_parallel(commands: Mapping[str, Sequence[str]], threads: int | None = None) -> None:
@@ -30,15 +59,14 @@ def run_in_parallel(commands: Mapping[str, Sequence[str]], threads: int | None =
     run_words({name: python_words("latent_medi.cli", *words) for name, words in commands.items()}, threads)
 
 
-def run_words(
-    commands: Mapping[str, list[str]], threads: int | None = None, failed: Callable[[], bool] = lambda: False
-) -> None:
-    """Run commands in parallel, and prefix their logs with their names. SIGUSR1 and SIGTERM are passed on to them.
+def run_words(commands: Mapping[str, list[str]], threads: int | None = None, others: OtherNodes | None = None) -> None:
+    """Run commands in parallel, and prefix their logs with their names. SIGUSR1 and SIGTERM are passed on to them, and
+    to their parts on other nodes.
 
     Args:
         commands: Their words by the name to show.
         threads: Threads that each process may use; ``None`` for as many as this process may.
-        failed: Whether what they need elsewhere has failed, so that they cannot go on.
+        others: Their parts on other nodes.
 
     Raises:
         UserError: One was given what it cannot follow, and has said so; the others are stopped.
@@ -73,7 +101,7 @@ def run_words(
                 readers.append(reader)
                 if noticed:  # between two starts
                     process.send_signal(noticed[-1])
-            _wait(running, noticed, failed)
+            _wait(running, noticed, others or NoOtherNodes())
         finally:
             for process in running.values():
                 process.terminate()
@@ -104,31 +132,43 @@ def _notices_passed_on(running: Mapping[str, subprocess.Popen[str]]) -> Iterator
             signal.signal(number, handler)
 
 
-def _wait(running: dict[str, subprocess.Popen[str]], noticed: list[int], failed: Callable[[], bool]) -> None:
+def _wait(running: dict[str, subprocess.Popen[str]], noticed: list[int], others: OtherNodes) -> None:
     """Wait for commands, and remove those that have ended."""
-    alone_since = None
+    told, over_since = False, None
     while running:
+        if noticed and not told:  # before they end: their parts elsewhere would take that for a failure
+            others.ask_to_stop()
+            told = True
         for name, process in list(running.items()):
             code = process.poll()
-            if code is None:
-                continue
-            del running[name]
-            if code == RESUME or (code and noticed):
-                raise Preempted(f"{name} was asked to stop; the same command continues")
-            if code == BAD_INPUT:
-                raise UserError(f"{name} cannot go on; its message is above.", "Mend that and repeat the command.")
-            if code:
-                raise RuntimeError(
-                    f"{name} ended with exit code {code}; its messages are above. The same command continues."
-                )
-        if running and not noticed and failed():  # what was asked to stop may take its time
-            alone_since = alone_since or time.monotonic()
-            if time.monotonic() > alone_since + _ALONE_FOR:
+            if code is not None:
+                del running[name]
+                _check(name, code, asked=bool(noticed) or (code != 0 and others.asked_to_stop()))
+        if running and not noticed and others.asked_to_stop():
+            noticed.append(signal.SIGTERM)
+            told = True
+            for process in running.values():
+                process.terminate()
+        if running and others.over():
+            over_since = over_since or time.monotonic()
+            if time.monotonic() > over_since + _ALONE_FOR:
                 _stop(running)
-                raise RuntimeError("Another node has failed or stopped. The same command continues.")
+                if noticed:
+                    break
+                raise RuntimeError("Another node has failed. The same command continues.")
         time.sleep(0.1)
-    if noticed:  # all ended as if nothing had been asked
+    if noticed:  # all ended as if nothing had been asked, or could not hear it
         raise Preempted("asked to stop; the same command continues")
+
+
+def _check(name: str, code: int, asked: bool) -> None:
+    """Raise what the exit code of a command means; ``asked`` says that it was asked to stop."""
+    if code == RESUME or (code and asked):
+        raise Preempted(f"{name} was asked to stop; the same command continues")
+    if code == BAD_INPUT:
+        raise UserError(f"{name} cannot go on; its message is above.", "Mend that and repeat the command.")
+    if code:
+        raise RuntimeError(f"{name} ended with exit code {code}; its messages are above. The same command continues.")
 
 
 def _stop(running: Mapping[str, subprocess.Popen[str]]) -> None:
@@ -145,18 +185,21 @@ def _stop(running: Mapping[str, subprocess.Popen[str]]) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Context in which SIGUSR1, by which a cluster announces that it takes the machine back, ends this process's own
-    work as :class:`Preempted`: what it has finished is kept.
+    """Context in which SIGUSR1 and SIGTERM, by which a cluster takes the machine back, end this process's own work as
+    :class:`Preempted`: what it has finished is kept.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
+        for number in _NOTICES:  # a second one would interrupt the cleanup
+            signal.signal(number, signal.SIG_IGN)
         raise Preempted("asked to stop; the same command continues")
 
-    before = signal.signal(signal.SIGUSR1, stop)
+    before = {number: signal.signal(number, stop) for number in _NOTICES}
     try:
         yield
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

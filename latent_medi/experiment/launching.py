@@ -11,11 +11,15 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.processes import RUNNER_OPTIONS, python_words
+
+PORTS = 100
+"""Ports after that of node 0, at one of which the processes of a command meet."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Launching:
         nodes: Number of nodes.
         node: Number of this node; 0 is the one that decides.
         address: Address of node 0.
-        port: Port on which node 0 sends the others what to run.
+        port: Port on which node 0 sends the others what to run; the processes of a command meet at one after it.
         options: Options of the launcher besides those for the above.
     """
 
@@ -65,6 +69,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+def port_after(port: int) -> int:
+    """The first free one of the :data:`PORTS` ports of this machine after ``port``, so that a firewall between nodes
+    can let them through.
+
+    Raises:
+        UserError: None is free.
+    """
+    for candidate in range(port + 1, min(port + PORTS, 65535) + 1):
+        with socket.socket() as probe, suppress(OSError):
+            # As torch does: connections of a command that has just ended do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", candidate))
+            return candidate
+    raise UserError(
+        f"None of the {PORTS} ports after {port} is free on node 0, where the processes of a command meet.",
+        "Choose another --main_process_port.",
+    )
 
 
 def launching(launch_processes: int = 0) -> Launching:

@@ -4,6 +4,10 @@ that it launches.
 Node 0 keeps a store that the others ask for the next command (:class:`torch.distributed.TCPStore`). What runs in the
 runner itself, such as the evaluation, runs on node 0 while the others wait. The others notice by their connection that
 node 0 is gone. Each of them gives the store a new sign of life every few seconds, and node 0 notices when they stop.
+
+The store's keys: ``say/N`` is the N-th thing that node 0 says, a command or the end; ``stop/N``: a node was asked to
+stop that command; ``over/N``: a node's part of it has stopped or failed. By node: ``alive/K``; ``gone/K``: it was asked
+to stop and takes part in nothing any more; ``left/K``: it knows that the experiment has ended.
 """
 
 from __future__ import annotations
@@ -16,13 +20,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from latent_medi.core.errors import BAD_INPUT, RESUME, Preempted, UserError
 from latent_medi.core.progress import get_logger
 from latent_medi.experiment.commands import run_in_parallel, run_words
-from latent_medi.experiment.launching import Launching, free_port
+from latent_medi.experiment.launching import Launching, port_after
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -50,14 +53,30 @@ class Leader:
         self._beats: dict[int, tuple[bytes, float]] = {}  # by node: its last sign of life, and since when
 
     def announce(self, command: Sequence[str]) -> int:
-        """Tell the other nodes to start a command; returns the port at which its processes meet."""
-        port = free_port()
+        """Tell the other nodes to start a command; returns the port of this node at which its processes meet.
+
+        Raises:
+            Preempted: Another node was asked to stop, and has left.
+            UserError: No port is free.
+        """
+        if gone := self._gone():
+            raise Preempted(f"node {gone[0]} was asked to stop; the same command continues")
+        port = port_after(self._launching.port)
         self._tell({"command": list(command), "port": port})
         return port
 
-    def failed(self) -> bool:
-        """Whether another node's part of the last announced command has failed, or a node is gone that was there."""
-        failed, now = f"failed/{self._number}", time.monotonic()
+    def ask_to_stop(self) -> None:
+        """Have the other nodes stop the last announced command."""
+        self._store.set(f"stop/{self._number}", "")
+
+    def asked_to_stop(self) -> bool:
+        """Whether another node was asked to stop."""
+        return bool(self._store.check([f"stop/{self._number}"]) or self._gone())
+
+    def over(self) -> bool:
+        """Whether another node's part of the last announced command has stopped or failed, or a node is gone that was
+        there."""
+        over, now = f"over/{self._number}", time.monotonic()
         for node in range(1, self._launching.nodes):
             if not self._store.check([f"alive/{node}"]):
                 continue
@@ -66,16 +85,24 @@ class Leader:
             if beat != last:
                 self._beats[node] = beat, now
             elif now > since + _SILENT_FOR:
-                self._store.set(failed, "")  # the other nodes look there
-        return bool(self._store.check([failed]))
+                self._store.set(over, "")  # the other nodes look there
+        return bool(self._store.check([over]) or self._gone())
 
     def end(self, code: int) -> None:
         """Tell the other nodes that the experiment has ended, and wait until they know."""
+        if code == RESUME:
+            self.ask_to_stop()
+        if code:
+            self._store.set(f"over/{self._number}", "")
         self._tell({"end": code})
         end = time.monotonic() + _END_WITHIN
         others = [f"left/{node}" for node in range(1, self._launching.nodes)]
         while time.monotonic() < end and not self._store.check(others):
             time.sleep(_LOOK_EVERY)
+
+    def _gone(self) -> list[int]:
+        """Other nodes that take part in nothing any more."""
+        return [node for node in range(1, self._launching.nodes) if self._store.check([f"gone/{node}"])]
 
     def _tell(self, message: dict[str, object]) -> None:
         self._number += 1
@@ -96,10 +123,9 @@ def run_launched(
             without a GPU, otherwise 1.
     """
     if launching.processes > 1:
-        failed = leader.failed if leader else lambda: False
         for name, words in commands.items():
             port = leader.announce(words) if leader else 0
-            run_words({name: launching.words(words, port)}, launching.threads, failed)
+            run_words({name: launching.words(words, port)}, launching.threads, leader)
         return
     import torch
 
@@ -131,33 +157,81 @@ def leading(launching: Launching) -> Iterator[Leader | None]:
         leader.end(code)
 
 
+class _Follower:
+    """What another node than 0 tells and is told of the last announced command.
+
+    Args:
+        store: Of node 0.
+        number: Of the command.
+    """
+
+    def __init__(self, store: TCPStore, number: int) -> None:
+        self._store, self._number = store, number
+
+    def ask_to_stop(self) -> None:
+        """Have the other nodes stop the command."""
+        with suppress(RuntimeError):  # node 0 is gone
+            self._store.set(f"stop/{self._number}", "")
+
+    def asked_to_stop(self) -> bool:
+        """Whether another node was asked to stop."""
+        try:
+            return bool(self._store.check([f"stop/{self._number}"]))
+        except RuntimeError:  # the connection is closed
+            return False
+
+    def over(self) -> bool:
+        """Whether another node's part of the command has stopped or failed, or node 0 is gone."""
+        try:
+            return bool(self._store.check([f"over/{self._number}"]))
+        except RuntimeError:
+            return True
+
+
 def follow(launching: Launching) -> None:
     """Take part in the commands of node 0 until it ends.
 
     Raises:
         UserError: The experiment ended because of its settings or input; node 0 says which.
-        Preempted: It was asked to stop.
+        Preempted: It was asked to stop, here or on another node.
         RuntimeError: It failed, or node 0 is gone.
     """
-    store, number, name = _store(launching), 0, f"node {launching.node}"
+    store = _store(launching)
     log.info("node %d of %d: follows node 0 at %s", launching.node, launching.nodes, launching.address)
     with _heartbeat(launching):
-        while True:
-            number += 1
-            said = _next(store, f"say/{number}")
-            if "end" in said:
-                with suppress(RuntimeError):
-                    store.set(f"left/{launching.node}", "")
-                _end(int(said["end"]))
-                return
-            words = launching.words(said["command"], int(said["port"]))
-            try:
-                run_words({name: words}, launching.threads, partial(_failed, store, number))
-                continue
-            except (Preempted, UserError, RuntimeError) as error:
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
+        try:
+            _take_part(store, launching)
+        except Preempted:  # also between two commands
             with suppress(RuntimeError):
-                store.set(f"failed/{number}", "")
+                store.set(f"gone/{launching.node}", "")
+            raise
+
+
+def _take_part(store: TCPStore, launching: Launching) -> None:
+    number, name, stopped = 0, f"node {launching.node}", False
+    while True:
+        number += 1
+        try:
+            said = _next(store, f"say/{number}")
+        except RuntimeError:  # the connection is closed
+            if stopped:  # node 0 does not wait for one that takes long to save
+                raise Preempted("asked to stop; the same command continues") from None
+            raise RuntimeError("Node 0 is gone; the same command continues.") from None
+        if "end" in said:
+            with suppress(RuntimeError):
+                store.set(f"left/{launching.node}", "")
+            _end(int(said["end"]))
+            return
+        words, others = launching.words(said["command"], int(said["port"])), _Follower(store, number)
+        try:
+            run_words({name: words}, launching.threads, others)
+            continue
+        except (Preempted, UserError, RuntimeError) as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            if stopped := isinstance(error, Preempted):
+                others.ask_to_stop()
+        with suppress(RuntimeError):
+            store.set(f"over/{number}", "")
 
 
 @contextmanager
@@ -180,14 +254,6 @@ def _heartbeat(launching: Launching) -> Iterator[None]:
         thread.join(timeout=_BEAT_EVERY)
 
 
-def _failed(store: TCPStore, number: int) -> bool:
-    """Whether a command has failed on another node, or node 0 is gone."""
-    try:
-        return bool(store.check([f"failed/{number}"]))
-    except RuntimeError:  # the connection is closed
-        return True
-
-
 def _store(launching: Launching) -> TCPStore:
     from torch.distributed import TCPStore
 
@@ -206,12 +272,14 @@ def _store(launching: Launching) -> TCPStore:
 
 
 def _next(store: TCPStore, key: str) -> dict[str, Any]:
-    try:
-        while not store.check([key]):
-            time.sleep(_LOOK_EVERY)
-        return dict(json.loads(store.get(key)))
-    except RuntimeError:  # the connection is closed
-        raise RuntimeError("Node 0 is gone; the same command continues.") from None
+    """What node 0 says under a key.
+
+    Raises:
+        RuntimeError: The connection is closed.
+    """
+    while not store.check([key]):
+        time.sleep(_LOOK_EVERY)
+    return dict(json.loads(store.get(key)))
 
 
 def _end(code: int) -> None:

@@ -28,7 +28,15 @@ from latent_medi.experiment.nodes import follow, leading
 from latent_medi.experiment.preflight import preflight
 from latent_medi.experiment.settings import DemoSettings, ExperimentSettings
 
-_FILES = ("settings.yaml", "headline.json", "encode*.yaml", "train-*.yaml", "classifier-*.yaml", "sample-*.yaml")
+_FILES = (
+    "settings.yaml",
+    "headline.json",
+    "encode*.yaml",
+    "train-*.yaml",
+    "classifier-*.yaml",
+    "sample-*.yaml",
+    "embed.yaml",
+)
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:

@@ -111,8 +111,8 @@ class ExperimentSettings(Settings):
         select_rounds: Rounds of sampling at most, until as many patches are selected as per_cell or percent of
             ``select`` ask for: each further round generates what is missing, by the share that was accepted so far.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
-        launch_processes: Processes of encoding, of each model's training and of its sampling, on each node; 0 means one
-            per GPU, and one on a machine without.
+        launch_processes: Processes of encoding, of each model's training and sampling, and of the embedding of
+            selection and evaluation, on each node; 0 means one per GPU, and one on a machine without.
         parallel: Models that are trained or sampled at the same time, where each takes one process; 0 chooses 2 on a
             machine without a GPU, otherwise 1. With several processes, one model after the other takes them all.
         processes: Processes for rendering and importing; 0 means one per core.

@@ -19,8 +19,25 @@ ROW_ORDER_SCHEMES = ("medi", "every_fourth_patient")
 """Schemes in which the order of the rows decides: they need the published table."""
 
 
-HOLD_OUT_SETTINGS = ("hold_out", "hold_out_fields", "hold_out_fractions", "sites", "site_share", "stratify")
+_CHOICES = (
+    "hold_out",
+    "hold_out_fields",
+    "hold_out_share",
+    "hold_out_part",
+    "hold_out_fractions",
+    "sites",
+    "site_share",
+)
+HOLD_OUT_SETTINGS = (*_CHOICES, "thin_patients", "stratify", "fractions", "seed")
 """Settings of the scheme "hold_out" alone."""
+MEDI_SETTINGS = ("medi_fields", "medi_share")
+"""Settings of the scheme "medi" alone."""
+
+
+def changed(settings: SplitSettings, *names: str) -> list[str]:
+    """Those of some settings that do not have their default."""
+    usual = SplitSettings()
+    return [name for name in names if getattr(settings, name) != getattr(usual, name)]
 
 
 def published_columns(settings: SplitSettings) -> list[str]:
@@ -31,29 +48,43 @@ def published_columns(settings: SplitSettings) -> list[str]:
     return list(dict.fromkeys([settings.class_field, settings.site_field, *fields]))
 
 
-def published_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Series, dict[str, Any]]:
+def published_split(
+    index: pd.DataFrame, settings: SplitSettings, kept: np.ndarray | None = None
+) -> tuple[pd.Series, dict[str, Any]]:
     """The column of a published scheme, and its recipe; see :func:`medi_split`, :func:`every_fourth_patient` and
     :func:`every_fourth_site`.
+
+    Args:
+        index: A row per slide or patch.
+        settings: The scheme and its columns; ``only`` is not used.
+        kept: Rows that take part, bool [len(index)]: only their classes have to be in both parts. By default all.
 
     Raises:
         UserError: Settings of other schemes are given, or a class is in one part only.
     """
     scheme, class_field, site_field = settings.scheme, settings.class_field, settings.site_field
-    if given := [name for name in HOLD_OUT_SETTINGS if getattr(settings, name)]:
-        raise UserError(f"scheme={scheme} has no {', '.join(given)}: it has only training and test.")
+    if given := changed(settings, *HOLD_OUT_SETTINGS):
+        raise UserError(f"scheme={scheme} has no {', '.join(given)}: it has only training and test, none of it random.")
+    if scheme != "medi" and (given := changed(settings, *MEDI_SETTINGS)):
+        raise UserError(f"scheme={scheme} has no {', '.join(given)}, which belong to scheme=medi.", "Leave them out.")
     if scheme == "every_fourth_patient":
         return every_fourth_patient(index), {"kind": "MeDi's code: every fourth, by patient"}
     fields = {"class_field": class_field, "site_field": site_field}
     if scheme == "every_fourth_site":
-        column = every_fourth_site(index, class_field, site_field)
+        column = every_fourth_site(index, class_field, site_field, kept)
         return column, {"kind": "MeDi's code: every fourth site of a class", **fields}
-    column = medi_split(index, class_field, site_field, settings.medi_fields, settings.medi_share)
+    column = medi_split(index, class_field, site_field, settings.medi_fields, settings.medi_share, kept)
     more = {"fields": list(settings.medi_fields), "share": settings.medi_share}
     return column, {"kind": "MeDi's complex split", **fields, **more}
 
 
 def medi_split(
-    index: pd.DataFrame, class_field: str, site_field: str, fields: Sequence[str], share: float = 0.7
+    index: pd.DataFrame,
+    class_field: str,
+    site_field: str,
+    fields: Sequence[str],
+    share: float = 0.7,
+    kept: np.ndarray | None = None,
 ) -> pd.Series:
     """MeDi's published complex split: ``train`` or ``test`` for each row. It is not random.
 
@@ -67,9 +98,10 @@ def medi_split(
         site_field: Column of sites, tissue-source-site codes in the published split.
         fields: Columns whose combinations with the site are divided: gender and race in the published split.
         share: Share of combinations to train on, 0.7 in the published split.
+        kept: Rows whose classes have to be in both parts, bool [len(index)]; by default all.
 
     Raises:
-        UserError: A class is in one part only.
+        UserError: A class of a kept row is in one part only.
     """
     require_columns(index, ["patient", class_field, site_field, *fields], "The index")
     combination = index[site_field].astype(str).str.cat([index[name].astype(str) for name in fields], sep="\x1f")
@@ -82,7 +114,7 @@ def medi_split(
         ((c, k) in trains for c, k in zip(index[class_field].astype(str), combination, strict=True)), bool, len(index)
     )
     train = _without_shared_sites(index[site_field].astype(str), train)
-    return _with_all_classes(index, class_field, train)
+    return _with_all_classes(index, class_field, train, kept)
 
 
 def every_fourth_patient(index: pd.DataFrame) -> pd.Series:
@@ -99,7 +131,9 @@ def every_fourth_patient(index: pd.DataFrame) -> pd.Series:
     return pd.Series(np.where(number % 4 == 0, "test", "train"), index=index.index, dtype=object)
 
 
-def every_fourth_site(index: pd.DataFrame, class_field: str, site_field: str) -> pd.Series:
+def every_fourth_site(
+    index: pd.DataFrame, class_field: str, site_field: str, kept: np.ndarray | None = None
+) -> pd.Series:
     """``test`` for the fourth, eighth … site of each class in alphabetical order, or for the first site of a class that
     has fewer than four; ``train`` for the others. A site that is then in both parts goes to the test part.
 
@@ -107,9 +141,10 @@ def every_fourth_site(index: pd.DataFrame, class_field: str, site_field: str) ->
         index: A row per slide or patch.
         class_field: Column of classes.
         site_field: Column of sites, tissue-source-site codes in MeDi's code.
+        kept: Rows whose classes have to be in both parts, bool [len(index)]; by default all.
 
     Raises:
-        UserError: A class is in one part only.
+        UserError: A class of a kept row is in one part only.
     """
     require_columns(index, ["patient", class_field, site_field], "The index")
     sites = index[site_field].astype(str)
@@ -119,7 +154,7 @@ def every_fourth_site(index: pd.DataFrame, class_field: str, site_field: str) ->
         tests |= {(str(name), site) for site in (ordered[3::4] if len(ordered) > 3 else ordered[:1])}
     pairs = zip(index[class_field].astype(str), sites, strict=True)
     train = np.fromiter((pair not in tests for pair in pairs), bool, len(index))
-    return _with_all_classes(index, class_field, _without_shared_sites(sites, train))
+    return _with_all_classes(index, class_field, _without_shared_sites(sites, train), kept)
 
 
 def _without_shared_sites(sites: pd.Series, train: np.ndarray) -> np.ndarray:
@@ -128,11 +163,12 @@ def _without_shared_sites(sites: pd.Series, train: np.ndarray) -> np.ndarray:
     return train & ~sites.isin(both).to_numpy()
 
 
-def _with_all_classes(index: pd.DataFrame, class_field: str, train: np.ndarray) -> pd.Series:
-    """The split with these training rows, after a check that each class is in both parts."""
-    classes = set(index[class_field])
+def _with_all_classes(index: pd.DataFrame, class_field: str, train: np.ndarray, kept: np.ndarray | None) -> pd.Series:
+    """The split with these training rows, after a check that each class of the kept rows is in both parts of them."""
+    takes_part = np.ones(len(index), bool) if kept is None else kept
+    classes = set(index.loc[takes_part, class_field])
     for part, rows in (("train", train), ("test", ~train)):
-        if lost := sorted(classes - set(index.loc[rows, class_field])):
+        if lost := sorted(classes - set(index.loc[rows & takes_part, class_field])):
             raise UserError(
                 f"MeDi's split has no {part} rows of {lost[:5]} ({len(lost)} of {len(classes)} classes).",
                 "It needs several sites per class; hold out combinations or sites instead.",

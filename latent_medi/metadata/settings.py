@@ -66,7 +66,8 @@ class SplitSettings(Settings):
         name: Name of the split; its column is split_NAME.
         replace: Overwrite another split of that name.
         only: Values by field, such as {class: [LUAD, LUSC]}: other rows are in no part. Fields that are not named keep
-            all.
+            all. The scheme "hold_out" divides the patients who are left; a published scheme and the split of a table
+            are decided by all rows, and stay what they were for those that are left.
         scheme: "hold_out"; "medi" for the complex split that MeDi was published with; or a simpler rule of MeDi's code:
             "every_fourth_patient", or "every_fourth_site" of each class. The order of rows decides in "medi" and
             "every_fourth_patient", so that a dataset folder needs the table.

@@ -11,7 +11,12 @@ from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import sha256_file
 from latent_medi.core.progress import get_logger
 from latent_medi.metadata.fields import is_missing
-from latent_medi.metadata.published_splits import HOLD_OUT_SETTINGS, ROW_ORDER_SCHEMES
+from latent_medi.metadata.published_splits import (
+    HOLD_OUT_SETTINGS,
+    MEDI_SETTINGS,
+    ROW_ORDER_SCHEMES,
+    changed,
+)
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.split_schemes import Split, make_split, needed_columns
 from latent_medi.metadata.splits import assert_patient_disjoint
@@ -22,6 +27,8 @@ from latent_medi.metadata.tcga import is_tcga, parse_barcode
 logger = get_logger(__name__)
 
 SPLIT_PREFIX = "split_"
+_NO_PART = frozenset({"na", "n/a", "nan", "<na>", "none", "null", "-"})
+"""Words by which other programs write an empty cell, in lower case."""
 
 
 def split_from_table(index: pd.DataFrame, settings: SplitSettings) -> Split:
@@ -81,10 +88,11 @@ def refuse_row_order(settings: SplitSettings) -> None:
 
 def _of_table(settings: SplitSettings) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Slide, patient and part of each row of the table, and how the parts were made."""
-    if settings.scheme == "hold_out" and (given := [name for name in HOLD_OUT_SETTINGS if getattr(settings, name)]):
+    if settings.scheme == "hold_out" and (given := changed(settings, *HOLD_OUT_SETTINGS, *MEDI_SETTINGS)):
         raise UserError(
             f"table= gives the split, so that {', '.join(given)} would have no effect.",
-            f"Make that split first: latent-medi split {settings.table} out=… {given[0]}=…",
+            f"Leave out what the table decides, or make that split first: latent-medi split {settings.table} out=… "
+            f"{given[0]}=…",
         )
     names = needed_columns(settings) if settings.scheme != "hold_out" else []
     rows, _ = read_table_index(
@@ -109,7 +117,30 @@ def _of_table(settings: SplitSettings) -> tuple[pd.DataFrame, dict[str, Any]]:
             )
         rows["part"], recipe = ["" if is_missing(cell) else cell for cell in table[column]], {"kind": "of a table"}
         recipe["column"] = column
+        _check_part_names(rows["part"], column, settings.table)
     return rows.assign(slide=_plain_names(rows["slide"]), patient=_plain_names(rows["patient"])), recipe
+
+
+def _check_part_names(parts: pd.Series, column: str, table: str) -> None:
+    """Refuse parts that are likely meant as another one, or as none.
+
+    Raises:
+        UserError: Names them.
+    """
+    count = parts.value_counts()
+    names = sorted(name for name in count.index if name)
+    if empty := [name for name in names if name.lower() in _NO_PART]:
+        raise UserError(
+            f"The table {table} has a part {empty[0]!r} in {column} ({count[empty[0]]} rows), a word for no value.",
+            "Leave the cells of rows that are in no part empty, or give the part another name.",
+        )
+    for name in names:
+        if alike := [other for other in names if other != name and other.lower() == name.lower()]:
+            listed = ", ".join(f"{one!r} in {count[one]} rows" for one in (name, *alike))
+            raise UserError(
+                f"The table {table} has parts in {column} that differ in upper and lower case alone: {listed}.",
+                "Write one part in one way.",
+            )
 
 
 def _parts(rows: pd.DataFrame, unit: str, where: str) -> pd.Series:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.fields import is_missing
-from latent_medi.metadata.published_splits import published_columns, published_split
+from latent_medi.metadata.published_splits import MEDI_SETTINGS, changed, published_columns, published_split
 from latent_medi.metadata.row_filter import only_mask
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, random_key, random_split
@@ -35,7 +36,8 @@ def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[
     """Split patients: held-out sites and combinations go to one part, the other patients are divided at random.
 
     A patient with any patch of a held-out site or combination is held out with all patches, and so are the patients who
-    share a picture with them.
+    share a picture with them. With ``only`` the other rows are in no part: the patients who are left are divided, while
+    a published scheme stays as it was published, decided by all rows.
 
     Args:
         index: A row per patch (or slide) with ``patient`` and the columns that the settings name; cells of these are
@@ -48,16 +50,42 @@ def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[
             value of a held-out combination, a patient would be in two parts, or a group of patients cannot be kept
             together.
     """
-    if settings.only:
-        kept = only_mask(index, settings.only, settings.data or "the data")
-        split = make_split(index[kept], replace(settings, only={}), together)
-        only = {name: list(values) for name, values in settings.only.items()}
-        return Split(split.column.reindex(index.index, fill_value=""), {**split.recipe, "only": only})
+    if not settings.only:
+        return _split_of_all(index, settings, together)
+    kept = only_mask(index, settings.only, settings.data or "the data")
+    if settings.scheme == "hold_out":
+        split = _split_of_all(index[kept], settings, together)
+    else:
+        split = _split_of_all(index, settings, together, kept)
+    return of_kept(index, split, kept, settings)
+
+
+def of_kept(index: pd.DataFrame, split: Split, kept: np.ndarray, settings: SplitSettings) -> Split:
+    """A split in which the rows that ``only`` does not keep are in no part.
+
+    Args:
+        index: All rows.
+        split: Parts of at least the kept rows.
+        kept: Which rows those are, bool [len(index)].
+        settings: The settings with ``only``.
+    """
+    only = {name: list(values) for name, values in settings.only.items()}
+    column = split.column.reindex(index.index, fill_value="").where(kept, "")
+    return Split(column, {**split.recipe, "only": only})
+
+
+def _split_of_all(
+    index: pd.DataFrame,
+    settings: SplitSettings,
+    together: Sequence[Sequence[str]] = (),
+    kept: np.ndarray | None = None,
+) -> Split:
+    """The split of all rows, without the filter; a published scheme needs each class of the kept rows in both parts."""
     if together:
         first = {patient: group[0] for group in together for patient in group}
         index = index.assign(patient=index["patient"].map(lambda patient: first.get(patient, patient)))
         try:
-            split = make_split(index, settings)
+            split = _split_of_all(index, settings, kept=kept)
         except UserError as error:
             raise UserError(error.message, " ".join(filter(None, [error.hint, _kept_together(together)]))) from None
         if gone := sorted(set(settings.fractions) - set(split.column)) if settings.scheme == "hold_out" else []:
@@ -66,7 +94,7 @@ def make_split(index: pd.DataFrame, settings: SplitSettings, together: Sequence[
     if settings.scheme == "hold_out":
         column, recipe = _hold_out_split(index, settings)
     else:
-        column, recipe = published_split(index, settings)
+        column, recipe = published_split(index, settings, kept)
     if settings.allow_duplicates:
         recipe["allow_duplicates"] = list(settings.allow_duplicates)
     named = column.rename("split")
@@ -84,6 +112,8 @@ def _kept_together(together: Sequence[Sequence[str]]) -> str:
 
 
 def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Series, dict[str, Any]]:
+    if given := changed(settings, *MEDI_SETTINGS):
+        raise UserError(f"{', '.join(given)} would have no effect.", "Give scheme=medi too, or leave them out.")
     if not settings.fractions:
         raise UserError("No fractions are given for the patients that are not held out.", "fractions={train: 1.0}")
     part, training = settings.hold_out_part, training_part(settings)

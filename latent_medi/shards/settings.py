@@ -211,6 +211,8 @@ class JoinSettings(Settings):
         patients: What patients of the same name in several folders are. "refuse" stops at them. "same": one person.
             "separate": different persons; every patient, slide and key then begins with its folder's name, as in
             north/12.
+        slides: What slides of the same name of such a patient are. "refuse" stops at them. "same": one slide, of which
+            the folders hold different patches.
         without: Dataset folders whose patients are not to be trained on, such as the labelled ones that a pre-trained
             model is adapted to and tested on. The split "corpus" then has all other patients in its part "train";
             patients with one of their names, or with one of their pictures, are in no part.
@@ -220,6 +222,7 @@ class JoinSettings(Settings):
     folders: list[PathText] = field(default_factory=list)
     name: str = ""
     patients: Literal["refuse", "same", "separate"] = "refuse"
+    slides: Literal["refuse", "same"] = "refuse"
     without: list[PathText] = field(default_factory=list)
 
 

@@ -11,7 +11,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.metadata.row_filter import only_mask
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.split_from_table import refuse_row_order, split_from_table
-from latent_medi.metadata.split_schemes import Split, make_split
+from latent_medi.metadata.split_schemes import Split, make_split, of_kept
 from latent_medi.shards.checking.duplicates import find_duplicates, patients_together
 from latent_medi.shards.dataset import PatchDataset
 
@@ -48,5 +48,4 @@ def split_of(dataset: PatchDataset, settings: SplitSettings) -> Split:
     split = split_from_table(dataset.index, replace(settings, only={}))  # the filter is of the folder's fields
     if not settings.only:
         return split
-    kept = only_mask(dataset.index, settings.only, settings.data)
-    return Split(split.column.where(kept, ""), {**split.recipe, "only": settings.only})
+    return of_kept(dataset.index, split, only_mask(dataset.index, settings.only, settings.data), settings)

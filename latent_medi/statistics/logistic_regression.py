@@ -3,7 +3,8 @@
 The objective is scikit-learn's, Σ s·loss·C + ½‖W − W₀‖² with a free intercept, so that the solution is the same. What
 differs is the way there. The optimiser works on U with W = U·L⁻¹, where L·Lᵀ is the Hessian with every probability at
 its mean (Nocedal & Wright 2006, section 5.1): correlated features, such as an encoder's, then take tens of iterations
-in place of hundreds. Features stay in float32 where they are many; losses and gradients are summed in float64.
+in place of hundreds. Features stay in float32 where they are many, centred, so that a large mean costs no digits of
+their differences; losses and gradients are summed in float64.
 """
 
 from __future__ import annotations
@@ -101,26 +102,27 @@ class Problem:
         self.weights = torch.as_tensor(np.asarray(weights / self.total, np.float64)).to(self.device)
         self.scaling, self.n_classes = scaling, max(int(codes.max()) + 1, 2)
         # The free intercept makes up for any shift of the features; about their mean it is independent of the weights.
-        self.shift = self._mean()
+        # The shift is a number of the features' own precision, so that what is subtracted is known exactly.
+        shift = self._mean().to(self.dtype)
+        self.shift: np.ndarray = shift.double().cpu().numpy()
         if not np.isfinite(self.shift).all():
             raise ValueError("features must be finite numbers")
+        self.x = self.x - shift
         self.gram = self._gram() if gram is None else gram
 
-    def _mean(self) -> np.ndarray:
+    def _mean(self) -> torch.Tensor:
         total = torch.zeros(self.x.shape[1], dtype=torch.float64, device=self.device)
         for start in range(0, len(self.x), _BLOCK):
             part = slice(start, start + _BLOCK)
             total += (self.weights[part].to(self.dtype) @ self.x[part]).double()
-        mean: np.ndarray = total.cpu().numpy()
-        return mean
+        return total
 
     def _gram(self) -> np.ndarray:
-        """Σ s·x·xᵀ / Σ s of the scaled features about their mean, [d, d], of at most 16,384 rows."""
+        """Σ s·x·xᵀ / Σ s of the scaled and centred features, [d, d], of at most 16,384 rows."""
         rows = slice(None, None, max(1, -(-len(self.x) // _GRAM_ROWS)))
-        shift = torch.as_tensor(self.shift, dtype=self.dtype, device=self.device)
         scale = torch.as_tensor(self.scaling.scale, dtype=self.dtype, device=self.device)
         s = self.weights[rows] / self.weights[rows].sum()
-        x = (self.x[rows] - shift) / scale * s.sqrt().to(self.dtype)[:, None]
+        x = self.x[rows] / scale * s.sqrt().to(self.dtype)[:, None]
         gram: np.ndarray = (x.T @ x).double().cpu().numpy()
         return gram
 
@@ -175,9 +177,9 @@ class Problem:
         return Solution(w, u[:, -1] * unit - w @ moved, result.status != 1, int(result.nit))
 
     def _loss(self, a: np.ndarray, b: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Weighted mean loss with logits (x − shift)·aᵀ + b, and its gradients with respect to a and b."""
+        """Weighted mean loss with logits x·aᵀ + b of the centred features, and its gradients by a and b."""
         rows = torch.as_tensor(a, dtype=self.dtype, device=self.device)
-        offset = torch.as_tensor(b - a @ self.shift, dtype=torch.float64, device=self.device)
+        offset = torch.as_tensor(b, dtype=torch.float64, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         slope = torch.zeros(a.shape, dtype=torch.float64, device=self.device)
         slope_b = torch.zeros(len(b), dtype=torch.float64, device=self.device)
@@ -198,5 +200,4 @@ class Problem:
                 residual *= s[:, None]
             slope += (residual.to(self.dtype).T @ x).double()
             slope_b += residual.sum(dim=0)
-        found = (slope - slope_b[:, None] * torch.as_tensor(self.shift, device=self.device)).cpu().numpy()
-        return float(loss), found, slope_b.cpu().numpy()
+        return float(loss), slope.cpu().numpy(), slope_b.cpu().numpy()

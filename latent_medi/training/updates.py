@@ -49,7 +49,7 @@ class Run(Generic[D]):
         settings: How to train. Fields of the model are not used.
         data: The training rows; latents are whitened.
         timesteps: Length of the noise schedule; 0 for a network without one.
-        start: Where to begin; its tensors are released.
+        start: Where to begin; the tensors of each file are released once they are in place.
         record: What identifies the run; stored in every checkpoint.
         accelerator: Devices and processes.
         drops: Whether the network drops activations while it trains.
@@ -88,7 +88,7 @@ class Run(Generic[D]):
         self._names = [n for n in names if n not in undecayed] + [n for n in names if n in undecayed]
 
         if self.resumed:
-            checkpoint.load_trained(network, start.tensors["model"], self._names)
+            checkpoint.load_trained(network, start.tensors.pop("model"), self._names)
         network.to(self.device)
         if settings.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -97,8 +97,9 @@ class Run(Generic[D]):
         optimizer = build_optimizer(trained, settings, sum(name in undecayed for name in self._names))
         if self.resumed:
             for width, average in self.averages.items():
-                checkpoint.load_trained(average.module, start.tensors[average_file(width, settings)], self._names)
-            checkpoint.load_optimizer(optimizer, start.tensors["optimizer"], self._names)
+                file = average_file(width, settings)
+                checkpoint.load_trained(average.module, start.tensors.pop(file), self._names)
+            checkpoint.load_optimizer(optimizer, start.tensors.pop("optimizer"), self._names)
         start.tensors.clear()
         if settings.compile:
             ddp.compile_whole(settings.checkpoint_activations, accelerator.num_processes)

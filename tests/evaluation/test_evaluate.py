@@ -19,6 +19,7 @@ from evaluation_world import (
     SIZE,
     Size,
     World,
+    build_world,
     evaluated,
     filters,
     real_patches,
@@ -28,12 +29,14 @@ from evaluation_world import (
 from parts import put_index
 from safetensors import safe_open
 
+from latent_medi.cli import main
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.results import Metrics, metrics_of
 from latent_medi.evaluation.summary import headline, headline_json, headline_text
 from latent_medi.features.cache import dataset_hash
+from latent_medi.features.encoders import ImageEncoder
 from latent_medi.metadata.training_record import training_record
 from latent_medi.report.render import render_report
 from latent_medi.shards.dataset import PatchDataset
@@ -133,6 +136,18 @@ def test_a_second_run_gives_the_same_numbers(world: World) -> None:
     for run in runs:
         del run["run"]["date"], run["seconds"], run["headline"]["seconds"]
     assert runs[0] == runs[1]
+
+
+def test_patches_can_be_embedded_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = build_world(tmp_path, Size(5, 5, 5, 2), count=4)
+    settings = world.settings("later", encoders=["demo"], downstream=False, colour_free=True)
+    words = [f"{name}={value}" for name, value in (("real", world.real), ("out", settings.out))]
+    words += [f"synthetic={{medi: {world.medi}, cls: {world.cls}}}", f"cache={settings.cache}", "encoders=[demo]"]
+    assert main(["evaluate", "--embed", *words, "downstream=false", "held_out=[]", "unseen=false"]) == 0
+    assert len(list(Path(settings.cache).iterdir())) == 6  # three datasets in two feature spaces
+    assert not Path(settings.out).exists()
+    monkeypatch.setattr(ImageEncoder, "features", lambda *_: pytest.fail("embedded again"))
+    assert evaluated(settings, None)["fidelity"].keys() == {"demo", "demo:haematoxylin"}
 
 
 def test_without_probe_patients(world: World) -> None:

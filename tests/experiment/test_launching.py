@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from latent_medi.core.errors import BAD_INPUT, RESUME, Preempted, UserError
 from latent_medi.core.processes import RUNNER_OPTIONS, environment
 from latent_medi.experiment import commands, nodes, run
 from latent_medi.experiment.experiment import Experiment
-from latent_medi.experiment.launching import Launching, launching
+from latent_medi.experiment.launching import PORTS, Launching, launching, port_after
 from latent_medi.experiment.settings import ExperimentSettings
 
 CPU = str(REPOSITORY / "configs" / "accelerate" / "cpu.yaml")
@@ -104,14 +105,35 @@ def test_a_notice_reaches_the_commands_and_says_that_the_run_goes_on() -> None:
     assert signal.getsignal(signal.SIGUSR1) is before
     with pytest.raises(Preempted):  # of which this process was not told
         commands.run_words({"long": words(f"raise SystemExit({RESUME})")})
-    with pytest.raises(Preempted), commands.resumable():  # nothing is running: what is under way is broken off
-        signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_notice_breaks_off_what_the_runner_does_itself(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # a repeated one lets it clean up
+
+    with pytest.raises(Preempted), commands.resumable():
+        work()
+    assert signal.getsignal(number) is before
+
+
+class Over(commands.NoOtherNodes):
+    """Another node's part has failed."""
+
+    def over(self) -> bool:
+        """Always."""
+        return True
 
 
 def test_a_command_whose_other_part_has_failed_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "_ALONE_FOR", 0.2)
     with pytest.raises(RuntimeError, match="Another node has failed"):
-        commands.run_words({"alone": words("import time; time.sleep(60)")}, failed=lambda: True)
+        commands.run_words({"alone": words("import time; time.sleep(60)")}, others=Over())
 
 
 def test_a_command_that_hears_no_signal_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +142,7 @@ def test_a_command_that_hears_no_signal_is_stopped_too(monkeypatch: pytest.Monke
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="Another node has failed"):
-        commands.run_words({"deaf": words(code)}, failed=lambda: True)
+        commands.run_words({"deaf": words(code)}, others=Over())
     assert time.monotonic() < start + 30
 
 
@@ -153,6 +175,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Launching, Launching]:
 
 def test_every_node_takes_part_in_each_command(two: tuple[Launching, Launching], tmp_path: Path) -> None:
     note = "import sys; open(f'{}/{}-{{sys.argv[1]}}', 'w').write(sys.argv[2])"
+    allowed = range(two[0].port + 1, two[0].port + PORTS + 1)
     follower = Follower(two[1])
     with nodes.leading(two[0]) as leader:
         both = {name: words(note.format(tmp_path, name)) for name in ("first", "second")}
@@ -160,12 +183,21 @@ def test_every_node_takes_part_in_each_command(two: tuple[Launching, Launching],
     follower.join(timeout=60)
     assert not follower.is_alive()
     assert follower.error is None
-    ports = {}
     for name in ("first", "second"):
         found = [(tmp_path / f"{name}-{node}").read_text() for node in range(2)]
         assert found[0] == found[1]
-        ports[name] = int(found[0])
-    assert len({*ports.values(), two[0].port}) == 3  # each command has a meeting point of its own
+        assert int(found[0]) in allowed
+
+
+def test_the_processes_of_a_command_meet_at_the_first_free_port_after_the_nodes_own() -> None:
+    first = free_port()
+    with socket.socket() as busy:
+        busy.bind(("", first))
+        busy.listen()
+        assert first < port_after(first - 1) < first + PORTS
+    assert port_after(first - 1) == first
+    with pytest.raises(UserError, match="None of the 100 ports after 65535 is free"):
+        port_after(65535)
 
 
 @pytest.mark.parametrize(
@@ -180,17 +212,42 @@ def test_all_nodes_end_alike(two: tuple[Launching, Launching], raised: Exception
     assert type(follower.error) is expected
 
 
-@pytest.mark.parametrize("code", [3, RESUME])
+@pytest.mark.parametrize(("code", "expected"), [(3, RuntimeError), (RESUME, Preempted)])
 def test_a_part_that_fails_or_stops_ends_the_command_everywhere(
-    two: tuple[Launching, Launching], monkeypatch: pytest.MonkeyPatch, code: int
+    two: tuple[Launching, Launching], monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception]
 ) -> None:
     monkeypatch.setattr(commands, "_ALONE_FOR", 0.2)
     follower = Follower(two[1])
     part = f"import sys, time; time.sleep(60) if sys.argv[1] == '0' else sys.exit({code})"
-    with pytest.raises(RuntimeError, match="Another node has failed or stopped"), nodes.leading(two[0]) as leader:
+    with pytest.raises(expected), nodes.leading(two[0]) as leader:
         nodes.run_launched({"train": words(part)}, two[0], leader)
     follower.join(timeout=60)
-    assert isinstance(follower.error, RuntimeError)
+    assert type(follower.error) is expected
+
+
+def test_all_nodes_stop_when_the_first_is_asked_to(two: tuple[Launching, Launching], tmp_path: Path) -> None:
+    """At once, and not after the time that a part may go on alone."""
+    follower, begun = Follower(two[1]), time.monotonic()
+    part = words(f"import time; open({str(tmp_path / 'started')!r}, 'w').close(); time.sleep(60)")
+
+    def lead(leader: nodes.Leader) -> None:
+        leader.announce(part)
+        wait_for(tmp_path / "started")
+        raise Preempted("stop")
+
+    with pytest.raises(Preempted), nodes.leading(two[0]) as leader:
+        lead(leader)
+    follower.join(timeout=60)
+    assert type(follower.error) is Preempted
+    assert time.monotonic() - begun < commands._ALONE_FOR
+
+
+def wait_for(path: Path) -> None:
+    """Wait until another process has made a file."""
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.05)
 
 
 def other_process(code: str) -> subprocess.Popen[bytes]:
@@ -229,8 +286,7 @@ def test_a_command_stops_when_the_first_node_is_gone(
     code = f"import time; open({str(tmp_path / 'started')!r}, 'w').close(); time.sleep(600)"
     leader = leader_process(two[0].port, f"leader.announce({words(code)!r})")
     follower = Follower(two[1])
-    while not (tmp_path / "started").exists():
-        time.sleep(0.1)
+    wait_for(tmp_path / "started")
     leader.kill()
     follower.join(timeout=60)
     assert not follower.is_alive()
@@ -249,10 +305,77 @@ def test_the_first_node_notices_that_another_is_gone(
     while not leader._store.check(["alive/1"]):
         time.sleep(0.1)
     for _ in range(30):  # longer than a node may be silent
-        assert not leader.failed()
+        assert not leader.over()
         time.sleep(0.1)
     follower.kill()
     follower.wait()
     encode = {"encode": words("import time; time.sleep(60)")}
-    with pytest.raises(RuntimeError, match="Another node has failed or stopped"):
+    with pytest.raises(RuntimeError, match="Another node has failed"):
         nodes.run_launched(encode, two[0], leader)
+
+
+def following_process(port: int) -> subprocess.Popen[bytes]:
+    """Node 1 of two, which ends as ``latent-medi run`` would when it is asked to stop."""
+    return other_process(
+        "import sys\nfrom latent_medi.core.errors import Preempted\n"
+        "from latent_medi.experiment.commands import resumable\n"
+        "Launching.words = lambda self, command, port=0: [*command, str(self.node), str(port)]\n"
+        f"print('ready', flush=True)\n"
+        "try:\n"
+        f"    with resumable(): nodes.follow(Launching(2, 2, 1, '127.0.0.1', {port}))\n"
+        f"except Preempted: sys.exit({RESUME})\n"
+    )
+
+
+STOPS = """
+import pathlib, signal, sys, time
+folder, node = pathlib.Path({folder!r}), sys.argv[1]
+def stop(*_):
+    (folder / ("stops-" + node)).touch()
+    time.sleep(1)  # to save
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+(folder / ("started-" + node)).touch()
+while node == "1" or not (folder / "stops-1").exists(): time.sleep(0.01)
+sys.exit({code})  # as processes do that have lost the others
+"""
+
+
+@pytest.mark.parametrize("code", ["1", "time.sleep(60)"])
+def test_a_node_that_is_asked_to_stop_alone_ends_all_as_stopped(
+    two: tuple[Launching, Launching], tmp_path: Path, code: str
+) -> None:
+    """Whether the processes of the others fail for want of the first ones', or would have gone on."""
+    follower = following_process(two[0].port)
+    part = {"encode": words(STOPS.format(folder=str(tmp_path), code=code))}
+
+    def ask() -> None:
+        wait_for(tmp_path / "started-0")
+        wait_for(tmp_path / "started-1")
+        follower.terminate()
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(Preempted), nodes.leading(two[0]) as leader:
+        nodes.run_launched(part, two[0], leader)
+    assert follower.wait(timeout=60) == RESUME
+
+
+def test_a_node_that_takes_long_to_save_ends_as_stopped(two: tuple[Launching, Launching], tmp_path: Path) -> None:
+    leader = leader_process(two[0].port, f"leader.announce({words(STOPS.format(folder=str(tmp_path), code='1'))!r})")
+    follower = following_process(two[0].port)
+    wait_for(tmp_path / "started-1")
+    follower.terminate()
+    wait_for(tmp_path / "stops-1")
+    leader.kill()
+    leader.wait()
+    assert follower.wait(timeout=60) == RESUME
+
+
+def test_a_node_may_be_asked_to_stop_between_two_commands(two: tuple[Launching, Launching]) -> None:
+    leader, follower = nodes.Leader(two[0]), following_process(two[0].port)
+    while not leader._store.check(["alive/1"]):
+        time.sleep(0.05)
+    follower.terminate()
+    assert follower.wait(timeout=60) == RESUME
+    with pytest.raises(Preempted, match="node 1 was asked to stop"):
+        leader.announce(["encode"])

@@ -139,3 +139,59 @@ def test_every_fourth_by_hand() -> None:
     shared = pd.DataFrame([*rows, ("y", "h")], columns=["class", "site"]).assign(patient=range(len(rows) + 1))
     found = every_fourth_site(shared, "class", "site")
     assert set(found[shared["site"] == "h"]) == {"test"}  # trained on in class y, tested on in class x
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["train", "NA"], r"a part 'NA' in split \(1 rows\), a word for no value"),
+        (["None", "test"], r"a part 'None' in split"),
+        (["Test", "test"], r"upper and lower case alone: 'Test' in 1 rows, 'test' in 1 rows"),
+    ],
+)
+def test_parts_that_are_likely_slips_are_refused(tmp_path: Path, parts: list[str], message: str) -> None:
+    table = put(tmp_path / "t.csv", "patient,split", *(f"p{i},{part}" for i, part in enumerate(parts)))
+    index = pd.DataFrame({"slide": ["s0", "s1"], "patient": ["p0", "p1"]})
+    with pytest.raises(UserError, match=message):
+        split_from_table(index, SplitSettings(table=table))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"fractions": {"train": 0.5, "test": 0.5}, "seed": 1}, "fractions, seed would have no effect"),
+        ({"medi_share": 0.5}, "medi_share would have no effect"),
+        ({"scheme": "medi", "seed": 3}, "scheme=medi has no seed"),
+        ({"scheme": "every_fourth_patient", "medi_fields": ["race"]}, "scheme=every_fourth_patient has no medi_fields"),
+    ],
+)
+def test_settings_that_the_table_leaves_without_effect_are_refused(tmp_path: Path, more: dict, said: str) -> None:
+    table = put(tmp_path / "t.csv", "patient,split,class,site,gender,race", "p0,train,a,x,m,w", "p1,test,a,y,f,w")
+    with pytest.raises(UserError, match=said):
+        split_from_table(pd.DataFrame({"slide": ["s"], "patient": ["p0"]}), SplitSettings(table=table, **more))
+
+
+def test_a_published_split_stays_the_same_for_the_rows_that_a_filter_keeps(tmp_path: Path) -> None:
+    """Every fourth of all patients, whether the folder is split by a table or a table is split, filtered or not."""
+    folder = folder_of(tmp_path / "data")
+    rows = [f"slide{i:02d},patient{i:02d},{'ab'[i % 2]},{i // 3}" for i in range(5)]
+    table = put(tmp_path / "t.csv", "slide,patient,kind,batch", *rows)
+    fourth = ["scheme=every_fourth_patient"]
+    assert main(["split", str(folder), f"table={table}", "name=all", *fourth]) == 0
+    assert main(["split", str(folder), f"table={table}", "name=some", "only.site=[aster]", *fourth]) == 0
+    index = PatchDataset.open(folder).index
+    kept = index["site"] == "aster"
+    assert index.loc[kept, "split_some"].tolist() == index.loc[kept, "split_all"].tolist()
+    assert set(index.loc[~kept, "split_some"]) == {""}
+    out = tmp_path / "split.csv"
+    assert main(["split", table, f"out={out}", "only.kind=[a]", *fourth]) == 0
+    # Patients 0 and 4 of all five are for testing; of those kept (0, 2, 4) alone it would be 0.
+    assert pd.read_csv(out, keep_default_na=False)["split_main"].tolist() == ["test", "", "train", "", "test"]
+
+
+def test_a_published_split_needs_the_kept_classes_in_both_parts_alone(tmp_path: Path) -> None:
+    rows = [f"p{i},{klass},{site}" for i, (klass, site) in enumerate([*zip("aaaa", "wxyz", strict=True), ("b", "q")])]
+    table = put(tmp_path / "t.csv", "patient,class,site", *rows)
+    words = ["split", table, f"out={tmp_path / 'o.csv'}", "scheme=every_fourth_site"]
+    assert main(words) == 2  # class b has one site
+    assert main([*words, "only.class=[a]"]) == 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -138,15 +139,29 @@ def test_one_patient_in_two_parts_is_refused(tmp_path: Path) -> None:
         joined(tmp_path / "out", a, b, patients="same")
 
 
-def make_keys(dataset: PatchDataset, folder: Path) -> Path:
-    """The dataset under other keys, written again."""
+def test_slides_of_one_name_are_one_slide_or_refused(tmp_path: Path) -> None:
+    a = cohort(tmp_path / "a", 0)
+    again = PatchDataset.open(make_keys(a, tmp_path / "again", slide=str))
+    with pytest.raises(UserError, match=r"both have the slide 's0' of patient 'p0' \(4 shared\)") as refused:
+        joined(tmp_path / "out", a, again, patients="same")
+    assert "slides=same" in refused.value.hint
+    dataset = joined(tmp_path / "out", a, again, patients="same", slides="same")
+    assert (len(dataset), dataset.index["slide"].nunique()) == (24, 4)
+    # Of other patients it is another slide, whatever the settings say.
+    others = PatchDataset.open(make_keys(cohort(tmp_path / "b", 10), tmp_path / "c", slide=lambda _: "s0"))
+    with pytest.raises(UserError, match=r"both have the slide 's0', of the patients 'p0' and 'p13'"):
+        joined(tmp_path / "two", a, others, slides="same")
+
+
+def make_keys(dataset: PatchDataset, folder: Path, slide: Callable[[str], str] = "{}b".format) -> Path:
+    """The dataset under other keys and names of slides, written again."""
     index = dataset.index
     patches = [
         Patch(
             f"other{row}",
             image,
             index["patient"].iloc[row],
-            index["slide"].iloc[row] + "b",
+            slide(index["slide"].iloc[row]),
             0,
             0,
             0.5,

@@ -61,6 +61,23 @@ def test_accuracy_in_single_precision_is_scikit_learns(k: int, monkeypatch: pyte
     assert found.iterations < 60
 
 
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("mean", [100, 1000])
+def test_a_mean_of_many_deviations_costs_no_accuracy(k: int, mean: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge sees the same single-precision numbers, about their mean and in double precision."""
+    monkeypatch.setattr(logistic_regression, "_DOUBLE", 0)
+    (x, codes), (test, truth) = _patches(3000, 24, k, 0), _patches(20_000, 24, k, 1)
+    away = mean * x.std(axis=0)
+    x, test = x + away, test + away
+    weights, centre = compute_sample_weight("balanced", codes), x.mean(axis=0, dtype=np.float64)
+    found = Problem(x, codes, weights, Scaling.none(24)).solve(1.0, 5000)
+    judge = LogisticRegression(tol=1e-9, max_iter=50_000).fit(x - centre, codes, weights)
+    assert found.converged
+    assert found.weights == pytest.approx(judge.coef_, abs=4e-4 * np.abs(judge.coef_).max())
+    right = (_predicted(found, test.astype(np.float64)) == truth).mean()
+    assert right == pytest.approx((judge.predict(test - centre) == truth).mean(), abs=1e-4)
+
+
 @pytest.mark.parametrize("k", [2, 3])
 def test_weights_are_pulled_towards_others_by_the_objective(k: int) -> None:
     """With Σ loss·C + ½‖W − W₀‖², the gradient of the loss at the solution is (W₀ − W) / C; that of the intercept 0."""

@@ -33,13 +33,15 @@ def stain(study: Study, seed: int) -> Stain:
     values = [v for v in study.real.schema.field(study.site_field).values if (sites[study.train] == v).any()]
     if len(values) < 2:
         return Stain([], "fewer than two sites in training")
-    read = _Reader(study, seed)
-    densities = _SiteDensities(values, [read.real(study.train[sites[study.train] == v]) for v in values])
     wanted: list[tuple[Combination, bool]] = [({study.site_field: v}, False) for v in values]
     wanted += [(c, True) for c in study.held_out if c.get(study.site_field) in values]
+    tested = [(study.rows_of(study.reference, combination), combination, held_out) for combination, held_out in wanted]
+    if not any(len(rows) for rows, _, _ in tested):
+        return Stain([], "no test patches of a site that training has")
+    read = _Reader(study, seed)
+    densities = _SiteDensities(values, [read.densities(study.train[sites[study.train] == v]) for v in values])
     combinations = []
-    for combination, held_out in wanted:
-        rows = study.rows_of(study.reference, combination)
+    for rows, combination, held_out in tested:
         if not len(rows) or not len((target := read.real(rows)).rows):
             continue
         sources: dict[str, SourceStain] = {}
@@ -99,6 +101,12 @@ class _Reader:
         labels = self.study.class_labels
         rows = rows[self._some(labels[rows])]
         return _Patches(self.study.real.read(rows), labels[rows], rows)
+
+    def densities(self, rows: np.ndarray) -> _Patches:
+        """As :meth:`real`, without the images: those of hundreds of sites are gigabytes."""
+        patches = self.real(rows)
+        patches.images = patches.images[:0].copy()
+        return patches
 
     def synthetic(self, name: str, rows: np.ndarray) -> _Patches:
         synthetic = self.study.synthetic[name]

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import progress
-from latent_medi.evaluation.cohort.study import Study, SyntheticSet
+from latent_medi.evaluation.cohort.study import SyntheticSet
 from latent_medi.evaluation.downstream.classification_scores import scored_patches
 from latent_medi.evaluation.downstream.classifiers import Classifier
 from latent_medi.evaluation.downstream.records import (
@@ -22,18 +22,13 @@ from latent_medi.evaluation.downstream.records import (
     MeanOverSeeds,
 )
 from latent_medi.evaluation.downstream.registry import REAL
-from latent_medi.evaluation.downstream.training_sets import TrainingSet
+from latent_medi.evaluation.downstream.training_sets import ProtocolSources, TrainingSet
 from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings
 from latent_medi.shards.format.selections import SELECTED_PREFIX
 
 
 def histodiffusion_protocol(
-    study: Study,
-    fingerprint: str,
-    real: np.ndarray,
-    synthetic: Mapping[str, np.ndarray],
-    settings: HistoDiffusionProtocolSettings,
-    classifier: Classifier,
+    sources: ProtocolSources, settings: HistoDiffusionProtocolSettings, classifier: Classifier
 ) -> HistoDiffusionProtocol:
     """HistoDiffusion's: all real training patches and 50, 100 or 300 % synthetic ones per class, selected or random.
 
@@ -43,17 +38,15 @@ def histodiffusion_protocol(
     code averages over batches).
 
     Args:
-        study: The cohort.
-        fingerprint: The encoder's.
-        real: Features of every real row, [N, d].
-        synthetic: Features of every sample of each synthetic set.
+        sources: Patches and samples.
         settings: The sweep.
         classifier: The classifier, the same as in the comparison.
 
     Raises:
         UserError: A dataset has no such selection.
     """
-    x, y = real[study.train], study.class_labels[study.train]
+    study, synthetic = sources.study, sources.synthetic
+    x, y = sources.real[study.train], study.class_labels[study.train]
     counts = {value: int((y == value).sum()) for value in np.unique(y).tolist()}
     pools = {name: _pools(study.synthetic[name], settings.selection) for name in synthetic}
     jobs: list[tuple[str, str, float]] = [(REAL.name, "none", 0.0)]
@@ -77,7 +70,7 @@ def histodiffusion_protocol(
             )
         means = [MeanOverSeeds.of(values) for values in zip(*scores, strict=True)]
         rows.append(HistoDiffusionProtocolRow(name, choice, percent, len(y), n_synthetic, *means))  # type: ignore[arg-type]
-    return HistoDiffusionProtocol(fingerprint, scored_patches(study, study.test), classifier.record, rows)
+    return HistoDiffusionProtocol(sources.fingerprint, scored_patches(study, study.test), classifier.record, rows)
 
 
 def macro_scores(truth: np.ndarray, found: np.ndarray) -> tuple[float, float, float, float]:

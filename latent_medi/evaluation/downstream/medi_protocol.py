@@ -6,7 +6,7 @@ numbers of patches in each training set. It serves the comparison with published
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.classification_scores import quiet_balanced, scored_patches, site_averaged
 from latent_medi.evaluation.downstream.records import MeanOverSeeds, MediProtocol, MediProtocolRow, MediTask, Pool
 from latent_medi.evaluation.downstream.registry import REAL
+from latent_medi.evaluation.downstream.training_sets import ProtocolSources
 from latent_medi.evaluation.settings import MediProtocolSettings
 from latent_medi.statistics.linear_probe import MAX_ITER
 from latent_medi.statistics.logistic_regression import Problem, Scaling
@@ -75,8 +76,9 @@ def medi_tasks(study: Study, settings: MediProtocolSettings) -> list[_Task]:
                 raise UserError(f"medi_protocol.tasks: {name!r} has no {part} patch of {lacking[0]!r}.")
         sites = np.unique(study.site_labels[train])
         needed = _classes_needed(name, values)
-        drawn = [n for n in settings.sites if n <= len(sites) and _can_draw(study, train, needed, n, settings.seeds)]
-        left_out = [n for n in settings.sites if n not in drawn]
+        asked = [n for n in settings.sites if n != len(sites) or 0 not in settings.sites]  # 0 stands for these
+        drawn = [n for n in asked if n <= len(sites) and _can_draw(study, train, needed, n, settings.seeds)]
+        left_out = [n for n in asked if n not in drawn]
         found.append(_Task(name, np.unique(values), train, test, sites, drawn, left_out))
     most = max(found, key=lambda task: len(task.sites))
     for task in found:
@@ -117,14 +119,7 @@ def _draw_sites(
     return None
 
 
-def medi_protocol(
-    study: Study,
-    fingerprint: str,
-    real: np.ndarray,
-    synthetic: Mapping[str, np.ndarray],
-    settings: MediProtocolSettings,
-    device: str = "cpu",
-) -> MediProtocol:
+def medi_protocol(sources: ProtocolSources, settings: MediProtocolSettings, device: str = "cpu") -> MediProtocol:
     """MeDi's: real patches of k random sites, at most ``max_real`` per class, and ⌊ratio·n⌋ synthetic ones.
 
     Logistic regression with balanced classes and C = 1 on unscaled features; test on all test patches of the task's
@@ -132,25 +127,23 @@ def medi_protocol(
     without repeats from a pool of a whole synthetic set, so there are fewer where it has not enough.
 
     Args:
-        study: The cohort.
-        fingerprint: The encoder's.
-        real: Features of every real row, [N, d].
-        synthetic: Features of every sample of each synthetic set.
+        sources: Patches and samples.
         settings: The sweep.
         device: Torch device of the fits.
 
     Raises:
         UserError: See :func:`medi_tasks`; or no draw of sites has all classes.
     """
+    study = sources.study
     tasks = medi_tasks(study, settings)
-    sweeps = [_Sweep(task, study, real, synthetic, settings, device) for task in tasks]
+    sweeps = [_Sweep(task, sources, settings, device) for task in tasks]
     fits = [fit for sweep in sweeps for fit in sweep.fits()]
     for sweep, fit in progress(fits, desc="MeDi's protocol", unit="fit"):
         sweep.run(fit)
     rows = [row for sweep in sweeps for row in sweep.rows()]
     stuck = sum(sweep.not_converged for sweep in sweeps)
     records = {sweep.task.name: sweep.record() for sweep in sweeps}
-    return MediProtocol(fingerprint, scored_patches(study, study.test), stuck, rows, records)
+    return MediProtocol(sources.fingerprint, scored_patches(study, study.test), stuck, rows, records)
 
 
 def medi_real(
@@ -215,6 +208,8 @@ def _in_proportion(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 _Key = tuple[int, int, float, str, Pool]
 """Number of sites, real patches per class, ratio, training set and pool."""
+_Draw = tuple[int, int, int]
+"""Number of sites, real patches per class, and seed."""
 
 
 @dataclass(frozen=True)
@@ -228,34 +223,33 @@ class _Fit:
     pool: Pool
     seed: int
 
+    @property
+    def draw(self) -> _Draw:
+        """What decides which real patches take part."""
+        return self.sites, self.max_real, self.seed
+
 
 class _Sweep:
-    """All fits of a task. They share a preconditioner, which changes their time alone."""
+    """All fits of a task."""
 
-    def __init__(
-        self,
-        task: _Task,
-        study: Study,
-        real: np.ndarray,
-        synthetic: Mapping[str, np.ndarray],
-        settings: MediProtocolSettings,
-        device: str,
-    ) -> None:
+    def __init__(self, task: _Task, sources: ProtocolSources, settings: MediProtocolSettings, device: str) -> None:
+        study, real, synthetic = sources.study, sources.real, sources.synthetic
         self.task, self.study, self.real, self.synthetic = task, study, real, synthetic
         self.settings, self.device = settings, device
         self.labels = {name: study.synthetic[name].index[study.class_field].to_numpy(str) for name in synthetic}
         self.pools: dict[tuple[str, Pool], np.ndarray] = {}
         self.pools |= {(n, p): _pool(study, n, p, task.classes) for n in synthetic for p in settings.pools}
-        self.test = real[task.test]
+        # About their mean, single precision loses nothing of the differences between patches.
+        self.centre = real[task.test].mean(axis=0)
+        self.test = real[task.test] - self.centre
         self.truth, self.test_sites = study.class_labels[task.test], study.site_labels[task.test]
         self.not_converged = 0
         self._scores: dict[_Key, list[tuple[float, float, float]]] = {}
         self._numbers: dict[_Key, list[tuple[int, int]]] = {}
         self._draws: dict[str, list[list[str]]] = {}
-        self._gram: np.ndarray | None = None
-        self._gram_rows = 0
+        self._gram: tuple[_Draw, np.ndarray] | None = None
         self._short: set[tuple[str, Pool]] = set()
-        self._drawn: tuple[tuple[int, int, int], np.ndarray] | None = None
+        self._drawn: tuple[_Draw, np.ndarray] | None = None
 
     def fits(self) -> Iterator[tuple[_Sweep, _Fit]]:
         """Every fit, those of the same real patches in a row."""
@@ -283,21 +277,34 @@ class _Sweep:
             raise UserError(
                 f"MeDi's protocol with {fit.sites} sites and seed {fit.seed} has training patches of one class."
             )
-        scaling = Scaling.none(x.shape[1])
         # The preconditioner of far fewer patches lacks directions: fits would take many times the iterations.
-        gram = self._gram if len(x) < 2 * self._gram_rows else None
-        problem = Problem(x, codes, compute_sample_weight("balanced", codes), scaling, self.device, gram)
-        if gram is None:
-            self._gram, self._gram_rows = problem.gram, len(x)
+        gram = self._gram_of_real(fit, chosen) if 0 < len(x) - len(chosen) <= len(chosen) else None
+        problem = self._problem(x, codes, gram)
+        if len(x) == len(chosen):
+            self._gram = fit.draw, problem.gram
         solution = problem.solve(1.0, MAX_ITER)
         self.not_converged += not solution.converged
-        logits = self.test @ solution.weights.T.astype(np.float32) + solution.intercept
+        offset = solution.intercept + solution.weights @ self.centre.astype(np.float64)
+        logits = self.test @ solution.weights.T.astype(np.float32) + offset
         found = classes[(logits[:, 0] > 0).astype(int) if len(classes) == 2 else logits.argmax(axis=1)]
         averaged = site_averaged(self.truth, found, self.test_sites)
         key = (fit.sites, fit.max_real, fit.ratio, fit.name, fit.pool)
         scores = (quiet_balanced(self.truth, found), averaged, float(matthews_corrcoef(self.truth, found)))
         self._scores.setdefault(key, []).append(scores)
         self._numbers.setdefault(key, []).append((len(chosen), len(y) - len(chosen)))
+
+    def _problem(self, x: np.ndarray, codes: np.ndarray, gram: np.ndarray | None) -> Problem:
+        weights = compute_sample_weight("balanced", codes)
+        return Problem(x, codes, weights, Scaling.none(x.shape[1]), self.device, gram)
+
+    def _gram_of_real(self, fit: _Fit, chosen: np.ndarray) -> np.ndarray:
+        """Preconditioner of the fits with the same real patches: of these alone, so that the result of a fit does not
+        depend on which others there are.
+        """
+        if self._gram is None or self._gram[0] != fit.draw:
+            codes = np.unique(self.study.class_labels[chosen], return_inverse=True)[1]
+            self._gram = fit.draw, self._problem(self.real[chosen], codes, None).gram
+        return self._gram[1]
 
     def _warn_if_short(self, fit: _Fit, wanted: int, there: int) -> None:
         """Log, once for a pool, that it has fewer samples than a ratio asks for."""
@@ -310,11 +317,10 @@ class _Sweep:
 
     def _real(self, fit: _Fit) -> np.ndarray:
         """The real patches of a fit, drawn once."""
-        key = (fit.sites, fit.max_real, fit.seed)
-        if self._drawn is None or self._drawn[0] != key:
+        if self._drawn is None or self._drawn[0] != fit.draw:
             needed = _classes_needed(self.task.name, self.task.classes.tolist())
-            rows, sites = medi_real(self.study, self.task.train, needed, *key)
-            self._drawn = key, rows
+            rows, sites = medi_real(self.study, self.task.train, needed, *fit.draw)
+            self._drawn = fit.draw, rows
             draws = self._draws.setdefault(str(fit.sites), [])
             if fit.sites and len(draws) == fit.seed:
                 draws.append(sites)

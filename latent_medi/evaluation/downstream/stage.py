@@ -18,7 +18,7 @@ from latent_medi.evaluation.downstream.histodiffusion_protocol import histodiffu
 from latent_medi.evaluation.downstream.medi_protocol import medi_protocol, medi_tasks
 from latent_medi.evaluation.downstream.records import Downstream, Protocols
 from latent_medi.evaluation.downstream.registry import entries, plan_additions
-from latent_medi.evaluation.downstream.training_sets import DerivedFeatures, Sources
+from latent_medi.evaluation.downstream.training_sets import DerivedFeatures, ProtocolSources, Sources
 from latent_medi.evaluation.fidelity.features import Features
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.features.encoders import ImageEncoder
@@ -118,18 +118,13 @@ class DownstreamStage:
     def _run_protocol(self, encoder: ImageEncoder, features: Features, classifier: Classifier) -> None:
         study, settings = self.study, self.settings
         if settings.downstream_protocol == "medi":
-            self.protocols.medi[encoder.name] = medi_protocol(
-                study, encoder.fingerprint, features.real, features.synthetic, settings.medi_protocol, self.device
-            )
+            sources = ProtocolSources(study, encoder.fingerprint, features.real, features.synthetic)
+            self.protocols.medi[encoder.name] = medi_protocol(sources, settings.medi_protocol, self.device)
         elif settings.downstream_protocol == "histodiffusion":
             patches = self.pools or features
+            sources = ProtocolSources(study, encoder.fingerprint, patches.real, patches.synthetic)
             self.protocols.histodiffusion[encoder.name] = histodiffusion_protocol(
-                study,
-                encoder.fingerprint,
-                patches.real,
-                patches.synthetic,
-                settings.histodiffusion_protocol,
-                classifier,
+                sources, settings.histodiffusion_protocol, classifier
             )
 
 

@@ -49,6 +49,23 @@ class TrainingSet:
         return len(self.labels) + (len(self.pretraining[1]) if self.pretraining else 0)
 
 
+@dataclass(frozen=True)
+class ProtocolSources:
+    """What a published protocol builds its training sets from.
+
+    Args:
+        study: The cohort.
+        fingerprint: The encoder's.
+        real: Features of every real row, [N, d]; for a network on pixels the rows' places, as ``PatchPools`` has them.
+        synthetic: The same of every sample of each synthetic set.
+    """
+
+    study: Study
+    fingerprint: str
+    real: np.ndarray
+    synthetic: Mapping[str, np.ndarray]
+
+
 @dataclass
 class DerivedPatches:
     """Patches computed from real training patches, such as the same tissue in another stain.

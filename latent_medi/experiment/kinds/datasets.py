@@ -70,7 +70,9 @@ def ensure_split(e: Experiment) -> None:
     settings = e.settings
     if not settings.split_settings:
         return
-    derived = {"site_field": settings.site_field, "seed": settings.seed, **e.only}
+    derived: dict[str, Any] = {"site_field": settings.site_field, **e.only}
+    if not settings.split_settings.get("table") and settings.split_settings.get("scheme", "hold_out") == "hold_out":
+        derived["seed"] = settings.seed  # the others are not random
     values = config.merge(derived, settings.split_settings) | {"data": str(e.data), "name": settings.split}
     wanted = config.make(SplitSettings, values, "split_settings")
     dataset = PatchDataset.open(e.data)

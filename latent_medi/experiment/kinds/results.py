@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds.models import sample_models
 from latent_medi.experiment.stages import Stage
 from latent_medi.planning.plan import stable_seed
-from latent_medi.selection.result import CombinationCounts
+from latent_medi.selection.result import CombinationCounts, Selection
 from latent_medi.shards.dataset import PatchDataset
 
 _MORE = 1.1
@@ -51,6 +52,15 @@ def _has_selection(e: Experiment, name: str) -> bool:
         return False
 
 
+def _embed_together(e: Experiment, settings: EvaluateSettings) -> None:
+    """Have all processes, if there are several, embed the patches that an evaluation compares. This is by far its
+    longest part; one process does the rest with the features that it finds in the cache."""
+    if e.where.processes > 1:
+        file = e.folder / "embed.yaml"
+        config.save_settings(settings, file)
+        e.run_commands({"embed": ["evaluate", "--embed", "--config", str(file)]})
+
+
 def _select(e: Experiment, outputs: dict[str, Path]) -> None:
     from latent_medi.core.device import release_memory
     from latent_medi.planning.plan import read_plan, write_plan
@@ -58,18 +68,26 @@ def _select(e: Experiment, outputs: dict[str, Path]) -> None:
     from latent_medi.selection.select import select as select_samples
 
     models = {model.name: model for model in e.sampled}
+    chosen = e.selection(e.sampled[0].name)
+    weights = {chosen.encoder: chosen.weights} if chosen.weights else {}
+    own = replace(e.evaluation, encoders=[chosen.encoder], weights=weights, colour_free=chosen.colour_free, selected={})
+
+    def select_now(name: str) -> Selection:
+        _embed_together(e, own)
+        return select_samples(e.selection(name))
+
     try:
         for name, path in outputs.items():
             if len(e.plans(name)) > 1:  # of a run that was broken off
                 sample_models(e, [models[name]])
-            selection = select_samples(e.selection(name))
+            selection = select_now(name)
             for number in range(len(e.plans(name)) + 1, e.settings.select_rounds + 1):
                 if not any(cell.missing for cell in selection.result.cells):
                     break
                 plan = longer_plan(read_plan(e.plans(name)[-1]), selection.result.cells, number)
                 write_plan(plan, e.folder / f"plan-{name}-round-{number}.csv")
                 sample_models(e, [models[name]])
-                selection = select_samples(e.selection(name))
+                selection = select_now(name)
             write_json(path, selection.to_json())
             print(f"{name}: {selection_text(selection)}")
     finally:
@@ -125,6 +143,7 @@ def _evaluate(e: Experiment) -> None:
     from latent_medi.evaluation import evaluate as evaluation
     from latent_medi.evaluation.fidelity.memorisation import TooManyCopies
 
+    _embed_together(e, e.evaluation)
     try:
         evaluation.evaluate(e.evaluation)
     except TooManyCopies:

@@ -90,8 +90,8 @@ def join(settings: JoinSettings) -> PatchDataset:
 
     Raises:
         UserError: The folders differ in patch size, resolution, codec, kind of a field or further columns; they share
-            patients (unless ``patients`` says what these are) or keys; a patient would be in two parts of a split; or
-            the output is another finished dataset.
+            patients or slides (unless ``patients`` and ``slides`` say what these are) or keys; a patient would be in
+            two parts of a split; or the output is another finished dataset.
     """
     if not settings.out or len(settings.folders) + bool(settings.without) < 2:
         raise UserError("A folder to write and two or more to join are needed.", "latent-medi shards join OUT A B …")
@@ -200,7 +200,7 @@ def _renamed(index: pd.DataFrame, change: _Change) -> pd.DataFrame:
 
 
 def _check_names(datasets: Sequence[PatchDataset], indexes: Sequence[pd.DataFrame], settings: JoinSettings) -> None:
-    """Refuse shared patients, unless the settings say what they are, and shared keys."""
+    """Refuse shared patients and slides, unless the settings say what they are, and shared keys."""
     hint = "patients=same if they are the same persons; patients=separate puts the folder's name before them."
     checked = {"key": "Use patients=separate, or leave out the folder that holds the same patches."}
     if settings.patients == "refuse":
@@ -213,8 +213,33 @@ def _check_names(datasets: Sequence[PatchDataset], indexes: Sequence[pd.DataFram
                 problem = f"{seen[shared[0]]} and {dataset.folder} both have the {name} {shared[0]!r}"
                 raise UserError(f"{problem} ({len(shared)} shared).", remedy)
             seen |= dict.fromkeys(values, dataset.folder)
+    _check_slides(datasets, indexes, settings)
     for key in (str(index["key"].iloc[0]) for index in indexes if len(index)):
         check_key(key)  # a folder's name may not be one
+
+
+def _check_slides(datasets: Sequence[PatchDataset], indexes: Sequence[pd.DataFrame], settings: JoinSettings) -> None:
+    """Refuse a slide's name in several folders: of two patients always, of one unless it is called one slide."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for dataset, index in zip(datasets, indexes, strict=True):
+        own = dict(zip(index["slide"], index["patient"], strict=True))
+        shared = [slide for slide in own if slide in seen]
+        for slide in shared:
+            patient, folder = seen[slide]
+            both = f"{folder} and {dataset.folder} both have the slide {slide!r}"
+            if patient != own[slide]:
+                raise UserError(
+                    f"{both}, of the patients {patient!r} and {own[slide]!r}.",
+                    "Give the slides of one folder other names, or put the folder's name before all: "
+                    "patients=separate.",
+                )
+            if settings.slides == "refuse" and slide != patient:  # without slides each patient is one
+                raise UserError(
+                    f"{both} of patient {patient!r} ({len(shared)} shared).",
+                    "slides=same if it is one slide, of which each folder has other patches; if not, give the slides "
+                    "of one folder other names.",
+                )
+        seen |= {slide: (patient, dataset.folder) for slide, patient in own.items()}
 
 
 def _splits(datasets: Sequence[PatchDataset], index: pd.DataFrame) -> dict[str, dict[str, Any]]:

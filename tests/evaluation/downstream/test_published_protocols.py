@@ -23,11 +23,11 @@ from latent_medi.evaluation.downstream.medi_protocol import _pool, medi_protocol
 from latent_medi.evaluation.downstream.protocol_tables import RESULTS, SUMMARY, protocol_text
 from latent_medi.evaluation.downstream.records import ClassifierRecord, MeanOverSeeds
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
-from latent_medi.evaluation.downstream.training_sets import TrainingSet
+from latent_medi.evaluation.downstream.training_sets import ProtocolSources, TrainingSet
 from latent_medi.evaluation.evaluate import evaluate
 from latent_medi.evaluation.settings import EvaluateSettings, HistoDiffusionProtocolSettings, MediProtocolSettings
 from latent_medi.shards.writing.writer import write_dataset
-from latent_medi.statistics.logistic_regression import Problem
+from latent_medi.statistics.logistic_regression import Problem, Solution
 
 
 def _features(study: Study, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -75,7 +75,7 @@ def test_medi_protocol_takes_what_it_says(world: World) -> None:
 
     real, arms = _features(study)
     settings = MediProtocolSettings(ratios=[0.0, 0.5], max_real=[9], sites=[2, 0], seeds=2)
-    record = medi_protocol(study, "f", real, arms, settings)
+    record = medi_protocol(ProtocolSources(study, "f", real, arms), settings)
     assert [(r.training_set, r.sites, r.ratio) for r in record.rows] == [
         (arm, k, ratio) for k in (2, 3) for arm, ratio in (("real", 0.0), ("medi", 0.5), ("cls", 0.5))
     ]
@@ -98,14 +98,14 @@ def test_medi_protocol_takes_what_it_says(world: World) -> None:
     assert here.site_averaged_balanced_accuracy.by_seed[1] == pytest.approx(np.mean(by_site))
 
     with pytest.raises(UserError, match="asks for 9 sites; training has 3"):
-        medi_protocol(study, "f", real, arms, MediProtocolSettings(sites=[9]))
+        medi_protocol(ProtocolSources(study, "f", real, arms), MediProtocolSettings(sites=[9]))
 
 
 def test_a_pool_with_too_few_samples_is_named(world: World, caplog: pytest.LogCaptureFixture) -> None:
     study = open_study(world.settings("short"))
     real, arms = _features(study)
     caplog.set_level("WARNING", "latent_medi")
-    record = medi_protocol(study, "f", real, arms, MediProtocolSettings(ratios=[1.0, 50.0], seeds=1))
+    record = medi_protocol(ProtocolSources(study, "f", real, arms), MediProtocolSettings(ratios=[1.0, 50.0], seeds=1))
     messages = [each.getMessage() for each in caplog.records if "gets all" in each.getMessage()]
     assert len(messages) == 2  # one for each set, and none at ratio 1
     assert all("ratio 50" in message for message in messages)
@@ -121,7 +121,7 @@ def test_a_task_is_about_its_own_classes(world: World) -> None:
     real, arms = _features(study)
     labels, sites = (study.index[f].to_numpy(str) for f in ("class", "site"))
     settings = MediProtocolSettings(tasks=PAIR, ratios=[0.5, 0.0], pools=["union", "separate"], seeds=2)
-    record = medi_protocol(study, "f", real, arms, settings)
+    record = medi_protocol(ProtocolSources(study, "f", real, arms), settings)
     assert [(r.task, r.training_set, r.pool, r.ratio) for r in record.rows] == [
         *[("pair", arm, pool, 0.5) for arm in ("medi", "cls") for pool in ("union", "separate")],
         ("pair", "real", "", 0.0),
@@ -229,8 +229,49 @@ def test_a_preconditioner_of_few_patches_is_made_anew_for_many(world: World, mon
         return Problem(x, *more)
 
     monkeypatch.setattr("latent_medi.evaluation.downstream.medi_protocol.Problem", problem)
-    medi_protocol(study, "f", real, arms, MediProtocolSettings(ratios=[0.0], max_real=[4, 5, 0, 50], seeds=1))
-    assert made == [(12, True), (15, False), (len(study.train), True), (150, False)]
+    sources = ProtocolSources(study, "f", real, {"medi": arms["medi"]})
+    medi_protocol(sources, MediProtocolSettings(ratios=[3.0, 0.0, 1.0], max_real=[4, 5], seeds=1))
+    assert made == [(12, True), (48, True), (24, False), (15, True), (60, True), (30, False)]
+    made.clear()  # without a fit to the real patches alone, they are prepared for the others
+    medi_protocol(sources, MediProtocolSettings(ratios=[0.5, 1.0], max_real=[4], seeds=1))
+    assert made == [(12, True), (18, False), (24, False)]
+
+
+def test_no_number_depends_on_which_others_are_computed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, whose solutions depend on the preconditioner."""
+    monkeypatch.setattr("latent_medi.statistics.logistic_regression._DOUBLE", 0)
+    solutions: list[np.ndarray] = []
+
+    class Kept(Problem):
+        def solve(self, *more: Any) -> Solution:
+            solutions.append(super().solve(*more).weights)
+            return super().solve(*more)
+
+    monkeypatch.setattr("latent_medi.evaluation.downstream.medi_protocol.Problem", Kept)
+    study = open_study(world.settings("medi-tasks"))
+    real, arms = _features(study)
+    sources = ProtocolSources(study, "f", real, arms)
+    found = []
+    for ratios, most in (([0.0, 0.25, 1.0, 2.0], [8, 0]), ([2.0, 1.0, 0.25, 0.0], [0, 8]), ([1.0, 2.0, 0.25], [8])):
+        solutions.clear()
+        record = medi_protocol(sources, MediProtocolSettings(ratios=ratios, max_real=most, seeds=2))
+        rows = {(r.training_set, r.ratio, r.max_real): r for r in record.rows if r.max_real and r.ratio}
+        weights = sorted(each.tobytes() for each in solutions)
+        found.append((rows, weights))
+    assert len(found[0][0]) == 6
+    assert found[0] == found[1]
+    assert found[2][0] == found[0][0]
+    assert set(found[2][1]) <= set(found[0][1])
+
+
+def test_all_sites_take_part_once(world: World) -> None:
+    study = open_study(world.settings("medi-tasks"))
+    real, arms = _features(study)
+    sources = ProtocolSources(study, "f", real, arms)
+    record = medi_protocol(sources, MediProtocolSettings(ratios=[0.0], sites=[2, 3, 0], seeds=1))
+    assert [(row.sites, record.tasks[""].left_out) for row in record.rows] == [(2, []), (3, [])]
+    record = medi_protocol(sources, MediProtocolSettings(ratios=[0.0], sites=[3], seeds=1))
+    assert [row.sites for row in record.rows] == [3]
 
 
 class Keeping:
@@ -260,7 +301,7 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
     real, arms = _features(study)
     classifier = Keeping(study)
     settings = HistoDiffusionProtocolSettings(percent=[50.0, 900.0], seeds=2)
-    record = histodiffusion_protocol(study, "f", real, arms, settings, classifier)
+    record = histodiffusion_protocol(ProtocolSources(study, "f", real, arms), settings, classifier)
     assert [(r.training_set, r.choice, r.percent) for r in record.rows] == [
         ("real", "none", 0.0),
         *[("medi", choice, percent) for percent in (50.0, 900.0) for choice in ("selected", "random")],
@@ -286,10 +327,12 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
     assert record.rows[0].accuracy.mean == pytest.approx(1 / 3)
 
     with pytest.raises(UserError, match="no selection 'bets'; closest: 'best'"):
-        histodiffusion_protocol(study, "f", real, arms, HistoDiffusionProtocolSettings(selection="bets"), classifier)
+        histodiffusion_protocol(
+            ProtocolSources(study, "f", real, arms), HistoDiffusionProtocolSettings(selection="bets"), classifier
+        )
     plain = open_study(world.settings("histo"))
     with pytest.raises(UserError, match="latent-medi select"):
-        histodiffusion_protocol(plain, "f", real, _features(plain)[1], settings, classifier)
+        histodiffusion_protocol(ProtocolSources(plain, "f", real, _features(plain)[1]), settings, classifier)
 
 
 def test_a_protocol_is_one_setting(world: World) -> None:
