@@ -130,9 +130,9 @@ class _Costing:
             data = known_data(self.e, name) if name else self.data
             size, patches = None, None
             if data is not None:
-                patches = len(data.index)
+                patches = int(data.kept.sum())
                 if self.kind is not None:
-                    size = latents_bytes(self.kind, data.patch_size, data.counts, settings.views)
+                    size = latents_bytes(self.kind, data.patch_size, data.kept_counts, settings.views)
             there = (Path(settings.out) / LATENTS_FILE).is_file()
             finished = stage in self.done or (there and Path(settings.out) not in self.e.stages.stale(stage))
             rows.append(StageCost(stage, name, patches, size, finished=finished))
@@ -318,6 +318,11 @@ class _Costing:
             notes.append(f"Hours of {listed(names)} were not measured: {reason}")
         if any(row.stage == "evaluate" for row in left):
             notes.append("evaluate: the embedding of all patches alone; classifiers and intervals come on top.")
+        if self.data and self.data.recipe is not None and self.data.dataset is None:
+            notes.append(
+                "The split is that of the listed patches. Patients who share a picture are found once pixels are read, "
+                "and kept in one part: then the plan may have a few images more or less."
+            )
         if self.data is None:
             notes.append("Images that depend on the dataset are known once it is made.")
         return notes

@@ -17,8 +17,8 @@ from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stages
 from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.latents.settings import EncodeSettings
+from latent_medi.metadata.schema import Schema
 from latent_medi.selection.settings import SelectSettings
-from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.selections import SELECTED_PREFIX
 
 _ENCODED_AT_ONCE = 16  # of 256 px, Stable Diffusion's autoencoder takes 2.5 GiB for them, 1.3 in bf16
@@ -197,14 +197,17 @@ class Experiment:
         values = config.merge(config.merge(values, model.entry.classifier_train), derived)
         return config.make(ClassifierSettings, values, f"models.{model.name}.classifier")
 
-    def conditions(self, model: Model) -> list[str] | None:
+    def conditions(self, model: Model, schema: Schema) -> list[str] | None:
         """Fields whose values a sample of a model must show: those that the model is conditioned on, and that of its
         guiding classifier; ``None`` means every field.
+
+        Args:
+            model: The model.
+            schema: The fields of the experiment's dataset.
         """
         if model.fields is None or model not in self.guided:
             return model.fields
-        class_field = PatchDataset.open(self.data).schema.class_field
-        field = self.classifier(model).field or (class_field.name if class_field else "")
+        field = self.classifier(model).field or (schema.class_field.name if schema.class_field else "")
         return [*model.fields, *([field] if field not in model.fields else [])]
 
     def plans(self, name: str) -> list[Path]:

@@ -41,11 +41,19 @@ def split_of(dataset: PatchDataset, settings: SplitSettings) -> Split:
     """The split of a dataset folder that some settings make; nothing is recorded but shared pictures, if the folder is
     of a version that did not look for them.
     """
-    refuse_row_order(settings)
+    refuse_row_order(settings)  # before pictures are looked for, which may take long
     find_duplicates(dataset)
+    return split_of_index(dataset.index, settings)
+
+
+def split_of_index(index: pd.DataFrame, settings: SplitSettings) -> Split:
+    """The split that some settings make of an index, which may be that of a dataset that is only listed yet: then no
+    patients are known to share a picture.
+    """
+    refuse_row_order(settings)
     if not settings.table:
-        return make_split(dataset.index, settings, patients_together(dataset.index, settings.allow_duplicates))
-    split = split_from_table(dataset.index, replace(settings, only={}))  # the filter is of the folder's fields
+        return make_split(index, settings, patients_together(index, settings.allow_duplicates))
+    split = split_from_table(index, replace(settings, only={}))  # the filter is of the folder's fields
     if not settings.only:
         return split
-    return of_kept(dataset.index, split, only_mask(dataset.index, settings.only, settings.data), settings)
+    return of_kept(index, split, only_mask(index, settings.only, settings.data), settings)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,16 +14,17 @@ from latent_medi.evaluation.cohort.combinations import Combination, NotEvaluated
 from latent_medi.evaluation.cohort.comparison_sets import MIN_SAMPLES
 from latent_medi.metadata.estimability import Verdicts
 from latent_medi.metadata.row_filter import Only
+from latent_medi.metadata.schema import Schema
 from latent_medi.shards.checking.duplicates import joined_patients
-from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.intervals import MIN_PATIENTS
 
 _NAMED = 5  # combinations that a sentence names
 
 
 def held_out_of_split(
-    real: PatchDataset,
-    split: str,
+    index: pd.DataFrame,
+    schema: Schema,
+    recipe: Mapping[str, Any],
     site_field: str,
     only: Only,
     train: np.ndarray,
@@ -36,8 +38,9 @@ def held_out_of_split(
     its values are known and training patches identify it.
 
     Args:
-        real: The real dataset.
-        split: Name of the split.
+        index: A row per real patch.
+        schema: The fields of the real patches.
+        recipe: How the split was made.
         site_field: Field of the hospital.
         only: Values by field; combinations with another value are left out.
         train, test: Row numbers of both parts.
@@ -46,15 +49,15 @@ def held_out_of_split(
     Returns:
         Those that can be evaluated, in the recipe's order or the vocabularies', and the others with the reasons.
     """
-    named = real.info["splits"][split]["recipe"].get("held_out") or ()
+    named = recipe.get("held_out") or ()
     wanted = [{str(name): str(value) for name, value in each.items()} for each in named]
-    if not wanted and real.schema.class_field is not None:
-        fields = [real.schema.class_field.name, site_field]
-        seen, tested = (_counts(real.index.iloc[rows], fields) for rows in (train, test))
-        values = product(*(real.schema.field(name).values for name in fields))
+    if not wanted and schema.class_field is not None:
+        fields = [schema.class_field.name, site_field]
+        seen, tested = (_counts(index.iloc[rows], fields) for rows in (train, test))
+        values = product(*(schema.field(name).values for name in fields))
         wanted = [dict(zip(fields, each, strict=True)) for each in values if each in tested and each not in seen]
     wanted = [c for c in wanted if all(value in only.get(name, [value]) for name, value in c.items())]
-    evaluable = _Evaluable(real, train, test, unseen)
+    evaluable = _Evaluable(index, schema, train, test, unseen)
     reasons = [evaluable.why_not(combination) for combination in wanted]
     evaluated = [combination for combination, why in zip(wanted, reasons, strict=True) if not why]
     return evaluated, [NotEvaluated(c, why) for c, why in zip(wanted, reasons, strict=True) if why]
@@ -73,11 +76,11 @@ def not_evaluated_text(evaluated: Sequence[Combination], others: Sequence[NotEva
 class _Evaluable:
     """What is known of combinations; the counts of the same fields are made once."""
 
-    def __init__(self, real: PatchDataset, train: np.ndarray, test: np.ndarray, unseen: bool) -> None:
-        patients = joined_patients(real.index).astype(str)
-        self.schema, self.unseen = real.schema, unseen
-        self.known = categorical_fields(real.schema)
-        self.train, self.test = (real.index.iloc[rows].assign(patient=patients[rows]) for rows in (train, test))
+    def __init__(self, index: pd.DataFrame, schema: Schema, train: np.ndarray, test: np.ndarray, unseen: bool) -> None:
+        patients = joined_patients(index).astype(str)
+        self.schema, self.unseen = schema, unseen
+        self.known = categorical_fields(schema)
+        self.train, self.test = (index.iloc[rows].assign(patient=patients[rows]) for rows in (train, test))
         self.verdict = Verdicts(self.train, MIN_PATIENTS)
         self._of: dict[tuple[str, ...], tuple[Counter[tuple[str, ...]], ...]] = {}
 

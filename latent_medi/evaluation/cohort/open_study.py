@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,11 +40,12 @@ def open_study(settings: EvaluateSettings) -> Study:
     """
     real = _open_real(settings)
     if isinstance(settings.held_out, str):  # "split"
-        split = _Split.of(real, settings)
-        held_out, not_evaluated = _of_split(settings, real, split)
+        split = _Split.of(real.index, real.schema, settings)
+        recipe = real.info["splits"][settings.split]["recipe"]
+        held_out, not_evaluated = _of_split(settings, real.index, real.schema, recipe, split)
     else:
         held_out, not_evaluated = _check_held_out(settings.held_out, real.schema, settings.downstream), []
-        split = _Split.of(real, settings)
+        split = _Split.of(real.index, real.schema, settings)
     synthetic_roles(settings.synthetic, settings.candidate)
     _check_combinations(settings, real, split, held_out)
     parts = _Parts(split.probe, split.probe, split.test) if len(split.probe) else _halved(real, split, settings)
@@ -97,6 +99,23 @@ def open_study(settings: EvaluateSettings) -> Study:
     )
 
 
+def evaluated_of_split(
+    index: pd.DataFrame, schema: Schema, recipe: Mapping[str, Any], settings: EvaluateSettings
+) -> list[Combination]:
+    """The combinations that a split holds out and that can be evaluated, where the dataset is only listed yet.
+
+    Args:
+        index: A row per patch that the dataset will have, with the split.
+        schema: Its fields.
+        recipe: How the split was made.
+        settings: The evaluation.
+
+    Raises:
+        UserError: As for :func:`open_study`, of the split and the combinations.
+    """
+    return _of_split(settings, index, schema, recipe, _Split.of(index, schema, settings))[0]
+
+
 def _known_fields(dataset: PatchDataset) -> tuple[str, ...]:
     index = dataset.index
     return tuple(
@@ -122,7 +141,7 @@ def _check_held_out(held_out: Sequence[Mapping[str, str]], schema: Schema, downs
 
 
 def _of_split(
-    settings: EvaluateSettings, real: PatchDataset, split: _Split
+    settings: EvaluateSettings, index: pd.DataFrame, schema: Schema, recipe: Mapping[str, Any], split: _Split
 ) -> tuple[list[Combination], list[NotEvaluated]]:
     """The combinations that the split holds out: those that can be evaluated, and the others.
 
@@ -130,7 +149,7 @@ def _of_split(
         UserError: None can be evaluated, and classifiers are to be compared.
     """
     found, others = held_out_of_split(
-        real, settings.split, settings.site_field or NO_SITE, settings.only, split.shown, split.test, settings.unseen
+        index, schema, recipe, settings.site_field or NO_SITE, settings.only, split.shown, split.test, settings.unseen
     )
     if not found and settings.downstream:
         what = f"{split.class_field} × {settings.site_field}" if settings.site_field else split.class_field
@@ -218,17 +237,17 @@ class _Split:
     dropped: int
 
     @classmethod
-    def of(cls, real: PatchDataset, settings: EvaluateSettings) -> _Split:
+    def of(cls, index: pd.DataFrame, schema: Schema, settings: EvaluateSettings) -> _Split:
         """The split that the settings name.
 
         Raises:
             UserError: There is no training or no test patch.
         """
-        field = real.schema.class_field
+        field = schema.class_field
         assert field is not None
-        kept = only_mask(real.index, settings.only, settings.real)
-        split = np.where(kept, real.index[f"split_{settings.split}"].to_numpy(dtype=str), "")
-        known = real.index[field.name].isin(field.values).to_numpy(bool)
+        kept = only_mask(index, settings.only, settings.real)
+        split = np.where(kept, index[f"split_{settings.split}"].to_numpy(dtype=str), "")
+        known = index[field.name].isin(field.values).to_numpy(bool)
         values = np.where(known, split, "")
         names = (settings.train_value, settings.probe_value, settings.test_value)
         train, probe, test = (np.flatnonzero(values == name) for name in names)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +69,9 @@ def ensure_split(e: Experiment) -> None:
     Raises:
         UserError: It has another split of that name, or no such split can be made.
     """
-    settings = e.settings
-    if not settings.split_settings:
+    settings, wanted = e.settings, wanted_split(e)
+    if wanted is None:
         return
-    derived: dict[str, Any] = {"site_field": settings.site_field, **e.only}
-    if not settings.split_settings.get("table") and settings.split_settings.get("scheme", "hold_out") == "hold_out":
-        derived["seed"] = settings.seed  # the others are not random
-    values = config.merge(derived, settings.split_settings) | {"data": str(e.data), "name": settings.split}
-    wanted = config.make(SplitSettings, values, "split_settings")
     dataset = PatchDataset.open(e.data)
     if settings.split not in dataset.splits:
         split_folder(wanted)
@@ -83,6 +80,18 @@ def ensure_split(e: Experiment) -> None:
             f"{e.data} has another split {settings.split!r} than split_settings would make.",
             "Choose another name with split=…, or leave split_settings out to use the one that is there.",
         )
+
+
+def wanted_split(e: Experiment) -> SplitSettings | None:
+    """The split that ``split_settings`` describe; ``None`` if there are none."""
+    settings = e.settings
+    if not settings.split_settings:
+        return None
+    derived: dict[str, Any] = {"site_field": settings.site_field, **e.only}
+    if not settings.split_settings.get("table") and settings.split_settings.get("scheme", "hold_out") == "hold_out":
+        derived["seed"] = settings.seed  # the others are not random
+    values = config.merge(derived, settings.split_settings) | {"data": str(e.data), "name": settings.split}
+    return config.make(SplitSettings, values, "split_settings")
 
 
 def audit(e: Experiment) -> Stage:
@@ -156,7 +165,7 @@ def plan(e: Experiment) -> Stage:
         # What earlier versions could not choose is left out where it is what they did.
         if settings.draw_from != "all" and any(field.continuous for field in schema.fields):
             inputs["draw_from"] = settings.draw_from
-        fields = {model.name: e.conditions(model) for model in e.sampled}
+        fields = {model.name: e.conditions(model, schema) for model in e.sampled}
         earlier = {"medi": None, "cls": [schema.class_field.name] if schema.class_field else []}
         if own := {name: known for name, known in fields.items() if known != earlier.get(name, ...)}:
             inputs["models"] = own
@@ -171,13 +180,28 @@ def _plan(e: Experiment) -> None:
         write_plan(table, e.folder / f"plan-{name}.csv")
 
 
-def make_plans(e: Experiment, rows: tuple[pd.DataFrame, Schema] | None = None) -> dict[str, pd.DataFrame]:
+@dataclass(frozen=True)
+class TrainingRows:
+    """What plans are made from, of a dataset or split that does not exist yet.
+
+    Args:
+        index: A row per training patch.
+        schema: Their fields.
+        held_out: The held-out combinations.
+    """
+
+    index: pd.DataFrame
+    schema: Schema
+    held_out: Sequence[Mapping[str, str]]
+
+
+def make_plans(e: Experiment, rows: TrainingRows | None = None) -> dict[str, pd.DataFrame]:
     """The plan of each model that is sampled: every combination of the fields that it is conditioned on, those without
     a training patch more often.
 
     Args:
         e: The experiment.
-        rows: Training rows and schema of a dataset that is only listed yet; by default those of the dataset folder.
+        rows: By default those of the dataset folder.
     """
     from latent_medi.evaluation.cohort.combinations import any_match
     from latent_medi.planning.planner import make_plan
@@ -194,18 +218,20 @@ def make_plans(e: Experiment, rows: tuple[pd.DataFrame, Schema] | None = None) -
     own_goal = bool(settings.plan.get("goal") or settings.plan.get("tasks"))
     if own_goal:
         del derived["per_cell"], derived["goal"]
-    index, schema = rows or _training_rows(e)
+    index, schema = (rows.index, rows.schema) if rows else _training_rows(e)
     asked = config.make(PlanSettings, config.merge(derived, settings.plan), "plan")
     whole = make_plan(index, schema, asked).table
     if not own_goal:
-        names = [f.name for f in schema.fields if f.name in whole.columns and not f.continuous]
+        # A field that is not planned is empty in every row.
+        names = [f.name for f in schema.fields if not f.continuous and (whole[f.name] != "").any()]
         seen = set(index[names].astype(str).itertuples(index=False, name=None))
         unseen = ~whole[names].astype(str).apply(tuple, axis=1).isin(seen)
         whole.loc[unseen & (whole["count"] > 0), "count"] = settings.unseen_per_cell
         if settings.plan_unseen == "held_out":
-            whole = whole[~unseen | any_match(whole, e.held_out)].reset_index(drop=True)
+            held_out = rows.held_out if rows else e.held_out
+            whole = whole[~unseen | any_match(whole, held_out)].reset_index(drop=True)
     return {
-        model.name: _plan_of(model.name, e.conditions(model), whole, index, schema, settings.seed)
+        model.name: _plan_of(model.name, e.conditions(model, schema), whole, index, schema, settings.seed)
         for model in e.sampled
     }
 
@@ -240,8 +266,13 @@ def _plan_of(
 def _training_rows(e: Experiment) -> tuple[pd.DataFrame, Schema]:
     """The index's training rows, and the schema; with a filter, the values that the rows left have."""
     dataset = PatchDataset.open(e.data)
-    index, only = dataset.index.iloc[dataset.rows({SPLIT_PREFIX + e.settings.split: "train"})], e.settings.only
+    return with_filter(e, dataset.index.iloc[dataset.rows({SPLIT_PREFIX + e.settings.split: "train"})], dataset.schema)
+
+
+def with_filter(e: Experiment, index: pd.DataFrame, schema: Schema) -> tuple[pd.DataFrame, Schema]:
+    """Those of some training rows that the filter leaves, and the schema with the values that they have."""
+    only = e.settings.only
     if not only:
-        return index, dataset.schema
+        return index, schema
     index = index[only_mask(index, only, f"the training patches of {e.data}")]
-    return index, with_values_of(dataset.schema, index)
+    return index, with_values_of(schema, index)
