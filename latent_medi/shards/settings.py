@@ -216,6 +216,10 @@ class JoinSettings(Settings):
         without: Dataset folders whose patients are not to be trained on, such as the labelled ones that a pre-trained
             model is adapted to and tested on. The split "corpus" then has all other patients in its part "train";
             patients with one of their names, or with one of their pictures, are in no part.
+        unlabelled: Split and part of the ``without`` folders whose patients may be trained on after all, such as {main:
+            unlabelled}. Of a folder that is also joined, these patients alone are.
+        any_mpp: Join folders of different resolutions, for a model that is to draw any tissue. The joined folder has
+            the first one's; ``source_mpp`` of a patch stays its own.
     """
 
     out: PathText = ""
@@ -224,6 +228,8 @@ class JoinSettings(Settings):
     patients: Literal["refuse", "same", "separate"] = "refuse"
     slides: Literal["refuse", "same"] = "refuse"
     without: list[PathText] = field(default_factory=list)
+    unlabelled: dict[str, str] = field(default_factory=dict)
+    any_mpp: bool = False
 
 
 @dataclass

@@ -385,7 +385,7 @@ def mixture_weights(
             f"mixture names {next(iter(shares))!r}, and {dataset.folder} is not joined of several folders.",
             "Join them with `latent-medi shards join`, or leave mixture out.",
         )
-    names = [part["name"] for part in joined]
+    names = [part.get("folder", part["name"]) for part in joined]
     of_row = np.repeat(np.arange(len(names)), [part["patches"] for part in joined])[rows]
     result = np.zeros(len(rows))
     for name, share in shares.items():

@@ -151,8 +151,8 @@ class TrainSettings(Settings):
         model: The denoiser. With init_from, only fields, fusion and widths are used.
         objective: The prediction and its weighting. With init_from, the source's unless named in override.
         dropout: How often conditions are dropped, which guidance needs.
-        mixture: Shares of the images by joined folder (`shards join`), by its dataset's name, such as {pannuke: 1,
-            own: 3}; empty: as many as each has. Folders that are not named are left out.
+        mixture: Shares of the images by name of a joined folder (`shards join`), such as {pannuke: 1, own: 3}; empty:
+            as many as each has. Folders that are not named are left out.
         balance: Fields whose combinations are balanced by drawing rare ones more often (with replacement); empty
             visits each patch once per epoch.
         balance_temperature: 0 keeps the data's frequencies, 1 draws every combination equally often.

@@ -49,13 +49,12 @@ def folder(
 
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[PatchDataset, PatchDataset, PatchDataset]:
-    """Two datasets of 40 and 20 patches of 64 px; and a labelled one of 96 px, which has a patient of the first by
-    name, and one picture of the second, mirrored."""
+    """Two datasets of 40 and 20 patches of 64 px; and a labelled one, which has a patient of the first by name, and one
+    picture of the second, mirrored."""
     one = folder(tmp_path / "one", images(40, 0, 64), [f"p{i // 4}" for i in range(40)])
     other = folder(tmp_path / "other", images(20, 1, 64), [f"q{i // 2}" for i in range(20)])
-    labelled = images(6, 2, 96)
-    large = images(20, 1, 96)[7]  # patch 7 of "other", patient q3, larger
-    labelled[0] = large[:, ::-1]
+    labelled = images(6, 2, 64)
+    labelled[0] = images(20, 1, 64)[7][:, ::-1]  # patch 7 of "other", of patient q3
     target = folder(tmp_path / "target", labelled, ["z", "z", "p2", "p2", "y", "y"])
     return one, other, target
 
@@ -74,6 +73,12 @@ def test_the_name_of_an_image_is_no_person(tmp_path: Path) -> None:
     assert shared_patients(one, [target]).all == set()
 
 
+def test_pictures_are_found_in_another_size(parts, tmp_path: Path) -> None:
+    _, other, _ = parts
+    large = folder(tmp_path / "large", [*images(2, 5, 96), images(20, 1, 96)[7][:, ::-1]], ["a", "a", "b"])
+    assert shared_patients(other, [large]).by_picture == {"q3"}
+
+
 def test_a_corpus_leaves_them_out(parts, tmp_path: Path) -> None:
     one, other, target = parts
     joined = join(
@@ -89,6 +94,20 @@ def test_a_corpus_leaves_them_out(parts, tmp_path: Path) -> None:
     assert joined.info["splits"]["corpus"]["recipe"]["left_out"] == {"by_name": 1, "by_picture": 1}
     alone = join(JoinSettings(out=str(tmp_path / "alone"), folders=[str(one.folder)], without=[str(target.folder)]))
     assert set(alone.index["patient"][alone.index["split_corpus"] == ""]) == {"p2"}
+    # Of the labelled dataset itself, the patients of an unlabelled part may be trained on.
+    target.add_split("main", np.where(target.index["patient"] == "y", "unlabelled", "train").tolist(), {})
+    both = join(
+        JoinSettings(
+            out=str(tmp_path / "both"),
+            folders=[str(one.folder), str(target.folder)],
+            patients="separate",
+            without=[str(target.folder)],
+            unlabelled={"main": "unlabelled"},
+        )
+    )
+    own = both.index[both.index["patient"].str.startswith("target/")]
+    assert set(own["patient"][own["split_corpus"] == "train"]) == {"target/y"}
+    assert "one/p2" not in set(both.index["patient"][both.index["split_corpus"] == "train"])
     with pytest.raises(UserError, match="nothing is left"):
         join(JoinSettings(out=str(tmp_path / "none"), folders=[str(one.folder)], without=[str(one.folder)]))
 

@@ -36,22 +36,34 @@ class SharedPatients:
         return self.by_name | self.by_picture
 
 
-def shared_patients(dataset: PatchDataset, others: Sequence[PatchDataset]) -> SharedPatients:
+def shared_patients(
+    dataset: PatchDataset, others: Sequence[PatchDataset], counted: Sequence[pd.DataFrame] | None = None
+) -> SharedPatients:
     """Find the patients of a dataset who are also in others.
 
-    Names are compared where both datasets' patients are persons or slides. Pictures are compared in any case.
+    Names are compared where both datasets' patients are persons or slides, or both are one folder. Pictures are
+    compared in any case.
 
     Args:
         dataset: The dataset; its synthetic patches take no part.
-        others: Other datasets.
+        others: Other datasets, or the same.
+        counted: Rows of each other dataset's index that count; by default all.
     """
+    rows = [other.index for other in others] if counted is None else list(counted)
     own = set(dataset.index["patient"].astype(str))
-    named = [other for other in others if {dataset.patient_is, other.patient_is} <= set(_NAMED)]
-    names = own & {name for other in named for name in other.index["patient"].astype(str)}
+
+    def comparable(other: PatchDataset) -> bool:
+        persons = {dataset.patient_is, other.patient_is} <= set(_NAMED)
+        return persons or dataset.folder.resolve() == other.folder.resolve()
+
+    named = [table for other, table in zip(others, rows, strict=True) if comparable(other)]
+    names = own & {name for table in named for name in table["patient"].astype(str)}
     everything = [dataset, *others]
     for each in everything:
         find_duplicates(each)
-    prints = [each.index.get(FINGERPRINT, pd.Series("", each.index.index)).fillna("").tolist() for each in everything]
+    prints = [each.index.get(FINGERPRINT, pd.Series("", each.index.index)).fillna("") for each in everything]
+    for number, table in enumerate(rows, 1):  # those that do not count take no part
+        prints[number] = prints[number].where(prints[number].index.isin(table.index), "")
     # All patches of a dataset count as one patient, so that only pictures of several datasets are found.
     owner = np.repeat(np.arange(len(everything)), [len(each) for each in everything])
     start = np.cumsum([0, *(len(each) for each in everything)])
@@ -66,7 +78,8 @@ def shared_patients(dataset: PatchDataset, others: Sequence[PatchDataset]) -> Sh
                 images[here] = _resized(each.read(rows[here] - start[number]), edge)
         return images
 
-    picture = shared_pictures([p for part in prints for p in part], owner.astype(str).tolist(), read)
+    every = [text for part in prints for text in part.tolist()]
+    picture = shared_pictures(every, owner.astype(str).tolist(), read)
     mine, theirs = picture[: len(dataset)], picture[len(dataset) :]
     found = np.isin(mine, theirs[theirs >= 0]) & (mine >= 0)
     pictures = frozenset(dataset.index["patient"].to_numpy(str)[found].tolist())

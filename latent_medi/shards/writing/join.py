@@ -23,12 +23,12 @@ from latent_medi.core.progress import get_logger, progress
 from latent_medi.metadata.fields import UNKNOWN_WORD
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.splits import assert_patient_disjoint
-from latent_medi.shards.checking.shared_patients import shared_patients
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.format.layout import PATIENT, SPLIT_PREFIX, SUM_COLUMNS
 from latent_medi.shards.format.tar import BLOCK, tar_end, tar_member
 from latent_medi.shards.reading.samples import samples
 from latent_medi.shards.settings import JoinSettings
+from latent_medi.shards.writing.corpus import CORPUS, corpus_split
 from latent_medi.shards.writing.finish import Description, finish_dataset, finished_dataset
 from latent_medi.shards.writing.patch import check_key
 from latent_medi.shards.writing.records import (
@@ -44,8 +44,6 @@ from latent_medi.shards.writing.rewrite import SPLITS_FILE, extra_columns, shard
 logger = get_logger(__name__)
 
 _NAMED = ("key", "patient", "slide")
-CORPUS = "corpus"
-"""Split that ``without`` makes: unlabelled tissue without the patients of other datasets."""
 _LEAST_KNOWN = (PATIENT, "slide", "group", "image")
 """What the column of patients can hold; of joined folders the last of these counts."""
 
@@ -99,7 +97,7 @@ def join(settings: JoinSettings) -> PatchDataset:
     if len({Path(path).resolve() for path in [settings.out, *settings.folders]}) < len(settings.folders) + 1:
         raise UserError("A folder is named twice.", "Name each folder once, and a new one to write.")
     datasets = [PatchDataset.open(folder) for folder in settings.folders]
-    _check_alike(datasets)
+    _check_alike(datasets, settings.any_mpp)
     schema = reduce(Schema.merge, [dataset.schema for dataset in datasets])
     changes = _changes(datasets, schema, settings)
     indexes = [_renamed(dataset.index, change) for dataset, change in zip(datasets, changes, strict=True)]
@@ -107,7 +105,7 @@ def join(settings: JoinSettings) -> PatchDataset:
     index = pd.concat(indexes, ignore_index=True)
     splits = _splits(datasets, index)
     if settings.without:
-        splits |= {CORPUS: _corpus(datasets, changes, index, [PatchDataset.open(path) for path in settings.without])}
+        splits |= {CORPUS: corpus_split(datasets, [change.prefix for change in changes], index, settings)}
     first = datasets[0]
     description = Description(
         settings.name or out.name,
@@ -153,9 +151,9 @@ def _join(
     return finish_dataset(out, about, range(len(work)))
 
 
-def _check_alike(datasets: Sequence[PatchDataset]) -> None:
+def _check_alike(datasets: Sequence[PatchDataset], any_mpp: bool) -> None:
     """Refuse folders whose images are of another kind than those of the first."""
-    for what in ("patch_size", "mpp", "codec"):
+    for what in ("patch_size", "codec", *([] if any_mpp else ["mpp"])):
         values = [dataset.info[what] for dataset in datasets]
         if not all(
             value == values[0] or (what == "mpp" and np.isclose(value, values[0], rtol=1e-6)) for value in values
@@ -265,47 +263,19 @@ def _splits(datasets: Sequence[PatchDataset], index: pd.DataFrame) -> dict[str, 
     return found
 
 
-def _corpus(
-    datasets: Sequence[PatchDataset], changes: Sequence[_Change], index: pd.DataFrame, without: Sequence[PatchDataset]
-) -> dict[str, Any]:
-    """The split of all patients but those who are also in other datasets.
-
-    Raises:
-        UserError: A folder has a split of that name, or nobody is left.
-    """
-    if taken := [dataset.folder for dataset in datasets if CORPUS in dataset.splits]:
-        raise UserError(f"{taken[0]} has a split {CORPUS!r}, which `without` makes.", "Join the folders that it is of.")
-    left_out: set[str] = set()
-    counts = {"by_name": 0, "by_picture": 0}
-    for dataset, change in zip(datasets, changes, strict=True):
-        shared = shared_patients(dataset, without)
-        left_out |= {change.prefix + patient for patient in shared.all}
-        counts["by_name"] += len(shared.by_name)
-        counts["by_picture"] += len(shared.by_picture - shared.by_name)
-    column = pd.Series(np.where(index["patient"].isin(left_out), "", "train"), index.index)
-    if not (column == "train").any():
-        names = ", ".join(str(dataset.folder) for dataset in without)
-        raise UserError(f"Every patient is also in {names}, so nothing is left to train on.", "Join other folders.")
-    logger.info(
-        "Split %r: %d of %d patients; left out are %d with a name and %d with a picture of %s",
-        CORPUS,
-        index["patient"].nunique() - len(left_out),
-        index["patient"].nunique(),
-        counts["by_name"],
-        counts["by_picture"],
-        ", ".join(dataset.name for dataset in without),
-    )
-    of = [{"name": dataset.name, "index_sha256": dataset.info.get("index_sha256", "")} for dataset in without]
-    return split_by_patient(index, column, {"kind": "without", "of": of, "left_out": counts})
-
-
 def _origin(datasets: Sequence[PatchDataset]) -> dict[str, Any]:
     """The provenance: what all folders say alike, and each folder's own."""
     each = [dataset.info["provenance"] for dataset in datasets]
     alike = {name: value for name, value in each[0].items() if all(other.get(name) == value for other in each)}
     licences = sorted({str(given["licence"]) for given in each if given.get("licence")})
     of_folder = [
-        {"name": d.name, "patches": len(d), "index_sha256": d.info.get("index_sha256", ""), "provenance": given}
+        {
+            "name": d.name,
+            "folder": Path(d.folder).resolve().name,
+            "patches": len(d),
+            "index_sha256": d.info.get("index_sha256", ""),
+            "provenance": given,
+        }
         for d, given in zip(datasets, each, strict=True)
     ]
     return alike | ({"licence": "; ".join(licences)} if licences else {}) | {"joined": of_folder}
