@@ -11,7 +11,15 @@ from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.experiment.launching import Launching
-from latent_medi.experiment.models import Model, concerning, data_folder, latents_folder, open_models, split_record
+from latent_medi.experiment.models import (
+    Model,
+    concerning,
+    data_folder,
+    latents_folder,
+    open_models,
+    split_record,
+    training_data,
+)
 from latent_medi.experiment.nodes import Leader, run_launched
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stages
@@ -128,7 +136,8 @@ class Experiment:
         folders = {self.latents: ("", str(self.data))}
         for model in self.to_train:
             if model.entry.data:
-                folders.setdefault(latents_folder(self.settings, model.name), (model.name, model.entry.data))
+                data, _ = training_data(self.settings, model.entry)
+                folders.setdefault(latents_folder(self.settings, model.name), (model.name, data))
         found = {}
         for latents, (name, data) in folders.items():
             derived = {"data": data, "out": latents, "autoencoder": self.settings.autoencoder}

@@ -16,7 +16,10 @@ from latent_medi.training.settings import TrainSettings
 if TYPE_CHECKING:
     from latent_medi.training.finetune.transfer import Source
 
-_OTHER_FOLDERS = {"classifiers", "data", "features", "reference", "stages", "synthetic"}
+CORPUS = "corpus"
+"""As a model's dataset, the joined sources of unlabelled tissue; also their folder, and its split."""
+DATASET_FILE = "dataset.json"
+_OTHER_FOLDERS = {"classifiers", "corpus", "corpora", "data", "features", "reference", "stages", "synthetic"}
 _RECORD_KEYS = {"models", "split"}
 
 
@@ -63,9 +66,12 @@ class Model:
         if self.source is not None:
             return self.source.model_hash
         free = FREE - {"init_from", "autoencoder", "stream"}
-        kept = {key: value for key, value in (self.training or {}).items() if key not in free}
+        kept_from = self.training or {}
+        kept = {key: value for key, value in kept_from.items() if key not in free}
         if self.entry.data:
-            kept["data"] = split_record(Path(self.entry.data), self.entry.split)
+            data, split = Path(kept_from["data"]), kept_from["split"]
+            # A corpus that is not made yet has no record.
+            kept["data"] = split_record(data, split) if (data / DATASET_FILE).is_file() else {"name": split}
         return kept | ({"init_from": self.parent.record()} if self.parent else {})
 
 
@@ -76,6 +82,7 @@ def open_models(settings: ExperimentSettings) -> dict[str, Model]:
         UserError: A name that no model can have, a model without configuration, an unknown or circular ``init_from``,
             or a trained model that cannot be used.
     """
+    _check_corpus(settings)
     for name, entry in settings.models.items():
         _check(name, entry)
     found: dict[str, Model] = {}
@@ -107,6 +114,32 @@ def _check(name: str, entry: ExperimentModel) -> None:
         raise UserError(f"models.{name}.classifier_train goes with models.{name}.classifier, which is empty.")
 
 
+def _check_corpus(settings: ExperimentSettings) -> None:
+    """Refuse a corpus that nothing makes, or of which a source is given twice or not at all."""
+    users = [name for name, entry in settings.models.items() if entry.data == CORPUS]
+    if users and "corpus" not in settings.stages:
+        raise UserError(f"models.{users[0]}.data is corpus, and stages does not list corpus.", "List it after shards.")
+    if "corpus" in settings.stages and not settings.corpus:
+        raise UserError("stages lists corpus, and corpus names no source.", "corpus: {own: {data: /path/to/dataset}}")
+    if len(parts := [name for name, source in settings.corpus.items() if source.part]) > 1:
+        raise UserError(f"corpus.{parts[0]} and corpus.{parts[1]} are both parts of the split.", "Give one part.")
+    for name, source in settings.corpus.items():
+        given = [key for key in ("data", "recipe", "part") if getattr(source, key)]
+        if len(given) != 1:
+            raise UserError(
+                f"corpus.{name} has {' and '.join(given) or 'neither data nor recipe nor part'}.", "Give one of them."
+            )
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UserError(f"No source of a corpus can be called {name!r}.", "Use letters, digits, - and _.")
+
+
+def training_data(settings: ExperimentSettings, entry: ExperimentModel) -> tuple[str, str]:
+    """Dataset folder and split that a model is trained on."""
+    if entry.data == CORPUS:
+        return str(Path(settings.out) / CORPUS), CORPUS
+    return (entry.data, entry.split) if entry.data else (str(data_folder(settings)), settings.split)
+
+
 def _order(entries: Mapping[str, ExperimentModel]) -> list[str]:
     """Names such that a model comes after the one that it starts from; otherwise as they are given."""
     order: list[str] = []
@@ -135,13 +168,11 @@ def _to_train(settings: ExperimentSettings, name: str, entry: ExperimentModel, p
     values = config.load(TrainSettings, Path(entry.config))
     for over in (settings.train, entry.train):
         values = config.merge(values, over)
-    values |= {
-        "data": entry.data or str(data_folder(settings)),
-        "latents": latents_folder(settings, name),
-        "split": entry.split if entry.data else settings.split,
-        "out": str(out),
-        "seed": settings.seed,
-    }
+    data, split = training_data(settings, entry)
+    values |= {"data": data, "split": split, "latents": latents_folder(settings, name)}
+    values |= {"out": str(out), "seed": settings.seed}
+    if entry.data == CORPUS and any(source.share for source in settings.corpus.values()):
+        values["mixture"] = {name: source.share for name, source in settings.corpus.items()}
     if settings.only and not entry.data:
         values["only"] = settings.only
     if parent is not None:

@@ -13,7 +13,7 @@ from latent_medi.experiment.cost import experiment_cost
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds.datasets import make_plans
 from latent_medi.experiment.limits import announce
-from latent_medi.experiment.models import Model, refuse_trained_on
+from latent_medi.experiment.models import CORPUS, Model, refuse_trained_on, training_data
 from latent_medi.metadata.schema import Schema
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
@@ -134,7 +134,7 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
     _check_shared(e, f"models.{model.name}", settings.global_batch)
     if settings.preview_encoder:
         load_encoder(settings.preview_encoder, settings.preview_weights or None)
-    if model.entry.data:
+    if model.entry.data and model.entry.data != CORPUS:  # of a corpus they are left out
         _warn_of_shared_patients(e, model)
     if settings.init_from and (model.parent is None or model.parent.source is not None):
         objective = inherited_objective(open_source(settings.init_from), settings)
@@ -164,8 +164,9 @@ def _check_shared(e: Experiment, name: str, global_batch: int) -> None:
 
 def _warn_of_shared_patients(e: Experiment, model: Model) -> None:
     """Warn where a dataset of its own has patients whom the experiment does not train on."""
-    other, own = PatchDataset.open(model.entry.data), PatchDataset.open(e.data)
-    rows = other.rows({SPLIT_PREFIX + model.entry.split: "train"}) if model.entry.split else slice(None)
+    data, part = training_data(e.settings, model.entry)
+    other, own = PatchDataset.open(data), PatchDataset.open(e.data)
+    rows = other.rows({SPLIT_PREFIX + part: "train"}) if part else slice(None)
     split = SPLIT_PREFIX + e.settings.split
     kept_out = own.index["patient"][own.index[split] != "train"] if split in own.index else own.index["patient"]
     if shared := sorted(set(other.index["patient"].iloc[rows]) & set(kept_out)):
@@ -173,7 +174,7 @@ def _warn_of_shared_patients(e: Experiment, model: Model) -> None:
             "%s is trained on %d patients of %s, such as %s, whom split %r of %s keeps out of training.",
             model.name,
             len(shared),
-            model.entry.data,
+            data,
             shared[0],
             e.settings.split,
             e.data,

@@ -103,6 +103,9 @@ def _run(experiment: Experiment) -> dict[str, Any]:
         declare(experiment)
         preflight(experiment)
     config.save_settings(replace(settings, replace=False), folder / "settings.yaml")
+    if experiment.has("corpus"):  # what is trained on it is known once it is made
+        stages.run(*(name for name in ("shards", "corpus") if name not in stages.seconds))
+        declare(experiment)
     stages.run(*(name for name in settings.stages if name not in stages.seconds))
     total = duration(sum(stages.seconds.values()))
     if not experiment.has("evaluate"):

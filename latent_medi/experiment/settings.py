@@ -18,12 +18,36 @@ from latent_medi.selection.settings import SelectSettings
 from latent_medi.training.settings import TrainSettings
 
 StageName = Literal[
-    "shards", "audit", "encode", "train", "classifier", "plan", "sample", "select", "evaluate", "report"
+    "shards", "corpus", "audit", "encode", "train", "classifier", "plan", "sample", "select", "evaluate", "report"
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 """Every kind of stage, in the order in which an experiment runs them."""
-OPTIONAL_STAGES = ("classifier", "select")
+OPTIONAL_STAGES = ("corpus", "classifier", "select")
 """Stages that an experiment has only if its settings list them."""
+
+
+@dataclass
+class CorpusSettings(Settings):
+    """One source of the unlabelled tissue that a model is pre-trained on.
+
+    Args:
+        data: Existing dataset folder.
+        recipe: Recipe that makes the dataset folder, in place of ``data``; "demo" is procedural tissue.
+        source: Folder that the recipe reads.
+        recipe_options: Further options of the recipe by name.
+        seed: Seed of the recipe.
+        part: Part of the experiment's own split whose patches are taken, such as unlabelled; in place of ``data`` and
+            ``recipe``.
+        share: Share of the images in training, in any unit; 0 for every source: as many as each has.
+    """
+
+    data: PathText = ""
+    recipe: str = ""
+    source: PathText = ""
+    recipe_options: dict[str, str | list[str]] = field(default_factory=dict)
+    seed: int = 0
+    part: str = ""
+    share: NonNegativeFloat = 0.0
 
 
 @dataclass
@@ -36,7 +60,8 @@ class ExperimentModel(Settings):
         train: Training settings put over the experiment's ``train``.
         init_from: Name of another model of the experiment, which is trained first and whose weights this one starts
             from. A model elsewhere is given as ``train.init_from``.
-        data: Dataset folder to train on in place of the experiment's, such as unlabelled tissue.
+        data: Dataset folder to train on in place of the experiment's, such as unlabelled tissue; "corpus" is the one
+            that the stage "corpus" makes.
         latents: Latent folder of ``data``, encoded if it does not exist; empty means one inside ``out``.
         split: Named split of ``data`` whose part "train" is used; empty means every patch.
         classifier: Name or path of a latent classifier's training configuration. The stage "classifier" trains it on
@@ -73,8 +98,9 @@ class ExperimentSettings(Settings):
     Args:
         out: Folder of the experiment, which holds everything that it writes.
         title: Heading of the report.
-        stages: Stages to run, in the order shards, audit, encode, train, classifier, plan, sample, select, evaluate,
-            report; each needs the results of some of those before it. By default all but classifier and select.
+        stages: Stages to run, in the order shards, corpus, audit, encode, train, classifier, plan, sample, select,
+            evaluate, report; each needs the results of some of those before it. By default all but corpus, classifier
+            and select.
         models: The models by name. Model NAME is trained in ``out``/NAME, and its samples are the synthetic set NAME.
         recipe: Recipe that makes the dataset folder; "demo" is procedural tissue.
         source: Folder that the recipe reads.
@@ -88,6 +114,8 @@ class ExperimentSettings(Settings):
             made where the dataset folder lacks it. One that is there must be the same.
         only: Values by field, such as {class: [LUAD, LUSC]}: only patches of the experiment's dataset with one of them
             are encoded, trained on, planned for and evaluated. Fields that are not named keep all.
+        corpus: Sources of the unlabelled tissue by name, which the stage "corpus" joins in ``out``/corpus. Patients of
+            the experiment's dataset, and whoever has one of their pictures, are left out, but those of ``part``.
         patch_size: Width and height of a patch, pixels.
         seed: Seed of data, training, plan and evaluation.
         autoencoder: Name or folder of the frozen autoencoder.
@@ -142,6 +170,7 @@ class ExperimentSettings(Settings):
     split: str = "main"
     split_settings: Annotated[dict[str, Any], PartOf(SplitSettings)] = field(default_factory=dict)
     only: dict[str, list[str]] = field(default_factory=dict)
+    corpus: dict[str, CorpusSettings] = field(default_factory=dict)
     patch_size: PositiveInt = 64
     seed: int = 0
     autoencoder: PathText = "demo"

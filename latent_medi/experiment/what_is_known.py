@@ -16,6 +16,7 @@ from latent_medi.demo.settings import CohortSettings
 from latent_medi.evaluation.cohort.open_study import evaluated_of_split
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds.datasets import TrainingRows, make_plans, wanted_split, with_filter
+from latent_medi.experiment.models import training_data
 from latent_medi.metadata.row_filter import only_mask
 from latent_medi.metadata.schema import Schema
 from latent_medi.planning.plan import read_plan
@@ -65,14 +66,15 @@ def known_data(e: Experiment, model: str = "") -> Known | None:
         UserError: The split that the run is to make, or its filter, does not fit the patches.
     """
     entry = e.models[model].entry if model else None
-    folder = Path(entry.data) if entry else e.data
+    data, part = training_data(e.settings, entry) if entry else (str(e.data), "")
+    folder = Path(data)
     if (folder / INFO_FILE).is_file():
         dataset = PatchDataset.open(folder)
         shards = dataset.info["shards"]
         counts, stored = [shard["count"] for shard in shards], sum(shard["bytes"] for shard in shards)
         own = (dataset.schema, dataset.patch_size, counts, stored)
         if entry:
-            return Known(dataset.index, *own, _training(dataset.index, entry.split), dataset, _all(dataset.index))
+            return Known(dataset.index, *own, _training(dataset.index, part), dataset, _all(dataset.index))
         wanted, recipe = wanted_split(e), None
         if wanted is not None and wanted.name not in dataset.splits:
             split = split_of(dataset, wanted)

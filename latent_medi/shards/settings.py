@@ -208,6 +208,7 @@ class JoinSettings(Settings):
         out: Dataset folder to write.
         folders: Dataset folders, two or more (one with ``without``), of one patch size, resolution and codec.
         name: The dataset's name; empty for the name of the output folder.
+        names: Name of each folder, which `mixture` and ``patients=separate`` use; empty for the folders' own names.
         patients: What patients of the same name in several folders are. "refuse" stops at them. "same": one person.
             "separate": different persons; every patient, slide and key then begins with its folder's name, as in
             north/12.
@@ -225,6 +226,7 @@ class JoinSettings(Settings):
     out: PathText = ""
     folders: list[PathText] = field(default_factory=list)
     name: str = ""
+    names: list[str] = field(default_factory=list)
     patients: Literal["refuse", "same", "separate"] = "refuse"
     slides: Literal["refuse", "same"] = "refuse"
     without: list[PathText] = field(default_factory=list)

@@ -21,7 +21,7 @@ from latent_medi.metadata.table_index import map_sites, read_table_index
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.split import split_of
 
-EVERY = [name for name in STAGES if name != "classifier"]
+EVERY = [name for name in STAGES if name not in ("corpus", "classifier")]
 
 
 def made_from(settings: ExperimentSettings, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -37,7 +37,7 @@ NETWORK = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
-TO_SAMPLE = list(STAGES[: STAGES.index("sample") + 1])
+TO_SAMPLE = [name for name in STAGES[: STAGES.index("sample") + 1] if name != "corpus"]
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_classifier_whose_batch_the_processes_cannot_share_is_refused(tmp_path
     make_cohort(tmp_path / "data", ("aster", "birch"))
     guided = {"config": "demo/medi", "classifier": "demo/classifier", "classifier_train": {"global_batch": 3}}
     values = {"data": str(tmp_path / "data"), "out": str(tmp_path / "out"), "models": {"guided": guided}}
-    values["stages"] = list(STAGES[: STAGES.index("sample") + 1])
+    values["stages"] = TO_SAMPLE
     e = Experiment(build(ExperimentSettings, values), Launching(2))
     declare(e)
     with pytest.raises(UserError, match=r"models\.guided\.classifier has a global_batch of 3, which 2 processes"):
@@ -134,7 +134,7 @@ def test_a_plan_has_the_fields_that_the_model_knows(experiment: Callable[..., Ex
         name: {"config": "demo/medi", "train": {"model": {"fields": known}}} for name, known in fields.items()
     }
     models["guided"] = models["none"] | {"classifier": "demo/classifier"}
-    plans = make_plans(experiment(models=models, stages=list(STAGES)))
+    plans = make_plans(experiment(models=models, stages=[name for name in STAGES if name != "corpus"]))
     assert {name: [c for c in plan if c in ("class", "site")] for name, plan in plans.items()} == {
         "all": ["class", "site"],
         "both": ["class", "site"],
@@ -392,3 +392,38 @@ def test_pre_training_fine_tuning_and_a_classifier_that_guides(tmp_path: Path) -
     run(build(ExperimentSettings, values))
     after = written_at(out / "base" / "model", out / "classifiers" / "guided" / "classifier")
     assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+
+
+@pytest.mark.slow
+def test_a_model_pre_trained_on_a_corpus_of_several_sources(tmp_path: Path) -> None:
+    values = tiny_settings(
+        tmp_path, stages=[*TO_SAMPLE[:1], "corpus", *(n for n in TO_SAMPLE[1:] if n != "classifier")]
+    )
+    data = tmp_path / "data"
+    dataset = PatchDataset.open(data)
+    # Half of the training patients are unlabelled.
+    half = dataset.index["patient"].str.contains("train.*[13579]$") & (dataset.index["split_main"] == "train")
+    dataset.add_split("few", dataset.index["split_main"].where(~half, "unlabelled").tolist(), {"kind": "by hand"})
+    write_real(tmp_path / "other", Size(train=6, probe=0, test=0, patches=2), seed=5)
+    values |= {"split": "few", "held_out": []}
+    values["corpus"] = {
+        "other": {"data": str(tmp_path / "other"), "share": 1},
+        "own": {"part": "unlabelled", "share": 3},
+    }
+    unconditional = {"config": "demo/medi", "train": {"model": {"fields": []}}}
+    values["models"] = {
+        "base": unconditional | {"data": "corpus", "sample": False},
+        "tuned": {"config": "demo/cls", "init_from": "base"},
+    }
+    run(build(ExperimentSettings, values))
+    out = tmp_path / "out"
+    corpus = PatchDataset.open(out / "corpus")
+    trained = set(corpus.index["patient"][corpus.index["split_corpus"] == "train"])
+    # The other cohort has patients of the same names, and these are other persons only if they are named apart.
+    own = {name for name in trained if name.startswith("own/")}
+    assert own == {f"own/{name}" for name in dataset.index["patient"][half]}
+    record = json.loads((out / "base" / "run.json").read_text())["run"]["settings"]
+    assert record["mixture"] == {"other": 1.0, "own": 3.0}
+    before = written_at(out / "corpus" / "dataset.json", out / "base" / "model", out / "synthetic" / "tuned")
+    run(build(ExperimentSettings, values))
+    assert written_at(out / "corpus" / "dataset.json", out / "base" / "model", out / "synthetic" / "tuned") == before

@@ -10,6 +10,7 @@ from latent_medi.experiment.stages import Stage
 
 KINDS: Mapping[str, Callable[[Experiment], Stage]] = {
     "shards": datasets.shards,
+    "corpus": datasets.corpus,
     "audit": datasets.audit,
     "encode": datasets.encode,
     "train": models.train,

@@ -15,13 +15,15 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import sha256_file, write_json, write_text
 from latent_medi.experiment.damaged_outputs import damaged_dataset, damaged_latents, reopen
 from latent_medi.experiment.experiment import Experiment
-from latent_medi.experiment.settings import ExperimentSettings
+from latent_medi.experiment.models import CORPUS
+from latent_medi.experiment.settings import CorpusSettings, ExperimentSettings
 from latent_medi.experiment.stages import Stage
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.row_filter import only_mask, with_values_of
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.settings import SplitSettings
-from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.dataset import INFO_FILE, SPLIT_PREFIX, PatchDataset
+from latent_medi.shards.settings import JoinSettings
 from latent_medi.shards.split import split_folder, split_of
 
 
@@ -48,19 +50,77 @@ def shards(e: Experiment) -> Stage:
 
 
 def _make_dataset(e: Experiment) -> None:
-    settings = e.settings
-    jobs = settings.processes or os.cpu_count() or 1
-    if settings.recipe == "demo":
+    _follow_recipe(e, e.settings, e.data, e.recipe_arguments)
+
+
+def _follow_recipe(
+    e: Experiment, where: ExperimentSettings | CorpusSettings, out: Path, arguments: Mapping[str, Any]
+) -> None:
+    """Make a dataset folder by a recipe."""
+    jobs = e.settings.processes or os.cpu_count() or 1
+    if where.recipe == "demo":
         from latent_medi.demo.cohort import build
         from latent_medi.demo.settings import CohortSettings
 
-        build(e.data, CohortSettings(seed=settings.seed), jobs=jobs)
+        build(out, CohortSettings(seed=where.seed), jobs=jobs)
         return
     from latent_medi.recipes.registry import load_recipe
 
-    recipe = load_recipe(settings.recipe)
-    sizes = {"patch_size": settings.patch_size, "seed": settings.seed, "jobs": jobs}
-    recipe.build(Path(settings.source), e.data, **sizes, **e.recipe_arguments)
+    sizes = {"patch_size": e.settings.patch_size, "seed": where.seed, "jobs": jobs}
+    load_recipe(where.recipe).build(Path(where.source), out, **sizes, **arguments)
+
+
+def corpus(e: Experiment) -> Stage:
+    """The unlabelled tissue that models are pre-trained on, as ``corpus``; what recipes make of it, as ``corpora``."""
+    from latent_medi.features.cache import dataset_hash
+
+    inputs: dict[str, Any] = dict(e.split_record)
+    made = []
+    for name, source in e.settings.corpus.items():
+        if source.data:
+            inputs[name] = dataset_hash(PatchDataset.open(source.data))
+        elif source.part:
+            inputs[name] = source.part
+        else:
+            made.append(f"corpora/{name}")
+            inputs[name] = {key: getattr(source, key) for key in ("recipe", "source", "recipe_options", "seed")}
+    return Stage(
+        lambda: _join_corpus(e),
+        inputs,
+        ("shards",),
+        outputs=(CORPUS, *made),
+        damaged=lambda: [path for name in (CORPUS, *made) for path in damaged_dataset(e.folder / name)],
+        mend=lambda: reopen(*(e.folder / name for name in (CORPUS, *made))),
+        costly=True,
+    )
+
+
+def _join_corpus(e: Experiment) -> None:
+    from latent_medi.recipes.registry import recipe_arguments
+    from latent_medi.shards.writing.join import join
+
+    folders = []
+    for name, source in e.settings.corpus.items():
+        if source.recipe:
+            out = e.folder / "corpora" / name
+            options = recipe_arguments(source.recipe, source.recipe_options) if source.recipe_options else {}
+            _follow_recipe(e, source, out, options)
+            folders.append(out)
+        else:
+            folders.append(Path(source.data) if source.data else e.data)
+    names = [set(PatchDataset.open(folder).index["patient"]) for folder in folders]
+    disjoint = len(set().union(*names)) == sum(map(len, names))
+    part = next((source.part for source in e.settings.corpus.values() if source.part), "")
+    settings = JoinSettings(
+        out=str(e.folder / CORPUS),
+        folders=[str(folder) for folder in folders],
+        names=list(e.settings.corpus),
+        patients="refuse" if disjoint else "separate",
+        without=[str(e.data)],
+        unlabelled={e.settings.split: part} if part else {},
+        any_mpp=True,
+    )
+    join(settings)
 
 
 def ensure_split(e: Experiment) -> None:
@@ -127,14 +187,16 @@ def encode(e: Experiment) -> Stage:
     inputs: dict[str, Any] = {"autoencoder": chosen.autoencoder} | e.only
     # What earlier versions could not choose is left out where it is what they did.
     inputs |= {n: v for n in ("precision", "views") if (v := getattr(chosen, n)) != getattr(EncodeSettings, n)}
-    if others := {name: dataset_hash(PatchDataset.open(s.data)) for name, s in e.encodings.items() if name}:
+    # A corpus that is not made yet has no hash.
+    made = {name: s.data for name, s in e.encodings.items() if name and (Path(s.data) / INFO_FILE).is_file()}
+    if others := {name: dataset_hash(PatchDataset.open(data)) for name, data in made.items()}:
         inputs["models"] = others
     given = {"": e.settings.latents} | {name: model.latents for name, model in e.settings.models.items()}
     inside = {name: Path(s.out) for name, s in e.encodings.items() if not given[name]}
     return Stage(
         lambda: _encode(e),
         inputs,
-        ("shards",),
+        ("shards", *e.needs("corpus")),
         by_model={name: (folder.name,) for name, folder in inside.items()},
         shared=tuple(f"{s.out}/latents.json" for name, s in e.encodings.items() if name not in inside),
         damaged=lambda: [path for folder in inside.values() for path in damaged_latents(folder)],

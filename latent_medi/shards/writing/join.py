@@ -96,6 +96,8 @@ def join(settings: JoinSettings) -> PatchDataset:
     out = Path(settings.out)
     if len({Path(path).resolve() for path in [settings.out, *settings.folders]}) < len(settings.folders) + 1:
         raise UserError("A folder is named twice.", "Name each folder once, and a new one to write.")
+    if settings.names and len(settings.names) != len(settings.folders):
+        raise UserError(f"There are {len(settings.folders)} folders and {len(settings.names)} names.", "One for each.")
     datasets = [PatchDataset.open(folder) for folder in settings.folders]
     _check_alike(datasets, settings.any_mpp)
     schema = reduce(Schema.merge, [dataset.schema for dataset in datasets])
@@ -113,7 +115,7 @@ def join(settings: JoinSettings) -> PatchDataset:
         first.patch_size,
         first.info["mpp"],
         first.info["codec"],
-        _origin(datasets),
+        _origin(datasets, _names(datasets, settings)),
         patient_is=max((dataset.patient_is for dataset in datasets), key=_LEAST_KNOWN.index),
     )
     with output_lock(out):
@@ -166,7 +168,7 @@ def _check_alike(datasets: Sequence[PatchDataset], any_mpp: bool) -> None:
 
 def _changes(datasets: Sequence[PatchDataset], schema: Schema, settings: JoinSettings) -> list[_Change]:
     """What each folder's patches get."""
-    folders = [Path(dataset.folder).resolve().name.replace(".", "-") for dataset in datasets]
+    folders = [name.replace(".", "-") for name in _names(datasets, settings)]
     separate = settings.patients == "separate"
     if separate and len(set(folders)) < len(folders):
         twice = next(name for name in folders if folders.count(name) > 1)
@@ -263,7 +265,11 @@ def _splits(datasets: Sequence[PatchDataset], index: pd.DataFrame) -> dict[str, 
     return found
 
 
-def _origin(datasets: Sequence[PatchDataset]) -> dict[str, Any]:
+def _names(datasets: Sequence[PatchDataset], settings: JoinSettings) -> list[str]:
+    return settings.names or [dataset.folder.resolve().name for dataset in datasets]
+
+
+def _origin(datasets: Sequence[PatchDataset], names: Sequence[str]) -> dict[str, Any]:
     """The provenance: what all folders say alike, and each folder's own."""
     each = [dataset.info["provenance"] for dataset in datasets]
     alike = {name: value for name, value in each[0].items() if all(other.get(name) == value for other in each)}
@@ -271,12 +277,12 @@ def _origin(datasets: Sequence[PatchDataset]) -> dict[str, Any]:
     of_folder = [
         {
             "name": d.name,
-            "folder": Path(d.folder).resolve().name,
+            "folder": name,
             "patches": len(d),
             "index_sha256": d.info.get("index_sha256", ""),
             "provenance": given,
         }
-        for d, given in zip(datasets, each, strict=True)
+        for d, name, given in zip(datasets, names, each, strict=True)
     ]
     return alike | ({"licence": "; ".join(licences)} if licences else {}) | {"joined": of_folder}
 
