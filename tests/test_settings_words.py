@@ -169,9 +169,10 @@ def test_a_field_that_is_written_like_a_setting_is_told_how(tmp_path: Path) -> N
 NO_PATH = {
     # Names, choices and addresses whose documentation speaks of files and folders; columns are none anyway.
     "AuditSettings": {"split"},
+    "CorpusSettings": {"recipe"},
     "ExperimentSettings": {"recipe"},
     "ImportSettings": {"pattern", "dask", "name", "codec"},
-    "JoinSettings": {"name"},
+    "JoinSettings": {"name", "names"},
     "LoraSettings": {"targets"},
     "SlideSettings": {"name", "codec"},
     "SplitSettings": {"allow_duplicates"},
