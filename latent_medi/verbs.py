@@ -235,6 +235,33 @@ def _classifier(words: list[str]) -> Printed:
     return train_classifier(config.parse(ClassifierSettings, words, "classifier"))
 
 
+def _image_classifier(words: list[str]) -> Printed:
+    from latent_medi.core.records import encode
+    from latent_medi.image_classifier.scores import scores_text
+    from latent_medi.image_classifier.settings import ImageClassifierSettings
+    from latent_medi.image_classifier.train import train_image_classifier
+
+    folder, scores = train_image_classifier(config.parse(ImageClassifierSettings, words, "image-classifier"))
+    if scores is not None and os.environ.get("RANK", "0") == "0":
+        print(scores_text(scores))
+    return {"model": str(folder), "scores": encode(scores)}
+
+
+def _classify(words: list[str]) -> Printed:
+    from latent_medi.core.records import encode
+    from latent_medi.image_classifier.classify import classify
+    from latent_medi.image_classifier.scores import scores_text
+    from latent_medi.image_classifier.settings import ClassifySettings
+
+    settings = config.parse(ClassifySettings, words, "classify")
+    done = classify(settings)
+    if os.environ.get("RANK", "0") == "0":
+        if done.scores is not None:
+            print(scores_text(done.scores))
+        print(f"{done.patches} patches classified, written to {settings.out}")
+    return {"table": settings.out, "patches": done.patches, "scores": encode(done.scores)}
+
+
 def _average(words: list[str]) -> Printed:
     from latent_medi.training.run_folder import write_average
     from latent_medi.training.settings import AverageSettings
@@ -378,6 +405,8 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "encode": (_encode, "encode a dataset folder into latents of a frozen autoencoder"),
     "train": (_train, "train a diffusion model; --estimate: predict its memory, time and disk space"),
     "classifier": (_classifier, "train a classifier of noisy latents, for guiding a model to a class"),
+    "image-classifier": (_image_classifier, "train a classifier of patches, on real and perhaps synthetic ones"),
+    "classify": (_classify, "classify the patches of a dataset or image folder with a trained image classifier"),
     "average": (_average, "write a finished run's model with another EMA length"),
     "plan": (_plan, "decide which combinations to generate, and how many images of each"),
     "sample": (_sample, "generate the patches of a plan as a dataset folder, or of one combination: --class X --n 16"),

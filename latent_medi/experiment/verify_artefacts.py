@@ -8,6 +8,7 @@ from latent_medi.core.checksums import compare, load_tensors, save_tensors, veri
 from latent_medi.core.files import read_object, write_sealed
 from latent_medi.diffusion.adapters import ADAPTER_FILE, open_adapter, seal_adapter
 from latent_medi.diffusion.model_folder import REMEDY, seal_model
+from latent_medi.features.classifier_folder import CLASSIFIER_FILE, read_facts
 from latent_medi.latent_classifier.network import KIND, LatentClassifier, seal_classifier
 from latent_medi.latents.info import INFO_FILE, read_info, seal_latents
 from latent_medi.latents.info import REMEDY as ENCODE_AGAIN
@@ -15,10 +16,12 @@ from latent_medi.training.checkpoint import checked_checkpoints, seal_checkpoint
 from latent_medi.training.posthoc_ema import list_snapshots
 from latent_medi.training.run_folder import RUN_FILE, read_record
 
+IMAGES = ("image classifier", CLASSIFIER_FILE)
+
 
 def kind_of(folder: Path) -> str:
-    """Kind of a folder: "latents", "model", "adapter", "classifier", "run", or "" for none of these."""
-    for kind, file in (("latents", INFO_FILE), ("model", "model_index.json"), ("adapter", ADAPTER_FILE)):
+    """Kind of a folder: "latents", "model", "adapter", "classifier", "image classifier", "run", or "" for none."""
+    for kind, file in (("latents", INFO_FILE), ("model", "model_index.json"), ("adapter", ADAPTER_FILE), IMAGES):
         if (folder / file).is_file():
             return kind
     if (folder / "config.json").is_file() and read_object(folder / "config.json").get("kind") == KIND:
@@ -57,6 +60,8 @@ def verify_artefact(folder: Path, seal: bool = False) -> str:
         LatentClassifier.from_pretrained(folder)
         if seal:
             seal_classifier(folder)
+    elif kind == "image classifier":
+        read_facts(folder)
     elif kind == "run":
         _verify_run(folder, seal)
     return kind

@@ -16,6 +16,7 @@ import latent_medi
 from latent_medi.core.device import check_precision, exact_fp32
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.features import networks
+from latent_medi.features.classifier_folder import CLASSIFIER_FILE, classifier_encoder
 from latent_medi.features.networks import Network
 from latent_medi.features.registry import ENCODERS
 from latent_medi.features.stain import haematoxylin
@@ -151,6 +152,8 @@ def load_encoder(
 ) -> ImageEncoder:
     """Load an encoder by name, from a folder with ``encoder.json`` and ``encoder.safetensors``, or from a function.
 
+    The folder of an image classifier gives its features before the last layer.
+
     Args:
         name_or_folder: One of ``KNOWN``, perhaps with an input size ("squeezenet@128") and a precision below fp32
             ("phikon-v2@bf16", "squeezenet@128@bf16"); a folder; or ``module:callable``, see
@@ -166,6 +169,8 @@ def load_encoder(
     name, *marks = text.split("@")
     precision = marks.pop() if marks and marks[-1] in PRECISIONS else "fp32"
     size = "@".join(marks)
+    if name not in ENCODERS and (Path(text) / CLASSIFIER_FILE).is_file():
+        return ImageEncoder(classifier_encoder(text), device)
     if name not in ENCODERS and Path(text).is_dir():
         return ImageEncoder(networks.tiny(text, Path(text).name), device)
     if name not in ENCODERS and ":" in text:

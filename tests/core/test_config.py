@@ -125,11 +125,13 @@ def test_saved_settings_give_themselves_again(tmp_path: Path) -> None:
 def test_every_packaged_configuration_fits_its_settings() -> None:
     from latent_medi.diffusion.settings import ModelSettings
     from latent_medi.experiment.settings import ExperimentSettings
+    from latent_medi.image_classifier.settings import ImageClassifierSettings
     from latent_medi.latent_classifier.settings import ClassifierSettings
     from latent_medi.latents.settings import EncodeSettings
     from latent_medi.training.settings import TrainSettings
 
     kinds = {"experiment": ExperimentSettings, "encode": EncodeSettings, "classifier": ClassifierSettings}
+    kinds |= {"vit": ImageClassifierSettings, "resnet": ImageClassifierSettings}
     found = 0
     for path in sorted(config.packaged("configs").rglob("*.yaml")):
         if path.parent.name == "accelerate":

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.errors import UserError
 from latent_medi.core.progress import progress
 from latent_medi.evaluation.cohort.study import SyntheticSet
 from latent_medi.evaluation.downstream.classification_scores import scored_patches
@@ -24,7 +23,8 @@ from latent_medi.evaluation.downstream.records import (
 from latent_medi.evaluation.downstream.registry import REAL
 from latent_medi.evaluation.downstream.training_sets import ProtocolSources, TrainingSet
 from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings
-from latent_medi.shards.format.selections import SELECTED_PREFIX
+from latent_medi.shards.format.selections import choice_order
+from latent_medi.statistics.confusion import macro_scores
 
 
 def histodiffusion_protocol(
@@ -73,47 +73,18 @@ def histodiffusion_protocol(
     return HistoDiffusionProtocol(sources.fingerprint, scored_patches(study, study.test), classifier.record, rows)
 
 
-def macro_scores(truth: np.ndarray, found: np.ndarray) -> tuple[float, float, float, float]:
-    """Accuracy; and F1, sensitivity and specificity averaged over the classes present in the truth."""
-    labels = np.unique(truth)
-    everything = np.union1d(labels, found)
-    table = confusion_matrix(truth, found, labels=everything)
-    right, actual, called = np.diag(table), table.sum(axis=1), table.sum(axis=0)
-    present = np.isin(everything, labels)
-    negatives = table.sum() - actual
-    specificity = np.divide(
-        negatives - (called - right), negatives, out=np.full(len(everything), np.nan), where=negatives > 0
-    )
-    return (
-        float(accuracy_score(truth, found)),
-        float(f1_score(truth, found, labels=labels, average="macro", zero_division=0)),
-        float((right[present] / actual[present]).mean()),
-        float(np.mean(specificity[present])),
-    )
-
-
 def _pools(samples: SyntheticSet, selection: str) -> dict[str, Callable[[int], np.ndarray]]:
     """By choice a function that gives, for a seed, positions of samples in the order in which they are taken."""
-    index, folder = samples.index, samples.dataset.folder
-    known = list(samples.dataset.info.get("selections", {}))
+    folder, known = samples.dataset.folder, list(samples.dataset.info.get("selections", {}))
     if not known:
         raise UserError(
             f"{folder} has no selection, which HistoDiffusion's protocol compares with a random choice.",
             "Make one with `latent-medi select`.",
         )
     name = selection or known[0]
-    column = f"{SELECTED_PREFIX}{name}"
-    if column not in index:
-        raise UserError(f"{folder} has no selection {name!r}; {nearest(name, known)}.")
-    chosen = np.flatnonzero(index[column].to_numpy(bool))
-    if f"{column}_score" in index:
-        scores = index[f"{column}_score"].to_numpy(float)[chosen]
-        chosen = chosen[np.argsort(scores, kind="stable")]  # NaN goes last
-    control = f"{column}_control"
-    others = np.flatnonzero(index[control].to_numpy(bool)) if control in index else np.arange(len(index))
     return {
-        "selected": lambda seed: chosen,
-        "random": lambda seed: np.random.default_rng([seed, 41]).permutation(others),
+        "selected": lambda seed: choice_order(samples.index, str(folder), name, "selected", seed),
+        "random": lambda seed: choice_order(samples.index, str(folder), name, "random", seed),
     }
 
 

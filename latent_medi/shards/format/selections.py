@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -89,3 +89,37 @@ def selected_mask(dataset: PatchDataset, column: str) -> np.ndarray:
         problem = f"{dataset.folder} has no selection {column!r}; {nearest(column, known)}."
         raise UserError(problem, "`latent-medi select` makes one; give the name of its column.")
     return dataset.index[column].to_numpy(bool)
+
+
+def choice_order(
+    index: pd.DataFrame, folder: str, name: str, choice: Literal["selected", "random"], seed: int
+) -> np.ndarray:
+    """Rows of a synthetic dataset in the order in which a training set takes them, int64.
+
+    Args:
+        index: The index, or some of its rows.
+        folder: Its folder, for the message.
+        name: Name of a selection; "" for every row in random order.
+        choice: "selected" takes the selection by its score, lowest first; "random" its control, which has as many, or
+            without one every row, in random order.
+        seed: Seed of the random order.
+
+    Raises:
+        UserError: There is no such selection.
+    """
+    column = f"{SELECTED_PREFIX}{name}"
+    if name and column not in index:
+        known = [c.removeprefix(SELECTED_PREFIX) for c in index if c.startswith(SELECTED_PREFIX)]
+        known = [c for c in known if not c.endswith(SELECTION_PARTS[1:])]
+        raise UserError(
+            f"{folder} has no selection {name!r}; {nearest(name, known)}.", "Make one with `latent-medi select`."
+        )
+    if name and choice == "selected":
+        chosen = np.flatnonzero(index[column].to_numpy(bool))
+        if f"{column}_score" in index:
+            scores = index[f"{column}_score"].to_numpy(float)[chosen]
+            chosen = chosen[np.argsort(scores, kind="stable")]  # NaN goes last
+        return chosen
+    control = f"{column}_control"
+    others = np.flatnonzero(index[control].to_numpy(bool)) if name and control in index else np.arange(len(index))
+    return np.random.default_rng([seed, 41]).permutation(others)

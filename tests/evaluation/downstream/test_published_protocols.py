@@ -18,7 +18,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.classifiers import Prediction
-from latent_medi.evaluation.downstream.histodiffusion_protocol import histodiffusion_protocol, macro_scores
+from latent_medi.evaluation.downstream.histodiffusion_protocol import histodiffusion_protocol
 from latent_medi.evaluation.downstream.medi_protocol import _pool, medi_protocol, medi_real, medi_tasks
 from latent_medi.evaluation.downstream.protocol_tables import RESULTS, SUMMARY, protocol_text
 from latent_medi.evaluation.downstream.records import ClassifierRecord, MeanOverSeeds
@@ -47,16 +47,6 @@ def test_mean_and_standard_error_by_hand() -> None:
     assert found.mean == pytest.approx(0.7)
     assert found.sem == pytest.approx(np.sqrt((0.04 + 0.01 + 0.09) / 2) / np.sqrt(3))
     assert MeanOverSeeds.of([0.5]).sem is None
-
-
-def test_scores_by_hand() -> None:
-    truth = np.array(["a", "a", "a", "b", "b", "c"])
-    found = np.array(["a", "a", "b", "b", "c", "c"])
-    accuracy, f1, sensitivity, specificity = macro_scores(truth, found)
-    assert accuracy == pytest.approx(4 / 6)
-    assert sensitivity == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
-    assert specificity == pytest.approx((3 / 3 + 3 / 4 + 4 / 5) / 3)
-    assert f1 == pytest.approx(np.mean([2 * 1 * (2 / 3) / (1 + 2 / 3), 0.5, 2 * 0.5 / 1.5]))
 
 
 def test_medi_protocol_takes_what_it_says(world: World) -> None:
