@@ -131,6 +131,7 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
             check_guidance(generate.guidance, model.source.conditioner)
         return
     settings = config.make(TrainSettings, model.training or {}, model.name)
+    settings.check()
     _check_shared(e, f"models.{model.name}", settings.global_batch)
     if settings.preview_encoder:
         load_encoder(settings.preview_encoder, settings.preview_weights or None)
