@@ -11,7 +11,15 @@ from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.experiment.launching import Launching
-from latent_medi.experiment.models import Model, concerning, data_folder, latents_folder, open_models, split_record
+from latent_medi.experiment.models import (
+    Model,
+    concerning,
+    data_folder,
+    latents_folder,
+    open_models,
+    split_record,
+    with_longer,
+)
 from latent_medi.experiment.nodes import Leader, run_launched
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stages
@@ -75,7 +83,7 @@ class Experiment:
         self.synthetic = {model.name: self.folder / "synthetic" / model.name for model in self.sampled}
         self.encodings = self._encodings()
         self.evaluation = self._evaluation()
-        self.stages = Stages(self.folder, settings.stages, concerning)
+        self.stages = Stages(self.folder, settings.stages, concerning, with_longer)
 
     def has(self, stage: str) -> bool:
         """Whether the experiment has a stage."""
