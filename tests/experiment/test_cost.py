@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from parts import make_cohort
+from experiment_parts import NETWORK, TO_SAMPLE, small_experiment
 
 from latent_medi.cli import main
 from latent_medi.core.config import build, load
@@ -34,31 +34,19 @@ from latent_medi.experiment.run import run
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.shards.dataset import PatchDataset
 
-NETWORK = {
-    "block_out_channels": [16, 32],
-    "attention": [False, True],
-    "attention_head_dim": 16,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
-TO_SAMPLE = list(STAGES[: STAGES.index("sample") + 1])
-
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., ExperimentSettings]:
     """Makes settings of an experiment on a tiny dataset, given changes."""
-    make_cohort(tmp_path / "data", ("aster", "birch"))
 
     def make(**values: Any) -> ExperimentSettings:
         own = {
-            "data": str(tmp_path / "data"),
-            "out": str(tmp_path / "out"),
             "stages": TO_SAMPLE,
             "train": {"max_steps": 3, "model": NETWORK, "checkpoint_every_images": 16},
             "seen_per_cell": 3,
             "generate": {"sampler": {"steps": 2}, "device_batch": 4, "patches_per_shard": 5},
         }
-        return build(ExperimentSettings, own | values)
+        return small_experiment(tmp_path, **own | values)
 
     return make
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from evaluation_world import Size, write_real
+from experiment_parts import NETWORK, TO_SAMPLE, small_experiment
 from parts import make_cohort
 
 from latent_medi.cli import main
@@ -28,26 +29,11 @@ from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stage, Stages
 from latent_medi.shards.dataset import PatchDataset
 
-NETWORK = {
-    "block_out_channels": [16, 32],
-    "attention": [False, True],
-    "attention_head_dim": 16,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
-TO_SAMPLE = list(STAGES[: STAGES.index("sample") + 1])
-
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., Experiment]:
     """Makes an experiment on a tiny dataset, given changes to its settings."""
-    make_cohort(tmp_path / "data", ("aster", "birch"))
-
-    def make(**values: Any) -> Experiment:
-        own = {"data": str(tmp_path / "data"), "out": str(tmp_path / "out")}
-        return Experiment(build(ExperimentSettings, own | values))
-
-    return make
+    return lambda **values: Experiment(small_experiment(tmp_path, **values))
 
 
 @pytest.mark.parametrize(

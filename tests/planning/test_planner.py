@@ -486,6 +486,7 @@ def test_one_screen_however_many_sites(schema: Schema) -> None:
 def test_of_a_site_code_and_its_institution_one_is_combined(settings: dict, combined: list[str]) -> None:
     rows = pd.DataFrame({"class": list("abab"), "site": list("xxyy"), "tss": ["05", "06", "07", "08"]})
     schema = Schema.from_table(rows, "class", ["site", "tss"])
-    planned = make_plan(rows.assign(patient=list("pqrs")), schema, PlanSettings(goal="each", per_cell=1, **settings))
+    rows = rows.assign(patient=list("pqrs"), key=list("klmn"), slide=list("klmn"))
+    planned = make_plan(rows, schema, PlanSettings(goal="each", per_cell=1, **settings))
     assert planned.summary.fields == combined
     assert list(planned.table.columns)[:3] == ["class", "site", "tss"]  # samples name every field all the same
