@@ -93,10 +93,8 @@ class _Costing:
             rates = {key: rate for key, trial in self.trials.items() if (rate := self._on_card(trial))}
         elif measure or self._work() > _LONG_WORK:
             found = measure_rates(self.trials, self.threads)
-            # The evaluation runs in one process, whatever the stages before it take.
-            alone = {key for key, trial in self.trials.items() if self.gpus and isinstance(trial, EmbedTrial)}
             each = found.images_per_second
-            rates = {key: CardRate(r * (1 if key in alone else self.processes), "here") for key, r in each.items()}
+            rates = {key: CardRate(rate * self.processes, "here") for key, rate in each.items()}
             self.start, self.failed = found.start, found.failed
         rows = [self._timed(row, rates) for row in rows]
         weights = self._weights()
