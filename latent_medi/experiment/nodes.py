@@ -158,7 +158,7 @@ def leading(launching: Launching) -> Iterator[Leader | None]:
 
 
 class _Follower:
-    """What another node than 0 tells and is told of the last announced command.
+    """What another node than 0 reports and reads of the last announced command.
 
     Args:
         store: Of node 0.
