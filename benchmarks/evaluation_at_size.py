@@ -11,16 +11,13 @@ default ten repeats. --quick takes a quarter of the patches and 256 features. Th
 from __future__ import annotations
 
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from output import options, report
+from output import options, report, timed_command
 
 from latent_medi.core.config import save_settings
 from latent_medi.evaluation.results import read_metrics
@@ -89,7 +86,7 @@ def _synthetic(count: int, seed: int) -> Iterator[Patch]:
 
 
 def run(folder: Path, count: int, features: int) -> dict[str, float]:
-    """Evaluate in a process of its own; seconds by stage and the most memory that it had."""
+    """Make the datasets and evaluate; seconds by stage and the most memory that it had."""
     schema = Schema((Field("class", "class", CLASSES), Field("site", "categorical", SITES)))
     parts: dict[str, str] = {}
     patches = list(_real(count * 6 // 10, parts))
@@ -104,15 +101,25 @@ def run(folder: Path, count: int, features: int) -> dict[str, float]:
         encoders=["evaluation_at_size:encoder"],
         colour_free=False,
     )
-    save_settings(settings, folder / "evaluate.yaml")
+    return {"patches": count, "features": features} | evaluated(settings, features)
+
+
+def evaluated(settings: EvaluateSettings, features: int) -> dict[str, float]:
+    """Evaluate with :func:`encoder` in a process of its own.
+
+    Args:
+        settings: The evaluation.
+        features: Number of features of the encoder.
+
+    Returns:
+        Processor seconds, peak memory, and wall seconds, by stage as well.
+    """
+    file = Path(settings.out).with_suffix(".yaml")
+    save_settings(settings, file)
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), WIDTH: str(features)}
-    command = [sys.executable, "-m", "latent_medi.cli", "evaluate", "--config", str(folder / "evaluate.yaml")]
-    subprocess.run(command, check=True, env=environment)
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    seconds = read_metrics(folder / "evaluation").seconds
-    found: dict[str, float] = {"patches": count, "features": features, "peak_gib": most}
-    return found | {"seconds": sum(seconds.values())} | {f"{stage}_s": value for stage, value in seconds.items()}
+    environment = {"PYTHONPATH": os.pathsep.join(paths), WIDTH: str(features)}
+    found = timed_command(["evaluate", "--config", str(file)], environment)
+    return found | {f"{stage}_s": value for stage, value in read_metrics(settings.out).seconds.items()}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from output import options, report
 
 from latent_medi.core import config
+from latent_medi.experiment.nodes import cores_shared
 from latent_medi.experiment.run import run
 from latent_medi.experiment.settings import ExperimentSettings
 
@@ -27,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="latent-medi-") as folder:
         words = ["--config", arguments.config, f"out={Path(folder) / 'run'}"]
-        words += ["stages=[shards, audit, encode, train, plan, sample]"]
+        words += ["stages=[shards, audit, encode, train, plan, sample]", "launch_processes=1"]
         words += ["train.max_steps=425"] if arguments.quick else []
         made = [*words, *arguments.changes]
         run(config.parse(ExperimentSettings, [*made, "stages=[shards]"], "run"))
@@ -36,8 +37,11 @@ def main() -> None:
     result: dict[str, float] = {}
     for stage in TIMED:
         seconds = [row["seconds"] for row in announced["stages"] if row["stage"] == stage]
-        result[f"{stage}_announced_s"] = max(seconds)  # models run at the same time, or there is one
+        at_once, _ = cores_shared(len(seconds))
+        waves = [max(seconds[i : i + at_once]) for i in range(0, len(seconds), at_once)]
+        result[f"{stage}_announced_s"] = sum(waves)
         result[f"{stage}_taken_s"] = taken[stage]
+        result[f"{stage}_announced_over_taken"] = sum(waves) / taken[stage]
     result["announced_over_taken"] = announced["seconds"] / sum(taken[stage] for stage in TIMED)
     report(result, arguments.json)
 

@@ -1,12 +1,12 @@
 """Linear probes at the size of MeDi's study: seconds of every fit of its protocol, and of the default comparison's.
 
-    python benchmarks/probe.py [--quick] [--device cuda] [--json FILE]
+    python benchmarks/probe.py [--quick] [--threads 2] [--part protocol] [--device cuda] [--json FILE]
 
 Features are random: 1,024 correlated dimensions with a class, a site and a patient in them. The protocol is run whole,
 on the study's three tasks with up to 30 patches of each of its slides: two synthetic sets, two pools, five ratios, four
-numbers of sites, five seeds. Of the default comparison (32 classes, 137,000 patches) a few fits are run, and stand for
-all. The peer is scikit-learn's LogisticRegression, with its own tolerance and with a tight one, on two classes and on
-eight, as many patches as it can do.
+numbers of sites, five seeds; it must take at most 20 minutes on two cores, and 8 GB. Of the default comparison (32
+classes, 137,000 patches) a few fits are run, and stand for all. The peer is scikit-learn's LogisticRegression, with its
+own tolerance and with a tight one, on two classes and on eight, as many patches as it can do.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ SLIDES = {
 SITES = [5, 10, 15, 0]
 RATIOS = [0.0, 0.25, 0.5, 0.75, 1.0]
 TRAINING_SETS, REPEATS = 12, 10
+PARTS = ["protocol", "comparison", "peer"]
 
 
 class Features:
@@ -128,6 +129,29 @@ def tasks_study(patches: int, world: Features) -> tuple[Any, np.ndarray, dict[st
     return study, features(index, 4), synthetic
 
 
+def protocol(patches: int, d: int, device: str) -> dict[str, float]:
+    """All fits of the protocol, with up to ``patches`` patches of each slide."""
+    study, real, synthetic = tasks_study(patches, Features(d, len(SLIDES), 0.06))
+    settings = MediProtocolSettings(tasks=TASKS, ratios=RATIOS, pools=["union", "separate"], sites=SITES)
+    start, processor = time.perf_counter(), time.process_time()
+    record = medi_protocol(ProtocolSources(study, "", real, synthetic), settings, device)
+    seconds, peak = time.perf_counter() - start, peak_mib()
+    return {
+        "protocol_real_patches": len(real),
+        "protocol_synthetic_patches": len(synthetic["medi"]),
+        "protocol_fits": len(record.rows) * settings.seeds,
+        "protocol_minutes": seconds / 60,
+        "protocol_processor_minutes": (time.process_time() - processor) / 60,
+        "protocol_peak_mib": peak,
+        "protocol_not_converged": record.not_converged,
+    }
+
+
+def peak_mib() -> float:
+    """Most memory that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def comparison(n: int, d: int, device: str, fits: int) -> dict[str, float]:
     """Fits of the default comparison: the real patches, then with a few thousand others each time."""
     rng, world, added = np.random.default_rng(6), Features(d, 32, 0.15), n // 25
@@ -149,33 +173,28 @@ def comparison(n: int, d: int, device: str, fits: int) -> dict[str, float]:
         "comparison_first_fit_seconds": seconds[0],
         "comparison_later_fit_seconds": later,
         f"comparison_{every}_fits_minutes": (seconds[0] + every * later) / 60,
+        "comparison_peak_mib": peak_mib(),
     }
 
 
 def main() -> None:
     parser = options(__doc__, "64 dimensions and a twentieth of the patches")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the fits")
+    parser.add_argument("--threads", type=int, default=2, help="of the fits, on the CPU")
+    parser.add_argument("--part", choices=PARTS, nargs="*", default=PARTS, help="what to run; by default all")
     arguments = parser.parse_args()
     set_up_logging()
-    quick, device = arguments.quick, arguments.device
+    quick, device, parts = arguments.quick, arguments.device, arguments.part
+    torch.set_num_threads(arguments.threads)
     d = 64 if quick else 1024
     result: dict[str, float] = {"threads": torch.get_num_threads(), "dimensions": d}
-    for classes in (2, 8):
+    # First, so that its peak is its own.
+    if "protocol" in parts:
+        result |= protocol(2 if quick else 30, d, device)
+    if "comparison" in parts:
+        result |= comparison(6_850 if quick else 137_000, d, device, 2 if quick else 4)
+    for classes in (2, 8) if "peer" in parts else ():
         result |= against_scikit_learn(1_000 if quick else 20_000, d, classes, device)
-    study, real, synthetic = tasks_study(2 if quick else 30, Features(d, len(SLIDES), 0.06))
-    settings = MediProtocolSettings(tasks=TASKS, ratios=RATIOS, pools=["union", "separate"], sites=SITES)
-    start = time.perf_counter()
-    record = medi_protocol(ProtocolSources(study, "", real, synthetic), settings, device)
-    result |= {
-        "protocol_real_patches": len(real),
-        "protocol_synthetic_patches": len(synthetic["medi"]),
-        "protocol_fits": len(record.rows) * settings.seeds,
-        "protocol_minutes": (time.perf_counter() - start) / 60,
-        "protocol_not_converged": record.not_converged,
-    }
-    del real, synthetic
-    result |= comparison(6_850 if quick else 137_000, d, device, 2 if quick else 4)
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     report(result, arguments.json)
 
 

@@ -271,9 +271,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder to NAME.damaged, so that it can be written again; returns its new path."""
-    name = f"{path.name}.damaged"
+def set_aside(path: Path, why: str = "damaged") -> Path:
+    """Rename a file or folder to NAME.damaged, or another ending, so that it can be written again; returns its new
+    path.
+    """
+    name = f"{path.name}.{why}"
     aside = next(p for n in itertools.count(1) if not (p := path.with_name(name if n == 1 else f"{name}-{n}")).exists())
     return path.rename(aside)
 

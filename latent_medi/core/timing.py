@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+_MOST_REPEATS = 1000
+
 
 def seconds_per_item(work: Callable[[int], None], most: int, budget: float = 3.0) -> float:
     """Seconds per item of work that takes a batch.
@@ -27,7 +29,7 @@ def seconds_per_item(work: Callable[[int], None], most: int, budget: float = 3.0
     start = time.perf_counter()
     work(count)
     first = time.perf_counter() - start
-    repeats = min(20, int((budget - first) / max(first, 1e-9)))
+    repeats = min(_MOST_REPEATS, int((budget - first) / max(first, 1e-9)))
     if repeats < 1:
         return first / count
     start = time.perf_counter()

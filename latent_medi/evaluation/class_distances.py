@@ -17,6 +17,15 @@ MEAN = "mean"
 HELD_OUT_PATIENTS, TRAINING = "held-out patients", "training images"
 
 
+def distance_text(value: float | None) -> str:
+    """A distance with three significant digits, since its scale depends on the encoder."""
+    if value is None:
+        return "–"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}" if value else "0"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def references(fidelity: Fidelity) -> dict[str, DistanceTable]:
     """Distances by class, by what the reference is, in words."""
     tables = {TRAINING: fidelity.training.per_class} if fidelity.training else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 import latent_medi
 from latent_medi.core.agreement import agreed
 from latent_medi.core.errors import UserError
-from latent_medi.core.files import atomic_path, refuse_foreign
+from latent_medi.core.files import atomic_path, refuse_foreign, remove
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.adherence import attributes, site_leakage, stain
@@ -28,7 +28,7 @@ from latent_medi.evaluation.cohort.comparison_sets import Comparison
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.sample_size import thin_support
 from latent_medi.evaluation.cohort.study import Study, SyntheticSet
-from latent_medi.evaluation.downstream.protocol_tables import medi_tables
+from latent_medi.evaluation.downstream.protocol_tables import RESULTS, SUMMARY, medi_tables
 from latent_medi.evaluation.downstream.records import Protocols
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.fidelity import distance_to_real, memorisation, projection, real_split_range, tissue
@@ -53,6 +53,8 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.distances import FeatureStatistics, pca_basis
 
 log = get_logger(__name__)
+_PREDICTIONS = "predictions.csv"
+_TABLES = (_PREDICTIONS, FILE, RESULTS, SUMMARY)
 
 
 def evaluate(settings: EvaluateSettings, encoders: Sequence[ImageEncoder] | None = None) -> Metrics:
@@ -130,7 +132,7 @@ def _prepared(
     with agreed(accelerator) as declared:
         check_settings(settings)
         signs = {"metrics.json": "metrics_version", "reference": "", "features": ""}
-        refuse_foreign(out, signs, ["metrics.json", "predictions.csv", FILE, "medi_*.csv"])
+        refuse_foreign(out, signs, ["metrics.json", *_TABLES])
         study = open_study(settings)
         chosen = _with_different_names(encoders) if encoders else load_encoders(settings, device)
         if settings.colour_free:
@@ -223,19 +225,37 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
             clock.lap("memorisation")
         stage.evaluate(encoder, features, derived, seeds)
         clock.lap("downstream")
+    tables = medi_tables(stage.protocols.medi)
     if stage.tables:
-        write_for_people(pd.concat(stage.tables), out / "predictions.csv")
-    for name, table in medi_tables(stage.protocols.medi).items():
-        write_for_people(table, out / name)
+        tables[_PREDICTIONS] = pd.concat(stage.tables)
     metrics.seconds.update(clock.seconds)
     metrics = replace(metrics, downstream=stage.results, protocols=stage.protocols)
     metrics = replace(metrics, headline=headline(metrics))
     every = [*study.synthetic.values(), *(s for sets in study.further_seeds.values() for s in sets)]
     folders = [study.real.folder, *(s.dataset.folder for s in every), Path.home(), Path.cwd()]
     if study.synthetic:
-        write_for_people(class_distances(metrics), out / FILE)
+        tables[FILE] = class_distances(metrics)
+    for name, table in tables.items():
+        write_for_people(table, out / name)
+    _remove_outdated(out, tables, chosen)
     write_metrics(out / "metrics.json", metrics, folders)
     memorisation.check_copy_rate(metrics.memorisation, settings.max_copy_rate)
+
+
+def _remove_outdated(out: Path, tables: Collection[str], chosen: Sequence[ImageEncoder]) -> None:
+    """Remove what an earlier evaluation in the folder wrote by its own record and this one, by its settings, did not:
+    tables, and reference statistics of other encoders. A file that no record names is left.
+    """
+    try:
+        before = read_metrics(out / "metrics.json")
+    except UserError:
+        return
+    made = {FILE} if before.synthetic else set()
+    made |= {_PREDICTIONS} if before.downstream else set()
+    made |= {*medi_tables(before.protocols.medi)}
+    references = {_reference_name(name) for name in before.encoders} - {_reference_name(each.name) for each in chosen}
+    for path in [*(out / name for name in made - {*tables}), *(out / "reference" / name for name in references)]:
+        remove(path)
 
 
 @dataclass(frozen=True)
@@ -403,5 +423,9 @@ def _write_reference(folder: Path, study: Study, encoder: ImageEncoder, features
         "latent_medi": latent_medi.__version__,
         "git_revision": git_revision() or "",
     }
-    with atomic_path(folder / f"{encoder.name.replace(':', '-').replace('@', '-')}.safetensors") as temporary:
+    with atomic_path(folder / _reference_name(encoder.name)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def _reference_name(encoder: str) -> str:
+    return f"{encoder.replace(':', '-').replace('@', '-')}.safetensors"

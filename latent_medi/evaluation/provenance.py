@@ -168,6 +168,8 @@ def portable(value: Any, folder: str | Path, known: Iterable[str | Path] = ()) -
         folder: The folder that paths become relative to.
         known: Folders that sentences may name; elsewhere in a sentence, a path ends at the first blank.
     """
+    if not isinstance(value, (Mapping, list, tuple, str)):  # matrices of hundreds of sites are millions of numbers
+        return value
     roots = sorted({str(Path(k)) for k in known if len(Path(k).parts) > 1 and os.path.isabs(k)}, key=len, reverse=True)
 
     def plain(text: str) -> str:
@@ -182,7 +184,7 @@ def portable(value: Any, folder: str | Path, known: Iterable[str | Path] = ()) -
         return {plain(str(key)): portable(entry, folder, known) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [portable(entry, folder, known) for entry in value]
-    return plain(value) if isinstance(value, str) else value
+    return plain(value)
 
 
 def _of_this_machine(path: str, folder: str | Path) -> str:

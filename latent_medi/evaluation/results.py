@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from latent_medi.core.files import write_sealed
 from latent_medi.core.records import Mismatch, decode, encode
 from latent_medi.evaluation.adherence.records import Adherence, Stain
 from latent_medi.evaluation.cohort.roles import Roles, synthetic_roles
-from latent_medi.evaluation.downstream.records import Downstream, Protocols
+from latent_medi.evaluation.downstream.records import Downstream, MediProtocol, MediTask, Protocols
 from latent_medi.evaluation.fidelity.records import Fidelity, Memorisation, Projection
 from latent_medi.evaluation.provenance import EncoderRecord, RealDataset, RunRecord, SyntheticRecord, portable
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -126,6 +126,20 @@ def metrics_of(content: Mapping[str, Any], where: str | Path = "The metrics") ->
             "Update latent-medi, or run `latent-medi evaluate` again.",
         )
     try:
-        return decode(Metrics, {k: v for k, v in content.items() if k not in ("metrics_version", "seal")})
+        return _with_tasks(decode(Metrics, {k: v for k, v in content.items() if k not in ("metrics_version", "seal")}))
     except Mismatch as problem:
         raise UserError(f"{where} is damaged or was not written by this program: {problem}.", _AGAIN) from None
+
+
+def _with_tasks(metrics: Metrics) -> Metrics:
+    """The same with the one task of all classes in results of MeDi's protocol from before there were tasks."""
+
+    def completed(record: MediProtocol) -> MediProtocol:
+        if record.tasks or not record.rows:
+            return record
+        n_train = sum(map(sum, metrics.dataset.counts.patches.get(metrics.settings.train_value, [])))
+        sites = max(row.sites for row in record.rows)
+        return replace(record, tasks={"": MediTask(metrics.dataset.classes, sites, n_train, record.test, {}, [])})
+
+    medi = {encoder: completed(record) for encoder, record in metrics.protocols.medi.items()}
+    return replace(metrics, protocols=replace(metrics.protocols, medi=medi))

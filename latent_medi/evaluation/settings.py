@@ -57,7 +57,8 @@ class MediProtocolSettings(Settings):
             has the class. A set without sites has one pool; as "separate" it has the classes in the training patches'
             proportions.
         max_real: Real training patches per class, at most; 0 takes all.
-        sites: Number of training sites, drawn at random by seed such that every class of a task has one; 0 takes all.
+        sites: Number of training sites, drawn at random by seed such that every class of a task has one; 0 takes
+            all, and their own number then adds nothing.
         seeds: Runs with seeds 0 to n − 1.
     """
 

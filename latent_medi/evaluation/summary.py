@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latent_medi.core.records import encode
+from latent_medi.evaluation.class_distances import distance_text
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.protocol_tables import protocol_text
@@ -19,6 +20,7 @@ from latent_medi.evaluation.downstream.registry import (
     summarised,
 )
 from latent_medi.evaluation.fidelity.records import TRAINING_IMAGES, DistanceTable, Fidelity
+from latent_medi.evaluation.findings import findings
 from latent_medi.evaluation.no_verdict import no_verdict_reasons, patient_group
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary_records import (
@@ -95,6 +97,7 @@ def headline(metrics: Metrics, seconds: Mapping[str, float] | None = None) -> He
         verdict=_verdict(metrics, encoder),
         distance_per_class_training=(_distances(plain.training.per_class, roles) if plain and plain.training else None),
         classes=_classes(plain) if plain and (plain.training or not metrics.dataset.held_out) else [],
+        findings=findings(metrics, encoder),
     )
 
 
@@ -124,6 +127,7 @@ def headline_json(record: Headline) -> dict[str, Any]:
     content["recovery_ceiling"] = {key: recovery.real for key, recovery in recoveries.items()}
     content["variety"] = record.variety
     content["verdict"] = record.verdict
+    content["findings"] = record.findings
     content["n"] = {"test_patches": record.n_test_patches, "test_patients": record.n_test_patients}
     content |= {name: getattr(record, name) for name in ("encoder", "classifier", "seconds", "warnings")}
     encoded: dict[str, Any] = encode(content)
@@ -207,15 +211,6 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def distance_text(value: float | None) -> str:
-    """A distance with three significant digits, since its scale depends on the encoder."""
-    if value is None:
-        return "–"
-    if abs(value) < 1e-4:
-        return f"{value:.1e}" if value else "0"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def evaluation_text(metrics: Metrics, record: Headline) -> str:
     """All that a terminal shows of an evaluation: the tables of a published protocol, then the summary."""
     protocol = protocol_text(metrics.protocols)
@@ -223,7 +218,7 @@ def evaluation_text(metrics: Metrics, record: Headline) -> str:
 
 
 def headline_text(record: Headline) -> str:
-    """The summary as a table for a terminal, the verdict last."""
+    """The summary as a table for a terminal, the verdict last, or what was found instead."""
     names = [label_of(name)[:9] for name in (record.candidate, record.baseline)]
     lines = ["Kernel distance (KID) to real patches (lower is better)"]
     lines.append(f"  {'':<32}" + "".join(f"{name:>10}" for name in (*names, "real", "ratio")))
@@ -246,7 +241,8 @@ def headline_text(record: Headline) -> str:
     lines += _class_lines(record, names)
     lines += _accuracies(record) + _recoveries(record)
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record.seconds.items())
-    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record.warnings), record.verdict.sentence]
+    lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record.warnings)]
+    lines += record.findings or [record.verdict.sentence]
     return "\n".join(lines)
 
 

@@ -127,6 +127,7 @@ class Headline:
         verdict: The verdict.
         distance_per_class_training: Distances to the training images over classes; null where these are no reference.
         classes: Distances of each class, where no combination is held out or the training images are a reference.
+        findings: What an evaluation without a downstream comparison found, in sentences that take the verdict's place.
     """
 
     candidate: str
@@ -152,3 +153,4 @@ class Headline:
     verdict: Verdict
     distance_per_class_training: SummaryDistances | None = None
     classes: list[SummaryClass] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)

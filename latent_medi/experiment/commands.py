@@ -134,11 +134,11 @@ def _notices_passed_on(running: Mapping[str, subprocess.Popen[str]]) -> Iterator
 
 def _wait(running: dict[str, subprocess.Popen[str]], noticed: list[int], others: OtherNodes) -> None:
     """Wait for commands, and remove those that have ended."""
-    told, over_since = False, None
+    stopping, over_since = False, None
     while running:
-        if noticed and not told:  # before they end: their parts elsewhere would take that for a failure
+        if noticed and not stopping:  # before they end: their parts elsewhere would take that for a failure
             others.ask_to_stop()
-            told = True
+            stopping = True
         for name, process in list(running.items()):
             code = process.poll()
             if code is not None:
@@ -146,7 +146,7 @@ def _wait(running: dict[str, subprocess.Popen[str]], noticed: list[int], others:
                 _check(name, code, asked=bool(noticed) or (code != 0 and others.asked_to_stop()))
         if running and not noticed and others.asked_to_stop():
             noticed.append(signal.SIGTERM)
-            told = True
+            stopping = True
             for process in running.values():
                 process.terminate()
         if running and others.over():

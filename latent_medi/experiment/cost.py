@@ -20,7 +20,16 @@ from latent_medi.core.tensor_files import tensor_file_bytes
 from latent_medi.experiment.cost_records import LONG_STAGES, ExperimentCost, StageCost, days, listed
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.networks import Network, network_of
-from latent_medi.experiment.rates import EmbedTrial, EncodeTrial, SampleTrial, TrainTrial, Trial, measure_rates
+from latent_medi.experiment.nodes import cores_shared
+from latent_medi.experiment.rates import (
+    EmbedTrial,
+    EncodeTrial,
+    Placement,
+    SampleTrial,
+    TrainTrial,
+    Trial,
+    measure_rates,
+)
 from latent_medi.experiment.what_is_known import Known, known_data, planned_images
 from latent_medi.features.needed import encoder_weights
 from latent_medi.features.registry import ENCODERS
@@ -69,7 +78,6 @@ class _Costing:
         self.processes, cores = e.where.processes, os.cpu_count() or 1
         alone = bool(settings.card or self.gpus or self.processes > 1)  # models one after the other
         self.together = 1 if alone else settings.parallel or min(2, cores)
-        self.threads = max(1, cores // (self.together if self.processes == 1 else self.processes // e.where.nodes))
         self.patch_size = self.data.patch_size if self.data else settings.patch_size
         self.autoencoder: Autoencoder | None = open_autoencoder(settings.autoencoder)
         self.kind: LatentKind | None = latent_kind(settings.autoencoder, self.autoencoder)
@@ -92,11 +100,9 @@ class _Costing:
         if card:
             rates = {key: rate for key, trial in self.trials.items() if (rate := self._on_card(trial))}
         elif measure or self._work() > _LONG_WORK:
-            found = measure_rates(self.trials, self.threads)
-            # The evaluation runs in one process, whatever the stages before it take.
-            alone = {key for key, trial in self.trials.items() if self.gpus and isinstance(trial, EmbedTrial)}
+            found = measure_rates(self.trials, {key: self._placement(key) for key in self.trials})
             each = found.images_per_second
-            rates = {key: CardRate(r * (1 if key in alone else self.processes), "here") for key, r in each.items()}
+            rates = {key: CardRate(rate * self.processes, "here") for key, rate in each.items()}
             self.start, self.failed = found.start, found.failed
         rows = [self._timed(row, rates) for row in rows]
         weights = self._weights()
@@ -113,6 +119,22 @@ class _Costing:
             missing=self._missing(weights),
         )
         return replace(made, notes=self._notes(made))
+
+    def _placement(self, key: str) -> Placement:
+        """How the processes of a trial share the machine when the experiment runs."""
+        where = self.e.where
+        if self.processes > 1:
+            threads = where.threads or int(os.environ["OMP_NUM_THREADS"])
+            return Placement(1 if self.gpus else self.processes // where.nodes, threads)
+        stage = key.split()[0]
+        if stage == "evaluate":  # in the runner's own process
+            return Placement(1, torch.get_num_threads())
+        models = {"train": self._at_same_time(), "sample": len(self.e.sampled)}
+        return Placement(*cores_shared(models.get(stage, 1), self.e.settings.parallel))
+
+    def _at_same_time(self) -> int:
+        """Models that could be trained at the same time: none of them starts from another."""
+        return max((len(wave) for wave in self._waves("train")), default=1)
 
     def _short(self, stage: str) -> list[StageCost]:
         return [StageCost(stage, finished=stage in self.done)]
@@ -193,7 +215,8 @@ class _Costing:
         made = [self.images.get(model.name) for model in self.e.sampled]
         if self.data is None or None in made:
             return [StageCost(stage, finished=finished)]
-        counts = [len(self.data.index), *(count for count in made if count is not None)]
+        samples = [count for count in made if count is not None]
+        counts = [len(self.data.index), *samples]
         copies, size = 2 if settings.colour_free else 1, 0
         for text in settings.encoders:
             name, weights = text.split("@")[0], settings.weights.get(text, "")
@@ -203,7 +226,8 @@ class _Costing:
                 folder = str(self.e.data) if self.data.dataset else ""
                 trial = EmbedTrial(text, weights, settings.batch, folder, self.patch_size)
                 self.trials[f"{stage} {text}"] = trial
-        return [StageCost(stage, "", sum(counts), size or None, finished=finished)]
+        images = self.data.evaluated(settings) + sum(samples)
+        return [StageCost(stage, "", images, size or None, exact=False, finished=finished)]
 
     def _bytes_per_image(self) -> float | None:
         """Bytes of a sample on the disk; ``None`` before there are patches to compare with."""

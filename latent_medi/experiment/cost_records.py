@@ -20,8 +20,8 @@ class StageCost:
         model: The model; empty for a stage on the dataset.
         images: Patches encoded, images trained on, samples made; null where that is known once the dataset exists.
         bytes: What the stage leaves on the disk; null where that is not known before.
-        exact: Whether ``bytes`` are exact, but for small text files; otherwise images are assumed to compress like real
-            patches.
+        exact: Whether ``bytes`` are exact, but for small text files. Otherwise samples are assumed to compress like
+            real patches, and of an evaluation the features alone are counted.
         seconds: How long it takes; null where that was not measured.
         measured: What the rate is from: "here", the name of a GPU on which training was measured, "estimate" for one
             from the card's operations per second, or empty.

@@ -19,6 +19,7 @@ from latent_medi.experiment.models import (
     open_models,
     split_record,
     training_data,
+    with_longer,
 )
 from latent_medi.experiment.nodes import Leader, run_launched
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
@@ -83,7 +84,7 @@ class Experiment:
         self.synthetic = {model.name: self.folder / "synthetic" / model.name for model in self.sampled}
         self.encodings = self._encodings()
         self.evaluation = self._evaluation()
-        self.stages = Stages(self.folder, settings.stages, concerning)
+        self.stages = Stages(self.folder, settings.stages, concerning, with_longer)
 
     def has(self, stage: str) -> bool:
         """Whether the experiment has a stage."""

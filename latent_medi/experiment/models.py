@@ -271,3 +271,44 @@ def concerning(made_from: Mapping[str, Any], model: str) -> dict[str, Any]:
             kept["models"] = {model: inputs["models"][model]}
         found[stage] = kept
     return found
+
+
+def with_longer(made_from: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A record in which each training run, of a model or classifier, that is longer now has its present length.
+
+    Args:
+        made_from: The record of a stage that is finished or was begun.
+        now: The inputs that the stage has now.
+    """
+    found = dict(made_from)
+    for stage in ("train", "classifier"):
+        before, after = found.get(stage), now.get(stage)
+        if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+            continue
+        if stage == "train":
+            found[stage] = {name: _lengthened(run, after.get(name)) for name, run in before.items()}
+        else:
+            runs = after.get("models", {})
+            models = {name: _lengthened(run, runs.get(name)) for name, run in before.get("models", {}).items()}
+            found[stage] = {**before, "models": models}
+    return found
+
+
+def _lengthened(before: Any, after: Any) -> Any:
+    """The settings of a run with the length that it has now, if that is longer."""
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return before
+    lengths = ("max_images", "max_steps")
+    known = all(set(lengths) & set(run) for run in (before, after))
+    if not known or _images(before) > _images(after):
+        return before
+    kept = {name: value for name, value in before.items() if name not in lengths}
+    return kept | {name: after[name] for name in lengths if name in after}
+
+
+def _images(run: Mapping[str, Any]) -> int:
+    """Length of a run in images; with ``max_steps`` of whole batches."""
+    from latent_medi.training.prolonged import planned_images
+
+    given = {name: run.get(name, getattr(TrainSettings, name)) for name in ("max_images", "max_steps", "global_batch")}
+    return planned_images({"settings": given})

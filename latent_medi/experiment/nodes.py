@@ -127,14 +127,24 @@ def run_launched(
             port = leader.announce(words) if leader else 0
             run_words({name: launching.words(words, port)}, launching.threads, leader)
         return
+    names = list(commands)
+    at_once, threads = cores_shared(len(names), at_once)
+    for start in range(0, len(names), at_once):
+        run_in_parallel({name: commands[name] for name in names[start : start + at_once]}, threads=threads)
+
+
+def cores_shared(commands: int, at_once: int = 0) -> tuple[int, int]:
+    """How many commands of one process each run at the same time, and the threads of each.
+
+    Args:
+        commands: How many there are.
+        at_once: As for :func:`run_launched`.
+    """
     import torch
 
-    names = list(commands)
-    at_once = at_once or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
-    at_once = min(at_once, len(names)) or 1
-    for start in range(0, len(names), at_once):
-        together = {name: commands[name] for name in names[start : start + at_once]}
-        run_in_parallel(together, threads=max(1, (os.cpu_count() or 1) // at_once))
+    cores = os.cpu_count() or 1
+    at_once = min(at_once or (1 if torch.cuda.is_available() else min(2, cores)), commands) or 1
+    return at_once, max(1, cores // at_once)
 
 
 @contextmanager
@@ -158,7 +168,7 @@ def leading(launching: Launching) -> Iterator[Leader | None]:
 
 
 class _Follower:
-    """What another node than 0 tells and is told of the last announced command.
+    """What another node than 0 reports and reads of the last announced command.
 
     Args:
         store: Of node 0.

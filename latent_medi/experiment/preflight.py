@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 
 from latent_medi.core import config
 from latent_medi.core.device import check_precision
@@ -17,6 +19,7 @@ from latent_medi.experiment.models import CORPUS, Model, refuse_trained_on, trai
 from latent_medi.metadata.schema import Schema
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
+from latent_medi.training.run_folder import PRODUCTS, check_can_continue
 from latent_medi.training.settings import TrainSettings
 
 log = get_logger(__name__)
@@ -124,6 +127,7 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
         classifier = e.classifier(model)
         classifier.check()
         _check_shared(e, f"models.{model.name}.classifier", classifier.global_batch)
+        _check_length(e, "classifier", Path(classifier.out), classifier.training().total_images, ("classifier",))
     generate = config.make(GenerateSettings, e.generation(model), "generate") if model.entry.sample else None
     if model.source is not None:
         if generate:
@@ -131,7 +135,9 @@ def _check_model(e: Experiment, model: Model, schema: Schema) -> None:
             check_guidance(generate.guidance, model.source.conditioner)
         return
     settings = config.make(TrainSettings, model.training or {}, model.name)
+    settings.check()
     _check_shared(e, f"models.{model.name}", settings.global_batch)
+    _check_length(e, "train", model.out, settings.total_images, PRODUCTS)
     if settings.preview_encoder:
         load_encoder(settings.preview_encoder, settings.preview_weights or None)
     if model.entry.data and model.entry.data != CORPUS:  # of a corpus they are left out
@@ -160,6 +166,12 @@ def _check_shared(e: Experiment, name: str, global_batch: int) -> None:
             f"{name} has a global_batch of {global_batch}, which {e.where.processes} processes cannot share equally.",
             "Choose launch_processes, or a global_batch, such that it is a multiple.",
         )
+
+
+def _check_length(e: Experiment, stage: str, out: Path, images: int, products: Sequence[str]) -> None:
+    """Refuse a run that is to be longer and cannot be continued, before the experiment is recorded as the longer."""
+    if e.has(stage) and out not in e.stages.to_remove(stage):
+        check_can_continue(out, images, products)
 
 
 def _warn_of_shared_patients(e: Experiment, model: Model) -> None:

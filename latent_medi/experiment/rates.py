@@ -1,4 +1,4 @@
-"""Images per second of an experiment's stages on this machine, measured in a process of its own.
+"""Images per second of an experiment's stages on this machine, measured in processes of their own.
 
 The runner keeps no memory of a GPU that training needs, and its threads and random numbers stay as they are.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -159,11 +160,25 @@ def _patches(data: str, size: int) -> Callable[[int], np.ndarray]:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How work shares this machine.
+
+    Args:
+        at_once: Processes that work at the same time.
+        threads: Threads that each computes with.
+    """
+
+    at_once: int
+    threads: int
+
+
+@dataclass(frozen=True)
 class Rates:
     """What was measured.
 
     Args:
-        images_per_second: Of one process, by name; without what cannot be measured here.
+        images_per_second: Of one process, next to as many others as there will be, by name; without what cannot be
+            measured here.
         start: Seconds that a process takes before it works, which each command of an experiment does.
         failed: By name, why the others cannot be measured.
     """
@@ -173,48 +188,56 @@ class Rates:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def measure_rates(trials: Mapping[str, Trial], threads: int) -> Rates:
-    """Measure, in a process of its own.
+def measure_rates(trials: Mapping[str, Trial], placements: Mapping[str, Placement]) -> Rates:
+    """Measure, in processes of their own: as many at once, with as many threads, as the work itself will have.
 
     Args:
         trials: What is measured, by name.
-        threads: Threads that the process computes with.
+        placements: By the same names how the work shares the machine.
     """
     if not trials:
         return Rates({}, 0.0)
-    context = multiprocessing.get_context("spawn")
-    try:
-        with safe_helpers(), ProcessPoolExecutor(1, mp_context=context) as pool:
-            asked = pool.submit(call_tied, os.getpid(), rates_of, list(trials.values()), threads)
-            start, found, reasons = asked.result()
-    except BrokenProcessPool:
-        return Rates({}, 0.0, dict.fromkeys(trials, "the process that measures was killed, perhaps for want of memory"))
-    return Rates(
-        {name: rate for name, rate in zip(trials, found, strict=True) if rate},
-        start,
-        {name: reason for name, reason in zip(trials, reasons, strict=True) if reason},
-    )
+    context, parent = multiprocessing.get_context("spawn"), os.getpid()
+    found: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    start = 0.0
+    with safe_helpers(), ExitStack() as stack:
+        most = max(placements[name].at_once for name in trials)
+        pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in range(most)]
+        try:
+            start = max(one.result() for one in [pool.submit(call_tied, parent, seconds_to_start) for pool in pools])
+            for name, trial in trials.items():
+                place = placements[name]
+                asked = [
+                    pool.submit(call_tied, parent, rate_of, trial, place.threads) for pool in pools[: place.at_once]
+                ]
+                answers = [one.result() for one in asked]
+                if reasons := [reason for _, reason in answers if reason]:
+                    failed[name] = reasons[0]
+                else:
+                    found[name] = sum(rate for rate, _ in answers) / len(answers)
+        except BrokenProcessPool:
+            why = "the process that measures was killed, perhaps for want of memory"
+            failed |= {name: why for name in trials if name not in found and name not in failed}
+    return Rates(found, start, failed)
 
 
-def rates_of(trials: Sequence[Trial], threads: int) -> tuple[float, list[float], list[str]]:
-    """Seconds since this process began, everything imported; images per second of each trial, 0 for one that cannot be
-    measured; and why it cannot, or ``""``."""
-    import torch
-
+def seconds_to_start() -> float:
+    """Seconds since this process began, everything imported that a command of an experiment needs."""
     from latent_medi.sampling import generate
     from latent_medi.training import loop
 
     del generate, loop
+    return time.time() - psutil.Process().create_time()
+
+
+def rate_of(trial: Trial, threads: int) -> tuple[float, str]:
+    """Images per second of a trial, 0 if it cannot be measured; and why it cannot, or ``""``."""
+    import torch
+
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    start = time.time() - psutil.Process().create_time()
-    found, reasons = [], []
-    for trial in trials:
-        rate, reason = 0.0, ""
-        try:
-            rate = trial.rate(device)
-        except (UserError, RuntimeError, MemoryError) as error:  # PyTorch's want of memory is a RuntimeError
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        found.append(rate)
-        reasons.append(reason)
-    return start, found, reasons
+    try:
+        return trial.rate(device), ""
+    except (UserError, RuntimeError, MemoryError) as error:  # PyTorch's want of memory is a RuntimeError
+        return 0.0, next(iter(str(error).splitlines()), "") or type(error).__name__

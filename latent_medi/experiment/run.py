@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from latent_medi.experiment.commands import resumable
 from latent_medi.experiment.dry_run import dry_run
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
-from latent_medi.experiment.kinds.datasets import ensure_split
+from latent_medi.experiment.kinds.datasets import split_for_checks
 from latent_medi.experiment.launching import launching
 from latent_medi.experiment.nodes import follow, leading
 from latent_medi.experiment.preflight import preflight
@@ -89,19 +90,19 @@ def _run(experiment: Experiment) -> dict[str, Any]:
     settings = experiment.settings
     stages, folder = experiment.stages, experiment.folder
     declare(experiment)
-    if experiment.has_data:
-        ensure_split(experiment)
+    checked = experiment.has_data
+    with split_for_checks(experiment) if checked else nullcontext():
         declare(experiment)
-    if not settings.replace:
-        stages.check()
-    if checked := experiment.has_data:  # before anything is removed
-        preflight(experiment)
-    stages.begin(*_FILES)
+        if not settings.replace:
+            stages.check()
+        if checked:  # before anything is removed
+            preflight(experiment)
+        stages.begin(*_FILES)
     if not checked:
         stages.run("shards")
-        ensure_split(experiment)
-        declare(experiment)
-        preflight(experiment)
+        with split_for_checks(experiment):
+            declare(experiment)
+            preflight(experiment)
     config.save_settings(replace(settings, replace=False), folder / "settings.yaml")
     if experiment.has("corpus"):  # what is trained on it is known once it is made
         stages.run(*(name for name in ("shards", "corpus") if name not in stages.seconds))

@@ -34,6 +34,7 @@ class Stage:
             before it runs again.
         mend: What else is needed before it runs again on damaged outputs.
         costly: Whether its outputs took too long to be removed without ``replace``.
+        prolongs: Whether its work continues outputs that differ in the length of a training run alone.
     """
 
     action: Callable[[], Any]
@@ -46,6 +47,7 @@ class Stage:
     damaged: Callable[[], list[Path]] = list
     mend: Callable[[], None] = lambda: None
     costly: bool = False
+    prolongs: bool = False
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -60,6 +62,8 @@ class Stages:
         folder: Folder of the experiment; records go to ``stages/``.
         names: Every stage, in order; the log counts them.
         concerning: Given a record of inputs and a model's name, the part of it that the model's outputs depend on.
+        prolonged: Given a record of inputs and the inputs now, the record with the lengths of training runs that are
+            longer now.
     """
 
     def __init__(
@@ -67,10 +71,12 @@ class Stages:
         folder: Path,
         names: Sequence[str],
         concerning: Callable[[Mapping[str, Any], str], Mapping[str, Any]] = lambda made_from, _: made_from,
+        prolonged: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] = lambda made_from, _: made_from,
     ) -> None:
         self.folder = folder
         self.names = list(names)
         self.concerning = concerning
+        self.prolonged = prolonged
         self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
 
@@ -96,7 +102,8 @@ class Stages:
         return all(Path(path).exists() for path in written) and not self.stale(name) and not stage.damaged()
 
     def check(self) -> None:
-        """Refuse to remove costly outputs: to be called before anything runs.
+        """Refuse to remove costly outputs: to be called before anything runs. Those of a training run that was shorter
+        are no obstacle: they are continued or set aside.
 
         Raises:
             UserError: Lists the costly outputs that were made from other inputs than these, and which inputs differ.
@@ -104,7 +111,7 @@ class Stages:
         stale: list[str] = []
         differ: dict[str, str] = {}
         for name, stage in self._stages.items():
-            if stage.costly and (paths := self.stale(name)):
+            if stage.costly and (paths := self.to_remove(name)):
                 stale += map(str, paths)
                 differ |= _differences(self._record(name)["made_from"], self._made_from(name))
         if stale:
@@ -151,7 +158,8 @@ class Stages:
         if before["made_from"] is not None:
             if before["made_from"] == made_from and before["seconds"] is not None:
                 log.warning("%s %s: its outputs are absent or damaged; it runs again", number, name)
-            self._discard(self.stale(name))
+            self._discard(self.to_remove(name))
+            self._keep_shorter(self.stale(name))
             self._set_aside([path for path in stage.damaged() if path.exists()])
             stage.mend()
         self._reopen_dependents(name)
@@ -186,24 +194,35 @@ class Stages:
 
     def stale(self, name: str) -> list[Path]:
         """The outputs of a stage that exist and were made from other inputs than it has now."""
+        return self._not_of_these_inputs(name, self._stages[name].prolongs)
+
+    def to_remove(self, name: str) -> list[Path]:
+        """The stale outputs of a stage that differ by more than the length of a training run."""
+        stage = self._stages[name]
+        return self._not_of_these_inputs(name, longer=stage.prolongs or bool(stage.costly and stage.by_model))
+
+    def _not_of_these_inputs(self, name: str, longer: bool) -> list[Path]:
+        """The outputs that exist and were made from other inputs; with ``longer`` a training run may be longer now."""
         stage, before = self._stages[name], self._record(name)["made_from"]
         if before is None:
             return []
-        fresh = {path for model in self._fresh(name, stage.by_model) for path in stage.by_model[model]}
+        fresh = {path for model in self._fresh(name, stage.by_model, longer) for path in stage.by_model[model]}
         if before == self._made_from(name):
             fresh |= {*stage.outputs, *stage.extras}
         return [path for path in self._outputs(name) if path.relative_to(self.folder).as_posix() not in fresh]
 
-    def _fresh(self, name: str, models: Iterable[str]) -> list[str]:
-        """Those of some models whose outputs of a stage, if they exist, were made from the inputs that it has now."""
+    def _fresh(self, name: str, models: Iterable[str], longer: bool = False) -> list[str]:
+        """Those of some models whose outputs of a stage, if they exist, were made from the inputs that it has now; with
+        ``longer`` a training run may be longer now.
+        """
         record, now = self._record(name), self._made_from(name)
+        before = self.prolonged(record["made_from"], now) if longer else record["made_from"]
         # Earlier versions did not list the models; they made all outputs from the recorded inputs.
         listed = record.get("models")
         return [
             model
             for model in models
-            if (listed is None or model in listed)
-            and self.concerning(record["made_from"], model) == self.concerning(now, model)
+            if (listed is None or model in listed) and self.concerning(before, model) == self.concerning(now, model)
         ]
 
     def _models(self, name: str) -> list[str]:
@@ -222,6 +241,15 @@ class Stages:
                 remove(path)
             else:
                 log.warning("%s is damaged, or of another version: it is kept as %s", path, set_aside(path).name)
+
+    def _keep_shorter(self, paths: Sequence[Path]) -> None:
+        """Rename outputs that were made with a training run that is longer now: NAME.before."""
+        self._check_own(paths)
+        for path in paths:
+            if path.is_dir():
+                with output_lock(path):  # nobody writes it
+                    pass
+            log.info("%s is of the shorter training run: it is kept as %s", path, set_aside(path, "before").name)
 
     def _discard(self, paths: Sequence[Path]) -> None:
         """Remove outputs of an earlier run.

@@ -14,6 +14,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.demo import cohort
 from latent_medi.demo.settings import CohortSettings
 from latent_medi.evaluation.cohort.open_study import evaluated_of_split
+from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds.datasets import TrainingRows, make_plans, wanted_split, with_filter
 from latent_medi.experiment.models import training_data
@@ -57,6 +58,15 @@ class Known:
         shard_of_row = np.repeat(np.arange(len(self.counts)), self.counts)
         left = np.bincount(shard_of_row[self.kept], minlength=len(self.counts)).tolist()
         return self.counts if self.kept.all() else [count for count in left if count]
+
+    def evaluated(self, settings: EvaluateSettings) -> int:
+        """Patches that an evaluation embeds: those of a known class in one of its parts."""
+        column, known = SPLIT_PREFIX + settings.split, self.schema.class_field
+        if column not in self.index or known is None:
+            return int(self.kept.sum())
+        parts = (settings.train_value, settings.probe_value, settings.test_value)
+        embedded = self.index[column].isin(parts) & self.index[known.name].isin(known.values)
+        return int((embedded & self.kept).sum())
 
 
 def known_data(e: Experiment, model: str = "") -> Known | None:

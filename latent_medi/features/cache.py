@@ -65,6 +65,13 @@ def _warn(text: str) -> None:
     log.warning("%s", text)  # once, not for every batch of rows
 
 
+def cache_file(dataset: PatchDataset, encoder: ImageEncoder, folder: str | Path) -> Path:
+    """The file of a cache with a dataset's features: float32 ``features`` [N, d], and ``known`` [N], 1 for each row
+    that has been embedded."""
+    key = hashlib.sha256(f"{dataset_hash(dataset)} {encoder.fingerprint}".encode()).hexdigest()[:32]
+    return Path(folder) / f"features-{key}.safetensors"
+
+
 def cached_features(
     dataset: PatchDataset,
     rows: np.ndarray,
@@ -96,8 +103,7 @@ def cached_features(
     warn_if_demo_encoder(encoder, dataset)
     rows = np.asarray(rows, np.int64)
     n = len(dataset.index)
-    key = hashlib.sha256(f"{dataset_hash(dataset)} {encoder.fingerprint}".encode()).hexdigest()[:32]
-    path = Path(cache_folder) / f"features-{key}.safetensors"
+    path = cache_file(dataset, encoder, cache_folder)
     features, known = _read(path, n, encoder.dim)
     missing = np.unique(rows[~known[rows]])
     if accelerator is not None and accelerator.num_processes > 1:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from latent_medi.core.errors import UserError, nearest
+from latent_medi.metadata.gdc_table import SITE_CODE_COLUMNS
 from latent_medi.metadata.schema import Schema
 from latent_medi.planning.settings import PlanSettings
 
@@ -21,6 +22,23 @@ SITE_GOALS = ("all_sites_of_classes", "own_sites", "within_site", "tasks")
 def goal_of(settings: PlanSettings) -> str:
     """The goal; by default "target" with a target table, "tasks" with tasks, otherwise "fill_unseen"."""
     return settings.goal or ("target" if settings.target else "tasks" if settings.tasks else "fill_unseen")
+
+
+def combined_names(settings: PlanSettings, schema: Schema) -> list[str]:
+    """The class and categorical fields that a plan combines without a target, in the schema's order.
+
+    If ``fields`` names none, these are all but one: a site code says the same as the institution with the class, so of
+    both only ``site_field`` is combined.
+    """
+    plain = [f.name for f in schema.fields if not f.continuous]
+    if settings.fields:
+        return [name for name in plain if name in settings.fields]
+    site = settings.site_field
+    codes = [name for name in SITE_CODE_COLUMNS if name in plain]
+    said_twice = [name for name in codes if name != site] if site in plain else []
+    if site in codes:
+        said_twice.append("site")
+    return [name for name in plain if name not in said_twice or name in settings.only]
 
 
 def plans_unidentifiable(settings: PlanSettings) -> bool:
@@ -93,7 +111,7 @@ def problems_with(settings: PlanSettings, schema: Schema) -> list[str]:
             found.append(f"only names {name!r}, which is not among the fields that are combined")
     if len(set(settings.fields)) < len(settings.fields):
         found.append(f"fields names a field twice: {settings.fields}")
-    names = [name for name in plain if not settings.fields or name in settings.fields]
+    names = combined_names(settings, schema)
     if not names and not found:
         found.append("a plan combines the class and categorical fields, and the data have none")
     known_class = schema.class_field

@@ -84,8 +84,8 @@ def check_plan(
 
     Args:
         plan: The table.
-        schema: The model's schema, which must have every column and value; a class may have TCGA's other name, of a
-            project or cancer. Without a schema, only counts and seeds are checked.
+        schema: The model's schema, which must have every value and every column that has one; a class may have TCGA's
+            other name, of a project or cancer. Without a schema, only counts and seeds are checked.
         where: Name of the plan in messages.
         ignore: Fields that are left out of the result.
 
@@ -100,6 +100,8 @@ def check_plan(
     drawn = _columns_on_real(columns, schema)
     named = [c for c in columns if c not in OWN_COLUMNS and c not in ignore and c not in drawn]
     extras = [c for c, field in drawn.items() if field not in ignore and c != field + DRAWN_FROM]
+    if schema is not None:  # a field that every row leaves open asks nothing of a model that does not know it
+        named = [c for c in named if c in schema.names or text[c].any()]
     if schema is not None and (unknown := [c for c in named if c not in schema.names]):
         raise UserError(
             f"{where} has the column {unknown[0]!r}, no field of the model; {nearest(unknown[0], schema.names)}.",

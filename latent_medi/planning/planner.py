@@ -25,6 +25,7 @@ from latent_medi.planning.checks import (
     EVEN_GOALS,
     LACK_GOALS,
     allowed_images,
+    combined_names,
     goal_of,
     plans_unidentifiable,
     problems_of,
@@ -169,8 +170,7 @@ def _fields_and_target(settings: PlanSettings, schema: Schema) -> tuple[list[str
     """Fields that are combined, and the numbers to reach if there is a target table."""
     if settings.target:
         return read_target(settings.target, schema)
-    plain = [f.name for f in schema.fields if not f.continuous]
-    return [name for name in plain if not settings.fields or name in settings.fields], None
+    return combined_names(settings, schema), None
 
 
 def _wanted(

@@ -34,7 +34,7 @@ class PlanSettings(Settings):
         tasks: Classes by name of a task, such as {nsclc: [LUAD, LUSC]}, for the goal "tasks".
         target: Table with columns of fields and `count`, the number to reach by combination (real and planned).
         fields: Class and categorical fields to combine; empty means all, those of the target's columns, or class and
-            site of a table.
+            site of a table. Of a site code (tss) and its institution, empty means only the one that is site_field.
         only: Values to plan for by field, such as {class: [LUAD, LUSC]}; fields not named keep all. Verdicts still rest
             on all data.
         max_images: Budget in images; 0 for none.

@@ -39,9 +39,10 @@ from latent_medi.metadata.table_index import SLIDE_COLUMNS
 from latent_medi.metadata.tables import read_table
 from latent_medi.metadata.tcga import clinical_fields, fields_by_patient, parse_barcode, read_site_codes, slide_key
 from latent_medi.recipes._common import Options, recipe_parser
-from latent_medi.shards.checking.duplicates import allowed
+from latent_medi.shards.checking.duplicates import EVERYBODY, allowed, pictures_in_several_parts
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.format.codec import decode_image
+from latent_medi.shards.format.layout import PICTURE
 from latent_medi.shards.importing.convert import Source, convert, scaled
 from latent_medi.shards.importing.find_files import find_files
 from latent_medi.shards.listing import Listing
@@ -53,6 +54,7 @@ logger = get_logger(__name__)
 PATCH_UM = 128.0
 """Edge of every patch at scale 0, µm."""
 PATCHES_PER_SHARD = 2048
+_MOST_NAMED = 20
 _NAME = re.compile(r"(?P<region>[0-9]+)_(?P<patch>[0-9]+)_(?P<pixels>[0-9]+)")
 _TAR = re.compile(r"dataset_(?P<scheme>internal|external)_(?P<part>train|valid|test)_part[^.]*\.tar")
 _PARTS = {"train": "train", "valid": "val", "test": "test"}
@@ -254,7 +256,7 @@ def _add_medi_split(dataset: PatchDataset, metadata: Path, allow_duplicates: Seq
         return
     recorded = dataset.info["splits"].get("medi", {}).get("recipe")
     equal = recorded is not None and dataset.index["split_medi"].tolist() == split.column.tolist()
-    if equal and recorded == split.recipe:
+    if equal and (recorded == split.recipe or not allow_duplicates):  # what it allows was said to `latent-medi split`
         return
     if recorded is not None and not equal and recorded.get("kind") != split.recipe["kind"]:
         raise UserError(
@@ -262,7 +264,17 @@ def _add_medi_split(dataset: PatchDataset, metadata: Path, allow_duplicates: Seq
             "Make the dataset in another folder, or replace the split: "
             f"`latent-medi split {dataset.folder} name=medi table={metadata} scheme=medi site_field=tss replace=true`.",
         )
-    dataset.add_split("medi", split.column, split.recipe, replace=True)
+    shared = pictures_in_several_parts(dataset.index, split.column, allow_duplicates)
+    try:
+        dataset.add_split("medi", split.column, split.recipe, replace=True)
+    except UserError as error:
+        patients = shared.drop_duplicates(PICTURE)["patient"].unique().tolist()
+        allow = json.dumps(patients if len(patients) <= _MOST_NAMED else [EVERYBODY])
+        raise UserError(
+            error.message,
+            "Every patch is written. Allow it, and repeat the command, which goes on from here: `latent-medi split "
+            f"{dataset.folder} name=medi table={metadata} scheme=medi site_field=tss allow_duplicates='{allow}'`.",
+        ) from None
 
 
 def _medi_split(index: pd.DataFrame, metadata: Path, allow_duplicates: Sequence[str]) -> Split | None:

@@ -127,7 +127,7 @@ def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str
         .render(
             title=title or "Comparison of evaluations",
             names=names,
-            verdicts=[(n, m.headline.verdict) for n, m in zip(names, runs, strict=True) if m.headline],
+            summaries=[(n, m.headline) for n, m in zip(names, runs, strict=True) if m.headline],
             tables=tables,
             warnings=_warnings(runs, names, tables),
             figures=_figures(runs, names),

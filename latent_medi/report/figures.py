@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from latent_medi.statistics.intervals import Estimate
 with needs("The report", "matplotlib"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
 # Okabe & Ito 2008: distinct for any colour vision; every series also has a marker of its own.
 INK, MUTED, GRID = "#1b1f24", "#59616b", "#d9dde2"
@@ -31,6 +33,7 @@ _WIDTH = 4.4  # inches; at this width the text is about 11 px high when the page
 _FONT = 10
 _LONGEST = 24  # characters of a name in a plot
 _MOST_ROWS = 40
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def source_name(name: str, training: bool = False) -> str:
@@ -91,6 +94,19 @@ def _point(axes: Any, y: float, found: Estimate, style: Style, label: str | None
     axes.plot([found.value], [y], marker, label=label, **look)
 
 
+def _unit(axes: Any, drawn: Iterable[Estimate]) -> str:
+    """Name of an axis of kernel distances, whose ticks are multiplied by a power of 1,000 where they would be very
+    small or large.
+    """
+    ends = [v for each in drawn for v in (each.value, *(each.interval if isinstance(each.interval, tuple) else ()))]
+    largest = max((abs(v) for v in ends if v is not None), default=0.0)
+    if not largest or 1e-3 <= largest < 1e5:
+        return "KID"
+    power = 3 * math.ceil(-math.log10(largest) / 3)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 10.0**power:g}"))
+    return f"KID × 10{str(power).translate(_RAISED)}"
+
+
 def distances(table: DistanceTable, roles: Roles, training: bool = False) -> str | None:
     """Distance of each source in each combination and as a mean, with intervals; ``None`` if there is none.
 
@@ -115,7 +131,9 @@ def distances(table: DistanceTable, roles: Roles, training: bool = False) -> str
                 _point(axes, y, found[name], style_of(name, roles), label if i == len(rows) - 1 else None)
     axes.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("KID to training images" if training else "KID (left is better; real patients: about 0)")
+    drawn = [found[name] for _, found in rows for name in names if name in found]
+    unit = _unit(axes, drawn)
+    axes.set_xlabel(f"{unit} to training images" if training else f"{unit} (left is better; real patients: about 0)")
     _style(axes)
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
@@ -155,7 +173,8 @@ def class_bars(tables: Mapping[str, DistanceTable], roles: Roles) -> str | None:
         panel.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
         panel.set_ylim(len(rows) - 0.5, -0.5)
         panel.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
-        panel.set_xlabel(f"KID to {reference} (left is better)")
+        unit = _unit(panel, [found[name] for _, found in rows for name in sets if name in found])
+        panel.set_xlabel(f"{unit} to {reference} (left is better)")
         _style(panel)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(sets), frameon=False, fontsize=_FONT)

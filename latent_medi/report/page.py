@@ -9,9 +9,9 @@ from typing import Any
 import jinja2
 
 from latent_medi.core.progress import duration
+from latent_medi.evaluation.class_distances import distance_text
 from latent_medi.evaluation.downstream.registry import label_of
 from latent_medi.evaluation.results import Metrics
-from latent_medi.evaluation.summary import distance_text
 from latent_medi.report import figures
 from latent_medi.statistics.intervals import Estimate
 

@@ -310,6 +310,14 @@ class PatchDataset:
             self._check_unchanged()
             self.info, self.index = write_folder(self.folder, info, index), index
 
+    def remove_split(self, name: str) -> None:
+        """Remove a split that was recorded; every other file and column stays as it is."""
+        index = self.index.drop(columns=SPLIT_PREFIX + name)
+        info = {**self.info, "splits": {other: entry for other, entry in self.info["splits"].items() if other != name}}
+        with output_lock(self.folder):
+            self._check_unchanged()
+            self.info, self.index = write_folder(self.folder, info, index), index
+
     def add_selection(
         self,
         name: str,

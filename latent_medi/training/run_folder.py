@@ -132,11 +132,12 @@ def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = PRO
         products: Possible names of the result.
 
     Raises:
-        UserError: It holds the result or checkpoints of another run, a result of unknown origin, or the user's own
-            files, which would be replaced.
+        UserError: It holds the result or checkpoints of another run, a result of unknown origin, the user's own files,
+            which would be replaced, or the result of a shorter run without a checkpoint to continue from.
     """
     made = next((name for name in products if (out / name).exists()), "")
     if not made and not checkpoint_folders(out / "checkpoints"):
+        check_can_continue(out, planned_images(record), products)
         refuse_foreign(out, {RUN_FILE: "run"}, [RUN_FILE, "settings.yaml", "*.csv"])
         return False
     if not (out / RUN_FILE).exists():
@@ -145,10 +146,36 @@ def finished(out: Path, record: Mapping[str, Any], products: Sequence[str] = PRO
     before = _record_in(out)
     check_same(out, record, before)
     if planned_images(record) > planned_images(before):
+        check_can_continue(out, planned_images(record), products)
         return False
     if made:
         check_product(out / made)
     return bool(made)
+
+
+def check_can_continue(out: Path, images: int, products: Sequence[str] = PRODUCTS) -> None:
+    """Refuse to prolong a finished run of which no checkpoint is left: it would begin again.
+
+    Args:
+        out: The run's folder, which may not exist.
+        images: Length of the run now, in images.
+        products: Possible names of the result.
+
+    Raises:
+        UserError: Says what can be done.
+    """
+    made = [out / name for name in products if (out / name).is_dir()]
+    shorter = [path for name in products for path in sorted(out.glob(f"{name}-images-*")) if path.is_dir()]
+    if not made + shorter or (made and planned_images(_record_in(out)) >= images):
+        return
+    if newest_checkpoint(out / "checkpoints") is None:
+        result = (made + shorter)[-1]
+        raise UserError(
+            f"{out} holds {result.name}, the result of a run that is to be prolonged to {images:,} images, and no "
+            "whole checkpoint to continue from.",
+            f"Restore {out / 'checkpoints'}, keep the length that the run had, or choose another out"
+            + (f": a new run that starts from the result has init_from={result}." if "model" in result.name else "."),
+        )
 
 
 def check_product(folder: Path) -> None:

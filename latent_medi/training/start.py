@@ -29,7 +29,7 @@ def training_accelerator(settings: TrainSettings) -> Accelerator:
         mixed_precision=ACCELERATE_PRECISION[settings.precision],
         log_with=list(settings.trackers) or None,
         project_dir=settings.out,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 from evaluation_world import SCHEMA, SIZE, Size, real_patches
+from experiment_parts import NETWORK
 
 from latent_medi.cli import main
 from latent_medi.evaluation.cohort.roles import synthetic_roles
@@ -17,18 +18,7 @@ from latent_medi.evaluation.downstream.registry import KINDS, names_of
 from latent_medi.metadata.training_record import was_trained_on
 from latent_medi.shards.writing.writer import write_dataset
 
-TRAIN = {
-    "max_steps": 3,
-    "global_batch": 8,
-    "log_every_images": 8,
-    "model": {
-        "block_out_channels": [16, 32],
-        "attention": [False, True],
-        "attention_head_dim": 16,
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-    },
-}
+TRAIN = {"max_steps": 3, "global_batch": 8, "log_every_images": 8, "model": NETWORK}
 
 
 @pytest.mark.slow

@@ -12,13 +12,12 @@ import pytest
 import torch
 import yaml
 from cluster_parts import LONGEST, everything, free_port, images_logged, images_saved, kill, launcher, start, wait_until
+from experiment_parts import NETWORK
 from parts import make_cohort
 
 from latent_medi.shards.dataset import PatchDataset
 
 STEPS, BATCH = 30, 8
-NETWORK = {"block_out_channels": [16, 32], "attention": [False, True], "attention_head_dim": 16}
-NETWORK |= {"layers_per_block": 1, "norm_num_groups": 8}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from announced import announced, check_announced
 from cluster_parts import REPOSITORY, images_logged, kill, wait_until
 from hub_tars import PROJECTS, UNLISTED, published_parts, write_hub_tars
 from parts import stable_diffusion_vae
@@ -138,6 +140,16 @@ def test_from_the_hubs_tars_to_the_papers_tables(finished: Path, tables: Path) -
     assert set(scores["pool"].dropna()) >= {"union", "separate"}
     assert scores["mean"].notna().all()
     assert (finished / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_it_takes_what_was_announced(config: Path, finished: Path) -> None:
+    from latent_medi.core import config as settings_files
+
+    values = settings_files.load(ExperimentSettings, config)
+    settings = settings_files.make(ExperimentSettings, values, str(config))
+    told = announced(settings, config.parent / "nowhere")
+    check_announced(told, replace(settings, out=str(finished)))
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.cohort.open_study import open_study
-from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.evaluate import _remove_outdated, evaluate
 from latent_medi.evaluation.results import Metrics, metrics_of
 from latent_medi.evaluation.summary import headline, headline_json, headline_text
 from latent_medi.features.cache import dataset_hash
@@ -255,6 +255,19 @@ def test_patches_without_a_class_take_no_part(world: World) -> None:
         in result["notes"]
     )
     assert result["downstream"]["filters"]["classes"] == list(CLASSES)
+
+
+def test_what_an_earlier_evaluation_made_is_known_by_its_record(results: Metrics, world: World, tmp_path: Path) -> None:
+    """The full evaluation wrote predictions and the statistics of two encoders; no protocol was followed."""
+    shutil.copytree(world.root / "full", tmp_path / "full", ignore=shutil.ignore_patterns("features"))
+    out = tmp_path / "full"
+    (out / "medi_results.csv").write_text("a user's own")
+    assert (out / "predictions.csv").is_file()
+    assert len(list((out / "reference").iterdir())) == 2
+    _remove_outdated(out, ["per_class_distance.csv"], [filters()])
+    assert not (out / "predictions.csv").exists()
+    assert [path.name for path in (out / "reference").iterdir()] == ["filters.safetensors"]
+    assert {"medi_results.csv", "per_class_distance.csv"} <= {path.name for path in out.iterdir()}
 
 
 def test_one_class_alone_can_be_judged_but_not_told_apart(world: World) -> None:

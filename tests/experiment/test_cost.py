@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from parts import make_cohort
+from experiment_parts import NETWORK, TO_SAMPLE, small_experiment
 
 from latent_medi.cli import main
 from latent_medi.core.config import build, load
@@ -22,43 +23,32 @@ from latent_medi.core.hub import Weights
 from latent_medi.demo import cohort
 from latent_medi.demo.settings import CohortSettings
 from latent_medi.experiment import cost as costing
-from latent_medi.experiment import limits
+from latent_medi.experiment import limits, nodes
 from latent_medi.experiment.cost import experiment_cost
 from latent_medi.experiment.cost_records import ExperimentCost, cost_text
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
 from latent_medi.experiment.launching import Launching
 from latent_medi.experiment.limits import check_limits
-from latent_medi.experiment.rates import Rates, TrainTrial, measure_rates, rates_of
+from latent_medi.experiment.nodes import run_launched
+from latent_medi.experiment.rates import Placement, Rates, TrainTrial, measure_rates, rate_of, seconds_to_start
 from latent_medi.experiment.run import run
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.shards.dataset import PatchDataset
-
-NETWORK = {
-    "block_out_channels": [16, 32],
-    "attention": [False, True],
-    "attention_head_dim": 16,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
-TO_SAMPLE = [name for name in STAGES[: STAGES.index("sample") + 1] if name != "corpus"]
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., ExperimentSettings]:
     """Makes settings of an experiment on a tiny dataset, given changes."""
-    make_cohort(tmp_path / "data", ("aster", "birch"))
 
     def make(**values: Any) -> ExperimentSettings:
         own = {
-            "data": str(tmp_path / "data"),
-            "out": str(tmp_path / "out"),
             "stages": TO_SAMPLE,
             "train": {"max_steps": 3, "model": NETWORK, "checkpoint_every_images": 16},
             "seen_per_cell": 3,
             "generate": {"sampler": {"steps": 2}, "device_batch": 4, "patches_per_shard": 5},
         }
-        return build(ExperimentSettings, own | values)
+        return small_experiment(tmp_path, **own | values)
 
     return make
 
@@ -152,7 +142,7 @@ def test_what_is_to_be_made_again_is_left(settings: Callable[..., ExperimentSett
     assert run(replace(asked, replace=True))["seconds"] > 0
 
 
-def test_the_evaluation_takes_one_gpu_of_several(
+def test_all_gpus_take_part_in_every_stage(
     settings: Callable[..., ExperimentSettings], rates: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -161,10 +151,50 @@ def test_the_evaluation_takes_one_gpu_of_several(
     experiment = Experiment(settings(stages=[*TO_SAMPLE, "evaluate"]), Launching(8))
     declare(experiment)
     rows = {row.stage: row for row in experiment_cost(experiment, measure=True).stages}
-    for stage, processes in (("evaluate", 1), ("sample", 8)):
+    for stage in ("evaluate", "sample"):
         images = rows[stage].images
         assert images
-        assert rows[stage].seconds == pytest.approx(images * (2 if stage == "evaluate" else 1) / 2 / processes)
+        assert rows[stage].seconds == pytest.approx(images * (2 if stage == "evaluate" else 1) / 2 / 8)
+
+
+def test_rates_are_measured_with_the_threads_that_a_stage_has(
+    settings: Callable[..., ExperimentSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models that run at the same time share the cores, in the measurement as in the run; others have them all."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def placed(where: Launching, **values: Any) -> dict[str, Placement]:
+        found: dict[str, Placement] = {}
+
+        def noted(trials: Any, placements: Any) -> Rates:
+            found.update({key.strip(): placements[key] for key in trials})
+            return Rates({}, 0.0)
+
+        monkeypatch.setattr(costing, "measure_rates", noted)
+        experiment = Experiment(settings(stages=TO_SAMPLE, **values), where)
+        declare(experiment)
+        experiment_cost(experiment, measure=True)
+        return found
+
+    two = placed(Launching())
+    assert two["encode"] == Placement(1, 4)
+    assert two["train medi"] == two["sample cls"] == Placement(2, 2)
+    assert set(placed(Launching(), parallel=1).values()) == {Placement(1, 4)}
+    one = placed(Launching(), models={"medi": {"config": "demo/medi"}})
+    assert one["train medi"] == one["sample medi"] == Placement(1, 4)
+    after = {"medi": {"config": "demo/medi"}, "more": {"config": "demo/medi", "init_from": "medi"}}
+    assert placed(Launching(), models=after)["train more"] == Placement(1, 4)  # trained one after the other
+    assert placed(Launching(), models=after)["sample more"] == Placement(2, 2)
+    assert set(placed(Launching(2)).values()) == {Placement(2, 2)}
+
+    # The same as the commands themselves are given.
+    given: list[tuple[int, int | None]] = []
+    monkeypatch.setattr(nodes, "run_in_parallel", lambda commands, threads: given.append((len(commands), threads)))
+    for names in (["encode"], ["medi", "cls"]):
+        run_launched({name: [] for name in names}, Launching())
+    assert given == [(1, 4), (2, 2)]
 
 
 def test_the_encoder_of_previews_is_needed(settings: Callable[..., ExperimentSettings]) -> None:
@@ -280,12 +310,32 @@ def test_rates_are_those_of_real_work(settings: Callable[..., ExperimentSettings
     whole.cost(measure=False)
     kinds = {key: trial for key, trial in whole.trials.items() if "cls" not in key}
     assert set(kinds) == {"encode ", "train medi", "sample medi", "evaluate demo"}
-    start, found, _ = rates_of(list(kinds.values()), threads=1)
-    assert start > 0
-    assert all(rate > 0 for rate in found)
+    assert seconds_to_start() > 0
+    assert all(rate_of(trial, threads=1)[0] > 0 for trial in kinds.values())
     trial = kinds["train medi"]
     assert isinstance(trial, TrainTrial)
-    assert rates_of([replace(trial, shape=(4, 7, 9))], threads=1)[1] == [0.0]  # which no network takes
+    assert rate_of(replace(trial, shape=(4, 7, 9)), threads=1)[0] == 0  # which no network takes
+
+
+def test_two_processes_measure_at_the_same_time(tmp_path: Path) -> None:
+    found = measure_rates({"train medi": MeetsAnother(tmp_path)}, {"train medi": Placement(2, 3)})
+    assert found.start > 0
+    assert found.images_per_second == {"train medi": 3.0}
+
+
+@dataclass(frozen=True)
+class MeetsAnother:
+    """Work that waits until another process does it too; its rate is the number of its threads."""
+
+    folder: Path
+
+    def rate(self, device: str) -> float:
+        (self.folder / str(os.getpid())).touch()
+        end = time.monotonic() + 120
+        while len(list(self.folder.iterdir())) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        return float(torch.get_num_threads())
 
 
 class TooLarge:
@@ -308,10 +358,10 @@ class Killed:
 def test_hours_that_memory_is_too_small_to_measure_are_told_with_the_reason(
     settings: Callable[..., ExperimentSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, found, reasons = rates_of([TooLarge()], threads=1)
-    assert found == [0.0]
-    assert "memory" in reasons[0]
-    killed = measure_rates({"train medi": Killed()}, threads=1)
+    found, reason = rate_of(TooLarge(), threads=1)
+    assert found == 0
+    assert "memory" in reason
+    killed = measure_rates({"train medi": Killed()}, {"train medi": Placement(1, 1)})
     assert not killed.images_per_second
     assert "killed" in killed.failed["train medi"]
     monkeypatch.setattr(costing, "measure_rates", lambda trials, _: killed)

@@ -206,6 +206,7 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         (judged | {"generate": {"guidance": {"scales": {"sit": 3.0}}}}, "'sit'.*'site'"),
         (judged | {"plan": {"goal": "all_sites_of_classes", "ratio": 1.0, "per_cell": 3}}, "per_cell"),
         (judged | {"generate": {"sampler": {"name": "ddim", "steps": 30}}}, "ddim steps must divide"),
+        (judged | {"train": {"max_images": 80, "max_steps": 5}}, "give max_images or max_steps, one of them"),
         (
             judged
             | {

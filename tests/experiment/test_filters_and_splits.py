@@ -130,6 +130,19 @@ def test_a_split_that_a_run_makes_is_of_the_rows_that_it_keeps(tmp_path: Path) -
     assert set(index["split_some"][index["site"] != "cedar"]) == {"train", "test"}
 
 
+def test_a_run_that_is_refused_leaves_the_dataset_without_its_split(tmp_path: Path) -> None:
+    folder = make_cohort(tmp_path / "data", ("aster", "birch", "cedar"), patches=120).folder
+    dataset = PatchDataset.open(folder)
+    dataset.add_split("other", dataset.index["split_main"].tolist(), {})  # as this version writes it
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    values: dict[str, Any] = {"data": str(folder), "out": str(tmp_path / "out"), "split": "drawn", "stages": EVERY[:5]}
+    values |= {"split_settings": {"fractions": {"train": 0.5, "test": 0.5}}}
+    settings = config.make(ExperimentSettings, values | {"generate": {"guidance": {"scales": {"sight": 2.0}}}}, "")
+    with pytest.raises(UserError, match="'sight', no field of the dataset"):
+        run(settings)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
+
+
 def test_the_packaged_experiment_holds_out_what_it_says(shared: Path) -> None:
     """The numbers in the header of tcga_ut/beyond, of MeDi's slides at GDC's institutions."""
     values = config.load(ExperimentSettings, "tcga_ut/beyond") | {"source": "tars"}

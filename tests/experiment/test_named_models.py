@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from evaluation_world import Size, write_real
+from experiment_parts import NETWORK, TO_SAMPLE, small_experiment
 from parts import make_cohort
 
 from latent_medi.cli import main
@@ -22,7 +23,7 @@ from latent_medi.experiment.kinds import KINDS, declare
 from latent_medi.experiment.kinds.datasets import make_plans
 from latent_medi.experiment.kinds.results import longer_plan
 from latent_medi.experiment.launching import Launching
-from latent_medi.experiment.models import concerning
+from latent_medi.experiment.models import concerning, with_longer
 from latent_medi.experiment.preflight import preflight
 from latent_medi.experiment.run import run, run_changed
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
@@ -30,26 +31,11 @@ from latent_medi.experiment.stages import Stage, Stages
 from latent_medi.selection.result import CombinationCounts
 from latent_medi.shards.dataset import PatchDataset
 
-NETWORK = {
-    "block_out_channels": [16, 32],
-    "attention": [False, True],
-    "attention_head_dim": 16,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
-TO_SAMPLE = [name for name in STAGES[: STAGES.index("sample") + 1] if name != "corpus"]
-
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., Experiment]:
     """Makes an experiment on a tiny dataset, given changes to its settings."""
-    make_cohort(tmp_path / "data", ("aster", "birch"))
-
-    def make(**values: Any) -> Experiment:
-        own = {"data": str(tmp_path / "data"), "out": str(tmp_path / "out")}
-        return Experiment(build(ExperimentSettings, own | values))
-
-    return make
+    return lambda **values: Experiment(small_experiment(tmp_path, **values))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +181,53 @@ def test_a_changed_model_leaves_the_others(tmp_path: Path) -> None:
     assert [(tmp_path / f"train-{name}").read_text() for name in "ab"] == ["kept", ""]
 
 
+def test_a_longer_run_is_continued_and_its_samples_are_kept_aside(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def stages(**images: int) -> Stages:
+        runs = {name: {"max_images": n, "lr": 1.0} for name, n in images.items()}
+        found = Stages(tmp_path, ["train", "sample"], concerning, with_longer)
+
+        def touch(stage: str) -> None:
+            ran.append(stage)
+            for name in runs:
+                (tmp_path / f"{stage}-{name}").touch()
+
+        outputs = {stage: {name: (f"{stage}-{name}",) for name in runs} for stage in found.names}
+        shared: dict[str, Any] = {"costly": True}
+        found.add("train", Stage(lambda: touch("train"), runs, by_model=outputs["train"], prolongs=True, **shared))
+        found.add("sample", Stage(lambda: touch("sample"), {}, ("train",), by_model=outputs["sample"], **shared))
+        return found
+
+    stages(a=100, b=100).run("train", "sample")
+    for path in tmp_path.glob("*-?"):
+        path.write_text("first")
+    longer = stages(a=100, b=200)
+    longer.check()
+    longer.run("train", "sample")
+    assert ran == ["train", "sample"] * 2
+    found = {path.name: path.read_text() for path in tmp_path.glob("*-?*")}
+    # What is trained stays for the command that continues it; the samples of the shorter run are beside the new ones.
+    expected = dict.fromkeys(("train-a", "train-b", "sample-a", "sample-b.before"), "first") | {"sample-b": ""}
+    assert found == expected
+    assert stages(a=100, b=200).finished("sample")
+    with pytest.raises(UserError, match=r"train-b, .*sample-b were made from other inputs: train.b.max_images was 200"):
+        stages(a=100, b=100).check()
+
+
+def test_the_length_of_a_run_is_compared_in_images() -> None:
+    def of(**run: Any) -> dict[str, Any]:
+        return {"train": {"a": run, "split": {"name": "main"}}, "classifier": {"models": {"a": run}}}
+
+    now = of(max_steps=10, global_batch=16, lr=1)
+    assert with_longer(of(max_images=100, global_batch=16, lr=1), now) == now
+    for kept in (of(max_images=161, global_batch=16), of(max_steps=11, global_batch=16), of(lr=1)):
+        assert with_longer(kept, now) == kept
+    # A run that starts from another one begins again if that one is longer.
+    child = {"train": {"b": {"max_steps": 1, "init_from": {"max_steps": 2}}}}
+    assert with_longer(child, {"train": {"b": {"max_steps": 1, "init_from": {"max_steps": 3}}}}) == child
+
+
 def test_samples_of_a_model_left_out_in_between_are_of_the_present_settings(tmp_path: Path) -> None:
     def samples(models: str, steps: int) -> dict[str, str]:
         def sample() -> None:
@@ -272,9 +305,23 @@ def test_two_models_under_names_of_the_user(tmp_path: Path, capsys: pytest.Captu
     # The same command has nothing to do; one model's settings leave the other one as it is.
     assert main(words(tmp_path, values)) == 0
     values["models"]["ours"]["train"] = {"max_steps": 3}
-    values["replace"] = True
+    samples = PatchDataset.open(out / "synthetic" / "ours").info["index_sha256"]
     assert main(words(tmp_path, values)) == 0
     assert written_at(out / "plain" / "model", out / "synthetic" / "plain" / "dataset.json") == before
+    # The other one was prolonged; what the shorter run made is kept.
+    images = {
+        name: json.loads((out / "ours" / name / "provenance.json").read_text())["images_seen"]
+        for name in ("model", "model-images-000000000016")
+    }
+    assert list(images.values()) == [24, 16]
+    assert PatchDataset.open(out / "synthetic" / "ours.before").info["index_sha256"] == samples
+    assert PatchDataset.open(out / "synthetic" / "ours").info["index_sha256"] != samples
+    # A run of which no checkpoint is left is refused before the experiment is recorded as the longer one.
+    shutil.rmtree(out / "ours" / "checkpoints")
+    longer = values["models"]["ours"] | {"train": {"max_steps": 4}}
+    with pytest.raises(UserError, match="no whole checkpoint to continue from"):
+        run(build(ExperimentSettings, values | {"models": values["models"] | {"ours": longer}}))
+    assert main(words(tmp_path, values)) == 0
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from latent_medi.core.checksums import save_tensors
 from latent_medi.features import cache as cache_module
-from latent_medi.features.cache import cached_features
+from latent_medi.features.cache import cache_file, cached_features
 from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.features.networks import Network, Preprocessing
 from latent_medi.metadata.schema import Field, Schema
@@ -75,6 +76,18 @@ def test_only_missing_rows_are_embedded(dataset: PatchDataset, tmp_path: Path) -
     again = _encoder()
     np.testing.assert_array_equal(cached_features(dataset, np.arange(11), again, cache), everything)
     assert again.seen == 0
+
+
+def test_features_of_another_program_are_taken_from_the_file_of_the_cache(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
+    encoder, mine = _encoder(), np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
+    tensors = {"features": mine, "known": np.array([1] * 10 + [0], np.uint8)}
+    save_tensors(tensors, cache_file(dataset, encoder, tmp_path / "cache"))
+    assert np.array_equal(cached_features(dataset, np.array([9, 0]), encoder, tmp_path / "cache"), mine[[9, 0]])
+    assert encoder.seen == 0
+    cached_features(dataset, np.array([10]), encoder, tmp_path / "cache")
+    assert encoder.seen == 1
 
 
 def test_other_weights_or_other_pixels_are_another_entry(dataset: PatchDataset, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -406,3 +407,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(make: Make, monkeypatch: pytest
     with pytest.raises(UserError, match=r"update 1 .*nan.*p\d"):
         train_classifier(make())
     assert not list((tmp_path / "run").glob("checkpoints/images-*"))
+
+
+def test_a_finished_classifier_is_prolonged_to_what_a_long_run_gives(make: Make, tmp_path: Path) -> None:
+    whole = make(out=str(tmp_path / "whole"), max_steps=12, warmup_images=32, schedule="constant")
+    train_classifier(whole)
+    short = replace(whole, out=str(tmp_path / "run"), max_steps=7)
+    train_classifier(short)
+    train_classifier(replace(short, max_steps=12))
+    for part in ("classifier", "checkpoints/images-000000000192"):
+        ours, theirs = (tensors(tmp_path / name / part) for name in ("whole", "run"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    kept = LatentClassifier.from_pretrained(tmp_path / "run" / "classifier-images-000000000112")
+    assert kept.provenance["images_seen"] == 112
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="no whole checkpoint to continue from"):
+        train_classifier(replace(short, max_steps=15))

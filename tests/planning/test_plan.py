@@ -154,6 +154,15 @@ def test_leaving_a_field_out_leaves_out_what_is_said_of_it(schema: Schema) -> No
         check_plan(rows, schema.subset(["class"]))
 
 
+def test_a_column_without_a_value_asks_nothing_of_a_model_that_lacks_the_field(schema: Schema) -> None:
+    rows = pd.DataFrame([{"class": "benign", "site": "", "count": 1}, {"class": "tumour", "site": "", "count": 2}])
+    plan = check_plan(rows, schema.subset(["class"]))
+    assert list(plan.columns) == ["class", "count", "verdict", "seed"]
+    rows.loc[1, "site"] = "aster"
+    with pytest.raises(UserError, match="'site', no field of the model"):
+        check_plan(rows, schema.subset(["class"]))
+
+
 def test_what_a_spreadsheet_would_run_is_escaped_and_read_back(tmp_path: Path) -> None:
     schema = Schema.from_table(pd.DataFrame({"class": ["=1+1", "+"], "site": ["@x", "-y"]}), "class", ["site"])
     plan = pd.DataFrame({"class": ["=1+1", "+"], "site": ["@x", "-y"], "count": [3, 4], "seed": [1, 2]})

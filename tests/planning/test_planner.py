@@ -472,3 +472,21 @@ def test_one_screen_however_many_sites(schema: Schema) -> None:
     assert any("133 others" in line for line in lines)
     added = re.findall(r"\d\+([\d,]+)", "\n".join(lines))
     assert sum(int(number.replace(",", "")) for number in added) == planned.summary.images
+
+
+@pytest.mark.parametrize(
+    ("settings", "combined"),
+    [
+        ({}, ["class", "site"]),
+        ({"site_field": "tss"}, ["class", "tss"]),
+        ({"only": {"tss": ["05"]}}, ["class", "site", "tss"]),
+        ({"fields": ["class", "tss"]}, ["class", "tss"]),
+    ],
+)
+def test_of_a_site_code_and_its_institution_one_is_combined(settings: dict, combined: list[str]) -> None:
+    rows = pd.DataFrame({"class": list("abab"), "site": list("xxyy"), "tss": ["05", "06", "07", "08"]})
+    schema = Schema.from_table(rows, "class", ["site", "tss"])
+    rows = rows.assign(patient=list("pqrs"), key=list("klmn"), slide=list("klmn"))
+    planned = make_plan(rows, schema, PlanSettings(goal="each", per_cell=1, **settings))
+    assert planned.summary.fields == combined
+    assert list(planned.table.columns)[:3] == ["class", "site", "tss"]  # samples name every field all the same

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.tables import read_table
 from latent_medi.recipes.registry import load_recipe, recipes
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.format.codec import encode_image
 from latent_medi.shards.writing.writer import Patch, write_dataset
 
 DRAW = np.random.default_rng(0)
@@ -271,6 +273,31 @@ def test_a_split_of_the_users_own_called_medi_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a split 'medi' that is not MeDi's"):
         recipe.build(tmp_path / "hub", out, 16, metadata=table)
     assert PatchDataset.open(out).index["split_medi"].tolist() == mine
+
+
+def test_a_picture_in_both_parts_of_medis_split_is_allowed_by_the_command_that_is_told(tmp_path: Path) -> None:
+    slides = [f"TCGA-{site}-A4Q{i}-01Z-00-DX1" for site in ("NA", "E2") for i in range(4)]
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    pixels[7] = pixels[0]  # of a training and a test patient
+    (tmp_path / "hub").mkdir()
+    with tarfile.open(tmp_path / "hub" / "dataset_internal_train_part000.tar", "w") as tar:
+        for slide, image in zip(slides, pixels, strict=True):
+            for ending, data in (("png", encode_image(image)), ("json", b'{"label": "Lung"}')):
+                member = tarfile.TarInfo(f"{slide}/0_0_256.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    table = tmp_path / "slides.csv"
+    rows = [f"{slide},{slide[:12]},Lung,{('female', 'male')[i % 2]},white" for i, slide in enumerate(slides)]
+    table.write_text("\n".join(["slide_submitter_id,case_submitter_id,class,gender,race", *rows]))
+    recipe, out = load_recipe("tcga-ut"), tmp_path / "out"
+    with pytest.raises(UserError, match="Split 'medi' has the same picture in several parts") as refused:
+        recipe.build(tmp_path / "hub", out, 16, metadata=table)
+    written = (out / "data" / "part-000000.tar").stat().st_mtime_ns
+    told = refused.value.hint.split("`")[1]
+    assert told.startswith("latent-medi split ")
+    assert main(shlex.split(told)[1:]) == 0
+    assert recipe.build(tmp_path / "hub", out, 16, metadata=table).splits == ["internal", "medi"]
+    assert (out / "data" / "part-000000.tar").stat().st_mtime_ns == written
 
 
 def test_tcga_ut_from_zenodos_folders(tmp_path: Path) -> None:

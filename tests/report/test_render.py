@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 from evaluation_world import World
 from flips import flips
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from latent_medi.core.errors import UserError
+from latent_medi.evaluation.downstream.protocol_tables import protocol_text
 from latent_medi.evaluation.downstream.registry import REAL
 from latent_medi.evaluation.results import metrics_of, read_metrics
+from latent_medi.report import figures
 from latent_medi.report.colour import colour_table, sentence
 from latent_medi.report.figures import image_uri, short
 from latent_medi.report.page import bounds, distance, flat, number, percent, share
@@ -27,6 +31,7 @@ from latent_medi.report.patches import montage
 from latent_medi.report.render import render, render_report
 from latent_medi.report.settings import SECTIONS, ReportSettings
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.statistics.intervals import Estimate
 
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -400,3 +405,36 @@ def test_the_protocol_of_medi_has_plots_and_every_number(full: dict[str, Any], t
     assert "44 sites, all their real patches; mean ± standard error of 2 seeds" in page.text
     assert "1 synthetic patches per real one, all their real patches" in page.text
     assert "The protocol of MeDi" not in without
+    # Written before there were tasks: all classes are one.
+    record["rows"] = [{k: v for k, v in row.items() if k not in ("task", "pool")} for row in rows]
+    del record["tasks"]
+    text = render_report(metrics_of(metrics), tmp_path / "earlier.html").read_text(encoding="utf-8")
+    assert _Page(text).text.count("0.587") == len(rows)
+    shown = protocol_text(metrics_of(metrics).protocols)
+    assert "3 classes, filters: balanced accuracy" in shown
+    assert "150 test patches of 31 patients" in shown
+
+
+@pytest.mark.parametrize(
+    ("largest", "label", "tick"),
+    [
+        (0.0, "KID", 0.0),
+        (0.5, "KID", 0.2),
+        (1e-3, "KID", 4e-4),
+        (4.2e-4, "KID × 10⁶", 200.0),
+        (7e-6, "KID × 10⁶", 2.0),
+        (3e-9, "KID × 10⁹", 1.0),
+        (2.5e7, "KID × 10⁻⁶", 5.0),
+    ],
+)
+def test_an_axis_of_distances_has_readable_numbers_and_says_their_unit(largest: float, label: str, tick: float) -> None:
+    canvas = FigureCanvasAgg(Figure())
+    axes = canvas.figure.subplots()
+    axes.plot([0, largest], [0, 1])
+    estimates = [Estimate(largest / 2, 9, 9, (0.0, largest)), Estimate(None, 9, 9, None)]
+    assert figures._unit(axes, estimates) == label
+    canvas.draw()
+    assert axes.xaxis.get_offset_text().get_text() == ""
+    texts = [text.get_text() for text in axes.get_xticklabels()]
+    assert f"{tick:g}" in [f"{float(text.replace('−', '-')):g}" for text in texts]
+    assert all(len(text) < 8 for text in texts)

@@ -17,8 +17,10 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_json, sha256_file
 from latent_medi.metadata.schema import Schema
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.format import software
 from latent_medi.shards.writing.finish import Description, finish_dataset
 from latent_medi.shards.writing.records import finished_shards
+from latent_medi.shards.writing.rewrite import reopen_dataset
 from latent_medi.shards.writing.writer import Patch, write_dataset, write_shard
 
 Make = Callable[..., list[Patch]]
@@ -176,6 +178,35 @@ def test_a_damaged_or_changed_shard_is_written_again(
     second = write(tmp_path / "e", changed, schema)
     assert np.array_equal(second.read([0])[0], changed[0].image)
     assert first.info["shards"][1:] == second.info["shards"][1:]
+
+
+def test_a_shard_that_is_written_again_by_other_software_is_told(
+    tmp_path: Path,
+    make_patches: Make,
+    schema: Schema,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write(tmp_path, make_patches(), schema)
+    here = {shard["written_with"] for shard in read_json(tmp_path / "dataset.json")["shards"]}
+    assert here == {software.codec_software("png")}
+    (tmp_path / "data" / "part-000001.tar").write_bytes(b"damaged")
+    reopen_dataset(tmp_path)
+    assert len(finished_shards(tmp_path)) == 3
+    assert "written again" in caplog.text
+    assert "install what" not in caplog.text
+    monkeypatch.setattr(software, "codec_software", lambda _: "another 1.0")
+    assert set(finished_shards(tmp_path)) == {0, 2, 3}
+    assert f"It was written with {here.pop()}, and here is another 1.0: its checksum will be another" in caplog.text
+    assert "install what it was written with" in caplog.text
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_patches_of_slides_name_the_resizer(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = software.written_with("png", "cykooz.resizer 4.0.1")
+    monkeypatch.setattr(software, "resizer_software", lambda: "cykooz.resizer 4.0.1" if fast else "pillow 12.0")
+    assert ("pixels can differ" in software.other_software(before, "png")) is not fast
+    assert software.other_software("", "png") == ""  # of an earlier version
 
 
 def test_an_unfinished_shard_of_other_patches_is_not_kept(

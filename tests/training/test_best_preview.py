@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_loop import two_processes
 from test_prolonged import assert_same, cut_off
 
 from latent_medi.core.errors import UserError
+from latent_medi.diffusion.adapters import open_adapter
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.features.encoders import ImageEncoder, load_encoder
 from latent_medi.shards.dataset import PatchDataset
@@ -23,7 +25,7 @@ from latent_medi.training.log import CsvLog, read_log
 from latent_medi.training.loop import train
 from latent_medi.training.preview import Previews
 from latent_medi.training.preview_distance import PatchDistance
-from latent_medi.training.settings import TrainSettings
+from latent_medi.training.settings import LoraSettings, TrainSettings
 
 Make = Callable[..., TrainSettings]
 SCRIPTED = {40: 0.3, 80: 0.1, 120: 0.2, 160: float("nan")}
@@ -87,6 +89,21 @@ def test_the_best_is_kept_as_it_was(watched: Make, tmp_path: Path, monkeypatch: 
     assert best.provenance["preview"] == {"encoder": "demo", "kid": 0.1, "samples": 20}
     then = load_file(tmp_path / "run" / "checkpoints" / "images-000000000080" / "ema.safetensors")
     assert all(torch.equal(tensor, then[name]) for name, tensor in best.denoiser.state_dict().items())
+
+
+def test_the_best_of_an_adapter_is_kept_as_an_adapter(
+    watched: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = train(watched(out=str(tmp_path / "base"), max_steps=2, preview_every_images=0, preview_encoder=""))
+    scripted(monkeypatch)
+    train(watched(init_from=str(base), lora=LoraSettings(rank=2)))
+    best = open_adapter(tmp_path / "run" / "best" / "adapter")
+    facts = json.loads((tmp_path / "run" / "best" / "adapter" / "adapter.json").read_text())
+    assert (facts["provenance"]["images_seen"], facts["provenance"]["preview"]["kid"]) == (80, 0.1)
+    then = load_file(tmp_path / "run" / "checkpoints" / "images-000000000080" / "ema.safetensors")
+    assert best.weights
+    for name, tensor in best.weights.items():
+        assert torch.equal(tensor, then[f"unet.{name}".replace(".weight", ".default.weight")])
 
 
 def test_measuring_leaves_the_training_as_it_is(watched: Make, tmp_path: Path) -> None:

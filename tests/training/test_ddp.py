@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
 from latent_medi.training import ddp
+from latent_medi.training.settings import TrainSettings
+from latent_medi.training.start import training_accelerator
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def make(wrapped: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
     plain = nn.Sequential(nn.Linear(50, 200), nn.SiLU(), nn.Linear(200, 50))
     model: nn.Module = plain
     if wrapped:
-        model = DistributedDataParallel(plain, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = DistributedDataParallel(plain, gradient_as_bucket_view=True)
     return model, torch.optim.AdamW(plain.parameters())
 
 
@@ -52,6 +54,13 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, parts: int, seed:
     optimizer.step()
     ddp.clear(model, optimizer, parts)
     return seen
+
+
+def test_a_run_asks_ddp_for_nothing_that_torch_warns_of() -> None:
+    accelerator = training_accelerator(TrainSettings(data="data", out="run"))
+    assert accelerator.ddp_handler is not None
+    options = accelerator.ddp_handler.to_kwargs()
+    assert options == {"gradient_as_bucket_view": True}  # torch deprecates broadcast_buffers
 
 
 @pytest.mark.parametrize("resumed", [False, True])

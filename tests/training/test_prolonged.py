@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,3 +135,20 @@ def test_a_warm_up_that_grows_with_the_length_is_told(run_settings: Make, caplog
     with caplog.at_level(logging.WARNING, logger="latent_medi"):
         train(replace(short, max_steps=40))
     assert "goes from 0.001 to 0.0005 and rises until 160 images" in caplog.text
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(run_settings: Make, tmp_path: Path) -> None:
+    short = run_settings(max_steps=4, schedule="constant")
+    model = train(short)
+    first = tensors(model)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train(short) == model  # of its own length it is finished all the same
+    with pytest.raises(UserError, match="no whole checkpoint to continue from") as refused:
+        train(replace(short, max_steps=8))
+    assert f"init_from={model}" in refused.value.hint
+    kept = tensors(model)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in first.items())
+    # Nor is it where an earlier try has set the result aside.
+    model.rename(tmp_path / "run" / "model-images-000000000032")
+    with pytest.raises(UserError, match="no whole checkpoint to continue from"):
+        train(replace(short, max_steps=8))

@@ -61,7 +61,7 @@ def _table(rows: list[MediProtocolRow]) -> list[str]:
     lines = [f"  {'sites':>5} {'real/class':>10} {'ratio':>5}" + "".join(f"{column[:16]:>17}" for column in columns)]
     for key in keys:
         sites, most, ratio = key
-        cells = "".join(f"{_cell(found.get((key, column))):>17}" for column in columns)
+        cells = "".join(f"{score_text(found.get((key, column))):>17}" for column in columns)
         lines.append(f"  {sites:>5} {most or 'all':>10} {ratio:>5g}{cells}")
     return lines
 
@@ -71,7 +71,8 @@ def set_label(row: MediProtocolRow) -> str:
     return label_of(row.training_set) + (f" ({row.pool})" if row.pool == "separate" else "")
 
 
-def _cell(score: MeanOverSeeds | None) -> str:
+def score_text(score: MeanOverSeeds | None) -> str:
+    """A mean over seeds with its standard error; a dash without a score."""
     if score is None:
         return "–"
     return f"{score.mean:.3f}" + ("" if score.sem is None else f" ± {score.sem:.3f}")

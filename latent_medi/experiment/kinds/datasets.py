@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,23 +124,42 @@ def _join_corpus(e: Experiment) -> None:
     join(settings)
 
 
-def ensure_split(e: Experiment) -> None:
-    """Make the split that ``split_settings`` describe, if the dataset folder lacks it.
+@contextmanager
+def split_for_checks(e: Experiment) -> Iterator[None]:
+    """Make the split that ``split_settings`` describe, if the dataset folder lacks it; it is taken back if what follows
+    is refused, so that such a run leaves the folder as it was.
+
+    Raises:
+        UserError: The folder has another split of that name, or no such split can be made.
+    """
+    made = ensure_split(e)
+    try:
+        yield
+    except UserError:
+        if made:
+            PatchDataset.open(e.data).remove_split(e.settings.split)
+        raise
+
+
+def ensure_split(e: Experiment) -> bool:
+    """Make the split that ``split_settings`` describe, if the dataset folder lacks it; whether it did.
 
     Raises:
         UserError: It has another split of that name, or no such split can be made.
     """
     settings, wanted = e.settings, wanted_split(e)
     if wanted is None:
-        return
+        return False
     dataset = PatchDataset.open(e.data)
     if settings.split not in dataset.splits:
         split_folder(wanted)
-    elif split_of(dataset, wanted).column.tolist() != dataset.index[SPLIT_PREFIX + settings.split].tolist():
+        return True
+    if split_of(dataset, wanted).column.tolist() != dataset.index[SPLIT_PREFIX + settings.split].tolist():
         raise UserError(
             f"{e.data} has another split {settings.split!r} than split_settings would make.",
             "Choose another name with split=…, or leave split_settings out to use the one that is there.",
         )
+    return False
 
 
 def wanted_split(e: Experiment) -> SplitSettings | None:

@@ -27,6 +27,7 @@ def train(e: Experiment) -> Stage:
         by_model={model.name: (model.name,) for model in e.to_train},
         damaged=lambda: [path for m in e.to_train for path in damaged_model(m.adapter or m.out / "model")],
         costly=True,
+        prolongs=True,
     )
 
 
@@ -66,6 +67,7 @@ def classifier(e: Experiment) -> Stage:
         by_model={name: (f"classifiers/{name}",) for name in chosen},
         damaged=lambda: [p for name in chosen for p in damaged_model(e.folder / "classifiers" / name / "classifier")],
         costly=True,
+        prolongs=True,
     )
 
 

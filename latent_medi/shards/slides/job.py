@@ -25,6 +25,7 @@ import numpy as np
 from latent_medi.core.files import NO_SPACE, read_json, remove, write_json
 from latent_medi.core.processes import end_with, environment, python_words
 from latent_medi.shards.format.codec import encode_image
+from latent_medi.shards.format.software import resizer_software
 from latent_medi.shards.settings import SlideSettings
 from latent_medi.shards.slides.cutter import Cutter, SlideJob, shuffled
 from latent_medi.shards.slides.quality_table import QC_FOLDER
@@ -123,7 +124,7 @@ def _cut(cutter: Cutter, job: SlideJob, row: dict[str, Any]) -> None:
         return
     notes: dict[str, Any] = {}
     noted = _noting(chain([first], patches), notes, cutter, row)
-    record = write_shard(job.folder, job.number, noted, job.settings.codec, job.token, notes)
+    record = write_shard(job.folder, job.number, noted, job.settings.codec, job.token, notes, resizer_software())
     row |= {**notes["row"], "bytes": record.size}
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from latent_medi.shards.format.software import FAST_RESIZER as FAST
+
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels, fractions allowed."""
-
-FAST = find_spec("cykooz_resizer") is not None
-"""Whether cykooz.resizer is installed."""
 
 
 def lanczos(image: Image.Image, edge: int, box: Box) -> np.ndarray:

@@ -21,6 +21,7 @@ from latent_medi.shards.checking.verify import picture_problems
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.folder import NEXT_INDEX, write_folder
 from latent_medi.shards.format.layout import FINGERPRINT, PATIENT, SPLIT_PREFIX
+from latent_medi.shards.format.software import WRITTEN_WITH
 from latent_medi.shards.writing.records import PROGRESS_FOLDER, ShardRecord, finished_shards, shard_file
 from latent_medi.shards.writing.rewrite import dataset_or_none, remembered_splits
 
@@ -85,6 +86,7 @@ def finish_dataset(folder: str | Path, about: Description, shards: Iterable[int]
     records = _records(folder, about, shards)
     listed = [
         {"file": shard_file(r.number), "sha256": r.sha256, "count": r.count, "bytes": r.size, "made_from": r.token}
+        | {name: text for name, text in r.notes.items() if name == WRITTEN_WITH}
         for r in records
     ]
     info = about.info() | {"shards": listed, "splits": {}}

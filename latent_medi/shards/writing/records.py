@@ -16,6 +16,7 @@ from latent_medi.core.files import atomic_path, cannot_write, refuse_foreign, re
 from latent_medi.core.progress import get_logger
 from latent_medi.shards.format.folder import INDEX_FILE, INFO_FILE
 from latent_medi.shards.format.layout import SUM_COLUMNS
+from latent_medi.shards.format.software import WRITTEN_WITH, other_software
 from latent_medi.shards.format.tar import with_sums
 
 logger = get_logger(__name__)
@@ -140,7 +141,8 @@ def finished_shards(folder: str | Path) -> dict[int, ShardRecord]:
             continue
         tar = folder / shard_file(record.number)
         if not tar.is_file() or tar.stat().st_size != record.size or sha256_file(tar) != record.sha256:
-            logger.warning("%s is missing or damaged: it will be written again", tar)
+            change = other_software(str(record.notes.get(WRITTEN_WITH, "")), record.codec)
+            logger.warning("%s is missing or damaged: it will be written again. %s", tar, change)
             continue
         if not set(SUM_COLUMNS) <= set(record.rows.columns):  # cut by an earlier version
             record = replace(record, rows=with_sums(tar, record.rows))

@@ -16,6 +16,7 @@ from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.format.layout import PICTURE, ROW_COLUMNS, SPLIT_PREFIX
 from latent_medi.shards.format.selections import SELECTED_PREFIX
+from latent_medi.shards.format.software import WRITTEN_WITH
 from latent_medi.shards.writing import records
 from latent_medi.shards.writing.records import PROGRESS_FOLDER, ShardRecord
 
@@ -164,7 +165,8 @@ def shard_records(dataset: PatchDataset) -> Iterator[ShardRecord]:
         rows["fields"] = [json.dumps(row) for row in fields]
         rows["extra"] = [json.dumps(row) for row in mine[extra].to_dict(orient="records")]
         known_of_shard = (shard["sha256"], shard["count"], shard["bytes"], dataset.info["codec"], dataset.patch_size)
-        yield ShardRecord(records.shard_number(shard["file"]), *known_of_shard, shard["made_from"], {}, rows)
+        notes = {WRITTEN_WITH: shard[WRITTEN_WITH]} if WRITTEN_WITH in shard else {}  # earlier versions wrote none
+        yield ShardRecord(records.shard_number(shard["file"]), *known_of_shard, shard["made_from"], notes, rows)
 
 
 def extra_columns(dataset: PatchDataset) -> list[str]:

@@ -23,6 +23,7 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.codec import check_codec, encode_image
 from latent_medi.shards.format.folder import INFO_FILE
 from latent_medi.shards.format.layout import FINGERPRINT, PATIENT, ROW_COLUMNS, SUM_COLUMNS
+from latent_medi.shards.format.software import WRITTEN_WITH, written_with
 from latent_medi.shards.format.tar import BLOCK, tar_end, tar_member
 from latent_medi.shards.writing.finish import Description, Splits, finish_dataset, finished_dataset
 from latent_medi.shards.writing.patch import Patch, checked_row, column_types
@@ -45,6 +46,7 @@ def write_shard(
     codec: str = "png",
     token: str = "",
     notes: Mapping[str, Any] | None = None,
+    resizer: str = "",
 ) -> ShardRecord:
     """Write ``data/part-NNNNNN.tar`` and its record, each whole or not at all; equal patches give equal bytes.
 
@@ -57,6 +59,7 @@ def write_shard(
         codec: ``png``, ``jpg`` or ``webp``.
         token: What the shard is made from, for a rerun to compare with.
         notes: JSON-able remarks, read for the record after the last patch.
+        resizer: The library that made the patches from larger ones, with its version; empty if there was none.
 
     Raises:
         UserError: A patch cannot be stored (named), there is no patch, or the folder is a finished dataset.
@@ -99,8 +102,9 @@ def write_shard(
         end = tar_end(size)
         file.write(end)
         digest.update(end)
+    remarks = {WRITTEN_WITH: written_with(codec, resizer), **(notes or {})}
     record = ShardRecord(
-        number, digest.hexdigest(), len(rows), size + len(end), codec, edge, token, dict(notes or {}), _frame(rows)
+        number, digest.hexdigest(), len(rows), size + len(end), codec, edge, token, remarks, _frame(rows)
     )
     write_record(folder, record)
     return record

@@ -17,14 +17,17 @@ from latent_medi.training.estimate.report import (
 from latent_medi.training.estimate.step_cost import step_cost
 from latent_medi.training.settings import EstimateSettings
 
+_MOST_UPDATES = 100
+
 
 def training_rate(
     settings: EstimateSettings, shape: tuple[int, int, int], schema: Schema | None, device: str, budget: float = 6.0
 ) -> float:
     """Images per second of one process.
 
-    On a GPU whole updates are made. On a CPU, where one may take minutes, an update of one image and one of as many as
-    the budget allows give the time that every update takes, a, and that of an image, c: seconds = a + c·images.
+    On a GPU whole updates are made, and on a CPU too where one takes less than half the budget. Where it takes longer,
+    perhaps minutes, updates of one image and of as many as the budget allows give the time that every update takes, a,
+    and that of an image, c: seconds = a + c·images.
 
     Args:
         settings: The run; ``processes`` share its global batch.
@@ -46,7 +49,11 @@ def training_rate(
     count = min(device_batch(settings, settings.processes), int(budget / 2 / one))
     if count < 2:
         return 1 / one
-    several = seconds(count, min(10, max(1, int(budget / (one * count)))))
+    several = seconds(count, 1)
+    if several < budget / 2:
+        several = seconds(count, min(_MOST_UPDATES, int(budget / several)))
+    if count == share:
+        return share / several
     # Where small batches cost as much as larger ones, the line would fall; half the mean time is the least slope.
     each = max((several - one) / (count - 1), several / count / 2)
     fixed = max(several - each * count, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 
 from latent_medi.core import config
 from latent_medi.core.errors import UserError
+from latent_medi.evaluation.class_distances import FILE, distance_text
 from latent_medi.evaluation.cohort.open_study import open_study
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.classifiers import Prediction
@@ -25,7 +28,11 @@ from latent_medi.evaluation.downstream.records import ClassifierRecord, MeanOver
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.downstream.training_sets import ProtocolSources, TrainingSet
 from latent_medi.evaluation.evaluate import evaluate
+from latent_medi.evaluation.findings import findings
+from latent_medi.evaluation.results import Metrics, metrics_json, metrics_of
 from latent_medi.evaluation.settings import EvaluateSettings, HistoDiffusionProtocolSettings, MediProtocolSettings
+from latent_medi.evaluation.summary import headline_text
+from latent_medi.report.render import render_report
 from latent_medi.shards.writing.writer import write_dataset
 from latent_medi.statistics.logistic_regression import Problem, Solution
 
@@ -325,6 +332,11 @@ def test_histodiffusion_takes_the_best_first(world: World, tmp_path: Path) -> No
         histodiffusion_protocol(ProtocolSources(plain, "f", real, _features(plain)[1]), settings, classifier)
 
 
+def means_of(result: Metrics) -> list[float | None]:
+    """Mean distances of both sets over classes."""
+    return [result.fidelity["filters"].per_class.means[name].value for name in ("medi", "cls")]
+
+
 def test_a_protocol_is_one_setting(world: World) -> None:
     sizes = MediProtocolSettings(ratios=[0.0, 1.0], max_real=[20], sites=[0], seeds=2)
     settings = world.settings("protocol", downstream=False, downstream_protocol="medi", medi_protocol=sizes)
@@ -348,8 +360,48 @@ def test_a_protocol_is_one_setting(world: World) -> None:
     assert "mean ± SEM of 2 seeds" in text
     assert result.downstream == {}
     assert result.protocols.histodiffusion == {}
+    # A single set has nothing that it is nearer than.
+    content = metrics_json(result)
+    for table in ("unseen", "per_class"):
+        for each in [*(c["sources"] for c in content["fidelity"]["filters"][table]["combinations"])]:
+            each.pop("cls", None)
+    content["protocols"] = {"medi": {}, "histodiffusion": {}}
+    (alone,) = findings(metrics_of(content), "filters")
+    assert alone.startswith("MeDi is at a mean KID of ")
+    assert alone.endswith(
+        f"; at a mean KID of {distance_text(means_of(result)[0])} from held-out patients over 3 classes."
+    )
+    # What was found takes the verdict's place, for nothing was asked that a verdict answers.
+    assert result.headline is not None
+    distances, protocol = result.headline.findings
+    own = list(map(distance_text, means_of(result)))
+    assert distances.startswith("MeDi is nearer than CLS to real patches of held-out patients on 2 of 2 unseen")
+    assert f"; to held-out patients on 3 of 3 classes (mean KID {own[0]} against {own[1]}, ratio " in distances
+    by_set = [f"{row.balanced_accuracy.mean:.3f} ± {row.balanced_accuracy.sem:.3f}" for row in rows]
+    assert protocol == (
+        f"MeDi's protocol (3 sites, ratio 1): balanced accuracy {by_set[1]} with samples of MeDi, {by_set[2]} with "
+        f"samples of CLS and {by_set[0]} from real patches alone."
+    )
+    assert headline_text(result.headline).splitlines()[-2:] == [distances, protocol]
+    page = render_report(result, Path(settings.out) / "report.html").read_text(encoding="utf-8")
+    assert html.escape(distances, quote=False) in page
+    assert "No verdict" not in page
     with pytest.raises(UserError, match="`selected`"):
         check_downstream(world.settings("wrong", downstream_protocol="histodiffusion", selected={"medi": "x"}))
+
+
+def test_tables_that_another_setting_no_longer_makes_are_removed(world: World) -> None:
+    sizes = MediProtocolSettings(ratios=[0.0], seeds=1)
+    settings = world.settings("was-on", downstream=False, downstream_protocol="medi", medi_protocol=sizes)
+    evaluate(settings, [filters()])
+    out = Path(settings.out)
+    (out / "medi_notes.csv").write_text("mine")
+    (out / "predictions.csv").write_text("mine too: no comparison wrote it")
+    assert {RESULTS, SUMMARY} <= {path.name for path in out.iterdir()}
+    evaluate(replace(settings, downstream_protocol="default"), [filters()])
+    names = {path.name for path in out.iterdir()}
+    assert names & {RESULTS, SUMMARY} == set()
+    assert {"medi_notes.csv", "predictions.csv", FILE, "metrics.json", "reference"} <= names
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The parts of the rehearsal at full size, see ``rehearsal.py``."""

@@ -1,0 +1,88 @@
+"""What an evaluation without a downstream comparison found, in sentences: they stand where the verdict would."""
+
+from __future__ import annotations
+
+from latent_medi.evaluation.class_distances import HELD_OUT_PATIENTS, TRAINING, distance_text, references
+from latent_medi.evaluation.cohort.comparison_sets import REAL
+from latent_medi.evaluation.downstream.protocol_tables import score_text, set_label
+from latent_medi.evaluation.downstream.records import MediProtocol, MediProtocolRow
+from latent_medi.evaluation.downstream.registry import label_of
+from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity
+from latent_medi.evaluation.results import Metrics
+from latent_medi.evaluation.verdict import in_words
+
+
+def findings(metrics: Metrics, encoder: str) -> list[str]:
+    """Distances of candidate and baseline first, then the main row of each task of MeDi's protocol.
+
+    Args:
+        metrics: The evaluation.
+        encoder: Name of the encoder that the summary is about.
+
+    Returns:
+        Sentences; none with a downstream comparison, whose verdict is what the evaluation is about.
+    """
+    if encoder in metrics.downstream:
+        return []
+    names = [metrics.roles.candidate, metrics.roles.baseline]
+    found = _distances(metrics.fidelity[encoder], names) if encoder in metrics.fidelity else ""
+    protocol = metrics.protocols.medi.get(encoder)
+    return [*([found] if found else []), *(_tasks(protocol, names) if protocol else [])]
+
+
+def _distances(fidelity: Fidelity, names: list[str]) -> str:
+    """Of unseen combinations if there are any, and of each class against each reference; empty without samples."""
+    tables = [(f"real patches of {HELD_OUT_PATIENTS}", "unseen combinations", fidelity.unseen)]
+    by_class = references(fidelity)
+    for reference in (TRAINING, HELD_OUT_PATIENTS):
+        if reference in by_class:
+            tables.append((reference, "classes", by_class[reference]))
+    if compared := [clause for each in tables if (clause := _compared(*each, names))]:
+        return f"{label_of(names[0])} is nearer than {label_of(names[1])} {'; '.join(compared)}."
+    alone = [clause for each in tables if (clause := _alone(*each, names[0]))]
+    return f"{label_of(names[0])} is {'; '.join(alone)}." if alone else ""
+
+
+def _compared(reference: str, unit: str, table: DistanceTable, names: list[str]) -> str:
+    """On how many combinations the candidate is nearer than the baseline, and the means; empty without the baseline."""
+    both = [[each.sources[n].value for n in names] for each in table.combinations if {*names} <= {*each.sources}]
+    pairs = [(a, b) for a, b in both if a is not None and b is not None]
+    if not pairs:
+        return ""
+    nearer = sum(a < b for a, b in pairs)
+    means = [distance_text(table.means[name].value) for name in names]
+    bounds, ratio = table.ratio.interval, ""
+    if table.ratio.value is not None and isinstance(bounds, tuple):
+        ratio = f", ratio {table.ratio.value:.2f} [{bounds[0]:.2f}, {bounds[1]:.2f}]"
+    return f"to {reference} on {nearer} of {len(pairs)} {unit} (mean KID {means[0]} against {means[1]}{ratio})"
+
+
+def _alone(reference: str, unit: str, table: DistanceTable, name: str) -> str:
+    """The candidate's mean; empty without samples."""
+    n = sum(name in each.sources and each.sources[name].value is not None for each in table.combinations)
+    return f"at a mean KID of {distance_text(table.means[name].value)} from {reference} over {n} {unit}" if n else ""
+
+
+def _tasks(record: MediProtocol, names: list[str]) -> list[str]:
+    """Balanced accuracies of each task with most sites and real patches and at the largest ratio of samples."""
+    sentences = []
+    for task in record.tasks:
+        rows = [row for row in record.rows if row.task == task]
+        sites = max(row.sites for row in rows)
+        most = max((row.max_real for row in rows), key=lambda n: n or float("inf"))
+        rows = [row for row in rows if (row.sites, row.max_real) == (sites, most)]
+        ratio = max(row.ratio for row in rows)
+        pool = next((row.pool for row in rows if row.ratio == ratio), "")
+        chosen = [row for row in rows if row.ratio == ratio and row.pool == pool and row.training_set in names]
+        chosen.sort(key=lambda row: names.index(row.training_set))
+        chosen += [row for row in rows if row.training_set == REAL][:1]
+        if not chosen:
+            continue
+        scores = [f"{score_text(row.balanced_accuracy)} {_trained_on(row)}" for row in chosen]
+        title = f"MeDi's protocol{f', {task}' if task else ''} ({sites} sites, ratio {ratio:g})"
+        sentences.append(f"{title}: balanced accuracy {in_words(scores)}.")
+    return sentences
+
+
+def _trained_on(row: MediProtocolRow) -> str:
+    return "from real patches alone" if row.training_set == REAL else f"with samples of {set_label(row)}"

@@ -1,0 +1,56 @@
+"""Documented commands that other tests run, and those that need what no test has."""
+
+ELSEWHERE = {
+    # Beginning of a command: the test that runs it, and words of it that stand there.
+    "latent-medi run --config tcga_ut/paper": ("end_to_end/test_tcga_ut_paper.py", "tcga_ut/paper"),
+    "latent-medi shards camelyon17-wilds": ("recipes/test_recipes.py", '"camelyon17-wilds"'),
+    "latent-medi shards nct-crc": ("recipes/test_recipes.py", '"nct-crc"'),
+    "latent-medi shards pannuke": ("recipes/test_recipes.py", '"pannuke"'),
+    "latent-medi shards tcga-tiles": ("recipes/test_recipes.py", '"tcga-tiles"'),
+    "latent-medi reading-sheet --score": ("report/test_reading_sheet.py", "score"),
+    "latent-medi reading-sheet …": ("report/test_reading_sheet.py", "synthetic"),
+    "latent-medi benchmark-shift": ("end_to_end/test_benchmark_shift.py", '"benchmark-shift"'),
+    "latent-medi benchmark-shift --mean": ("experiment/test_shift_benchmark.py", '"--mean"'),
+    "latent-medi run --config … dry_run=true": ("experiment/test_cost.py", "dry_run"),
+    "python docs/architecture.py": ("test_architecture.py", "docs/architecture.py"),
+    "python docs/metrics.py": ("evaluation/test_results.py", "docs/metrics.py"),
+    "python -m latent_medi.demo.pretrain": ("demo/test_weights.py", "pretrain"),
+    "python -m latent_medi.shards.slides.job": ("shards/slides", ""),
+    "python -m latent_medi.launch … -m latent_medi.cli run": ("experiment/test_launching.py", "latent_medi.launch"),
+    "python -m latent_medi.launch OPTIONS -m latent_medi.cli run": (
+        "experiment/test_launching.py", "latent_medi.launch"),
+    "make gpu-kit": ("end_to_end/test_kit.py", "kit"),
+    "sh kit-dist/start.sh": ("end_to_end/test_kit.py", "start.sh"),
+    "cd gpu-work": ("end_to_end/test_kit.py", "latent_medi"),
+    "python benchmarks/gpu.py --quick --device cpu": ("gpu", "cpu"),
+    "LATENT_MEDI_WEIGHTS=/path/to/weights pytest -m weights": ("weights/test_published_weights.py", "weights"),
+}  # fmt: skip
+
+NEEDS = {
+    # Beginning of a command: what it needs, in words of its page.
+    "hf download": "need a connection",
+    "gdc-client download": "need a connection",
+    "pip install": "pip install",
+    "source .venv/bin/activate": "make",
+    "wandb sync": "without a connection",
+    "pytest -m gpu": "GPU",
+    "python3 --version": "python3",
+    "sbatch --nodes 2 --gpus-per-node 8 configs/cluster/slurm.sh -m latent_medi.cli run": "sbatch",
+    "python -m latent_medi.launch --config_file configs/accelerate/two_nodes.yaml --machine_rank 0 --main_process_ip "
+    "10.0.0.1 -m latent_medi.cli run": "several nodes",
+    "python patching_peer.py": "that program's Python",
+    "sbatch --export": "Slurm",
+    "PYTHONPATH=. latent-medi …": "PYTHONPATH",
+}
+
+NOT_RUN = (
+    # Whole experiments, Stable Diffusion's autoencoder by its name, and two launched processes: no test runs the
+    # commands themselves. What they do is tested in parts.
+    "latent-medi run --config my-experiment.yaml",
+    "latent-medi run --config prostate/64px",
+    "latent-medi run --config demo/experiment",
+    "latent-medi run --config tcga_ut/beyond",
+    "latent-medi encode data=data/mine out=latents/mine autoencoder=sd-vae-ft-mse",
+    "accelerate launch --config_file configs/accelerate/cpu.yaml train.py",
+    "accelerate launch --config_file configs/accelerate/cpu.yaml sample.py",
+)
