@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from latent_medi.features.registry import ENCODERS, Preprocessing
+from latent_medi.metadata.tcga import read_site_codes
 
 PROJECTS = {
     "Lung_adenocarcinoma": "TCGA-LUAD",
@@ -32,6 +33,13 @@ SITES = {"train": 3, "test": 4}
 """Site codes of each class that have slides in the tars, at most; UCS has four for testing, with seven patients."""
 PATIENTS = {"train": 4, "test": 5}
 """Patients of each of these codes, at most."""
+HOSPITALS = (
+    "Memorial Sloan Kettering Cancer Center",
+    "University of North Carolina",
+    "University of Pittsburgh",
+    "Christiana Healthcare",
+)
+"""Each has lung adenocarcinoma or one of the kidney's, most of them all three."""
 
 
 def published_parts(tables: Path) -> dict[str, str]:
@@ -70,7 +78,30 @@ def chosen_slides(tables: Path) -> pd.DataFrame:
     return pd.concat(kept)[["slide", "label", "tss", "part"]].reset_index(drop=True)
 
 
-def write_hub_tars(folder: Path, tables: Path, seed: int = 0, patches: int = 2) -> pd.DataFrame:
+def slides_of_hospitals(tables: Path, patients: int = 17) -> pd.DataFrame:
+    """A slide each of at most ``patients`` patients of three cancer types at each of the :data:`HOSPITALS`.
+
+    Args:
+        tables: Folder with all_slide_metadata.csv and tissueSourceSite.tsv.
+        patients: At least 17 for a combination that a split can hold out: it keeps three fifths of them for testing,
+            and an evaluation needs ten.
+
+    Returns:
+        As :func:`chosen_slides`, with ``site``; ``part`` is "".
+    """
+    table = _read(tables / "all_slide_metadata.csv").drop_duplicates("case_submitter_id")
+    labels = {PROJECTS[label]: label for label in PROJECTS if label.startswith(("Kidney", "Lung_adeno"))}
+    tss = table["slide_submitter_id"].str[5:7]
+    site = tss.map(read_site_codes(tables / "tissueSourceSite.tsv")["institution"])
+    label = table["project_id"].map(labels)
+    table = table.assign(slide=table["slide_submitter_id"], label=label, tss=tss, site=site, part="")
+    some = table[table["site"].isin(HOSPITALS)].groupby(["label", "site"]).head(patients)
+    return some[["slide", "label", "tss", "part", "site"]].reset_index(drop=True)
+
+
+def write_hub_tars(
+    folder: Path, tables: Path, seed: int = 0, patches: int = 2, slides: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Write ``folder/data/dataset_internal_{train,valid,test}_part000.tar``.
 
     Args:
@@ -80,11 +111,12 @@ def write_hub_tars(folder: Path, tables: Path, seed: int = 0, patches: int = 2) 
             the same whatever the seed.
         patches: Patches per slide; of a class that has fewer than ten slides for testing, five of each of these, since
             a distance needs 20 patches.
+        slides: Those of the tars; by default :func:`chosen_slides`.
 
     Returns:
-        :func:`chosen_slides`.
+        The slides.
     """
-    slides = chosen_slides(tables)
+    slides = chosen_slides(tables) if slides is None else slides
     rng = np.random.default_rng(seed)
     slides_of = slides.groupby(["label", "part"])["slide"].transform("size")
     counts = [

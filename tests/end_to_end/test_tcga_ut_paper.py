@@ -1,4 +1,4 @@
-"""``run --config tcga_ut/paper`` from tars as the Hub has them to the paper's tables, at a size for processors."""
+"""``run --config tcga_ut/paper`` and ``tcga_ut/beyond`` from tars as the Hub has them, at a size for processors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import pytest
 import yaml
 from announced import announced, check_announced
 from cluster_parts import REPOSITORY, images_logged, kill, wait_until
-from hub_tars import PROJECTS, UNLISTED, published_parts, write_hub_tars
+from hub_tars import PROJECTS, UNLISTED, published_parts, slides_of_hospitals, write_hub_tars
 from parts import stable_diffusion_vae
 
 from latent_medi.core.files import read_json
+from latent_medi.evaluation.results import read_metrics
 from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.recipes.registry import load_recipe
 from latent_medi.shards.dataset import PatchDataset
@@ -37,14 +38,13 @@ def tables(shared: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def config(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The paper's configuration with Stable Diffusion's autoencoder and UNI's architecture (one block of it), both of
-    random weights, on patches of 32 px and with few steps."""
-    folder = tmp_path_factory.mktemp("paper")
-    write_hub_tars(folder / "hub", tables)
-    values: dict[str, Any] = {
-        "base": "tcga_ut/paper",
+def small(base: str, folder: Path, tables: Path) -> dict[str, Any]:
+    """A configuration with Stable Diffusion's autoencoder and UNI's architecture (one block of it), both of random
+    weights, on patches of 32 px and with few steps; its tars are in ``folder/hub``."""
+    train: dict[str, Any] = {"max_steps": STEPS, "global_batch": 16, "device_batch": 16, "precision": "fp32"}
+    train |= {"channels_last": False, "model": NETWORK, "log_every_images": 16, "checkpoint_every_images": 32}
+    return {
+        "base": base,
         "source": str(folder / "hub"),
         "metadata": str(tables / "all_slide_metadata.csv"),
         "codes": str(tables / "tissueSourceSite.tsv"),
@@ -52,28 +52,29 @@ def config(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "autoencoder": str(stable_diffusion_vae(folder / "vae")),
         "encode": {"precision": "fp32", "reconstruction_error": {"patches": 0}},
         "encoders": ["hub_tars:one_block_uni"],
-        "train": {
-            "max_steps": STEPS,
-            "global_batch": 16,
-            "precision": "fp32",
-            "channels_last": False,
-            "model": NETWORK,
-        },
+        "train": train,
         "generate": {"sampler": {"steps": 2}, "device_batch": 16, "precision": "fp32"},
-        "plan": {"tasks": {"rcc": RCC}},  # the tars have no third class
         "processes": 1,
     }
-    values["train"] |= {"device_batch": 16, "log_every_images": 16, "checkpoint_every_images": 32}
+
+
+@pytest.fixture(scope="module")
+def config(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paper's configuration at that size."""
+    folder = tmp_path_factory.mktemp("paper")
+    write_hub_tars(folder / "hub", tables)
+    values = small("tcga_ut/paper", folder, tables)
+    values["plan"] = {"tasks": {"rcc": RCC}}  # the tars have no third class
     values["evaluate"] = {"medi_protocol": {"ratios": [0.0, 1.0], "sites": [2, 0], "seeds": 2}, "real_splits": 0}
     (folder / "paper.yaml").write_text(yaml.safe_dump(values))
     return folder / "paper.yaml"
 
 
-def start_run(config: Path, out: Path) -> subprocess.Popen[bytes]:
+def start_run(config: Path, out: Path, *words: str) -> subprocess.Popen[bytes]:
     """Start the experiment; what it prints is appended to a file beside its folder."""
     with open(out.with_suffix(".log"), "ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "latent_medi.cli", "run", "--config", str(config), f"out={out}"],
+            [sys.executable, "-m", "latent_medi.cli", "run", "--config", str(config), f"out={out}", *words],
             cwd=REPOSITORY,
             env={
                 **os.environ,
@@ -87,12 +88,16 @@ def start_run(config: Path, out: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def run(config: Path, out: Path, *words: str) -> Path:
+    """Run the experiment to its end; returns its folder."""
+    assert start_run(config, out, *words).wait(timeout=900) == 0, out.with_suffix(".log").read_text()[-4000:]
+    return out
+
+
 @pytest.fixture(scope="module")
 def finished(config: Path) -> Path:
     """Folder of the experiment that nobody disturbs."""
-    out = config.parent / "unbroken"
-    assert start_run(config, out).wait(timeout=900) == 0, out.with_suffix(".log").read_text()[-4000:]
-    return out
+    return run(config, config.parent / "unbroken")
 
 
 def test_the_configuration_asks_for_the_papers_study() -> None:
@@ -174,3 +179,38 @@ def test_killed_once_in_each_stage_it_ends_with_equal_tables(config: Path, finis
     assert {"per_class_distance.csv", "medi_results.csv", "medi_summary.csv"} <= set(tables)
     for name in tables:
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_beyond_the_paper_what_has_too_few_patients_is_listed(tables: Path, tmp_path: Path) -> None:
+    """The run makes its own split, evaluates the held-out combinations that have the patients, and names the others."""
+    slides = write_hub_tars(tmp_path / "hub", tables, slides=slides_of_hospitals(tables))
+    values = small("tcga_ut/beyond", tmp_path, tables) | {"seen_per_cell": 1, "unseen_per_cell": 6}
+    values["train"] |= {"max_images": 0, "compile": False, "model": {**NETWORK, "preset": ""}}
+    values["evaluate"] = {"repeats": 1, "real_splits": 0, "colour_free": False}
+    (tmp_path / "beyond.yaml").write_text(yaml.safe_dump(values))
+    out = run(tmp_path / "beyond.yaml", tmp_path / "out")
+
+    data = PatchDataset.open(out / "data")
+    held_out = data.info["splits"]["beyond"]["recipe"]["held_out"]
+    part = data.index.groupby("patient")["split_beyond"].unique()
+    assert part.str.len().eq(1).all()
+    tested = {}
+    for combination in held_out:
+        rows = data.index[(data.index[list(combination)].astype(str) == pd.Series(combination)).all(axis=1)]
+        assert "train" not in set(rows["split_beyond"])
+        tested[tuple(combination.values())] = rows[rows["split_beyond"] == "test"]["patient"].nunique()
+    assert set(data.index["site"]) == set(slides["site"])
+    metrics = read_metrics(out)
+    evaluated = {tuple(each.values()) for each in metrics.dataset.held_out}
+    listed = {tuple(each.combination.values()): each.reason for each in metrics.dataset.not_evaluated}
+    assert evaluated == {each for each, patients in tested.items() if patients >= 10}
+    few = {each: patients for each, patients in tested.items() if patients < 10}
+    assert listed == {each: f"{n} test patients, 10 are needed" for each, n in few.items()}
+    assert evaluated
+    assert listed
+    log = (tmp_path / "out.log").read_text()
+    assert f"{len(evaluated)} of {len(held_out)} combinations that the split holds out are evaluated" in log
+    for name, fields in (("medi", {"class", "site", "gender", "race", "age"}), ("cls", {"class"})):
+        assert set(PatchDataset.open(out / "synthetic" / name).schema.names) == fields
+    assert (out / "report.html").stat().st_size > 10_000
