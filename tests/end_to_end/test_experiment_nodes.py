@@ -15,9 +15,11 @@ from cluster_parts import LONGEST, everything, free_port, images_logged, images_
 from experiment_parts import NETWORK
 from parts import make_cohort
 
+from latent_medi.core.errors import RESUME
 from latent_medi.shards.dataset import PatchDataset
 
 STEPS, BATCH = 30, 8
+WHOLE = 3 * LONGEST  # seconds that a whole experiment may take
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,10 @@ class Nodes:
             found[node] = start([*launcher(2, port, *options, "--same_network"), *self.words], self.errors[node])
         self.running = [found[0], found[1]]
 
+    def end(self) -> list[int]:
+        """Wait for both nodes; returns their exit codes."""
+        return [process.wait(timeout=WHOLE) for process in self.running]
+
     def printed(self) -> str:
         """The end of what both nodes printed."""
         return "\n".join(errors.read_text()[-3000:] for errors in self.errors if errors.is_file())
@@ -78,7 +84,7 @@ def run_here(config: Path, out: Path, processes: int) -> None:
     command = [sys.executable, "-m", "latent_medi.cli", "run", "--config", str(config), f"out={out}"]
     log = out.with_name(f"{out.name}.log")
     process = start([*command, f"launch_processes={processes}", "processes=1"], log)
-    assert process.wait(timeout=LONGEST) == 0, log.read_text()[-4000:]
+    assert process.wait(timeout=WHOLE) == 0, log.read_text()[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +139,22 @@ def test_two_processes_give_what_one_gives(config: Path, two_processes: Path, tm
 def test_a_node_that_dies_in_training_costs_nothing(
     dies: int, two_processes: Path, nodes: Nodes, tmp_path: Path
 ) -> None:
+    """Nor does one that is asked to stop alone while both sample."""
     out = tmp_path / "out"
     nodes.start()
     until = BATCH * STEPS // 2
     wait_until(lambda: images_logged(out / "medi") >= until, nodes.running[0], nodes.errors[0])
     kill(nodes.running[dies])
-    assert nodes.running[1 - dies].wait(timeout=LONGEST) not in (0, 75), nodes.printed()
+    assert nodes.running[1 - dies].wait(timeout=WHOLE) not in (0, 75), nodes.printed()
     assert images_saved(out / "medi") > 0
     assert not (out / "medi" / "model").exists()
     nodes.start()
-    assert [process.wait(timeout=LONGEST) for process in nodes.running] == [0, 0], nodes.printed()
+    if dies == 0:
+        wait_until(lambda: "dpmpp_2m" in nodes.printed(), nodes.running[0], nodes.errors[0], every=0.1)
+        nodes.running[1].terminate()
+        assert nodes.end() == [RESUME, RESUME], nodes.printed()
+        assert not (out / "metrics.json").exists()
+        nodes.start()
+    assert nodes.end() == [0, 0], nodes.printed()
     assert_same_result(two_processes, out)
     assert (out / "report.html").is_file()

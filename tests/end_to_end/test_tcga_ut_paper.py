@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from announced import announced, check_announced
-from cluster_parts import REPOSITORY, images_logged, kill, wait_until
+from cluster_parts import REPOSITORY, images_logged, kill, relative_distance, tensors, wait_until
 from hub_tars import PROJECTS, UNLISTED, published_parts, slides_of_hospitals, write_hub_tars
 from parts import stable_diffusion_vae
 
@@ -179,6 +180,33 @@ def test_killed_once_in_each_stage_it_ends_with_equal_tables(config: Path, finis
     assert {"per_class_distance.csv", "medi_results.csv", "medi_summary.csv"} <= set(tables)
     for name in tables:
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(config: Path, finished: Path) -> None:
+    """Latents in every bit; weights and images to rounding, as sums of gradients are taken in another order. Tables are
+    of those images: an image's features move by as little, and no patch of these changes its class."""
+    two = run(config, config.parent / "two", "launch_processes=2")
+    log = two.with_suffix(".log").read_text()
+    stages = ("encode", "medi", "cls", "embed")
+    assert [name for name in stages if f"[{name}] " in log] == list(stages)
+    assert log.count("2 processes; the first has cpu") == 6  # encode, two models twice, embed
+    ours, theirs = tensors(finished / "latents"), tensors(two / "latents")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for name in ("medi", "cls"):
+        assert (two / f"plan-{name}.csv").read_bytes() == (finished / f"plan-{name}.csv").read_bytes()
+        assert relative_distance(finished / name, two / name, "model/unet") <= 1e-5
+        images = [PatchDataset.open(folder / "synthetic" / name) for folder in (finished, two)]
+        rows = np.arange(len(images[0]))
+        assert len(images[1]) == len(rows)
+        one, other = (np.stack(list(each.read(rows))).astype(int) for each in images)
+        print(name, "grey levels", np.abs(one - other).max(), (one != other).mean())
+        assert np.abs(one - other).max() <= 1
+    for name in sorted(path.name for path in finished.glob("*.csv")):
+        found = [pd.read_csv(folder / name, keep_default_na=False) for folder in (finished, two)]
+        print(name, (finished / name).read_bytes() == (two / name).read_bytes())
+        pd.testing.assert_frame_equal(*found, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
