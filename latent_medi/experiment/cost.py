@@ -168,7 +168,7 @@ class _Costing:
         for model in self.e.to_train:
             network = self.networks[model.name]
             there = (model.adapter or model.out / "model").is_dir()
-            finished = stage in self.done or (there and model.out not in self.e.stages.stale(stage))
+            finished = stage in self.done or (there and model.out not in self.e.stages.outdated(stage))
             settings, size = config.make(TrainSettings, model.training or {}, model.name), None
             if network and network.on_meta is not None and not model.adapter:
                 inside = self.autoencoder if self._stored_with_models() else None

@@ -196,6 +196,10 @@ class Stages:
         """The outputs of a stage that exist and were made from other inputs than it has now."""
         return self._not_of_these_inputs(name, self._stages[name].prolongs)
 
+    def outdated(self, name: str) -> list[Path]:
+        """The outputs of a stage that exist and were made from other inputs, those of a shorter training run too."""
+        return self._not_of_these_inputs(name, longer=False)
+
     def to_remove(self, name: str) -> list[Path]:
         """The stale outputs of a stage that differ by more than the length of a training run."""
         stage = self._stages[name]

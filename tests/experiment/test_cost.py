@@ -122,10 +122,11 @@ def test_a_dry_run_tells_all_and_writes_nothing(
 
 
 def test_what_is_to_be_made_again_is_left(settings: Callable[..., ExperimentSettings], rates: dict[str, float]) -> None:
-    """Models of other settings are refused, and with replace=true trained again: then they are not finished."""
+    """Models of a shorter run go on, those of other settings are refused, or with replace=true trained again: none is
+    finished."""
 
-    def trained(max_steps: int) -> set[bool]:
-        asked = settings(train={"max_steps": max_steps, "model": NETWORK})
+    def trained(max_steps: int, **train: float) -> set[bool]:
+        asked = settings(train={"max_steps": max_steps, "model": NETWORK, **train})
         return {row.finished for row in cost_of(asked, measure=True).stages if row.stage == "train"}
 
     experiment = Experiment(settings(train={"max_steps": 3, "model": NETWORK}))
@@ -135,9 +136,9 @@ def test_what_is_to_be_made_again_is_left(settings: Callable[..., ExperimentSett
     for name in ("medi", "cls"):
         (experiment.folder / name / "model").mkdir(parents=True)
     assert trained(3) == {True}
-    assert trained(4) == {False}
-    asked = settings(train={"max_steps": 4, "model": NETWORK}, dry_run=True)
-    with pytest.raises(UserError, match=r"made from other inputs: train\.medi\.max_steps was 3, is 4"):
+    assert trained(4) == trained(3, lr=0.5) == {False}
+    asked = settings(train={"max_steps": 3, "model": NETWORK, "lr": 0.5}, dry_run=True)
+    with pytest.raises(UserError, match=r"made from other inputs: train\.medi\.lr was .*, is 0\.5"):
         run(asked)
     assert run(replace(asked, replace=True))["seconds"] > 0
 
