@@ -110,7 +110,7 @@ class PixelData:
     def batch(
         self, number: int, batch: int, seed: int, timesteps: int, dropout: DropoutSettings, rank: int, processes: int
     ) -> PixelBatch:
-        """A process's share of the ``number``-th global batch, on the CPU; timesteps and condition dropout play no part.
+        """A process's share of the ``number``-th global batch, on the CPU; there are no timesteps and no conditions.
 
         Crops, symmetries and noise are drawn for the whole global batch, so they do not depend on the number of
         processes.

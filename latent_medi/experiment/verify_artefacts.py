@@ -21,7 +21,7 @@ IMAGES = ("image classifier", CLASSIFIER_FILE)
 
 
 def kind_of(folder: Path) -> str:
-    """Kind of a folder: "latents", "model", "adapter", "classifier", "autoencoder", "image classifier", "run", or ""."""
+    """Kind: "latents", "model", "adapter", "classifier", "autoencoder", "image classifier", "run", or "" for none."""
     for kind, file in (("latents", INFO_FILE), ("model", "model_index.json"), ("adapter", ADAPTER_FILE), IMAGES):
         if (folder / file).is_file():
             return kind

@@ -340,7 +340,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: str | Path, provenance: M
     Args:
         autoencoder: The autoencoder.
         folder: Folder to write.
-        provenance: What it was made from, JSON-able; written beside it as :data:`PROVENANCE_FILE`.
+        provenance: What it was made from, JSON-able; written with it as :data:`PROVENANCE_FILE`.
     """
     with atomic_path(folder) as temporary:
         autoencoder.model.save_pretrained(str(temporary), safe_serialization=True)
