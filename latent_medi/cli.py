@@ -18,7 +18,7 @@ from latent_medi.core.progress import set_up_logging
 from latent_medi.verbs import VERBS, Printed
 
 _NEED_SETTINGS = {"train", "encode", "classifier", "average", "grid", "evaluate", "floors"}
-_NEED_SETTINGS |= {"image-classifier", "classify"}
+_NEED_SETTINGS |= {"autoencoder", "image-classifier", "classify"}
 _NEED_SETTINGS |= {"split", "audit", "export", "benchmark-shift"}
 """Verbs that show their help if they are called without settings."""
 

@@ -262,6 +262,13 @@ def _classify(words: list[str]) -> Printed:
     return {"table": settings.out, "patches": done.patches, "scores": encode(done.scores)}
 
 
+def _autoencoder(words: list[str]) -> Printed:
+    from latent_medi.autoencoder.settings import AutoencoderSettings
+    from latent_medi.autoencoder.train import train_autoencoder
+
+    return train_autoencoder(config.parse(AutoencoderSettings, words, "autoencoder"))
+
+
 def _average(words: list[str]) -> Printed:
     from latent_medi.training.run_folder import write_average
     from latent_medi.training.settings import AverageSettings
@@ -402,6 +409,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "export": (_export, "write a dataset folder as tars per split for the Hugging Face hub, or as image folders"),
     "audit": (_audit, "report which combinations of class, site and other fields a dataset has and lacks"),
     "split": (_split, "split patients into parts, at random or with sites or combinations held out"),
+    "autoencoder": (_autoencoder, "adapt an autoencoder to a dataset, or train one from random weights"),
     "encode": (_encode, "encode a dataset folder into latents of a frozen autoencoder"),
     "train": (_train, "train a diffusion model; --estimate: predict its memory, time and disk space"),
     "classifier": (_classifier, "train a classifier of noisy latents, for guiding a model to a class"),

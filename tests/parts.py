@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from latent_medi.core.files import read_sealed, sha256_file, write_sealed
 from latent_medi.diffusion.settings import ModelSettings
@@ -56,6 +56,19 @@ def random_model(kind: str = "AutoencoderKL", seed: int = 0) -> torch.nn.Module:
             num_encoder_blocks=(1, 1, 1),
             num_decoder_blocks=(1, 1, 1),
             latent_channels=4,
+        ).eval()
+    if kind == "AutoencoderDC":
+        return AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=8,
+            encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 16, 16),
+            decoder_block_out_channels=(8, 16, 16),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            encoder_qkv_multiscales=((), (), (5,)),
+            decoder_qkv_multiscales=((), (), (5,)),
         ).eval()
     return AutoencoderTAEF2(latent_channels=6, width=8, blocks=1).eval()
 

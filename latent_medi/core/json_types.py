@@ -56,9 +56,11 @@ def check_config(config: Path, network: type, remedy: str) -> None:
         if kind is not None:
             pattern[f"{name}?"] = kind
         elif isinstance(default, (tuple, list)) and default:
-            pattern[f"{name}?"] = [type(default[0])]
+            first = default[0]
+            pattern[f"{name}?"] = [[int] if isinstance(first, (tuple, list)) else type(first)]
         elif type(default) in _NAMES:
-            pattern[f"{name}?"] = (type(default), None)
+            each: list[list[type]] = [[str]] if isinstance(default, str) and "tuple" in str(annotation).lower() else []
+            pattern[f"{name}?"] = (type(default), *each, None)
     check_types(read_object(config), pattern, config, remedy)
 
 

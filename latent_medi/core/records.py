@@ -95,6 +95,8 @@ def _decode(annotation: Any, value: Any, at: str) -> Any:
     if origin is list:
         return [_decode(inner[0], entry, f"{at}[{i}]") for i, entry in enumerate(value)]
     if origin is tuple:
+        if inner[1:] == (...,):
+            inner = inner[:1] * len(value)
         if len(value) != len(inner):
             raise _mismatch(at, value, f"a list of {len(inner)}")
         return tuple(

@@ -31,6 +31,7 @@ from latent_medi.latents.autoencoder import (
     save_autoencoder,
     weight_hash,
 )
+from latent_medi.latents.networks import latents_fit
 
 if TYPE_CHECKING:
     from latent_medi.diffusion.pipeline import MediPipeline
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 AUTOENCODER_FILE, OBJECTIVE_FILE, PROVENANCE_FILE = "autoencoder.json", "objective.json", "provenance.json"
 REMEDY = "Copy the whole folder again, or remove it and repeat the command that made it."
 
-_AUTOENCODER = {"source": str, "hash": str, "shift": [float], "scale": [float]}
+_AUTOENCODER = {"source": str, "hash": str, "shift": [float], "scale": [float], "latents_of?": [str]}
 _OBJECTIVE: dict[str, type] = {f"{name}?": str for name in ("prediction", "schedule", "weighting", "loss")}
 _OBJECTIVE |= {f"{name}?": float for name in ("beta_start", "beta_end", "gamma")}
 _OBJECTIVE |= {"timesteps?": int, "zero_terminal_snr?": bool}
@@ -163,7 +164,7 @@ def read_model(
         autoencoder.source = known["source"]
     elif not isinstance(autoencoder, Autoencoder):
         autoencoder = load_autoencoder(autoencoder or known["source"], device)
-    if autoencoder.hash != known["hash"]:
+    if not latents_fit(autoencoder.description, known["hash"]):
         raise UserError(
             f"The model in {folder} was trained on latents of {known['source']} ({known['hash'][:12]}), "
             f"and {autoencoder.source} ({autoencoder.hash[:12]}) is another.",

@@ -138,7 +138,16 @@ def _network(settings: ImageClassifierSettings, classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         kept = settings.network, settings.image_size, classes, settings.drop_path, settings.dropout, settings.weights
-        return build_network(*kept)
+        network = build_network(*kept)
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, settings.image_size, settings.image_size))
+    except (AssertionError, RuntimeError) as error:  # such as a size that tokens do not divide
+        raise UserError(
+            f"The network {settings.network} does not take images of {settings.image_size} px: {error}",
+            "Choose another image_size.",
+        ) from None
+    return network.train()
 
 
 def _normalises_batches(network: nn.Module) -> bool:

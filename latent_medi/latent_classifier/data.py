@@ -12,6 +12,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.latent_classifier.scores import Validation
 from latent_medi.latent_classifier.settings import ClassifierSettings
+from latent_medi.latents.networks import latents_fit
 from latent_medi.latents.store import LatentStore
 from latent_medi.metadata.schema import UNKNOWN_WORD, Field
 from latent_medi.metadata.splits import assert_patient_disjoint
@@ -68,7 +69,7 @@ def open_parts(
     if store.shape[1] != store.shape[2]:
         raise UserError(f"Latents are square; these are {store.shape[1]}×{store.shape[2]}.")
     encoded_by = store.info["autoencoder"]["hash"]
-    if source is not None and source.autoencoder is not None and source.autoencoder["hash"] != encoded_by:
+    if source is not None and source.autoencoder is not None and not latents_fit(source.autoencoder, encoded_by):
         raise UserError(
             f"The latents were encoded by the autoencoder {encoded_by[:12]}, and {settings.model} was trained on those "
             f"of {source.autoencoder['hash'][:12]}.",

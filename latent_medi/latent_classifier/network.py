@@ -29,7 +29,7 @@ from latent_medi.diffusion.model_folder import REMEDY, local_folder
 from latent_medi.diffusion.objective import noise_schedule, settings_of
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.latent_classifier.network_settings import EncoderSettings
-from latent_medi.latents.autoencoder import weight_hash
+from latent_medi.latents.networks import latents_fit, weight_hash
 
 if TYPE_CHECKING:
     from latent_medi.diffusion.pipeline import MediPipeline
@@ -225,7 +225,7 @@ class LatentClassifier:
             UserError: Names each difference in autoencoder, shape, whitening and noise schedule.
         """
         problems = []
-        if model.autoencoder.hash != self.autoencoder_hash:
+        if not latents_fit(model.autoencoder.description, self.autoencoder_hash):
             problems.append(
                 f"its autoencoder is {model.autoencoder.hash[:12]}, the classifier's {self.autoencoder_hash[:12]}"
             )

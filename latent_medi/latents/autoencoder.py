@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import nn
 
 from latent_medi.core.checksums import verify_checksums, write_checksums
@@ -17,7 +15,18 @@ from latent_medi.core.device import HalvedBatch, check_precision, exact_fp32
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_json, read_object, write_json
 from latent_medi.core.hub import is_hub_id
-from latent_medi.core.json_types import check_config
+from latent_medi.core.json_types import check_config, check_types
+from latent_medi.latents.networks import (
+    KINDS,
+    Moments,
+    check_kind,
+    deterministic,
+    factor_of,
+    moments_of,
+    pixels_of,
+    to_images,
+    weight_hash,
+)
 from latent_medi.latents.taef2 import DECODER_FILE, ENCODER_FILE, AutoencoderTAEF2
 
 HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd"}
@@ -32,12 +41,10 @@ DECODED_PIXELS = 8 * 256 * 256
 
 _REMEDY = "Use precision=bf16, smaller patches, or another device."
 
+PROVENANCE_FILE = "provenance.json"
+"""File in the folder of an autoencoder that was trained here: what it was made from."""
+
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_KINDS: dict[str, Any] = {
-    "AutoencoderKL": AutoencoderKL,
-    "AutoencoderTiny": AutoencoderTiny,
-    "AutoencoderTAEF2": AutoencoderTAEF2,
-}
 
 
 class Autoencoder:
@@ -47,8 +54,9 @@ class Autoencoder:
     other batch size.
 
     Args:
-        model: An AutoencoderKL, AutoencoderTiny or AutoencoderTAEF2.
+        model: An AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderTAEF2.
         source: Name, hub id or folder from which it was loaded.
+        latents_of: See the attribute.
 
     Attributes:
         source: As given.
@@ -57,19 +65,19 @@ class Autoencoder:
         latent_channels: Channels C of a latent.
         factor: Pixels per latent pixel along an edge.
         deterministic: Whether it gives a latent instead of a posterior.
+        latents_of: Hashes of the autoencoders from which its decoder alone was trained: it decodes their latents too.
         slicing: Whether it takes patches one by one, independent of the batch; set by :meth:`enable_slicing`.
     """
 
-    def __init__(self, model: Any, source: str) -> None:
+    def __init__(self, model: Any, source: str, latents_of: Sequence[str] = ()) -> None:
         self.kind = type(model).__name__
-        if self.kind not in _KINDS:
-            raise UserError(f"{self.kind} is not a supported autoencoder; supported are {', '.join(_KINDS)}.")
+        check_kind(model)
         self.model: Any = model.eval().requires_grad_(False)
         self.source = source
-        self.hash = weight_hash(model)
+        self.hash, self.latents_of = weight_hash(model), list(latents_of)
         self.latent_channels = int(self.model.config["latent_channels"])
-        self.factor = _factor(self.model)
-        self.deterministic = self.kind != "AutoencoderKL"
+        self.factor = factor_of(self.model)
+        self.deterministic = deterministic(model)
         self.slicing = False
         self._encoding, self._decoding = HalvedBatch("encoding", _REMEDY), HalvedBatch("decoding", _REMEDY)
 
@@ -101,15 +109,18 @@ class Autoencoder:
             self.model.enable_slicing()
         return self
 
-    def _run(self, part: Any, x: torch.Tensor) -> torch.Tensor:
-        """The output of a part of the TAEF2 model, which has no slicing of its own."""
-        return torch.cat([part(one) for one in x.split(1)]) if self.slicing and len(x) > 1 else part(x)
+    def _run(self, work: Callable[[torch.Tensor], Moments], x: torch.Tensor) -> Moments:
+        """The result of ``work`` for all of ``x``, or for one after the other, as TAEF2 has no slicing of its own."""
+        if not self.slicing or len(x) < 2 or self.kind != "AutoencoderTAEF2":
+            return work(x)
+        return torch.cat([work(one)[0] for one in x.split(1)]), None
 
     @property
     def description(self) -> dict[str, Any]:
         """The facts that identify it, JSON-able."""
         names = ("source", "kind", "hash", "latent_channels", "factor", "deterministic")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "latents_of": self.latents_of} if self.latents_of else found
 
     @torch.no_grad()
     @exact_fp32()
@@ -147,13 +158,8 @@ class Autoencoder:
 
     def _moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
-        if self.kind == "AutoencoderTAEF2":
-            return self._run(self.model.encode, x.to(self.dtype)).float().contiguous(), None
-        x = (x * 2 - 1).to(self.dtype)
-        if self.kind == "AutoencoderTiny":
-            return self.model.encode(x).latents.float().contiguous(), None
-        posterior = self.model.encode(x).latent_dist
-        return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
+        mean, std = self._run(lambda part: moments_of(self.model, part, self.dtype), x)
+        return mean.contiguous(), None if std is None else std.contiguous()
 
     @torch.no_grad()
     @exact_fp32()
@@ -179,24 +185,12 @@ class Autoencoder:
         if count < size:
             latents = latents[torch.arange(size, device=latents.device).clamp(max=count - 1)]
         z = latents.to(device=self.device, dtype=self.dtype)
-        if self.kind == "AutoencoderTAEF2":
-            x = self._run(self.model.decode, z).float()
-        else:
-            x = self.model.decode(z).sample.float() / 2 + 0.5
+        x, _ = self._run(lambda part: (pixels_of(self.model, part), None), z)
         if not torch.isfinite(x).all():
             raise UserError(
                 f"The autoencoder {self.source} gives pixels that are not finite in {self.dtype}.", "Run it in fp32."
             )
-        images = (x[:count].clamp(0, 1) * 255).round().to(torch.uint8)
-        return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def _factor(model: Any) -> int:
-    if isinstance(model, AutoencoderTAEF2):
-        return 8
-    if isinstance(model, AutoencoderTiny):
-        return int(2 ** (len(model.config["encoder_block_out_channels"]) - 1))
-    return int(2 ** (len(model.config["block_out_channels"]) - 1))
+        return to_images(x[:count])
 
 
 def in_own_memory(model: Any) -> Any:
@@ -208,15 +202,6 @@ def in_own_memory(model: Any) -> Any:
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
-
-
-def weight_hash(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and fp32 values of all weights, in order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def latent_shape(autoencoder: Autoencoder, patch_size: int) -> tuple[int, int, int]:
@@ -255,11 +240,12 @@ def load_autoencoder(
     """
     check_precision(dtype, device)
     name = str(name_or_folder)
-    source = name
+    source, latents_of = name, []
     if name == "demo":
         model = _from_folder(demo_folder())
     elif Path(name).is_dir() and name not in HUB_NAMES:
         model, source = _from_folder(Path(name)), str(Path(name).resolve())
+        latents_of = _latents_of(Path(name))
     elif name in HUB_NAMES or is_hub_id(name):
         model = _from_hub(name, HUB_NAMES.get(name, name))
     else:
@@ -268,7 +254,17 @@ def load_autoencoder(
             f"There is no autoencoder {name!r}: no such folder.",
             f"Give a folder, a hub id owner/name, or one of {known}.",
         )
-    return Autoencoder(model, source).to(device, dtype)
+    return Autoencoder(model, source, latents_of).to(device, dtype)
+
+
+def _latents_of(folder: Path) -> list[str]:
+    """Hashes of the autoencoders whose latents the one in a folder decodes too, from its provenance."""
+    file = folder / PROVENANCE_FILE
+    if not file.is_file():
+        return []
+    provenance = read_object(file)
+    check_types(provenance, {"latents_of?": [str]}, file, "Copy the whole folder again.")
+    return list(provenance.get("latents_of", []))
 
 
 def _from_folder(folder: Path) -> nn.Module:
@@ -281,18 +277,18 @@ def _from_folder(folder: Path) -> nn.Module:
             f"It needs config.json and {WEIGHTS_FILE}, or {ENCODER_FILE} and {DECODER_FILE}.",
         )
     kind = read_object(folder / "config.json").get("_class_name")
-    if not isinstance(kind, str) or kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(
-            f"{folder} holds a {kind}, which is not a supported autoencoder; supported are {', '.join(_KINDS)}."
+            f"{folder} holds a {kind}, which is not a supported autoencoder; supported are {', '.join(KINDS)}."
         )
-    check_config(folder / "config.json", _KINDS[kind], "Copy the whole folder again.")
+    check_config(folder / "config.json", KINDS[kind], "Copy the whole folder again.")
     # Files of other names would be pickles, which are never opened.
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(
             f"{folder} has no {WEIGHTS_FILE}; pickled weights are not loaded.", "Convert the weights to safetensors."
         )
     try:
-        model, loading = _KINDS[kind].from_pretrained(
+        model, loading = KINDS[kind].from_pretrained(
             str(folder), use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # a wrong entry of its configuration raises any kind of error
@@ -338,11 +334,20 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def save_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> None:
-    """Write a folder that :func:`load_autoencoder` reads, in its current precision, at once or not at all."""
+def save_autoencoder(autoencoder: Autoencoder, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write a folder that :func:`load_autoencoder` reads, in its current precision, at once or not at all.
+
+    Args:
+        autoencoder: The autoencoder.
+        folder: Folder to write.
+        provenance: What it was made from, JSON-able; written with it as :data:`PROVENANCE_FILE`.
+    """
     with atomic_path(folder) as temporary:
         autoencoder.model.save_pretrained(str(temporary), safe_serialization=True)
         forget_path(temporary / "config.json")
+        if provenance is not None or autoencoder.latents_of:
+            known = {"latents_of": autoencoder.latents_of} if autoencoder.latents_of else {}
+            write_json(temporary / PROVENANCE_FILE, {**known, **(provenance or {})})
         write_checksums(temporary)
 
 

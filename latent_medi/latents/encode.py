@@ -29,6 +29,7 @@ from latent_medi.latents.info import (
     source_hash,
     write_info,
 )
+from latent_medi.latents.networks import latents_fit
 from latent_medi.latents.reconstruction_error import measure_reconstruction, reconstruction_text
 from latent_medi.latents.settings import EncodeSettings, ReconstructionSettings
 from latent_medi.latents.views import view_of
@@ -309,7 +310,7 @@ class _Encoding:
         precision, views = info["autoencoder"].get("precision"), info.get("views", 1)
         held = held_rows(info, self.out)
         different = ""
-        if info["autoencoder"]["hash"] != asked["hash"]:
+        if not latents_fit(asked, info["autoencoder"]["hash"]):
             different = "of another autoencoder"
         elif precision not in (None, asked["precision"]):  # earlier versions did not record it
             different = f"encoded in {precision}, not {asked['precision']}"

@@ -22,7 +22,7 @@ REMEDY = "Restore the folder from a copy, or remove it and encode again."
 
 
 _SHARD = {"file": str, "sha256": str, "source": str, "source_sha256": str, "count": int, "rows?": [int]}
-_AUTOENCODER = {"source": str, "hash": str, "deterministic": bool, "precision?": str}
+_AUTOENCODER = {"source": str, "hash": str, "deterministic": bool, "precision?": str, "latents_of?": [str]}
 _PSNR = {"mean": float, "worst": float, "worst_key": str}
 _ENCODER = {"name": str, "dim": int}
 _FLOOR = {"patches": int, "of": int, "psnr": _PSNR, "encoder": _ENCODER, "fd": (float, None), "kid": (float, None)}

@@ -18,6 +18,7 @@ from latent_medi.diffusion.conditioning import Conditions, draw_dropout
 from latent_medi.diffusion.settings import DropoutSettings
 from latent_medi.latents.autoencoder import PRECISIONS, load_autoencoder
 from latent_medi.latents.info import made_from
+from latent_medi.latents.networks import latents_fit
 from latent_medi.latents.store import LatentStore, Residence, moved, pinned
 from latent_medi.latents.stream import StreamedLatents
 from latent_medi.metadata.row_filter import Only, only_mask, only_text
@@ -237,7 +238,7 @@ def open_data(settings: TrainSettings, source: Source | None, device: torch.devi
     if (
         source is not None
         and source.autoencoder is not None
-        and source.autoencoder["hash"] != store.info["autoencoder"]["hash"]
+        and not latents_fit(source.autoencoder, store.info["autoencoder"]["hash"])
     ):
         made = f"latents in {settings.latents} were encoded" if settings.latents else "patches are encoded"
         raise UserError(

@@ -25,6 +25,7 @@ from latent_medi.diffusion.denoiser import Denoiser, build_unet
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import ObjectiveSettings
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder
+from latent_medi.latents.networks import latents_fit
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.metadata.training_record import merge_records
 from latent_medi.training.batch_randomness import batch_seed
@@ -283,7 +284,7 @@ def find_autoencoder(settings: TrainSettings, data: TrainingData, source: Source
     inside = source.folder / "autoencoder" if source else None
     where = settings.autoencoder or (str(inside) if inside and inside.is_dir() else known["source"])
     autoencoder = load_autoencoder(where)
-    if autoencoder.hash != known["hash"]:
+    if not latents_fit(autoencoder.description, known["hash"]):
         raise UserError(
             f"The latents in {settings.latents} were encoded by {known['source']} ({known['hash'][:12]}), and the "
             f"autoencoder {where} ({autoencoder.hash[:12]}) is another one.",

@@ -33,6 +33,7 @@ from latent_medi.training.start import Start
 
 logger = get_logger("training")
 
+_MULTIPLE = "multiple_of_rate"  # in a group of the optimizer
 _FETCH_EVERY = 100  # updates after which losses are fetched from the device at the latest
 
 D = TypeVar("D", bound=RunData)
@@ -160,7 +161,7 @@ class Run(Generic[D]):
         seen, images = step * batch, (step + 1) * batch
         rate = learning_rate(seen, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get(_MULTIPLE, 1.0)
         if self.drops:  # the masks must not depend on what ran before
             torch.manual_seed(run_folder.dropout_seed(settings.seed, step, accelerator.process_index))
 
@@ -171,7 +172,7 @@ class Run(Generic[D]):
                 loss, noted = losses(part)
                 accelerator.backward(loss)
             monitor.add(part, loss.detach(), noted.detach())
-        norm = clip_gradients(accelerator, list(self.model.parameters()), settings.grad_clip)
+        norm = self._clip()
         self.optimizer.step()
         ddp.clear(self.model, self.optimizer, len(parts))
 
@@ -181,6 +182,27 @@ class Run(Generic[D]):
             average.update(self.network, ema_decay(images, batch, settings.ema, width), made)
         monitor.end_update(norm)
         return rate
+
+    def learn_apart(self, rates: Mapping[str, float]) -> None:
+        """Give submodules learning rates of their own, and clip the gradients of each apart; before the first update.
+
+        Args:
+            rates: Multiple of the run's learning rate by submodule, in the order of the network; each trained parameter
+                is in one of them.
+        """
+        (group,) = self.optimizer.param_groups
+        by_name = dict(zip(self._names, group["params"], strict=True))
+        members = {own: [p for name, p in by_name.items() if name.startswith(f"{own}.")] for own in rates}
+        parts = [{**group, "params": members[own], _MULTIPLE: rate} for own, rate in rates.items()]
+        self.optimizer.param_groups[:] = parts
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients, of submodules that learn apart each by itself; returns the norm of all before."""
+        limit, groups = self.settings.grad_clip, self.optimizer.param_groups
+        if not any(_MULTIPLE in group for group in groups):
+            return clip_gradients(self.accelerator, list(self.model.parameters()), limit)
+        norms = [clip_gradients(self.accelerator, group["params"], limit) for group in groups]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def _batch(self, step: int) -> Any:
         size, seed, dropout = self.settings.global_batch, self.settings.seed, self.settings.dropout

@@ -132,13 +132,15 @@ def test_every_packaged_configuration_fits_its_settings() -> None:
 
     kinds = {"experiment": ExperimentSettings, "encode": EncodeSettings, "classifier": ClassifierSettings}
     kinds |= {"vit": ImageClassifierSettings, "resnet": ImageClassifierSettings}
+    kinds |= {"latent_classifier": ClassifierSettings}
     found = 0
     for path in sorted(config.packaged("configs").rglob("*.yaml")):
         if path.parent.name == "accelerate":
             continue
         found += 1
         values = config.load_yaml(path)
-        if path.parent.name == "presets" or path.stem.endswith("_faithful"):  # what data they are for is added
+        # What data they are for is added.
+        if path.parent.name in ("presets", "histodiffusion") or path.stem.endswith("_faithful"):
             values = {"data": "data", "out": "out", **values}
         settings_class = kinds.get(path.stem) or (ExperimentSettings if "recipe" in values else TrainSettings)
         settings = config.build(settings_class, values)

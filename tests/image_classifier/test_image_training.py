@@ -214,7 +214,7 @@ def test_the_best_weights_are_those_of_the_best_validation_and_survive_a_kill(
         ({"validation_value": "val"}, "no row in 'val'(.|\n)*validation_value="),
         ({"split": ""}, "split is empty"),
         ({"network": "vit_smal_patch16_224"}, "no network 'vit_smal_patch16_224'; closest: 'vit_small_patch16_224'"),
-        ({"image_size": 60}, "cannot be made for images of 60 px"),
+        ({"image_size": 60}, "does not take images of 60 px"),
         ({"augment": AugmentSettings(rand_augment="rondom")}, "rand_augment is 'rondom'"),
         ({"global_batch": 7}, "even global_batch"),
         ({"values": ["solid"]}, "1 values of class"),

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from parts import random_images, random_model
 from PIL import Image
 
@@ -15,7 +16,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from latent_medi.latents.taef2 import AutoencoderTAEF2
 
-KINDS = ["AutoencoderKL", "AutoencoderTiny", "AutoencoderTAEF2"]
+KINDS = ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderTAEF2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,6 +62,34 @@ def test_tiny_latents_are_diffusers_own_on_minus_one_to_one():
         expected = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).latents
     assert std is None
     torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_autoencoder_of_stable_diffusion_3_loads(tmp_path):
+    """16 channels, a shift, and no convolution between encoder and latents; raw latents as of any other."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        force_upcast=True,
+    ).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load_autoencoder(tmp_path)
+    assert (loaded.latent_channels, loaded.factor, loaded.deterministic) == (16, 8, False)
+    images = random_images()
+    mean, std = loaded.encode(images)
+    with torch.no_grad():
+        expected = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+    torch.testing.assert_close(mean, expected.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(std, expected.std, atol=1e-5, rtol=1e-5)
+    assert loaded.decode(mean).shape == images.shape
 
 
 @pytest.mark.parametrize("kind", KINDS)

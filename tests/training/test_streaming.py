@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.pipeline import MediPipeline
-from latent_medi.latents.autoencoder import Autoencoder, weight_hash
+from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.latents.encode import encode_dataset
+from latent_medi.latents.networks import weight_hash
 from latent_medi.latents.store import LatentStore
 from latent_medi.latents.stream import StreamedLatents
 from latent_medi.shards.dataset import PatchDataset

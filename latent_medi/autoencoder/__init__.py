@@ -1,0 +1,1 @@
+"""Training of an autoencoder, from an existing one or from random weights."""
