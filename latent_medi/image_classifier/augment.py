@@ -7,7 +7,7 @@ where images are mixed.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import RandAugment, posterize
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 
@@ -66,6 +67,18 @@ class MixedImages:
         return len(self.images)
 
 
+def keep_a_bit(transforms: Iterable[Any]) -> None:
+    """Let posterisation of RandAugment keep one bit where timm asks for none, which Pillow refuses since version 12."""
+    for transform in transforms:
+        for op in transform.ops if isinstance(transform, RandAugment) else ():
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **others: Any) -> Image.Image:
+    return posterize(image, max(bits, 1), **others)
+
+
 class Augmentation:
     """Changes patches and mixes them in pairs.
 
@@ -84,6 +97,8 @@ class Augmentation:
         self.preprocessing = preprocessing
         common: dict[str, Any] = {"scale": settings.crop_scale, "hflip": settings.hflip, "vflip": settings.vflip}
         try:
+            if settings.rand_augment and not settings.rand_augment.startswith("rand"):
+                raise ValueError("it begins with rand")
             first, second, _ = create_transform(
                 preprocessing.size,
                 is_training=True,
@@ -100,6 +115,7 @@ class Augmentation:
                 "An example is rand-m9-mstd0.5-inc1.",
             ) from None
         self._transforms = [*first.transforms, *second.transforms]
+        keep_a_bit(self._transforms)
         self._erasing = RandomErasing(settings.erase, mode="pixel", device="cpu") if settings.erase else None
         self._mixup: Mixup | None = None
         if settings.mixes:

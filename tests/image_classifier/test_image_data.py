@@ -126,6 +126,15 @@ def test_mixup_is_that_of_the_paper(make: Make) -> None:
     assert share <= 1
 
 
+def test_the_strongest_posterisation_keeps_a_bit(make: Make) -> None:
+    strongest = AugmentSettings((1.0, 1.0), 0.0, 0.0, "rand-m10-n1-inc1", 0.0, 0.0, 0.0, 0.0, 0.0)
+    how = open_parts(make()).data.augmentation.preprocessing
+    augmentation, patch = Augmentation(strongest, how, 3, 0), np.arange(64 * 64 * 3, dtype=np.uint32) % 251
+    for place in range(150):  # one of 15 changes each
+        changed = augmentation.image(patch.astype(np.uint8).reshape(64, 64, 3), place)
+        assert changed.shape == (64, 64, 3)
+
+
 def test_synthetic_patches_by_class_best_first_or_at_random(make: Make, synthetic: PatchDataset) -> None:
     def added(**values: object) -> tuple[dict[str, int], list[int]]:
         settings = make(synthetic={"medi": str(synthetic.folder)}, only={"site": sites}, **values)
