@@ -2,11 +2,11 @@
 
     python benchmarks/training_processes.py [--quick] [--json FILE]
 
-The demo's network (latents 4×16×16) at a global batch of 16 and of 64, and UNet S (latents 4×32×32) at 8, in fp32. One
-process runs what ``train.py`` does; two are started by ``accelerate launch --config_file configs/accelerate/cpu.yaml``.
-Each has one thread, and the global batch is the same. They run in turns; the median window after the first counts. Two
-lose to the exchange of the gradients, which are as many bytes whatever the batch, and to whatever else the machine
-does: run nothing else meanwhile.
+The demo's network (latents 4×16×16) at global batches of 16, 64 and 256, and UNet S (latents 4×32×32) at 8 and 64, in
+fp32. One process runs what ``train.py`` does; two are started by ``accelerate launch --config_file
+configs/accelerate/cpu.yaml``. Each has one thread, and the global batch is the same. They run in turns; the median
+window after the first counts. Two lose to the exchange of the gradients, the optimizer and the averages, which are as
+much work whatever the batch, and to whatever else the machine does: run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Job:
 JOBS = {
     "demo_16": Job("demo/medi", 16, 16, 20, 4),
     "demo_64": Job("demo/medi", 16, 64, 8, 4),
+    "demo_256": Job("demo/medi", 16, 256, 3, 3),
     "unet_s_8": Job("presets/8gb", 32, 8, 2, 3),
+    "unet_s_64": Job("presets/8gb", 32, 64, 1, 3),
 }
 
 
@@ -104,9 +106,12 @@ def compare(job: Job, folder: Path, turns: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and report."""
-    arguments = options(__doc__, "fewer windows, one turn").parse_args()
+    parser = options(__doc__, "fewer windows, one turn")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="some of them")
+    arguments = parser.parse_args()
     result: dict[str, float] = {}
-    for name, job in JOBS.items():
+    for name in arguments.jobs:
+        job = JOBS[name]
         quick = replace(job, window=-(-job.window // 4), windows=3) if arguments.quick else job
         with tempfile.TemporaryDirectory() as folder:
             found = compare(quick, Path(folder), 1 if arguments.quick else 2)
