@@ -56,13 +56,13 @@ def datasets(words: argparse.Namespace, out: Path) -> dict[str, Path]:
     """Dataset folders by name, made unless they are there."""
     folders = {name: out / "data" / name for name in ("prostate", OTHER, "oral")}
     if not (folders["prostate"] / "dataset.json").is_file():
-        load_recipe("prostate").build(words.prostate, folders["prostate"], patch_size=256, codec="webp", jobs=1)
+        load_recipe("prostate").build(words.prostate, folders["prostate"], patch_size=256, codec="png", jobs=1)
     for name, source, size in ((OTHER, words.consep, 256), ("oral", words.oral, 224)):
         if not (folders[name] / "dataset.json").is_file():
             # An image stands for its patient, whom the source does not name.
             pattern = r"(?:.*/)?(?P<patient>[^/]+)\.(?:jpe?g|png)"
             settings = ImportSettings(
-                folder=str(source), pattern=pattern, out=str(folders[name]), name=name, class_field="", codec="webp",
+                folder=str(source), pattern=pattern, out=str(folders[name]), name=name, class_field="", codec="png",
                 patch_size=size, source_mpp=1.0, max_bad=0.1,
             )  # fmt: skip
             import_images(settings)

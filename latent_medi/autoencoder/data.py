@@ -14,6 +14,7 @@ from latent_medi.autoencoder.settings import AutoencoderSettings
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.settings import DropoutSettings
+from latent_medi.features.classifier_folder import read_facts
 from latent_medi.latents.store import moved, pinned
 from latent_medi.latents.views import VIEWS, view_of
 from latent_medi.metadata.training_record import training_record
@@ -176,14 +177,25 @@ def open_pixels(settings: AutoencoderSettings, factor: int, channels: int) -> Pi
     labels = np.full(len(rows), UNLABELLED)
     values: tuple[str, ...] = ()
     if settings.classifier.weight:
-        labels, values = labels_of(dataset, settings.classifier.field, rows)
+        folder = settings.classifier.model
+        facts = read_facts(folder) if folder else None
+        name = facts.field if facts else settings.classifier.field
+        labels, values = labels_of(dataset, name, rows, facts.labels if facts else ())
     latent = (channels, crop // factor, crop // factor)
     keys = dataset.index["key"].to_numpy()[rows]
     return PixelData(dataset, rows, keys, labels, values, crop, settings.symmetries, latent)
 
 
-def labels_of(dataset: PatchDataset, name: str, rows: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels of some rows, int64 [n], and the values that occur in them, in the order of the labels.
+def labels_of(
+    dataset: PatchDataset, name: str, rows: np.ndarray, known: Sequence[str] = ()
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels of some rows, int64 [n], and the values in the order of the labels.
+
+    Args:
+        dataset: The dataset.
+        name: The field; empty: the class.
+        rows: The rows.
+        known: The values of a classifier that is trained already; others are not labelled. Empty: those that occur.
 
     Raises:
         UserError: There is no such field, it is continuous, or fewer than two values occur.
@@ -198,11 +210,12 @@ def labels_of(dataset: PatchDataset, name: str, rows: np.ndarray) -> tuple[np.nd
         raise UserError(f"The field {field.name!r} is a number; a classifier needs a field with a vocabulary.")
     column = dataset.index[field.name].iloc[rows]
     present = set(column.dropna().astype(str))
-    values = tuple(value for value in field.values if value in present)
-    if len(values) < 2:
+    values = tuple(known) or tuple(value for value in field.values if value in present)
+    if len(present & set(values)) < (1 if known else 2):
         raise UserError(
-            f"The training patches of {dataset.folder} have {len(values)} values of {field.name} "
-            f"({', '.join(values) or 'none'}); the auxiliary classifier needs two or more.",
+            f"The training patches of {dataset.folder} have {len(present & set(values))} values of {field.name} "
+            f"({', '.join(sorted(present)) or 'none'}) to classify"
+            + (f", of {', '.join(known)}." if known else "; the auxiliary classifier needs two or more."),
             "Set classifier.weight=0, or train on other patches.",
         )
     place = {value: i for i, value in enumerate(values)}

@@ -13,6 +13,7 @@ from latent_medi.autoencoder.data import UNLABELLED, PixelBatch
 from latent_medi.autoencoder.networks import (
     AuxiliaryClassifier,
     Discriminator,
+    TrainedClassifier,
     encoder_parts,
     held,
     last_layer,
@@ -22,7 +23,7 @@ from latent_medi.latents.networks import moments_of, pixels_of
 
 TERMS = ("l1", "l2", "perceptual", "kl", "classifier", "classifier_real", "adversarial", "discriminator")
 """What is measured of every update, before weights. "classifier" is on reconstructions and trains the autoencoder;
-"classifier_real" is on patches and trains the classifier; "discriminator" trains the discriminator."""
+"classifier_real" is on patches and trains a classifier along; "discriminator" trains the discriminator."""
 
 _LARGEST = 1e4  # of the adaptive weight, as in latent diffusion
 _LEAST_NORM = 1e-4
@@ -89,8 +90,11 @@ class TrainedAutoencoder(nn.Module):
             for part in encoder_parts(autoencoder):
                 part.requires_grad_(False)
         self.settings, self.trains_encoder = settings, settings.train == "both"
-        self.classifier = self.discriminator = None
-        if settings.classifier.weight:
+        self.classifier: nn.Module | None = None
+        self.discriminator: nn.Module | None = None
+        if settings.classifier.weight and settings.classifier.model:
+            self.classifier = TrainedClassifier(settings.classifier.model)
+        elif settings.classifier.weight:
             self.classifier = AuxiliaryClassifier(settings.classifier.network, classes, size)
         if settings.adversarial.weight:
             known = settings.adversarial
@@ -102,7 +106,7 @@ class TrainedAutoencoder(nn.Module):
     def rates(self) -> dict[str, float]:
         """Learning rates of the submodules that have their own, as multiples."""
         found = {"autoencoder": 1.0}
-        if self.classifier is not None:
+        if isinstance(self.classifier, AuxiliaryClassifier):
             found["classifier"] = self.settings.classifier.rate
         if self.discriminator is not None:
             found["discriminator"] = self.settings.adversarial.rate
@@ -153,8 +157,10 @@ class TrainedAutoencoder(nn.Module):
     def _classified(
         classifier: nn.Module, x: torch.Tensor, made: torch.Tensor, labels: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy of the labelled patches and of their reconstructions."""
-        logits = {"classifier_real": classifier(x), "classifier": held(classifier)(made)}
+        """Cross-entropy of the labelled patches, of a classifier that is trained along, and of the reconstructions."""
+        logits = {"classifier": held(classifier)(made)}
+        if isinstance(classifier, AuxiliaryClassifier):
+            logits["classifier_real"] = classifier(x)
         return {
             name: F.cross_entropy(found.float(), labels, reduction="sum", ignore_index=UNLABELLED)
             for name, found in logits.items()

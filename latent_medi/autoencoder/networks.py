@@ -12,9 +12,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from latent_medi.autoencoder.settings import NewNetworkSettings
 from latent_medi.core.errors import UserError, nearest, needs
+from latent_medi.features.classifier_folder import read_classifier
 from latent_medi.latents.taef2 import AutoencoderTAEF2
 
 _MEAN, _STD = 0.5, 0.5  # normalisation of pixels in [0, 1] for networks that are trained along
@@ -134,6 +136,37 @@ class AuxiliaryClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [n, classes] of images [n, 3, H, W] in [0, 1]."""
         return self.network((x - _MEAN) / _STD)
+
+
+class TrainedClassifier(nn.Module):
+    """An image classifier that stays as it is, in evaluation mode, from pixels in [0, 1].
+
+    Args:
+        folder: Of the classifier.
+
+    Attributes:
+        facts: What it predicts, and from what.
+
+    Raises:
+        UserError: It is no image classifier, or damaged.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.facts, self.network = read_classifier(folder)
+        how = self.facts.preprocessing
+        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (how.mean, how.std))
+
+    def train(self, mode: bool = True) -> TrainedClassifier:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [n, classes] of images [n, 3, H, W] in [0, 1]."""
+        how = self.facts.preprocessing
+        if tuple(x.shape[2:]) != (how.size, how.size):
+            x = F.interpolate(x, size=(how.size, how.size), mode=how.resize, align_corners=False, antialias=True)
+        return self.network((x - self._mean.to(x)) / self._std.to(x))
 
 
 def _group_norm(channels: int, **_: Any) -> nn.Module:

@@ -61,18 +61,23 @@ class PerceptualSettings(Settings):
 
 @dataclass
 class AuxiliarySettings(Settings):
-    """A classifier of images that is trained along on labelled patches, and classifies their reconstructions.
+    """A classifier of images, whose cross-entropy on reconstructions of labelled patches is a term of the loss.
 
-    Its cross-entropy on reconstructions trains the autoencoder to keep what the classifier needs.
+    It trains the autoencoder to keep what the classifier needs.
 
     Args:
         weight: Of the term; 0 leaves it out.
-        network: Name of a network of timm. Batch normalisation is replaced by group normalisation, or refused.
-        field: The field to classify; empty: the class. Patches without a value take part in the other terms only.
-        rate: Its learning rate as a multiple of lr.
+        model: Folder of an image classifier that is trained already, and stays as it is. Empty: it is trained along on
+            the labelled patches.
+        network: Without model: name of a network of timm. Batch normalisation is replaced by group normalisation, or
+            refused.
+        field: Without model: the field to classify; empty: the class. Patches without a value take part in the other
+            terms only.
+        rate: Without model: its learning rate as a multiple of lr.
     """
 
     weight: NonNegativeFloat = 0.0
+    model: PathText = ""
     network: str = "resnet18"
     field: str = ""
     rate: PositiveFloat = 1.0

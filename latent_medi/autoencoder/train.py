@@ -27,7 +27,7 @@ from latent_medi.autoencoder.data import (
 )
 from latent_medi.autoencoder.losses import TrainedAutoencoder
 from latent_medi.autoencoder.measure import AutoencoderMonitor, Reconstructions, last_rows
-from latent_medi.autoencoder.networks import new_autoencoder
+from latent_medi.autoencoder.networks import TrainedClassifier, new_autoencoder
 from latent_medi.autoencoder.perceptual import PerceptualDistance, load_perceptual
 from latent_medi.autoencoder.settings import AutoencoderSettings
 from latent_medi.core.agreement import agreed
@@ -89,6 +89,7 @@ def _train_autoencoder(settings: AutoencoderSettings, accelerator: Accelerator) 
         declared.add_input("init", settings.init, lambda: record["source"])
         declared.add_input("measured patches", settings.data, lambda: measured_fingerprint(parts))
         own = {"data", "init", "weights", "others", "device_batch"}
+        declared.add_input("classifier.model", settings.classifier.model, lambda: record.get("classifier", ""))
         declared.add_settings({**run_folder.plain(asdict(settings)), "finished": finished}, without=own)
     if finished:
         logger.info("%s is finished.", out / PRODUCT)
@@ -147,11 +148,14 @@ def describe(
 ) -> dict[str, Any]:
     """What identifies a run: its settings, but for paths and speed, and the content of data and networks."""
     kept = {key: value for key, value in run_folder.plain(asdict(settings)).items() if key not in FREE}
-    del kept["perceptual"]["weights"]
+    del kept["perceptual"]["weights"], kept["classifier"]["model"]
     if settings.init:
         del kept["network"]
     perceptual = distance.identity if distance is not None else ""
-    return {"settings": kept, "data": data.fingerprint(), "source": start, "perceptual": perceptual}
+    content = {"data": data.fingerprint(), "source": start, "perceptual": perceptual}
+    if settings.classifier.weight and settings.classifier.model:
+        content["classifier"] = weight_hash(TrainedClassifier(settings.classifier.model))
+    return {"settings": kept, **content}
 
 
 def result(out: Path, data: PixelData) -> dict[str, Any]:

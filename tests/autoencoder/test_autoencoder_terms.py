@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from parts import random_images, random_model
 from safetensors.torch import save_file
 
-from latent_medi.autoencoder.data import UNLABELLED, PixelBatch
+from latent_medi.autoencoder.data import UNLABELLED, PixelBatch, open_pixels
 from latent_medi.autoencoder.losses import TERMS, TrainedAutoencoder, adaptive_weight, divergence, hinge
 from latent_medi.autoencoder.measure import distances
 from latent_medi.autoencoder.networks import (
@@ -32,11 +32,12 @@ from latent_medi.autoencoder.settings import (
     PerceptualSettings,
 )
 from latent_medi.core.errors import UserError
+from latent_medi.features.classifier_folder import ClassifierFacts, write_classifier
 from latent_medi.features.registry import Preprocessing
 from latent_medi.latents.networks import factor_of, moments_of, pixels_of
 from latent_medi.launch import make_accelerator
 
-CLASSIFIER = AuxiliarySettings(0.3, "test_vit")
+CLASSIFIER = AuxiliarySettings(0.3, network="test_vit")
 DISCRIMINATOR = AdversarialSettings(0.5, channels=8, layers=2)
 
 
@@ -170,6 +171,37 @@ def test_unlabelled_patches_take_part_in_the_other_terms_only() -> None:
     assert whole[at].item() == pytest.approx(labelled[at].item(), rel=1e-4)
     assert whole[0] > labelled[0]
     assert network(batch(2, [UNLABELLED] * 2), None)[1][at] == 0
+
+
+def test_a_trained_classifier_stays_as_it_is_and_has_its_own_labels(tiny: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=3)  # its batch statistics must stay too
+    how = Preprocessing(48, (0.5,) * 3, (0.25,) * 3, "bicubic")
+    facts = ClassifierFacts("test_resnet", ["other", "tumour", "benign"], "class", how, 32, 0.5, "patient")
+    write_classifier(tmp_path / "model", network.state_dict(), facts)
+    chosen = settings(classifier=AuxiliarySettings(0.3, str(tmp_path / "model")), data=str(tiny / "data"))
+    data = open_pixels(chosen, 4, 4)
+    classes = data.dataset.index["class"].to_numpy()[data.rows]
+    assert data.values == ("other", "tumour", "benign")
+    assert data.labels.tolist() == [{"tumour": 1, "benign": 2}[value] for value in classes]
+    torch.manual_seed(0)
+    trained = TrainedAutoencoder(random_model(), chosen, 3, 32).train()
+    before = {name: tensor.clone() for name, tensor in trained.classifier.state_dict().items()}
+    found = gradients(trained, batch(labels=[1, 2, 1, 0]))
+    assert all(name.startswith("autoencoder") for name in found)
+    assert trained.rates == {"autoencoder": 1.0}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.classifier.state_dict().items())
+    part = batch(labels=[1, 2, 1, 0])
+    x = part.images.permute(0, 3, 1, 2).float() / 255
+    mean, std = moments_of(trained.autoencoder, x)
+    made = pixels_of(trained.autoencoder, mean + std * part.noise)
+    inside = torch.nn.functional.interpolate(made, size=(48, 48), mode="bicubic", antialias=True)
+    logits = network.eval()((inside - 0.5) / 0.25)
+    each = trained(part, None)[1]
+    assert each[TERMS.index("classifier")].item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, part.labels, reduction="sum").item(), rel=1e-4
+    )
+    assert each[TERMS.index("classifier_real")] == 0
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderTAEF2"])

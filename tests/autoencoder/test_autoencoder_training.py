@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cluster_parts import free_port, launcher
+from cluster_parts import start as start_command
 from parts import make_autoencoder, random_model, small_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -41,7 +43,7 @@ from latent_medi.training.settings import TrainSettings
 
 Make = Callable[..., AutoencoderSettings]
 EVERYTHING = {
-    "classifier": AuxiliarySettings(0.1, "test_vit"),
+    "classifier": AuxiliarySettings(0.1, network="test_vit"),
     "adversarial": AdversarialSettings(0.5, 40, channels=8, layers=2, rate=2.0),
     "kl": 1e-4,
 }
@@ -202,6 +204,24 @@ def test_the_result_does_not_depend_on_the_device_batch(make: Make, tmp_path: Pa
     train_autoencoder(make(**EVERYTHING, out=str(tmp_path / "one"), betas=(0.9, 0.99)))
     train_autoencoder(make(**EVERYTHING, out=str(tmp_path / "parts"), device_batch=3))
     assert relative_distance(tmp_path / "one", tmp_path / "parts") < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_autoencoder(make: Make, tmp_path: Path) -> None:
+    one = make(**EVERYTHING, out=str(tmp_path / "one"))
+    train_autoencoder(one)
+    words = ["--config", str(tmp_path / "one" / "settings.yaml"), f"out={tmp_path / 'two'}"]
+    command = [*launcher(2, free_port(), module="accelerate.commands.launch"), "-m", "latent_medi.cli", "autoencoder"]
+    errors = tmp_path / "errors"
+    process = start_command([*command, *words], errors)
+    assert process.wait(timeout=300) == 0, errors.read_text()
+    assert relative_distance(tmp_path / "one", tmp_path / "two") < 1e-5
+    for file in ("log.csv", "evaluation.csv"):
+        ours, theirs = (read_log(tmp_path / name / file) for name in ("one", "two"))
+        for column in {"images", "loss", "l1", "adversarial", "psnr", "n"} & set(ours[0]):
+            assert [float(row[column]) for row in ours] == pytest.approx(
+                [float(row[column]) for row in theirs], rel=1e-3
+            )
 
 
 def test_shares_of_the_processes_are_the_batch(make: Make) -> None:
