@@ -150,6 +150,8 @@ HELD_OUT = "hold_out='[{class: gleason4, site: radboud}]' hold_out_fractions='{p
 PARTS = "fractions='{train: 0.6, probe: 0.2, test: 0.2}'"
 MINE = f"data=data latents=latents {TRAIN}"
 
+AUTOENCODER = "data=data init=tiny split= max_images=16 global_batch=8 encoders=[]"
+
 BIOPSIES = [
     Row("latent-medi split data name=main …", f"{HELD_OUT} {PARTS}"),
     Row("latent-medi split data name=random"),
@@ -171,6 +173,11 @@ BIOPSIES = [
     Row("latent-medi floors data 'encoders=[phikon-v2]' out=runs/floors", FLOORS),
     Row("latent-medi floors data out=…", f"out=floors {FLOORS}"),
     Row("latent-medi encode data=… out=… autoencoder=…", "data=data out=latents autoencoder=tiny"),
+    Row("latent-medi autoencoder data=data/mine", f"{AUTOENCODER} perceptual.weight=0 perceptual.weights="),
+    Row("latent-medi encode data=data/mine out=latents/mine autoencoder=runs/autoencoder/autoencoder", "data=data"),
+    Row("latent-medi autoencoder data=… init=… out=…", f"out=runs/ae1 {AUTOENCODER}"),
+    Row("latent-medi autoencoder data=runs/own/data", AUTOENCODER),
+    Row("accelerate launch --num_processes 8 -m latent_medi.cli autoencoder", f"out=runs/ae2 {AUTOENCODER}"),
     Row("latent-medi train --config … [--estimate]",
         f"--config demo/medi {MINE} out=runs/mine/medi max_steps=8 "
         "ema='{kind: power, relative_width: 0.10, also: [0.05], snapshot_every_images: 8}'", {"[--estimate]": ""}),
