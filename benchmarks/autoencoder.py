@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from output import options, report
 from torch.nn import functional as F
@@ -52,12 +53,32 @@ OTHER = "consep"
 SCORER = "scorer"
 
 
+def few_of(source: Path, folder: Path, count: int) -> Path:
+    """A folder with links to ``count`` images of a folder, or of each biopsy of its manifest; all with 0."""
+    if not count:
+        return source
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = source / "manifest.csv"
+    if manifest.is_file():
+        table = pd.read_csv(manifest, dtype=str, keep_default_na=False).groupby("patient").head(count)
+        table.to_csv(folder / manifest.name, index=False)
+        names = {Path(image).parts[0] for image in table["image"]}
+    else:
+        names = {file.name for file in sorted(source.iterdir())[:count]}
+    for name in names:
+        if not (folder / name).exists():
+            (folder / name).symlink_to((source / name).resolve())
+    return folder
+
+
 def datasets(words: argparse.Namespace, out: Path) -> dict[str, Path]:
     """Dataset folders by name, made unless they are there."""
     folders = {name: out / "data" / name for name in ("prostate", OTHER, "oral")}
     if not (folders["prostate"] / "dataset.json").is_file():
-        load_recipe("prostate").build(words.prostate, folders["prostate"], patch_size=256, codec="png", jobs=1)
-    for name, source, size in ((OTHER, words.consep, 256), ("oral", words.oral, 224)):
+        source = few_of(words.prostate, out / "few" / "prostate", words.few)
+        load_recipe("prostate").build(source, folders["prostate"], patch_size=256, codec="png", jobs=1)
+    for name, whole, size in ((OTHER, words.consep, 256), ("oral", words.oral, 224)):
+        source = few_of(whole, out / "few" / name, 40 * words.few)
         if not (folders[name] / "dataset.json").is_file():
             # An image stands for its patient, whom the source does not name.
             pattern = r"(?:.*/)?(?P<patient>[^/]+)\.(?:jpe?g|png)"
@@ -172,6 +193,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/autoencoder"), help="folder of all steps")
     parser.add_argument("--images", type=int, default=16_000, help="images of each adaptation")
     parser.add_argument("--small-images", type=int, default=48_000, help="images of the small one's training")
+    parser.add_argument(
+        "--few", type=int, default=0, help="patches of each biopsy, 40 times as many others; 0: all"
+    )
     parser.add_argument("--scorer-steps", type=int, default=1500, help="updates of the scorer, 32 images each")
     parser.add_argument("--crop", type=int, default=64, help="edge of the squares, in pixels")
     parser.add_argument("--measured", type=int, default=512, help="patches of each part that are measured")
@@ -180,6 +204,7 @@ def main() -> None:
     words = parser.parse_args()
     if words.quick:
         words.images, words.small_images, words.scorer_steps, words.measured, words.perceptual = 32, 32, 4, 16, [0.1]
+        words.few = 1
         with tempfile.TemporaryDirectory() as folder:
             report(measure(words, Path(folder)), words.json)
     else:
