@@ -193,9 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/autoencoder"), help="folder of all steps")
     parser.add_argument("--images", type=int, default=16_000, help="images of each adaptation")
     parser.add_argument("--small-images", type=int, default=48_000, help="images of the small one's training")
-    parser.add_argument(
-        "--few", type=int, default=0, help="patches of each biopsy, 40 times as many others; 0: all"
-    )
+    parser.add_argument("--few", type=int, default=0, help="patches of each biopsy, 40 times as many others; 0: all")
     parser.add_argument("--scorer-steps", type=int, default=1500, help="updates of the scorer, 32 images each")
     parser.add_argument("--crop", type=int, default=64, help="edge of the squares, in pixels")
     parser.add_argument("--measured", type=int, default=512, help="patches of each part that are measured")
