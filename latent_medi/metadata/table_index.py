@@ -13,7 +13,7 @@ from latent_medi.core.files import check_file
 from latent_medi.metadata.audit import audit
 from latent_medi.metadata.field_names import COUNTS
 from latent_medi.metadata.fields import UNKNOWN_WORD, is_missing
-from latent_medi.metadata.gdc_table import SITE_CODE_COLUMNS, with_folder_fields
+from latent_medi.metadata.gdc_table import SITE_CODE, SITE_CODE_COLUMNS, with_folder_fields
 from latent_medi.metadata.row_filter import only_mask, with_values_of
 from latent_medi.metadata.schema import Schema
 from latent_medi.metadata.settings import AuditSettings, SplitSettings
@@ -85,7 +85,7 @@ def read_table_index(
     barcodes = next((n for n in (slide, patient) if n and is_tcga(table[n])), "")
     codes = site_field if to_institutions else ""
     table = with_folder_fields(table, [*named, *numbers], barcodes, where, codes)
-    require_columns(table, [*named, *numbers], where, settings)
+    require_columns(table, [*named, *numbers], where, settings, _site_in_barcodes(table, site_field, barcodes))
     if both := [name for name in numbers if name in named]:
         raise UserError(f"{', '.join(both)} cannot be both continuous and a class or category.")
     if taken := [name for name in (*named, *numbers) if name in (*_OWN_COLUMNS, *COUNTS)]:
@@ -115,6 +115,16 @@ def read_table_index(
     for name in numbers:
         index[name] = pd.to_numeric(index[name].mask(index[name].map(is_missing)))
     return index, schema
+
+
+def _site_in_barcodes(table: pd.DataFrame, site_field: str, barcodes: str) -> str:
+    """What to do about a site that the table lacks and its barcodes hold; ``""`` in other cases."""
+    if not barcodes or not site_field or site_field in table:
+        return ""
+    return (
+        f"The barcodes in {barcodes} hold the site's code: site_field={SITE_CODE} reads it; audit and plan make it an "
+        "institution with tss_table=…, the GDC's table of codes."
+    )
 
 
 def _add_fields(

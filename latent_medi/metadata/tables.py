@@ -154,7 +154,7 @@ def _other_separator(path: Path, sign: str, separator: str) -> UserError:
 
 
 def require_columns(
-    table: pd.DataFrame, names: Sequence[str], where: str, settings: Mapping[str, str] | None = None
+    table: pd.DataFrame, names: Sequence[str], where: str, settings: Mapping[str, str] | None = None, more: str = ""
 ) -> None:
     """Refuse a table that lacks a column.
 
@@ -163,6 +163,7 @@ def require_columns(
         names: Columns that it must have.
         where: The table, for the message.
         settings: The setting that names a column, by column.
+        more: A further sentence on what to do.
 
     Raises:
         UserError: Names all absent columns, the closest existing ones, and the settings.
@@ -176,7 +177,8 @@ def require_columns(
     if given := list(dict.fromkeys(settings[name] for name in gone if name in settings) if settings else ()):
         hint += f" Choose one with {', '.join(f'{setting}=…' for setting in given)}."
     raise UserError(
-        f"{where} lacks " + "; ".join(f"column {name!r} ({nearest(name, columns)})" for name in gone) + ".", hint
+        f"{where} lacks " + "; ".join(f"column {name!r} ({nearest(name, columns)})" for name in gone) + ".",
+        f"{hint} {more}".strip(),
     )
 
 

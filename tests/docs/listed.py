@@ -3,6 +3,7 @@
 ELSEWHERE = {
     # Beginning of a command: the test that runs it, and words of it that stand there.
     "latent-medi run --config tcga_ut/paper": ("end_to_end/test_tcga_ut_paper.py", "tcga_ut/paper"),
+    "latent-medi run --config tcga_ut/beyond": ("end_to_end/test_tcga_ut_paper.py", "tcga_ut/beyond"),
     "latent-medi shards camelyon17-wilds": ("recipes/test_recipes.py", '"camelyon17-wilds"'),
     "latent-medi shards nct-crc": ("recipes/test_recipes.py", '"nct-crc"'),
     "latent-medi shards pannuke": ("recipes/test_recipes.py", '"pannuke"'),
@@ -44,12 +45,16 @@ NEEDS = {
 }
 
 NOT_RUN = (
-    # Whole experiments, Stable Diffusion's autoencoder by its name, and two launched processes: no test runs the
-    # commands themselves. What they do is tested in parts.
+    # Whole experiments, Stable Diffusion's autoencoder by its name, two launched processes, and HistoDiffusion's
+    # trainings: no test runs the commands themselves. What they do is tested in parts.
+    "latent-medi train --config histodiffusion/pretrained",
+    "latent-medi classifier --config histodiffusion/latent_classifier",
+    "latent-medi image-classifier --config histodiffusion/vit",
+    "accelerate launch --num_processes 8 -m latent_medi.cli image-classifier",
+    "latent-medi classify model=",
     "latent-medi run --config my-experiment.yaml",
     "latent-medi run --config prostate/64px",
     "latent-medi run --config demo/experiment",
-    "latent-medi run --config tcga_ut/beyond",
     "latent-medi encode data=data/mine out=latents/mine autoencoder=sd-vae-ft-mse",
     "accelerate launch --config_file configs/accelerate/cpu.yaml train.py",
     "accelerate launch --config_file configs/accelerate/cpu.yaml sample.py",

@@ -343,7 +343,7 @@ DEMO = [
 ]  # fmt: skip
 
 
-QUICK = {
+SCENES = {
     "own": (own_folder, OWN),
     "biopsies": (biopsies, BIOPSIES),
     "tcga": (hub_tables, TCGA),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import PROGRAMS, REPOSITORY, Command, documented_commands
 from listed import ELSEWHERE, NEEDS, NOT_RUN
 from running import run_here, words_of
-from scenes import QUICK, Row
+from scenes import SCENES, Row
 
 from latent_medi.verbs import VERBS
 
 COMMANDS = documented_commands()
 LISTED: dict[str, object] = {
-    **{row.command: row for _, rows in QUICK.values() for row in rows}, **ELSEWHERE, **NEEDS, **dict.fromkeys(NOT_RUN),
+    **{row.command: row for _, rows in SCENES.values() for row in rows}, **ELSEWHERE, **NEEDS, **dict.fromkeys(NOT_RUN),
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_benchmarks_know_the_options_that_are_shown(capsys: pytest.CaptureFixtur
             assert option in helps[file], f"{command.where}: {file} has no option {option}"
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["own", *(pytest.param(n, marks=pytest.mark.slow) for n in SCENES if n != "own")])
 def test_commands_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -99,13 +100,12 @@ def test_commands_run(
         if not shared.is_dir():
             pytest.skip(f"{shared} is absent")
         monkeypatch.setenv("TABLES", str(shared))
-    _run_scene(*QUICK[name], tmp_path, monkeypatch)
+    _run_scene(*SCENES[name], tmp_path, monkeypatch)
 
 
-def _run_scene(prepare: object, rows: list[Row], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _run_scene(prepare: Callable[[], object], rows: list[Row], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepare the folder, and run each row's commands there, each text once."""
     monkeypatch.chdir(folder)
-    assert callable(prepare)
     prepare()
     where: dict[str, str] = {}
     for command in COMMANDS:

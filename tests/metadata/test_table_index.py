@@ -83,6 +83,18 @@ def test_split_of_a_table_keeps_every_cell(tmp_path: Path) -> None:
     assert main([*words[:1], str(out), f"out={tmp_path / 'again.csv'}", *words[3:]]) == 2  # the column is there
 
 
+def test_a_site_that_barcodes_hold_is_asked_for_by_its_setting(tmp_path: Path) -> None:
+    table = str(write(tmp_path))
+    with pytest.raises(
+        UserError, match=r"(?s)lacks column 'site'.*slide_submitter_id hold.*site_field=tss.*tss_table=…"
+    ):
+        audit_table(AuditSettings(data=table, class_field="project_id"))
+    assert audit_table(AuditSettings(data=table, class_field="project_id", site_field="tss"))["sites"] == 5
+    with pytest.raises(UserError) as caught:  # the class is what lacks
+        audit_table(AuditSettings(data=table, class_field="cancer", site_field="tss"))
+    assert "barcodes" not in str(caught.value)
+
+
 def test_tables_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("class,site\na,x\n")
