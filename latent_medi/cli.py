@@ -18,7 +18,7 @@ from latent_medi.core.progress import set_up_logging
 from latent_medi.verbs import VERBS, Printed
 
 _NEED_SETTINGS = {"train", "encode", "classifier", "average", "grid", "evaluate", "floors"}
-_NEED_SETTINGS |= {"autoencoder", "image-classifier", "classify"}
+_NEED_SETTINGS |= {"autoencoder", "image-classifier", "compare-classifiers", "classify"}
 _NEED_SETTINGS |= {"split", "audit", "export", "benchmark-shift"}
 """Verbs that show their help if they are called without settings."""
 
@@ -30,7 +30,7 @@ def _usage() -> str:
         "latent-medi VERB [--config NAME] [key=value …] [--json FILE]",
         "",
     ]
-    lines += [f"  {verb:<17}{text}" for verb, (_, text) in VERBS.items()]
+    lines += [f"  {verb:<21}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join([*lines, "", "`latent-medi VERB --help` lists the settings of a verb."])
 
 

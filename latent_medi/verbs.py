@@ -247,6 +247,18 @@ def _image_classifier(words: list[str]) -> Printed:
     return {"model": str(folder), "scores": encode(scores)}
 
 
+def _compare_classifiers(words: list[str]) -> Printed:
+    from latent_medi.core.records import encode
+    from latent_medi.image_classifier.compare import compare_classifiers
+    from latent_medi.image_classifier.comparison import comparison_text
+    from latent_medi.image_classifier.settings import CompareClassifiersSettings
+
+    found = compare_classifiers(config.parse(CompareClassifiersSettings, words, "compare-classifiers"))
+    if os.environ.get("RANK", "0") == "0":
+        print(comparison_text(found))
+    return encode(found)  # type: ignore[no-any-return]
+
+
 def _classify(words: list[str]) -> Printed:
     from latent_medi.core.records import encode
     from latent_medi.image_classifier.classify import classify
@@ -414,6 +426,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "train": (_train, "train a diffusion model; --estimate: predict its memory, time and disk space"),
     "classifier": (_classifier, "train a classifier of noisy latents, for guiding a model to a class"),
     "image-classifier": (_image_classifier, "train a classifier of patches, on real and perhaps synthetic ones"),
+    "compare-classifiers": (_compare_classifiers, "train image classifiers on growing shares of synthetic patches"),
     "classify": (_classify, "classify the patches of a dataset or image folder with a trained image classifier"),
     "average": (_average, "write a finished run's model with another EMA length"),
     "plan": (_plan, "decide which combinations to generate, and how many images of each"),

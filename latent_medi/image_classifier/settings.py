@@ -20,6 +20,8 @@ from latent_medi.core.settings import (
 from latent_medi.training.settings import EmaSettings, TrainSettings
 
 Share = Annotated[float, Range(0, 1, below=True)]
+REAL = "real"
+"""Training set of the real patches alone."""
 
 
 @dataclass
@@ -190,6 +192,44 @@ class ImageClassifierSettings(Settings):
             problems.append("selection needs synthetic, which is empty")
         if problems:
             raise UserError("The image classifier's settings contradict each other: " + "; ".join(problems) + ".")
+
+
+@dataclass
+class CompareClassifiersSettings(ImageClassifierSettings):
+    """The same image classifier trained on real patches alone and on real and synthetic ones, in growing shares.
+
+    Every training has the same length, start and augmentation. Settings of a single training are those of
+    `latent-medi image-classifier`; the comparison sets its ``percent``, ``choice`` and ``seed``.
+
+    Args:
+        percents: Synthetic patches per 100 real ones of the same class.
+        choices: Which synthetic patches: "selected", the best of the selection; "random", as many of its control.
+        seeds: Trainings of each kind, with seeds from ``seed`` on: of initial weights, order, augmentation and the
+            random choice.
+    """
+
+    percents: list[NonNegativeFloat] = dataclasses.field(default_factory=lambda: [50.0, 100.0, 300.0])
+    choices: list[Literal["selected", "random"]] = dataclasses.field(default_factory=lambda: ["random", "selected"])
+    seeds: PositiveInt = 3
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other or are out of range.
+
+        Raises:
+            UserError: Lists the problems.
+        """
+        super().check()
+        problems = []
+        if not self.test_value:
+            problems.append("test_value is empty, but classifiers are compared on test patches")
+        if REAL in self.synthetic:
+            problems.append(f"synthetic names {REAL!r}, which stands for real patches alone")
+        if self.synthetic and not self.selection and self.choices != ["random"]:
+            problems.append("choices has selected, and selection is empty")
+        if self.synthetic and not (self.percents and self.choices):
+            problems.append("synthetic needs percents and choices")
+        if problems:
+            raise UserError("The comparison's settings contradict each other: " + "; ".join(problems) + ".")
 
 
 @dataclass

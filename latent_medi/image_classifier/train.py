@@ -15,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -33,13 +35,14 @@ from latent_medi.image_classifier.data import Parts, default_workers, open_parts
 from latent_medi.image_classifier.monitor import ImageClassifierMonitor
 from latent_medi.image_classifier.scores import ClassifierScores, classifier_scores, logits_of
 from latent_medi.image_classifier.settings import ImageClassifierSettings
+from latent_medi.metadata.tables import write_table
 from latent_medi.training import run_folder
 from latent_medi.training.start import check_strategy, find_start, training_accelerator
 from latent_medi.training.updates import Run
 
 logger = get_logger("training")
 
-PRODUCT, SCORES_FILE = "model", "scores.json"
+PRODUCT, SCORES_FILE, PREDICTIONS_FILE = "model", "scores.json", "test_predictions.csv"
 
 # What does not identify a run; data and weights are compared by their content.
 FREE = run_folder.FREE | {"synthetic", "weights", "workers"}
@@ -123,15 +126,16 @@ def _train(settings: ImageClassifierSettings, accelerator: Accelerator) -> tuple
         for tensor in module.state_dict().values():
             tensor.copy_(broadcast(tensor))
     module.eval()
-    scores = score_test(module, parts, settings, accelerator)
+    scored = score_test(module, parts, settings, accelerator)
     if main:
         # Before the model: where that is, the run is finished.
-        if scores is not None:
-            write_sealed(out / SCORES_FILE, encode(scores))
+        if scored is not None:
+            write_sealed(out / SCORES_FILE, encode(scored[0]))
+            write_table(scored[1], out / PREDICTIONS_FILE)
         facts = _facts(settings, parts, {**record, "images_seen": common.total_images, "best": monitor.facts})
         write_classifier(out / PRODUCT, module.state_dict(), facts)
     accelerator.wait_for_everyone()
-    return out / PRODUCT, scores
+    return out / PRODUCT, scored[0] if scored else None
 
 
 def _network(settings: ImageClassifierSettings, classes: int) -> nn.Module:
@@ -204,8 +208,11 @@ def _state_hash(state: Mapping[str, torch.Tensor]) -> str:
 
 def score_test(
     module: nn.Module, parts: Parts, settings: ImageClassifierSettings, accelerator: Accelerator
-) -> ClassifierScores | None:
-    """Scores over the whole test part; none without one. Every process must call."""
+) -> tuple[ClassifierScores, pd.DataFrame] | None:
+    """Scores over the whole test part, and a table with key, patient, truth and predicted; none without such a part.
+
+    Every process must call.
+    """
     test = parts.test
     if not len(test):
         return None
@@ -214,7 +221,10 @@ def score_test(
         module, *how, settings.device_batch or 256, accelerator, settings.precision, "scoring test patches"
     )
     found = logits.argmax(axis=1)
-    return classifier_scores(test.labels, found, test.patients, parts.labels, test.dataset.patient_is)
+    scores = classifier_scores(test.labels, found, test.patients, parts.labels, test.dataset.patient_is)
+    names, keys = np.array(parts.labels), test.dataset.index["key"].to_numpy(str)[test.rows]
+    table = {"key": keys, "patient": test.patients, "truth": names[test.labels], "predicted": names[found]}
+    return scores, pd.DataFrame(table)
 
 
 def _facts(settings: ImageClassifierSettings, parts: Parts, provenance: dict[str, Any]) -> ClassifierFacts:

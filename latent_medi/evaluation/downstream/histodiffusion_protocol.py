@@ -15,16 +15,13 @@ from latent_medi.core.progress import progress
 from latent_medi.evaluation.cohort.study import SyntheticSet
 from latent_medi.evaluation.downstream.classification_scores import scored_patches
 from latent_medi.evaluation.downstream.classifiers import Classifier
-from latent_medi.evaluation.downstream.records import (
-    HistoDiffusionProtocol,
-    HistoDiffusionProtocolRow,
-    MeanOverSeeds,
-)
+from latent_medi.evaluation.downstream.records import HistoDiffusionProtocol, HistoDiffusionProtocolRow
 from latent_medi.evaluation.downstream.registry import REAL
 from latent_medi.evaluation.downstream.training_sets import ProtocolSources, TrainingSet
 from latent_medi.evaluation.settings import HistoDiffusionProtocolSettings
 from latent_medi.shards.format.selections import choice_order
 from latent_medi.statistics.confusion import macro_scores
+from latent_medi.statistics.seeds import MeanOverSeeds
 
 
 def histodiffusion_protocol(

@@ -18,12 +18,13 @@ from latent_medi.core.progress import get_logger, progress
 from latent_medi.evaluation.cohort.combinations import among
 from latent_medi.evaluation.cohort.study import Study
 from latent_medi.evaluation.downstream.classification_scores import quiet_balanced, scored_patches, site_averaged
-from latent_medi.evaluation.downstream.records import MeanOverSeeds, MediProtocol, MediProtocolRow, MediTask, Pool
+from latent_medi.evaluation.downstream.records import MediProtocol, MediProtocolRow, MediTask, Pool
 from latent_medi.evaluation.downstream.registry import REAL
 from latent_medi.evaluation.downstream.training_sets import ProtocolSources
 from latent_medi.evaluation.settings import MediProtocolSettings
 from latent_medi.statistics.linear_probe import MAX_ITER
 from latent_medi.statistics.logistic_regression import Problem, Scaling
+from latent_medi.statistics.seeds import MeanOverSeeds
 
 log = get_logger(__name__)
 _DRAWS = 1000  # of sites, until every class has one

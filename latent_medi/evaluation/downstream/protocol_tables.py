@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from latent_medi.evaluation.downstream.records import MeanOverSeeds, MediProtocol, MediProtocolRow, Protocols
+from latent_medi.evaluation.downstream.records import MediProtocol, MediProtocolRow, Protocols
 from latent_medi.evaluation.downstream.registry import label_of
+from latent_medi.statistics.seeds import MeanOverSeeds
 
 RESULTS, SUMMARY = "medi_results.csv", "medi_summary.csv"
 _METRICS = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Literal
 
 from latent_medi.statistics.differences import Difference
 from latent_medi.statistics.intervals import Estimate
+from latent_medi.statistics.seeds import MeanOverSeeds
 
 Role = Literal["candidate", "baseline", "oracle", "ablation"]
 """An ablation trains on the patches of a synthetic set in another way; it has no part in the verdict."""
@@ -251,28 +250,6 @@ class Downstream:
 
 Pool = Literal["", "union", "separate"]
 """Samples that MeDi's protocol draws from: all of a task's classes, or those at sites where training has the class."""
-
-
-@dataclass(frozen=True)
-class MeanOverSeeds:
-    """Mean of a score over seeds.
-
-    Args:
-        mean: Mean.
-        sem: Standard error, s/√n with n − 1 in s; null for a single seed.
-        by_seed: Score of each seed.
-    """
-
-    mean: float
-    sem: float | None
-    by_seed: list[float]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> MeanOverSeeds:
-        """Mean of a score by seed, and its standard error."""
-        n, mean = len(values), fmean(values)
-        sem = (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5 if n > 1 else None
-        return cls(mean, sem, [float(v) for v in values])
 
 
 @dataclass(frozen=True)

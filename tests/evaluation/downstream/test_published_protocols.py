@@ -24,7 +24,7 @@ from latent_medi.evaluation.downstream.classifiers import Prediction
 from latent_medi.evaluation.downstream.histodiffusion_protocol import histodiffusion_protocol
 from latent_medi.evaluation.downstream.medi_protocol import _pool, medi_protocol, medi_real, medi_tasks
 from latent_medi.evaluation.downstream.protocol_tables import RESULTS, SUMMARY, protocol_text
-from latent_medi.evaluation.downstream.records import ClassifierRecord, MeanOverSeeds
+from latent_medi.evaluation.downstream.records import ClassifierRecord
 from latent_medi.evaluation.downstream.stage import DownstreamStage, check_downstream
 from latent_medi.evaluation.downstream.training_sets import ProtocolSources, TrainingSet
 from latent_medi.evaluation.evaluate import evaluate
@@ -35,6 +35,7 @@ from latent_medi.evaluation.summary import headline_text
 from latent_medi.report.render import render_report
 from latent_medi.shards.writing.writer import write_dataset
 from latent_medi.statistics.logistic_regression import Problem, Solution
+from latent_medi.statistics.seeds import MeanOverSeeds
 
 
 def _features(study: Study, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
