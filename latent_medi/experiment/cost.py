@@ -160,7 +160,8 @@ class _Costing:
             rows.append(StageCost(stage, name, patches, size, finished=finished))
             if not finished:
                 there = data is not None and data.dataset is not None
-                self.trials[f"{stage} {name}"] = EncodeTrial(settings, self.patch_size, there)
+                own = replace(settings, autoencoder=self.e.settings.autoencoder)  # an adapted one is as fast
+                self.trials[f"{stage} {name}"] = EncodeTrial(own, self.patch_size, there)
         return rows
 
     def _train(self, stage: str) -> list[StageCost]:
@@ -189,6 +190,21 @@ class _Costing:
             images = settings.max_steps * batch or -(-settings.max_images // batch) * batch
             rows.append(StageCost(stage, model.name, images, finished=finished))
         return rows
+
+    def _autoencoder(self, stage: str) -> list[StageCost]:
+        images = self.e.adaptation().training().total_images
+        return [StageCost(stage, images=images, finished=stage in self.done)]
+
+    def _real_classifier(self, stage: str) -> list[StageCost]:
+        settings = self.e.comparison()
+        images = settings.seeds * settings.training().total_images
+        return [StageCost(stage, images=images, finished=stage in self.done)]
+
+    def _image_classifier(self, stage: str) -> list[StageCost]:
+        """Trainings on each model's samples, all of the same length."""
+        settings = self.e.comparison()
+        each = settings.seeds * len(settings.choices) * len(settings.percents) * settings.training().total_images
+        return [StageCost(stage, name, each, finished=stage in self.done) for name in settings.synthetic]
 
     def _sample(self, stage: str) -> list[StageCost]:
         rows, each = [], self._bytes_per_image()
@@ -305,6 +321,8 @@ class _Costing:
     def _weights(self) -> list[Weights]:
         e = self.e
         found = [autoencoder_weights(encoding.autoencoder) for encoding in e.encodings.values()]
+        if e.has("autoencoder"):
+            found = [autoencoder_weights(e.settings.autoencoder)]
         for model in e.to_train:
             source = "" if model.parent else str((model.training or {}).get("init_from") or "")
             found += [weights] if (weights := init_weights(source)) else []

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from latent_medi.autoencoder.settings import AutoencoderSettings
 from latent_medi.core import config
 from latent_medi.core.errors import UserError
 from latent_medi.evaluation.settings import EvaluateSettings
@@ -24,12 +25,17 @@ from latent_medi.experiment.models import (
 from latent_medi.experiment.nodes import Leader, run_launched
 from latent_medi.experiment.settings import STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stages
+from latent_medi.image_classifier.settings import REAL, CompareClassifiersSettings
 from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.schema import Schema
 from latent_medi.selection.settings import SelectSettings
 from latent_medi.shards.format.selections import SELECTED_PREFIX
 
+COMPARISON = "image_classifiers"
+"""Folder of the image classifiers and of their comparison."""
+IMAGE_CLASSIFIER = "image_classifier"
+"""As the encoder of a selection, the first classifier of real patches alone."""
 _ENCODED_AT_ONCE = 16  # of 256 px, Stable Diffusion's autoencoder takes 2.5 GiB for them, 1.3 in bf16
 
 
@@ -81,6 +87,7 @@ class Experiment:
                 f"models.{unguided[0]} has a classifier, and stages does not list classifier.",
                 "List it before plan, or remove the classifier.",
             )
+        self._check_classifiers()
         self.synthetic = {model.name: self.folder / "synthetic" / model.name for model in self.sampled}
         self.encodings = self._encodings()
         self.evaluation = self._evaluation()
@@ -132,6 +139,64 @@ class Experiment:
         """
         run_launched(commands, self.where, self.leader, self.settings.parallel)
 
+    @property
+    def autoencoder(self) -> str:
+        """The autoencoder of the latents: the adapted one, if the experiment adapts it."""
+        if self.has("autoencoder"):
+            return str(self.folder / "autoencoder" / "autoencoder")
+        return self.settings.autoencoder
+
+    @property
+    def selects_by_classifier(self) -> bool:
+        """Whether patches are selected in the features of an image classifier that this experiment trains."""
+        return bool(self.settings.select.get("encoder") == IMAGE_CLASSIFIER)
+
+    def _check_classifiers(self) -> None:
+        """Refuse stages and settings of image classifiers of which one is there without the other."""
+        settings = self.settings
+        stages = self.needs("real_classifier", "image_classifier")
+        if stages and not settings.image_classifier:
+            raise UserError(
+                f"stages lists {stages[0]}, and image_classifier names no configuration.",
+                "image_classifier: histodiffusion/vit",
+            )
+        if self.selects_by_classifier and self.has("select") and not self.has("real_classifier"):
+            raise UserError(
+                "select.encoder is image_classifier, and stages does not list real_classifier.",
+                "List it before select.",
+            )
+
+    def comparison(self) -> CompareClassifiersSettings:
+        """Settings of the image classifiers on real patches, and on these and each model's samples."""
+        settings = self.settings
+        values = config.load(CompareClassifiersSettings, Path(settings.image_classifier))
+        if not self.has("select"):
+            values = config.merge(values, {"choices": ["random"]})
+        derived = {
+            "data": str(self.data),
+            "split": settings.split,
+            "out": str(self.folder / COMPARISON),
+            "synthetic": {name: str(folder) for name, folder in self.synthetic.items()},
+            "selection": self.selection_name if self.has("select") else "",
+            **self.only,
+        }
+        seed = {"seed": settings.seed}
+        values = config.merge(config.merge(values | seed, settings.image_classifier_train), derived)
+        return config.make(CompareClassifiersSettings, values, "image_classifier")
+
+    def adaptation(self) -> AutoencoderSettings:
+        """Settings of the autoencoder's adaptation to the training patches."""
+        settings = self.settings
+        derived = {
+            "data": str(self.data),
+            "split": settings.split,
+            "out": str(self.folder / "autoencoder"),
+            "init": settings.autoencoder,
+            **self.only,
+        }
+        values = config.merge({"seed": settings.seed} | settings.autoencoder_train, derived)
+        return config.make(AutoencoderSettings, values, "autoencoder_train")
+
     def _encodings(self) -> dict[str, EncodeSettings]:
         """Encoding settings by the first model of a dataset of its own; "" is the experiment's dataset."""
         folders = {self.latents: ("", str(self.data))}
@@ -141,7 +206,7 @@ class Experiment:
                 folders.setdefault(latents_folder(self.settings, model.name), (model.name, data))
         found = {}
         for latents, (name, data) in folders.items():
-            derived = {"data": data, "out": latents, "autoencoder": self.settings.autoencoder}
+            derived = {"data": data, "out": latents, "autoencoder": self.autoencoder}
             if not name:
                 derived |= self.only
             values = config.merge({"device_batch": _ENCODED_AT_ONCE} | self.settings.encode, derived)
@@ -190,7 +255,12 @@ class Experiment:
             "replace": True,  # its record says whether it is the one that these settings make
             **self.only,
         }
-        return config.make(SelectSettings, config.merge(derived, settings.select), "select")
+        made = config.make(SelectSettings, config.merge(derived, settings.select), "select")
+        if not self.selects_by_classifier:
+            return made
+        comparison = self.comparison()
+        folder = Path(comparison.out) / REAL / f"seed{comparison.seed}" / "model"
+        return replace(made, encoder=str(folder), weights="")
 
     def classifier(self, model: Model) -> ClassifierSettings:
         """Settings of the latent classifier that guides a model's samples."""

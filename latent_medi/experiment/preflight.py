@@ -50,6 +50,12 @@ def preflight(e: Experiment) -> None:
         _check_model(e, model, schema)
     if e.has("select"):
         _check_selection(e)
+    if e.has("real_classifier"):
+        _check_classifiers(e)
+    if e.has("autoencoder"):
+        adaptation = e.adaptation()
+        adaptation.check()
+        _check_shared(e, "autoencoder_train", adaptation.global_batch)
     plans = make_plans(e) if e.has("plan") and not e.stages.finished("plan") else None
     if not e.settings.dry_run:
         announce(e, experiment_cost(e, plans, measure=e.settings.max_hours > 0))
@@ -199,4 +205,15 @@ def _check_selection(e: Experiment) -> None:
 
     settings = e.selection(e.sampled[0].name)
     check_settings(settings)
-    load_encoder(settings.encoder, settings.weights or None)
+    if not e.selects_by_classifier:
+        load_encoder(settings.encoder, settings.weights or None)
+
+
+def _check_classifiers(e: Experiment) -> None:
+    """Refuse image classifiers that cannot be trained on these data."""
+    from latent_medi.image_classifier.data import open_parts
+
+    settings = e.comparison()
+    settings.check()
+    _check_shared(e, "image_classifier", settings.global_batch)
+    open_parts(dataclasses.replace(settings, synthetic={}, selection=""))

@@ -21,7 +21,7 @@ from latent_medi.core.processes import RUNNER_OPTIONS
 from latent_medi.core.progress import duration
 from latent_medi.experiment.commands import resumable
 from latent_medi.experiment.dry_run import dry_run
-from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.experiment import COMPARISON, Experiment
 from latent_medi.experiment.kinds import declare
 from latent_medi.experiment.kinds.datasets import split_for_checks
 from latent_medi.experiment.launching import launching
@@ -37,6 +37,9 @@ _FILES = (
     "classifier-*.yaml",
     "sample-*.yaml",
     "embed.yaml",
+    "autoencoder.yaml",
+    "real_classifier.yaml",
+    "image_classifier.yaml",
 )
 
 
@@ -109,6 +112,10 @@ def _run(experiment: Experiment) -> dict[str, Any]:
         declare(experiment)
     stages.run(*(name for name in settings.stages if name not in stages.seconds))
     total = duration(sum(stages.seconds.values()))
+    if experiment.has("image_classifier"):
+        from latent_medi.image_classifier.comparison import comparison_text, read_comparison
+
+        print(f"\n{comparison_text(read_comparison(folder / COMPARISON))}")
     if not experiment.has("evaluate"):
         print(f"\n{', '.join(settings.stages)} in {folder}: {total} in all")
         return {"out": settings.out, "seconds": stages.seconds}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from latent_medi.autoencoder.settings import AutoencoderSettings
 from latent_medi.core.kinds import PartOf
 from latent_medi.core.paths import PathText
 from latent_medi.core.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings
 from latent_medi.evaluation.settings import EvaluateSettings
+from latent_medi.image_classifier.settings import CompareClassifiersSettings
 from latent_medi.latent_classifier.settings import ClassifierSettings
 from latent_medi.latents.settings import EncodeSettings
 from latent_medi.metadata.settings import SplitSettings
@@ -18,11 +20,24 @@ from latent_medi.selection.settings import SelectSettings
 from latent_medi.training.settings import TrainSettings
 
 StageName = Literal[
-    "shards", "corpus", "audit", "encode", "train", "classifier", "plan", "sample", "select", "evaluate", "report"
+    "shards",
+    "corpus",
+    "audit",
+    "autoencoder",
+    "encode",
+    "train",
+    "classifier",
+    "plan",
+    "sample",
+    "real_classifier",
+    "select",
+    "image_classifier",
+    "evaluate",
+    "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 """Every kind of stage, in the order in which an experiment runs them."""
-OPTIONAL_STAGES = ("corpus", "classifier", "select")
+OPTIONAL_STAGES = ("corpus", "autoencoder", "classifier", "real_classifier", "select", "image_classifier")
 """Stages that an experiment has only if its settings list them."""
 
 
@@ -98,9 +113,9 @@ class ExperimentSettings(Settings):
     Args:
         out: Folder of the experiment, which holds everything that it writes.
         title: Heading of the report.
-        stages: Stages to run, in the order shards, corpus, audit, encode, train, classifier, plan, sample, select,
-            evaluate, report; each needs the results of some of those before it. By default all but corpus, classifier
-            and select.
+        stages: Stages to run, in the order shards, corpus, audit, autoencoder, encode, train, classifier, plan, sample,
+            real_classifier, select, image_classifier, evaluate, report; each needs the results of some of those before
+            it. By default shards, audit, encode, train, plan, sample, evaluate and report.
         models: The models by name. Model NAME is trained in ``out``/NAME, and its samples are the synthetic set NAME.
         recipe: Recipe that makes the dataset folder; "demo" is procedural tissue.
         source: Folder that the recipe reads.
@@ -119,6 +134,8 @@ class ExperimentSettings(Settings):
         patch_size: Width and height of a patch, pixels.
         seed: Seed of data, training, plan and evaluation.
         autoencoder: Name or folder of the frozen autoencoder.
+        autoencoder_train: Settings of the stage "autoencoder", which adapts that autoencoder to the split's part train
+            before anything is encoded, such as {train: decoder, max_images: 50000}.
         encode: Encoding settings, such as precision; ``device_batch`` is 16 here unless it is given.
         encoders: Names or folders of the image encoders of selection and evaluation; the first gives the headline.
         weights: Weight file or folder by encoder name, for encoders that need one.
@@ -135,9 +152,15 @@ class ExperimentSettings(Settings):
         plan: Planning settings put over these, such as {goal: all_sites_of_classes, ratio: 1}; with a goal,
             seen_per_cell, unseen_per_cell and plan_unseen do not count.
         generate: Sampler, guidance and batch.
-        select: Selection settings, such as {name: best, share: 0.5}; the evaluation takes the selected patches.
+        select: Selection settings, such as {name: best, share: 0.5}; the evaluation takes the selected patches. With
+            {encoder: image_classifier} they are compared in the features of the first classifier that the stage
+            "real_classifier" trains.
         select_rounds: Rounds of sampling at most, until as many patches are selected as per_cell or percent of
             ``select`` ask for: each further round generates what is missing, by the share that was accepted so far.
+        image_classifier: Name or path of an image classifier's training configuration. The stage "real_classifier"
+            trains it on the labelled patches alone, "image_classifier" on these and growing shares of each model's
+            samples; ``out``/image_classifiers holds the classifiers and their comparison.
+        image_classifier_train: Settings put over that configuration, such as {seeds: 3, percents: [50, 100, 300]}.
         evaluate: Evaluation settings put over the derived ones, such as repeats.
         launch_processes: Processes of encoding, of each model's training and sampling, and of the embedding of
             selection and evaluation, on each node; 0 means one per GPU, and one on a machine without.
@@ -174,6 +197,7 @@ class ExperimentSettings(Settings):
     patch_size: PositiveInt = 64
     seed: int = 0
     autoencoder: PathText = "demo"
+    autoencoder_train: Annotated[dict[str, Any], PartOf(AutoencoderSettings)] = field(default_factory=dict)
     encode: Annotated[dict[str, Any], PartOf(EncodeSettings)] = field(default_factory=dict)
     encoders: list[PathText] = field(default_factory=lambda: ["demo"])
     weights: dict[str, PathText] = field(default_factory=dict)
@@ -189,6 +213,8 @@ class ExperimentSettings(Settings):
     generate: GenerateSettings = field(default_factory=GenerateSettings)
     select: Annotated[dict[str, Any], PartOf(SelectSettings)] = field(default_factory=dict)
     select_rounds: PositiveInt = 1
+    image_classifier: PathText = ""
+    image_classifier_train: Annotated[dict[str, Any], PartOf(CompareClassifiersSettings)] = field(default_factory=dict)
     evaluate: Annotated[dict[str, Any], PartOf(EvaluateSettings)] = field(default_factory=dict)
     launch_processes: NonNegativeInt = 0
     parallel: NonNegativeInt = 0

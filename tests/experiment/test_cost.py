@@ -33,7 +33,7 @@ from latent_medi.experiment.limits import check_limits
 from latent_medi.experiment.nodes import run_launched
 from latent_medi.experiment.rates import Placement, Rates, TrainTrial, measure_rates, rate_of, seconds_to_start
 from latent_medi.experiment.run import run
-from latent_medi.experiment.settings import STAGES, ExperimentSettings
+from latent_medi.experiment.settings import OPTIONAL_STAGES, STAGES, ExperimentSettings
 from latent_medi.shards.dataset import PatchDataset
 
 
@@ -272,7 +272,7 @@ def test_what_is_missing_is_listed(
         "patch_size": 256,
         "autoencoder": "sd-vae-ft-mse",
         "encoders": ["uni", "squeezenet"],
-        "stages": [name for name in STAGES if name not in ("corpus", "classifier", "select")],
+        "stages": [name for name in STAGES if name not in OPTIONAL_STAGES],
     }
     told = cost_of(settings(**values))
     assert [row.images for row in told.stages if row.stage == "encode"] == [None]
@@ -304,7 +304,7 @@ def test_a_long_run_on_a_cpu_is_measured_and_names_what_a_cpu_can_do(
 
 def test_rates_are_those_of_real_work(settings: Callable[..., ExperimentSettings]) -> None:
     """Every kind of work that is timed is done for real, on the smallest of networks."""
-    asked = settings(stages=[name for name in STAGES if name not in ("corpus", "classifier", "select")])
+    asked = settings(stages=[name for name in STAGES if name not in OPTIONAL_STAGES])
     experiment = Experiment(asked)
     declare(experiment)
     whole = costing._Costing(experiment, None)

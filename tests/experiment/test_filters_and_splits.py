@@ -13,7 +13,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds.datasets import ensure_split, make_plans
 from latent_medi.experiment.run import run
-from latent_medi.experiment.settings import STAGES, ExperimentSettings
+from latent_medi.experiment.settings import OPTIONAL_STAGES, STAGES, ExperimentSettings
 from latent_medi.experiment.stages import Stages
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.split_schemes import make_split
@@ -21,7 +21,7 @@ from latent_medi.metadata.table_index import map_sites, read_table_index
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.split import split_of
 
-EVERY = [name for name in STAGES if name not in ("corpus", "classifier")]
+EVERY = [name for name in STAGES if name not in OPTIONAL_STAGES or name == "select"]
 
 
 def made_from(settings: ExperimentSettings, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from latent_medi.experiment.launching import Launching
 from latent_medi.experiment.models import concerning, with_longer
 from latent_medi.experiment.preflight import preflight
 from latent_medi.experiment.run import run, run_changed
-from latent_medi.experiment.settings import STAGES, ExperimentSettings
+from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.experiment.stages import Stage, Stages
 from latent_medi.selection.result import CombinationCounts
 from latent_medi.shards.dataset import PatchDataset
@@ -120,7 +120,7 @@ def test_a_plan_has_the_fields_that_the_model_knows(experiment: Callable[..., Ex
         name: {"config": "demo/medi", "train": {"model": {"fields": known}}} for name, known in fields.items()
     }
     models["guided"] = models["none"] | {"classifier": "demo/classifier"}
-    plans = make_plans(experiment(models=models, stages=[name for name in STAGES if name != "corpus"]))
+    plans = make_plans(experiment(models=models, stages=[*TO_SAMPLE, "select", "evaluate", "report"]))
     assert {name: [c for c in plan if c in ("class", "site")] for name, plan in plans.items()} == {
         "all": ["class", "site"],
         "both": ["class", "site"],

@@ -24,8 +24,8 @@ from latent_medi.shards.dataset import PatchDataset
 Make = Callable[..., ImageClassifierSettings]
 
 
-def sweep(make: Make, synthetic: PatchDataset, **values: Any) -> CompareClassifiersSettings:
-    defaults: dict[str, Any] = {"synthetic": {"guided": str(synthetic.folder)}, "selection": "best"}
+def sweep(make: Make, samples: PatchDataset, **values: Any) -> CompareClassifiersSettings:
+    defaults: dict[str, Any] = {"synthetic": {"guided": str(samples.folder)}, "selection": "best"}
     own = {"percents": [5.0, 10.0], "seeds": 2, "max_steps": 4} | defaults | values
     fields = {field.name for field in dataclasses.fields(ImageClassifierSettings)}
     single = vars(make(**{name: value for name, value in own.items() if name in fields}))

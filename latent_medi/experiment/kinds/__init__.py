@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from latent_medi.experiment.experiment import Experiment
-from latent_medi.experiment.kinds import datasets, models, results
+from latent_medi.experiment.kinds import classifiers, datasets, models, results
 from latent_medi.experiment.stages import Stage
 
 KINDS: Mapping[str, Callable[[Experiment], Stage]] = {
     "shards": datasets.shards,
     "corpus": datasets.corpus,
     "audit": datasets.audit,
+    "autoencoder": models.autoencoder,
     "encode": datasets.encode,
     "train": models.train,
     "classifier": models.classifier,
     "plan": datasets.plan,
     "sample": models.sample,
+    "real_classifier": classifiers.real_classifier,
     "select": results.select,
+    "image_classifier": classifiers.image_classifier,
     "evaluate": results.evaluate,
     "report": results.report,
 }

@@ -204,7 +204,7 @@ def encode(e: Experiment) -> Stage:
     from latent_medi.features.cache import dataset_hash
 
     chosen = e.encodings[""]
-    inputs: dict[str, Any] = {"autoencoder": chosen.autoencoder} | e.only
+    inputs: dict[str, Any] = {"autoencoder": e.settings.autoencoder} | e.only
     # What earlier versions could not choose is left out where it is what they did.
     inputs |= {n: v for n in ("precision", "views") if (v := getattr(chosen, n)) != getattr(EncodeSettings, n)}
     # A corpus that is not made yet has no hash.
@@ -216,7 +216,7 @@ def encode(e: Experiment) -> Stage:
     return Stage(
         lambda: _encode(e),
         inputs,
-        ("shards", *e.needs("corpus")),
+        ("shards", *e.needs("corpus", "autoencoder")),
         by_model={name: (folder.name,) for name, folder in inside.items()},
         shared=tuple(f"{s.out}/latents.json" for name, s in e.encodings.items() if name not in inside),
         damaged=lambda: [path for folder in inside.values() for path in damaged_latents(folder)],

@@ -1,4 +1,4 @@
-"""Stages on the models: training, the classifiers that guide them, and their samples."""
+"""Stages on the models: the autoencoder's adaptation, training, the classifiers that guide them, and their samples."""
 
 from __future__ import annotations
 
@@ -13,6 +13,30 @@ from latent_medi.experiment.models import Model
 from latent_medi.experiment.stages import Stage
 from latent_medi.sampling.settings import GenerateSettings
 from latent_medi.training.settings import TrainSettings
+
+
+def autoencoder(e: Experiment) -> Stage:
+    """The autoencoder, adapted to the training patches, in ``autoencoder``."""
+    from latent_medi.autoencoder.train import FREE, PRODUCT
+
+    chosen = e.adaptation()
+    inputs = {key: value for key, value in config.as_dict(chosen).items() if key not in FREE}
+    if chosen.init:
+        del inputs["network"]
+    return Stage(
+        lambda: _adapt(e),
+        e.split_record | {"adaptation": inputs, "autoencoder": chosen.init},
+        ("shards",),
+        ("autoencoder",),
+        damaged=lambda: damaged_model(e.folder / "autoencoder" / PRODUCT),
+        costly=True,
+    )
+
+
+def _adapt(e: Experiment) -> None:
+    file = e.folder / "autoencoder.yaml"
+    config.save_settings(e.adaptation(), file)
+    e.run_commands({"autoencoder": ["autoencoder", "--config", str(file)]})
 
 
 def train(e: Experiment) -> Stage:

@@ -14,7 +14,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.files import write_json
 from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.experiment.damaged_outputs import damaged_metrics
-from latent_medi.experiment.experiment import Experiment
+from latent_medi.experiment.experiment import IMAGE_CLASSIFIER, Experiment
 from latent_medi.experiment.kinds.models import sample_models
 from latent_medi.experiment.stages import Stage
 from latent_medi.planning.plan import stable_seed
@@ -30,6 +30,8 @@ def select(e: Experiment) -> Stage:
     free = {"data", "real", "weights", "cache", "batch", "device", "workers", "replace"}
     settings = config.as_dict(e.selection(e.sampled[0].name))
     inputs = {key: value for key, value in settings.items() if key not in free and (key != "only" or value)}
+    if e.selects_by_classifier:
+        inputs["encoder"] = IMAGE_CLASSIFIER
     if e.settings.select_rounds > 1:
         inputs["rounds"] = e.settings.select_rounds
     outputs = {name: e.folder / f"selection-{name}.json" for name in e.synthetic}
@@ -37,7 +39,7 @@ def select(e: Experiment) -> Stage:
     return Stage(
         lambda: _select(e, outputs),
         inputs,
-        ("sample",),
+        ("sample", *(e.needs("real_classifier") if e.selects_by_classifier else ())),
         by_model={name: (path.name,) for name, path in outputs.items()},
         extras=tuple(f"plan-{name}-round-{number}.csv" for name in outputs for number in numbers),
         damaged=lambda: [path for name, path in outputs.items() if not _has_selection(e, name)],
