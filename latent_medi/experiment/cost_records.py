@@ -111,8 +111,10 @@ def _origin(row: StageCost) -> str:
     return words.get(row.measured, f"as measured on {row.measured}")
 
 
-LONG_STAGES = ("shards", "autoencoder", "encode", "train", "classifier", "sample", "real_classifier", "select")
-LONG_STAGES += ("image_classifier", "evaluate")
+LONG_STAGES = (
+    *("shards", "autoencoder", "encode", "train", "classifier", "sample"),
+    *("real_classifier", "select", "image_classifier", "evaluate"),
+)
 """Stages whose time depends on the number of images; the others take seconds or minutes."""
 
 
