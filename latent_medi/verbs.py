@@ -256,7 +256,8 @@ def _compare_classifiers(words: list[str]) -> Printed:
     found = compare_classifiers(config.parse(CompareClassifiersSettings, words, "compare-classifiers"))
     if os.environ.get("RANK", "0") == "0":
         print(comparison_text(found))
-    return encode(found)  # type: ignore[no-any-return]
+    result: Printed = encode(found)
+    return result
 
 
 def _classify(words: list[str]) -> Printed:

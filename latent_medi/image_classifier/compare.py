@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -136,7 +137,7 @@ def compared(settings: CompareClassifiersSettings, kinds: list[Kind], seeds: ran
     first = _predictions(out / kinds[0].folder(seeds[0]))
     test = TestScores(_codes(first["truth"], labels), first["patient"].to_numpy(str), len(labels))
     scores: dict[Kind, dict[str, list[Score]]] = {}
-    rows = []
+    rows: list[tuple[Kind, Any, Kind | None]] = []
     for kind in kinds:
         found = []
         for seed in seeds:

@@ -4,6 +4,11 @@ ELSEWHERE = {
     # Beginning of a command: the test that runs it, and words of it that stand there.
     "latent-medi run --config tcga_ut/paper": ("end_to_end/test_tcga_ut_paper.py", "tcga_ut/paper"),
     "latent-medi run --config tcga_ut/beyond": ("end_to_end/test_tcga_ut_paper.py", "tcga_ut/beyond"),
+    "latent-medi run --config histodiffusion/demo": ("experiment/test_image_classifiers.py", "histodiffusion/demo"),
+    "latent-medi run --config histodiffusion/crc": ("experiment/test_image_classifiers.py", "histodiffusion/crc"),
+    "latent-medi run --config histodiffusion/prostate": (
+        "experiment/test_image_classifiers.py", "histodiffusion/prostate"),
+    "latent-medi compare-classifiers": ("image_classifier/test_compare.py", '"compare-classifiers"'),
     "latent-medi shards camelyon17-wilds": ("recipes/test_recipes.py", '"camelyon17-wilds"'),
     "latent-medi shards nct-crc": ("recipes/test_recipes.py", '"nct-crc"'),
     "latent-medi shards pannuke": ("recipes/test_recipes.py", '"pannuke"'),
