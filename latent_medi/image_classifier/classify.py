@@ -78,7 +78,7 @@ class Classified:
     Args:
         table: A row per patch, slide or patient.
         patches: Patches that were classified.
-        scores: Scores of the patches with a known label, where the data have the field.
+        scores: Scores of the patches with a known label, where the data have the field and are real.
     """
 
     table: pd.DataFrame
@@ -120,7 +120,7 @@ def classify(settings: ClassifySettings, accelerator: Accelerator | None = None)
     if accelerator.is_main_process:
         write_table(made, out)
     scores = None
-    if facts.field in table:
+    if facts.field in table and (table["origin"] == "real").all():
         values = table[facts.field].astype(str).to_numpy()
         known = np.isin(values, facts.labels)
         if known.any():

@@ -124,7 +124,7 @@ def scores_text(scores: ClassifierScores) -> str:
     """A table of the scores."""
     unit = "patients" if scores.patient_is == "patient" else f"{scores.patient_is}s"
     names = ("accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity")
-    lines = [f"scores of {scores.n_patches:,} test patches of {scores.n_patients:,} {unit} (intervals over {unit}):"]
+    lines = [f"scores on {scores.n_patches:,} real patches of {scores.n_patients:,} {unit} (intervals over {unit}):"]
     lines += [f"  {name.replace('_', ' '):<18}{_shown(getattr(scores, name))}" for name in names]
     for entry in scores.classes:
         rates = ", ".join(f"{name} {_shown(getattr(entry, name))}" for name in ("sensitivity", "specificity", "f1"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +55,12 @@ def test_a_row_per_patch_slide_and_patient(model: Path, tissue: Path, tmp_path: 
         wanted = table.groupby(keys)["p_solid"].mean()
         np.testing.assert_allclose(mean["p_solid"], wanted.to_numpy(), atol=1e-9)
         assert mean["patches"].sum() == len(table)
+
+
+def test_synthetic_patches_get_predictions_and_no_scores(model: Path, synthetic: PatchDataset, tmp_path: Path) -> None:
+    done = classify(ClassifySettings(str(model), str(synthetic.folder), str(tmp_path / "p.csv")))
+    assert done.scores is None
+    assert len(pd.read_csv(tmp_path / "p.csv")) == len(synthetic)
 
 
 def test_a_folder_of_images_is_classified_like_the_dataset(
@@ -119,9 +124,6 @@ def test_damage_is_named_and_verified(model: Path, tissue: Path, tmp_path: Path)
         (copy / name).write_bytes(content)
     with pytest.raises(UserError, match="is no image classifier"):
         classify(ClassifySettings(str(tissue), str(tissue), str(tmp_path / "p.csv")))
-
-
-Tell = Callable[..., ClassifierScores]
 
 
 def test_intervals_are_over_patients_and_need_ten() -> None:
