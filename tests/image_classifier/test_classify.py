@@ -71,27 +71,30 @@ def test_a_folder_of_images_is_classified_like_the_dataset(
     (images / "a").mkdir(parents=True)
     for i, patch in enumerate(patches):
         (images / "a" / f"{i}.png").write_bytes(encode_image(patch))
-    told = tmp_path / "told.json"
-    words = ["classify", f"model={model}", f"data={images}", f"out={tmp_path / 'p.csv'}", f"--json={told}"]
-    assert main(words) == 0
-    assert "5 patches classified" in capsys.readouterr().out
-    assert json.loads(told.read_text()) == {"table": str(tmp_path / "p.csv"), "patches": 5, "scores": None}
+    settings = ClassifySettings(str(model), str(images), str(tmp_path / "p.csv"))
+    classify(settings)
     table = pd.read_csv(tmp_path / "p.csv")
     assert table["key"].tolist() == [f"a/{i}.png" for i in range(5)]
     found = table[["p_glandular", "p_solid", "p_spindle"]].to_numpy()
     np.testing.assert_allclose(found, ImageClassifier(model).probabilities(patches), atol=1e-6)
     assert "resized" not in caplog.text
     (images / "b.png").write_bytes(encode_image(np.zeros((32, 32, 3), np.uint8)))
-    assert main(words) == 0
+    classify(settings)
     assert len(pd.read_csv(tmp_path / "p.csv")) == 6
     assert "1 images do not have the 64 px" in caplog.text
     (images / "c.png").write_bytes(encode_image(np.zeros((32, 40, 3), np.uint8)))
     with pytest.raises(UserError, match=r"c.png has 40×32 px; patches are square"):
-        classify(ClassifySettings(str(model), str(images), str(tmp_path / "p.csv")))
+        classify(settings)
     with pytest.raises(UserError, match="no split, fields, slides or patients"):
         classify(ClassifySettings(str(model), str(images), str(tmp_path / "p.csv"), by="patient"))
     with pytest.raises(UserError, match="holds no dataset and no image"):
         classify(ClassifySettings(str(model), str(model), str(tmp_path / "p.csv")))
+    (images / "c.png").unlink()
+    told = tmp_path / "told.json"
+    words = ["classify", f"model={model}", f"data={images}", f"out={tmp_path / 'p.csv'}", f"--json={told}"]
+    assert main(words) == 0
+    assert "6 patches classified" in capsys.readouterr().out
+    assert json.loads(told.read_text()) == {"table": str(tmp_path / "p.csv"), "patches": 6, "scores": None}
 
 
 def test_another_size_or_scale_is_warned_of(
