@@ -131,7 +131,7 @@ def runs(words: argparse.Namespace, folders: dict[str, Path], out: Path) -> dict
         "others": {OTHER: str(folders[OTHER])},
     }
     common: dict[str, Any] = {"crop": words.crop, "global_batch": 16, "log_every_images": 800, **measuring}
-    common |= {"checkpoint_every_images": 1600}
+    common |= {"checkpoint_every_images": 1600, "warmup_fraction": 0.05}
     small = AutoencoderSettings(
         data=str(folders["oral"]), out=str(out / "small"), init="", split="", measure=[], max_images=words.small_images,
         network=NewNetworkSettings("AutoencoderKL", [32, 64, 96], 1, 4, 16), lr=1e-3,
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--scorer-steps", type=int, default=1500, help="updates of the scorer, 32 images each")
     parser.add_argument("--crop", type=int, default=64, help="edge of the squares, in pixels")
     parser.add_argument("--measured", type=int, default=512, help="patches of each part that are measured")
-    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate of an adaptation")
+    parser.add_argument("--lr", type=float, default=1e-4, help="highest learning rate of an adaptation")
     parser.add_argument("--perceptual", type=float, nargs="+", default=list(WEIGHTS), help="weights that are tried")
     words = parser.parse_args()
     if words.quick:
