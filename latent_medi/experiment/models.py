@@ -20,7 +20,7 @@ CORPUS = "corpus"
 """As a model's dataset, the joined sources of unlabelled tissue; also their folder, and its split."""
 DATASET_FILE = "dataset.json"
 _OTHER_FOLDERS = {"classifiers", "corpus", "corpora", "data", "features", "reference", "stages", "synthetic"}
-_OTHER_FOLDERS |= {"autoencoder", "image_classifiers", "real", "seeds", "table"}  # three are words of the records
+_OTHER_FOLDERS |= {"autoencoder", "image_classifiers", "real", "seeds", "table"}  # three are words of records
 _RECORD_KEYS = {"models", "split"}
 
 

@@ -9,6 +9,7 @@ from latent_medi.core import config
 from latent_medi.experiment.damaged_outputs import damaged_model
 from latent_medi.experiment.experiment import COMPARISON, Experiment
 from latent_medi.experiment.stages import Stage
+from latent_medi.image_classifier.comparison import RESULT_FILE, TABLE_FILE
 from latent_medi.image_classifier.settings import REAL, CompareClassifiersSettings
 
 _SWEEP = ("percents", "choices", "seeds")
@@ -36,13 +37,15 @@ def image_classifier(e: Experiment) -> Stage:
     """Classifiers of real and synthetic patches, and their comparison with those of real ones alone."""
     settings = e.comparison()
     sweep = {name: getattr(settings, name) for name in _SWEEP}
+    # Of no model: what trainings there are. A changed list keeps those that it still has.
     inputs = {"models": {"table": sweep | {"sets": list(settings.synthetic), "selection": settings.selection}}}
-    tables = (f"{COMPARISON}/classifiers.json", f"{COMPARISON}/classifiers.csv")
+    tables = [e.folder / COMPARISON / name for name in (RESULT_FILE, TABLE_FILE)]
     return Stage(
         lambda: _run(e, "image_classifier", settings),
         inputs,
         ("real_classifier", *(e.needs("select") or ("sample",))),
-        by_model={"table": tables} | {name: (f"{COMPARISON}/{name}",) for name in settings.synthetic},
+        by_model={name: (f"{COMPARISON}/{name}",) for name in settings.synthetic},
+        damaged=lambda: [path for path in tables if not path.is_file()],
         costly=True,
     )
 
