@@ -19,7 +19,9 @@ NETWORK = {
 }
 """A network that trains in a second."""
 
-TO_SAMPLE = [name for name in STAGES[: STAGES.index("sample") + 1] if name != "corpus"]
+TO_SAMPLE = [
+    name for name in STAGES[: STAGES.index("sample") + 1] if name not in ("corpus", "autoencoder", "real_classifier")
+]
 
 
 def small_experiment(folder: Path, **values: Any) -> ExperimentSettings:

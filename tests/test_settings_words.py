@@ -172,7 +172,7 @@ NO_PATH = {
     "CorpusSettings": {"recipe"},
     "ExperimentSettings": {"recipe"},
     "ImportSettings": {"pattern", "dask", "name", "codec"},
-    "JoinSettings": {"name", "names"},
+    "JoinSettings": {"name", "names", "unlabelled"},
     "LoraSettings": {"targets"},
     "SlideSettings": {"name", "codec"},
     "SplitSettings": {"allow_duplicates"},

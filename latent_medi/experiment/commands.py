@@ -17,6 +17,7 @@ from latent_medi.core.errors import BAD_INPUT, RESUME, Preempted, UserError
 from latent_medi.core.processes import PARENT, environment, python_words
 
 _NOTICES = (signal.SIGUSR1, signal.SIGTERM)
+_NOTICE_FOR = 5.0  # seconds in which another node that was asked to stop says so
 _ALONE_FOR = 30  # seconds that this node's part of a command may go on after another's has ended without success
 _STOP_WITHIN = 300  # seconds in which it must then end by itself: one that waits for the other gets no signal
 
@@ -143,7 +144,7 @@ def _wait(running: dict[str, subprocess.Popen[str]], noticed: list[int], others:
             code = process.poll()
             if code is not None:
                 del running[name]
-                _check(name, code, asked=bool(noticed) or (code != 0 and others.asked_to_stop()))
+                _check(name, code, asked=bool(noticed) or (code not in (0, RESUME) and _asked_elsewhere(others)))
         if running and not noticed and others.asked_to_stop():
             noticed.append(signal.SIGTERM)
             stopping = True
@@ -159,6 +160,16 @@ def _wait(running: dict[str, subprocess.Popen[str]], noticed: list[int], others:
         time.sleep(0.1)
     if noticed:  # all ended as if nothing had been asked, or could not hear it
         raise Preempted("asked to stop; the same command continues")
+
+
+def _asked_elsewhere(others: OtherNodes) -> bool:
+    """Whether another node was asked to stop. Its processes may end, and those here fail for want of them, a moment
+    before it says so.
+    """
+    end = time.monotonic() + (0 if isinstance(others, NoOtherNodes) else _NOTICE_FOR)
+    while not (asked := others.asked_to_stop()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return asked
 
 
 def _check(name: str, code: int, asked: bool) -> None:

@@ -8,7 +8,7 @@ ELSEWHERE = {
     "latent-medi run --config histodiffusion/crc": ("experiment/test_image_classifiers.py", "histodiffusion/crc"),
     "latent-medi run --config histodiffusion/prostate": (
         "experiment/test_image_classifiers.py", "histodiffusion/prostate"),
-    "latent-medi compare-classifiers": ("image_classifier/test_compare.py", '"compare-classifiers"'),
+    "latent-medi compare-classifiers": ("image_classifier/test_compare_classifiers.py", '"compare-classifiers"'),
     "latent-medi shards camelyon17-wilds": ("recipes/test_recipes.py", '"camelyon17-wilds"'),
     "latent-medi shards nct-crc": ("recipes/test_recipes.py", '"nct-crc"'),
     "latent-medi shards pannuke": ("recipes/test_recipes.py", '"pannuke"'),

@@ -41,10 +41,14 @@ def make_classifier(settings: EncoderSettings = SMALL, **changes) -> LatentClass
     return LatentClassifier(**{**parts, **changes})
 
 
+def autoencoder_like(digest: str) -> SimpleNamespace:
+    return SimpleNamespace(hash=digest, description={"hash": digest})
+
+
 def model_like(classifier: LatentClassifier, **changes) -> SimpleNamespace:
     """What check_model looks at of a pipeline that fits the classifier."""
     fits = {
-        "autoencoder": SimpleNamespace(hash=classifier.autoencoder_hash),
+        "autoencoder": autoencoder_like(classifier.autoencoder_hash),
         "latent_shape": classifier.latent_shape,
         "shift": classifier.shift.clone(),
         "scale": classifier.scale.clone(),
@@ -183,7 +187,7 @@ def test_a_model_with_other_latents_or_another_schedule_is_refused():
     same_noise = ObjectiveSettings(weighting="uniform", loss="l1")
     classifier.check_model(model_like(classifier, scheduler=make_scheduler(same_noise)))
     for changes, why in [
-        ({"autoencoder": SimpleNamespace(hash="b" * 64)}, "its autoencoder is bbbb"),
+        ({"autoencoder": autoencoder_like("b" * 64)}, "its autoencoder is bbbb"),
         ({"shift": classifier.shift + 0.1}, "the shift of its latents"),
         ({"scale": classifier.scale * 1.01}, "the scale of its latents"),
         ({"latent_shape": (4, 16, 16)}, "4×16×16, the classifier's 4×8×8"),

@@ -92,7 +92,7 @@ def test_a_site_that_barcodes_hold_is_asked_for_by_its_setting(tmp_path: Path) -
     assert audit_table(AuditSettings(data=table, class_field="project_id", site_field="tss"))["sites"] == 5
     with pytest.raises(UserError) as caught:  # the class is what lacks
         audit_table(AuditSettings(data=table, class_field="cancer", site_field="tss"))
-    assert "barcodes" not in str(caught.value)
+    assert "tss_table" not in str(caught.value)
 
 
 def test_tables_without_what_is_needed_are_refused(tmp_path: Path) -> None:
