@@ -183,8 +183,9 @@ def test_the_autoencoder_in_the_loop_is_frozen(
         return kept[0]
 
     def optimizer(parameters, **settings):
-        optimized.extend(parameters := list(parameters))
-        return real_optimizer(parameters, **settings)
+        groups = list(parameters)
+        optimized.extend(parameter for group in groups for parameter in group["params"])
+        return real_optimizer(groups, **settings)
 
     monkeypatch.setattr(loop, "open_data", keep)
     monkeypatch.setattr(torch.optim, "AdamW", optimizer)
