@@ -131,7 +131,7 @@ def test_every_packaged_configuration_fits_its_settings() -> None:
     from latent_medi.training.settings import TrainSettings
 
     kinds = {"experiment": ExperimentSettings, "encode": EncodeSettings, "classifier": ClassifierSettings}
-    kinds |= {"vit": ImageClassifierSettings, "resnet": ImageClassifierSettings}
+    kinds |= dict.fromkeys(("vit", "resnet", "demo_classifier"), ImageClassifierSettings)
     kinds |= {"latent_classifier": ClassifierSettings}
     found = 0
     for path in sorted(config.packaged("configs").rglob("*.yaml")):
