@@ -19,6 +19,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
 from latent_medi.experiment.settings import ExperimentSettings
+from latent_medi.features.encoders import load_encoder
 from latent_medi.image_classifier.comparison import read_comparison
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.recipes.registry import load_recipe
@@ -153,7 +154,8 @@ def test_selected_by_the_labelled_patches_own_classifier_then_compared(
         ("plain", "selected"),
     ]
     recipe = PatchDataset.open(out / "synthetic" / "plain").info["selections"]["best"]["recipe"]
-    assert "image_classifiers/real/seed0/model" in str(recipe)
+    labelled = load_encoder(out / "image_classifiers" / "real" / "seed0" / "model")
+    assert recipe["encoder"]["fingerprint"] == labelled.fingerprint
     first = ["real/seed0", "plain/random-10-seed0", "plain/selected-10-seed0"]
     before = made(out, first)
     # Nothing is left to do; another seed adds trainings and keeps those that there are.
