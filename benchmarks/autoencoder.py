@@ -83,9 +83,16 @@ def datasets(words: argparse.Namespace, out: Path) -> dict[str, Path]:
             # An image stands for its patient, whom the source does not name.
             pattern = r"(?:.*/)?(?P<patient>[^/]+)\.(?:jpe?g|png)"
             settings = ImportSettings(
-                folder=str(source), pattern=pattern, out=str(folders[name]), name=name, class_field="", codec="png",
-                patch_size=size, source_mpp=1.0, max_bad=0.1,
-            )  # fmt: skip
+                folder=str(source),
+                pattern=pattern,
+                out=str(folders[name]),
+                name=name,
+                class_field="",
+                codec="png",
+                patch_size=size,
+                source_mpp=1.0,
+                max_bad=0.1,
+            )
             import_images(settings)
     return folders
 
@@ -133,21 +140,34 @@ def runs(words: argparse.Namespace, folders: dict[str, Path], out: Path) -> dict
     common: dict[str, Any] = {"crop": words.crop, "global_batch": 16, "log_every_images": 800, **measuring}
     common |= {"checkpoint_every_images": 1600, "warmup_fraction": 0.05}
     small = AutoencoderSettings(
-        data=str(folders["oral"]), out=str(out / "small"), init="", split="", measure=[], max_images=words.small_images,
-        network=NewNetworkSettings("AutoencoderKL", [32, 64, 96], 1, 4, 16), lr=1e-3,
+        data=str(folders["oral"]),
+        out=str(out / "small"),
+        init="",
+        split="",
+        measure=[],
+        max_images=words.small_images,
+        network=NewNetworkSettings("AutoencoderKL", [32, 64, 96], 1, 4, 16),
+        lr=1e-3,
         perceptual=PerceptualSettings(0.1, "squeezenet", squeezenet),
-        adversarial=AdversarialSettings(0.1, words.small_images // 2, 32, 2), **common,
-    )  # fmt: skip
+        adversarial=AdversarialSettings(0.1, words.small_images // 2, 32, 2),
+        **common,
+    )
     starts = {"taef2": str(words.models / "taef2"), "small": train_autoencoder(small)["autoencoder"]}
     found = {}
     for start, train in (("taef2", "decoder"), ("taef2", "both"), ("small", "both")):
         for weight in words.perceptual:
             name = f"{start}_{train}_perceptual_{weight:g}"
             settings = AutoencoderSettings(
-                data=str(folders["prostate"]), out=str(out / name), init=starts[start], train=train,  # type: ignore[arg-type]
-                max_images=words.images, lr=words.lr, perceptual=PerceptualSettings(weight, "squeezenet", squeezenet),
-                measure=["val", "test"], **common,
-            )  # fmt: skip
+                data=str(folders["prostate"]),
+                out=str(out / name),
+                init=starts[start],
+                train=train,  # type: ignore[arg-type]
+                max_images=words.images,
+                lr=words.lr,
+                perceptual=PerceptualSettings(weight, "squeezenet", squeezenet),
+                measure=["val", "test"],
+                **common,
+            )
             found[name] = weight, train_autoencoder(settings)["measured"]
     return found
 

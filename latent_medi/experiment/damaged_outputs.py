@@ -76,7 +76,8 @@ def damaged_model(folder: Path) -> list[Path]:
         parts |= {name for name in listed if name not in ("scheduler", "autoencoder")}
         complete = {"model_index.json", "autoencoder.json", "unet/config.json"} <= names and parts <= weights
     else:
-        complete = bool({"adapter.json", "config.json"} & names) and "" in weights  # an adapter or a classifier
+        kinds = {"adapter.json", "config.json", "classifier.json"}  # an adapter, a latent and an image classifier
+        complete = bool(kinds & names) and "" in weights
     return [] if complete else [folder]
 
 

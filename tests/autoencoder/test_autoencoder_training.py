@@ -257,9 +257,14 @@ def test_the_decoder_alone_leaves_the_encoder_as_it_is(make: Make, start: Path, 
     encode_dataset(tiny / "data", before, latents)
     encode_dataset(tiny / "data", after, latents)
     trained = TrainSettings(
-        data=str(tiny / "data"), latents=str(latents), autoencoder=found["autoencoder"], out=str(tmp_path / "model"),
-        max_steps=2, global_batch=4, model=small_model(),
-    )  # fmt: skip
+        data=str(tiny / "data"),
+        latents=str(latents),
+        autoencoder=found["autoencoder"],
+        out=str(tmp_path / "model"),
+        max_steps=2,
+        global_batch=4,
+        model=small_model(),
+    )
     model = train(trained)
     pipeline = MediPipeline.from_pretrained(model)
     assert pipeline.autoencoder.hash == after.hash

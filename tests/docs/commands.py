@@ -11,9 +11,21 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = (
-    "latent-medi", "accelerate", "python", "python3", "sbatch", "make", "sh", "pytest", "hf", "gdc-client", "pip",
-    "source", "cd", "wandb",
-)  # fmt: skip
+    "latent-medi",
+    "accelerate",
+    "python",
+    "python3",
+    "sbatch",
+    "make",
+    "sh",
+    "pytest",
+    "hf",
+    "gdc-client",
+    "pip",
+    "source",
+    "cd",
+    "wandb",
+)
 _COMMAND = re.compile(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS)})(?: |$)")
 _NOTE = re.compile(r"\s+#\s.*$|\s{3,}\(.*\)$")
 

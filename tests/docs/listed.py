@@ -7,7 +7,9 @@ ELSEWHERE = {
     "latent-medi run --config histodiffusion/demo": ("experiment/test_image_classifiers.py", "histodiffusion/demo"),
     "latent-medi run --config histodiffusion/crc": ("experiment/test_image_classifiers.py", "histodiffusion/crc"),
     "latent-medi run --config histodiffusion/prostate": (
-        "experiment/test_image_classifiers.py", "histodiffusion/prostate"),
+        "experiment/test_image_classifiers.py",
+        "histodiffusion/prostate",
+    ),
     "latent-medi compare-classifiers": ("image_classifier/test_compare_classifiers.py", '"compare-classifiers"'),
     "latent-medi shards camelyon17-wilds": ("recipes/test_recipes.py", '"camelyon17-wilds"'),
     "latent-medi shards nct-crc": ("recipes/test_recipes.py", '"nct-crc"'),
@@ -24,13 +26,15 @@ ELSEWHERE = {
     "python -m latent_medi.shards.slides.job": ("shards/slides", ""),
     "python -m latent_medi.launch … -m latent_medi.cli run": ("experiment/test_launching.py", "latent_medi.launch"),
     "python -m latent_medi.launch OPTIONS -m latent_medi.cli run": (
-        "experiment/test_launching.py", "latent_medi.launch"),
+        "experiment/test_launching.py",
+        "latent_medi.launch",
+    ),
     "make gpu-kit": ("end_to_end/test_kit.py", "kit"),
     "sh kit-dist/start.sh": ("end_to_end/test_kit.py", "start.sh"),
     "cd gpu-work": ("end_to_end/test_kit.py", "latent_medi"),
     "python benchmarks/gpu.py --quick --device cpu": ("gpu", "cpu"),
     "LATENT_MEDI_WEIGHTS=/path/to/weights pytest -m weights": ("weights/test_published_weights.py", "weights"),
-}  # fmt: skip
+}
 
 NEEDS = {
     # Beginning of a command: what it needs, in words of its page.

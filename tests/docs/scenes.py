@@ -95,16 +95,24 @@ OWN = [
     Row("latent-medi audit slides.csv"),
     Row("latent-medi split data hold_out='[{class: tumour"),
     Row("latent-medi shards verify FOLDER seal=true", places={"FOLDER": "data"}),
-    Row("latent-medi shards slides source=slides table=slides.csv out=data class_field=class",
-        "patch_size=64 max_patches=4", {"out=data": "out=cut"}),
-    Row("latent-medi shards slides source=slides out=data mpp=0.5 …", "patch_size=64 max_patches=4",
-        {"out=data": "out=cut2"}),
+    Row(
+        "latent-medi shards slides source=slides table=slides.csv out=data class_field=class",
+        "patch_size=64 max_patches=4",
+        {"out=data": "out=cut"},
+    ),
+    Row(
+        "latent-medi shards slides source=slides out=data mpp=0.5 …",
+        "patch_size=64 max_patches=4",
+        {"out=data": "out=cut2"},
+    ),
     Row("latent-medi shards slides --help"),
     Row("latent-medi split --help"),
-    *(Row(f"python shards/{name}.py SOURCE OUT …", "--help", {"SOURCE OUT": ""})
-      for name in ("camelyon17_wilds", "nct_crc", "pannuke", "tcga_tiles")),
+    *(
+        Row(f"python shards/{name}.py SOURCE OUT …", "--help", {"SOURCE OUT": ""})
+        for name in ("camelyon17_wilds", "nct_crc", "pannuke", "tcga_tiles")
+    ),
     Row("latent-medi shards slides source=/path/to/slides", "max_patches=3 jobs=1", {"/path/to/slides": "slides"}),
-]  # fmt: skip
+]
 
 
 def biopsies() -> None:
@@ -178,13 +186,18 @@ BIOPSIES = [
     Row("latent-medi autoencoder data=… init=… out=…", f"out=runs/ae1 {AUTOENCODER}"),
     Row("latent-medi autoencoder data=runs/own/data", AUTOENCODER),
     Row("accelerate launch --num_processes 8 -m latent_medi.cli autoencoder", f"out=runs/ae2 {AUTOENCODER}"),
-    Row("latent-medi train --config … [--estimate]",
+    Row(
+        "latent-medi train --config … [--estimate]",
         f"--config demo/medi {MINE} out=runs/mine/medi max_steps=8 "
-        "ema='{kind: power, relative_width: 0.10, also: [0.05], snapshot_every_images: 8}'", {"[--estimate]": ""}),
+        "ema='{kind: power, relative_width: 0.10, also: [0.05], snapshot_every_images: 8}'",
+        {"[--estimate]": ""},
+    ),
     Row("latent-medi average runs/mine/medi width=0.07"),
     Row("latent-medi average runs/medi width=0.07 out=…", "out=averaged", {"runs/medi": "runs/mine/medi"}),
-    Row("latent-medi train … preview_every_images=500000",
-        f"{MINE} out=runs/preview preview_every_images=8 preview_images=16 preview_encoder=demo"),
+    Row(
+        "latent-medi train … preview_every_images=500000",
+        f"{MINE} out=runs/preview preview_every_images=8 preview_images=16 preview_encoder=demo",
+    ),
     Row("latent-medi train lora=…", f"lora='{{rank: 2}}' init_from=runs/mine/medi/model {MINE} out=runs/a"),
     Row("latent-medi sample adapters=", f"model=runs/mine/medi/model --class gleason3 --n 2 --grid a.png {SAMPLE}"),
     Row("latent-medi plan data=data out=plan.csv goal=balance"),
@@ -192,18 +205,23 @@ BIOPSIES = [
     Row("latent-medi plan data=data out=plan.csv goal=fill_unseen", "per_cell=4"),
     Row("latent-medi plan data=… out=plan.csv goal=fill_unseen", "data=data per_cell=4"),
     Row("latent-medi sample model=runs/mine/medi/model --class gleason4", f"n=4 {SAMPLE}"),
-    Row("latent-medi sample model=runs/mine/medi/model plan=plan.csv", SAMPLE, {"plan.csv": "small.csv"},
-        before=_small_plan),
+    Row(
+        "latent-medi sample model=runs/mine/medi/model plan=plan.csv",
+        SAMPLE,
+        {"plan.csv": "small.csv"},
+        before=_small_plan,
+    ),
     Row("latent-medi sample model=… plan=… out=…", f"model=runs/mine/medi/model plan=plan.csv out=sampled {SAMPLE}"),
     Row("latent-medi grid model=runs/mine/medi/model out=cells.png", "sampler.steps=2"),
     Row("latent-medi grid model=runs/mine/medi/model out=blend.png", "sampler.steps=2 n=1"),
     Row("latent-medi grid model=runs/mine/medi/model out=way.png", "sampler.steps=2"),
     Row("latent-medi grid model=… out=…", "model=runs/mine/medi/model out=grid.png sampler.steps=2"),
-    Row("latent-medi grid model=runs/prostate/medi/model", "n=1 sampler.steps=2",
-        {"runs/prostate": "runs/mine"}),
+    Row("latent-medi grid model=runs/prostate/medi/model", "n=1 sampler.steps=2", {"runs/prostate": "runs/mine"}),
     Row("latent-medi evaluate real=data synthetic.medi=synthetic/medi synthetic.cls", EVALUATE, before=_synthetic_cls),
-    Row("latent-medi evaluate real=… synthetic.medi=… out=…",
-        "real=data synthetic.medi=synthetic/medi out=runs/b held_out='[{class: gleason4, site: radboud}]' " + EVALUATE),
+    Row(
+        "latent-medi evaluate real=… synthetic.medi=… out=…",
+        "real=data synthetic.medi=synthetic/medi out=runs/b held_out='[{class: gleason4, site: radboud}]' " + EVALUATE,
+    ),
     Row("latent-medi report metrics=runs/mine/metrics.json"),
     Row("latent-medi report metrics=…", "metrics=runs/b/metrics.json"),
     Row("latent-medi report --compare runs/a runs/b", places={"runs/a": "runs/mine"}),
@@ -211,12 +229,16 @@ BIOPSIES = [
     Row("latent-medi reading-sheet data=data", "n=8"),
     Row("latent-medi select synthetic/medi real=data share", "encoder=demo farthest=0 filters=[copies,duplicates]"),
     Row("latent-medi select synthetic/medi real=data encoder", "encoder=demo farthest=0 name=filtered"),
-    Row("latent-medi select synthetic/medi real=…",
-        "real=data encoder=demo farthest=0 filters=[copies,duplicates] name=again"),
+    Row(
+        "latent-medi select synthetic/medi real=…",
+        "real=data encoder=demo farthest=0 filters=[copies,duplicates] name=again",
+    ),
     Row("latent-medi translate data=runs/mine/data", "", {"runs/mine/data": "data"}),
-    Row("latent-medi translate data=… model=… out=…", "data=data model=runs/mine/medi/model out=translated "
-        "--where class=gleason3"),
-]  # fmt: skip
+    Row(
+        "latent-medi translate data=… model=… out=…",
+        "data=data model=runs/mine/medi/model out=translated --where class=gleason3",
+    ),
+]
 
 
 def hub_tables() -> None:
@@ -255,8 +277,11 @@ TCGA = [
     Row("latent-medi split slides.csv out=slides_split.csv"),
     Row("latent-medi plan data=slides.csv out=plan.csv tss_table"),
     Row("latent-medi plan data=slides.csv out=plan.csv site_field=tss"),
-    Row("latent-medi plan … tasks=…", "data=slides.csv out=tasks.csv site_field=tss "
-        "tasks.nsclc='[Lung_adenocarcinoma, Lung_squamous_cell_carcinoma]'"),
+    Row(
+        "latent-medi plan … tasks=…",
+        "data=slides.csv out=tasks.csv site_field=tss "
+        "tasks.nsclc='[Lung_adenocarcinoma, Lung_squamous_cell_carcinoma]'",
+    ),
     Row("latent-medi shards tcga-ut SOURCE data/tcga_ut", "--patch-size 32", {"SOURCE": "hub"}),
     Row("latent-medi shards tcga-ut SOURCE OUT", "--patch-size 32", {"SOURCE": "hub", "OUT": "data/again"}),
     Row("latent-medi shards tcga-ut SOURCE OUT …", "--patch-size 32", {"SOURCE": "hub", "OUT": "data/bare"}),
@@ -264,42 +289,51 @@ TCGA = [
     Row("latent-medi split data name=medi table=slides_split.csv", "", {"split data": "split data/bare"}),
     Row("latent-medi split data name=medi table=slides.csv", "replace=true", {"split data": "split data/bare"}),
     Row("latent-medi encode --config tcga_ut/encode", TCGA_ENCODE),
-    Row(f"{EIGHT} -m latent_medi.cli encode",
-        f"data=data/tcga_ut out=latents/again {TCGA_ENCODE}"),
-    Row("sbatch --nodes 2 --gpus-per-node 4 configs/cluster/slurm.sh -m latent_medi.cli encode",
-        f"data=data/tcga_ut out=latents/slurm {TCGA_ENCODE}"),
+    Row(f"{EIGHT} -m latent_medi.cli encode", f"data=data/tcga_ut out=latents/again {TCGA_ENCODE}"),
+    Row(
+        "sbatch --nodes 2 --gpus-per-node 4 configs/cluster/slurm.sh -m latent_medi.cli encode",
+        f"data=data/tcga_ut out=latents/slurm {TCGA_ENCODE}",
+    ),
     Row(f"{EIGHT} train.py --config tcga_ut/medi out=runs/medi", TCGA_TRAIN),
-    Row(f"{EIGHT} --num_processes 4 train.py",
-        f"--config tcga_ut/medi out=runs/four {TCGA_TRAIN}"),
+    Row(f"{EIGHT} --num_processes 4 train.py", f"--config tcga_ut/medi out=runs/four {TCGA_TRAIN}"),
     Row(f"{EIGHT} train.py --config tcga_ut/medi", TCGA_TRAIN),
-    Row(f"{NODES} --machine_rank 0 --main_process_ip 10.0.0.1",
-        f"out=runs/node0 {TCGA_TRAIN}"),
-    Row(f"{NODES} --machine_rank 1 --main_process_ip 10.0.0.1",
-        f"out=runs/node1 {TCGA_TRAIN}"),
-    Row(f"{NODES} --machine_rank 0 --main_process_ip …",
-        f"out=runs/nodes {TCGA_TRAIN}"),
+    Row(f"{NODES} --machine_rank 0 --main_process_ip 10.0.0.1", f"out=runs/node0 {TCGA_TRAIN}"),
+    Row(f"{NODES} --machine_rank 1 --main_process_ip 10.0.0.1", f"out=runs/node1 {TCGA_TRAIN}"),
+    Row(f"{NODES} --machine_rank 0 --main_process_ip …", f"out=runs/nodes {TCGA_TRAIN}"),
     Row(f"{NODES} train.py", f"out=runs/nodes2 {TCGA_TRAIN}"),
     Row("sbatch --nodes 2 --gpus-per-node 8 configs/cluster/slurm.sh train.py", TCGA_TRAIN, SHARED_RUNS),
     Row("sbatch --nodes 4 --gpus-per-node 4", f"--config tcga_ut/medi out=runs/slurm {TCGA_TRAIN}"),
     Row("accelerate launch --num_processes 2 train.py --config medi_faithful", TRAIN),
-    Row(f"{EIGHT} sample.py model=runs/medi/model",
-        TCGA_SAMPLE, {"plan.csv": "medi.csv"}, before=_tcga_samples),
-    Row(f"{EIGHT} sample.py model=…",
-        f"model=runs/medi/model {TCGA_SAMPLE}", {"plan.csv": "medi.csv", "synthetic/medi": "synthetic/again"}),
-    Row("sbatch --nodes 2 --gpus-per-node 4 configs/cluster/slurm.sh sample.py",
-        f"model=runs/medi/model plan=medi.csv out=synthetic/slurm {TCGA_SAMPLE}"),
-    Row("sbatch --nodes 1 --gpus-per-node 4 configs/cluster/slurm.sh sample.py",
-        f"model=runs/medi/model plan=medi.csv out=synthetic/slurm {TCGA_SAMPLE}"),
-    Row("latent-medi sample … sampler.name=ddim sampler.steps=100",
-        "model=runs/medi/model plan=medi.csv out=synthetic/ddim sampler.steps=2 precision=fp32 ignore=[age,scan_mpp]"),
+    Row(f"{EIGHT} sample.py model=runs/medi/model", TCGA_SAMPLE, {"plan.csv": "medi.csv"}, before=_tcga_samples),
+    Row(
+        f"{EIGHT} sample.py model=…",
+        f"model=runs/medi/model {TCGA_SAMPLE}",
+        {"plan.csv": "medi.csv", "synthetic/medi": "synthetic/again"},
+    ),
+    Row(
+        "sbatch --nodes 2 --gpus-per-node 4 configs/cluster/slurm.sh sample.py",
+        f"model=runs/medi/model plan=medi.csv out=synthetic/slurm {TCGA_SAMPLE}",
+    ),
+    Row(
+        "sbatch --nodes 1 --gpus-per-node 4 configs/cluster/slurm.sh sample.py",
+        f"model=runs/medi/model plan=medi.csv out=synthetic/slurm {TCGA_SAMPLE}",
+    ),
+    Row(
+        "latent-medi sample … sampler.name=ddim sampler.steps=100",
+        "model=runs/medi/model plan=medi.csv out=synthetic/ddim sampler.steps=2 precision=fp32 ignore=[age,scan_mpp]",
+    ),
     Row("latent-medi evaluate real=data/tcga_ut", EVALUATE),
-    Row("latent-medi evaluate … site_field=tss",
+    Row(
+        "latent-medi evaluate … site_field=tss",
         f"real=data/tcga_ut split=medi synthetic.medi=synthetic/medi out=runs/tasks medi_protocol.seeds=2 "
-        f"medi_protocol.sites=[2,0] {EVALUATE}"),
-    Row(f"{EIGHT} -m latent_medi.cli evaluate",
+        f"medi_protocol.sites=[2,0] {EVALUATE}",
+    ),
+    Row(
+        f"{EIGHT} -m latent_medi.cli evaluate",
         "real=data/tcga_ut split=medi synthetic.medi=synthetic/medi out=runs/launched site_field=tss downstream=false "
-        + EVALUATE),
-]  # fmt: skip
+        + EVALUATE,
+    ),
+]
 
 
 def demo_runs() -> None:
@@ -316,31 +350,45 @@ CLASSIFIER = "max_steps=2 global_batch=8 network.block_out_channels=[32,32,32]"
 
 DEMO = [
     Row("latent-medi shards demo out=data …", COHORT),
-    Row("latent-medi shards demo out=runs/shift-data train_patients=60", COHORT,
-        {"runs/shift-data": "runs/demo/data", "train_patients=60": ""}),
+    Row(
+        "latent-medi shards demo out=runs/shift-data train_patients=60",
+        COHORT,
+        {"runs/shift-data": "runs/demo/data", "train_patients=60": ""},
+    ),
     Row("latent-medi shards demo out=runs/shift-data-0", COHORT),
-    Row("latent-medi train --config demo/medi model.fields=[] out=runs/demo/uncond", "max_steps=2",
-        before=_demo_latents),
+    Row(
+        "latent-medi train --config demo/medi model.fields=[] out=runs/demo/uncond", "max_steps=2", before=_demo_latents
+    ),
     Row("latent-medi train --config demo/medi model.fields=[]", "max_steps=2 out=runs/again"),
     Row("latent-medi classifier --config demo/classifier", CLASSIFIER),
     Row("latent-medi classifier …", f"--config demo/classifier out=runs/c2 {CLASSIFIER}"),
-    Row("accelerate launch --num_processes 8 -m latent_medi.cli classifier",
-        f"--config demo/classifier out=runs/c {CLASSIFIER}"),
+    Row(
+        "accelerate launch --num_processes 8 -m latent_medi.cli classifier",
+        f"--config demo/classifier out=runs/c {CLASSIFIER}",
+    ),
     Row("latent-medi sample model=runs/demo/uncond/model plan=classes.csv", "sampler.steps=2 ignore=[age]"),
     Row("accelerate launch train.py --config demo/medi", "max_steps=2"),
     Row("accelerate launch train.py --config …", "--config demo/medi max_steps=2 out=runs/again2"),
     Row("accelerate launch --num_processes 8 -m latent_medi.training", "--config demo/medi max_steps=2 out=runs/eight"),
-    Row("python -m latent_medi.launch --config_file configs/accelerate/two_nodes.yaml --machine_rank 0 … train.py",
-        "--config demo/medi max_steps=2 out=runs/nodes", {"--config …": ""}),
+    Row(
+        "python -m latent_medi.launch --config_file configs/accelerate/two_nodes.yaml --machine_rank 0 … train.py",
+        "--config demo/medi max_steps=2 out=runs/nodes",
+        {"--config …": ""},
+    ),
     Row("accelerate launch sample.py …", "model=runs/demo/medi/model plan=classes.csv out=runs/s1 sampler.steps=2"),
     Row("latent-medi train --config presets/8gb --estimate"),
     Row("latent-medi train --config … --estimate", "--config presets/8gb"),
     Row("latent-medi train --estimate", "--config presets/8gb"),
-    Row("latent-medi train --config presets/8gb data=…",
-        f"data=runs/demo/data latents=runs/demo/latents out=runs/8gb {PRESET}"),
-    Row("accelerate launch train.py --config presets/12gb",
-        PRESET, {"data/mine": "runs/demo/data", "latents/mine": "runs/demo/latents"}),
-]  # fmt: skip
+    Row(
+        "latent-medi train --config presets/8gb data=…",
+        f"data=runs/demo/data latents=runs/demo/latents out=runs/8gb {PRESET}",
+    ),
+    Row(
+        "accelerate launch train.py --config presets/12gb",
+        PRESET,
+        {"data/mine": "runs/demo/data", "latents/mine": "runs/demo/latents"},
+    ),
+]
 
 
 SCENES = {

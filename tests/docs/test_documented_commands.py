@@ -16,8 +16,11 @@ from latent_medi.verbs import VERBS
 
 COMMANDS = documented_commands()
 LISTED: dict[str, object] = {
-    **{row.command: row for _, rows in SCENES.values() for row in rows}, **ELSEWHERE, **NEEDS, **dict.fromkeys(NOT_RUN),
-}  # fmt: skip
+    **{row.command: row for _, rows in SCENES.values() for row in rows},
+    **ELSEWHERE,
+    **NEEDS,
+    **dict.fromkeys(NOT_RUN),
+}
 
 
 def entry_of(text: str) -> str:

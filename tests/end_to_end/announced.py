@@ -25,10 +25,10 @@ def announced(settings: ExperimentSettings, nowhere: Path) -> dict[tuple[str, st
     return {(row.stage, row.model): row for row in rows}
 
 
-def check_announced(told: dict[tuple[str, str], StageCost], settings: ExperimentSettings) -> None:
+def check_announced(rows: dict[tuple[str, str], StageCost], settings: ExperimentSettings) -> None:
     """Images and bytes of every row are those of the folder, wherever a row says so."""
     out = Path(settings.out)
-    for (stage, model), row in told.items():
+    for (stage, model), row in rows.items():
         where = f"{stage} {model}"
         if stage == "shards":
             assert row.images == len(PatchDataset.open(out / "data")), where
@@ -45,7 +45,7 @@ def check_announced(told: dict[tuple[str, str], StageCost], settings: Experiment
         elif stage == "evaluate" and row.bytes is not None:
             files = list((out / "features").glob("*.safetensors"))
             assert row.bytes == tensors(out / "features"), where
-            times = len(files) // (1 + len([key for key in told if key[0] == "sample"]))  # coloured or not, by encoder
+            times = len(files) // (1 + len([key for key in rows if key[0] == "sample"]))  # coloured or not, by encoder
             assert times * (row.images or 0) == sum(int(load_file(file)["known"].sum()) for file in files), where
 
 

@@ -61,10 +61,10 @@ def small(name: str, out: Path, **values: Any) -> ExperimentSettings:
 
 
 def check_run(settings: ExperimentSettings, nowhere: Path) -> None:
-    told = announced(settings, nowhere)
-    assert not [key for key, row in told.items() if key[0] in ("encode", "train", "sample") and row.images is None]
+    expected = announced(settings, nowhere)
+    assert not [key for key, row in expected.items() if key[0] in ("encode", "train", "sample") and row.images is None]
     run(settings)
-    check_announced(told, settings)
+    check_announced(expected, settings)
 
 
 @pytest.mark.slow
