@@ -32,13 +32,15 @@ def _open(folder: Path, preset: str) -> Any:
     settings = replace(config.parse(TrainSettings, words, "train"), compile=False, precision="fp32")
     accelerator, record = training_accelerator(settings), {"settings": plain(asdict(settings))}
     denoiser = build_denoiser(settings, (4, 32, 32), stand_in_schema(["class", "tss"], 2, 626))
-    data: Any = SimpleNamespace(shift=torch.zeros(4), scale=torch.ones(4))
+    data: Any = SimpleNamespace(state=lambda: {"whitening": [[0.0] * 4, [1.0] * 4]})
     start = find_start(folder, record, settings, accelerator)
     return Run(denoiser, settings, data, 1000, start, record, accelerator, False, settings.ema.widths())
 
 
 def _half(folder: Path, preset: str, reads: bool) -> dict[str, float]:
     import torch
+
+    from latent_medi.training.updates import Monitor
 
     start = time.perf_counter()
     run = _open(folder, preset)
@@ -52,7 +54,7 @@ def _half(folder: Path, preset: str, reads: bool) -> dict[str, float]:
         run.optimizer.zero_grad()
     start = time.perf_counter()
     if not reads:
-        run._save(256, {"window": []})
+        run._save(256, Monitor(run))
     made = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"s": opened if reads else made, "peak_gib": peak}
