@@ -18,7 +18,6 @@ from typing import Any
 
 def _open(folder: Path, preset: str) -> Any:
     """A run of the preset at its start, or where the checkpoint in ``folder`` has brought it."""
-    import torch
 
     from latent_medi.core import config
     from latent_medi.training.estimate.report import stand_in_schema
