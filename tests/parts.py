@@ -78,18 +78,18 @@ def make_autoencoder(seed: int = 0) -> Autoencoder:
     return Autoencoder(random_model("AutoencoderKL", seed), "random")
 
 
-def stable_diffusion_vae(folder: Path, seed: int = 0) -> Path:
+def stable_diffusion_vae(folder: Path, seed: int = 0, widths: tuple[int, ...] = (128, 256, 512, 512)) -> Path:
     """A folder with a random autoencoder of the architecture of ``stabilityai/sd-vae-ft-mse``, value by value of its
-    config.json: 83.7 M parameters, 4 latent channels, 8× down."""
+    config.json: 83.7 M parameters, 4 latent channels, 8× down. Other ``widths`` make a smaller one."""
     torch.manual_seed(seed)
     model = AutoencoderKL(
         act_fn="silu",
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * 4,
         in_channels=3,
         latent_channels=4,
         layers_per_block=2,
-        norm_num_groups=32,
+        norm_num_groups=min(32, widths[0]),
         out_channels=3,
         sample_size=256,
         up_block_types=("UpDecoderBlock2D",) * 4,

@@ -220,7 +220,8 @@ class JoinSettings(Settings):
         unlabelled: Split and part of the ``without`` folders whose patients may be trained on after all, such as {main:
             unlabelled}. Of a folder that is also joined, these patients alone are.
         any_mpp: Join folders of different resolutions, for a model that is to draw any tissue. The joined folder has
-            the first one's; ``source_mpp`` of a patch stays its own.
+            that of the first ``without`` folder, whose patches the model is adapted to draw, or else the first one's;
+            ``source_mpp`` of a patch stays its own.
     """
 
     out: PathText = ""

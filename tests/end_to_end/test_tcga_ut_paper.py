@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 from announced import announced, check_announced
-from cluster_parts import REPOSITORY, images_logged, kill, relative_distance, tensors, wait_until
+from cluster_parts import REPOSITORY, images_logged, relative_distance, tensors
 from hub_tars import PROJECTS, UNLISTED, published_parts, slides_of_hospitals, write_hub_tars
+from killed_runs import end_after_kills
 from parts import stable_diffusion_vae
 
-from latent_medi.core.files import read_json
 from latent_medi.evaluation.results import read_metrics
 from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.recipes.registry import load_recipe
@@ -162,20 +162,9 @@ def test_it_takes_what_was_announced(config: Path, finished: Path) -> None:
 def test_killed_once_in_each_stage_it_ends_with_equal_tables(config: Path, finished: Path) -> None:
     out = config.parent / "killed"
 
-    def under_way(stage: str) -> bool:
-        if stage == "train":  # after a checkpoint, before the end
-            return images_logged(out / "medi") >= 16 * STEPS // 2
-        record = out / "stages" / f"{stage}.json"
-        return record.is_file() and read_json(record)["seconds"] is None
-
-    for stage in STAGES:
-        process = start_run(config, out)
-        wait_until(lambda: under_way(stage), process, out.with_suffix(".log"))  # noqa: B023
-        kill(process)
-        record = out / "stages" / f"{stage}.json"
-        print(stage, "broken off" if read_json(record)["seconds"] is None else "killed just after it")
-    process = start_run(config, out)
-    assert process.wait(timeout=900) == 0, out.with_suffix(".log").read_text()[-4000:]
+    # A model is broken off after a checkpoint and before its end.
+    signs = {"train": lambda: images_logged(out / "medi") >= 16 * STEPS // 2}
+    end_after_kills(lambda: start_run(config, out), out, STAGES, signs)
     tables = sorted(path.name for path in finished.glob("*.csv"))
     assert {"per_class_distance.csv", "medi_results.csv", "medi_summary.csv"} <= set(tables)
     for name in tables:

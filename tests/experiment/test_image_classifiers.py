@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from evaluation_world import Size, write_real
-from PIL import Image
+from source_layouts import write_nct_crc
 
 from latent_medi.cli import main
 from latent_medi.core import config
@@ -41,18 +40,6 @@ def packaged(name: str, folder: Path, **values: Any) -> Experiment:
     return Experiment(config.make(ExperimentSettings, found, name))
 
 
-def write_crc(folder: Path, train: int, test: int) -> Path:
-    """The layout of NCT-CRC-HE: two sets, nine classes, files of 224 px."""
-    rng = np.random.default_rng(0)
-    for name, count in (("NCT-CRC-HE-100K", train), ("CRC-VAL-HE-7K", test)):
-        for kind in ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"):
-            (folder / name / kind).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.kron(rng.integers(0, 255, (7, 7, 3), np.uint8), np.ones((32, 32, 1), np.uint8))
-                Image.fromarray(pixels).save(folder / name / kind / f"{kind}-{name[:3]}{i:03}.tif")
-    return folder
-
-
 def test_packaged_experiments_fit_together(tmp_path: Path) -> None:
     """Each of them declares every stage; 5 % of each class of the colorectal images is labelled."""
     demo = packaged("histodiffusion/demo", tmp_path)
@@ -62,19 +49,21 @@ def test_packaged_experiments_fit_together(tmp_path: Path) -> None:
     prostate = packaged("histodiffusion/prostate", tmp_path, source=str(tmp_path / "p"), corpus=second)
     for experiment in (demo, crc, prostate):
         declare(experiment)
-        assert list(experiment.models) == ["guided", "finetuned", "lora", "scratch"]
+        assert list(experiment.synthetic) == ["guided", "finetuned", "lora", "scratch"]
+        # An adapter adds no field, and sees as many images as the whole model's fine-tuning.
+        steps = {name: (model.training or {})["max_steps"] for name, model in experiment.models.items()}
+        assert experiment.models["lora"].parent is experiment.models["class_vectors"]
+        assert steps["class_vectors"] + steps["lora"] == steps["finetuned"] <= steps["scratch"] / 3
         assert experiment.comparison().percents == [50, 100, 300]
         assert experiment.selection("guided").encoder.endswith("image_classifiers/real/seed0/model")
         assert experiment.models["guided"].fields == []
         assert experiment.models["finetuned"].fields == ["class"]
-    steps = {name: (model.training or {})["max_steps"] for name, model in demo.models.items()}
-    assert 3 * steps["finetuned"] <= steps["scratch"]
     assert crc.autoencoder == str(tmp_path / "out" / "autoencoder" / "autoencoder")
     assert crc.encodings[""].autoencoder == crc.autoencoder
     assert (crc.adaptation().init, crc.adaptation().split) == ("sd-vae-ft-mse", "few")
 
     folder = tmp_path / "data"
-    load_recipe("nct-crc").build(write_crc(tmp_path / "crc", 40, 3), folder, patch_size=56)
+    load_recipe("nct-crc").build(write_nct_crc(tmp_path / "crc", 40, 3), folder, patch_size=56)
     values = config.merge({"site_field": ""}, crc.settings.split_settings) | {"data": str(folder), "name": "few"}
     split_folder(config.make(SplitSettings, values, "split_settings"))
     index = PatchDataset.open(folder).index

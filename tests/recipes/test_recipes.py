@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from source_layouts import write_pannuke
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
@@ -110,17 +111,8 @@ def test_nct_crc(tmp_path: Path) -> None:
         load_recipe("nct-crc").build(source / "CRC-VAL-HE-7K", tmp_path / "x")
 
 
-def pannuke(folder: Path, count: int = 5) -> Path:
-    for fold in (1, 2, 3):
-        target = folder / f"Fold {fold}" / "images" / f"fold{fold}"
-        target.mkdir(parents=True)
-        np.save(target / "images.npy", np.stack([picture(256) for _ in range(count)]).astype(np.float64))
-        np.save(target / "types.npy", np.array(["Breast", "Colon", "Bile-duct", "Breast", "Skin"][:count]))
-    return folder
-
-
 def test_pannuke(tmp_path: Path) -> None:
-    source = pannuke(tmp_path / "pannuke")
+    source = write_pannuke(tmp_path / "pannuke")
     assert main(["shards", "pannuke", str(source), str(tmp_path / "out")]) == 0
     dataset = open_clean(tmp_path / "out")
     assert dataset.index["class"].tolist()[:3] == ["Breast", "Colon", "Bile-duct"]

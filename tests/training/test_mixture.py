@@ -36,15 +36,20 @@ def images(count: int, seed: int, edge: int) -> list[np.ndarray]:
 
 
 def folder(
-    path: Path, pictures: list[np.ndarray], patients: list[str], patient_is: str = "patient", prefix: str = ""
+    path: Path,
+    pictures: list[np.ndarray],
+    patients: list[str],
+    patient_is: str = "patient",
+    prefix: str = "",
+    mpp: float = 0.5,
 ) -> PatchDataset:
     edge = len(pictures[0])
     patches = [
-        Patch(f"{path.name}/{i}", image, prefix + patient, prefix + patient, i, 0, 0.5, {"class": "a"})
+        Patch(f"{path.name}/{i}", image, prefix + patient, prefix + patient, i, 0, mpp, {"class": "a"})
         for i, (image, patient) in enumerate(zip(pictures, patients, strict=True))
     ]
     schema = Schema.from_table(pd.DataFrame({"class": ["a"]}), "class")
-    return write_dataset(path, patches, path.name, schema, edge, 0.5, patches_per_shard=7, patient_is=patient_is)
+    return write_dataset(path, patches, path.name, schema, edge, mpp, patches_per_shard=7, patient_is=patient_is)
 
 
 @pytest.fixture
@@ -142,3 +147,16 @@ def test_each_folder_has_its_share_of_the_images(parts, tmp_path: Path, autoenco
     encode_dataset(one.folder, autoencoder, tmp_path / "alone")
     with pytest.raises(UserError, match="is not joined"):
         open_data(settings(one, tmp_path / "alone", mixture={"one": 1.0}), None)
+
+
+def test_a_corpus_of_any_resolution_has_that_of_the_tissue_to_draw(parts, tmp_path: Path) -> None:
+    """A model that draws the target without having been trained on it says so of its samples."""
+    one, other, target = parts
+    coarse = folder(tmp_path / "coarse", images(4, 7, 64), ["c", "c", "d", "d"], mpp=2.0)
+    folders = [str(coarse.folder), str(one.folder)]
+    with pytest.raises(UserError, match="one mpp"):
+        join(JoinSettings(str(tmp_path / "refused"), folders, without=[str(target.folder)]))
+    joined = join(JoinSettings(str(tmp_path / "corpus"), folders, without=[str(target.folder)], any_mpp=True))
+    assert joined.info["mpp"] == target.info["mpp"] == 0.5
+    joined = join(JoinSettings(str(tmp_path / "plain"), [*folders, str(other.folder)], any_mpp=True))
+    assert joined.info["mpp"] == 2.0

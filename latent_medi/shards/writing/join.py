@@ -109,11 +109,12 @@ def join(settings: JoinSettings) -> PatchDataset:
     if settings.without:
         splits |= {CORPUS: corpus_split(datasets, [change.prefix for change in changes], index, settings)}
     first = datasets[0]
+    drawn = PatchDataset.open(settings.without[0]) if settings.any_mpp and settings.without else first
     description = Description(
         settings.name or out.name,
         schema,
         first.patch_size,
-        first.info["mpp"],
+        drawn.info["mpp"],
         first.info["codec"],
         _origin(datasets, _names(datasets, settings)),
         patient_is=max((dataset.patient_is for dataset in datasets), key=_LEAST_KNOWN.index),

@@ -154,7 +154,7 @@ def _check_adapter(source: Source, denoiser: Denoiser, settings: TrainSettings) 
     if fields := [name for name in ours if name not in old]:
         raise UserError(
             f"{source.folder} has no field {', '.join(fields)}, and an adapter adds values to fields, not fields.",
-            "Leave them out of model.fields, or train without lora.",
+            "First train them alone (train_parts=[new]), and start the adapter from that model; or train without lora.",
         )
     added = {f"{name} {', '.join(values)}" for name, values in added_values(source, denoiser).items()}
     if added and settings.train_parts is None:
