@@ -182,15 +182,19 @@ def comparison_table(found: ClassifierComparison) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def comparison_facts(found: ClassifierComparison) -> str:
+    """What was trained and tested, in a line."""
+    unit = "patients" if found.patient_is == "patient" else f"{found.patient_is}s"
+    seeds = f"{found.seeds} seeds" if found.seeds > 1 else "1 seed"
+    return (
+        f"{found.network}, {found.images:,} images per training, {found.rows[0].n_real:,} real patches, {seeds}; "
+        f"{found.n_patches:,} test patches of {found.n_patients:,} {unit}"
+    )
+
+
 def comparison_text(found: ClassifierComparison) -> str:
     """A table per score: a block of rows for each synthetic set, a column for each percentage."""
-    unit = "patients" if found.patient_is == "patient" else f"{found.patient_is}s"
-    real = found.rows[0]
-    seeds = f"{found.seeds} seeds" if found.seeds > 1 else "1 seed"
-    lines = [
-        f"{found.network}, {found.images:,} images per training, {real.n_real:,} real patches, {seeds}; "
-        f"{found.n_patches:,} test patches of {found.n_patients:,} {unit}"
-    ]
+    real, lines = found.rows[0], [comparison_facts(found)]
     percents = list(dict.fromkeys(row.percent for row in found.rows[1:]))
     sets = list(dict.fromkeys(row.training_set for row in found.rows[1:]))
     choices = list(dict.fromkeys(row.choice for row in found.rows[1:]))
@@ -211,7 +215,59 @@ def comparison_text(found: ClassifierComparison) -> str:
         f"{row.training_set} has only {row.n_synthetic:,} {row.choice} patches for {row.percent:g} % of {row.n_real:,}."
         for row in few
     ]
+    lines += ["", words] if (words := conclusion(found)) else []
     return "\n".join(lines)
+
+
+def conclusion(found: ClassifierComparison) -> str:
+    """Whether synthetic patches helped, in sentences on the accuracy; empty if none were added."""
+    added = [row.minus_real.accuracy for row in found.rows if row.minus_real]
+    if not added:
+        return ""
+    n, real = len(added), f"{found.rows[0].accuracy.mean:.3f} with real patches alone"
+    higher = sum((change.value or 0.0) > 0 for change in added)
+    counted = f"accuracy was higher than the {real} in {higher} of {n} training sets with synthetic patches"
+    signs = [_sign(change) for change in added]
+    gains, losses = signs.count(1), signs.count(-1)
+    if not any(isinstance(change.interval, tuple) for change in added):
+        first = f"Whether synthetic patches help is not known, since chance was not measured: {counted}."
+    elif gains and losses:
+        first = f"Some synthetic patches helped and some harmed: {counted}, beyond chance in {gains}, and lower beyond "
+        first += f"chance in {losses}."
+    elif gains:
+        first = f"Synthetic patches helped: {counted}, beyond chance in {gains}."
+    elif losses:
+        first = f"Synthetic patches harmed: {counted}, and lower beyond chance in {losses}."
+    else:
+        first = f"It was not shown that synthetic patches help: {counted}, in none beyond chance."
+    held, of = published_order(found)
+    return (
+        f"{first} Selected patches gave more than random ones, and these more than none, in {held} of {of}."
+        if of
+        else first
+    )
+
+
+def published_order(found: ClassifierComparison) -> tuple[int, int]:
+    """In how many of the sets and percentages accuracy rises from real patches alone to random synthetic ones and from
+    these to selected ones, as published of HistoDiffusion; and of how many.
+    """
+    kinds = {(row.training_set, row.choice, row.percent): row.accuracy.mean for row in found.rows}
+    real = found.rows[0].accuracy.mean
+    pairs = [
+        (kinds[name, "random", percent], value)
+        for (name, choice, percent), value in kinds.items()
+        if choice == "selected" and (name, "random", percent) in kinds
+    ]
+    return sum(selected > random > real for random, selected in pairs), len(pairs)
+
+
+def _sign(change: Estimate) -> int:
+    """1 and −1 for a difference whose interval lies above and below 0; 0 otherwise, and without an interval."""
+    if not isinstance(change.interval, tuple):
+        return 0
+    low, high = change.interval
+    return int(low > 0) - int(high < 0)
 
 
 def _mean(score: MeanOverSeeds) -> str:
@@ -225,5 +281,4 @@ def _cell(row: ComparedClassifiers | None, name: str) -> str:
     text = _mean(getattr(row, name))
     if change is None or change.value is None:
         return text
-    sure = isinstance(change.interval, tuple) and (change.interval[0] > 0 or change.interval[1] < 0)
-    return f"{text} ({change.value:+.3f}{'*' if sure else ''})"
+    return f"{text} ({change.value:+.3f}{'*' if _sign(change) else ''})"

@@ -19,6 +19,7 @@ from latent_medi.evaluation.downstream.registry import KINDS, label_of
 from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity, Memorisation, Projection
 from latent_medi.evaluation.results import Metrics, metrics_file, read_metrics
 from latent_medi.report import figures, patches
+from latent_medi.report.classifiers import FOLDER, page_classifiers
 from latent_medi.report.colour import colour_table
 from latent_medi.report.compare import render_comparison
 from latent_medi.report.page import accuracies, differences, environment, shade
@@ -163,6 +164,7 @@ def render_report(
     per_cell: int = 4,
     rows_per_class: int = 8,
     seed: int = 0,
+    classifiers: str | Path = "",
 ) -> Path:
     """Write the report of an evaluation. Stages that were left out are left out of the page; nothing is computed.
 
@@ -176,12 +178,14 @@ def render_report(
         per_cell: Patches in each image of the grids.
         rows_per_class: Rows of the image grid of a class.
         seed: Seed of the choice of patches.
+        classifiers: Folder of a comparison of image classifiers; by default ``image_classifiers`` beside the metrics,
+            where there is one.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: The metrics are no evaluation's, or there is no such section.
+        UserError: The metrics are no evaluation's, there is no such section, or no comparison in ``classifiers``.
     """
     # Without a file, folders are relative to the page's.
     file = Path(out).with_name("metrics.json") if isinstance(metrics, Metrics) else metrics_file(metrics)
@@ -191,6 +195,9 @@ def render_report(
     pictured = {"patches", "memorisation"} & set(sections)
     opened = _datasets(content, file, real, synthetic or {}) if pictured else (None, {})
     grids = patches.grids(content, *opened, per_cell, rows_per_class, seed) if "patches" in sections else []
+    compared = None
+    if "classifiers" in sections:
+        compared = page_classifiers(Path(classifiers or file.parent / FOLDER), wanted=bool(classifiers))
     template = environment().get_template("page.html")
     page = template.render(
         title=title or content.dataset.name or "Evaluation",
@@ -199,6 +206,7 @@ def render_report(
         headline=content.headline,
         sections=list(sections),
         colour=colour_table(content),
+        classifiers=compared,
         encoders=[_encoder(content, name, sections, *opened) for name in content.encoders],
         counts=_training_table(content),
         grids=grids,
@@ -226,6 +234,7 @@ def render(settings: ReportSettings) -> Path:
         settings.patches_per_cell,
         settings.rows_per_class,
         settings.seed,
+        settings.classifiers,
     )
 
 

@@ -11,6 +11,7 @@ from latent_medi.core.settings import PositiveInt, Range, Settings
 
 Section = Literal[
     "headline",
+    "classifiers",
     "colour",
     "cohort",
     "fidelity",
@@ -38,6 +39,8 @@ class ReportSettings(Settings):
         title: Heading of the page; empty means the dataset's name.
         real: Folder of the real dataset; empty means the one that was evaluated.
         synthetic: Folder of each synthetic set by its name; those not given are the ones that were evaluated.
+        classifiers: Folder of a comparison of image classifiers to show; empty means ``image_classifiers`` in the
+            folder of the metrics, where there is one.
         sections: Parts to show.
         patches_per_cell: Patches in each image of the grids.
         rows_per_class: Rows of the image grid of a class, held-out combinations first.
@@ -50,6 +53,7 @@ class ReportSettings(Settings):
     title: str = ""
     real: PathText = ""
     synthetic: dict[str, PathText] = field(default_factory=dict)
+    classifiers: PathText = ""
     sections: list[Section] = field(default_factory=lambda: list(SECTIONS))
     patches_per_cell: PositiveInt = 4
     rows_per_class: PositiveInt = 8

@@ -20,9 +20,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.files import write_sealed
+from latent_medi.core.records import encode
 from latent_medi.evaluation.downstream.protocol_tables import protocol_text
 from latent_medi.evaluation.downstream.registry import REAL
 from latent_medi.evaluation.results import metrics_of, read_metrics
+from latent_medi.image_classifier.comparison import (
+    METRICS,
+    ClassifierComparison,
+    ClassifierDifferences,
+    ComparedClassifiers,
+    conclusion,
+)
 from latent_medi.report import figures
 from latent_medi.report.colour import colour_table, sentence
 from latent_medi.report.figures import image_uri, short
@@ -32,6 +41,7 @@ from latent_medi.report.render import render, render_report
 from latent_medi.report.settings import SECTIONS, ReportSettings
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.intervals import Estimate
+from latent_medi.statistics.seeds import MeanOverSeeds
 
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -438,3 +448,53 @@ def test_an_axis_of_distances_has_readable_numbers_and_says_their_unit(largest: 
     texts = [text.get_text() for text in axes.get_xticklabels()]
     assert f"{tick:g}" in [f"{float(text.replace('−', '-')):g}" for text in texts]
     assert all(len(text) < 8 for text in texts)
+
+
+def compared(gains: list[tuple[float, tuple[float, float] | None]], name: str = "medi") -> ClassifierComparison:
+    """A comparison with an accuracy of 0.6 on real patches alone, and these gains: selected, then random, at 50 %."""
+
+    def row(training_set: str, choice: Any, gain: float, interval: Any) -> ComparedClassifiers:
+        scores = dict.fromkeys(METRICS, MeanOverSeeds(0.6 + gain, 0.01, []))
+        change = ClassifierDifferences(**dict.fromkeys(METRICS, Estimate(gain, 100, 20, interval)))
+        added = (50.0, 90, 45) if choice != "none" else (0.0, 90, 0)
+        return ComparedClassifiers(training_set, choice, *added, **scores, minus_real=change if added[2] else None)
+
+    rows = [row("real", "none", 0.0, None)]
+    rows += [row(name, choice, *gain) for choice, gain in zip(("selected", "random"), gains, strict=False)]
+    return ClassifierComparison("test_resnet", "class", ["a", "b"], 6400, 3, 100, 20, "patient", rows)
+
+
+@pytest.mark.parametrize(
+    ("gains", "begins"),
+    [
+        ([(0.05, (0.01, 0.09)), (0.02, (-0.01, 0.05))], "Synthetic patches helped: accuracy was higher than the 0.600"),
+        ([(0.05, (0.01, 0.09)), (-0.03, (-0.05, -0.01))], "Some synthetic patches helped and some harmed"),
+        ([(-0.01, (-0.05, 0.03)), (-0.03, (-0.05, -0.01))], "Synthetic patches harmed"),
+        ([(0.05, (-0.01, 0.11)), (0.02, (-0.01, 0.05))], "It was not shown that synthetic patches help"),
+        ([(0.05, None), (0.02, None)], "Whether synthetic patches help is not known"),
+    ],
+)
+def test_whether_synthetic_patches_help_an_image_classifier_is_said_first(
+    gains: list[tuple[float, tuple[float, float] | None]], begins: str
+) -> None:
+    words = conclusion(compared(gains))
+    assert words.startswith(begins)
+    assert words.endswith(f"these more than none, in {int(gains[0][0] > gains[1][0] > 0)} of 1.")
+    assert conclusion(compared([])) == ""
+
+
+def test_an_experiments_image_classifiers_are_on_the_page(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    found = compared([(0.05, (0.01, 0.09)), (0.02, None)])
+    for folder in ("image_classifiers", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        write_sealed(tmp_path / folder / "classifiers.json", encode(found))
+    text = _Page(render_report(metrics_of(evaluated), tmp_path / "r.html").read_text()).text
+    assert conclusion(found) in text
+    assert "0.650 ± 0.010 +0.050 (0.010 to 0.090)" in " ".join(text.split())
+    assert "Macro f1" not in text
+    (tmp_path / "image_classifiers").rename(tmp_path / "gone")
+    assert "image classifier?" not in render_report(metrics_of(evaluated), tmp_path / "r.html").read_text()
+    given = render_report(metrics_of(evaluated), tmp_path / "r.html", classifiers=tmp_path / "elsewhere")
+    assert "image classifier?" in given.read_text()
+    with pytest.raises(UserError):
+        render_report(metrics_of(evaluated), tmp_path / "r.html", classifiers=tmp_path / "nowhere")

@@ -158,7 +158,7 @@ def _evaluate(e: Experiment) -> None:
 def report(e: Experiment) -> Stage:
     """The page."""
     inputs = {"title": e.settings.title, "report_cells": e.settings.report_cells}
-    return Stage(lambda: _report(e), inputs, ("evaluate",), ("report.html",))
+    return Stage(lambda: _report(e), inputs, (*e.needs("image_classifier"), "evaluate"), ("report.html",))
 
 
 def _report(e: Experiment) -> None:
