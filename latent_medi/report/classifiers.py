@@ -90,7 +90,7 @@ def page_classifiers(folder: Path, wanted: bool) -> PageClassifiers | None:
 
 def _table(found: ClassifierComparison, name: str, percents: list[float]) -> ClassifierTable:
     kinds = {(row.training_set, row.choice, row.percent): row for row in found.rows}
-    rows = [
+    rows: list[tuple[str, str, list[ClassifierCell | None]]] = [
         (one, choice, [_cell(kinds.get((one, choice, percent)), name) for percent in percents])
         for one, choice in dict.fromkeys((row.training_set, row.choice) for row in found.rows[1:])
     ]
