@@ -491,7 +491,10 @@ def test_an_experiments_image_classifiers_are_on_the_page(evaluated: dict[str, A
     text = _Page(render_report(metrics_of(evaluated), tmp_path / "r.html").read_text()).text
     assert conclusion(found) in text
     assert "0.650 ± 0.010 +0.050 (0.010 to 0.090)" in " ".join(text.split())
-    assert "Macro f1" not in text
+    metrics = copy.deepcopy(evaluated)
+    metrics["headline"]["findings"] = ["The samples are at a mean KID of 0.1."]
+    text = _Page(render_report(metrics_of(metrics), tmp_path / "r.html").read_text()).text
+    assert text.index(conclusion(found)) < text.index("The samples are at a mean KID of 0.1.")
     (tmp_path / "image_classifiers").rename(tmp_path / "gone")
     assert "image classifier?" not in render_report(metrics_of(evaluated), tmp_path / "r.html").read_text()
     given = render_report(metrics_of(evaluated), tmp_path / "r.html", classifiers=tmp_path / "elsewhere")
