@@ -116,7 +116,10 @@ class Experiment:
         to_make = "" if self.has_data else "shards"
         if not to_make and self.has("corpus") and not self.stages.finished("corpus"):
             to_make = "corpus"
-        self.stages.check(STAGES[: STAGES.index(to_make) + 1] if to_make else STAGES)
+        if to_make:
+            self.stages.check(STAGES[: STAGES.index(to_make) + 1])
+        else:
+            self.stages.check()
 
     @property
     def split_record(self) -> dict[str, Any]:
