@@ -105,6 +105,15 @@ OWN = [
         "patch_size=64 max_patches=4",
         {"out=data": "out=cut2"},
     ),
+    Row(
+        "latent-medi shards join data/corpus",
+        places={
+            "data/corpus": "corpus",
+            "data/more data/others": "runs/mine",
+            "data/more": "runs/mine",
+            "data/mine": "cut",
+        },
+    ),
     Row("latent-medi shards slides --help"),
     Row("latent-medi split --help"),
     *(
