@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from parts import put_index
 
 from latent_medi.core.errors import UserError
+from latent_medi.image_classifier import augment
 from latent_medi.image_classifier.augment import Augmentation
 from latent_medi.image_classifier.data import ImageData, open_parts
 from latent_medi.image_classifier.settings import AugmentSettings, ImageClassifierSettings
@@ -55,6 +58,28 @@ def test_helper_processes_change_nothing_and_global_generators_stay(make: Make) 
     helped.close()
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index]
+
+
+def test_a_batch_that_a_thread_makes_ahead_does_not_change_how_another_is_mixed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_parts(make(augment=AugmentSettings(erase=1.0))).data
+    wanted, seeding, seed = batch(data, 1), threading.Event(), augment._seed
+    ahead = threading.Thread(target=lambda: data.batch(2, 8, 0, 0, None, 0, 1))
+
+    def seed_slowly(*arguments: Any) -> None:
+        seed(*arguments)
+        if threading.current_thread() is not ahead and seeding.is_set():
+            ahead.join(0.2)  # long enough for it to draw, if it may
+
+    share = data.batch(1, 8, 0, 0, None, 0, 1)
+    monkeypatch.setattr(augment, "_seed", seed_slowly)
+    seeding.set()
+    ahead.start()
+    (part,) = share.parts(8, torch.device("cpu"))
+    ahead.join()
+    for place, image, target in zip(share.places.tolist(), part.images, part.targets, strict=True):
+        assert torch.equal(torch.cat([image.flatten(), target]), wanted[place])
 
 
 def test_a_damaged_patch_stops_with_its_name_also_in_a_helper(tissue: Path, make: Make, tmp_path: Path) -> None:
