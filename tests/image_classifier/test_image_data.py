@@ -14,6 +14,7 @@ import torch
 from parts import put_index
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed, write_sealed
 from latent_medi.image_classifier import augment
 from latent_medi.image_classifier.augment import Augmentation
 from latent_medi.image_classifier.data import ImageData, open_parts
@@ -194,6 +195,22 @@ def test_too_few_synthetic_patches_are_said(
     parts = open_parts(make(synthetic={"medi": str(synthetic.folder)}, percent=1000.0))
     assert "too few patches of glandular" in caplog.text
     assert int((parts.data.source == 1).sum()) == parts.info["synthetic_patches"]["medi"]
+
+
+def test_synthetic_patches_of_another_scale_are_warned_of_and_real_ones_refused(
+    make: Make, tissue: Path, synthetic: PatchDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "coarse"
+    folder.mkdir()
+    (folder / "data").symlink_to(synthetic.folder / "data")
+    (folder / "index.parquet").write_bytes((synthetic.folder / "index.parquet").read_bytes())
+    info, _ = read_sealed(synthetic.folder / "dataset.json", "")
+    for mpp, warned in ((info["mpp"], False), (2 * info["mpp"], True)):
+        write_sealed(folder / "dataset.json", {**info, "mpp": mpp})
+        open_parts(make(synthetic={"medi": str(folder)}))
+        assert ("tissue has another size" in caplog.text) == warned
+    with pytest.raises(UserError, match="holds real patches"):
+        open_parts(make(synthetic={"medi": str(tissue)}))
 
 
 def test_synthetic_patches_never_choose_or_score(tissue: Path, make: Make, tmp_path: Path) -> None:
