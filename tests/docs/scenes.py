@@ -38,6 +38,7 @@ class Row:
             counts.
         places: Text to replace in the command by text: placeholders by paths.
         code: Expected exit code.
+        launched: Run as it stands, launcher and all, instead of in this process.
         before: Called before the command.
     """
 
@@ -45,6 +46,7 @@ class Row:
     extra: str = ""
     places: dict[str, str] = field(default_factory=dict)
     code: int = 0
+    launched: bool = False
     before: Callable[[], object] | None = None
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from commands import PROGRAMS, REPOSITORY, Command, documented_commands
 from listed import ELSEWHERE, NEEDS, NOT_RUN
-from running import run_here, words_of
+from long_scenes import LONG
+from running import run_here, run_launched, words_of
 from scenes import SCENES, Row
 
 from latent_medi.verbs import VERBS
 
 COMMANDS = documented_commands()
 LISTED: dict[str, object] = {
-    **{row.command: row for _, rows in SCENES.values() for row in rows},
+    **{row.command: row for _, rows in (*SCENES.values(), *LONG.values()) for row in rows},
     **ELSEWHERE,
     **NEEDS,
     **dict.fromkeys(NOT_RUN),
@@ -120,6 +121,12 @@ def test_commands_run(
     _run_scene(*SCENES[name], tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_long_commands_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _run_scene(*LONG[name], tmp_path, monkeypatch)
+
+
 def _run_scene(prepare: Callable[[], object], rows: list[Row], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepare the folder, and run each row's commands there, each text once."""
     monkeypatch.chdir(folder)
@@ -137,5 +144,5 @@ def _run_scene(prepare: Callable[[], object], rows: list[Row], folder: Path, mon
             for given, path in row.places.items():
                 placed = placed.replace(given, path)
             words = words_of(placed, row.extra)
-            code = run_here(words)
+            code = run_launched(words) if row.launched else run_here(words)
             assert code == row.code, f"{place}: {text}\nrun as: {' '.join(words)}"
