@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from recipe_parts import camelyon, nct_crc, pannuke
 from slide_parts import tissue, write_slide
 
 NETWORK = (
@@ -65,6 +66,13 @@ def own_folder() -> None:
     shutil.copy("slides.csv", "cut.csv")
 
 
+def own_and_public() -> None:
+    """:func:`own_folder`, and sources of public datasets."""
+    own_folder()
+    for name, write in PUBLIC.items():
+        write(Path(name))
+
+
 def write_images(table: str, classes: tuple[str, ...], sites: tuple[str, ...], patients: int, patches: int) -> None:
     """A table of PNGs of 32 px: stripes by class, colour by site, noise; ``race`` by turns."""
     rng = np.random.default_rng(0)
@@ -86,6 +94,8 @@ def write_images(table: str, classes: tuple[str, ...], sites: tuple[str, ...], p
 
 
 IMAGES = "patch_size=32 categorical=[site,race] class_field=class source_mpp=0.5"
+
+PUBLIC = {"camelyon17-wilds": camelyon, "nct-crc": nct_crc, "pannuke": pannuke}
 
 OWN = [
     Row("latent-medi shards images table=patches.csv out=data/own", "patch_size=32"),
@@ -119,9 +129,17 @@ OWN = [
     Row("latent-medi shards slides --help"),
     Row("latent-medi split --help"),
     *(
-        Row(f"python shards/{name}.py SOURCE OUT …", "--help", {"SOURCE OUT": ""})
-        for name in ("camelyon17_wilds", "nct_crc", "pannuke", "tcga_tiles")
+        Row(f"{program} SOURCE OUT {further}", "", {"SOURCE OUT": f"{name} runs/{name}-{number}"})
+        for name in PUBLIC
+        for number, (program, further) in enumerate(
+            [
+                (f"latent-medi shards {name}", "--patch-size"),
+                (f"latent-medi shards {name}", "…"),
+                (f"python shards/{name.replace('-', '_')}.py", "…"),
+            ]
+        )
     ),
+    Row("python shards/tcga_tiles.py SOURCE OUT …", "--help", {"SOURCE OUT": ""}),
     Row("latent-medi shards slides source=/path/to/slides", "max_patches=3 jobs=1", {"/path/to/slides": "slides"}),
 ]
 
@@ -403,7 +421,7 @@ DEMO = [
 
 
 SCENES = {
-    "own": (own_folder, OWN),
+    "own": (own_and_public, OWN),
     "biopsies": (biopsies, BIOPSIES),
     "tcga": (hub_tables, TCGA),
     "demo": (demo_runs, DEMO),
