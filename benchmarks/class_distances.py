@@ -14,7 +14,7 @@ from __future__ import annotations
 import resource
 import time
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -75,8 +75,22 @@ def cohort(train: int, test: int, n_classes: int) -> Study:
         dataset = cast(PatchDataset, SimpleNamespace(index=labels))
         synthetic[name] = SyntheticSet(name, dataset, fields, np.arange(train))
     real = cast(PatchDataset, SimpleNamespace(index=index, schema=SCHEMA))
-    everything: Any = (real, "class", "tss", [], synthetic, np.arange(train), np.arange(train))
-    return Study(*everything, rows[half], rows[half], rows[~half], rows, "", [])
+    shown = np.arange(train)
+    return Study(
+        real,
+        "class",
+        "tss",
+        [],
+        synthetic,
+        shown,
+        shown,
+        rows[half],
+        rows[half],
+        rows[~half],
+        rows,
+        oracle_reason="",
+        notes=[],
+    )
 
 
 def run(train: int, test: int, dim: int, n_classes: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def main() -> None:
         best, busy = dict.fromkeys(runs, float("inf")), dict.fromkeys(runs, float("inf"))
         for i in range(3):  # in turns, so that all meet the same machine
             for key, run in runs.items():
-                wall, cpu = seconds(lambda run=run, i=i: run(i), device)
+                wall, cpu = seconds(partial(run, i), device)
                 best[key], busy[key] = min(best[key], wall), min(busy[key], cpu)
     rates = {f"{key}_images_per_s": count / best[key] for key in runs}
     result: dict[str, float] = {

@@ -72,7 +72,7 @@ def _real(count: int, parts: dict[str, str]) -> Iterator[Patch]:
         part = ("train", "test", "train", "probe")[(number // (len(CLASSES) * len(SITES))) % 4]
         parts[patient] = "test" if part == "train" and fields in HELD_OUT else part
         for i in range(PER_PATIENT):
-            image = _image(*fields.values(), shift, draw)
+            image = _image(fields["class"], fields["site"], shift, draw)
             yield Patch(f"{patient}/{i}", image, patient, patient, -1, -1, 0.5, fields)
 
 
@@ -80,7 +80,7 @@ def _synthetic(count: int, seed: int) -> Iterator[Patch]:
     draw = np.random.default_rng(seed)
     for i in range(count):
         fields = {"class": CLASSES[i % len(CLASSES)], "site": SITES[(i // len(CLASSES)) % len(SITES)]}
-        image = _image(*fields.values(), draw.normal(0, 0.02 * seed, 3), draw)
+        image = _image(fields["class"], fields["site"], draw.normal(0, 0.02 * seed, 3), draw)
         name = f"synthetic:{seed}:{i}"
         yield Patch(f"s{i:06d}", image, name, name, -1, -1, 0.5, fields, origin="synthetic")
 

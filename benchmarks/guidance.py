@@ -51,7 +51,7 @@ def settings_of(run: ExperimentSettings, class_field: str) -> dict[str, Guidance
                 continue  # the sum of margins is strong already
             scales = {class_field: of_class}
             name = f"{form}_class_{of_class:g}_metadata_{of_metadata:g}"
-            found[name] = GuidanceSettings(form, of_metadata, scales, interval=INTERVAL)  # type: ignore[arg-type]
+            found[name] = GuidanceSettings(form, of_metadata, scales, interval=INTERVAL)
     found["chain_class_2_metadata_2_everywhere"] = GuidanceSettings("chain", 2.0)
     found["chain_class_3_metadata_3_rescaled"] = GuidanceSettings("chain", 3.0, interval=INTERVAL, rescale=0.7)
     return found
@@ -100,8 +100,8 @@ def main() -> None:
             parser.error(f"there is no setting {unknown[0]}; there are {', '.join(chosen)}")
         chosen = {name: chosen[name] for name in arguments.only}
     for name, guidance in chosen.items():
-        settings = replace(run.generate, guidance=guidance)
-        generate_plan(pd.DataFrame(unseen), arguments.run / "medi" / "model", out / name, settings)
+        generating = replace(run.generate, guidance=guidance)
+        generate_plan(pd.DataFrame(unseen), arguments.run / "medi" / "model", out / name, generating)
     weights: dict[str, Any] = {"weights": {arguments.encoder: arguments.weights}} if arguments.weights else {}
     settings = EvaluateSettings(
         real=str(arguments.run / "data"),

@@ -63,7 +63,8 @@ def region(path: Path | None) -> np.ndarray:
 def build(path: Path, base: np.ndarray, edge: int) -> None:
     """A tiled JPEG pyramid of four levels, as scanners write them."""
     # tifffile writes tiles that are encoded already as they are, but asks for its codecs first.
-    tifffile._imagecodecs.jpeg_encode = tifffile._imagecodecs.jpeg_decode = lambda *_, **__: None
+    codecs: Any = tifffile._imagecodecs
+    codecs.jpeg_encode = codecs.jpeg_decode = lambda *_, **__: None
     wide = np.concatenate([base, base[:, ::-1]], 1)
     mosaic = Image.fromarray(np.concatenate([wide, wide[::-1]], 0))
 
@@ -209,16 +210,16 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="tiatoolbox or histolab")
     arguments = parser.parse_args()
     peers = [(name, python) for name, _, python in (given.partition("=") for given in arguments.peer)]
-    with tempfile.TemporaryDirectory() as name:
-        small, large = slides(Path(name), region(arguments.region), 8192 if arguments.quick else EDGE)
+    with tempfile.TemporaryDirectory() as folder:
+        small_slide, large_slide = slides(Path(folder), region(arguments.region), 8192 if arguments.quick else EDGE)
         ours: list[dict[str, float]] = []
         theirs: dict[str, list[dict[str, float]]] = {name: [] for name, _ in peers}
         for turn in range(1 if arguments.quick else 3):
-            ours.append(finished(pinned(0, small, large, "bare")))
+            ours.append(finished(pinned(0, small_slide, large_slide, "bare")))
             for name, python in peers:
                 if not turn or name != "histolab":  # slow
-                    theirs[name].append(peer(name, python, small, large))
-        together = [finished(process) for process in [pinned(core, small, large) for core in (0, 1)]]
+                    theirs[name].append(peer(name, python, small_slide, large_slide))
+        together = [finished(process) for process in [pinned(core, small_slide, large_slide) for core in (0, 1)]]
     rate = median(ours, "rate")
     result: dict[str, Any] = {
         "slide_edge_px": 8192 if arguments.quick else EDGE,

@@ -56,13 +56,15 @@ def histolab(slide: str, patch: int, mpp: float, slide_mpp: float, least: float,
         yield
 
 
-def seconds(name: str, slide: str, *how: float) -> tuple[float, int, float]:
+def seconds(
+    name: str, slide: str, patch: float, mpp: float, slide_mpp: float, least: float
+) -> tuple[float, int, float]:
     """Processor seconds for a slide; also the number of patches, and their mean size in KiB."""
     peer = {"tiatoolbox": tiatoolbox, "histolab": histolab}[name]
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
         start = time.process_time()
-        done = sum(1 for _ in peer(slide, int(how[0]), *how[1:], folder))
+        done = sum(1 for _ in peer(slide, int(patch), mpp, slide_mpp, least, folder))
         took = time.process_time() - start
         return took, done, sum(file.stat().st_size for file in folder.glob("*.png")) / done / 1024
 
@@ -71,5 +73,5 @@ if __name__ == "__main__":
     program, small, large, *numbers = sys.argv[1:]
     # The first time pays for imports.
     runs = [seconds(program, slide, *map(float, numbers)) for slide in (small, small, large)]
-    _, (first, few, _), (second, many, size) = runs
+    (first, few, _), (second, many, size) = runs[1:]
     print(json.dumps({"rate": (many - few) / (second - first), "patches": many, "kib": size}))

@@ -85,13 +85,14 @@ def make_data(folder: Path, count: int, edge: int) -> None:
     )
     write_dataset(folder / "data", patches, "training", Schema.from_table(table, "class", ["site"]), 4 * edge, 0.5)
     torch.manual_seed(0)
-    AutoencoderKL(
+    autoencoder = AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=4,
         norm_num_groups=4,
-    ).save_pretrained(folder / "autoencoder")
+    )
+    autoencoder.save_pretrained(folder / "autoencoder")  # type: ignore[attr-defined]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forget_precision()
     encode(EncodeSettings(str(folder / "data"), str(folder / "latents"), str(folder / "autoencoder"), device=device))
@@ -126,7 +127,8 @@ class Ready(Batch):
 
 def memory_rates(settings: TrainSettings) -> list[float]:
     """As :func:`loop_rates`, for the same loop on one batch that is already in memory."""
-    make, ready = TrainingData.batch, []
+    make = TrainingData.batch
+    ready: list[Batch] = []
 
     def batch(self: TrainingData, *words: Any, **named: Any) -> Batch:
         if not ready:
@@ -203,7 +205,7 @@ def plain_rates(settings: TrainSettings) -> list[float]:
         for batch in loader:
             clean = batch["input"]
             noise = torch.randn_like(clean)
-            timesteps = torch.randint(0, settings.objective.timesteps, (len(clean),), device=clean.device)
+            timesteps: Any = torch.randint(0, settings.objective.timesteps, (len(clean),), device=clean.device)
             noisy = noise_scheduler.add_noise(clean, noise, timesteps)
             with accelerator.accumulate(model):
                 output = model(noisy, timesteps, Conditions(batch["codes"], batch["values"]))

@@ -80,7 +80,8 @@ def _updates(preset: str, compiled: bool) -> Callable[[Context], None]:
         if "peak_bytes" in found:
             context.show(peak_gib=found["peak_bytes"] / GIB)
         work = step_cost(settings, shape, schema, 2)[0].flops / 2
-        peak = matmul_tflops(device=context.device, **({"size": 256, "count": 2} if context.quick else {}))
+        small: dict[str, Any] = {"size": 256, "count": 2} if context.quick else {}
+        peak = matmul_tflops(device=context.device, **small)
         context.figures(gflop_per_image=work / 1e9, matmul_tflops=peak)
         share = rate * work / (peak * 1e12)
         if preset == "B" and compiled and not context.quick:

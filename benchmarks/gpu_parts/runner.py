@@ -130,7 +130,7 @@ class Runner:
 
         def age(part: Part) -> tuple[bool, str]:
             found = [r for _, row in self._rows(part) if records.is_of(r := self._record(part, row), self.run)]
-            times = [record["started"] for record in found if record["status"] != NOT_HERE]
+            times = [record["started"] for record in found if record is not None and record["status"] != NOT_HERE]
             return bool(times), min(times, default="")
 
         return sorted(self.parts, key=age)

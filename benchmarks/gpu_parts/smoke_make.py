@@ -143,10 +143,10 @@ def _sampler(name: str) -> Callable[[Context], None]:
                 latents = pipeline.generate_latents(
                     pipeline.conditions(rows),
                     noise,
-                    SamplerSettings(name, 5 if context.quick else 10),
+                    SamplerSettings(name, 5 if context.quick else 10),  # type: ignore[arg-type]
                     guidance,
                     generators,
-                )  # type: ignore[arg-type]
+                )
                 context.require(bool(torch.isfinite(latents).all()), f"{form}: a latent is not finite")
                 made.append(pipeline.decode(latents.to(pipeline.unet.device)))
             difference = np.abs(made[0].astype(int) - made[1])

@@ -99,7 +99,7 @@ def reference(context: Context, model: str, skipped: Sequence[int] = ()) -> list
     def leaving_out(parameters: Any, settings: TrainSettings, undecayed: int = 0) -> torch.optim.Optimizer:
         optimizer = build_optimizer(parameters, settings, undecayed)
         step, count = optimizer.step, iter(range(sys.maxsize))
-        optimizer.step = lambda *a, **k: None if next(count) in skipped else step(*a, **k)  # type: ignore[method-assign]
+        optimizer.step = lambda *a, **k: None if next(count) in skipped else step(*a, **k)  # type: ignore
         return optimizer
 
     with mock.patch.object(updates, "build_optimizer", leaving_out if skipped else build_optimizer):

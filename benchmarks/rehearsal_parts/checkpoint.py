@@ -46,11 +46,11 @@ def _half(folder: Path, preset: str, reads: bool) -> dict[str, float]:
     opened = time.perf_counter() - start
     assert run.resumed == reads, "the checkpoint was not found"
     if not reads:
-        # What an update leaves behind, without its activations: AdamW's two moments of every parameter.
+        # What an update leaves behind, AdamW's two moments of every parameter, without all gradients at once.
         for parameter in run.network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
     start = time.perf_counter()
     if not reads:
         run._save(256, Monitor(run))

@@ -22,7 +22,7 @@ from latent_medi.metadata.estimability import verdict
 # Classes, sites (a multiple of them), patients, true V, and the largest distance of the mean from it. A V is not below
 # 0, so the mean of one whose truth is 0 is a little above.
 TABLES = ((5, 20, 40, 0.0, 0.12), (5, 20, 400, 0.0, 0.05), (2, 4, 40, 0.0, 0.12), (3, 6, 200, 0.5, 0.02))
-COHORTS = {
+COHORTS: dict[str, dict[tuple[str, ...], int]] = {
     "A×1: 20, A×2: 1, B×2: 20 → B×1": {("A", "1"): 20, ("A", "2"): 1, ("B", "2"): 20},
     "A×1: 30, A×2: 30, B×2: 30 → B×1": {("A", "1"): 30, ("A", "2"): 30, ("B", "2"): 30},
     "the same and C×1: 40, C×2: 40 → B×1": {
@@ -54,7 +54,8 @@ def associations(rng: np.random.Generator, replicates: int) -> list[str]:
             np.add.at(counts, (table["class"].astype(int), table["site"].astype(int)), 1)
             counts = counts[counts.any(axis=1)][:, counts.any(axis=0)]
             values.append((association(counts, method="cramer"), cramers_v(table, "class", "site")))
-        means, errors = np.mean(values, axis=0), np.std(values, axis=0, ddof=1) / replicates**0.5
+        figures = np.array(values, float)
+        means, errors = figures.mean(axis=0), figures.std(axis=0, ddof=1) / replicates**0.5
         before, after = (f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True))
         name = f"{classes} × {sites}, {patients}"
         print(f"| {name} | {truth:g} | {before} | {after} | within {most:g} |")

@@ -236,16 +236,16 @@ def main() -> int:
             name = f"balanced accuracy of {accuracy:g}, {n} patients per class"
             lines.add(name, [before for before, _ in pairs], [now for _, now in pairs], *ANY)
     for name, (chances, sizes) in SHARES.items():
-        before, now = shares(chances, sizes, replicates, seed)
-        lines.add(f"mean of shares: {name}", [before], [now], 0.93, 1.0)
+        of_shares = shares(chances, sizes, replicates, seed)
+        lines.add(f"mean of shares: {name}", [of_shares[0]], [of_shares[1]], 0.93, 1.0)
     for groups in (2, 6):
         lines.add(
             f"lowest of {groups} groups of 14 patients", [], [lowest(groups, 14, 0.8, replicates, seed)], 0.93, 1.0
         )
     for classes, n in ((3, 30), (5, 40)):
-        before, now = several_classes(classes, n, 0.74, replicates, seed)
+        of_classes = several_classes(classes, n, 0.74, replicates, seed)
         name = f"balanced accuracy of 0.74, {n} patients with any of {classes} classes"
-        lines.add(name, [before], [now], 0.93, 0.98)
+        lines.add(name, [of_classes[0]], [of_classes[1]], 0.93, 0.98)
     print(f"Monte-Carlo error of 0.95: {(0.95 * 0.05 / replicates) ** 0.5:.4f}")
     for name in lines.missed:
         print(f"misses its bound: {name}")

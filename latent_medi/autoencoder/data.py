@@ -17,6 +17,7 @@ from latent_medi.diffusion.settings import DropoutSettings
 from latent_medi.features.classifier_folder import read_facts
 from latent_medi.latents.store import moved, pinned
 from latent_medi.latents.views import VIEWS, view_of
+from latent_medi.metadata.row_filter import only_mask
 from latent_medi.metadata.training_record import training_record
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.reading.read_ahead import ReadAhead, read_ahead_threads
@@ -249,7 +250,7 @@ def measured_parts(settings: AutoencoderSettings, data: PixelData, factor: int) 
     """The patches that are measured, of each value of the split and of each other dataset.
 
     Raises:
-        UserError: A dataset is absent, or its patches do not fit the autoencoder.
+        UserError: A dataset is absent, or its patches are too small for the autoencoder.
     """
     found: list[MeasuredPart] = []
 
@@ -259,14 +260,18 @@ def measured_parts(settings: AutoencoderSettings, data: PixelData, factor: int) 
             logger.info("%s has %d patches to measure, so it is left out.", name, len(rows))
             return
         few = np.sort(draw.choice(rows, min(settings.measure_patches, len(rows)), replace=False))
-        crop = min(data.crop, dataset.patch_size)
-        if crop % factor:
-            raise UserError(f"The patches of {dataset.folder}, {crop} px, do not fit the autoencoder.", f"of {factor}")
+        crop = min(data.crop, dataset.patch_size) // factor * factor
+        if not crop:
+            raise UserError(
+                f"The patches of {dataset.folder}, {dataset.patch_size} px, are smaller than a latent pixel, {factor}.",
+                f"Leave {name} out of others.",
+            )
         found.append(MeasuredPart(name, dataset, few, crop))
 
     if settings.split:
         for value in settings.measure:
             rows = data.dataset.rows({f"{SPLIT_PREFIX}{settings.split}": value})
+            rows = rows[only_mask(data.dataset.index, settings.only, settings.data)[rows]]
             add(value, data.dataset, data.rows if value == settings.split_value else rows)
     elif settings.measure:
         add("training", data.dataset, data.rows)

@@ -138,7 +138,8 @@ class TrainedAutoencoder(nn.Module):
         pixels = settings.l1 * each["l1"] + settings.l2 * each["l2"] + settings.perceptual.weight * each["perceptual"]
         total = pixels
         if std is not None and self.trains_encoder:
-            # As latent diffusion weighs it: its pixels' terms are sums, ours means over the values of an image.
+            # Latent diffusion's terms are sums, ours means over the values of an image. Its pixels are in [-1, 1], ours
+            # in [0, 1], so that half its weight has its effect beside l1.
             each["kl"] = divergence(mean, std).sum() / x[0].numel()
             total = total + settings.kl * each["kl"]
         if self.classifier is not None:
@@ -182,7 +183,7 @@ class TrainedAutoencoder(nn.Module):
     def end_update(self, accelerator: Accelerator) -> None:
         """Set the adaptive weight of the next update from the gradients of this one, of all processes."""
         if self._gradients:
-            pixels, adversarial = accelerator.reduce(torch.stack(self._gradients), "mean")
+            pixels, adversarial = accelerator.reduce(torch.stack(self._gradients), "sum") / self.settings.global_batch
             self.adaptive.copy_(adaptive_weight(pixels, adversarial))
             self._gradients = []
 

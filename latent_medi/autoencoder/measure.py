@@ -129,6 +129,7 @@ class Reconstructions:
         self._shown = [part.read(slice(0, _SHOWN)) for part in self.parts] if accelerator.is_main_process else []
         start.to(self._device)
         self._before = [reconstructed(start, images, self._device) for images in self._shown]
+        start.to("cpu")  # makes room for the training
 
     def _share(self, part: MeasuredPart) -> np.ndarray:
         """This process's patches of a part; the last ones are repeated so that every process has as many."""

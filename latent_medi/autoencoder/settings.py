@@ -127,7 +127,8 @@ class AutoencoderSettings(Settings):
         l1: Weight of the mean absolute error over pixels in [0, 1].
         l2: Weight of the mean squared error.
         kl: Weight of the posterior's divergence from the normal distribution, in nats per value of a pixel; for
-            autoencoders that have one and whose encoder is trained.
+            autoencoders that have one and whose encoder is trained. Latent diffusion's 1e-6 is 5e-7 here, since its
+            pixels are in [-1, 1].
         perceptual: The perceptual term.
         classifier: The term of a classifier of reconstructions.
         adversarial: The term of a discriminator.

@@ -31,6 +31,7 @@ from latent_medi.autoencoder.networks import TrainedClassifier, new_autoencoder
 from latent_medi.autoencoder.perceptual import PerceptualDistance, load_perceptual
 from latent_medi.autoencoder.settings import AutoencoderSettings
 from latent_medi.core.agreement import agreed
+from latent_medi.core.errors import UserError
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
@@ -97,6 +98,7 @@ def _train_autoencoder(settings: AutoencoderSettings, accelerator: Accelerator) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = TrainedAutoencoder(copy.deepcopy(start_model), settings, len(data.values), data.crop)
+        check_size(network, distance, data.crop)
     if main:
         run_folder.begin(out, record, settings, products=(PRODUCT,))
     accelerator.wait_for_everyone()
@@ -141,6 +143,27 @@ def open_start(settings: AutoencoderSettings) -> tuple[Any, str, list[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return new_autoencoder(settings.network), "", []
+
+
+def check_size(network: TrainedAutoencoder, distance: PerceptualDistance | None, crop: int) -> None:
+    """Try the networks that judge reconstructions on an image of the training's size.
+
+    Raises:
+        UserError: One does not take such an image; names its setting.
+    """
+    image = torch.zeros(1, 3, crop, crop)
+    judges = {"classifier": network.classifier, "adversarial": network.discriminator}
+    calls: dict[str, Any] = {name: judge for name, judge in judges.items() if judge is not None}
+    if distance is not None:
+        calls["perceptual"] = lambda x: distance(x, x)
+    for name, call in calls.items():
+        try:
+            with torch.no_grad():
+                call(image)
+        except (AssertionError, RuntimeError) as error:  # each network has its own
+            raise UserError(
+                f"The network of {name} does not take images of {crop} px: {error}", f"Change {name}, or crop."
+            ) from None
 
 
 def describe(

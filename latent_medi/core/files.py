@@ -91,6 +91,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
+    except OSError as error:
+        if error.errno in NO_SPACE and not error.filename:  # a write to an open file does not name it
+            error.filename = str(path)
+        raise
     finally:
         if old is not None and not path.exists():
             old.rename(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from latent_medi.evaluation.class_distances import HELD_OUT_PATIENTS, TRAINING, distance_text, references
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.downstream.protocol_tables import score_text, set_label
@@ -38,23 +40,24 @@ def _distances(fidelity: Fidelity, names: list[str]) -> str:
         if reference in by_class:
             tables.append((reference, "classes", by_class[reference]))
     if compared := [clause for each in tables if (clause := _compared(*each, names))]:
-        return f"{label_of(names[0])} is nearer than {label_of(names[1])} {'; '.join(compared)}."
+        pair = f"{label_of(names[0])} against {label_of(names[1])}"
+        return f"Kernel distance (KID, lower is better) of {pair}: {'; '.join(compared)}."
     alone = [clause for each in tables if (clause := _alone(*each, names[0]))]
     return f"{label_of(names[0])} is {'; '.join(alone)}." if alone else ""
 
 
 def _compared(reference: str, unit: str, table: DistanceTable, names: list[str]) -> str:
-    """On how many combinations the candidate is nearer than the baseline, and the means; empty without the baseline."""
+    """Means over the combinations that both have, and on how many the candidate is nearer; empty without such."""
     both = [[each.sources[n].value for n in names] for each in table.combinations if {*names} <= {*each.sources}]
     pairs = [(a, b) for a, b in both if a is not None and b is not None]
     if not pairs:
         return ""
     nearer = sum(a < b for a, b in pairs)
-    means = [distance_text(table.means[name].value) for name in names]
+    means = [distance_text(fmean(values)) for values in zip(*pairs, strict=True)]
     bounds, ratio = table.ratio.interval, ""
     if table.ratio.value is not None and isinstance(bounds, tuple):
         ratio = f", ratio {table.ratio.value:.2f} [{bounds[0]:.2f}, {bounds[1]:.2f}]"
-    return f"to {reference} on {nearer} of {len(pairs)} {unit} (mean KID {means[0]} against {means[1]}{ratio})"
+    return f"{means[0]} against {means[1]} to {reference} (lower on {nearer} of {len(pairs)} {unit}{ratio})"
 
 
 def _alone(reference: str, unit: str, table: DistanceTable, name: str) -> str:

@@ -175,7 +175,8 @@ def _open(settings: FloorsSettings) -> _Cohort:
     if class_field is None:
         raise UserError(f"{settings.data} has no class field.", "Name the class when the dataset folder is made.")
     if not settings.site_field:
-        dataset = with_one_site(dataset)
+        index, schema = with_one_site(dataset.index, dataset.schema, dataset.folder)
+        dataset = PatchDataset(dataset.folder, dataset.info, schema, index)
     site_field = settings.site_field or NO_SITE
     known = categorical_fields(dataset.schema)
     for name in (site_field, *settings.fields):

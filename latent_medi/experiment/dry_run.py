@@ -34,7 +34,7 @@ def dry_run(settings: ExperimentSettings) -> dict[str, Any]:
     print(cost_text(cost))
     check_limits(settings, cost)
     if not settings.replace:
-        experiment.stages.check()
+        experiment.check_stages()
     if cost.missing:
         raise Incomplete(f"The experiment cannot run yet: {'; '.join(cost.missing)}", result)
     divided = experiment.has_data and settings.split in PatchDataset.open(experiment.data).splits

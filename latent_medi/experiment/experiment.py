@@ -106,6 +106,21 @@ class Experiment:
         """Whether the dataset folder exists, complete."""
         return bool(self.settings.data) or (self.has("shards") and self.stages.finished("shards"))
 
+    def check_stages(self) -> None:
+        """Refuse to remove costly outputs: before anything runs, and again once a dataset or corpus is made that was
+        absent or damaged, for what is made from it cannot be compared before.
+
+        Raises:
+            UserError: As :meth:`Stages.check`.
+        """
+        to_make = "" if self.has_data else "shards"
+        if not to_make and self.has("corpus") and not self.stages.finished("corpus"):
+            to_make = "corpus"
+        if to_make:
+            self.stages.check(STAGES[: STAGES.index(to_make) + 1])
+        else:
+            self.stages.check()
+
     @property
     def split_record(self) -> dict[str, Any]:
         """Record of the split: whoever splits the patients anew, or corrects their metadata, has another experiment."""
@@ -296,7 +311,8 @@ class Experiment:
         for number in range(2, self.settings.select_rounds + 1):
             longer = self.folder / f"plan-{name}-round-{number}.csv"
             # One that does not begin with the plan before it is of an earlier plan.
-            if not longer.is_file() or not longer.read_bytes().startswith(found[-1].read_bytes()):
+            there = longer.is_file() and found[-1].is_file()
+            if not there or not longer.read_bytes().startswith(found[-1].read_bytes()):
                 break
             found.append(longer)
         return found

@@ -232,6 +232,8 @@ def _take_part(store: TCPStore, launching: Launching) -> None:
                 store.set(f"left/{launching.node}", "")
             _end(int(said["end"]))
             return
+        if stopped:  # node 0 was through with the command before, and goes on
+            raise Preempted("asked to stop; the same command continues")
         words, others = launching.words(said["command"], int(said["port"])), _Follower(store, number)
         try:
             run_words({name: words}, launching.threads, others)

@@ -97,7 +97,7 @@ def _run(experiment: Experiment) -> dict[str, Any]:
     with split_for_checks(experiment) if checked else nullcontext():
         declare(experiment)
         if not settings.replace:
-            stages.check()
+            experiment.check_stages()
         if checked:  # before anything is removed
             preflight(experiment)
         stages.begin(*_FILES)
@@ -105,11 +105,15 @@ def _run(experiment: Experiment) -> dict[str, Any]:
         stages.run("shards")
         with split_for_checks(experiment):
             declare(experiment)
+            if not settings.replace:
+                experiment.check_stages()
             preflight(experiment)
     config.save_settings(replace(settings, replace=False), folder / "settings.yaml")
     if experiment.has("corpus"):  # what is trained on it is known once it is made
         stages.run(*(name for name in ("shards", "corpus") if name not in stages.seconds))
         declare(experiment)
+        if not settings.replace:
+            experiment.check_stages()
     stages.run(*(name for name in settings.stages if name not in stages.seconds))
     total = duration(sum(stages.seconds.values()))
     if experiment.has("image_classifier"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,12 @@ class Stages:
         written = [*stage.shared, *(self.folder / path for path in (*stage.required, *record.get("extras", ())))]
         return all(Path(path).exists() for path in written) and not self.stale(name) and not stage.damaged()
 
-    def check(self) -> None:
+    def check(self, names: Collection[str] | None = None) -> None:
         """Refuse to remove costly outputs: to be called before anything runs. Those of a training run that was shorter
         are no obstacle: they are continued or set aside.
+
+        Args:
+            names: Stages to check; by default all.
 
         Raises:
             UserError: Lists the costly outputs that were made from other inputs than these, and which inputs differ.
@@ -111,7 +114,8 @@ class Stages:
         stale: list[str] = []
         differ: dict[str, str] = {}
         for name, stage in self._stages.items():
-            if stage.costly and (paths := self.to_remove(name)):
+            asked = names is None or name in names
+            if asked and stage.costly and (paths := self.to_remove(name)):
                 stale += map(str, paths)
                 differ |= _differences(self._record(name)["made_from"], self._made_from(name))
         if stale:

@@ -148,7 +148,7 @@ def planned_images(e: Experiment, plans: Mapping[str, pd.DataFrame] | None, data
         plans: The plans, if they were made already.
         data: What is known of its dataset.
     """
-    files = {model.name: e.folder / f"plan-{model.name}.csv" for model in e.sampled}
+    files = {model.name: e.plans(model.name)[-1] for model in e.sampled}
     if e.has("plan") and e.stages.finished("plan"):
         return {name: int(read_plan(path)["count"].sum()) for name, path in files.items()}
     if plans is None and (data is None or not e.has("plan")):

@@ -83,7 +83,10 @@ def build_network(
     base = name.partition(".")[0]
     if base not in timm.list_models():
         raise UserError(f"timm has no network {name!r}; {nearest(base, timm.list_models())}.")
-    config = get_pretrained_cfg(name, allow_unregistered=False)
+    try:
+        config = get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:  # unknown weights after the point
+        raise UserError(f"The network {name!r} cannot be made: {error}", f"Leave out what follows {base}.") from None
     known: dict[str, Any] = {"num_classes": classes, "pretrained": weights == HUB}
     known |= {"drop_rate": dropout} if dropout else {}
     known |= {"drop_path_rate": drop_path} if drop_path else {}
@@ -101,11 +104,14 @@ def build_network(
 
 
 def preprocessing_for(name: str, size: int, weights: str) -> Preprocessing:
-    """How patches become inputs of a network: normalised as timm's weights were trained if it starts from weights, else
-    by ImageNet's means.
+    """How patches become inputs of a network: normalised as for the weights that it starts from, those of another
+    classifier or of timm, else by ImageNet's means.
     """
     from timm.models import get_pretrained_cfg
 
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    if weights not in ("", HUB) and (folder / CLASSIFIER_FILE).is_file():
+        return dataclasses.replace(read_facts(folder).preprocessing, size=size)
     config = get_pretrained_cfg(name) if weights else None
     mean, std = (config.mean, config.std) if config is not None else (IMAGENET_MEAN, IMAGENET_STD)
     return Preprocessing(size, tuple(mean), tuple(std), "bicubic")

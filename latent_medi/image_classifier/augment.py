@@ -7,6 +7,7 @@ where images are mixed.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,23 +33,31 @@ def seed_of(stream: int, seed: int, number: int) -> int:
     return int(np.random.SeedSequence([stream, seed, number]).generate_state(1)[0])
 
 
-def _seed(value: int) -> None:
+_one_at_a_time = threading.Lock()  # a thread may augment the next batch while the main thread mixes this one
+
+
+def _seed(value: int, device: torch.device | None = None) -> None:
+    """Seed the CPU's generators and, of a GPU's, the one that :func:`generators_kept` keeps alone."""
     random.seed(value)
     np.random.seed(value)
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(value)
 
 
 @contextmanager
 def generators_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Give the global generators their states back at the end."""
-    before, numpy_before = random.getstate(), np.random.get_state()
+    """Give the global generators their states back at the end; one thread at a time."""
     devices = [device] if device is not None and device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(numpy_before)
+    with _one_at_a_time:
+        before, numpy_before = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpy_before)
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,9 @@ class Augmentation:
             if self._erasing is not None:
                 self._erasing.device = device
                 for image, place in zip(x, places.tolist(), strict=True):
-                    _seed(seed_of(_ERASE, self.seed, place))
+                    _seed(seed_of(_ERASE, self.seed, place), device)
                     self._erasing(image)
             if self._mixup is None:
                 return MixedImages(x, mixup_target(labels, self.classes, 1.0, self.settings.smoothing))
-            _seed(seed_of(_MIX, self.seed, number))
+            _seed(seed_of(_MIX, self.seed, number), device)
             return MixedImages(*self._mixup(x, labels))

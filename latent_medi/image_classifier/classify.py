@@ -16,9 +16,10 @@ from latent_medi.core.device import exact_fp32
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import check_output
 from latent_medi.core.progress import get_logger, progress
-from latent_medi.features.classifier_folder import ClassifierFacts, read_classifier
+from latent_medi.features.classifier_folder import read_classifier
 from latent_medi.features.encoders import PRECISIONS, ImageEncoder
 from latent_medi.features.networks import Network
+from latent_medi.image_classifier.data import warn_of_scale
 from latent_medi.image_classifier.scores import ClassifierScores, classifier_scores, logits_of
 from latent_medi.image_classifier.settings import ClassifySettings
 from latent_medi.launch import make_accelerator
@@ -33,7 +34,6 @@ logger = get_logger("classify")
 
 PREFIX = "p_"
 """Beginning of the columns with probabilities; a label follows."""
-_SAME_SCALE = 0.05  # relative difference of µm per pixel up to which patches count as the same scale
 
 
 class ImageClassifier:
@@ -110,7 +110,7 @@ def classify(settings: ClassifySettings, accelerator: Accelerator | None = None)
     if not len(rows):
         raise UserError(f"{dataset.folder} has no patch that these settings choose.", "Change split, or only.")
     facts, module = read_classifier(settings.model)
-    _warn(facts, dataset)
+    warn_of_scale(dataset, facts.patch_size, facts.mpp)
     how = (facts.preprocessing, dataset, rows, len(facts.labels), settings.device_batch, accelerator)
     logits = logits_of(module.to(accelerator.device), *how, settings.precision, "classifying")
     probabilities = _softmax(logits)
@@ -142,29 +142,6 @@ def _table(names: pd.DataFrame, probabilities: np.ndarray, labels: list[str], by
         table.insert(len(keys), "patches", groups.size().to_numpy())
     table["predicted"] = np.array(labels)[table[columns].to_numpy().argmax(axis=1)]
     return table
-
-
-def _warn(facts: ClassifierFacts, dataset: PatchDataset) -> None:
-    """Warn of patches of another size or scale than those of the training."""
-    mpp = float(dataset.info["mpp"])
-    if dataset.patch_size != facts.patch_size:
-        logger.warning(
-            "The classifier was trained on patches of %d px; those of %s have %d px and are resized.",
-            facts.patch_size,
-            dataset.folder,
-            dataset.patch_size,
-        )
-    theirs, ours = mpp * dataset.patch_size, facts.mpp * facts.patch_size
-    if abs(theirs / ours - 1) > _SAME_SCALE:
-        logger.warning(
-            "The classifier was trained on patches %.4g µm wide (%.4g µm per pixel); those of %s are %.4g µm wide "
-            "(%.4g µm per pixel), so tissue has another size in them.",
-            ours,
-            facts.mpp,
-            dataset.folder,
-            theirs,
-            mpp,
-        )
 
 
 def _classify_images(settings: ClassifySettings, out: Path, accelerator: Accelerator) -> Classified:

@@ -103,11 +103,14 @@ def compare_classifiers(
     settings.check()
     accelerator = accelerator or training_accelerator(settings.training())
     out = Path(settings.out)
+    scale = accelerator.scaler.state_dict() if accelerator.scaler else {}
     with output_lock(out, accelerator):
         kinds, seeds = list(kinds_of(settings)), range(settings.seed, settings.seed + settings.seeds)
         for number, (kind, seed) in enumerate(((kind, seed) for kind in kinds for seed in seeds), 1):
             logger.info("classifier %d of %d: %s", number, len(kinds) * len(seeds), kind.folder(seed))
             run = training_of(settings, kind, seed)
+            if scale:  # fp16: not where the training before, if it was made in this process, left the loss's scale
+                accelerator.scaler.load_state_dict(scale)
             _train(Path(run.out), run, accelerator)
         found = compared(settings, kinds, seeds)
         if accelerator.is_main_process:

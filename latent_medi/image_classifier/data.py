@@ -31,6 +31,7 @@ from latent_medi.training.sample_order import balance_weights, rank_slice, rows_
 logger = get_logger("training")
 
 MOST_WORKERS = 16
+_SAME_WIDTH = 0.05  # relative difference up to which patches count as equally wide
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,7 @@ def open_parts(settings: ImageClassifierSettings) -> Parts:
     codes, added = [training.labels], {}
     for name, folder in settings.synthetic.items():
         other = PatchDataset.open(folder)
+        warn_of_scale(other, dataset.patch_size, float(dataset.info["mpp"]))
         chosen, its_codes = synthetic_rows(other, field, labels, counts, settings)
         source.append(np.full(len(chosen), len(sources), np.int64))
         sources.append(other)
@@ -314,6 +316,29 @@ def open_parts(settings: ImageClassifierSettings) -> Parts:
     return Parts(data, validation, part(settings.test_value, "test_value"), dataset, field, labels, info)
 
 
+def warn_of_scale(dataset: PatchDataset, patch_size: int, mpp: float) -> None:
+    """Warn of patches of another size in pixels or micrometres than the real ones of a training."""
+    own = float(dataset.info["mpp"])
+    if dataset.patch_size != patch_size:
+        logger.warning(
+            "The real training patches have %d px; those of %s have %d px and are resized.",
+            patch_size,
+            dataset.folder,
+            dataset.patch_size,
+        )
+    theirs, ours = own * dataset.patch_size, mpp * patch_size
+    if abs(theirs / ours - 1) > _SAME_WIDTH:
+        logger.warning(
+            "The real training patches are %.4g µm wide (%.4g µm per pixel); those of %s are %.4g µm wide (%.4g µm per "
+            "pixel), so tissue has another size in them.",
+            ours,
+            mpp,
+            dataset.folder,
+            theirs,
+            own,
+        )
+
+
 def synthetic_rows(
     dataset: PatchDataset, field: Field, labels: Sequence[str], counts: np.ndarray, settings: ImageClassifierSettings
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -327,8 +352,11 @@ def synthetic_rows(
         settings: How many, and which.
 
     Raises:
-        UserError: It has no such field or selection, or no patch of the classes.
+        UserError: It holds real patches, whose patients may be in the test part; it has no such field or selection, or
+            no patch of the classes.
     """
+    if (dataset.index["origin"] != "synthetic").any():
+        raise UserError(f"The synthetic dataset {dataset.folder} holds real patches.", "Name one without them.")
     if field.name not in dataset.index:
         raise UserError(f"{dataset.folder} has no field {field.name!r}.", "Leave this folder out of synthetic.")
     order = choice_order(dataset.index, str(dataset.folder), settings.selection, settings.choice, settings.seed)

@@ -37,6 +37,7 @@ from latent_medi.image_classifier.scores import ClassifierScores, classifier_sco
 from latent_medi.image_classifier.settings import ImageClassifierSettings
 from latent_medi.metadata.tables import write_table
 from latent_medi.training import run_folder
+from latent_medi.training.checkpoint import load_tensors
 from latent_medi.training.start import check_strategy, find_start, training_accelerator
 from latent_medi.training.updates import Run
 
@@ -103,7 +104,7 @@ def _train(settings: ImageClassifierSettings, accelerator: Accelerator) -> tuple
     parts.data.workers = default_workers(device) if settings.workers is None else settings.workers
     parts.data.updates = common.total_images // common.global_batch
     start = find_start(out, record, common, accelerator)
-    best = start.tensors.pop("best", {})
+    best = load_tensors(start.files["best"]) if "best" in start.files else {}
     drops, widths = bool(settings.drop_path or settings.dropout), [common.ema.relative_width] if settings.ema else []
     run = Run(network, common, parts.data, 0, start, record, accelerator, drops, widths, undecayed(network))
     module = run.averages[widths[0]].module if widths else network

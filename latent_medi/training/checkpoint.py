@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from latent_medi.core.checksums import compare, inside, warn_unsealed
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_sealed, remove, sha256_file, temporaries, write_sealed
 from latent_medi.core.json_types import check_types
 from latent_medi.core.progress import get_logger
+from latent_medi.core.tensor_files import read_tensors, write_tensors
 
 logger = get_logger("training")
 
@@ -50,7 +51,7 @@ def save_checkpoint(
     with atomic_path(path) as temporary:
         temporary.mkdir()
         for name, mapping in tensors.items():
-            save_file({k: v.detach().contiguous() for k, v in mapping.items()}, temporary / f"{name}.safetensors")
+            write_tensors(mapping, temporary / f"{name}.safetensors")
         hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
         write_sealed(temporary / _STATE, {"images": images, "sha256": hashes, **state})
     # Only after the new one is safe. A checkpoint of more images is damaged, or this one would not have been written.
@@ -116,18 +117,33 @@ def load_state(path: Path) -> dict[str, Any]:
     return _state(path)[0]
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """The tensors by file name (without extension) and the state of a checkpoint that was verified.
+def tensor_files(path: Path, state: Mapping[str, Any]) -> dict[str, Path]:
+    """The files with the tensors of a checkpoint, by name without extension.
+
+    Args:
+        path: The checkpoint.
+        state: What :func:`load_state` read there.
+
+    Raises:
+        UserError: The state names a file outside the checkpoint.
+    """
+    return {Path(name).stem: inside(path, name, path / _STATE) for name in sorted(state["sha256"])}
+
+
+def load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file of a checkpoint.
 
     Raises:
         UserError: It was damaged in the meantime.
     """
-    state = load_state(path)
-    files = [inside(path, name, path / _STATE) for name in sorted(state["sha256"])]
     try:
-        return {file.stem: load_file(file) for file in files}, state
+        return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"The checkpoint {path} cannot be read: {error}", _REMEDY) from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"The checkpoint's {file} cannot be read: {error}", _REMEDY)
 
 
 def seal_checkpoints(folder: Path) -> None:
@@ -195,17 +211,30 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     return found
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
-    """Load the tensors of :func:`optimizer_tensors` into an optimizer."""
+def load_optimizer(optimizer: torch.optim.Optimizer, file: Path, names: list[str]) -> None:
+    """Load the tensors of :func:`optimizer_tensors` from a file into an optimizer.
+
+    Raises:
+        UserError: The file was damaged in the meantime.
+    """
+    try:
+        _load_optimizer(optimizer, read_tensors(file), names)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[str, torch.Tensor]], names: list[str]
+) -> None:
     position = {name: i for i, name in enumerate(names)}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
+    for key, stored in tensors:
         name, entry, *inner = key.split("/")
         at = position[name]
-        if value.shape == parameters[at].shape:
-            # In the memory layout of the parameter, because fused kernels read both in order of address.
-            value = torch.empty_like(parameters[at], device="cpu", dtype=value.dtype).copy_(value)
+        # In the memory layout of the parameter, because fused kernels read both in order of address.
+        like = parameters[at] if stored.shape == parameters[at].shape else stored
+        value = torch.empty_like(like, device="cpu", dtype=stored.dtype).copy_(stored)
         # The 8-bit optimizer counts its steps in a Python number.
         kept = int(value) if value.ndim == 0 and not value.is_floating_point() else value
         entries = state.setdefault(at, {})

@@ -392,7 +392,10 @@ def mixture_weights(
     for name, share in shares.items():
         if names.count(name) != 1:
             number = "several joined folders are" if name in names else "no joined folder is"
-            raise UserError(f"mixture: {number} called {name!r}; {nearest(name, names)}.", "See `shards info`.")
+            raise UserError(
+                f"mixture: {number} called {name!r}; {nearest(name, names)}.",
+                f"Joined are {', '.join(names)}; `shards join` takes other names for them with names=[…].",
+            )
         here = of_row == names.index(name)
         if share and not here.any():
             raise UserError(f"mixture gives {name!r} a share, and it has no training row.", "Check split and only.")

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 def settle(
     model: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[], None], resumed: bool, parts: int
 ) -> None:
-    """Bring DDP into the state that it has after its first updates, by passes that change no weight.
+    """Bring DDP into the state that it has after its first updates, by passes that change no weight and no buffer.
 
     Nothing happens without DDP. There are two reasons for such passes:
 
@@ -32,9 +32,12 @@ def settle(
     if not isinstance(model, DistributedDataParallel):
         return
     passes = 2 if parts > 1 else int(resumed)
+    kept = [buffer.clone() for buffer in model.buffers()]  # such as batch normalisation's statistics
     for number in range(passes):
         backward()
         clear(model, optimizer, parts if number + 1 == passes else 1)
+    for buffer, before in zip(model.buffers(), kept, strict=True):
+        buffer.copy_(before)
 
 
 def clear(model: nn.Module, optimizer: torch.optim.Optimizer, parts: int) -> None:

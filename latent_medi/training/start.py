@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
 
@@ -68,11 +67,11 @@ class Start:
     """Where a run begins or continues.
 
     Args:
-        tensors: Tensors of the checkpoint, by file and name; empty at the beginning.
+        files: Files with the tensors of the checkpoint, by name; none at the beginning.
         state: The rest of the checkpoint; ``images`` alone at the beginning.
     """
 
-    tensors: dict[str, dict[str, torch.Tensor]]
+    files: dict[str, Path]
     state: dict[str, Any]
 
     @property
@@ -98,7 +97,8 @@ def find_start(out: Path, record: Mapping[str, Any], settings: TrainSettings, ac
     newest: Path | None = (broadcast_object_list(found) if accelerator.num_processes > 1 else found)[0]
     if newest is None:
         return Start({}, {"images": 0})
-    start = Start(*checkpoint.load_checkpoint(newest))
+    state = checkpoint.load_state(newest)
+    start = Start(checkpoint.tensor_files(newest, state), state)
     run_folder.check_same(out, record, start.state["run"])
     if main:
         logger.info("Continuing at %s images.", f"{start.images:,}")

@@ -50,7 +50,7 @@ class Run(Generic[D]):
         settings: How to train. Fields of the model are not used.
         data: The training rows; latents are whitened.
         timesteps: Length of the noise schedule; 0 for a network without one.
-        start: Where to begin; the tensors of each file are released once they are in place.
+        start: Where to begin; one file is in memory at a time.
         record: What identifies the run; stored in every checkpoint.
         accelerator: Devices and processes.
         drops: Whether the network drops activations while it trains.
@@ -83,13 +83,13 @@ class Run(Generic[D]):
         self.share = settings.global_batch // accelerator.num_processes
         self.largest = min(settings.device_batch or self.share, self.share)
         self.steps = range(start.images // settings.global_batch, settings.total_images // settings.global_batch)
-        self.state, self.resumed = start.state, bool(start.tensors)
+        self.state, self.resumed = start.state, bool(start.files)
         names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         # In the optimizer's order.
         self._names = [n for n in names if n not in undecayed] + [n for n in names if n in undecayed]
 
         if self.resumed:
-            checkpoint.load_trained(network, start.tensors.pop("model"), self._names)
+            checkpoint.load_trained(network, checkpoint.load_tensors(start.files["model"]), self._names)
         network.to(self.device)
         if settings.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -98,10 +98,10 @@ class Run(Generic[D]):
         optimizer = build_optimizer(trained, settings, sum(name in undecayed for name in self._names))
         if self.resumed:
             for width, average in self.averages.items():
-                file = average_file(width, settings)
-                checkpoint.load_trained(average.module, start.tensors.pop(file), self._names)
-            checkpoint.load_optimizer(optimizer, start.tensors.pop("optimizer"), self._names)
-        start.tensors.clear()
+                tensors = checkpoint.load_tensors(start.files[average_file(width, settings)])
+                checkpoint.load_trained(average.module, tensors, self._names)
+                del tensors  # a mapped file, for the optimizer's to take its place
+            checkpoint.load_optimizer(optimizer, start.files["optimizer"], self._names)
         if settings.compile:
             ddp.compile_whole(settings.checkpoint_activations, accelerator.num_processes)
             network.get_submodule("unet").compile()

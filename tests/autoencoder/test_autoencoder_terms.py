@@ -137,7 +137,7 @@ def test_each_network_learns_from_its_own_terms_alone() -> None:
 def test_the_adaptive_weight_is_of_the_update_before_and_of_the_whole_batch() -> None:
     accelerator, found = make_accelerator(cpu=True), []
     for size in (4, 2):
-        network = trained(adversarial=DISCRIMINATOR)
+        network = trained(adversarial=DISCRIMINATOR, global_batch=4)
         assert network.adaptive.item() == 0.0
         for part in batch().parts(size, torch.device("cpu")):
             network(part, None)[0].backward()
@@ -149,8 +149,8 @@ def test_the_adaptive_weight_is_of_the_update_before_and_of_the_whole_batch() ->
     mean, std = moments_of(whole.autoencoder, x)
     made = pixels_of(whole.autoencoder, mean + std * part.noise)
     layer = last_layer(whole.autoencoder)
-    pixels = torch.autograd.grad((made - x).abs().mean((1, 2, 3)).sum(), layer, retain_graph=True)[0]
-    other = torch.autograd.grad(-whole.discriminator(made).mean((1, 2, 3)).sum(), layer)[0]  # type: ignore[misc]
+    pixels = torch.autograd.grad((made - x).abs().mean((1, 2, 3)).mean(), layer, retain_graph=True)[0]
+    other = torch.autograd.grad(-whole.discriminator(made).mean((1, 2, 3)).mean(), layer)[0]  # type: ignore[misc]
     assert found == pytest.approx([adaptive_weight(pixels, other).item()] * 2, rel=1e-4)
 
 

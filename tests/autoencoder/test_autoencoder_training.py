@@ -323,6 +323,9 @@ def test_parts_that_are_measured(make: Make, tiny: Path, tiny_more: Path) -> Non
     assert set(dataset.index["split_main"].iloc[parts["test"].rows]) == {"test"}
     middle = dataset.read(parts["test"].rows)[:, 12:20, 12:20]
     np.testing.assert_array_equal(parts["test"].read(slice(None)), middle)
+    one = replace(chosen, only={"class": ["benign"]}, measure=["test"])
+    rows = measured_parts(one, open_pixels(one, 4, 4), 4)[0].rows
+    assert set(dataset.index["class"].iloc[rows]) == {"benign"}
 
 
 def test_what_cannot_be_followed_is_refused(make: Make, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,6 +336,7 @@ def test_what_cannot_be_followed_is_refused(make: Make, tiny: Path, capsys: pyte
         ({"max_images": 8}, "give max_images or max_steps"),
         ({"crop": 30}, "multiple of 4 px, not 30"),
         ({"crop": 64}, "larger than the patches"),
+        ({"crop": 24, "classifier": AuxiliarySettings(0.1, network="test_vit")}, "classifier does not take .* 24 px"),
         ({"split_value": "val"}, "has no row in 'val'"),
         ({"only": {"class": ["benign"]}, **EVERYTHING}, "1 values of class"),
         ({"classifier": AuxiliarySettings(0.1, field="age")}, "is a number"),

@@ -1,4 +1,4 @@
-"""The size of a safetensors file, known before it is written."""
+"""Safetensors files that are written and read tensor by tensor, and their size before they exist."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from latent_medi.core.tensor_files import tensor_file_bytes
+from latent_medi.core.tensor_files import read_tensors, tensor_file_bytes, write_tensors
 
 TYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": torch.uint8}
 
@@ -26,3 +26,21 @@ TYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": t
 def test_the_size_is_that_of_the_file(tmp_path: Path, tensors: list, metadata: dict[str, str] | None) -> None:
     save_file({n: torch.zeros(s, dtype=TYPES[t]) for n, t, s in tensors}, tmp_path / "x.safetensors", metadata)
     assert tensor_file_bytes(tensors, metadata) == (tmp_path / "x.safetensors").stat().st_size
+
+
+def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
+    """The same bytes, of tensors in any memory layout; and they are read back, more than a mapping has."""
+    torch.manual_seed(0)
+    tensors = {f"block.{i}.weight": torch.randn(3, i % 5) for i in range(150)}
+    tensors |= {"conv": torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last), "turned": torch.randn(5, 7).T}
+    tensors |= {"ä/step": torch.tensor(3.0), "count": torch.tensor(7), "half": torch.randn(9).half()}
+    tensors |= {"map": torch.arange(256).byte(), "learned": torch.nn.Parameter(torch.randn(2))}
+    write_tensors(tensors, tmp_path / "ours.safetensors")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp_path / "theirs.safetensors")
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    loaded = load_file(tmp_path / "ours.safetensors")
+    read = {name: tensor.clone() for name, tensor in read_tensors(tmp_path / "ours.safetensors")}
+    assert read.keys() == tensors.keys() == loaded.keys()
+    assert all(
+        torch.equal(read[name], tensor) and torch.equal(loaded[name], tensor) for name, tensor in tensors.items()
+    )

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from slide_parts import tissue, write_slide
+from source_layouts import write_camelyon, write_nct_crc, write_pannuke
 
 NETWORK = (
     "model.block_out_channels=[16,32] model.layers_per_block=1 model.attention=[false,true] "
@@ -38,6 +39,7 @@ class Row:
             counts.
         places: Text to replace in the command by text: placeholders by paths.
         code: Expected exit code.
+        launched: Run as it stands, launcher and all, instead of in this process.
         before: Called before the command.
     """
 
@@ -45,6 +47,7 @@ class Row:
     extra: str = ""
     places: dict[str, str] = field(default_factory=dict)
     code: int = 0
+    launched: bool = False
     before: Callable[[], object] | None = None
 
 
@@ -61,6 +64,13 @@ def own_folder() -> None:
         )
     pd.DataFrame(rows).to_csv("slides.csv", index=False)
     shutil.copy("slides.csv", "cut.csv")
+
+
+def own_and_public() -> None:
+    """:func:`own_folder`, and sources of public datasets."""
+    own_folder()
+    for name, write in PUBLIC.items():
+        write(Path(name))
 
 
 def write_images(table: str, classes: tuple[str, ...], sites: tuple[str, ...], patients: int, patches: int) -> None:
@@ -85,6 +95,8 @@ def write_images(table: str, classes: tuple[str, ...], sites: tuple[str, ...], p
 
 IMAGES = "patch_size=32 categorical=[site,race] class_field=class source_mpp=0.5"
 
+PUBLIC = {"camelyon17-wilds": write_camelyon, "nct-crc": write_nct_crc, "pannuke": write_pannuke}
+
 OWN = [
     Row("latent-medi shards images table=patches.csv out=data/own", "patch_size=32"),
     Row("latent-medi audit data/own"),
@@ -105,12 +117,29 @@ OWN = [
         "patch_size=64 max_patches=4",
         {"out=data": "out=cut2"},
     ),
+    Row(
+        "latent-medi shards join data/corpus",
+        places={
+            "data/corpus": "corpus",
+            "data/more data/others": "runs/mine",
+            "data/more": "runs/mine",
+            "data/mine": "cut",
+        },
+    ),
     Row("latent-medi shards slides --help"),
     Row("latent-medi split --help"),
     *(
-        Row(f"python shards/{name}.py SOURCE OUT …", "--help", {"SOURCE OUT": ""})
-        for name in ("camelyon17_wilds", "nct_crc", "pannuke", "tcga_tiles")
+        Row(f"{program} SOURCE OUT {further}", "", {"SOURCE OUT": f"{name} runs/{name}-{number}"})
+        for name in PUBLIC
+        for number, (program, further) in enumerate(
+            [
+                (f"latent-medi shards {name}", "--patch-size"),
+                (f"latent-medi shards {name}", "…"),
+                (f"python shards/{name.replace('-', '_')}.py", "…"),
+            ]
+        )
     ),
+    Row("python shards/tcga_tiles.py SOURCE OUT …", "--help", {"SOURCE OUT": ""}),
     Row("latent-medi shards slides source=/path/to/slides", "max_patches=3 jobs=1", {"/path/to/slides": "slides"}),
 ]
 
@@ -392,7 +421,7 @@ DEMO = [
 
 
 SCENES = {
-    "own": (own_folder, OWN),
+    "own": (own_and_public, OWN),
     "biopsies": (biopsies, BIOPSIES),
     "tcga": (hub_tables, TCGA),
     "demo": (demo_runs, DEMO),

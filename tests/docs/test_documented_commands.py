@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,15 @@ from pathlib import Path
 import pytest
 from commands import PROGRAMS, REPOSITORY, Command, documented_commands
 from listed import ELSEWHERE, NEEDS, NOT_RUN
-from running import run_here, words_of
+from long_scenes import LONG
+from running import run_here, run_launched, words_of
 from scenes import SCENES, Row
 
 from latent_medi.verbs import VERBS
 
 COMMANDS = documented_commands()
 LISTED: dict[str, object] = {
-    **{row.command: row for _, rows in SCENES.values() for row in rows},
+    **{row.command: row for _, rows in (*SCENES.values(), *LONG.values()) for row in rows},
     **ELSEWHERE,
     **NEEDS,
     **dict.fromkeys(NOT_RUN),
@@ -79,7 +81,20 @@ def test_what_another_test_runs_is_run_there() -> None:
     for command, (place, words) in ELSEWHERE.items():
         path = REPOSITORY / "tests" / place
         files = [path] if path.is_file() else sorted(path.rglob("*.py"))
-        assert any(words in file.read_text(encoding="utf-8") for file in files), command
+        assert any(words in _said(file) for file in files), command
+
+
+def _said(file: Path) -> set[str]:
+    """The texts in a file's code, but for documentation, and the functions that it calls."""
+    tree, found, documentation = ast.parse(file.read_text(encoding="utf-8")), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr):
+            documentation.add(id(node.value))
+        elif isinstance(node, ast.Call):
+            found.add(ast.unparse(node.func))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            found.add(node.value)
+    return found
 
 
 def test_benchmarks_know_the_options_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +121,12 @@ def test_commands_run(
     _run_scene(*SCENES[name], tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_long_commands_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _run_scene(*LONG[name], tmp_path, monkeypatch)
+
+
 def _run_scene(prepare: Callable[[], object], rows: list[Row], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepare the folder, and run each row's commands there, each text once."""
     monkeypatch.chdir(folder)
@@ -123,5 +144,5 @@ def _run_scene(prepare: Callable[[], object], rows: list[Row], folder: Path, mon
             for given, path in row.places.items():
                 placed = placed.replace(given, path)
             words = words_of(placed, row.extra)
-            code = run_here(words)
+            code = run_launched(words) if row.launched else run_here(words)
             assert code == row.code, f"{place}: {text}\nrun as: {' '.join(words)}"

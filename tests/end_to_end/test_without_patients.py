@@ -93,7 +93,9 @@ def test_the_evaluation_needs_no_site_and_names_what_counts_as_a_patient(divided
     assert written["dataset"]["patient_is"] == "image"
     page = tmp_path / "report.html"
     render_report(metrics, page, title="t", real=divided.folder, synthetic=settings.synthetic, per_cell=2)
-    assert "each image counts as one" in page.read_text()
+    text = page.read_text()
+    assert "each image counts as one" in text
+    assert "has 365 real images (365 patches); no image is in both training and test, and a patient may be" in text
 
 
 def test_real_images_alone_are_measured_without_a_site(divided: PatchDataset, tmp_path: Path) -> None:

@@ -11,20 +11,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from evaluation_world import CLASS_SCHEMA, render
 from hub_tars import PROJECTS
 from parts import make_cohort, put_index
 from PIL import Image
 
 from latent_medi.core import config
 from latent_medi.core.errors import UserError
+from latent_medi.core.files import write_json
 from latent_medi.experiment.cost import experiment_cost
 from latent_medi.experiment.dry_run import dry_run
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
 from latent_medi.experiment.kinds.datasets import ensure_split, make_plans
-from latent_medi.experiment.settings import ExperimentSettings
+from latent_medi.experiment.settings import CorpusSettings, ExperimentModel, ExperimentSettings
 from latent_medi.experiment.what_is_known import known_data, planned_images
+from latent_medi.metadata.settings import SplitSettings
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.shards.settings import JoinSettings
+from latent_medi.shards.split import split_folder
+from latent_medi.shards.writing.join import join
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 TO_SAMPLE = ["shards", "audit", "encode", "train", "plan", "sample"]
 
@@ -142,3 +149,61 @@ def test_what_a_model_saw_is_planned_although_a_field_is_not(tmp_path: Path) -> 
     )
     plan = make_plans(Experiment(settings))["medi"]
     assert plan[["class", "site", "count"]].to_numpy().tolist() == [["benign", "", 3], ["tumour", "", 3]]
+
+
+def images_of_classes(folder: Path, seed: int) -> Path:
+    """A dataset folder of images that name neither patient nor hospital."""
+    draw = np.random.default_rng(seed)
+    names = [f"{folder.name}-{kind}-{number}" for kind in ("blobs", "rings", "stripes") for number in range(8)]
+    images = [
+        Patch(name, render(kind, "east", "formalin", draw), name, name, 0, 0, 0.5, {"class": kind}, "real")
+        for name in names
+        for kind in [name.split("-")[1]]
+    ]
+    write_dataset(folder, images, folder.name, CLASS_SCHEMA, 32, 0.5)
+    return folder
+
+
+def test_what_a_split_holds_out_is_known_without_a_site(tmp_path: Path) -> None:
+    settings = ExperimentSettings(
+        data=str(images_of_classes(tmp_path / "data", 0)),
+        out=str(tmp_path / "out"),
+        stages=TO_SAMPLE,
+        split="some",
+        split_settings={"fractions": {"train": 0.5, "test": 0.5}},
+        site_field="",
+        held_out="split",
+        plan_fields=["class"],
+        seen_per_cell=5,
+    )
+    e = open_experiment(settings)
+    assert planned_images(e, None, known_data(e)) == {"medi": 15, "cls": 15}
+
+
+def test_an_absent_corpus_does_not_make_what_was_trained_on_it_another(tmp_path: Path) -> None:
+    """After a kill while it is made again, or to free the disk: what it is made from decides, once it is there."""
+    data, other = (images_of_classes(tmp_path / name, seed) for seed, name in enumerate(["data", "other"]))
+    split_folder(SplitSettings(str(data), "main", fractions={"train": 0.5, "test": 0.5}, site_field=""))
+    settings = ExperimentSettings(
+        data=str(data),
+        out=str(tmp_path / "out"),
+        stages=["shards", "corpus", "encode", "train"],
+        site_field="",
+        corpus={"other": CorpusSettings(data=str(other))},
+        models={"pre": ExperimentModel("demo/cls", data="corpus")},
+    )
+    corpus = tmp_path / "out" / "corpus"
+    join(JoinSettings(str(corpus), [str(other)], without=[str(data)]))
+    whole = open_experiment(settings)
+    for name in settings.stages:
+        made = {"made_from": whole.stages._made_from(name), "models": ["", "pre"], "seconds": 1.0}
+        write_json(tmp_path / "out" / "stages" / f"{name}.json", made)
+    for name in ("latents", "latents-pre", "pre"):
+        (tmp_path / "out" / name).mkdir()
+    whole.check_stages()
+    (corpus / "dataset.json").unlink()
+    open_experiment(settings).check_stages()
+    settings.corpus["other"].part = "train"
+    settings.corpus["other"].data = ""
+    with pytest.raises(UserError, match=r"corpus was made from other inputs: corpus\.other"):
+        open_experiment(settings).check_stages()

@@ -225,6 +225,17 @@ def test_a_part_that_fails_or_stops_ends_the_command_everywhere(
     assert type(follower.error) is expected
 
 
+def test_a_node_that_has_stopped_begins_no_further_command(two: tuple[Launching, Launching], tmp_path: Path) -> None:
+    """Node 0 may be through with a command when the other's part of it stops, and go on to the next one."""
+    follower, leader = Follower(two[1]), nodes.Leader(two[0])
+    leader.announce(words(f"import sys; sys.exit({RESUME})"))
+    leader.announce(words(f"open({str(tmp_path / 'begun')!r}, 'w')"))
+    follower.join(timeout=30)
+    assert type(follower.error) is Preempted
+    assert leader.asked_to_stop()
+    assert not (tmp_path / "begun").exists()
+
+
 def test_all_nodes_stop_when_the_first_is_asked_to(two: tuple[Launching, Launching], tmp_path: Path) -> None:
     """At once, and not after the time that a part may go on alone."""
     follower, begun = Follower(two[1]), time.monotonic()

@@ -18,6 +18,7 @@ from parts import make_cohort
 from latent_medi.cli import main
 from latent_medi.core.config import build
 from latent_medi.core.errors import UserError
+from latent_medi.core.files import write_json
 from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import KINDS, declare
 from latent_medi.experiment.kinds.datasets import make_plans
@@ -366,11 +367,32 @@ def test_a_longer_plan_asks_for_what_is_missing_by_what_was_accepted() -> None:
         )
 
     cells = [counts("a", 40, 20, 20, 32), counts("b", 20, 15, 12, 12), counts("c", 8, 0, 0, 5)]
-    longer = longer_plan(plan, cells, 2)
+    longer = longer_plan(plan, cells, 2, share=1.0)
     assert longer.iloc[:4].equals(plan)
     # a lacks 12 of which half pass: 24, a tenth more, three quarters of them at x; c, of which none passed, as before.
     assert longer.iloc[4:][["class", "site", "count"]].values.tolist() == [["a", "x", 20], ["a", "y", 7], ["c", "x", 9]]
     assert longer["seed"].is_unique
+    # Where half of the patches is taken at most, 12 of b need 24: the 4 that are lacking, and a tenth.
+    halved = [counts("b", 20, 20, 10, 12)]
+    assert longer_plan(plan, halved, 2, share=0.5).iloc[4:]["count"].tolist() == [5]
+
+
+def test_rounds_of_a_selection_stay_with_the_samples_that_they_made(experiment: Callable[..., Experiment]) -> None:
+    stages = [*(name for name in TO_SAMPLE if name != "classifier"), "select"]
+    values = {"models": {"only": {"config": "demo/cls"}}, "stages": stages, "select_rounds": 3}
+    before, after = (experiment(**values, select={"percent": percent}) for percent in (50, 80))
+    for e in (before, after):
+        declare(e)
+    base, longer = (before.folder / f"plan-only{end}.csv" for end in ("", "-round-2"))
+    before.folder.mkdir()
+    longer.write_text("class,count\na,1\na,2\n")
+    assert before.plans("only") == [base], "its plan is not there, as after a kill"
+    base.write_text("class,count\na,1\n")
+    assert before.plans("only") == [base, longer]
+    record = {"made_from": before.stages._made_from("select"), "seconds": 1.0}
+    write_json(before.folder / "stages" / "select.json", record)
+    assert not after.stages.finished("select")
+    assert longer not in after.stages.to_remove("select")
 
 
 @pytest.mark.slow
@@ -403,6 +425,11 @@ def test_more_is_generated_until_the_selection_has_what_it_wants(tmp_path: Path)
     shutil.rmtree(out / "synthetic" / "only")
     run(build(ExperimentSettings, values))
     assert PatchDataset.open(out / "synthetic" / "only").index.equals(first)
+    # A selection that wants more continues the samples that there are.
+    values["select"]["percent"], values["select_rounds"] = 80, 8
+    run(build(ExperimentSettings, values))
+    found = json.loads((out / "selection-only.json").read_text())["cells"]
+    assert all(c["chosen"] == c["wanted"] == -(-8 * of_class[c["cell"]["class"]] // 10) for c in found)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from accelerate import Accelerator
 from scipy import stats
 
 from latent_medi.cli import main
@@ -20,6 +22,7 @@ from latent_medi.image_classifier.compare import compare_classifiers
 from latent_medi.image_classifier.comparison import TestScores, comparison_text, read_comparison
 from latent_medi.image_classifier.settings import CompareClassifiersSettings, ImageClassifierSettings
 from latent_medi.shards.dataset import PatchDataset
+from latent_medi.training.start import training_accelerator
 
 Make = Callable[..., ImageClassifierSettings]
 
@@ -148,3 +151,23 @@ def test_the_verb_prints_the_table(
     assert main([*words, "--json", str(tmp_path / "result.json")]) == 0
     assert "real patches alone" in capsys.readouterr().out
     assert json.loads((tmp_path / "result.json").read_text())["rows"][0]["training_set"] == "real"
+
+
+def test_each_training_starts_from_the_same_scale_of_the_loss(
+    make: Make, synthetic: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp16, also those before which another was trained in the same process."""
+    settings = sweep(make, synthetic)
+    accelerator = training_accelerator(settings.training())
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scales: list[float] = []
+
+    def trained(run: ImageClassifierSettings, given: Accelerator) -> None:
+        scales.append(given.scaler.get_scale())
+        given.scaler.scale(torch.ones(1))
+        given.scaler.update(2.0)
+
+    monkeypatch.setattr(compare, "train_image_classifier", trained)
+    with pytest.raises(UserError):  # nothing was trained
+        compare_classifiers(settings, accelerator)
+    assert scales == [64.0] * 10

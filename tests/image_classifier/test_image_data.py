@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import torch
 from parts import put_index
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.files import read_sealed, write_sealed
+from latent_medi.image_classifier import augment
 from latent_medi.image_classifier.augment import Augmentation
 from latent_medi.image_classifier.data import ImageData, open_parts
 from latent_medi.image_classifier.settings import AugmentSettings, ImageClassifierSettings
@@ -55,6 +59,28 @@ def test_helper_processes_change_nothing_and_global_generators_stay(make: Make) 
     helped.close()
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index]
+
+
+def test_a_batch_that_a_thread_makes_ahead_does_not_change_how_another_is_mixed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_parts(make(augment=AugmentSettings(erase=1.0))).data
+    wanted, seeding, seed = batch(data, 1), threading.Event(), augment._seed
+    ahead = threading.Thread(target=lambda: data.batch(2, 8, 0, 0, None, 0, 1))
+
+    def seed_slowly(*arguments: Any) -> None:
+        seed(*arguments)
+        if threading.current_thread() is not ahead and seeding.is_set():
+            ahead.join(0.2)  # long enough for it to draw, if it may
+
+    share = data.batch(1, 8, 0, 0, None, 0, 1)
+    monkeypatch.setattr(augment, "_seed", seed_slowly)
+    seeding.set()
+    ahead.start()
+    (part,) = share.parts(8, torch.device("cpu"))
+    ahead.join()
+    for place, image, target in zip(share.places.tolist(), part.images, part.targets, strict=True):
+        assert torch.equal(torch.cat([image.flatten(), target]), wanted[place])
 
 
 def test_a_damaged_patch_stops_with_its_name_also_in_a_helper(tissue: Path, make: Make, tmp_path: Path) -> None:
@@ -169,6 +195,22 @@ def test_too_few_synthetic_patches_are_said(
     parts = open_parts(make(synthetic={"medi": str(synthetic.folder)}, percent=1000.0))
     assert "too few patches of glandular" in caplog.text
     assert int((parts.data.source == 1).sum()) == parts.info["synthetic_patches"]["medi"]
+
+
+def test_synthetic_patches_of_another_scale_are_warned_of_and_real_ones_refused(
+    make: Make, tissue: Path, synthetic: PatchDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "coarse"
+    folder.mkdir()
+    (folder / "data").symlink_to(synthetic.folder / "data")
+    (folder / "index.parquet").write_bytes((synthetic.folder / "index.parquet").read_bytes())
+    info, _ = read_sealed(synthetic.folder / "dataset.json", "")
+    for mpp, warned in ((info["mpp"], False), (2 * info["mpp"], True)):
+        write_sealed(folder / "dataset.json", {**info, "mpp": mpp})
+        open_parts(make(synthetic={"medi": str(folder)}))
+        assert ("tissue has another size" in caplog.text) == warned
+    with pytest.raises(UserError, match="holds real patches"):
+        open_parts(make(synthetic={"medi": str(tissue)}))
 
 
 def test_synthetic_patches_never_choose_or_score(tissue: Path, make: Make, tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_the_best_weights_are_those_of_the_best_validation_and_survive_a_kill(
         ({"validation_value": "val"}, "no row in 'val'(.|\n)*validation_value="),
         ({"split": ""}, "split is empty"),
         ({"network": "vit_smal_patch16_224"}, "no network 'vit_smal_patch16_224'; closest: 'vit_small_patch16_224'"),
+        ({"network": "test_vit.none"}, "Leave out what follows test_vit"),
         ({"image_size": 60}, "does not take images of 60 px"),
         ({"augment": AugmentSettings(rand_augment="rondom")}, "rand_augment is 'rondom'"),
         ({"global_batch": 7}, "even global_batch"),
@@ -240,6 +241,8 @@ def test_it_starts_from_weights_of_another_task_and_refuses_those_of_another_net
     assert theirs["head.weight"].shape[0] == 2
     assert ours["pos_embed"].shape != theirs["pos_embed"].shape
     torch.testing.assert_close(ours["blocks.0.mlp.fc1.weight"], theirs["blocks.0.mlp.fc1.weight"])
+    before, after = (read_facts(folder).preprocessing for folder in (first, second))
+    assert (after.size, after.mean, after.std) == (96, before.mean, before.std)  # what the weights have learned from
     with pytest.raises(UserError, match="do not fit the network"):
         train_image_classifier(make(out=str(tmp_path / "three"), weights=str(trained[1])))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from source_layouts import write_pannuke
+from source_layouts import image_bytes, picture, write_camelyon, write_nct_crc, write_pannuke
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
@@ -24,18 +24,6 @@ from latent_medi.recipes.registry import load_recipe, recipes
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.format.codec import encode_image
 from latent_medi.shards.writing.writer import Patch, write_dataset
-
-DRAW = np.random.default_rng(0)
-
-
-def picture(edge: int) -> np.ndarray:
-    return DRAW.integers(0, 256, (edge, edge, 3), dtype=np.uint8)
-
-
-def image_bytes(edge: int, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture(edge)).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def open_clean(folder: Path) -> PatchDataset:
@@ -48,33 +36,8 @@ def test_every_recipe_is_tested_here_or_in_its_own_file() -> None:
     assert set(recipes()) == {"camelyon17-wilds", "nct-crc", "pannuke", "prostate", "tcga-tiles", "tcga-ut"}
 
 
-def camelyon(folder: Path) -> Path:
-    rows = []
-    for number, (patient, node, centre) in enumerate([("4", 4, 0), ("20", 2, 1), ("40", 0, 2), ("41", 1, 3)]):
-        name = f"patient_{int(patient):03d}_node_{node}"
-        (folder / "patches" / name).mkdir(parents=True)
-        for i in range(3):
-            x, y = 3328 + 96 * i, 21792
-            (folder / "patches" / name / f"patch_{name}_x_{x}_y_{y}.png").write_bytes(image_bytes(96, "PNG"))
-            rows.append(
-                {
-                    "": len(rows),
-                    "patient": patient,
-                    "node": node,
-                    "x_coord": x,
-                    "y_coord": y,
-                    "tumor": i % 2,
-                    "slide": number,
-                    "center": centre,
-                    "split": int(i == 2),
-                }
-            )
-    pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
-    return folder
-
-
 def test_camelyon17(tmp_path: Path) -> None:
-    source = camelyon(tmp_path / "camelyon17_v1.0")
+    source = write_camelyon(tmp_path / "camelyon17_v1.0")
     assert main(["shards", "camelyon17-wilds", str(source), str(tmp_path / "out"), "--patch-size", "48"]) == 0
     index = open_clean(tmp_path / "out").index
     assert index["key"].iloc[0] == "patient_004_node_4/x_3328_y_21792"
@@ -91,13 +54,7 @@ def test_camelyon17(tmp_path: Path) -> None:
 
 
 def test_nct_crc(tmp_path: Path) -> None:
-    source = tmp_path / "crc"
-    for name, count in (("NCT-CRC-HE-100K", 3), ("CRC-VAL-HE-7K", 2)):
-        for kind in ("ADI", "TUM"):
-            (source / name / kind).mkdir(parents=True)
-            for i in range(count):
-                (source / name / kind / f"{kind}-AAA{i}.tif").write_bytes(image_bytes(224, "TIFF"))
-                (source / name / kind / f"._{kind}-AAA{i}.tif").write_bytes(b"\0\5\x16\7")  # as macOS leaves it
+    source = write_nct_crc(tmp_path / "crc", classes=("ADI", "TUM"))
     assert main(["shards", "nct-crc", str(source), str(tmp_path / "out"), "--patch-size", "112"]) == 0
     dataset = open_clean(tmp_path / "out")
     assert dataset.info["mpp"] == 1.0

@@ -75,6 +75,16 @@ def test_gradients_of_every_part_lie_in_the_buckets(group: None, resumed: bool) 
 
 
 @pytest.mark.parametrize("parts", [1, 3])
+def test_passes_before_the_first_update_leave_statistics_of_batches_as_they_were(group: None, parts: int) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(network.parameters())
+    ddp.settle(model, optimizer, lambda: model(torch.randn(8, 3, 4, 4)).sum().backward(), True, parts)
+    assert [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])] == []
+
+
+@pytest.mark.parametrize("parts", [1, 3])
 def test_a_group_of_one_trains_as_one_process(group: None, parts: int) -> None:
     model, optimizer = make()
     alone, other = make(wrapped=False)

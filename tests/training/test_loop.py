@@ -67,12 +67,12 @@ if "step" in kill:
         return rate(images, *rest)
     updates.learning_rate = until
 if "saving" in kill:  # after the first file of the checkpoint at these images
-    save, count = checkpoint.save_file, [0]
+    save, count = checkpoint.write_tensors, [0]
     def once(tensors, path):
         save(tensors, path)
         if f"images-{kill['saving']:012d}" in str(path):
             die()
-    checkpoint.save_file = once
+    checkpoint.write_tensors = once
 loop.train(settings)
 """
 

@@ -84,6 +84,47 @@ def test_pictures_are_found_in_another_size(parts, tmp_path: Path) -> None:
     assert shared_patients(other, [large]).by_picture == {"q3"}
 
 
+def test_a_slide_is_the_same_one_where_its_patient_is_not_known(tmp_path: Path) -> None:
+    schema = Schema.from_table(pd.DataFrame({"class": ["a"]}), "class")
+    patches = [
+        Patch(f"k{i}", image, f"P{i // 4}", f"S{i // 2}", i, 0, 0.5, {"class": "a"})
+        for i, image in enumerate(images(8, 5, 64))
+    ]
+    persons = write_dataset(tmp_path / "persons", patches, "persons", schema, 64, 0.5)
+    slides = folder(tmp_path / "slides", images(4, 4, 64), ["S1", "S1", "P1", "other"], "slide")
+    assert shared_patients(persons, [slides]).by_name == {"P0"}  # slide S1; that a slide is called P1 is chance
+    assert shared_patients(slides, [persons]).by_name == {"S1"}
+
+
+def test_who_shares_a_picture_with_a_patient_left_out_is_left_out(tmp_path: Path) -> None:
+    pictures = images(8, 0, 64)
+    pictures[4] = pictures[0][::-1]
+    one = folder(tmp_path / "one", pictures, ["a", "a", "b", "b", "c", "c", "d", "d"])
+    target = folder(tmp_path / "target", images(2, 3, 64), ["a", "a"])
+    joined = join(JoinSettings(out=str(tmp_path / "out"), folders=[str(one.folder)], without=[str(target.folder)]))
+    assert set(joined.index["patient"][joined.index["split_corpus"] == "train"]) == {"b", "d"}
+    assert joined.info["splits"]["corpus"]["recipe"]["left_out"] == {"by_name": 1, "by_picture": 1}
+
+
+def test_a_finished_corpus_is_not_taken_for_one_without_other_patients(parts, tmp_path: Path) -> None:
+    one, other, target = parts
+    common = {"out": str(tmp_path / "corpus"), "folders": [str(one.folder), str(other.folder)]}
+    join(JoinSettings(**common))
+    assert join(JoinSettings(**common, without=[str(target.folder)])).splits == ["corpus"]  # it had none
+    before = (tmp_path / "corpus" / "dataset.json").stat().st_mtime_ns
+    target.add_split("main", ["train"] * len(target), {})  # the same patients as before
+    left_out = {"p2", "q3"}
+    for _ in range(2):
+        dataset = join(JoinSettings(**common, without=[str(target.folder)]))
+        assert set(dataset.index["patient"][dataset.index["split_corpus"] == ""]) == left_out
+    assert (tmp_path / "corpus" / "dataset.json").stat().st_mtime_ns == before
+    third = folder(tmp_path / "third", images(2, 9, 64), ["p5", "p6"])
+    with pytest.raises(UserError, match="'corpus' leaves out other patients than `without` now does"):
+        join(JoinSettings(**common, without=[str(target.folder), str(third.folder)]))
+    with pytest.raises(UserError, match="unlabelled names a part of the `without` folders"):
+        join(JoinSettings(**common, unlabelled={"main": "train"}))
+
+
 def test_a_corpus_leaves_them_out(parts, tmp_path: Path) -> None:
     one, other, target = parts
     joined = join(
@@ -139,7 +180,7 @@ def test_each_folder_has_its_share_of_the_images(parts, tmp_path: Path, autoenco
     assert shares({"one": 1}) == 1.0  # who is not named is left out
     assert shares({}) == pytest.approx(2 / 3, abs=0.02)
     for mixture, why in (
-        ({"two": 1.0}, "no joined folder is called 'two'"),
+        ({"two": 1.0}, "(?s)no joined folder is called 'two'.*Joined are one, other;"),
         ({"one": 0.0}, "All shares"),
     ):
         with pytest.raises(UserError, match=why):

@@ -113,6 +113,8 @@ def evaluated_of_split(
     Raises:
         UserError: As for :func:`open_study`, of the split and the combinations.
     """
+    if not settings.site_field:
+        index, schema = with_one_site(index, schema, settings.real)
     return _of_split(settings, index, schema, recipe, _Split.of(index, schema, settings))[0]
 
 
@@ -203,7 +205,8 @@ def _open_real(settings: EvaluateSettings) -> PatchDataset:
             f"`latent-medi split {settings.real} name={settings.split} …` makes one.",
         )
     if not settings.site_field:
-        real = with_one_site(real)
+        with_site, schema = with_one_site(real.index, real.schema, real.folder)
+        real = PatchDataset(real.folder, real.info, schema, with_site)
     elif settings.site_field not in real.schema.names:
         close = nearest(settings.site_field, real.schema.names)
         problem = f"The dataset {settings.real} has no field {settings.site_field!r}; {close}."

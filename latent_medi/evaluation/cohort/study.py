@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -174,20 +175,24 @@ def domain(study: Study, cell: Combination) -> Combination:
     return {k: v for k, v in cell.items() if k != study.class_field}
 
 
-def with_one_site(dataset: PatchDataset) -> PatchDataset:
-    """A dataset without a field of the hospital, given one that is the same for all patches.
+def with_one_site(index: pd.DataFrame, schema: Schema, folder: str | Path) -> tuple[pd.DataFrame, Schema]:
+    """Index and schema of a dataset without a field of the hospital, given one that is the same for all patches.
 
     What compares sites then finds a single one.
+
+    Args:
+        index: A row per patch.
+        schema: Its fields.
+        folder: The dataset's, for messages.
 
     Raises:
         UserError: It has a field of that name.
     """
-    if NO_SITE in dataset.schema.names:
-        problem = f"site_field is empty, and {dataset.folder} has a field {NO_SITE!r}."
+    if NO_SITE in schema.names:
+        problem = f"site_field is empty, and {folder} has a field {NO_SITE!r}."
         raise UserError(problem, f"Leave site_field out, or set site_field={NO_SITE}.")
-    index = dataset.index.assign(**{NO_SITE: ALL_SITES})
-    schema = Schema.merge(dataset.schema, Schema.from_table(index, None, [NO_SITE]))
-    return PatchDataset(dataset.folder, dataset.info, schema, index)
+    index = index.assign(**{NO_SITE: ALL_SITES})
+    return index, Schema.merge(schema, Schema.from_table(index, None, [NO_SITE]))
 
 
 def affected_sites(study: Study) -> set[str]:

@@ -35,13 +35,11 @@ def select(e: Experiment) -> Stage:
     if e.settings.select_rounds > 1:
         inputs["rounds"] = e.settings.select_rounds
     outputs = {name: e.folder / f"selection-{name}.json" for name in e.synthetic}
-    numbers = range(2, e.settings.select_rounds + 1)
     return Stage(
         lambda: _select(e, outputs),
         inputs,
         ("sample", *(e.needs("real_classifier") if e.selects_by_classifier else ())),
         by_model={name: (path.name,) for name, path in outputs.items()},
-        extras=tuple(f"plan-{name}-round-{number}.csv" for name in outputs for number in numbers),
         damaged=lambda: [path for name, path in outputs.items() if not _has_selection(e, name)],
     )
 
@@ -86,7 +84,8 @@ def _select(e: Experiment, outputs: dict[str, Path]) -> None:
             for number in range(len(e.plans(name)) + 1, e.settings.select_rounds + 1):
                 if not any(cell.missing for cell in selection.result.cells):
                     break
-                plan = longer_plan(read_plan(e.plans(name)[-1]), selection.result.cells, number)
+                share = e.selection(name).share
+                plan = longer_plan(read_plan(e.plans(name)[-1]), selection.result.cells, number, share)
                 write_plan(plan, e.folder / f"plan-{name}-round-{number}.csv")
                 sample_models(e, [models[name]])
                 selection = select_now(name)
@@ -96,13 +95,14 @@ def _select(e: Experiment, outputs: dict[str, Path]) -> None:
         release_memory()
 
 
-def longer_plan(plan: pd.DataFrame, cells: Sequence[CombinationCounts], number: int) -> pd.DataFrame:
+def longer_plan(plan: pd.DataFrame, cells: Sequence[CombinationCounts], number: int, share: float) -> pd.DataFrame:
     """A plan with further rows at its end: what a selection still wants, by the share of the patches that it accepted.
 
     Args:
         plan: The plan of the patches so far.
         cells: What was chosen of each combination.
         number: Of the round, which the seeds of the new rows depend on.
+        share: Share of a combination's patches that the selection takes at most.
 
     Returns:
         The plan; a combination of which no patch was accepted is asked for as often again as so far.
@@ -113,6 +113,7 @@ def longer_plan(plan: pd.DataFrame, cells: Sequence[CombinationCounts], number: 
         if not cell.missing or not len(of_cell):
             continue
         wanted = cell.missing / cell.acceptance if cell.accepted else cell.asked
+        wanted = max(wanted, (cell.wanted or 0) / share - cell.asked)
         shares = of_cell["count"] / of_cell["count"].sum()
         counts = np.ceil(_MORE * wanted * shares).astype(int)
         seeds = [stable_seed(int(seed), "round", number) for seed in of_cell["seed"]]

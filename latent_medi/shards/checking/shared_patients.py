@@ -41,8 +41,8 @@ def shared_patients(
 ) -> SharedPatients:
     """Find the patients of a dataset who are also in others.
 
-    Names are compared where both datasets' patients are persons or slides, or both are one folder. Pictures are
-    compared in any case.
+    Names are compared where both datasets' patients are persons or slides, or both are one folder; names of slides,
+    where either knows its slides alone. Pictures are compared in any case.
 
     Args:
         dataset: The dataset; its synthetic patches take no part.
@@ -50,14 +50,12 @@ def shared_patients(
         counted: Rows of each other dataset's index that count; by default all.
     """
     rows = [other.index for other in others] if counted is None else list(counted)
-    own = set(dataset.index["patient"].astype(str))
-
-    def comparable(other: PatchDataset) -> bool:
-        persons = {dataset.patient_is, other.patient_is} <= set(_NAMED)
-        return persons or dataset.folder.resolve() == other.folder.resolve()
-
-    named = [table for other, table in zip(others, rows, strict=True) if comparable(other)]
-    names = own & {name for table in named for name in table["patient"].astype(str)}
+    names: set[str] = set()
+    for other, table in zip(others, rows, strict=True):
+        kinds = {dataset.patient_is, other.patient_is}
+        if kinds <= set(_NAMED) or dataset.folder.resolve() == other.folder.resolve():
+            column = "slide" if kinds == set(_NAMED) else "patient"
+            names |= set(dataset.index.loc[dataset.index[column].isin(table[column]), "patient"])
     everything = [dataset, *others]
     for each in everything:
         find_duplicates(each)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.progress import get_logger
+from latent_medi.shards.checking.duplicates import patients_together
 from latent_medi.shards.checking.shared_patients import shared_patients
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.settings import JoinSettings
@@ -24,7 +25,8 @@ CORPUS = "corpus"
 def corpus_split(
     datasets: Sequence[PatchDataset], prefixes: Sequence[str], index: pd.DataFrame, settings: JoinSettings
 ) -> dict[str, Any]:
-    """The split of all patients but those who are also in other datasets, as a dataset that is written remembers it.
+    """The split of all patients but those who are also in other datasets, and those of the same folder who share a
+    picture with these, as a dataset that is written remembers it.
 
     Args:
         datasets: The joined datasets.
@@ -43,9 +45,12 @@ def corpus_split(
     counts = {"by_name": 0, "by_picture": 0}
     for dataset, prefix in zip(datasets, prefixes, strict=True):
         shared = shared_patients(dataset, without, labelled)
-        left_out |= {prefix + patient for patient in shared.all}
+        found = shared.all.union(
+            *(group for group in patients_together(dataset.index) if not shared.all.isdisjoint(group))
+        )
+        left_out |= {prefix + patient for patient in found}
         counts["by_name"] += len(shared.by_name)
-        counts["by_picture"] += len(shared.by_picture - shared.by_name)
+        counts["by_picture"] += len(found - shared.by_name)
     column = pd.Series(np.where(index["patient"].isin(left_out), "", "train"), index.index)
     if not (column == "train").any():
         names = ", ".join(str(dataset.folder) for dataset in without)

@@ -98,6 +98,9 @@ def join(settings: JoinSettings) -> PatchDataset:
         raise UserError("A folder is named twice.", "Name each folder once, and a new one to write.")
     if settings.names and len(settings.names) != len(settings.folders):
         raise UserError(f"There are {len(settings.folders)} folders and {len(settings.names)} names.", "One for each.")
+    if settings.unlabelled and not settings.without:
+        problem = "unlabelled names a part of the `without` folders, and there are none."
+        raise UserError(problem, "Give without=…, or leave unlabelled out.")
     datasets = [PatchDataset.open(folder) for folder in settings.folders]
     _check_alike(datasets, settings.any_mpp)
     schema = reduce(Schema.merge, [dataset.schema for dataset in datasets])
@@ -138,6 +141,7 @@ def _join(
     tokens = [_token(record, change) for _, change, record in work]
     if (out / INFO_FILE).is_file():
         if whole := finished_dataset(out, about, tokens, same_provenance=True):
+            _keep_corpus(whole, splits.get(CORPUS))
             return whole
         problem = f"{out} is a finished dataset of other patches, or damaged."
         raise UserError(problem, "Write to a new folder, or remove this one first.")
@@ -152,6 +156,24 @@ def _join(
         if dataset.selections:
             logger.warning("%s: the selections %s are not joined", dataset.folder, ", ".join(dataset.selections))
     return finish_dataset(out, about, range(len(work)))
+
+
+def _keep_corpus(whole: PatchDataset, corpus: Mapping[str, Any] | None) -> None:
+    """Add the split of a corpus to a joined dataset that was finished without one.
+
+    Raises:
+        UserError: It has one that leaves out other patients.
+    """
+    if corpus is None:
+        return
+    column = [corpus["parts"][patient] for patient in whole.index["patient"]]
+    if CORPUS not in whole.splits:
+        whole.add_split(CORPUS, column, corpus["recipe"])
+    elif column != whole.index[SPLIT_PREFIX + CORPUS].tolist():
+        raise UserError(
+            f"{whole.folder} is finished, and its split {CORPUS!r} leaves out other patients than `without` now does.",
+            "Write to a new folder, or remove this one first.",
+        )
 
 
 def _check_alike(datasets: Sequence[PatchDataset], any_mpp: bool) -> None:

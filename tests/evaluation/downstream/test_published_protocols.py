@@ -376,8 +376,9 @@ def test_a_protocol_is_one_setting(world: World) -> None:
     assert result.headline is not None
     distances, protocol = result.headline.findings
     own = list(map(distance_text, means_of(result)))
-    assert distances.startswith("MeDi is nearer than CLS to real patches of held-out patients on 2 of 2 unseen")
-    assert f"; to held-out patients on 3 of 3 classes (mean KID {own[0]} against {own[1]}, ratio " in distances
+    assert distances.startswith("Kernel distance (KID, lower is better) of MeDi against CLS: ")
+    assert " to real patches of held-out patients (lower on 2 of 2 unseen combinations" in distances
+    assert f"; {own[0]} against {own[1]} to held-out patients (lower on 3 of 3 classes, ratio " in distances
     by_set = [f"{row.balanced_accuracy.mean:.3f} ± {row.balanced_accuracy.sem:.3f}" for row in rows]
     assert protocol == (
         f"MeDi's protocol (3 sites, ratio 1): balanced accuracy {by_set[1]} with samples of MeDi, {by_set[2]} with "
