@@ -139,7 +139,7 @@ class TrainedAutoencoder(nn.Module):
         total = pixels
         if std is not None and self.trains_encoder:
             # Latent diffusion's terms are sums, ours means over the values of an image. Its pixels are in [-1, 1], ours
-            # in [0, 1], so that half its weight has its effect beside l1.
+            # in [0, 1], so that half of its weight has the same effect next to l1.
             each["kl"] = divergence(mean, std).sum() / x[0].numel()
             total = total + settings.kl * each["kl"]
         if self.classifier is not None:

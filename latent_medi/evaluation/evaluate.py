@@ -209,7 +209,8 @@ def _evaluate(settings: EvaluateSettings, study: Study, chosen: Sequence[ImageEn
         derived, seeds = stage.embed(encoder), seed_features(study, encoder, settings, device)
         clock.lap("embed")
         metrics.fidelity[name] = _fidelity(settings, study, features, comparisons, fingerprint)
-        metrics.projection[name] = projection.project(study, features, fingerprint, settings.seed)
+        points = projection.project(study, features, fingerprint, settings.seed, method=settings.projection)
+        metrics.projection[name] = points
         clock.lap("fidelity")
         predictions = attributes.predict_fields(study, features, settings.regularisation or 1.0, settings.seed)
         metrics.adherence[name] = Adherence(

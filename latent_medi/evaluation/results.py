@@ -39,7 +39,7 @@ class Metrics:
         memorisation: Copies of training patches, by encoder (not of the colour-free ones: the pixels are the same).
         downstream: Accuracy of classifiers, by encoder.
         protocols: Results of published protocols, by encoder.
-        projection: Points of the plane of principal components, by encoder.
+        projection: Points in a plane, by encoder.
         notes: What a reader must know about the cohort.
         warnings: What the verdict must not be read without.
         seconds: Duration by stage.

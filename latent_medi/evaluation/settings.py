@@ -140,6 +140,8 @@ class EvaluateSettings(Settings):
             With more than four fifths of a set's, its accuracies have no interval, unless there are three training
             seeds.
         downstream: Train and compare the downstream classifiers.
+        projection: Plane of the report's scatter plots of features: "components", two principal components of real
+            training patches, or "tsne", which puts similar patches near each other.
         memorisation: Look for copies of training patches, and for samples too near to training patients.
         max_copy_rate: Largest share, 0 to 1, of a synthetic set's patches that may be copies of training patches; with
             more the command fails, after everything is written. 1 lets all pass.
@@ -195,6 +197,7 @@ class EvaluateSettings(Settings):
     regularisation: NonNegativeFloat = 1.0
     added_per_combination: NonNegativeInt = 0
     downstream: bool = True
+    projection: Literal["components", "tsne"] = "components"
     memorisation: bool = True
     max_copy_rate: UnitInterval = 1.0
     training_sets: list[str] = field(default_factory=list)

@@ -18,7 +18,7 @@ from latent_medi.report.page import DASH, bounds, number
 from latent_medi.statistics.seeds import MeanOverSeeds
 
 FOLDER = "image_classifiers"
-"""Where an experiment has its comparison, beside the metrics."""
+"""Where an experiment has its comparison, next to the metrics."""
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,7 @@ def sweep(lines: Sequence[SweepLine], xlabel: str, ylabel: str) -> str:
 
 
 def projection(record: Projection, key: Literal["class", "site"], most: int = 12) -> str | None:
-    """Points of each source on two principal components, a panel each with the same axes, by class or by site.
+    """Points of each source in a plane, a panel each with the same axes, by class or by site.
 
     Args:
         record: Of one encoder.
@@ -350,8 +350,9 @@ def projection(record: Projection, key: Literal["class", "site"], most: int = 12
     for panel in panels[len(sources) :]:
         panel.set_visible(False)
     share = [f" ({100 * e:.0f} %)" if e is not None else "" for e in record.explained] + [" ", " "]
-    figure.supxlabel(f"first component{share[0]}", fontsize=_FONT, color=MUTED)
-    figure.supylabel(f"second component{share[1]}", fontsize=_FONT, color=MUTED)
+    axis = "t-SNE, {} axis" if record.by_tsne else "{} component"
+    figure.supxlabel(f"{axis.format('first')}{share[0]}", fontsize=_FONT, color=MUTED)
+    figure.supylabel(f"{axis.format('second')}{share[1]}", fontsize=_FONT, color=MUTED)
     handles: dict[str, Any] = {}
     for panel in panels[: len(sources)]:
         handles |= {text: h for h, text in zip(*panel.get_legend_handles_labels(), strict=True) if len(h.get_xdata())}

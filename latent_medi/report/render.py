@@ -178,7 +178,7 @@ def render_report(
         per_cell: Patches in each image of the grids.
         rows_per_class: Rows of the image grid of a class.
         seed: Seed of the choice of patches.
-        classifiers: Folder of a comparison of image classifiers; by default ``image_classifiers`` beside the metrics,
+        classifiers: Folder of a comparison of image classifiers; by default ``image_classifiers`` next to the metrics,
             where there is one.
 
     Returns:

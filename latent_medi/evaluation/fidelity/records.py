@@ -393,15 +393,18 @@ class ProjectedPoints:
     site_codes: list[int]
 
 
+TSNE_METHOD = "t-SNE of the points shown"
+
+
 @dataclass(frozen=True)
 class Projection:
-    """Real test patches and samples on two principal components of real training features.
+    """Real test patches and samples in a plane.
 
     Args:
         fingerprint: The encoder's.
         method: How the plane was chosen.
-        n_fitted: Training patches.
-        explained: Share of their variance on each axis, 0 to 1.
+        n_fitted: Patches that chose it: real training patches, or the points shown.
+        explained: Share of their variance on each axis, 0 to 1; null for t-SNE.
         classes: Classes that codes point to.
         sites: Sites that codes point to.
         sources: Points by source; "real" are real test patches.
@@ -414,3 +417,8 @@ class Projection:
     classes: list[str]
     sites: list[str]
     sources: dict[str, ProjectedPoints] = field(default_factory=dict)
+
+    @property
+    def by_tsne(self) -> bool:
+        """Whether axes and distances between groups mean nothing."""
+        return self.method == TSNE_METHOD

@@ -37,6 +37,25 @@ def test_points_are_a_pca_of_training_patches(world: World) -> None:
     assert {len(s.x) for s in thinned.sources.values()} == {25}
 
 
+def test_neighbours_stay_together_in_the_plane_of_tsne(world: World) -> None:
+    settings = world.settings("projection")
+    study = open_study(settings)
+    features = study_features(study, filters(), settings, "cpu")
+    record = project(study, features, "fingerprint", seed=0, most=60, method="tsne")
+    assert record.by_tsne
+    assert record.explained == [None, None]
+    assert record.n_fitted == sum(len(source.x) for source in record.sources.values())
+    again = project(study, features, "fingerprint", seed=0, most=60, method="tsne")
+    assert again.sources == record.sources
+    # Of each point's ten nearest in the plane, far more than chance are among its ten nearest by features.
+    by_plane = np.concatenate([np.column_stack([s.x, s.y]) for s in record.sources.values()])
+    plain = project(study, features, "fingerprint", seed=0, most=60)
+    by_components = np.concatenate([np.column_stack([s.x, s.y]) for s in plain.sources.values()])
+    near = [np.argsort(((p[:, None] - p[None]) ** 2).sum(-1), 1)[:, 1:11] for p in (by_plane, by_components)]
+    shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*near, strict=True)])
+    assert shared > 3 * 10 / len(by_plane)
+
+
 def test_thinning_is_even_over_combinations() -> None:
     rng = np.random.default_rng(0)
     classes = np.repeat([0, 1, 2], [3000, 600, 400])
