@@ -5,7 +5,7 @@ ELSEWHERE = {
     "latent-medi run --config tcga_ut/paper": ("end_to_end/test_tcga_ut_paper.py", "tcga_ut/paper"),
     "latent-medi run --config tcga_ut/beyond": ("end_to_end/test_tcga_ut_paper.py", "tcga_ut/beyond"),
     "latent-medi run --config histodiffusion/demo": ("experiment/test_image_classifiers.py", "histodiffusion/demo"),
-    "latent-medi run --config histodiffusion/crc": ("experiment/test_image_classifiers.py", "histodiffusion/crc"),
+    "latent-medi run --config histodiffusion/crc": ("end_to_end/test_histodiffusion_crc.py", "histodiffusion/crc"),
     "latent-medi run --config histodiffusion/prostate": (
         "experiment/test_image_classifiers.py",
         "histodiffusion/prostate",

@@ -1,0 +1,1 @@
+"""Parts of histodiffusion_prostate.py: its experiments, how they run, and what their results say."""
