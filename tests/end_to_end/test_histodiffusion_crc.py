@@ -109,7 +109,8 @@ def test_from_the_published_layouts_to_the_papers_table(finished: Path) -> None:
     labelled = index[index["split_few"] == "train"]
     assert labelled["class"].value_counts().tolist() == [2] * len(NCT_CRC_CLASSES)  # 5 % of 40
     corpus = PatchDataset.open(finished / "corpus").index
-    assert len(corpus) == 3 * 5 + 6  # without the two pictures of the target
+    assert sorted(corpus.loc[corpus["split_corpus"] != "train", "key"]) == ["copy-ADI", "copy-TUM"]
+    assert len(corpus) == 3 * 5 + 6 + 2
     table = pd.read_csv(finished / "image_classifiers" / "classifiers.csv")
     assert table["training_set"].unique().tolist() == ["real", *MODELS]
     for name in MODELS:
