@@ -62,7 +62,7 @@ CONFIG = "histodiffusion/demo"
 UNADAPTED = "unadapted"
 TUNED, SCRATCH = "finetuned", "scratch"
 MEASURED = {TUNED: 1600, SCRATCH: 5440}
-"""Models whose distance is followed, and images between two measurements: five of each at their packaged lengths."""
+"""Models whose distance is followed, and images between two measurements: six and five at their packaged lengths."""
 QUICK = (
     "models.guided.train.max_steps=5",
     "models.guided.classifier_train.max_steps=5",
