@@ -124,7 +124,8 @@ class Benchmark:
             name = column.removeprefix("split_")
             if name not in PatchDataset.open(self.data).splits:
                 command("split", str(self.data), f"table={self.out / 'splits.csv'}", f"name={name}")
-        command("encode", f"data={self.data}", f"autoencoder={self.taef2}", f"out={self.latents}", "device_batch=32")
+        words = [f"data={self.data}", f"autoencoder={self.taef2}", f"out={self.latents}", "device_batch=32"]
+        command("encode", *words, "reconstruction_error.patches=0")
         for job in [*self.pretrainings(), *self.adaptations()]:
             if not (copy := Path(job.settings["latents"])).exists():
                 shutil.copytree(self.latents, copy)
