@@ -155,7 +155,7 @@ def distances_of(folder: Path, settings: ExperimentSettings, name: str, each: in
     for snapshot in list_snapshots(folder / name):
         pipeline.denoiser.load_state_dict(load_tensors(snapshot.path, "Train again.", "pt")[0])
         images = pipeline(class_=wanted, seeds=range(len(wanted)), steps=10, output_type="np", batch=64).images
-        made = np.split(encoder.features([images]), len(classes))
+        made = np.split(encoder.features([np.asarray(images)]), len(classes))
         parts = [kid(real[value], own, patients[value]) for value, own in zip(classes, made, strict=True)]
         found.append((snapshot.images, float(np.mean(parts))))
     return found
@@ -235,10 +235,11 @@ def all_seeds(seeds: Sequence[Seed]) -> ClassifierComparison:
     real, made = next(iter(rows)), list[ComparedClassifiers]()
     for kind, row in rows.items():
         random = Kind(kind.training_set, "random", kind.percent)
-        means = {name: MeanOverSeeds.of([seed.scores[kind][name][0].value for seed in seeds]) for name in METRICS}
+        values = {name: [seed.scores[kind][name][0].value for seed in seeds] for name in METRICS}
+        means: dict[str, Any] = {name: MeanOverSeeds.of(found) for name, found in values.items()}
         made.append(
-            ComparedClassifiers(
-                *(kind.training_set, kind.choice, kind.percent, row.n_real, row.n_synthetic),
+            replace(
+                row,
                 **means,
                 minus_real=None if kind == real else pooled(seeds, kind, real),
                 minus_random=pooled(seeds, kind, random) if kind.choice == "selected" else None,
