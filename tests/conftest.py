@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
 import subprocess
@@ -54,6 +56,17 @@ def own_precision() -> Iterator[None]:
     if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The C library keeps what a large network leaves behind, in pieces: gigabytes for each worker after some slow
+    tests. It is asked to give them back."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        gc.collect()
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
