@@ -146,14 +146,14 @@ def open_start(settings: AutoencoderSettings) -> tuple[Any, str, list[str]]:
 
 
 def check_size(network: TrainedAutoencoder, distance: PerceptualDistance | None, crop: int) -> None:
-    """Try the networks that judge reconstructions on an image of the training's size.
+    """Try the networks that see reconstructions on an image of the training's size.
 
     Raises:
         UserError: One does not take such an image; names its setting.
     """
     image = torch.zeros(1, 3, crop, crop)
-    judges = {"classifier": network.classifier, "adversarial": network.discriminator}
-    calls: dict[str, Any] = {name: judge for name, judge in judges.items() if judge is not None}
+    parts = {"classifier": network.classifier, "adversarial": network.discriminator}
+    calls: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
     if distance is not None:
         calls["perceptual"] = lambda x: distance(x, x)
     for name, call in calls.items():
