@@ -28,7 +28,7 @@ class ImportSettings(Settings):
         table: CSV, TSV or Parquet file with a row per image.
         folder: Instead of a table: folder that is searched for images.
         pattern: With folder: regular expression that every path (relative to it, with '/') matches as a whole; its
-            named groups become columns, one of them patient (unless an image is one).
+            named groups become columns, one of them patient. Empty takes every path, where an image is a patient.
         out: Dataset folder to write.
         root: Folder that the image paths are relative to; empty for the table's folder.
         name: The dataset's name; empty for the name of the output folder.

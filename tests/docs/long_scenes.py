@@ -6,7 +6,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 from commands import REPOSITORY
+from PIL import Image
 from scenes import (
     COHORT,
     HELD_OUT,
@@ -100,6 +102,17 @@ def labelled_and_synthetic() -> None:
     shown("latent-medi select synthetic/medi real=data encoder=demo farthest=0 filters=[copies]")
 
 
+def _corpus() -> None:
+    """``corpus``, other tissue without the patients of ``data``, and its latents."""
+    Path("others").mkdir()
+    rng = np.random.default_rng(1)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(f"others/{i}.png")
+    shown("latent-medi shards images folder=others out=more class_field= patient_is=image source_mpp=0.5 patch_size=32")
+    shown("latent-medi shards join corpus more without=[data]")
+    shown("latent-medi encode data=corpus out=corpus-latents autoencoder=tiny reconstruction_error.patches=0")
+
+
 PIXELS = (
     "validation_value=probe image_size=64 max_images=16 global_batch=8 precision=fp32 workers=0 "
     "evaluate_every_images=0 checkpoint_every_images=0"
@@ -113,7 +126,8 @@ HISTODIFFUSION = [
     Row(
         "latent-medi train --config histodiffusion/pretrained",
         f"max_steps=2 {SHORT} warmup_images=0 {NETWORK}",
-        {"data/corpus": "data", "latents/corpus": "latents"},
+        {"data/corpus": "corpus", "latents/corpus": "corpus-latents"},
+        before=_corpus,
     ),
     Row(
         "latent-medi classifier --config histodiffusion/latent_classifier",

@@ -203,6 +203,14 @@ def test_a_folder_is_read_by_a_pattern(source: Path, tmp_path: Path) -> None:
             import_images(ImportSettings(folder=str(folder), pattern=bad, out=str(tmp_path / "x"), source_mpp=0.5))
 
 
+def test_a_folder_needs_no_pattern_where_an_image_is_a_patient(source: Path, tmp_path: Path) -> None:
+    words = {"table": "", "folder": str(source), "categorical": [], "class_field": ""}
+    dataset = run(source, tmp_path / "out", **words, patient_is="image")
+    assert dataset.index["patient"].nunique() == len(dataset.index) == 12
+    with pytest.raises(UserError, match="names no patient"):
+        run(source, tmp_path / "no", **words)
+
+
 def test_an_image_bomb_is_named_and_not_unpacked(source: Path, tmp_path: Path) -> None:
     import struct
     import zlib

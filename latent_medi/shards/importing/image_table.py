@@ -47,7 +47,7 @@ def list_images(settings: ImportSettings) -> tuple[pd.DataFrame, ImportSettings,
     """
     folder = Path(settings.folder)
     try:
-        pattern = re.compile(settings.pattern)
+        pattern = re.compile(settings.pattern or ".*")
     except re.error as error:
         raise UserError(f"The pattern {settings.pattern!r} is no regular expression: {error}.") from None
     if "patient" not in pattern.groupindex and settings.patient_is != "image":

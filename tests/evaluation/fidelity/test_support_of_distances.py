@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -122,9 +123,9 @@ def test_thinning_keeps_the_mix_and_depends_on_nothing_else() -> None:
     np.testing.assert_array_equal(_thinned(3000, 0, "medi"), np.arange(3000))
 
 
-def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World) -> None:
+def test_what_there_are_too_few_patients_for_is_said_beforehand(world: World, tmp_path: Path) -> None:
     assert thin_support(open_study(world.settings("plenty"))) == []
-    folder = world.root / "few"
+    folder = tmp_path / "few"
     shutil.copytree(world.real, folder)
     table = pd.read_parquet(folder / "index.parquet")
     stripes = (table["split_main"] == "test") & (table["class"] == "stripes") & (table["site"] == "south")
