@@ -173,8 +173,9 @@ def test_killed_once_in_each_stage_it_ends_with_equal_tables(config: Path, finis
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(config: Path, finished: Path) -> None:
-    """Latents in every bit; weights and images to rounding, as sums of gradients are taken in another order. Tables are
-    of those images: an image's features move by as little, and no patch of these changes its class."""
+    """Latents to a step of fp16 in few values, as a process has another number of threads; weights and images to
+    rounding, as sums of gradients are taken in another order. Tables are of those images: an image's features move by
+    as little (distances by 1.4e-5 where this was measured), and no patch of these changes its class."""
     two = run(config, config.parent / "two", "launch_processes=2")
     log = two.with_suffix(".log").read_text()
     stages = ("encode", "medi", "cls", "embed")
@@ -182,7 +183,9 @@ def test_two_processes_give_what_one_gives(config: Path, finished: Path) -> None
     assert log.count("2 processes; the first has cpu") == 6  # encode, two models twice, embed
     ours, theirs = tensors(finished / "latents"), tensors(two / "latents")
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for key, whole in ours.items():
+        torch.testing.assert_close(theirs[key].double(), whole.double(), rtol=2**-10, atol=2**-24)
+        assert (theirs[key] != whole).double().mean() < 0.01
     for name in ("medi", "cls"):
         assert (two / f"plan-{name}.csv").read_bytes() == (finished / f"plan-{name}.csv").read_bytes()
         assert relative_distance(finished / name, two / name, "model/unet") <= 1e-5
@@ -190,12 +193,10 @@ def test_two_processes_give_what_one_gives(config: Path, finished: Path) -> None
         rows = np.arange(len(images[0]))
         assert len(images[1]) == len(rows)
         one, other = (np.stack(list(each.read(rows))).astype(int) for each in images)
-        print(name, "grey levels", np.abs(one - other).max(), (one != other).mean())
         assert np.abs(one - other).max() <= 1
     for name in sorted(path.name for path in finished.glob("*.csv")):
-        found = [pd.read_csv(folder / name, keep_default_na=False) for folder in (finished, two)]
-        print(name, (finished / name).read_bytes() == (two / name).read_bytes())
-        pd.testing.assert_frame_equal(*found, rtol=1e-3, atol=1e-5)
+        found = [pd.read_csv(folder / name) for folder in (finished, two)]
+        pd.testing.assert_frame_equal(*found, rtol=2e-4, atol=1e-11)
 
 
 @pytest.mark.slow
