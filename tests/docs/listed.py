@@ -49,9 +49,3 @@ NEEDS = {
     "sbatch --export": "Slurm",
     "PYTHONPATH=. latent-medi …": "PYTHONPATH",
 }
-
-NOT_RUN = (
-    # Whole experiments that no test runs with these words. What they do is tested in parts.
-    "latent-medi run --config prostate/64px",
-    "latent-medi run --config demo/experiment",
-)

@@ -3,6 +3,7 @@ those of HistoDiffusion's parts."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from scenes import (
     biopsies,
     demo_runs,
     own_folder,
+    prostate_source,
     shown,
     write_images,
 )
@@ -76,6 +78,14 @@ def own_experiment() -> None:
     )
     save_autoencoder(make_autoencoder(), Path("tiny"))
     shutil.copy(REPOSITORY / "configs" / "own" / "experiment.yaml", "my-experiment.yaml")
+
+
+def prostate_experiment() -> None:
+    """A source of biopsies, and links to the weights that the configuration names."""
+    write_images("patches.csv", ("benign", "gleason3", "gleason4"), ("karolinska", "radboud"), 24, 2)
+    prostate_source()
+    for name in ("taef2", "squeezenet"):
+        Path(name).symlink_to(Path(os.environ["MODELS"]) / name)
 
 
 def hub_weights() -> None:
@@ -169,6 +179,30 @@ LONG = {
         hub_weights,
         [
             Row("latent-medi encode data=data/mine out=latents/mine autoencoder=sd-vae-ft-mse", launched=True),
+        ],
+    ),
+    "demo": (
+        demo_runs,
+        [
+            Row(
+                "latent-medi run --config demo/experiment",
+                f"recipe_options.scale=0.3 seen_per_cell=2 unseen_per_cell=24 {TINY_RUN}",
+            ),
+        ],
+    ),
+    "prostate": (
+        prostate_experiment,
+        [
+            Row(
+                "latent-medi run --config prostate/64px",
+                f"patch_size=32 seen_per_cell=8 unseen_per_cell=24 {TINY_RUN} train.model.block_out_channels=[32,32]",
+                {
+                    "source=/path/to/prostate": "source=source",
+                    "source=prostate": "source=source",
+                    "/path/to/taef2": "taef2",
+                    "/path/to/squeezenet": "squeezenet",
+                },
+            ),
         ],
     ),
 }
