@@ -17,7 +17,7 @@ points are shown, without a standard error. A biopsy counts for its class if the
 highest there (`biopsies`); `patches` is the share of patches that are right. Both are means over a class's test
 biopsies, then over classes.
 
-Each pre-training and each adaptation is an experiment that `latent-medi run` runs, --at-once of them side by side with
+Each pre-training and each adaptation is an experiment that `latent-medi run` runs, --at-once of them in parallel with
 one thread each. What is finished is kept in --out, where the same command continues; results.json, results.md and
 samples.png appear at the end.
 """
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/histodiffusion-prostate"), help="folder of all steps")
     parser.add_argument("--draws", type=int, default=Size.draws, help="choices of biopsies")
     parser.add_argument("--percents", type=int, nargs="+", default=list(Size.percents), help="synthetic per 100 real")
-    parser.add_argument("--at-once", type=int, default=min(2, os.cpu_count() or 1), help="experiments side by side")
+    parser.add_argument("--at-once", type=int, default=min(2, os.cpu_count() or 1), help="experiments in parallel")
     parser.add_argument("--estimate", action="store_true", help="only say how long it will take")
     words = parser.parse_args()
     if words.quick:

@@ -19,7 +19,7 @@ from .experiments import Job
 
 
 def run_jobs(jobs: Sequence[Job], out: Path, at_once: int) -> None:
-    """Run experiments that are not finished, several at the same time; the rest of the time is told after each."""
+    """Run experiments that are not finished, several at the same time; what is left is printed after each."""
     waiting = [job for job in jobs if not finished(job, out)]
     running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
     done: list[tuple[float, float]] = []  # seconds expected and taken

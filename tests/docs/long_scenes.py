@@ -186,7 +186,7 @@ LONG = {
         [
             Row(
                 "latent-medi run --config demo/experiment",
-                f"recipe_options.scale=0.3 seen_per_cell=2 unseen_per_cell=24 {TINY_RUN}",
+                f"seen_per_cell=2 unseen_per_cell=24 {TINY_RUN}",
             ),
         ],
     ),
