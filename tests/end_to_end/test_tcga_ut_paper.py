@@ -184,7 +184,7 @@ def test_two_processes_give_what_one_gives(config: Path, finished: Path) -> None
     ours, theirs = tensors(finished / "latents"), tensors(two / "latents")
     assert ours.keys() == theirs.keys()
     for key, whole in ours.items():
-        torch.testing.assert_close(theirs[key].double(), whole.double(), rtol=2**-10, atol=2**-24)
+        torch.testing.assert_close(theirs[key].double(), whole.double(), rtol=2**-10, atol=1e-5)
         assert (theirs[key] != whole).double().mean() < 0.01
     for name in ("medi", "cls"):
         assert (two / f"plan-{name}.csv").read_bytes() == (finished / f"plan-{name}.csv").read_bytes()
