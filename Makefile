@@ -7,6 +7,7 @@ BUDGET ?= 540
 OUT ?= runs/gpu
 REAL ?= ../shared/data/prostate
 MODELS ?= ../shared/models
+OTHER ?=
 PYTHON_VERSION ?= 3.12
 PACKAGES ?=
 BIN := .venv/bin
@@ -57,7 +58,7 @@ gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py --budget $(BUDGET) --out $(OUT) $(GPU)
 
 gpu-kit: $(STAMP)
-	$(BIN)/python benchmarks/kit/build.py --out kit-dist --real '$(REAL)' --models '$(MODELS)' --python $(PYTHON_VERSION) $(PACKAGES:%=--package %)
+	$(BIN)/python benchmarks/kit/build.py --out kit-dist --real '$(REAL)' --models '$(MODELS)' $(OTHER:%=--other '%') --python $(PYTHON_VERSION) $(PACKAGES:%=--package %)
 
 clean:
 	rm -rf runs

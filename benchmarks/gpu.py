@@ -1,11 +1,14 @@
 """Everything that only a GPU can show, within minutes: does it run and agree, what does it make, how fast is it.
 
     python benchmarks/gpu.py [--budget 540] [--out runs/gpu] [--parts smoke,real,rates,demo] [--quick] [--device cpu]
+    python benchmarks/gpu.py --parts histodiffusion [--budget 540] [--out runs/gpu]
 
 smoke: every precision, way of training, sampler and full memory, each against fp32 or the CPU within a stated bound.
 real: `latent-medi run` with configs/prostate/256px.yaml on real biopsies, as many updates as fit, and a picture of all
 six combinations of class and hospital, real, MeDi and CLS. rates: images per second and memory against plain
-loops, pixels and the estimate. demo: the demo, its headline compared with the CPU's.
+loops, pixels and the estimate. demo: the demo, its headline compared with the CPU's. histodiffusion, only where it is
+asked for, with a budget of its own: `latent-medi run` with configs/histodiffusion/prostate_256px.yaml, pre-trained on
+other tissue, and the accuracy of image classifiers with and without each set of selected patches.
 
 Each row is written the moment it is done: OUT/PART/ROW.json with revision, card, command and seconds, with logs and
 pictures; OUT/results.json holds all, OUT/table.txt the last table, OUT/measured.json what `train --estimate` reports of
@@ -31,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from gpu_parts import records  # noqa: E402
-from gpu_parts.plan import BUDGET, PARTS  # noqa: E402
+from gpu_parts.plan import BUDGET, PARTS, TOGETHER  # noqa: E402
 from gpu_parts.runner import Machine, Options, Runner  # noqa: E402
 
 from latent_medi.core.errors import UserError  # noqa: E402
@@ -67,10 +70,14 @@ def main() -> int:
     names = [part.name for part in PARTS]
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which it has ended (default 540)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of results (default runs/gpu)")
-    parser.add_argument("--parts", default=",".join(names), help=f"some of {','.join(names)} (default: all)")
+    together = ",".join(part.name for part in TOGETHER)
+    parser.add_argument("--parts", default=together, help=f"some of {','.join(names)} (default: {together})")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default cuda)")
     parser.add_argument("--real", type=Path, default=SHARED / "data/prostate", help="folder of the biopsies' patches")
+    parser.add_argument(
+        "--other", type=Path, default=SHARED / "data/unlabelled/consep", help="folder of patches of other tissue"
+    )
     parser.add_argument("--models", type=Path, default=SHARED / "models", help="folder with taef2 and squeezenet")
     arguments = parser.parse_args()
     asked = [word.strip() for word in arguments.parts.split(",") if word.strip()]
@@ -87,6 +94,7 @@ def main() -> int:
         device,
         arguments.real.resolve(),
         arguments.models.resolve(),
+        arguments.other.resolve(),
         start=START,
     )
     with output_lock(options.out):

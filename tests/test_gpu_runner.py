@@ -277,8 +277,8 @@ def test_a_runner_that_is_killed_takes_its_processes_along_and_is_gone_on_with(
 
 
 def test_every_row_of_the_plan_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [p.name for p in plan.PARTS] == ["smoke", "real", "rates", "demo"]
-    assert sum(p.seconds for p in plan.PARTS) == plan.BUDGET
+    assert [p.name for p in plan.PARTS] == ["smoke", "real", "rates", "demo", "histodiffusion"]
+    assert sum(p.seconds for p in plan.TOGETHER) == plan.BUDGET
     for whole in plan.PARTS:
         names = [row for group in whole.groups for row in group.rows]
         assert len(set(map(records.file_name, names))) == len(names)

@@ -39,12 +39,14 @@ class Context:
     """What a row is given, and the figures that it keeps.
 
     Args:
-        job: Of the runner: part, device, quick, out, work, real, models, deadline and what every record holds.
+        job: Of the runner: part, device, quick, out, work, real, models, other, scale, deadline and what every
+            record holds.
         row: The row's name.
 
     Attributes:
         quick: Whether sizes are tiny.
         device: "cuda" or "cpu".
+        scale: The budget over that of 540 seconds.
         work: Folder for what a later call can go on with.
         pictures: Folder for what is to be looked at.
     """
@@ -54,7 +56,8 @@ class Context:
         self.quick, self.device = bool(job["quick"]), str(job["device"])
         self.out, self.work = Path(job["out"]), Path(job["work"])
         self.pictures = self.out / self.part
-        self.real, self.models = Path(job["real"]), Path(job["models"])
+        self.real, self.models, self.other = Path(job["real"]), Path(job["models"]), Path(job["other"])
+        self.scale = float(job["scale"])
         self.deadline = float(job["deadline"])
         self.command = ""
         self._started, self._clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()

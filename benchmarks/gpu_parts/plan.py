@@ -118,4 +118,11 @@ RATES = Part(
 
 DEMO = Part("demo", 60, (Group("gpu_parts.demo", ("demo",), chain=True),))
 
-PARTS = (SMOKE, REAL, RATES, DEMO)
+HISTODIFFUSION = Part(
+    "histodiffusion", BUDGET, (Group("gpu_parts.histodiffusion", ("patches", "rate", "run", "pictures"), chain=True),)
+)
+
+TOGETHER = (SMOKE, REAL, RATES, DEMO)
+"""The parts that one budget holds."""
+
+PARTS = (*TOGETHER, HISTODIFFUSION)

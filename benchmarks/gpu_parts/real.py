@@ -75,7 +75,7 @@ def _reduced(source: PatchDataset, out: Path, size: int) -> None:
     write_dataset(out, patches, "few", source.schema, size, 4.0, splits={"main": (split, {"kind": "as the source's"})})
 
 
-def _patches(context: Context) -> None:
+def pack_patches(context: Context) -> None:
     """The dataset folder: cut from the folder of images, or the given one if it is a dataset folder already."""
     real, data = context.real, context.work / "data"
     if not real.is_dir():
@@ -104,35 +104,38 @@ def _patches(context: Context) -> None:
     context.show(patches=len(made), combinations=len(made.index.groupby(["class", "site"]).size()))
 
 
-def _data(context: Context) -> Path:
+def real_data(context: Context) -> Path:
+    """The dataset folder of biopsies that :func:`pack_patches` made."""
     record = json.loads((context.out / context.part / "patches.json").read_text(encoding="utf-8"))
     return Path(record["figures"]["data"])
 
 
-def _rate(context: Context) -> None:
-    """Images per second of real updates, and how many updates fit the time that is left."""
+def images_per_second(context: Context, config_name: str) -> tuple[float, int]:
+    """Images per second of real updates with a packaged configuration, and its batch."""
     from latent_medi.training.estimate.report import measure, stand_in_schema
     from latent_medi.training.settings import EstimateSettings
 
-    words = ["--config", "demo/medi" if context.quick else "prostate/medi_256px", "data=", "latents=", "max_steps=1"]
+    name = "demo/medi" if context.quick else config_name
+    words = ["--config", name, "data=", "latents=", "max_steps=1"]
     words += ["global_batch=8", "measure_steps=2"] if context.quick else ["precision=bf16", "measure_steps=20"]
     settings = config.parse(EstimateSettings, words)
     shape, batch = ((4, 16, 16), 8) if context.quick else ((32, 32, 32), settings.global_batch)
-    rate = measure(settings, shape, stand_in_schema(None, 2, 3), batch, context.device)["steps_per_s"] * batch
+    return measure(settings, shape, stand_in_schema(None, 2, 3), batch, context.device)["steps_per_s"] * batch, batch
+
+
+def _rate(context: Context) -> None:
+    """Images per second of real updates, and how many updates fit the time that is left."""
+    rate, batch = images_per_second(context, "prostate/medi_256px")
     if context.quick:
         steps, seen, unseen = 6, 4, 6
     else:
         seen, unseen = SEEN, UNSEEN
         made = 2 * (4 * seen + 2 * unseen)
-        left = context.seconds_left() - RESERVE * _scale(context) - made * FORWARDS / rate
+        left = context.seconds_left() - RESERVE * context.scale - made * FORWARDS / rate
         steps = max(100, round(SHARE * left * rate / 2 / batch))
     chosen = {"max_steps": steps, "batch": batch, "seen": seen, "unseen": unseen}
     (context.work / "chosen.json").write_text(json.dumps(chosen))
     context.show(images_per_s=rate, updates_per_model=steps, images_per_model=steps * batch)
-
-
-def _scale(context: Context) -> float:
-    return float(context.job.get("scale", 1.0))
 
 
 def words_of(context: Context, chosen: Mapping[str, Any]) -> list[str]:
@@ -140,10 +143,10 @@ def words_of(context: Context, chosen: Mapping[str, Any]) -> list[str]:
     weights = context.models / "squeezenet"
     weights = weights if weights.exists() else context.models / "squeezenet1_0_imagenet.safetensors"
     autoencoder = context.models / "taef2"
-    words = ["run", "--config", f"prostate/{64 if context.quick else 256}px", f"data={_data(context)}"]
+    words = ["run", "--config", f"prostate/{64 if context.quick else 256}px", f"data={real_data(context)}"]
     words += [f"out={context.work / 'run'}", f"seen_per_cell={chosen['seen']}", f"unseen_per_cell={chosen['unseen']}"]
     # Real patches and samples can be compared only if both were compressed alike.
-    words.append(f"generate.codec={PatchDataset.open(_data(context)).info['codec']}")
+    words.append(f"generate.codec={PatchDataset.open(real_data(context)).info['codec']}")
     words += [
         f"train.max_steps={chosen['max_steps']}",
         f"train.checkpoint_every_images={16 if context.quick else 64 * 250}",
@@ -185,7 +188,7 @@ def _run(context: Context) -> None:
 def _pictures(context: Context) -> None:
     """All combinations of class and hospital: real patches, MeDi's and CLS's."""
     run, n = context.work / "run", 3
-    sets = {"real": PatchDataset.open(_data(context))}
+    sets = {"real": PatchDataset.open(real_data(context))}
     sets |= {name: PatchDataset.open(run / "synthetic" / name) for name in ("medi", "cls")}
     index = sets["real"].index
     size = sets["real"].patch_size
@@ -215,7 +218,7 @@ def _pictures(context: Context) -> None:
 
 
 ROWS: dict[str, Callable[[Context], None]] = {
-    "patches": _patches,
+    "patches": pack_patches,
     "rate": _rate,
     "run": _run,
     "pictures": _pictures,

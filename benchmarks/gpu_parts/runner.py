@@ -38,6 +38,7 @@ class Options:
         device: "cuda" or "cpu".
         real: Folder of real biopsies.
         models: Folder of weights.
+        other: Folder of patches of other tissue.
         least: Seconds that a part gets whatever its share of the budget.
         start: Moment from which the budget counts, by time.time().
     """
@@ -48,6 +49,7 @@ class Options:
     device: str = "cpu"
     real: Path = Path("real")
     models: Path = Path("models")
+    other: Path = Path("other")
     least: float = LEAST
     start: float = field(default_factory=time.time)
 
@@ -243,6 +245,7 @@ class Runner:
                 "work": str(self._work(part).resolve()),
                 "real": str(options.real),
                 "models": str(options.models),
+                "other": str(options.other),
                 "deadline": deadline - options.grace,
                 "log": log.name,
                 "parent": os.getpid(),

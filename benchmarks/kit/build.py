@@ -1,9 +1,11 @@
 """The kit for a compute node without a connection: one folder with all that the node lacks (docs/offline.md).
 
-    make gpu-kit REAL=/path/to/prostate MODELS=/path/to/models [PYTHON_VERSION=3.12]
+    make gpu-kit REAL=/path/to/prostate MODELS=/path/to/models [OTHER=/path/to/patches] [PYTHON_VERSION=3.12]
 
 It holds the repository at HEAD, packages for the node's Python, the weights, and the real biopsies stored as WebP:
-every patch of a tumour, and of the benign ones as many as fit. Each part is one archive. A kit of --limit MB or more is
+every patch of a tumour, and of the benign ones as many as fit. OTHER, a folder of patches of other tissue, is what
+`gpu.py --parts histodiffusion` pre-trains on; to make room, a tumour biopsy then gives few patches. Each part is one
+archive. A kit of --limit MB or more is
 not written, and the message lists the sizes.
 """
 
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from latent_medi.cli import main as latent_medi
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import sha256_file
 from latent_medi.metadata.tables import read_table
@@ -34,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 
 LIMIT = 60.0  # MB (10⁶ bytes): what mail, chat and upload forms of clusters still take
 BENIGN = 290
+MOST = 60  # patches of a tumour biopsy, where patches of other tissue come along
 PATCH_SIZE = 256
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64")
 PACKAGES = (
@@ -148,17 +152,18 @@ def unpack_wheels(wheels: Path, names: Sequence[str], out: Path) -> dict[str, di
     return found
 
 
-def smaller(table: pd.DataFrame, benign: int) -> pd.DataFrame:
-    """All patches of a tumour, and ``benign`` others, in equal parts of each biopsy as far as it has them, so that the
-    split by biopsy stays that of the whole."""
-    others = table[table["class"] == "benign"]
-    order = others["image"].map(lambda name: hashlib.sha256(name.encode()).hexdigest())
-    turn = order.groupby(others["patient"]).rank()  # every biopsy's first, then every one's second
-    chosen = pd.DataFrame({"turn": turn, "order": order}).sort_values(["turn", "order"]).index[:benign]
-    return table[(table["class"] != "benign") | table.index.isin(chosen)]
+def smaller(table: pd.DataFrame, benign: int, most: int = 0) -> pd.DataFrame:
+    """All patches of a tumour, or ``most`` of each biopsy, and ``benign`` others, in equal parts of each biopsy as far
+    as it has them, so that the split by biopsy stays that of the whole."""
+    order = table["image"].map(lambda name: hashlib.sha256(name.encode()).hexdigest())
+    turn = order.groupby([table["patient"], table["class"] == "benign"]).rank()  # every biopsy's first, then its second
+    tumour = (table["class"] != "benign") & (turn <= (most or len(table)))
+    others = table[table["class"] == "benign"].index
+    chosen = pd.DataFrame({"turn": turn, "order": order}).loc[others].sort_values(["turn", "order"]).index[:benign]
+    return table[tumour | table.index.isin(chosen)]
 
 
-def real_patches(source: Path, out: Path, benign: int, jobs: int) -> None:
+def real_patches(source: Path, out: Path, benign: int, most: int, jobs: int) -> None:
     """The dataset folder of the real biopsies, every patch stored as WebP.
 
     Raises:
@@ -167,16 +172,29 @@ def real_patches(source: Path, out: Path, benign: int, jobs: int) -> None:
     table = read_table(source / "manifest.csv")
     with tempfile.TemporaryDirectory() as temporary:
         part = Path(temporary)
-        smaller(table, benign).to_csv(part / "manifest.csv", index=False)
+        smaller(table, benign, most).to_csv(part / "manifest.csv", index=False)
         for name in sorted({Path(image).parts[0] for image in table["image"]}):
             (part / name).symlink_to((source / name).resolve())
         load_recipe("prostate").build(part, out, patch_size=PATCH_SIZE, codec="webp", jobs=jobs)
+
+
+def other_patches(source: Path, out: Path, jobs: int) -> None:
+    """The dataset folder of patches of other tissue, without classes, each stored as WebP.
+
+    Raises:
+        UserError: The folder has no images.
+    """
+    words = ["shards", "images", f"folder={source}", f"out={out}", r"pattern=.*\.(?:jpe?g|png)", "name=other"]
+    words += ["class_field=", "patient_is=image", "source_mpp=1.0", "max_bad=0.1", "codec=webp", f"jobs={jobs}"]
+    if latent_medi([*words, f"patch_size={PATCH_SIZE}"]):
+        raise UserError(f"{source} cannot be packed.", "OTHER=/path/to/patches, a folder of images")
 
 
 def build(
     out: Path,
     real: Path,
     models: Path,
+    other: Path | None = None,
     python: str = "3.12",
     packages: Sequence[str] = (),
     wheels: Path | None = None,
@@ -191,6 +209,7 @@ def build(
         out: Folder to write; a kit that is there is replaced.
         real: The prostate recipe's source: manifest.csv and images.
         models: Folder with squeezenet/ and taef2/.
+        other: Folder of patches of other tissue.
         python: The node's Python.
         packages: Further packages, in addition to :data:`PACKAGES`.
         wheels: Folder of wheels; by default they are downloaded.
@@ -225,9 +244,11 @@ def build(
         for file in weights:
             (work / "models" / file.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, work / "models" / file.parent.name / file.name)
-        real_patches(real, work / "real", benign, jobs)
+        real_patches(real, work / "real", benign, MOST if other else 0, jobs)
+        if other is not None:
+            other_patches(other, work / "other", jobs)
         parts = {}
-        for name in ("repository", "packages", "models", "real"):
+        for name in ("repository", "packages", "models", "real", *(["other"] if other else [])):
             archive = kit / f"{name}.tar.xz"
             pack(work / name, archive)
             parts[name] = {"file": archive.name, "sha256": sha256_file(archive)}
@@ -256,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("kit-dist"), help="folder to write (default kit-dist)")
     parser.add_argument("--real", type=Path, required=True, help="folder with manifest.csv and the images it names")
     parser.add_argument("--models", type=Path, required=True, help="folder with squeezenet and taef2")
+    parser.add_argument("--other", type=Path, help="folder of patches of other tissue, for --parts histodiffusion")
     parser.add_argument("--python", default="3.12", help="the node's Python (default 3.12)")
     parser.add_argument("--package", action="append", default=[], help="one more that the node lacks; may be repeated")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to take instead of downloading them")
@@ -268,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked.out,
             asked.real,
             asked.models,
+            asked.other,
             asked.python,
             asked.package,
             asked.wheels,

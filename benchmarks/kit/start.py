@@ -144,7 +144,8 @@ def main() -> None:
         PYTHONDONTWRITEBYTECODE="1",
     )
     words = [sys.executable, str(repository / "benchmarks" / "gpu.py"), "--out", str(out)]
-    words += ["--real", str(work / "real"), "--models", str(work / "models"), *others]
+    words += ["--real", str(work / "real"), "--models", str(work / "models")]
+    words += ["--other", str(work / "other"), *others]
     print(f"From the kit: {', '.join(own) or 'no package'}. Results: {out}", flush=True)
     os.execve(sys.executable, words, surroundings)
 

@@ -17,7 +17,7 @@ import pandas as pd
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import progress
 from latent_medi.metadata.schema import UNKNOWN_WORD
-from latent_medi.selection.inputs import MIN_PATIENTS_OF_VALUE, Inputs, column, joined, joined_all
+from latent_medi.selection.inputs import BY_DISTANCE, MIN_PATIENTS_OF_VALUE, Inputs, column, joined, joined_all
 from latent_medi.selection.result import ProbeReport
 from latent_medi.selection.settings import Filter, Score, SelectSettings
 from latent_medi.shards.dataset import PatchDataset
@@ -85,7 +85,7 @@ def score(inputs: Inputs, features: np.ndarray, real_features: np.ndarray, setti
         _centroids(inputs, features, real_features, settings, scored)
     if needed & {"outliers", "copies", "distance"}:
         scored.scores["distance"] = nearest_cosine_distance(features, real_features, device=settings.device)
-    if not needed & {"outliers", "copies", "duplicates"}:
+    if not needed & {*BY_DISTANCE}:
         return scored
     between_patients = _distances_between_patients(inputs, real_features, settings)
     if "outliers" in needed:
@@ -114,7 +114,7 @@ def check_tissue(inputs: Inputs, features: np.ndarray, real: np.ndarray, setting
     Returns:
         Kernel distance of the patches to real training patches, over that between real patches: of the combination that
         is farthest from all others, or of a patient to all others (median), whichever is larger. None if it is unknown
-        or there are fewer than 20 patches.
+        or there are fewer than 20 patches, or a single patient.
 
     The default of ``farthest``: on procedural tissue test patients of a single combination reach 0.8, the samples of a
     trained model's farthest combination 1.1; models after 60 steps 1.2 to 2.6, noise in stain colours 1.2 to 3.
@@ -126,7 +126,7 @@ def check_tissue(inputs: Inputs, features: np.ndarray, real: np.ndarray, setting
     patients = column(inputs.real, "patient")
     rows = patients_in_turn(patients, _MOST_IN_KERNEL, rng)
     drawn = np.sort(rng.permutation(len(features))[:_MOST_IN_KERNEL])
-    if len(drawn) < _LEAST_IN_KERNEL:
+    if len(drawn) < _LEAST_IN_KERNEL or len(np.unique(patients)) < 2:
         return None
     groups = joined_all(inputs.real, inputs.cells)[rows]
     ratio = distance_in_groups(features[drawn], real[rows], groups, patients[rows]).ratio

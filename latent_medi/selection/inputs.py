@@ -21,8 +21,10 @@ from latent_medi.shards.checking.duplicates import joined_patients
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.shards.format.selections import check_selection_name
 
+BY_DISTANCE = ("outliers", "copies", "duplicates")
+"""Filters whose thresholds are quantiles of distances between patients."""
 MIN_PATIENTS = 10
-"""Patients that distances between patients need at least."""
+"""Patients that these need at least."""
 MIN_PATIENTS_OF_VALUE = 2
 """A linear probe is validated on patients that it did not learn from, so each value needs two."""
 _NO_EFFECT = ("data", "real", "batch", "device", "workers", "cache", "replace", "encoder", "weights", "farthest")
@@ -111,11 +113,11 @@ def open_inputs(settings: SelectSettings) -> Inputs:
     table = real.index.iloc[rows].reset_index(drop=True)
     # Patients with the same picture count as one: their distance of 0 would let every copy pass.
     table = table.assign(patient=joined_patients(table))
-    patients = table["patient"].nunique()
-    if patients < MIN_PATIENTS:
+    patients, by_distance = table["patient"].nunique(), [name for name in settings.filters if name in BY_DISTANCE]
+    if by_distance and patients < MIN_PATIENTS:
         raise UserError(
             f"{settings.real} has {patients} training patients; distances between patients need {MIN_PATIENTS}.",
-            "Choose at random instead, or add patients.",
+            f"Leave {', '.join(by_distance)} out of filters (centroid and confidence need fewer), or add patients.",
         )
     cells = _known(settings.cells or _stated(synthetic), synthetic, real, "cells")
     fields = _known(settings.fields or _class_of(synthetic, cells) or cells, synthetic, real, "fields")

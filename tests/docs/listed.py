@@ -10,7 +10,6 @@ ELSEWHERE = {
         "experiment/test_image_classifiers.py",
         "histodiffusion/prostate",
     ),
-    "latent-medi compare-classifiers": ("image_classifier/test_compare_classifiers.py", "compare-classifiers"),
     "latent-medi shards tcga-tiles": ("recipes/test_recipes.py", "tcga-tiles"),
     "latent-medi reading-sheet --score": ("report/test_reading_sheet.py", "score_sheet"),
     "latent-medi reading-sheet …": ("report/test_reading_sheet.py", "make_sheet"),

@@ -17,6 +17,7 @@ from scenes import (
     MINE,
     NETWORK,
     PARTS,
+    PIXELS,
     SAMPLE,
     SHORT,
     TWO,
@@ -123,10 +124,6 @@ def _corpus() -> None:
     shown("latent-medi encode data=corpus out=corpus-latents autoencoder=tiny reconstruction_error.patches=0")
 
 
-PIXELS = (
-    "validation_value=probe image_size=64 max_images=16 global_batch=8 precision=fp32 workers=0 "
-    "evaluate_every_images=0 checkpoint_every_images=0"
-)
 CLASSIFIER = (
     "max_steps=2 global_batch=8 network.block_out_channels=[32,32] network.attention=[false,true] "
     "network.attention_head_dim=16"

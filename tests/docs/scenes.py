@@ -187,6 +187,10 @@ HELD_OUT = "hold_out='[{class: gleason4, site: radboud}]' hold_out_fractions='{p
 PARTS = "fractions='{train: 0.6, probe: 0.2, test: 0.2}'"
 MINE = f"data=data latents=latents {TRAIN}"
 
+PIXELS = (
+    "validation_value=probe image_size=64 max_images=16 global_batch=8 precision=fp32 workers=0 "
+    "evaluate_every_images=0 checkpoint_every_images=0"
+)
 AUTOENCODER = "data=data init=tiny split= max_images=16 global_batch=8 encoders=[]"
 
 BIOPSIES = [
@@ -262,6 +266,16 @@ BIOPSIES = [
         "latent-medi select synthetic/medi real=…",
         "real=data encoder=demo farthest=0 filters=[copies,duplicates] name=again",
     ),
+    Row(
+        "latent-medi compare-classifiers --config histodiffusion/vit data=data out=runs/classifiers",
+        f"network=test_vit {PIXELS} seeds=1",
+    ),
+    Row(
+        "latent-medi compare-classifiers --config histodiffusion/vit data=data/crc",
+        f"split=main out=runs/crc network=test_vit {PIXELS} seeds=1 percents=[50]",
+        {"data/crc": "data", "synthetic/guided": "synthetic/medi"},
+    ),
+    Row("latent-medi report metrics=… classifiers=runs/classifiers", "metrics=runs/mine/metrics.json"),
     Row("latent-medi translate data=runs/mine/data", "", {"runs/mine/data": "data"}),
     Row(
         "latent-medi translate data=… model=… out=…",

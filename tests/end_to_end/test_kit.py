@@ -116,6 +116,8 @@ def test_it_starts_from_itself_alone_and_writes_into_its_folder_only(kit: Path, 
         str(work / "real"),
         "--models",
         str(work / "models"),
+        "--other",
+        str(work / "other"),
         "--quick",
         "--parts",
         "real",
@@ -146,6 +148,23 @@ def test_every_patch_is_webp_and_every_biopsy_stays_on_its_side(kit: Path, parts
     assert dict(zip(dataset.index["patient"], dataset.index["split_main"], strict=True)) == recipe.split_patients(
         manifest.rename(columns={"image": "path"})
     )
+
+
+def test_with_other_tissue_a_tumour_biopsy_gives_fewer_patches(
+    parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "MOST", 2)
+    (tmp_path / "other").mkdir()
+    for number in range(3):
+        image = np.full((256, 256, 3), (200, 80 + 50 * number, 160), np.uint8)
+        Image.fromarray(image).save(tmp_path / "other" / f"{number}.png")
+    build(parts, tmp_path / "kit", other=tmp_path / "other")
+    start(tmp_path / "kit", tmp_path, "--work", str(tmp_path / "work"))
+    real, other = (PatchDataset.open(tmp_path / "work" / name) for name in ("real", "other"))
+    assert real.index.groupby("class")["patient"].value_counts()["gleason3"].tolist() == [2] * 6
+    assert (real.index["class"] == "benign").sum() == 12
+    assert len(other) == 3
+    assert other.info["codec"] == "webp"
 
 
 def test_it_is_unpacked_once_and_damage_is_named(kit: Path, tmp_path: Path) -> None:

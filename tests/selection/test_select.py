@@ -310,6 +310,19 @@ def test_noise_is_not_selected(real: PatchDataset, tmp_path: Path) -> None:
         assert found.distance_ratio is not None
 
 
+@pytest.mark.parametrize("cells", [CELLS, [("benign", "aster"), ("tumour", "aster")]])
+def test_one_patient_of_each_class_is_enough_for_centroids(
+    synthetic: PatchDataset, tmp_path: Path, cells: list[tuple[str, str]]
+) -> None:
+    few = write_real(tmp_path / "few", 2, cells)  # one of each class and site trains
+    assert few.index.query("split_main == 'train'")["patient"].nunique() in (5, 2)
+    how: dict[str, Any] = {"filters": ["centroid"], "rank": "centroid", "fields": ["class"], "cells": ["class"]}
+    select(options(synthetic, few, **how), pooled())
+    assert kinds(chosen(synthetic))["good"] >= 0.8 * GOOD * len(CELLS)
+    with pytest.raises(UserError, match=r"(?s)distances between patients need 10.*Leave copies out"):
+        select(options(synthetic, few, name="b", filters=["copies", "centroid"], rank="centroid"), pooled())
+
+
 def test_bad_input_is_named(synthetic: PatchDataset, real: PatchDataset, tmp_path: Path) -> None:
     def refuse(match: str, **changes: Any) -> None:
         with pytest.raises(UserError, match=f"(?s){match}"):

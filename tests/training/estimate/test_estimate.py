@@ -82,7 +82,7 @@ def real_pass(settings: TrainSettings, shape: tuple[int, int, int], batch: int) 
     ("model", "shape", "batch"),
     [
         pytest.param(small_model(), TINY, 64, id="tiny"),
-        pytest.param(ModelSettings(preset="S"), LATENT, 1, id="S", marks=pytest.mark.slow),
+        pytest.param(ModelSettings(preset="S"), LATENT, 4, id="S", marks=pytest.mark.slow),
     ],
 )
 def test_activations_are_the_bytes_that_a_real_pass_saves(
@@ -93,7 +93,7 @@ def test_activations_are_the_bytes_that_a_real_pass_saves(
     real = real_pass(settings, shape, batch)
     assert cost.saved == pytest.approx(real["hooks"], rel=0.04)
     assert cost.saved == pytest.approx(real["left"], rel=0.05)
-    assert cost.saved + cost.passing == pytest.approx(real["peak"], rel=0.10 if model.preset else 0.35)
+    assert cost.saved + cost.passing == pytest.approx(real["peak"], rel=0.06 if model.preset else 0.10)
 
 
 def test_state_is_exact() -> None:
