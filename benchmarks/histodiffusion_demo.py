@@ -1,4 +1,5 @@
-"""HistoDiffusion on the demo's tissue: what synthetic patches are worth where 5 % of the patients have labels.
+"""HistoDiffusion on the demo's tissue: what synthetic patches are worth where labels of 3 % of the patients teach, and
+those of another 7 % choose the best weights.
 
     python benchmarks/histodiffusion_demo.py [--out runs/histodiffusion] [--seeds 0 1 2] [--quick] [key=value …]
 

@@ -36,6 +36,12 @@ def _run(words: list[str]) -> Printed:
     return {} if take_part(settings) else run(settings)
 
 
+def _doctor(words: list[str]) -> Printed:
+    from latent_medi.doctor import DoctorSettings, doctor
+
+    return doctor(config.parse(DoctorSettings, words, "doctor"))
+
+
 _SHARDS = """latent-medi shards WHAT …
 
   images    make a dataset folder from a table or folder of images
@@ -442,5 +448,6 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "floors": (_floors, "measure what real patients reach: real-vs-real distances and accuracy on real patches"),
     "benchmark-shift": (_benchmark_shift, "measure accuracy as the association of class and site increases"),
     "report": (_report, "write one HTML page from metrics.json; --compare A B: compare several evaluations"),
+    "doctor": (_doctor, "say what this machine has and lacks: packages, GPU, disk, hub, weights, launcher"),
     "reading-sheet": (_reading_sheet, "write a blinded real-or-synthetic sheet for pathologists; --score: score it"),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from latent_medi.core.errors import Incomplete
 from latent_medi.core.records import encode
+from latent_medi.doctor import examine
 from latent_medi.experiment.cost import experiment_cost
 from latent_medi.experiment.cost_records import cost_text
 from latent_medi.experiment.experiment import Experiment
@@ -32,6 +34,9 @@ def dry_run(settings: ExperimentSettings) -> dict[str, Any]:
     cost = experiment_cost(experiment, measure=True)
     result = {"out": settings.out, "bytes": cost.bytes, "planned": cost.planned, **encode(cost)}
     print(cost_text(cost))
+    for finding in examine(Path(settings.out), hub=False):
+        if finding.state == "bad":
+            print(f"\n{finding.part}, {finding.name}: {finding.text}\n  {finding.remedy}")
     check_limits(settings, cost)
     if not settings.replace:
         experiment.check_stages()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from experiment_parts import NETWORK, TO_SAMPLE, small_experiment
 
+from latent_medi import doctor
 from latent_medi.cli import main
 from latent_medi.core.config import build, load
 from latent_medi.core.errors import UserError
@@ -118,6 +119,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(
     assert told["seconds"] == pytest.approx(48 / 0.01 + 12 / 2 + encoding)
     assert "train" in text
     assert "1.3  measured here" in text
+    assert "disk, results" not in text
     assert told["bytes"] == sum(row.get("bytes", 0) for row in told["stages"])
 
 
@@ -287,6 +289,19 @@ def test_what_is_missing_is_listed(
     assert main(["run", *words, "--json", str(tmp_path / "cost.json")]) == 3
     assert "nowhere" in capsys.readouterr().err
     assert any("nowhere" in text for text in json.loads((tmp_path / "cost.json").read_text())["missing"])
+
+
+def test_a_dry_run_says_what_the_machine_lacks(
+    settings: Callable[..., ExperimentSettings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings()
+    monkeypatch.setattr(doctor, "LEAST_FREE", 2**62)
+    words = [f"data={tmp_path / 'data'}", f"out={tmp_path / 'out'}", "stages=[shards, encode]", "dry_run=true"]
+    assert main(["run", *words]) == 0
+    assert "disk, results" in capsys.readouterr().out
 
 
 def test_a_long_run_on_a_cpu_is_measured_and_names_what_a_cpu_can_do(
