@@ -229,7 +229,7 @@ def attach(adapter: Adapter, denoiser: Denoiser, base: str, scales: Sequence[flo
     peft.set_peft_model_state_dict(unet, adapter.weights, adapter_name=f"adapter_{number}")
     set_weights_and_activate_adapters(unet, [f"adapter_{i}" for i in range(len(scales))], list(scales))
     network: nn.Module = unet
-    network.to(device=unet.device, dtype=unet.dtype)
+    nn.Module.to(network, device=unet.device, dtype=unet.dtype)  # diffusers' own warns of modules that there are not
     network.requires_grad_(False).eval()
     for name, values in adapter.values.items():
         assert conditioner is not None  # checked above
