@@ -123,6 +123,25 @@ def test_counts_of_every_pair_and_their_heat_maps(dataset: PatchDataset, tmp_pat
     assert len(found["figures"]) >= 1
 
 
+def test_what_a_folder_holds_and_how_it_is_split(
+    tmp_path: Path, make_patches: Callable[..., list[Patch]], schema: Schema, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patches = make_patches()
+    parts = {patch.patient: "test" if number % 2 else "train" for number, patch in enumerate(patches)}
+    splits = {"main": (parts, {}), "half": (dict(list(parts.items())[::2]), {})}
+    made = write_dataset(tmp_path / "set", patches, "d", schema, 16, 0.5, splits=splits)
+    made.add_selection("best", {"": np.arange(24) % 3 == 0}, {}, {})
+    assert main(["shards", "info", str(made.folder), "--json", str(tmp_path / "info.json")]) == 0
+    found, shown = json.loads((tmp_path / "info.json").read_text()), capsys.readouterr().out
+    index = PatchDataset.open(made.folder).index
+    test = index[index["split_main"] == "test"]
+    assert found["splits"]["main"]["test"] == {"patches": len(test), "patients": test["patient"].nunique()}
+    assert sum(part["patches"] for part in found["splits"]["half"].values()) == 24
+    assert (found["patients"], found["selections"]) == (index["patient"].nunique(), {"best": 8})
+    assert f"test {len(test)} ({test['patient'].nunique()} patients)" in shown
+    assert "no part" in shown
+
+
 @pytest.mark.parametrize("form", ["webdataset", "folder"])
 def test_names_from_elsewhere_never_collide_or_lead_out(
     tmp_path: Path, make_patches: Callable[..., list[Patch]], form: Literal["webdataset", "folder"]
