@@ -7,6 +7,7 @@ out=runs/demo/synthetic/medi
 import sys
 
 from latent_medi.cli import main
+from latent_medi.core.processes import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(["sample", *sys.argv[1:]]))
+    run_program(lambda: main(["sample", *sys.argv[1:]]))

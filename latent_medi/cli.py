@@ -8,12 +8,13 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from latent_medi import __version__
 from latent_medi.core.errors import BAD_INPUT, RESUME, Incomplete, Preempted, UserError, nearest
 from latent_medi.core.files import NO_SPACE, check_file, write_json
 from latent_medi.core.paths import expand
-from latent_medi.core.processes import Output, follow_parent, read_by_somebody, safe_helpers
+from latent_medi.core.processes import Output, follow_parent, read_by_somebody, run_program, safe_helpers
 from latent_medi.core.progress import set_up_logging
 from latent_medi.verbs import VERBS, Printed
 
@@ -167,5 +168,10 @@ def _explained(words: Sequence[str] | None, output: Output) -> int:
         return 130
 
 
+def program() -> NoReturn:
+    """``latent-medi`` as a program: :func:`main`, and the end of the process."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -30,7 +30,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
 from latent_medi.core.device import check_precision, turn_tf32_off
 from latent_medi.core.errors import RESUME, UserError
-from latent_medi.core.processes import PARENT, RUNNER_OPTIONS, environment, follow_parent, python_words
+from latent_medi.core.processes import PARENT, RUNNER_OPTIONS, environment, follow_parent, python_words, run_program
 from latent_medi.core.progress import get_logger
 
 logger = get_logger("launch")
@@ -174,4 +174,4 @@ def _become_runner(options: list[str], words: list[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

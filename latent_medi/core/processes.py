@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -11,9 +12,9 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 
@@ -52,6 +53,34 @@ def environment(**changes: str) -> dict[str, str]:
     found = {**os.environ, **changes, _SAFE: "1"}
     found.pop("PYTHONPATH", None)
     return {**found, "PYTHONPATH": os.pathsep.join(listed)} if listed else found
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run a program's main function, and end the process with the exit code that it returns.
+
+    The process ends after Python's own cleanup and before that of C++ libraries: one whose thread still runs would
+    abort the process (exit code -6) although its work is done.
+    """
+    codes: list[int] = []
+
+    def end() -> None:
+        if codes:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                    stream.flush()
+            os._exit(codes[0])
+
+    atexit.register(end)  # before all others, so that it is called after them
+    try:
+        codes.append(main())
+    except SystemExit as error:
+        if isinstance(error.code, int):
+            codes.append(error.code)
+        raise
+    except Exception:  # Python prints it before it cleans up
+        codes.append(1)
+        raise
+    sys.exit(codes[0])
 
 
 @contextmanager

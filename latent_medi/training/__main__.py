@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from latent_medi.cli import main
+from latent_medi.core.processes import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run_program(lambda: main(["train", *sys.argv[1:]]))

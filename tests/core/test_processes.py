@@ -130,3 +130,50 @@ def test_importing_says_nothing_of_kernels_that_are_not_used(tmp_path: Path) -> 
         said.append(done.stdout + done.stderr)
     assert "gemm_4bit_forward" not in said[0]
     assert "something else" in said[1]
+
+
+ENDING = """
+import atexit, ctypes, os, sys, threading, time
+from latent_medi.core.processes import run_program
+abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p)
+ctypes.pythonapi.Py_AtExit(abort)  # a library that aborts once Python has ended
+
+def main():
+    atexit.register(print, "cleaned up")
+    threading.Timer(0.2, print, ["thread has ended"]).start()
+    print("main has ended")
+    how = sys.argv[1]
+    if how == "fails":
+        raise RuntimeError("planted")
+    if how == "exits":
+        sys.exit(75)
+    return int(how)
+
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("0", 0), ("3", 3), ("exits", 75), ("fails", 1)])
+def test_a_library_that_aborts_at_the_end_does_not_change_the_exit_code(how: str, code: int, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", ENDING, how]
+    done = subprocess.run(words, cwd=tmp_path, env=surroundings(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines() == ["main has ended", "thread has ended", "cleaned up"]
+    assert ("planted" in done.stderr) == (how == "fails")
+
+
+def test_every_program_ends_so(tmp_path: Path) -> None:
+    """With a library that aborts, as the programs are started."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ctypes\nctypes.pythonapi.Py_AtExit(ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p))\n"
+    )
+    env = surroundings() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    for words in (
+        ["-m", "latent_medi.cli", "--version"],
+        ["-m", "latent_medi.training", "no_such_setting=1"],
+        [str(REPOSITORY / "train.py"), "no_such_setting=1"],
+        [str(REPOSITORY / "sample.py"), "no_such_setting=1"],
+        ["-c", "from latent_medi.cli import program; program()"],
+    ):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, timeout=300)
+        assert done.returncode in (0, 2), (words, done.stderr)
