@@ -61,10 +61,10 @@ class DoctorSettings(Settings):
     """What this machine has of all that latent-medi uses.
 
     Args:
-        folder: Folder that results are to be written to.
+        out: Folder that results are to be written to.
     """
 
-    folder: PathText = "."
+    out: PathText = "."
 
 
 def doctor(settings: DoctorSettings) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def doctor(settings: DoctorSettings) -> dict[str, Any]:
     Raises:
         Incomplete: Something must be mended.
     """
-    found = examine(Path(settings.folder))
+    found = examine(Path(settings.out))
     print(text_of(found))
     bad = [f"{finding.part}, {finding.name}" for finding in found if finding.state == "bad"]
     result: dict[str, Any] = {"findings": [asdict(finding) for finding in found], "bad": len(bad)}
@@ -196,7 +196,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     places = {"results": folder, "downloads": Path(HF_HUB_CACHE), "temporary": Path(tempfile.gettempdir())}
-    settings = {"results": "folder=…", "downloads": "HF_HOME", "temporary": "TMPDIR"}
+    settings = {"results": "out=…", "downloads": "HF_HOME", "temporary": "TMPDIR"}
     for name, place in places.items():
         there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free

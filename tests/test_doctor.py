@@ -29,7 +29,7 @@ def test_a_machine_that_has_all_ends_with_0_and_writes_what_it_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "found.json"
-    assert main(["doctor", f"folder={tmp_path}", "--json", str(file)]) == 0
+    assert main(["doctor", f"out={tmp_path}", "--json", str(file)]) == 0
     found = {(f["part"], f["name"]): f for f in json.loads(file.read_text())["findings"]}
     assert found["packages", "torch"]["text"] == metadata.version("torch")
     assert found["slides", "OpenSlide"]["state"] == "good"
@@ -61,7 +61,7 @@ def test_a_folder_without_room_or_permission_is_bad_and_ends_with_3(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=module.LEAST_FREE - 1))
     monkeypatch.setattr(os, "access", lambda *_: True)
-    assert main(["doctor", f"folder={tmp_path / 'new' / 'run'}"]) == 3
+    assert main(["doctor", f"out={tmp_path / 'new' / 'run'}"]) == 3
     assert "disk, results" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda *_: False)
     found = of(examine(tmp_path / "new", hub=False), "disk")["results"]
@@ -87,7 +87,7 @@ def test_without_torch_it_still_says_so(tmp_path: Path) -> None:
     """A torchvision of another release fails when it is imported, and so does all that needs it."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(torch=None, torchvision=None)\n")
     surroundings = os.environ | {"PYTHONPATH": str(tmp_path)}
-    words = [sys.executable, "-m", "latent_medi.cli", "doctor", f"folder={tmp_path}"]
+    words = [sys.executable, "-m", "latent_medi.cli", "doctor", f"out={tmp_path}"]
     done = subprocess.run(words, env=surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert "packages, import torch; packages, import torchvision" in done.stderr
@@ -142,7 +142,7 @@ def test_the_hub_is_asked_for_access(hub: str, tmp_path: Path, token: str, state
     surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     surroundings |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
     surroundings |= {"HF_TOKEN": token} if token else {}
-    words = [sys.executable, "-m", "latent_medi.cli", "doctor", f"folder={tmp_path}", "--json", str(tmp_path / "a")]
+    words = [sys.executable, "-m", "latent_medi.cli", "doctor", f"out={tmp_path}", "--json", str(tmp_path / "a")]
     done = subprocess.run(words, env=surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == (3 if "bad" in states.values() else 0), done.stderr
     found = {f["name"]: f for f in json.loads((tmp_path / "a").read_text())["findings"] if f["part"] == "hub"}
@@ -153,12 +153,12 @@ def test_the_hub_is_asked_for_access(hub: str, tmp_path: Path, token: str, state
 def test_a_hub_that_does_not_answer_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     surroundings = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     surroundings |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-    words = [sys.executable, "-m", "latent_medi.cli", "doctor", f"folder={tmp_path}"]
+    words = [sys.executable, "-m", "latent_medi.cli", "doctor", f"out={tmp_path}"]
     done = subprocess.run(words, env=surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "none to http://127.0.0.1:9" in done.stdout
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:
-    assert doctor(DoctorSettings(folder=str(tmp_path)))["bad"] == 0
-    assert main(["doctor", "fodler=x"]) == 2
+    assert doctor(DoctorSettings(out=str(tmp_path)))["bad"] == 0
+    assert main(["doctor", "outt=x"]) == 2
