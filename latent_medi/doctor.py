@@ -27,7 +27,7 @@ from latent_medi.features.registry import ENCODERS, access_hint
 DISTRIBUTION = "latent-medi"
 GB = 10**9
 LEAST_FREE = 5 * GB
-"""Free bytes below which a folder is called full: the demo writes 2 GB."""
+"""Free bytes below which a folder is called full."""
 DRIVER = Path("/dev/nvidiactl")
 """There where NVIDIA's driver runs."""
 _PUBLIC = "stabilityai/sd-vae-ft-mse"

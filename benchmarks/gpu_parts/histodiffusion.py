@@ -11,7 +11,6 @@ import numpy as np
 
 from gpu_parts.child import Context, NotHere
 from gpu_parts.real import FORWARDS, command, images_per_second, pack_patches, real_data
-from latent_medi.image_classifier.compare import Kind
 from latent_medi.image_classifier.comparison import ClassifierComparison, read_comparison
 from latent_medi.sampling.grids import contact_sheet, save_sheet
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -108,10 +107,8 @@ def _run(context: Context) -> None:
 
 def accuracies(found: ClassifierComparison) -> dict[str, float]:
     """Accuracy on the test patches by kind of training."""
-    kinds = {Kind(row.training_set, row.choice, row.percent): row for row in found.rows}
     return {
-        kind.training_set + ("" if kind.choice == "none" else f" {kind.choice}"): row.accuracy.mean
-        for kind, row in kinds.items()
+        row.training_set + ("" if row.choice == "none" else f" {row.choice}"): row.accuracy.mean for row in found.rows
     }
 
 
@@ -120,8 +117,7 @@ def _pictures(context: Context) -> None:
     run, n = context.work / "run", 3
     real = PatchDataset.open(real_data(context))
     index = real.index
-    split = next(column for column in index.columns if column.startswith("split_") and column != "split_main")
-    sets = {"labelled": (real, (index[split] == "train").to_numpy())}
+    sets = {"labelled": (real, (index["split_few"] == "train").to_numpy())}
     for name in SAMPLED:
         made = PatchDataset.open(run / "synthetic" / name)
         sets[name] = made, made.index["selected_best"].to_numpy().astype(bool)
