@@ -69,13 +69,16 @@ def test_only_slides_and_the_report_need_what_only_they_use_and_what_is_absent_i
 @pytest.mark.slow
 def test_a_whole_experiment_runs_there(tmp_path: Path) -> None:
     """shards → audit → encode → train → plan → sample → evaluate → report."""
-    out = tmp_path / "out"
-    done = Lean(tmp_path, ABSENT).python(
+    out, lean = tmp_path / "out", Lean(tmp_path, ABSENT)
+    done = lean.python("-m", "latent_medi.cli", "shards", "demo", f"out={tmp_path / 'data'}", "scale=0.15")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = lean.python(
         "-m",
         "latent_medi.cli",
         "run",
         "--config",
         "demo/experiment",
+        f"data={tmp_path / 'data'}",
         f"out={out}",
         "train.max_steps=4",
         "seen_per_cell=2",
