@@ -239,6 +239,7 @@ def build(folder: Path, settings: CohortSettings, jobs: int = 2) -> PatchDataset
         settings: The cohort.
         jobs: Processes that render.
     """
+    folder = folder.resolve()  # a worker process of an earlier call may have another working folder
     with output_lock(folder):
         return _build(folder, settings, jobs)
 

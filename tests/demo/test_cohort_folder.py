@@ -44,3 +44,13 @@ def test_what_a_broken_off_cohort_of_other_settings_left_is_not_taken(
     other = cohort.build(tmp_path / "a", replace(settings, seed=1), jobs=1)
     fresh = cohort.build(tmp_path / "b", replace(settings, seed=1), jobs=1)
     assert [s["sha256"] for s in other.info["shards"]] == [s["sha256"] for s in fresh.info["shards"]]
+
+
+def test_a_folder_is_that_of_the_call_whatever_an_earlier_call_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CohortSettings(train_patients=1, probe_patients=1, test_patients=1, patches_per_patient=1)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert not cohort.build(Path("data"), settings, jobs=2).verify()
