@@ -114,11 +114,12 @@ def run_seed(seed: int, out: Path, changes: Sequence[str], each: int) -> dict[st
     """Both experiments of a seed and the distances on the way, run unless an earlier command finished them.
 
     Returns:
-        What is kept in OUT/seed-S.json: ``changes``; ``seconds`` by stage, of both experiments and the distances;
-        ``distances`` by model, as images seen and distance; ``acceptance`` by model and class.
+        What is kept in OUT/seed-S.json: ``changes`` and ``each``; ``seconds`` by stage, of both experiments and the
+        distances; ``distances`` by model, as images seen and distance; ``acceptance`` by model and class.
     """
     file, folder = out / f"seed-{seed}.json", out / f"seed-{seed}"
-    if file.is_file() and (found := json.loads(file.read_text("utf-8")))["changes"] == list(changes):
+    how = {"changes": list(changes), "each": each}
+    if file.is_file() and how.items() <= (found := json.loads(file.read_text("utf-8"))).items():
         return dict(found)
     settings = settings_of(seed, folder, changes)
     seconds = {"adapted": run(settings)["seconds"]}
@@ -129,7 +130,7 @@ def run_seed(seed: int, out: Path, changes: Sequence[str], each: int) -> dict[st
     seconds["distances"] = {"in all": time.perf_counter() - start}
     accepted = {name: acceptance(folder, name) for name, entry in settings.models.items() if entry.sample}
     accepted[UNADAPTED] = acceptance(Path(control.out), UNADAPTED)
-    result = {"changes": list(changes), "seconds": seconds, "distances": distances, "acceptance": accepted}
+    result = {**how, "seconds": seconds, "distances": distances, "acceptance": accepted}
     write_json(file, result)
     return result
 
@@ -254,7 +255,8 @@ def reached(distances: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, f
     """When fine-tuning is as near to test patches as the model from scratch in the end; ``None``: never.
 
     Returns:
-        ``images`` of fine-tuning, ``scratch_images`` of the other, and ``share``, the one over the other.
+        ``images`` of fine-tuning; ``scratch_images`` and ``distance`` of the other at its end; and ``share``, the one
+        number of images over the other.
     """
     last, distance = distances[SCRATCH][-1]
     images = next((images for images, found in distances[TUNED] if found <= distance), None)

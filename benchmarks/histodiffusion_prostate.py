@@ -34,8 +34,10 @@ from pathlib import Path
 import pandas as pd
 from histodiffusion_parts.experiments import LABELLED, QUICK, Benchmark, Size
 from histodiffusion_parts.results import draw_samples, kinds, markdown, scored
-from histodiffusion_parts.running import finished, run_jobs, write_json
+from histodiffusion_parts.running import finished, run_jobs
 from output import options, report
+
+from latent_medi.core.files import write_json
 
 
 def measure(words: argparse.Namespace, out: Path, size: Size) -> dict[str, float | None]:

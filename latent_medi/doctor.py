@@ -175,12 +175,23 @@ def _device() -> Iterator[Finding]:
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for number in range(count):
-        name, (free, total) = torch.cuda.get_device_name(number), torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        try:
+            free, total = torch.cuda.mem_get_info(number)
+        except RuntimeError as error:  # its memory is full, another process has it for itself, or it is broken
+            reason, remedy = (
+                str(error).splitlines()[0],
+                "nvidia-smi lists what runs there; CUDA_VISIBLE_DEVICES hides it",
+            )
+            yield Finding("device", f"GPU {number}", f"{name} cannot be used: {reason}", "bad", remedy)
+            continue
         bf16 = "" if torch.cuda.get_device_capability(number) >= (8, 0) else ", no bf16: precision=fp16"
         yield Finding("device", f"GPU {number}", f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free{bf16}")
     if count:
         return
-    if DRIVER.exists():
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield Finding("device", "GPU", "hidden by CUDA_VISIBLE_DEVICES", "absent", "unset it")
+    elif DRIVER.exists():
         built = torch.version.cuda
         why = f"this torch is built for CUDA {built}, which the driver may be too old for" if built else "this torch "
         why += "" if built else "is built for processors alone"
@@ -198,16 +209,14 @@ def _disk(folder: Path) -> Iterator[Finding]:
     places = {"results": folder, "downloads": Path(HF_HUB_CACHE), "temporary": Path(tempfile.gettempdir())}
     settings = {"results": "out=…", "downloads": "HF_HOME", "temporary": "TMPDIR"}
     for name, place in places.items():
-        there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-        free = shutil.disk_usage(there).free
-        text, remedy = (
-            f"{free / GB:.1f} GB free in {place}",
-            f"Free some space, or name another folder: {settings[name]}",
-        )
+        # os.path: a folder that must not be entered is absent
+        there = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.exists(p))
+        free, another = shutil.disk_usage(there).free, f"name another folder: {settings[name]}"
         if not os.access(there, os.W_OK):
-            yield Finding("disk", name, f"no permission to write in {there}", "bad", remedy)
+            yield Finding("disk", name, f"no permission to write in {there}", "bad", another)
         else:
-            yield Finding("disk", name, text, "bad" if free < LEAST_FREE else "good", remedy)
+            state: Literal["good", "bad"] = "bad" if free < LEAST_FREE else "good"
+            yield Finding("disk", name, f"{free / GB:.1f} GB free in {place}", state, f"free some space, or {another}")
 
 
 def _launcher() -> Iterator[Finding]:

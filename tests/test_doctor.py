@@ -66,6 +66,8 @@ def test_a_folder_without_room_or_permission_is_bad_and_ends_with_3(
     monkeypatch.setattr(os, "access", lambda *_: False)
     found = of(examine(tmp_path / "new", hub=False), "disk")["results"]
     assert (found.state, str(tmp_path) in found.text) == ("bad", True)
+    # A path that cannot even be asked for, as in a folder that may not be entered.
+    assert of(examine(tmp_path / ("n" * 300) / "run", hub=False), "disk")["results"].text.endswith(str(tmp_path))
 
 
 def test_gpus_are_listed_and_one_that_torch_does_not_see_is_bad(
@@ -78,8 +80,18 @@ def test_gpus_are_listed_and_one_that_torch_does_not_see_is_bad(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     found = of(examine(Path(), hub=False), "device")["GPU 0"]
     assert found == Finding("device", "GPU 0", "NVIDIA T4, 12.0 of 16.0 GB free, no bf16: precision=fp16")
+
+    def full(number: int) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    found = of(examine(Path(), hub=False), "device")["GPU 0"]
+    assert (found.state, found.text) == ("bad", "NVIDIA T4 cannot be used: CUDA error: out of memory")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(module, "DRIVER", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert of(examine(Path(), hub=False), "device")["GPU"].state == "absent"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert of(examine(Path(), hub=False), "device")["GPU"].state == "bad"
 
 

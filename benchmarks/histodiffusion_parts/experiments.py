@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.cli import main as latent_medi
+from latent_medi.core.errors import UserError
+from latent_medi.core.files import atomic_path
 from latent_medi.shards.dataset import PatchDataset
 
 LABELLED = {"one": 1, "two": 2}
@@ -128,7 +130,8 @@ class Benchmark:
         command("encode", *words, "reconstruction_error.patches=0")
         for job in [*self.pretrainings(), *self.adaptations()]:
             if not (copy := Path(job.settings["latents"])).exists():
-                shutil.copytree(self.latents, copy)
+                with atomic_path(copy) as temporary:  # a killed command leaves no half of one
+                    shutil.copytree(self.latents, temporary)
 
     def common(self, split: str, name: str) -> dict[str, Any]:
         """Settings of every experiment; each has a copy of the latents, since only one may open a folder to write."""
@@ -240,8 +243,14 @@ def draws_of(manifest: pd.DataFrame, draws: int) -> pd.DataFrame:
         The columns patient and, of each draw N, split_drawN_one and _two (train is labelled, the others are test and
         unlabelled) and split_drawN_pool (train are all that do not test). No two draws divide the classes and hospitals
         with three biopsies in the same way.
+
+    Raises:
+        UserError: There are fewer ways to divide these.
     """
     biopsies = manifest.drop_duplicates("patient").sort_values("patient", ignore_index=True)
+    ways = 6 ** int((biopsies.groupby(["class", "site"]).size() == 3).sum())
+    if draws > ways:
+        raise UserError(f"The classes and hospitals with three biopsies can be divided in {ways} ways, not {draws}.")
     columns: dict[str, list[str]] = {"patient": biopsies["patient"].tolist()}
     rng, known = np.random.default_rng(0), set[tuple[str, ...]]()
     while len(columns) < 1 + 3 * draws:

@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from latent_medi.core.files import write_json
 from latent_medi.core.processes import PARENT, environment, python_words
 
 from .experiments import Job
@@ -64,9 +64,3 @@ def _start(job: Job, out: Path) -> subprocess.Popen[bytes]:
     alone = environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", **{PARENT: str(os.getpid())})
     with open(log, "ab") as output:
         return subprocess.Popen(words, env=alone, stdout=output, stderr=subprocess.STDOUT)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a file and the folder that it is in."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

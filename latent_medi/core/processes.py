@@ -12,11 +12,13 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import psutil
+
+from latent_medi.core.errors import BAD_INPUT
 
 T = TypeVar("T")
 
@@ -59,18 +61,19 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     """Run a program's main function, and end the process with the exit code that it returns.
 
     The process ends after Python's own cleanup and before that of C++ libraries: one whose thread still runs would
-    abort the process (exit code -6) although its work is done.
+    abort the process (exit code -6) although its work is done. Only what is printed last can still fail: 0 becomes
+    2 where it cannot be written, and 141 where nobody reads it.
     """
     codes: list[int] = []
 
     def end() -> None:
         if codes:
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):  # nobody reads it, or it is closed
-                    stream.flush()
+            lost = [error for stream in (sys.stdout, sys.stderr) if (error := _flushed(stream))]
+            if lost and not codes[0]:
+                codes[0] = 128 + signal.SIGPIPE if isinstance(lost[0], BrokenPipeError) else BAD_INPUT
             os._exit(codes[0])
 
-    atexit.register(end)  # before all others, so that it is called after them
+    atexit.register(end)  # before all that main registers, so that it is called after them
     try:
         codes.append(main())
     except SystemExit as error:
@@ -81,6 +84,18 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         codes.append(1)
         raise
     sys.exit(codes[0])
+
+
+def _flushed(stream: TextIO | None) -> OSError | None:
+    """Write out what a stream holds; returns the error, which is also printed unless nobody reads the stream."""
+    try:
+        if stream is not None and not stream.closed:
+            stream.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and stream is not sys.stderr and sys.stderr is not None:
+            print(f"error: The output cannot be written: {error.strerror}.", file=sys.stderr)
+        return error
+    return None
 
 
 @contextmanager

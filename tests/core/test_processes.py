@@ -177,3 +177,15 @@ def test_every_program_ends_so(tmp_path: Path) -> None:
     ):
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, timeout=300)
         assert done.returncode in (0, 2), (words, done.stderr)
+
+
+def test_output_that_is_lost_at_the_end_is_no_success(tmp_path: Path) -> None:
+    """A full disk is noticed when the last lines are written; a closed output is none of its own."""
+    words = [sys.executable, "-m", "latent_medi.cli", "--version"]
+    env = {name: value for name, value in surroundings().items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=tmp_path, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, "No space left on device" in done.stderr) == (2, True), done.stderr
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *words]
+    done = subprocess.run(closed, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -126,7 +126,8 @@ def evaluate(e: Experiment) -> Stage:
     free = {"real", "synthetic", "out", "cache", "batch", "device"}
     settings = config.as_dict(e.evaluation)
     # What earlier versions could not choose is left out where it is what they did.
-    free |= {key for key in ("only", "references") if settings[key] == config.as_dict(EvaluateSettings())[key]}
+    usual = config.as_dict(EvaluateSettings())
+    free |= {key for key in ("only", "projection", "references") if settings[key] == usual[key]}
     if settings["downstream_protocol"] != "medi":
         settings["medi_protocol"] = {k: v for k, v in settings["medi_protocol"].items() if k not in ("tasks", "pools")}
     inputs = {key: value for key, value in settings.items() if key not in free}
