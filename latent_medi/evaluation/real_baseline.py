@@ -266,7 +266,7 @@ def _accuracy(
     in_cell = {cell.name: np.isin(np.arange(len(truth)), cell.rows) for cell in cohort.cells}
     tested_values: set[str] = set()
     turns = [groups[::turn] for groups in splits for turn in (1, -1)]
-    for number, (training, tested) in enumerate(progress(turns, desc=f"linear probes of {name}", unit="probe")):
+    for number, (training, tested) in enumerate(progress(turns, desc=f"linear probes of {name}", unit="probes")):
         training = training[known[training]]
         rng = np.random.default_rng([number, 47])
         training = training[whole_patients(patients[training], _MOST_TRAINING, rng)]

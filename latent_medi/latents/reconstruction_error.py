@@ -77,7 +77,7 @@ def measure_reconstruction(
     rows = np.sort(store.rows[np.random.default_rng(settings.seed).choice(len(store), n, replace=False)])
     ratios, features = [], []
     starts = range(0, n, batch)
-    for start in progress(starts, desc="reconstruction error", unit="batch"):
+    for start in progress(starts, n, "reconstruction error", "patches", batch):
         part = rows[start : start + batch]
         images = data.read(part, workers)
         decoded = autoencoder.decode(store.moments(part)[0])

@@ -96,14 +96,14 @@ def grid(settings: GridSettings) -> Path:
     accelerator = make_accelerator()
     if accelerator.num_processes > 1:
         raise UserError("A grid is drawn by one process.", "Start one, without a launcher.")
+    check_picture(settings.out)
+    if problems := settings.problems():
+        raise UserError("The grid cannot be drawn: " + "; ".join(problems) + ".")
     pipeline = MediPipeline.from_pretrained(settings.model).to(accelerator.device)
-    known, problems = pipeline.schema, settings.problems()
+    known = pipeline.schema
     varied = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
     for name in [*settings.fields, *filter(None, varied)]:
         known.field(name)  # refuses an unknown field
-    if problems:
-        raise UserError("The grid cannot be drawn: " + "; ".join(problems) + ".")
-    check_picture(settings.out)
     draw = {"cells": _cells, "blend": _blend, "trajectory": _trajectory}[settings.kind]
     return save_sheet(draw(pipeline, settings), settings.out)
 

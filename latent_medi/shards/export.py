@@ -111,7 +111,8 @@ def _parts(dataset: PatchDataset, settings: ExportSettings) -> pd.Series:
 
 def _write_tars(dataset: PatchDataset, rows: np.ndarray, folder: Path, per_shard: int) -> None:
     found, codec = samples(dataset, rows), dataset.info["codec"]
-    for number in progress(range(-(-len(rows) // per_shard)), desc=f"exporting {folder.name}", unit="shard"):
+    shards = range(-(-len(rows) // per_shard))
+    for number in progress(shards, len(rows), f"exporting {folder.name}", "patches", per_shard):
         with atomic_path(folder / f"{folder.name}-{number:06d}.tar") as temporary, open(temporary, "wb") as file:
             size = 0
             for key, image, text in islice(found, per_shard):
@@ -128,7 +129,7 @@ def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> None
     for name in {*classes.values(), ""}:
         (folder / name).mkdir(parents=True, exist_ok=True)
     table = []
-    for key, image, text in progress(samples(dataset, rows), len(rows), f"exporting {folder.name}", "patch"):
+    for key, image, text in progress(samples(dataset, rows), len(rows), f"exporting {folder.name}", "patches"):
         member = json.loads(text)
         path = Path(classes[str(member[known.name])] if known is not None else "", f"{files[key]}.{codec}")
         with open(folder / path, "xb") as file:  # never over another patch
