@@ -20,7 +20,7 @@ from latent_medi.verbs import VERBS, Printed
 
 _NEED_SETTINGS = {"train", "encode", "classifier", "average", "grid", "evaluate", "floors"}
 _NEED_SETTINGS |= {"autoencoder", "image-classifier", "compare-classifiers", "classify"}
-_NEED_SETTINGS |= {"split", "audit", "export", "benchmark-shift"}
+_NEED_SETTINGS |= {"split", "audit", "export", "benchmark-shift", "explore"}
 """Verbs that show their help if they are called without settings."""
 
 

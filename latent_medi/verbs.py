@@ -42,6 +42,12 @@ def _doctor(words: list[str]) -> Printed:
     return doctor(config.parse(DoctorSettings, words, "doctor"))
 
 
+def _explore(words: list[str]) -> Printed:
+    from latent_medi.explore import ExploreSettings, explore
+
+    return explore(config.parse(ExploreSettings, words, "explore", positional="data"))
+
+
 _SHARDS = """latent-medi shards WHAT …
 
   images    make a dataset folder from a table or folder of images
@@ -448,6 +454,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], Printed], str]] = {
     "floors": (_floors, "measure what real patients reach: real-vs-real distances and accuracy on real patches"),
     "benchmark-shift": (_benchmark_shift, "measure accuracy as the association of class and site increases"),
     "report": (_report, "write one HTML page from metrics.json; --compare A B: compare several evaluations"),
+    "explore": (_explore, "browse real and synthetic patches in a page on this machine, and draw samples"),
     "doctor": (_doctor, "say what this machine has and lacks: packages, GPU, disk, hub, weights, launcher"),
     "reading-sheet": (_reading_sheet, "write a blinded real-or-synthetic sheet for pathologists; --score: score it"),
 }
