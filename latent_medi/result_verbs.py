@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from latent_medi.evaluation.settings import EvaluateSettings, FloorsSettings
     from latent_medi.experiment.settings import DemoSettings, ExperimentSettings
     from latent_medi.experiment.shift_settings import ShiftSettings
+    from latent_medi.explore import ExploreSettings
     from latent_medi.planning.settings import PlanSettings
     from latent_medi.report.settings import ReadingSheetSettings, ReportSettings
     from latent_medi.sampling.settings import GenerateSettings, GridSettings, TranslateSettings
@@ -37,6 +38,12 @@ def doctor(settings: DoctorSettings) -> Printed:
     from latent_medi.doctor import doctor
 
     return doctor(settings)
+
+
+def explore(settings: ExploreSettings) -> Printed:
+    from latent_medi.explore import explore
+
+    return explore(settings)
 
 
 def plan(settings: PlanSettings) -> Printed:

@@ -271,6 +271,12 @@ VERBS: dict[str, Verb] = {
         "latent_medi.doctor:DoctorSettings",
         alone=True,
     ),
+    "explore": Verb(
+        result_verbs.explore,
+        "browse real and synthetic patches in a page on this machine, and draw samples",
+        "latent_medi.explore:ExploreSettings",
+        positional="data",
+    ),
     "reading-sheet": Verb(
         result_verbs.reading_sheet,
         "write a blinded real-or-synthetic sheet for pathologists; --score: score it",

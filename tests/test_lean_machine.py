@@ -26,6 +26,7 @@ ABSENT = (
     "wandb",
     "s3fs",
     "gcsfs",
+    "gradio",
 )
 """What torch, torchvision, transformers, accelerate, diffusers, timm, pandas, pyarrow, scikit-learn, matplotlib and
 jinja2 do not bring along."""

@@ -97,9 +97,9 @@ class Progress:
 
     def _line(self) -> str:
         rate = (self.done - self._before) / (time.monotonic() - self._start)
-        of, left = "", ""
-        if self.total:
-            of, left = f" of {self.total:,}", f", {duration(max(self.total - self.done, 0) / rate)} left"
+        of, left = f" of {self.total:,}" if self.total else "", ""
+        if self.total and rate:
+            left = f", {duration(max(self.total - self.done, 0) / rate)} left"
         return f"{self.desc}: {self.done:,}{of} {self.unit}, {rate:.3g} {self.unit}/s{left}"
 
 
