@@ -156,8 +156,8 @@ def distances_of(folder: Path, settings: ExperimentSettings, name: str, each: in
     found = []
     for snapshot in list_snapshots(folder / name):
         pipeline.denoiser.load_state_dict(load_tensors(snapshot.path, "Train again.", "pt")[0])
-        images = pipeline(class_=wanted, seeds=range(len(wanted)), steps=10, output_type="np", batch=64).images
-        made = np.split(encoder.features([np.asarray(images)]), len(classes))
+        images = pipeline(class_=wanted, seeds=range(len(wanted)), steps=10, batch=64).images
+        made = np.split(encoder.features([np.stack(images)]), len(classes))
         parts = [kid(real[value], own, patients[value]) for value, own in zip(classes, made, strict=True)]
         found.append((snapshot.images, float(np.mean(parts))))
     return found

@@ -200,7 +200,7 @@ class ExportSettings(Settings):
         only: Values by field, such as {class: [LUAD, LUSC]}: only patches with one of them. Fields that are not named
             keep all.
         selected: Column of a selection, such as selected_best: only the patches that it selected; empty for all.
-        format: "webdataset" (tars and the Hub's README) or "folder" (images by class, and a CSV).
+        format: "webdataset" (tars) or "folder" (images by class, and a CSV); both with the Hub's README.
         patches_per_shard: Patches per tar.
     """
 
