@@ -26,6 +26,7 @@ from latent_medi.features.encoders import ImageEncoder, colour_free, load_encode
 from latent_medi.latents.networks import moments_of, pixels_of, to_images
 from latent_medi.latents.reconstruction_error import paired_kid, psnr
 from latent_medi.statistics.distances import frechet_distance, full_rank, pca_basis, pca_dims
+from latent_medi.statistics.kernel_distance import KID_UNIT, kid_text
 from latent_medi.training.log import read_log
 from latent_medi.training.preview_distance import gathered
 from latent_medi.training.updates import Monitor, Run, crossed
@@ -87,7 +88,8 @@ class Measured:
 
     def text(self) -> str:
         """In words."""
-        seen = f"{self.psnr:.2f} dB" if self.kid is None else f"{self.psnr:.2f} dB, KID {self.kid:.4g} ({self.encoder})"
+        seen = f"{self.psnr:.2f} dB"
+        seen += "" if self.kid is None else f", {KID_UNIT} {kid_text(self.kid)} ({self.encoder})"
         return f"{seen}, {self.n} patches"
 
 

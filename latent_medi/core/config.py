@@ -39,7 +39,7 @@ S = TypeVar("S")
 
 
 def packaged(kind: str) -> Path:
-    """The path of the packaged folder ``configs``, in an installed wheel or in a source tree."""
+    """The path of a packaged folder (``configs``, ``docs``), in an installed wheel or in a source tree."""
     inside = Path(__file__).parents[1] / kind
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / kind
 
