@@ -75,11 +75,11 @@ def test_a_cut_off_encoding_goes_on_and_gives_the_same_bytes(dataset, autoencode
     whole = encode_dataset(dataset.folder, autoencoder, tmp_path / "whole")
     real, done = module._Encoding.encode, []
 
-    def count_and_fail(encoding, reader, number):
+    def count_and_fail(encoding, reader, number, shown):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(number)
-        real(encoding, reader, number)
+        real(encoding, reader, number, shown)
 
     monkeypatch.setattr(module._Encoding, "encode", count_and_fail)
     with pytest.raises(KeyboardInterrupt):
