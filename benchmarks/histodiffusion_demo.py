@@ -53,7 +53,7 @@ from latent_medi.image_classifier.comparison import (
 )
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
 from latent_medi.statistics.differences import Draws, Scored
-from latent_medi.statistics.intervals import Estimate, estimate
+from latent_medi.statistics.intervals import LEVEL, Estimate, estimate
 from latent_medi.statistics.kernel_distance import kid
 from latent_medi.statistics.left_out import Score
 from latent_medi.statistics.seeds import MeanOverSeeds
@@ -156,8 +156,8 @@ def distances_of(folder: Path, settings: ExperimentSettings, name: str, each: in
     found = []
     for snapshot in list_snapshots(folder / name):
         pipeline.denoiser.load_state_dict(load_tensors(snapshot.path, "Train again.", "pt")[0])
-        images = pipeline(class_=wanted, seeds=range(len(wanted)), steps=10, output_type="np", batch=64).images
-        made = np.split(encoder.features([np.asarray(images)]), len(classes))
+        images = pipeline(class_=wanted, seeds=range(len(wanted)), steps=10, batch=64).images
+        made = np.split(encoder.features([np.stack(images)]), len(classes))
         parts = [kid(real[value], own, patients[value]) for value, own in zip(classes, made, strict=True)]
         found.append((snapshot.images, float(np.mean(parts))))
     return found
@@ -207,12 +207,21 @@ def codes(values: pd.Series, labels: Sequence[str]) -> np.ndarray:
     return np.array([labels.index(value) for value in values], np.int64)
 
 
-def pooled(seeds: Sequence[Seed], first: Kind, second: Kind) -> ClassifierDifferences:
-    """First minus second: the mean over seeds, whose patients are different ones, with its interval over both."""
-    return ClassifierDifferences(**{name: _pooled(seeds, first, second, name) for name in METRICS})
+def pooled(seeds: Sequence[Seed], first: Kind, second: Kind, compared: int = 1) -> ClassifierDifferences:
+    """First minus second: the mean over seeds, whose patients are different ones, with its interval over both. The
+    variance between seeds holds that between patients already, so that intervals are wider than need be.
+
+    Args:
+        seeds: Finished classifiers.
+        first, second: Kinds of training.
+        compared: Number of differences that a sentence on the accuracy will be about.
+    """
+    each = {name: _pooled(seeds, first, second, name) for name in METRICS}
+    level = 1 - (1 - LEVEL) / compared
+    return ClassifierDifferences(**each, accuracy_of_all=_pooled(seeds, first, second, "accuracy", level))
 
 
-def _pooled(seeds: Sequence[Seed], first: Kind, second: Kind, name: str) -> Estimate:
+def _pooled(seeds: Sequence[Seed], first: Kind, second: Kind, name: str, level: float = LEVEL) -> Estimate:
     pairs = [(seed.scores[first][name][0], seed.scores[second][name][0]) for seed in seeds]
     by_seed = np.array([a.value - b.value for a, b in pairs])
     sizes = [seed.test.n_patients for seed in seeds]
@@ -228,7 +237,7 @@ def _pooled(seeds: Sequence[Seed], first: Kind, second: Kind, name: str) -> Esti
     reason = "the noise of the training is unknown: it takes at least two seeds" if len(seeds) < 2 else None
     smallest = sum(seed.test.smallest_class for seed in seeds)
     n = sum(len(seed.test.truth) for seed in seeds), sum(sizes)
-    return estimate(scored.value, *n, scored.spread, None, smallest, reason)
+    return estimate(scored.value, *n, scored.spread, None, smallest, reason, level)
 
 
 def all_seeds(seeds: Sequence[Seed]) -> ClassifierComparison:
@@ -243,7 +252,7 @@ def all_seeds(seeds: Sequence[Seed]) -> ClassifierComparison:
             replace(
                 row,
                 **means,
-                minus_real=None if kind == real else pooled(seeds, kind, real),
+                minus_real=None if kind == real else pooled(seeds, kind, real, len(rows) - 1),
                 minus_random=pooled(seeds, kind, random) if kind.choice == "selected" else None,
             )
         )

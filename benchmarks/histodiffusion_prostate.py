@@ -15,7 +15,8 @@ A draw is a choice of test biopsies and of two labelled ones of each class and h
 alone as well; in a class and hospital of three biopsies one is left to test. Draws share test biopsies, so that their
 points are shown, without a standard error. A biopsy counts for its class if the mean probability over its patches is
 highest there (`biopsies`); `patches` is the share of patches that are right. Both are means over a class's test
-biopsies, then over classes.
+biopsies, then over classes. As many samples are made of each class; benign biopsies are of one hospital, so that the
+best third of their samples is selected, and the best two thirds of the others'.
 
 Each pre-training and each adaptation is an experiment that `latent-medi run` runs, --at-once of them in parallel with
 one thread each. What is finished is kept in --out, where the same command continues; results.json, results.md and

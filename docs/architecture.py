@@ -32,9 +32,9 @@ def modules() -> dict[str, Path]:
 
 
 def room(module: str) -> str:
-    """The room of a module; the command line's two files are one."""
+    """The room of a module; the command line's files are one."""
     name = module.split(".")[1] if "." in module else ""
-    return "command line" if name in ("cli", "verbs") else name
+    return "command line" if name in ("cli", "completion") or name.endswith("verbs") else name
 
 
 def _imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:

@@ -1,9 +1,18 @@
 """latent-medi: metadata-guided latent diffusion for histopathology."""
 
+import importlib
 import os
 import sys
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``MediPipeline``, which is imported when it is first asked for: torch and diffusers take seconds."""
+    if name == "MediPipeline":
+        return importlib.import_module("latent_medi.diffusion.pipeline").MediPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _leave_out_working_folder() -> None:

@@ -1,5 +1,6 @@
 """The command line: starts a verb, explains errors, and returns an exit code."""
 
+# PYTHON_ARGCOMPLETE_OK: argcomplete, if it is switched on for all programs, looks for these words.
 from __future__ import annotations
 
 import os
@@ -16,12 +17,7 @@ from latent_medi.core.files import NO_SPACE, check_file, write_json
 from latent_medi.core.paths import expand
 from latent_medi.core.processes import Output, follow_parent, read_by_somebody, run_program, safe_helpers
 from latent_medi.core.progress import set_up_logging
-from latent_medi.verbs import VERBS, Printed
-
-_NEED_SETTINGS = {"train", "encode", "classifier", "average", "grid", "evaluate", "floors"}
-_NEED_SETTINGS |= {"autoencoder", "image-classifier", "compare-classifiers", "classify"}
-_NEED_SETTINGS |= {"split", "audit", "export", "benchmark-shift"}
-"""Verbs that show their help if they are called without settings."""
+from latent_medi.verbs import VERBS, Printed, Verb, found_verb, settings_of
 
 
 def _usage() -> str:
@@ -31,7 +27,7 @@ def _usage() -> str:
         "latent-medi VERB [--config NAME] [key=value …] [--json FILE]",
         "",
     ]
-    lines += [f"  {verb:<21}{text}" for verb, (_, text) in VERBS.items()]
+    lines += [f"  {name:<21}{verb[1]}" for name, verb in VERBS.items() if " " not in name]
     return "\n".join([*lines, "", "`latent-medi VERB --help` lists the settings of a verb."])
 
 
@@ -40,20 +36,20 @@ def run_verb(words: Sequence[str]) -> int:
     words = list(words)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
-        return 0
+        return 0 if words else BAD_INPUT  # nothing was done
     if words[0] == "--version":
         print(__version__)
         return 0
-    verb, rest = words[0], words[1:]
-    if verb in _NEED_SETTINGS and not rest:
-        rest = ["--help"]
-    if verb not in VERBS:
-        raise UserError(f"There is no verb {verb!r}; {nearest(verb, VERBS)}.", "`latent-medi --help` lists them.")
+    name, rest = found_verb(words)
+    if name not in VERBS:
+        known = [verb for verb in VERBS if " " not in verb]
+        raise UserError(f"There is no verb {name!r}; {nearest(name, known)}.", "`latent-medi --help` lists them.")
+    verb = Verb(*VERBS[name])
     json_file = _take_json_file(rest)
     if json_file:
         check_file(json_file, "JSON file", rb"\s*[\[{]")
     try:
-        result = VERBS[verb][0](rest)
+        result = verb.run(settings_of(verb, rest, name) if verb.settings else rest)
     except Incomplete as error:
         _write_result(json_file, error.result)
         raise
@@ -169,7 +165,13 @@ def _explained(words: Sequence[str] | None, output: Output) -> int:
 
 
 def program() -> NoReturn:
-    """``latent-medi`` as a program: :func:`main`, and the end of the process."""
+    """``latent-medi`` as a program: :func:`main`, and the end of the process. A shell that completes a word calls it
+    too, with ``_ARGCOMPLETE`` in its environment.
+    """
+    if "_ARGCOMPLETE" in os.environ:
+        from latent_medi.completion import complete
+
+        complete()
     run_program(main)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import psutil
 
@@ -63,6 +63,12 @@ class DoctorSettings(Settings):
     Args:
         out: Folder that results are to be written to.
     """
+
+    COMMON: ClassVar = "out"
+    EXAMPLES: ClassVar = (
+        "latent-medi doctor",
+        "latent-medi doctor out=/scratch/runs",
+    )
 
     out: PathText = "."
 

@@ -5,6 +5,8 @@ crash.
 from __future__ import annotations
 
 import contextlib
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,42 +15,82 @@ import pytest
 
 from latent_medi import cli
 from latent_medi.core.errors import UserError
+from latent_medi.core.kinds import hints, settings_in
 from latent_medi.experiment.stages import Stage, Stages
+from latent_medi.verbs import found_verb, settings_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("verb", [v for v in cli.VERBS if v != "shards"])
-def test_help_of_every_verb_describes_its_settings(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "shards"])
+def test_help_of_every_verb_has_its_common_settings_first_and_two_commands_at_its_end(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.run_verb([verb, "--help"])
+        cli.run_verb([*verb.split(), "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert "--config" in text
-    assert "--out" in text or "--data" in text
+    listed = re.findall(r"^  --(\w+)", text, re.MULTILINE)
+    settings_class = cli.VERBS[verb].settings_class()
+    common = settings_class.COMMON.split()
+    assert {*listed[: len(common)]} >= {name for name in common if settings_in(hints(settings_class)[name]) is None}
+    assert text.count("\n") < 100
+    commands = text.partition("Examples:")[2].split("\n")
+    commands = [shlex.split(command) for command in commands if command.strip()]
+    assert len(commands) == 2
+    for _, *words in commands:
+        name, rest = found_verb(words)
+        assert cli.VERBS[name].settings == cli.VERBS[verb].settings
+        settings_of(cli.VERBS[name], rest, name)  # each is a command that can be read
 
 
-@pytest.mark.parametrize("words", [["shards", "verify", "--help"], ["shards", "images", "--help"]])
-def test_help_of_a_kind_of_shards(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.run_verb(words)
-    assert ended.value.code == 0
-    assert f"latent-medi {words[0]} {words[1]}" in capsys.readouterr().out
+def test_help_of_one_setting_says_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in [
+        (["train", "--help", "--warmup-images"], ["0 means warmup_fraction of the run", "of at least 0. Default: 0."]),
+        (["train", "--help", "model"], ["--model.preset", "--model.fusion"]),
+        (["run", "--help", "models"], ["--models.NAME.config PATH", "--models.NAME.sample true|false"]),
+        (["run", "--help", "train.model.fusion"], ["'concat', 'additive', 'linear'"]),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            cli.run_verb(words)
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        for text in says:
+            assert text in shown
+    assert cli.main(["train", "--help", "max_step"]) == 2
+    assert "'max_steps'" in capsys.readouterr().err
+
+
+def test_help_imports_no_large_library() -> None:
+    program = (
+        "import sys; from latent_medi import cli\n"
+        "for verb in cli.VERBS:\n"
+        "    try: cli.run_verb([*verb.split(), '--help'])\n"
+        "    except SystemExit: pass\n"
+        "print([name for name in ('torch', 'numpy', 'pandas', 'scipy', 'PIL', 'tqdm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_usage_has_a_line_per_verb(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run_verb(["--help"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert {line[0] for line in lines if line} >= set(cli.VERBS)
+    assert {line[0] for line in lines if line} >= {verb.split()[0] for verb in cli.VERBS}
     cli.run_verb(["shards", "--help"])
-    assert "prostate" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "prostate" in shown
+    assert "  images " in shown
 
 
-def test_run_without_words_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["run"])
-    assert ended.value.code == 0
-    assert "held_out" in capsys.readouterr().out
+def test_a_command_without_what_it_needs_shows_its_help_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["run"], ["train"], ["evaluate"], ["shards", "images"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2
+        assert f"usage: latent-medi {' '.join(words)}" in capsys.readouterr().out
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
 
 
 def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,12 +20,13 @@ from latent_medi.autoencoder.losses import TERMS, TrainedAutoencoder
 from latent_medi.autoencoder.settings import AutoencoderSettings
 from latent_medi.core.device import exact_fp32
 from latent_medi.core.files import atomic_path
-from latent_medi.core.progress import get_logger
+from latent_medi.core.progress import get_logger, progress
 from latent_medi.features.cache import warn_if_demo_encoder
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
 from latent_medi.latents.networks import moments_of, pixels_of, to_images
 from latent_medi.latents.reconstruction_error import paired_kid, psnr
 from latent_medi.statistics.distances import frechet_distance, full_rank, pca_basis, pca_dims
+from latent_medi.statistics.kernel_distance import KID_UNIT, kid_text
 from latent_medi.training.log import read_log
 from latent_medi.training.preview_distance import gathered
 from latent_medi.training.updates import Monitor, Run, crossed
@@ -50,7 +51,7 @@ def reconstructed(model: nn.Module, images: np.ndarray, device: torch.device) ->
     """
     training, parts = model.training, []
     model.eval()
-    for start in range(0, len(images), _BATCH):
+    for start in progress(range(0, len(images), _BATCH), len(images), "reconstructions", "patches", _BATCH):
         x = torch.from_numpy(np.array(images[start : start + _BATCH])).to(device).permute(0, 3, 1, 2).float() / 255
         parts.append(to_images(pixels_of(model, moments_of(model, x)[0])))
     model.train(training)
@@ -87,7 +88,8 @@ class Measured:
 
     def text(self) -> str:
         """In words."""
-        seen = f"{self.psnr:.2f} dB" if self.kid is None else f"{self.psnr:.2f} dB, KID {self.kid:.4g} ({self.encoder})"
+        seen = f"{self.psnr:.2f} dB"
+        seen += "" if self.kid is None else f", {KID_UNIT} {kid_text(self.kid)} ({self.encoder})"
         return f"{seen}, {self.n} patches"
 
 

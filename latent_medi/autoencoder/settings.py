@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses  # a setting is named `field`
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.kinds import Range
@@ -160,6 +160,12 @@ class AutoencoderSettings(Settings):
         keep_checkpoints: Newest checkpoints to keep, at least 1.
         log_every_images: Images per row of log.csv.
     """
+
+    COMMON: ClassVar = "data out init train max_images global_batch device_batch precision lr crop others"
+    EXAMPLES: ClassVar = (
+        "latent-medi autoencoder data=my/data init=sd-vae-ft-mse train=decoder max_images=50_000 out=my/autoencoder",
+        "latent-medi autoencoder data=my/data max_images=1_000_000 out=my/autoencoder",
+    )
 
     data: PathText
     out: PathText

@@ -34,6 +34,7 @@ from latent_medi.core.agreement import agreed
 from latent_medi.core.errors import UserError
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
+from latent_medi.features.needed import check_encoder
 from latent_medi.latents.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from latent_medi.latents.networks import deterministic, factor_of, weight_hash
 from latent_medi.training import run_folder
@@ -79,6 +80,8 @@ def _train_autoencoder(settings: AutoencoderSettings, accelerator: Accelerator) 
         settings.check()
         common = settings.training()
         check_strategy(accelerator, common)
+        for name in settings.encoders:  # they are loaded later
+            check_encoder(name, settings.weights.get(name, ""))
         start_model, source, latents_of = open_start(settings)
         channels = 0 if deterministic(start_model) else int(start_model.config["latent_channels"])
         data = open_pixels(settings, factor_of(start_model), channels)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from latent_medi.core.errors import UserError, nearest, needs
+from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import write_text
+from latent_medi.core.help import setting_help, verb_help
 from latent_medi.core.kinds import find, hints, is_mapping, known_keys, settings_in, takes_nothing, takes_words
 from latent_medi.core.paths import expand
 from latent_medi.core.typed import (
@@ -39,9 +39,15 @@ S = TypeVar("S")
 
 
 def packaged(kind: str) -> Path:
-    """The path of the packaged folder ``configs``, in an installed wheel or in a source tree."""
+    """The path of a packaged folder (``configs``, ``docs``), in an installed wheel or in a source tree."""
     inside = Path(__file__).parents[1] / kind
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / kind
+
+
+def packaged_names() -> list[str]:
+    """Names of the packaged configurations, such as ``demo/medi``."""
+    folder = packaged("configs")
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
 
 
 def find_config(name: str | Path) -> Path:
@@ -61,10 +67,9 @@ def find_config(name: str | Path) -> Path:
                 raise UserError(f"The configuration {given} is {what}.", "Give the path to a YAML file.")
         except OSError as error:  # a name that is too long, a folder without permission
             raise UserError(f"The configuration {given} cannot be read: {error.strerror}.") from None
-    known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
     raise UserError(
         f"There is no configuration {given!r}.",
-        f"Give a path to a YAML file or a packaged name; {nearest(given, known)}.",
+        f"Give a path to a YAML file or a packaged name; {nearest(given, packaged_names())}.",
     )
 
 
@@ -201,40 +206,27 @@ def _is_setting(settings_class: type, word: str) -> bool:
     return word.startswith("--") or (bool(equals) and bool(meant))
 
 
-def _show_help(settings_class: type, verb: str, description: str) -> None:
-    """Print the settings of a verb, without jsonargparse's spellings that this command line does not have."""
-    with needs("--help", "'jsonargparse[signatures]'"):
-        from jsonargparse import ArgumentParser
+def show_help(settings_class: type, words: Sequence[str], verb: str) -> None:
+    """Print the help of a verb, or of the setting that is named after ``--help``.
 
-    words = f"latent-medi {verb}".strip()
-    parser = ArgumentParser(
-        prog=words,
-        usage=f"{words} [--config NAME] [key=value …] [--json FILE]",
-        description=description or (settings_class.__doc__ or "").partition("Args:")[0].strip(),
-    )
-    parser.add_argument(
-        "--config",
-        action="append",
-        help="name of a packaged configuration (demo/medi) or path of a YAML file; may be repeated, later ones win",
-    )
-    parser.add_class_arguments(settings_class, None)
-    text = re.sub(r"(\[ITEM,\.\.\.\]), --\S+\+ \[ITEM,\.\.\.\]", r"\1", parser.format_help())
-    text = re.sub(r"^  --\S+\.help .*\n( {4,}.*\n)*", "", text, flags=re.MULTILINE)
-    print(re.sub(r"^  --\S+ CONFIG\s+Path to a configuration file\.\n", "", text, flags=re.MULTILINE), end="")
+    Raises:
+        UserError: That setting is unknown.
+    """
+    command = f"latent-medi {verb}".strip()
+    after = next((words[i + 1 : i + 2] for i, word in enumerate(words) if word in ("-h", "--help")), [])
+    name = after[0].lstrip("-").partition("=")[0] if after else ""
+    print(setting_help(settings_class, command, name) if name else verb_help(settings_class, command))
 
 
-def parse(
-    settings_class: type[S], arguments: Sequence[str], verb: str = "", description: str = "", positional: str = ""
-) -> S:
+def parse(settings_class: type[S], arguments: Sequence[str], verb: str = "", positional: str = "") -> S:
     """Settings from command-line words.
 
     Args:
         settings_class: The settings dataclass of the verb.
         arguments: ``--config NAME``, any number of times; ``key=value``, ``--key=value`` or ``--key value`` with
             dotted keys; ``--key a b c`` for a list, which ends at the next setting; ``--key name=value`` for an entry
-            of a mapping; ``--help``.
+            of a mapping; ``--help``, or ``--help key`` for all that is documented of a setting.
         verb: Name of the verb, for help and messages.
-        description: What the verb does, for help.
         positional: The setting that a word without a key gives.
 
     Raises:
@@ -242,7 +234,7 @@ def parse(
     """
     words = list(arguments)
     if "-h" in words or "--help" in words:
-        _show_help(settings_class, verb, description)
+        show_help(settings_class, words, verb)
         sys.exit(0)
     where = f"latent-medi {verb}".strip()
     values: Partial = {}

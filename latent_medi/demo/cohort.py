@@ -28,7 +28,8 @@ from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.listing import Listing, in_shards
 from latent_medi.shards.writing.finish import Description, finish_dataset, finished_dataset
-from latent_medi.shards.writing.records import kept_shards, mark_unfinished
+from latent_medi.shards.writing.records import kept_shards
+from latent_medi.shards.writing.rewrite import prepare_rewrite
 from latent_medi.shards.writing.writer import Patch, write_shard
 
 CLASSES = ("glandular", "solid", "spindle")
@@ -257,10 +258,11 @@ def _build(folder: Path, settings: CohortSettings, jobs: int) -> PatchDataset:
     tokens = [token] * len(parts)
     if whole := finished_dataset(folder, about, tokens, same_provenance=True):
         return whole
-    mark_unfinished(folder)
+    prepare_rewrite(folder, splits)
     kept = kept_shards(folder, tokens)
     work = [(folder, number, part, settings, token) for number, part in enumerate(parts) if number not in kept]
-    for _ in progress(dispatch(_write_part, work, jobs), total=len(work), desc="rendering", unit="shards"):
+    sizes = [len(part) * settings.patches_per_patient for _, _, part, *_ in work]
+    for _ in progress(dispatch(_write_part, work, jobs), desc="rendering", unit="patches", each=sizes):
         pass
     return finish_dataset(folder, about, range(len(parts)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from latent_medi.core.paths import PathText
 from latent_medi.core.settings import Settings
@@ -38,6 +39,12 @@ class CohortFolderSettings(CohortSettings):
         out: Dataset folder to write.
         processes: Processes that draw patches; 0 means one per core.
     """
+
+    COMMON: ClassVar = "out seed scale processes"
+    EXAMPLES: ClassVar = (
+        "latent-medi shards demo",
+        "latent-medi shards demo out=small scale=0.2",
+    )
 
     out: PathText = "runs/demo-data"
     processes: int = 0

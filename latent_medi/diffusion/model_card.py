@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from keyword import iskeyword
 from typing import TYPE_CHECKING
 
-from latent_medi.metadata.schema import Field
+from latent_medi.diffusion.pipeline_arguments import arguments_of
+from latent_medi.metadata.schema import Field, Schema
 
 if TYPE_CHECKING:
     from latent_medi.diffusion.pipeline import MediPipeline
@@ -15,11 +18,6 @@ _LISTED = 12  # values of a vocabulary that the card lists
 def model_card(pipeline: MediPipeline, name: str) -> str:
     """The model card: Markdown with the hub's header, the fields, an example call, the training, and the limits."""
     schema, objective = pipeline.schema, pipeline.objective
-    examples = {f.name: f.values[0] for f in schema.fields if f.values}
-    asked = ", ".join(
-        [f"{'class_' if schema.field(n).kind == 'class' else n}={v!r}" for n, v in examples.items() if n.isidentifier()]
-        + ["num_images=4"]
-    )
     patterns = "no condition dropout (unconditional)"
     if pipeline.conditioning is not None:
         p = pipeline.conditioning.patterns
@@ -34,9 +32,9 @@ def model_card(pipeline: MediPipeline, name: str) -> str:
     shown = sum(len(part["rows"]) for part in (pipeline.provenance.get("seen") or {}).get("parts", []))
     facts += f"\n| training combinations | {shown}, listed in provenance.json |" if shown else ""
     return f"""---
-library_name: diffusers
+library_name: latent-medi
 pipeline_tag: unconditional-image-generation
-tags: [histopathology, latent-diffusion, metadata, synthetic-data, latent-medi]
+tags: [histopathology, latent-diffusion, diffusers, metadata, synthetic-data]
 ---
 
 # {name}
@@ -44,11 +42,13 @@ tags: [histopathology, latent-diffusion, metadata, synthetic-data, latent-medi]
 A latent diffusion model of {pipeline.patch_size} × {pipeline.patch_size} px histopathology patches, {known}.
 
 ```python
-from latent_medi.diffusion.pipeline import MediPipeline
+from latent_medi import MediPipeline
 
 pipe = MediPipeline.from_pretrained("{name}")
-images = pipe({asked}).images
+images = pipe({_asked(schema, arguments_of(type(pipeline).__call__))}).images
 ```
+
+`DiffusionPipeline.from_pretrained` does not read it: code in a folder is never run.
 
 ## What it knows
 
@@ -74,6 +74,16 @@ For research on data sets and classifiers only. The images show no patient and p
 be used for diagnosis, nor counted as real data in validation or testing. Combinations the model never saw are
 extrapolation: check them on real held-out patients.
 """
+
+
+def _asked(schema: Schema, arguments: Sequence[str]) -> str:
+    """Arguments of an example call, a value for every field."""
+    given = {f.name: f.values[0] if f.values else round(f.mean, 1) for f in schema.fields}
+    known = schema.class_field
+    names = {n: "class_" if known is not None and n == known.name else n for n in given}
+    if any(not n.isidentifier() or iskeyword(n) for n in names.values()) or set(given) & set(arguments):
+        return f"conditions={given}, num_images=4"
+    return ", ".join([f"{names[n]}={value!r}" for n, value in given.items()] + ["num_images=4"])
 
 
 def _fields(fields: tuple[Field, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,39 @@ import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from PIL import Image
 
 from latent_medi.core.device import check_precision, exact_fp32
 from latent_medi.core.errors import UserError
-from latent_medi.core.files import atomic_path
 from latent_medi.diffusion.adapters import attach, merge, open_adapter
 from latent_medi.diffusion.conditioning import Conditions, MetadataConditioner
 from latent_medi.diffusion.denoiser import Denoiser, lay_out
 from latent_medi.diffusion.guidance import Guidance, check_guidance, guidance_of
-from latent_medi.diffusion.model_card import model_card
-from latent_medi.diffusion.model_folder import adapted_hash, complete_model, hash_model, read_model
-from latent_medi.diffusion.objective import make_scheduler, settings_of
+from latent_medi.diffusion.model_folder import adapted_hash, hash_model, read_model
+from latent_medi.diffusion.objective import settings_of
 from latent_medi.diffusion.pipeline_arguments import (
-    check_fields,
+    arguments_of,
     check_guidance_argument,
     device_of,
     dtype_of,
+    either,
+    fields_of,
+    images_of,
     loading_options,
     rows_of,
     sampler_of,
     seeds_of,
+    step_end_of,
     whole,
 )
 from latent_medi.diffusion.pipeline_base import PipelineBase
-from latent_medi.diffusion.samplers import StepCallback, draw_noise, make_sampler, sample_latents
+from latent_medi.diffusion.samplers import (
+    StepCallback,
+    StepEnd,
+    draw_noise,
+    make_sampler,
+    sample_latents,
+    scheduler_of,
+)
 from latent_medi.diffusion.settings import GuidanceSettings, ObjectiveSettings, SamplerSettings
 from latent_medi.latents.autoencoder import Autoencoder
 from latent_medi.metadata.schema import Schema
@@ -51,7 +58,7 @@ class MediPipeline(PipelineBase):
 
     Args:
         unet: The network, with averaged weights.
-        scheduler: Configuration of the noise schedule it was trained on.
+        scheduler: What samples unless a call names another sampler, on the noise schedule of the training.
         conditioning: ``None`` for an unconditional model.
         autoencoder: Decodes its latents into images.
         shift: fp32 [C]; subtracted from raw latents in training.
@@ -62,14 +69,13 @@ class MediPipeline(PipelineBase):
 
     _optional_components = ["conditioning"]  # noqa: RUF012 - the base class's convention
     unet: UNet2DModel
-    scheduler: DDPMScheduler
     conditioning: MetadataConditioner | None
     model_cpu_offload_seq = "conditioning->unet"  # type: ignore[assignment]
 
     def __init__(
         self,
         unet: UNet2DModel,
-        scheduler: DDPMScheduler,
+        scheduler: Any,
         conditioning: MetadataConditioner | None = None,
         autoencoder: Autoencoder | None = None,
         shift: torch.Tensor | None = None,
@@ -81,7 +87,8 @@ class MediPipeline(PipelineBase):
         if autoencoder is None or shift is None or scale is None:
             raise UserError(
                 "A pipeline needs its autoencoder, and the shift and scale of its latents.",
-                "MediPipeline.from_pretrained(folder) reads them; DiffusionPipeline does not.",
+                "`from latent_medi import MediPipeline`, then MediPipeline.from_pretrained(folder) reads all of it; "
+                "DiffusionPipeline.from_pretrained does not.",
             )
         channels = unet.config["in_channels"]
         if channels != autoencoder.latent_channels or len(shift) != channels or len(scale) != channels:
@@ -178,19 +185,32 @@ class MediPipeline(PipelineBase):
         seed: int = 0,
         output_type: str = "pil",
         batch: int = 16,
+        conditions: Mapping[str, Any] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
         **fields: Any,
     ) -> ImagePipelineOutput:
         """Images for conditions given by name: ``pipe(class_="gleason4", site="radboud", num_images=4).images``.
 
         Args:
-            num_images: Number of images; unset: as many as seeds or listed values, else 1.
-            steps: Steps of the sampler.
-            sampler: Its name or settings; DPM-Solver++ with 20 steps by default.
+            num_images: Number of images; unset: as many as seeds, generators or listed values, else 1.
+            steps: Steps of the sampler; 20 by default.
+            sampler: Its name or settings; unset: what ``pipe.scheduler`` is, DPM-Solver++ by default.
             guidance: One guidance scale for all fields or one by field (chain), or settings; none by default.
             seeds: One per image; unset: ``seed``, ``seed + 1``, …
             seed: Seed of the first image.
-            output_type: "pil", or "np" for uint8 [n, H, W, 3].
+            output_type: "pil", whose files are marked as synthetic; "np" for fp32 [n, H, W, 3] and "pt" for fp32
+                [n, 3, H, W], from 0 to 1; or "latent" for whitened latents fp32 [n, C, h, w], which
+                :meth:`decode` takes.
             batch: Images at a time.
+            conditions: Values by field, for fields with any name.
+            num_inference_steps: diffusers' name of ``steps``.
+            guidance_scale: diffusers' name of ``guidance``.
+            generator: In place of seeds: one generator that all images draw from in turn, or one per image.
+            callback_on_step_end: Called as ``callback(pipe, step, timestep, {"latents": latents})`` after every
+                evaluation of the network on a batch; may return the mapping with other latents.
             fields: Value by field; ``class_`` is the class field, whatever its name. A list gives a value per image. A
                 field that is left out is null, which the model must have been trained with.
 
@@ -198,19 +218,31 @@ class MediPipeline(PipelineBase):
             UserError: A field or value is unknown (names the closest), or the model was not trained for the conditions
                 or the guidance.
         """
-        if output_type not in ("pil", "np"):
-            raise UserError(f"output_type is 'pil' or 'np', not {output_type!r}.")
-        check_fields(list(fields), self.schema.names)
-        check_guidance_argument(guidance)
-        chosen, batch, first = sampler_of(sampler, steps), whole(batch, "batch"), whole(seed, "seed", least=0)
-        given = None if seeds is None else seeds_of(seeds)
-        count = None if num_images is None else whole(num_images, "num_images")
-        rows = rows_of(self.schema, fields, count, given)
-        seeds = list(range(first, first + len(rows))) if given is None else given
-        noise, generators = draw_noise(seeds, self.latent_shape)
-        latents = self.generate_latents(self.conditions(rows), noise, chosen, guidance_of(guidance), generators, batch)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"output_type is 'pil', 'np', 'pt' or 'latent', not {output_type!r}.")
+        fields = fields_of(conditions, fields, arguments_of(MediPipeline.__call__), self.schema.names)
+        scales = either(guidance=guidance, guidance_scale=guidance_scale)
+        check_guidance_argument(scales)
+        chosen = sampler_of(sampler, either(steps=steps, num_inference_steps=num_inference_steps), self.default_sampler)
+        batch, count = whole(batch, "batch"), None if num_images is None else whole(num_images, "num_images")
+        listed, first = seeds_of(seeds, seed, generator)
+        rows = rows_of(self.schema, fields, count, listed)
+        if listed is None:
+            listed = [first + i if generator is None else generator for i in range(len(rows))]
+        noise, generators = draw_noise(listed, self.latent_shape)
+        latents = self.generate_latents(
+            self.conditions(rows),
+            noise,
+            chosen,
+            guidance_of(scales),
+            generators,
+            batch,
+            step_end=step_end_of(self, callback_on_step_end),
+        )
+        if output_type == "latent":
+            return ImagePipelineOutput(images=latents)  # type: ignore[arg-type]
         images = np.concatenate([self.decode(latents[i : i + batch]) for i in range(0, len(latents), batch)])
-        return ImagePipelineOutput(images=[Image.fromarray(i) for i in images] if output_type == "pil" else images)
+        return ImagePipelineOutput(images=images_of(images, output_type))  # type: ignore[arg-type]
 
     def conditions(self, rows: Any) -> Conditions | None:
         """Conditions of rows of values by name; a field not given is null. ``None`` for an unconditional model.
@@ -238,13 +270,14 @@ class MediPipeline(PipelineBase):
         precision: str = "fp32",
         callback: StepCallback | None = None,
         keep_layout: bool = False,
+        step_end: StepEnd | None = None,
     ) -> torch.Tensor:
         """Whitened latents of N samples.
 
         Args:
             conditions: Of N samples over :attr:`schema`; ``None`` for an unconditional model.
             noise: fp32 [N, C, h, w]; from :func:`~latent_medi.diffusion.samplers.draw_noise`.
-            sampler: Sampler and steps.
+            sampler: Sampler and steps; unset: :attr:`default_sampler`.
             guidance: What guides the samples: the fields alone, or other models too.
             generators: One per sample, for samplers that add noise.
             batch: Samples at a time; unset: all.
@@ -254,6 +287,7 @@ class MediPipeline(PipelineBase):
             callback: Called at each evaluation of the network.
             keep_layout: Leave the weights' memory layout as it is instead of taking the fastest, for weights that a
                 training run shares.
+            step_end: Called after each evaluation of the network on a batch; returns the latents to go on with.
 
         Returns:
             fp32 [N, C, h, w] on the CPU.
@@ -266,7 +300,7 @@ class MediPipeline(PipelineBase):
         if precision not in _DTYPES:
             raise UserError(f"precision is 'fp32', 'bf16' or 'fp16', not {precision!r}.")
         check_precision(precision, self.unet.device)
-        scheduler = make_sampler(self.scheduler.config, sampler or SamplerSettings())
+        scheduler = make_sampler(self.scheduler.config, sampler or self.default_sampler)
         check_guidance(guidance.fields, self.conditioning, conditions)
         self.denoiser.eval()
         networks = [self.unet, *([] if guidance.weak is None else [guidance.weak.denoiser.unet])]
@@ -291,6 +325,7 @@ class MediPipeline(PipelineBase):
                 drawn,
                 dtype=_DTYPES[precision],
                 callback=callback,
+                step_end=step_end,
             )
             parts.append(latents[: stop - start].float().cpu())
         return torch.cat(parts) if parts else noise.float().cpu()
@@ -308,40 +343,7 @@ class MediPipeline(PipelineBase):
             mean = mean + std.cpu() * draw_noise(seeds, mean.shape[1:])[0]
         return (mean - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
 
-    # ---- saving and loading
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, include_autoencoder: bool | None = None, **kwargs: Any
-    ) -> None:
-        """Write the model folder, at once or not at all; safetensors and JSON only.
-
-        Args:
-            save_directory: The folder; an older model there is replaced.
-            include_autoencoder: Whether to store the autoencoder's weights with it; unset: if it was read from a model
-                folder, or from a folder of this machine, which other machines do not have.
-            kwargs: ``push_to_hub=True`` with ``repo_id`` and so on also publishes it.
-
-        Raises:
-            UserError: The folder holds something that is not a model, or adapters are stacked on the model.
-        """
-        folder = Path(save_directory)
-        if self._adapters:
-            raise UserError(
-                "A model with stacked adapters cannot be saved; the adapters have folders of their own.",
-                "Call merge_adapters() first.",
-            )
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-            raise UserError(f"{folder} is not empty and holds no model.", "Choose another folder.")
-        push = kwargs.pop("push_to_hub", False)
-        if kwargs.pop("safe_serialization", True) is not True:
-            raise UserError("A model is written as safetensors only.")
-        inside = self._carries_autoencoder or Path(self.autoencoder.source).is_dir()
-        inside = inside if include_autoencoder is None else include_autoencoder
-        with atomic_path(folder) as temporary:
-            super().save_pretrained(str(temporary), safe_serialization=True)
-            complete_model(temporary, self, model_card(self, folder.name), inside)
-        if push:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+    # ---- loading
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -360,18 +362,21 @@ class MediPipeline(PipelineBase):
                 training.
             torch_dtype: Precision of the denoiser's weights: fp32, fp16 or bf16, as a dtype or its name.
             device: Where to put everything.
-            kwargs: As for other pipelines: ``dtype`` and ``device_map`` (one device) for the two above; ``cache_dir``,
-                ``revision``, ``token``, ``local_files_only`` and ``force_download`` of a hub id.
+            kwargs: As for other pipelines: ``dtype`` and ``device_map`` (one device) for the two above; ``scheduler``;
+                ``cache_dir``, ``revision``, ``token``, ``local_files_only`` and ``force_download`` of a hub id.
 
         Raises:
             UserError: Something is absent or damaged, the autoencoder is not the one of the training, or an argument is
                 not supported.
         """
         dtype = dtype_of(kwargs.pop("dtype", None) or torch_dtype)
-        place = device_of(device, kwargs.pop("device_map", None))
+        place, sampler = device_of(device, kwargs.pop("device_map", None)), kwargs.pop("scheduler", None)
         parts = read_model(folder, autoencoder, dtype, place, loading_options(folder, kwargs))
         carried = parts.pop("carried")
+        parts["scheduler"] = scheduler_of(settings_of(parts["scheduler"].config), SamplerSettings.name)
         pipeline = cls(**parts)
+        if sampler is not None:
+            pipeline.scheduler = sampler
         pipeline._carries_autoencoder = carried
         return pipeline.to(place)
 
@@ -385,7 +390,7 @@ class MediPipeline(PipelineBase):
         provenance: Mapping[str, Any] | None = None,
     ) -> MediPipeline:
         """The pipeline of a denoiser after training."""
-        networks = denoiser.unet, make_scheduler(objective), denoiser.conditioner
+        networks = denoiser.unet, scheduler_of(objective, SamplerSettings.name), denoiser.conditioner
         return MediPipeline(*networks, autoencoder, shift, scale, objective, provenance)
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
 
 from latent_medi.core.errors import UserError, nearest
-from latent_medi.diffusion.samplers import SAMPLERS
+from latent_medi.diffusion.samplers import SAMPLERS, StepEnd
 from latent_medi.diffusion.settings import GuidanceSettings, SamplerSettings
 from latent_medi.latents.autoencoder import first_line
 from latent_medi.metadata.schema import Schema
+from latent_medi.shards.format.codec import SyntheticImage
 
 _DTYPES = dict.fromkeys(("float32", "fp32"), torch.float32)
 _DTYPES |= dict.fromkeys(("float16", "fp16", "half"), torch.float16)
 _DTYPES |= dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16)
-
-_SAMPLER_OF = {"EulerDiscreteScheduler": "euler", "HeunDiscreteScheduler": "heun", "DDIMScheduler": "ddim"}
-_SAMPLER_OF |= {"DDPMScheduler": "ddpm", "UniPCMultistepScheduler": "unipc", "DPMSolverMultistepScheduler": "dpmpp_2m"}
 
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _IGNORED = ("low_cpu_mem_usage",)  # changes how a model is read, not the model
@@ -40,9 +39,6 @@ _LOADING = {
 }
 
 _CALL = {
-    "num_inference_steps": "Write steps=….",
-    "guidance_scale": "Write guidance=….",
-    "generator": "Write seed=…, or seeds=[…] with one per image.",
     "num_images_per_prompt": "Write num_images=….",
     "num_samples": "Write num_images=….",
     "batch_size": "Write num_images=… for how many, batch=… for how many at a time.",
@@ -51,29 +47,15 @@ _CALL = {
     "class_labels": "Write class_=…, a value by name.",
     "class_label": "Write class_=…, a value by name.",
     "eta": 'Write sampler=SamplerSettings("ddim", steps, eta).',
-    "scheduler": "Write sampler=….",
+    "scheduler": "Write pipe.scheduler = …, or sampler=….",
     "latents": "pipe.generate_latents(conditions, noise) starts from given noise.",
     "height": "Leave it out: a model makes patches of one size.",
     "width": "Leave it out: a model makes patches of one size.",
     "return_dict": "Leave it out: the images are in pipe(…).images.",
-    "callback": "pipe.generate_latents(…, callback=…) calls it at every step.",
-    "callback_on_step_end": "pipe.generate_latents(…, callback=…) calls it at every step.",
+    "callback": "Write callback_on_step_end=….",
+    "callback_on_step_end_tensor_inputs": "Leave it out: callback_on_step_end is given the latents.",
     "cross_attention_kwargs": "Leave it out: the network attends to no text.",
 }
-
-
-def scheduler_refusal(scheduler: Any) -> UserError:
-    """The refusal of another scheduler, with the sampler to use instead."""
-    kind = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
-    name = _SAMPLER_OF.get(kind, "")
-    options = {} if isinstance(scheduler, type) else getattr(scheduler, "config", {})
-    stochastic = str(options.get("algorithm_type")).startswith("sde")
-    if name == "dpmpp_2m" and stochastic:
-        name = "dpmpp_2m_sde"
-    hint = f"Write pipe(…, sampler={name!r})." if name else f"Write pipe(…, sampler=…): {', '.join(SAMPLERS)}."
-    return UserError(
-        f"A pipeline's scheduler is the noise schedule of its training; {kind} would have no effect.", hint
-    )
 
 
 def dtype_of(given: Any) -> torch.dtype:
@@ -124,28 +106,63 @@ def loading_options(folder: str | Path, given: Mapping[str, Any]) -> dict[str, A
         UserError: An argument is not supported.
     """
     for name, value in given.items():
-        if name == "scheduler" and value is not None:
-            raise scheduler_refusal(value)
         if name == "use_safetensors" and value is False:
             raise UserError("use_safetensors is False, but model folders hold safetensors; pickles are not opened.")
-        if name in (*_DOWNLOAD, *_IGNORED, "use_safetensors", "scheduler") or value is None or value is False:
+        if name in (*_DOWNLOAD, *_IGNORED, "use_safetensors") or value is None or value is False:
             continue
-        known = ("autoencoder", "torch_dtype", "dtype", "device", "device_map", *_DOWNLOAD)
+        known = ("autoencoder", "torch_dtype", "dtype", "device", "device_map", "scheduler", *_DOWNLOAD)
         raise UserError(f"from_pretrained takes no {name}: {_LOADING.get(name, nearest(name, known))}.")
     if given.get("revision") is not None and Path(folder).is_dir():
         raise UserError(f"revision is {given['revision']!r}, but {folder} is a local folder, which has none.")
     return {name: given[name] for name in _DOWNLOAD if given.get(name) is not None}
 
 
-def check_fields(names: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse arguments of other pipelines that are no fields.
+def arguments_of(call: Callable[..., Any]) -> list[str]:
+    """Names of a function's arguments but for those by any name."""
+    return [name for name, p in signature(call).parameters.items() if p.kind != p.VAR_KEYWORD]
+
+
+def fields_of(
+    conditions: Mapping[str, Any] | None, keywords: Mapping[str, Any], arguments: Iterable[str], known: Sequence[str]
+) -> dict[str, Any]:
+    """Values by field, from ``conditions`` and from keywords that are no argument.
+
+    Args:
+        conditions: As given.
+        keywords: Other keywords of the call.
+        arguments: Names of the arguments.
+        known: The model's fields.
 
     Raises:
-        UserError: Says what to write instead.
+        UserError: A field is given twice, a field's name could be meant as an argument, or a keyword is an argument of
+            other pipelines.
     """
-    for name in names:
+    if conditions is not None and not isinstance(conditions, Mapping):
+        raise UserError(f"conditions must be values by field, not {conditions!r}.", "conditions={'class': '…'}")
+    if conditions is None and (both := [name for name in arguments if name in known]):
+        raise UserError(
+            f"{both[0]} is a field of the model and an argument of the call.",
+            f"Give all fields as conditions={{{both[0]!r}: …}}; then {both[0]}=… is the argument.",
+        )
+    fields = dict(conditions or {})
+    if twice := [name for name in keywords if name in fields]:
+        raise UserError(f"The field {twice[0]} is given twice, in conditions and as {twice[0]}=….")
+    for name in keywords:
         if name in _CALL and name not in known:
             raise UserError(f"{name} is neither an argument nor a field of the model.", _CALL[name])
+    return {**fields, **keywords}
+
+
+def either(**given: Any) -> Any:
+    """The one that is given of two names for an argument; ``None`` if neither is.
+
+    Raises:
+        UserError: Both are.
+    """
+    found = [name for name, value in given.items() if value is not None]
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(found)} are the same argument.", "Give one of them.")
+    return given[found[0]] if found else None
 
 
 def whole(value: Any, name: str, least: int = 1) -> int:
@@ -162,35 +179,79 @@ def whole(value: Any, name: str, least: int = 1) -> int:
     return int(value)
 
 
-def seeds_of(seeds: Any) -> list[int]:
-    """Seeds, one per image.
+def seeds_of(seeds: Any, seed: Any, generator: Any) -> tuple[list[Any] | None, Any]:
+    """What noise is drawn from: a seed or generator per image if a list is given, and the first seed or the generator.
 
     Raises:
-        UserError: It is no list of whole numbers.
+        UserError: Seeds are no whole numbers, a generator is none of torch, or both are given.
     """
+    first = whole(seed, "seed", least=0)
+    if generator is not None:
+        if seeds is not None or first:
+            raise UserError("Seeds and a generator are given.", "Give one of them.")
+        listed = list(generator) if isinstance(generator, (list, tuple)) else None
+        for each in [generator] if listed is None else listed:
+            if not isinstance(each, torch.Generator):
+                raise UserError(f"generator must be a torch.Generator or a list of them, not {each!r}.")
+        return listed, generator
+    if seeds is None:
+        return None, first
     if isinstance(seeds, (np.ndarray, torch.Tensor)):
         seeds = seeds.tolist()
     if not isinstance(seeds, (Sequence, range)) or isinstance(seeds, (str, bytes)):
         raise UserError(f"seeds must be a list of whole numbers, one per image, not {seeds!r}.", "Or write seed=….")
-    return [whole(seed, f"seeds[{i}]", least=0) for i, seed in enumerate(seeds)]
+    return [whole(each, f"seeds[{i}]", least=0) for i, each in enumerate(seeds)], first
 
 
-def sampler_of(sampler: Any, steps: Any) -> SamplerSettings:
-    """Settings of a sampler, from its name or settings and its steps.
+def sampler_of(sampler: Any, steps: Any, default: SamplerSettings) -> SamplerSettings:
+    """Settings of a sampler, from its name or settings and its steps; ``default`` if no sampler is given.
 
     Raises:
         UserError: It is neither.
     """
-    if isinstance(sampler, SchedulerMixin) or (isinstance(sampler, type) and issubclass(sampler, SchedulerMixin)):
-        raise scheduler_refusal(sampler)
     if sampler is not None and not isinstance(sampler, (str, SamplerSettings)):
-        raise UserError(f"sampler must be a name ({', '.join(SAMPLERS)}) or SamplerSettings, not {sampler!r}.")
-    chosen = sampler if isinstance(sampler, SamplerSettings) else SamplerSettings(name=sampler or "dpmpp_2m")  # type: ignore[arg-type]
+        raise UserError(
+            f"sampler must be a name ({', '.join(SAMPLERS)}) or SamplerSettings, not {sampler!r}.",
+            "A scheduler of diffusers is set by pipe.scheduler = ….",
+        )
+    if isinstance(sampler, str):
+        default = SamplerSettings(sampler)  # type: ignore[arg-type]
+    chosen = sampler if isinstance(sampler, SamplerSettings) else default
     return SamplerSettings(chosen.name, whole(chosen.steps if steps is None else steps, "steps", least=0), chosen.eta)
 
 
+def step_end_of(pipeline: Any, callback: Any) -> StepEnd | None:
+    """diffusers' ``callback_on_step_end`` as the samplers call it.
+
+    Raises:
+        UserError: It is no function.
+    """
+    if callback is None:
+        return None
+    if not callable(callback):
+        raise UserError(f"callback_on_step_end must be a function, not {callback!r}.")
+
+    def step_end(number: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        changed = callback(pipeline, number, timestep, {"latents": latents})
+        if changed is not None and not isinstance(changed, Mapping):
+            raise UserError(
+                f"callback_on_step_end returned {type(changed).__name__}.", "Return {'latents': latents}, or nothing."
+            )
+        return latents if changed is None else changed.get("latents", latents)
+
+    return step_end
+
+
+def images_of(images: np.ndarray, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    """Images uint8 [N, H, W, 3] as "pil", "np" or "pt"."""
+    if output_type == "pil":
+        return [SyntheticImage.of(image) for image in images]
+    scaled = images.astype(np.float32) / 255
+    return scaled if output_type == "np" else torch.from_numpy(scaled).permute(0, 3, 1, 2)
+
+
 def rows_of(
-    schema: Schema, fields: Mapping[str, Any], num_images: int | None, seeds: Sequence[int] | None
+    schema: Schema, fields: Mapping[str, Any], num_images: int | None, seeds: Sequence[Any] | None
 ) -> list[dict[str, Any]]:
     """Values by field for every image; a list gives a value per image.
 
@@ -207,7 +268,10 @@ def rows_of(
     counts = {len(v) for v in listed.values()} | ({len(seeds)} if seeds is not None else set())
     counts |= {num_images} if num_images is not None else set()
     if len(counts) > 1:
-        raise UserError(f"num_images, seeds and lists of values disagree about the number of images: {sorted(counts)}.")
+        raise UserError(
+            "num_images, seeds, generators and lists of values disagree about the number of images: "
+            f"{', '.join(map(str, sorted(counts)))}."
+        )
     count = counts.pop() if counts else 1
     if count < 1:
         raise UserError(f"The number of images must be at least 1, not {count}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -16,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from latent_medi.core.errors import UserError
@@ -29,6 +31,10 @@ from latent_medi.metadata.schema import Schema
 StepCallback = Callable[[float, torch.Tensor, torch.Tensor], None]
 """Called at each evaluation of the network with ᾱ, the noisy latent x_t and the x₀ that the prediction stands for, fp32
 [N, C, h, w] each."""
+
+StepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Called after each evaluation with its number, its timestep and the latents fp32 [N, C, h, w], which are those of
+diffusers' scheduler (x_t/√ᾱ for Euler and Heun); returns the latents to go on with."""
 
 _FAINT = 1e-6
 """ᾱ below which an ε prediction contains almost no information about x₀."""
@@ -53,14 +59,14 @@ class _DDIM(DDIMScheduler):
         return variance
 
 
-_KINDS: dict[str, tuple[type, dict[str, Any]]] = {
+_KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
     "euler": (EulerDiscreteScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
-    "ddim": (_DDIM, {"clip_sample": False}),  # latents are not confined to [-1, 1]
-    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "ddim": (_DDIM, {}),
+    "ddpm": (DDPMScheduler, {}),
 }
 
 SAMPLERS: tuple[str, ...] = tuple(_KINDS)
@@ -120,6 +126,43 @@ def check_sampler(objective: ObjectiveSettings, sampler: SamplerSettings) -> Non
         raise UserError(f"The sampler {sampler.name!r} cannot be used here: {reason}.")
 
 
+def scheduler_of(objective: ObjectiveSettings, name: str) -> Any:
+    """The scheduler of diffusers that a sampler is, without timesteps."""
+    kind, options = _KINDS[name]
+    return kind.from_config(make_scheduler(objective).config, **options)
+
+
+def sampler_name(scheduler: Any, objective: ObjectiveSettings) -> str:
+    """The name of the sampler that a scheduler of diffusers is.
+
+    Raises:
+        UserError: It is none of ours, or has an option that a sampler here does not have, such as another noise
+            schedule than that of the training.
+    """
+    if not isinstance(scheduler, SchedulerMixin):
+        raise UserError(
+            f"A scheduler is an object of diffusers, not {scheduler!r}.",
+            "Write pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config), for example.",
+        )
+    kind, config = type(scheduler), dict(getattr(scheduler, "config", {}))
+    names = [name for name, (known, _) in _KINDS.items() if issubclass(known, kind)]
+    if not names:
+        classes = {DDIMScheduler.__name__ if known is _DDIM else known.__name__ for known, _ in _KINDS.values()}
+        raise UserError(f"There is no sampler of {kind.__name__} here.", f"Use one of {', '.join(sorted(classes))}.")
+    algorithm = config.get("algorithm_type")
+    name = next((name for name in names if _KINDS[name][1].get("algorithm_type") == algorithm), names[0])
+    fixed, options = scheduler_of(objective, name).config, inspect.signature(kind.__init__).parameters
+    other = [key for key in options if key in fixed and repr(config.get(key)) != repr(fixed[key])]
+    if other:
+        listed = ", ".join(f"{key}={config.get(key)!r} (here {fixed[key]!r})" for key in other)
+        raise UserError(
+            f"The noise schedule of the training and the options of a sampler are fixed, but {kind.__name__} has "
+            f"{listed[:500]}.",
+            f"Write {kind.__name__}.from_config(pipe.scheduler.config), or sampler={name!r} in a call.",
+        )
+    return name
+
+
 def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
     """A diffusers scheduler with its timesteps set: the first is the terminal one, and each step ends at the next.
 
@@ -132,25 +175,12 @@ def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
     """
     objective = settings_of(scheduler_config)
     check_sampler(objective, settings)
-    kind, options = _KINDS[settings.name]
-    config = {
-        "num_train_timesteps": objective.timesteps,
-        "beta_start": objective.beta_start,
-        "beta_end": objective.beta_end,
-        "beta_schedule": objective.schedule,
-        "prediction_type": objective.prediction,
-        "rescale_betas_zero_snr": objective.zero_terminal_snr,
-        "timestep_spacing": "trailing",
-        **options,
-    }
-    if kind is HeunDiscreteScheduler:  # it does not have this option, and is refused with zero terminal SNR
-        del config["rescale_betas_zero_snr"]
-    scheduler = kind(**config)
+    scheduler = scheduler_of(objective, settings.name)
     if isinstance(scheduler, _DDIM):
         scheduler.eta = settings.eta
     scheduler.set_timesteps(settings.steps)
     visited = [round(float(t)) for t in scheduler.timesteps]
-    if kind is HeunDiscreteScheduler:  # it visits each timestep but the first twice
+    if isinstance(scheduler, HeunDiscreteScheduler):  # it visits each timestep but the first twice
         visited = visited[:1] + visited[1::2]
     falling = all(a > b for a, b in pairwise(visited))
     if len(visited) != settings.steps or visited[0] != objective.timesteps - 1 or not falling:
@@ -160,18 +190,21 @@ def make_sampler(scheduler_config: Any, settings: SamplerSettings) -> Any:
     return scheduler
 
 
-def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor, list[torch.Generator]]:
+def draw_noise(
+    seeds: Sequence[int | torch.Generator], shape: Sequence[int]
+) -> tuple[torch.Tensor, list[torch.Generator]]:
     """The initial noise of each sample, from its own seed, and its generator for the noise of later steps.
 
     Args:
-        seeds: N seeds, 0 to 2^63 − 1.
+        seeds: N seeds, 0 to 2^63 − 1, or generators.
         shape: (C, h, w).
 
     Returns:
-        fp32 [N, C, h, w] and N generators, all on the CPU, so that every device gives the same samples.
+        fp32 [N, C, h, w] and N generators, all on the CPU (but for given generators), so that every device gives the
+        same samples.
     """
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    noise = [torch.randn(tuple(shape), generator=generator) for generator in generators]
+    generators = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(int(s)) for s in seeds]
+    noise = [torch.randn(tuple(shape), generator=each, device=each.device).cpu() for each in generators]
     return (torch.stack(noise) if noise else torch.empty(0, *shape)), generators
 
 
@@ -240,6 +273,7 @@ def sample_latents(
     first_step: int = 0,
     dtype: torch.dtype | None = None,
     callback: StepCallback | None = None,
+    step_end: StepEnd | None = None,
 ) -> torch.Tensor:
     """Run a sampler.
 
@@ -254,6 +288,7 @@ def sample_latents(
         first_step: Number of leading steps to leave out, for starting from a noised image.
         dtype: Arithmetic inside the network, bf16 or fp16; ``None`` is that of its weights. The sampler's own is fp32.
         callback: Called at each evaluation.
+        step_end: Called after each evaluation.
 
     Returns:
         fp32 [N, C, h, w]; clean whitened latents.
@@ -279,7 +314,7 @@ def sample_latents(
     networks = [denoiser, *([] if weak is None else [weak.denoiser])]
     full = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False)
     with low_precision(x.device, dtype, networks):
-        for t, alpha_bar in zip(timesteps, alphas.tolist(), strict=True):
+        for number, (t, alpha_bar) in enumerate(zip(timesteps, alphas.tolist(), strict=True)):
             with full:
                 x_t = sampler.scale_model_input(x, t)
             step = torch.full((len(x),), round(float(t)), dtype=torch.long, device=x.device)
@@ -292,4 +327,5 @@ def sample_latents(
                 if callback is not None:
                     callback(alpha_bar, x_t, clean_latent(prediction, x_t, alpha_bar, predicts))
                 x = sampler.step(prediction, t, x, return_dict=False, **options)[0]
+                x = x if step_end is None else step_end(number, t, x)
     return x

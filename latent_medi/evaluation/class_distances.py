@@ -18,7 +18,7 @@ HELD_OUT_PATIENTS, TRAINING = "held-out patients", "training images"
 
 
 def distance_text(value: float | None) -> str:
-    """A distance with three significant digits, since its scale depends on the encoder."""
+    """A distance as files have it, with three significant digits, since its scale depends on the encoder."""
     if value is None:
         return "–"
     if abs(value) < 1e-4:

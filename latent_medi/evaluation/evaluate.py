@@ -47,6 +47,7 @@ from latent_medi.evaluation.settings import EvaluateSettings
 from latent_medi.evaluation.summary import headline
 from latent_medi.features.cache import cached_features, content_hash, dataset_hash
 from latent_medi.features.encoders import ImageEncoder, colour_free, load_encoder
+from latent_medi.features.needed import check_encoder
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.tables import write_for_people
 from latent_medi.shards.dataset import PatchDataset
@@ -182,6 +183,8 @@ def load_encoders(settings: EvaluateSettings, device: str = "cpu") -> list[Image
     Raises:
         UserError: One cannot be loaded, or two have the same name.
     """
+    for name in settings.encoders:  # all of them before one is loaded
+        check_encoder(name, settings.weights.get(name, ""))
     return _with_different_names([load_encoder(name, settings.weights.get(name), device) for name in settings.encoders])
 
 

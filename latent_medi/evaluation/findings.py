@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import fmean
 
 from latent_medi.evaluation.class_distances import HELD_OUT_PATIENTS, TRAINING, distance_text, references
@@ -12,6 +13,7 @@ from latent_medi.evaluation.downstream.registry import label_of
 from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.verdict import in_words
+from latent_medi.statistics.kernel_distance import KID_UNIT, kid_text
 
 
 def findings(metrics: Metrics, encoder: str) -> list[str]:
@@ -26,44 +28,62 @@ def findings(metrics: Metrics, encoder: str) -> list[str]:
     """
     if encoder in metrics.downstream:
         return []
-    names = [metrics.roles.candidate, metrics.roles.baseline]
-    found = _distances(metrics.fidelity[encoder], names) if encoder in metrics.fidelity else ""
+    found = distances_found(metrics, encoder)
     protocol = metrics.protocols.medi.get(encoder)
+    names = [metrics.roles.candidate, metrics.roles.baseline]
     return [*([found] if found else []), *(_tasks(protocol, names) if protocol else [])]
 
 
-def _distances(fidelity: Fidelity, names: list[str]) -> str:
+def distances_found(metrics: Metrics, encoder: str, readable: bool = False) -> str:
+    """Distances of candidate and baseline in a sentence; empty without samples.
+
+    Args:
+        metrics: The evaluation.
+        encoder: Name of the encoder.
+        readable: Write distances in thousandths, for people; otherwise as files have them.
+    """
+    if encoder not in metrics.fidelity:
+        return ""
+    names = [metrics.roles.candidate, metrics.roles.baseline]
+    return _distances(metrics.fidelity[encoder], names, *(KID_UNIT, kid_text) if readable else ("KID", distance_text))
+
+
+def _distances(fidelity: Fidelity, names: list[str], unit: str, text: Callable[[float | None], str]) -> str:
     """Of unseen combinations if there are any, and of each class against each reference; empty without samples."""
     tables = [(f"real patches of {HELD_OUT_PATIENTS}", "unseen combinations", fidelity.unseen)]
     by_class = references(fidelity)
     for reference in (TRAINING, HELD_OUT_PATIENTS):
         if reference in by_class:
             tables.append((reference, "classes", by_class[reference]))
-    if compared := [clause for each in tables if (clause := _compared(*each, names))]:
+    if compared := [clause for each in tables if (clause := _compared(*each, names, text))]:
         pair = f"{label_of(names[0])} against {label_of(names[1])}"
-        return f"Kernel distance (KID, lower is better) of {pair}: {'; '.join(compared)}."
-    alone = [clause for each in tables if (clause := _alone(*each, names[0]))]
+        return f"Kernel distance ({unit}, lower is better) of {pair}: {'; '.join(compared)}."
+    alone = [clause for each in tables if (clause := _alone(*each, names[0], unit, text))]
     return f"{label_of(names[0])} is {'; '.join(alone)}." if alone else ""
 
 
-def _compared(reference: str, unit: str, table: DistanceTable, names: list[str]) -> str:
+def _compared(
+    reference: str, unit: str, table: DistanceTable, names: list[str], text: Callable[[float | None], str]
+) -> str:
     """Means over the combinations that both have, and on how many the candidate is nearer; empty without such."""
     both = [[each.sources[n].value for n in names] for each in table.combinations if {*names} <= {*each.sources}]
     pairs = [(a, b) for a, b in both if a is not None and b is not None]
     if not pairs:
         return ""
     nearer = sum(a < b for a, b in pairs)
-    means = [distance_text(fmean(values)) for values in zip(*pairs, strict=True)]
+    means = [text(fmean(values)) for values in zip(*pairs, strict=True)]
     bounds, ratio = table.ratio.interval, ""
     if table.ratio.value is not None and isinstance(bounds, tuple):
         ratio = f", ratio {table.ratio.value:.2f} [{bounds[0]:.2f}, {bounds[1]:.2f}]"
     return f"{means[0]} against {means[1]} to {reference} (lower on {nearer} of {len(pairs)} {unit}{ratio})"
 
 
-def _alone(reference: str, unit: str, table: DistanceTable, name: str) -> str:
+def _alone(
+    reference: str, of: str, table: DistanceTable, name: str, unit: str, text: Callable[[float | None], str]
+) -> str:
     """The candidate's mean; empty without samples."""
     n = sum(name in each.sources and each.sources[name].value is not None for each in table.combinations)
-    return f"at a mean KID of {distance_text(table.means[name].value)} from {reference} over {n} {unit}" if n else ""
+    return f"at a mean {unit} of {text(table.means[name].value)} from {reference} over {n} {of}" if n else ""
 
 
 def _tasks(record: MediProtocol, names: list[str]) -> list[str]:

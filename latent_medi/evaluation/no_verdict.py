@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from latent_medi.evaluation.downstream.records import Downstream
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.verdict import TO_SEE, above, in_words, patients_needed
 from latent_medi.statistics.differences import Difference
 from latent_medi.statistics.intervals import MIN_PATIENTS
+from latent_medi.statistics.kernel_distance import KID_UNIT, kid_text
 
 
 def no_verdict_reasons(metrics: Metrics, encoder: str, differences: Mapping[str, Difference]) -> list[str]:
@@ -25,7 +26,7 @@ def no_verdict_reasons(metrics: Metrics, encoder: str, differences: Mapping[str,
     found = [
         _few_patients(downstream, differences, patient_group(metrics, downstream)),
         _oracle_without_help(downstream, differences),
-        _far_from_tissue(metrics, encoder),
+        far_from_tissue(metrics, encoder),
         *(_not_recovered(metrics, encoder, f) for f in (metrics.dataset.site_field, metrics.dataset.class_field)),
     ]
     return [reason for reason in found if reason]
@@ -68,14 +69,23 @@ def _oracle_without_help(downstream: Downstream, differences: Mapping[str, Diffe
     return ""
 
 
-def _far_from_tissue(metrics: Metrics, encoder: str) -> str:
+def far_from_tissue(metrics: Metrics, encoder: str, readable: bool = False) -> str:
+    """That the candidate's samples are far from tissue, as a clause; empty if they are not.
+
+    Args:
+        metrics: The evaluation.
+        encoder: Name of the encoder.
+        readable: Write distances in thousandths, for people; otherwise as files have them.
+    """
+    unit = KID_UNIT if readable else "KID"
+    text: Callable[[float], str] = kid_text if readable else "{:.3g}".format
     fidelity, candidate = metrics.fidelity.get(encoder), metrics.roles.candidate
     found = fidelity.tissue.get(candidate) if fidelity else None
     if found is None or found.value < found.other_combinations:
         return ""
     return (
-        f"its samples are no nearer to real patches of the unseen combinations (KID {found.value:.3g}) than real "
-        f"patches of other combinations are ({found.other_combinations:.3g})"
+        f"its samples are no nearer to real patches of the unseen combinations ({unit} {text(found.value)}) than "
+        f"real patches of other combinations are ({text(found.other_combinations)})"
     )
 
 

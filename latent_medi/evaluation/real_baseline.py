@@ -8,7 +8,7 @@ group that it was not trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from latent_medi.metadata.tables import write_for_people
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.distances import Basis, frechet_distance, pca_basis, pca_dims
 from latent_medi.statistics.intervals import LEVEL, MIN_PATIENTS, NOT_ESTIMABLE
-from latent_medi.statistics.kernel_distance import kid
+from latent_medi.statistics.kernel_distance import KID_UNIT, kid, kid_text
 from latent_medi.statistics.linear_probe import fit_linear_probe
 from latent_medi.statistics.patient_means import PatientTable
 from latent_medi.statistics.subsampling import patients_in_turn, whole_patients
@@ -266,7 +266,7 @@ def _accuracy(
     in_cell = {cell.name: np.isin(np.arange(len(truth)), cell.rows) for cell in cohort.cells}
     tested_values: set[str] = set()
     turns = [groups[::turn] for groups in splits for turn in (1, -1)]
-    for number, (training, tested) in enumerate(progress(turns, desc=f"linear probes of {name}", unit="probe")):
+    for number, (training, tested) in enumerate(progress(turns, desc=f"linear probes of {name}", unit="probes")):
         training = training[known[training]]
         rng = np.random.default_rng([number, 47])
         training = training[whole_patients(patients[training], _MOST_TRAINING, rng)]
@@ -295,9 +295,9 @@ def _bounds(spread: Any) -> tuple[float | None, float | None]:
     return (spread[0], spread[1]) if isinstance(spread, list) else (None, None)
 
 
-def _words(spread: Any, scale: float = 1.0) -> str:
+def _words(spread: Any, text: Callable[[float], str] = "{:.2f}".format) -> str:
     low, high = _bounds(spread)
-    return "–" if low is None or high is None else f"{low / scale:.2f} to {high / scale:.2f}"
+    return "–" if low is None or high is None else f"{text(low)} to {text(high)}"
 
 
 def _table(result: Mapping[str, Any]) -> pd.DataFrame:
@@ -323,18 +323,17 @@ def floors_text(result: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for encoder, found in result["encoders"].items():
         fields = list(found["ceilings"])
-        scale = _scale([cell for cell in found["cells"] if "kid" in cell])
         width = max(len(cell["name"]) for cell in found["cells"]) + 2
-        heading = f"  {'':<{width}}{'patients':>9}{'patches':>9}{'groups':>9}{'95 % of splits':>18}{'other site':>12}"
-        lines.append(f"{encoder} (kernel distance ÷ {scale:g})")
+        heading = f"  {'':<{width}}{'patients':>9}{'patches':>9}{'groups':>9}{'95 % of splits':>20}{'other site':>12}"
+        lines.append(f"{encoder} ({KID_UNIT})")
         lines.append(heading + "".join(f"{name:>12}" for name in fields))
         for cell in found["cells"]:
             line = f"  {cell['name']:<{width}}{cell['n_patients']:>9}{cell['n_patches']:>9}"
             if "kid" in cell:
-                far = f"{cell['other_site']['kid'] / scale:.2f}" if cell["other_site"] else "–"
-                line += f"{cell['kid']['value'] / scale:>9.2f}{_words(cell['kid']['range'], scale):>18}{far:>12}"
+                far = kid_text(cell["other_site"]["kid"]) if cell["other_site"] else "–"
+                line += f"{kid_text(cell['kid']['value']):>9}{_words(cell['kid']['range'], kid_text):>20}{far:>12}"
             else:
-                line += f"{'–':>9}{'–':>18}{'–':>12}"
+                line += f"{'–':>9}{'–':>20}{'–':>12}"
             shares = [found["ceilings"][name]["cells"].get(cell["name"]) for name in fields]
             lines.append(line + "".join(f"{'–' if share is None else f'{share:.2f}':>12}" for share in shares))
         for name in fields:
@@ -349,12 +348,3 @@ def floors_text(result: Mapping[str, Any]) -> str:
     lines.append("other site: to patients of the class at the nearest other site. Under a field's name: accuracy of a")
     lines.append("linear probe that was trained on other patients.")
     return "\n".join(lines)
-
-
-def _scale(cells: list[dict[str, Any]]) -> float:
-    """Power of a thousand by which distances become readable."""
-    known = [abs(value) for cell in cells for value in _bounds(cell["kid"]["range"]) if value is not None]
-    known += [abs(cell["kid"]["value"]) for cell in cells]
-    known += [abs(cell["other_site"]["kid"]) for cell in cells if cell["other_site"]]
-    unit = max(known, default=0.0)
-    return float(10.0 ** (3 * np.floor(np.log10(unit) / 3))) if unit > 0 else 1.0

@@ -162,6 +162,12 @@ class EvaluateSettings(Settings):
         cache: Folder of the feature cache; empty means inside ``out``.
     """
 
+    COMMON: ClassVar = "real synthetic held_out out encoders weights split candidate only downstream repeats"
+    EXAMPLES: ClassVar = (
+        "latent-medi evaluate real=my/data synthetic.medi=my/samples held_out=split out=my/evaluation",
+        "latent-medi evaluate real=my/data synthetic.medi=my/samples downstream=false out=my/distances",
+    )
+
     RENAMED: ClassVar = {
         "cells": "by_fields",
         "resamples": "Leave it out: intervals have no random draws.",
@@ -234,6 +240,12 @@ class FloorsSettings(Settings):
         batch: Patches per forward pass of the encoders.
         cache: Folder of the feature cache; empty means inside ``out``.
     """
+
+    COMMON: ClassVar = "data out encoders weights fields site_field only"
+    EXAMPLES: ClassVar = (
+        "latent-medi floors my/data encoders='[phikon-v2]' out=my/floors",
+        "latent-medi floors runs/demo/data encoders='[demo]'",
+    )
 
     RENAMED: ClassVar = {"deals": "real_splits"}
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latent_medi.core.records import encode
-from latent_medi.evaluation.class_distances import distance_text
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.protocol_tables import protocol_text
@@ -20,8 +19,8 @@ from latent_medi.evaluation.downstream.registry import (
     summarised,
 )
 from latent_medi.evaluation.fidelity.records import TRAINING_IMAGES, DistanceTable, Fidelity
-from latent_medi.evaluation.findings import findings
-from latent_medi.evaluation.no_verdict import no_verdict_reasons, patient_group
+from latent_medi.evaluation.findings import distances_found, findings
+from latent_medi.evaluation.no_verdict import far_from_tissue, no_verdict_reasons, patient_group
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.summary_records import (
     FurtherTrainingSet,
@@ -33,10 +32,13 @@ from latent_medi.evaluation.summary_records import (
     SummaryVariety,
 )
 from latent_medi.evaluation.verdict import Evidence, Verdict, verdict
+from latent_medi.statistics.kernel_distance import KID_UNIT, kid_text
 
 CLASSIFIERS = {"linear": "a linear probe", "cnn": "a small network"}
 ACCURACIES = ("accuracy_shift", "accuracy_in_distribution", "accuracy_seen", "accuracy_unseen")
 _COLOUR_FREE = ":haematoxylin"
+_WORDINGS = (far_from_tissue, distances_found)
+"""What writes kernel distances into sentences."""
 _DISTANCES = {
     "distance_unseen": "unseen combinations",
     "distance_unseen_colour_free": "unseen, colour-free",
@@ -214,13 +216,26 @@ def _number(value: float | None, digits: int = 3) -> str:
 def evaluation_text(metrics: Metrics, record: Headline) -> str:
     """All that a terminal shows of an evaluation: the tables of a published protocol, then the summary."""
     protocol = protocol_text(metrics.protocols)
-    return f"{protocol.lstrip()}\n\n{headline_text(record)}" if protocol else headline_text(record)
+    summary = headline_text(metrics, record)
+    return f"{protocol.lstrip()}\n\n{summary}" if protocol else summary
 
 
-def headline_text(record: Headline) -> str:
+def conclusions(metrics: Metrics, record: Headline) -> list[str]:
+    """The verdict's sentence, or what was found instead, for people: with distances in thousandths, which the files
+    have as they are.
+    """
+    written = [(wording(metrics, record.encoder), wording(metrics, record.encoder, True)) for wording in _WORDINGS]
+    shown = record.findings or [record.verdict.sentence]
+    for stored, readable in written:
+        if stored:
+            shown = [sentence.replace(stored, readable) for sentence in shown]
+    return shown
+
+
+def headline_text(metrics: Metrics, record: Headline) -> str:
     """The summary as a table for a terminal, the verdict last, or what was found instead."""
     names = [label_of(name)[:9] for name in (record.candidate, record.baseline)]
-    lines = ["Kernel distance (KID) to real patches (lower is better)"]
+    lines = [f"Kernel distance ({KID_UNIT}) to real patches (lower is better)"]
     lines.append(f"  {'':<32}" + "".join(f"{name:>10}" for name in (*names, "real", "ratio")))
     for name, title in _DISTANCES.items():
         row: SummaryDistances | None = getattr(record, name)
@@ -229,7 +244,7 @@ def headline_text(record: Headline) -> str:
         values = (row.candidate, row.baseline, row.real)
         if not (row.left_out or any(values)):
             continue
-        cells = "".join(f"{distance_text(value):>10}" for value in values)
+        cells = "".join(f"{kid_text(value):>10}" for value in values)
         bounds = row.ratio_interval
         interval = f"  {bounds[0]:.2f} to {bounds[1]:.2f}" if isinstance(bounds, tuple) else ""
         lines.append(f"  {title:<32}{cells}{_number(row.ratio, 2):>10}{interval}")
@@ -242,7 +257,7 @@ def headline_text(record: Headline) -> str:
     lines += _accuracies(record) + _recoveries(record)
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in record.seconds.items())
     lines += ["", f"Time: {times}", "", *(f"Warning: {text}" for text in record.warnings)]
-    lines += record.findings or [record.verdict.sentence]
+    lines += conclusions(metrics, record)
     return "\n".join(lines)
 
 
@@ -255,11 +270,11 @@ def _class_lines(record: Headline, names: Sequence[str]) -> list[str]:
     if record.distance_per_class_training:
         columns = [(record.candidate, "training"), (record.baseline, "training"), *columns]
         title = f"{'training images':>20}{title}"
-    lines = ["", "Kernel distance (KID) by class", f"  {'':<32}{title}"]
+    lines = ["", f"Kernel distance ({KID_UNIT}) by class", f"  {'':<32}{title}"]
     lines.append(f"  {'':<32}" + "".join(f"{name:>10}" for name in [*names] * (len(columns) // 2)))
     for row in record.classes:
         values = [getattr(row, reference).get(source) for source, reference in columns]
-        lines.append(f"  {row.name[:31]:<32}" + "".join(f"{distance_text(value):>10}" for value in values))
+        lines.append(f"  {row.name[:31]:<32}" + "".join(f"{kid_text(value):>10}" for value in values))
     if record.distance_per_class_training:
         lines += textwrap.wrap(TRAINING_IMAGES, 100, initial_indent="  ", subsequent_indent="  ")
     return lines

@@ -177,6 +177,12 @@ class ExperimentSettings(Settings):
             these, instead of stopping.
     """
 
+    COMMON: ClassVar = "data out split held_out models autoencoder encoders only stages launch_processes dry_run"
+    EXAMPLES: ClassVar = (
+        "latent-medi run --config own/experiment data=my/data held_out=split out=my/experiment dry_run=true",
+        "latent-medi run --config demo/experiment out=runs/demo train.max_steps=400",
+    )
+
     RENAMED: ClassVar = {"medi": "models.medi.config", "cls": "models.cls.config"}
 
     out: PathText = "runs/experiment"
@@ -237,6 +243,12 @@ class DemoSettings(Settings):
         settings: Packaged configuration or path of the experiment.
         replace: Remove what ``out`` holds of another seed or other settings, instead of stopping.
     """
+
+    COMMON: ClassVar = "out seed settings replace"
+    EXAMPLES: ClassVar = (
+        "latent-medi demo",
+        "latent-medi demo --out runs/second seed=1",
+    )
 
     out: PathText = "runs/demo"
     seed: int = 0

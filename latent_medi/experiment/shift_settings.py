@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from latent_medi.core.paths import PathText
 from latent_medi.core.settings import Settings
@@ -36,6 +36,12 @@ class ShiftSettings(Settings):
             instead of stopping.
         changes: Settings put over that experiment's, such as ``{train: {max_steps: 400}}``.
     """
+
+    COMMON: ClassVar = "data out latents levels held_out experiment seed"
+    EXAMPLES: ClassVar = (
+        "latent-medi benchmark-shift data=my/data out=my/shift levels='[0, 0.8, 1]'",
+        "latent-medi benchmark-shift --mean my/shift0 my/shift1 my/shift2 out=my/shift",
+    )
 
     data: PathText = ""
     out: PathText = "runs/shift"

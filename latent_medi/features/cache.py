@@ -181,5 +181,5 @@ def _read(path: Path, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _batches(reader: ReadAhead, rows: np.ndarray, batch: int, desc: str, shown: bool) -> Iterator[np.ndarray]:
     batches = reader.batches(rows, batch)
-    for _, images in progress(batches, total=-(-len(rows) // batch), desc=desc, unit="batch") if shown else batches:
+    for _, images in progress(batches, len(rows), desc, "patches", batch) if shown else batches:
         yield images

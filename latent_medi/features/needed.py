@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latent_medi.core.hub import Weights, in_hub_cache
+from latent_medi.core.errors import UserError, nearest
+from latent_medi.core.hub import Weights, in_hub_cache, offline
 from latent_medi.features.registry import ENCODERS, HUB_FILES, access_hint
 
 
@@ -30,3 +31,21 @@ def encoder_weights(text: str, weights: str = "") -> Weights:
 
         found = (Path(get_dir()) / "checkpoints" / entry.source).is_file()
     return Weights(text, "", found, f"Give weights.{name}=PATH: {entry.source} of {entry.library}.")
+
+
+def check_encoder(text: str, weights: str = "") -> None:
+    """Refuse an encoder that is not known, or whose weights are not here and cannot be downloaded, before any work.
+
+    Args:
+        text: As for :func:`encoder_weights`.
+        weights: Likewise.
+
+    Raises:
+        UserError: Says what to do.
+    """
+    found, named = encoder_weights(text, weights), not weights and text.split("@")[0] in ENCODERS
+    if found.found or (named and not (found.hub_id and offline())):  # what is not here is downloaded
+        return
+    if not weights and not named:
+        raise UserError(f"There is no encoder {text!r}; {nearest(text, ENCODERS)}.", found.remedy)
+    raise UserError(f"The weights of the encoder {text!r} are not on this machine.", found.remedy)

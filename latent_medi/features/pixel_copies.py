@@ -116,7 +116,7 @@ def copy_scores(
     size = max(1, _PAIRS // max(k, 1))
     starts = range(0, n, size)
     rows, columns = (x.to(where) for x in _near_shifts())
-    for start in progress(starts, desc="comparing pixels", unit="block") if len(starts) > 16 else starts:
+    for start in progress(starts, n, "comparing pixels", "patches", size):
         part = slice(start, min(start + size, n))
         own = torch.fft.rfft2(_views(torch.from_numpy(small[part]).to(where)))
         other = torch.fft.rfft2(torch.from_numpy(bank[candidates[part]]).to(where))

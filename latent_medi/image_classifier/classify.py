@@ -183,7 +183,7 @@ def _equal_batches(files: list[Path], folder: Path, most: int) -> Iterator[tuple
     """
     batch: list[np.ndarray] = []
     names: list[str] = []
-    for path in progress(files, desc="classifying", unit="image"):
+    for path in progress(files, desc="classifying", unit="images"):
         try:
             image = decode_image(path.read_bytes())
         except UserError as error:

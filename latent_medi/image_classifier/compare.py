@@ -155,6 +155,7 @@ def compared(settings: CompareClassifiersSettings, kinds: list[Kind], seeds: ran
         random = Kind(kind.training_set, "random", kind.percent)
         against_random = kind.choice == "selected" and random in kinds
         rows.append((kind, information, random if against_random else None))
+    added = sum(kind.training_set != REAL for kind in kinds)
     made = [
         ComparedClassifiers(
             kind.training_set,
@@ -163,7 +164,7 @@ def compared(settings: CompareClassifiersSettings, kinds: list[Kind], seeds: ran
             int(information["training_patches"]),
             sum(information["synthetic_patches"].values()),
             **{name: MeanOverSeeds.of([score.value for score in scores[kind][name]]) for name in METRICS},
-            minus_real=None if kind.training_set == REAL else test.differences(scores[kind], scores[kinds[0]]),
+            minus_real=None if kind.training_set == REAL else test.differences(scores[kind], scores[kinds[0]], added),
             minus_random=test.differences(scores[kind], scores[random]) if random else None,
         )
         for kind, information, random in rows

@@ -173,8 +173,7 @@ def logits_of(
     mine = np.concatenate([rows[start : start + batch] for start in starts]) if len(starts) else rows[:0]
     with closing(ReadAhead(dataset, read_ahead_threads(device, dataset))) as reader:
         batches = zip(starts, reader.batches(mine, batch), strict=True)
-        show = shown and accelerator.is_main_process
-        for start, (_, images) in progress(batches, len(starts), shown, "batch") if show else batches:
+        for start, (_, images) in progress(batches, len(mine), shown, "patches", batch) if shown else batches:
             with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                 logits = module(prepare(images))
             found[start : start + len(images)] = logits.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses  # a setting is named `field`
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.kinds import Range
@@ -116,6 +116,12 @@ class ImageClassifierSettings(Settings):
         log_every_images: Images per row of log.csv.
     """
 
+    COMMON: ClassVar = "data out field network weights synthetic percent selection max_images precision"
+    EXAMPLES: ClassVar = (
+        "latent-medi image-classifier data=my/data network=resnet50 weights=pretrained max_images=90_000 out=resnet",
+        "latent-medi image-classifier --config histodiffusion/vit data=my/data synthetic.s=samples out=vit",
+    )
+
     data: PathText
     out: PathText
     field: str = ""
@@ -208,6 +214,12 @@ class CompareClassifiersSettings(ImageClassifierSettings):
             random choice.
     """
 
+    COMMON: ClassVar = "data out synthetic percents choices seeds selection network weights max_images"
+    EXAMPLES: ClassVar = (
+        "latent-medi compare-classifiers data=my/data synthetic.s=my/samples max_images=90_000 out=my/compared",
+        "latent-medi compare-classifiers --config histodiffusion/vit data=my/data synthetic.s=my/samples out=compared",
+    )
+
     percents: list[NonNegativeFloat] = dataclasses.field(default_factory=lambda: [50.0, 100.0, 300.0])
     choices: list[Literal["selected", "random"]] = dataclasses.field(default_factory=lambda: ["random", "selected"])
     seeds: PositiveInt = 3
@@ -247,6 +259,12 @@ class ClassifySettings(Settings):
         device_batch: Most images per forward pass.
         precision: Arithmetic inside the network: "fp32", "bf16" or "fp16".
     """
+
+    COMMON: ClassVar = "model data out split by"
+    EXAMPLES: ClassVar = (
+        "latent-medi classify model=my/resnet/model data=my/data split=main out=test.csv",
+        "latent-medi classify model=my/resnet/model data=images/ by=slide out=slides.csv",
+    )
 
     model: PathText
     data: PathText

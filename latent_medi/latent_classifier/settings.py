@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses  # a setting is named `field`
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.paths import PathText
@@ -72,6 +72,12 @@ class ClassifierSettings(Settings):
         keep_checkpoints: Newest checkpoints to keep, at least 1.
         log_every_images: Images per row of log.csv.
     """
+
+    COMMON: ClassVar = "data out model latents field max_images global_batch precision validation_value"
+    EXAMPLES: ClassVar = (
+        "latent-medi classifier data=my/data latents=my/latents model=my/run/model max_steps=9_000 out=my/guide",
+        "latent-medi classifier --config histodiffusion/latent_classifier data=my/data latents=my/latents out=guide",
+    )
 
     data: PathText
     out: PathText

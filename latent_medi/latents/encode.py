@@ -15,9 +15,10 @@ from latent_medi.core.agreement import agreed
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import atomic_path, read_sealed, refuse_foreign, remove, sha256_file, write_sealed
 from latent_medi.core.locks import output_lock
-from latent_medi.core.progress import get_logger, progress
+from latent_medi.core.progress import Progress, get_logger
 from latent_medi.features.cache import content_hash
 from latent_medi.features.encoders import load_encoder
+from latent_medi.features.needed import check_encoder
 from latent_medi.latents.autoencoder import PRECISIONS, Autoencoder, latent_shape, load_autoencoder
 from latent_medi.latents.info import (
     INFO_FILE,
@@ -51,6 +52,10 @@ def encode(settings: EncodeSettings) -> Path:
     device = torch.device(settings.device) if settings.device else accelerator.device
     with agreed(accelerator) as declared:
         settings.check()
+        data, error = open_dataset(settings.data), settings.reconstruction_error
+        only_mask(data.index, settings.only, str(data.folder))
+        if error.patches:
+            check_encoder(error.encoder, error.weights)
         autoencoder = load_autoencoder(settings.autoencoder, device, PRECISIONS[settings.precision])
         declared.add_settings(settings, without=("data", "autoencoder", "device", "workers", "slicing"))
     if settings.slicing:
@@ -141,9 +146,13 @@ def _encode(
         (out / _PROGRESS).mkdir(parents=True, exist_ok=True)  # a kill before the first record leaves a folder of ours
         mine = encoding.numbers[rank::processes]
         reader = ReadAhead(data, workers)
-        for number in progress(mine, desc="encoding", unit="shard") if rank == 0 else mine:
-            if encoding.record(number) is None:
-                encoding.encode(reader, number)
+        total = sum(len(encoding.rows[number]) for number in mine)
+        with Progress(total, "encoding", "patches") as shown:
+            for number in mine:
+                if encoding.record(number) is None:
+                    encoding.encode(reader, number, shown)
+                else:
+                    shown.skip(len(encoding.rows[number]))
         reader.close()
         if accelerator is not None:
             accelerator.wait_for_everyone()
@@ -242,7 +251,7 @@ class _Encoding:
         """The encoded rows of a shard as ranges, if not all are."""
         return as_ranges(self.rows[number]) if self.only else None
 
-    def encode(self, reader: ReadAhead, number: int) -> None:
+    def encode(self, reader: ReadAhead, number: int, shown: Progress) -> None:
         """Write the latents of a shard, and its record.
 
         Raises:
@@ -257,6 +266,7 @@ class _Encoding:
                 if values[0] is not None:
                     halves = [value.half() for value in values]
                     parts[name].append((torch.stack(halves, 1) if self.views > 1 else halves[0]).cpu())
+            shown.add(len(images))
         tensors = {name: torch.cat(values) for name, values in parts.items() if values}
         if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
             keys = self.data.index["key"].iloc[rows[(~torch.isfinite(tensors[bad[0]]).flatten(1).all(1)).numpy()]]

@@ -15,7 +15,7 @@ from latent_medi.latents.settings import ReconstructionSettings
 from latent_medi.latents.store import LatentStore
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.statistics.distances import RANK_RULE, frechet_distance, full_rank
-from latent_medi.statistics.kernel_distance import polynomial_kernel
+from latent_medi.statistics.kernel_distance import KID_UNIT, kid_text, polynomial_kernel
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ def measure_reconstruction(
     rows = np.sort(store.rows[np.random.default_rng(settings.seed).choice(len(store), n, replace=False)])
     ratios, features = [], []
     starts = range(0, n, batch)
-    for start in progress(starts, desc="reconstruction error", unit="batch"):
+    for start in progress(starts, n, "reconstruction error", "patches", batch):
         part = rows[start : start + batch]
         images = data.read(part, workers)
         decoded = autoencoder.decode(store.moments(part)[0])
@@ -107,9 +107,9 @@ def reconstruction_text(error: dict[str, Any]) -> str:
     ratio, encoder = error["psnr"], error["encoder"]
     least = RANK_RULE * encoder["dim"]
     if error["fd"] is not None:
-        distance = f"Fréchet distance {error['fd']:.4g}, kernel distance {error['kid']:.3g}"
+        distance = f"Fréchet distance {error['fd']:.4g}, {KID_UNIT} {kid_text(error['kid'])}"
     elif error["kid"] is not None:
-        distance = f"kernel distance {error['kid']:.3g}; a Fréchet distance takes {least:,} patches"
+        distance = f"{KID_UNIT} {kid_text(error['kid'])}; a Fréchet distance takes {least:,} patches"
     else:
         distance = f"no distance of one patch; a Fréchet distance takes {least:,}"
     return (

@@ -50,6 +50,12 @@ class EncodeSettings(Settings):
         reconstruction_error: The measurement of the reconstruction error.
     """
 
+    COMMON: ClassVar = "data out autoencoder precision device_batch views only"
+    EXAMPLES: ClassVar = (
+        "latent-medi encode data=my/data autoencoder=sd-vae-ft-mse out=my/latents precision=bf16",
+        "latent-medi encode data=runs/demo/data autoencoder=demo out=runs/demo/latents",
+    )
+
     data: PathText
     out: PathText
     autoencoder: PathText = "sd-vae-ft-mse"

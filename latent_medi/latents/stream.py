@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -124,9 +123,7 @@ class StreamedLatents:
         views = rng.integers(self.views, size=len(rows))
         parts: list[Moments] = []
         starts = range(0, len(rows), self.device_batch)
-        # One of several processes shows progress; each measures for itself.
-        first = os.environ.get("RANK", "0") == "0"
-        for i in progress(starts, desc="shift and scale", unit="batch") if first else starts:
+        for i in progress(starts, len(rows), "shift and scale", "patches", self.device_batch):
             for j in (i, i + self.device_batch, i + 2 * self.device_batch):
                 self.expect(rows[j : j + self.device_batch])
             batch = slice(i, i + self.device_batch)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats.contingency import association
 
 from latent_medi.metadata.estimability import missing
 
@@ -26,6 +25,8 @@ def cramers_v(index: pd.DataFrame, first: str, second: str) -> float | None:
         From 0 (independent, or no more dependent than chance makes fields of so many values) to 1 (one determines the
         other); ``None`` if either column is constant or has a value of its own for each patient.
     """
+    from scipy.stats.contingency import association  # which takes longer than all else that its callers import
+
     known = index[~missing(index[first]) & ~missing(index[second])].drop_duplicates(["patient", first, second])
     table = pd.crosstab(known[first], known[second]).to_numpy()
     rows, columns = table.shape

@@ -95,8 +95,30 @@ def audit(
     result["verdicts"] = [verdict_of(combination) for combination in wanted]
     words = [entry["verdict"] for entry in result["verdicts"]]
     result["verdict_counts"] = {verdict: words.count(verdict) for verdict in VERDICTS}
-    result["advice"] = advice(result, class_name)
+    others = [
+        name for name in names if name != class_name and (name == site_field or name not in result["repeats_class"])
+    ]
+    result["advice"] = advice(result, class_name, _repeated(index, others, site_field))
     return result
+
+
+def _repeated(index: pd.DataFrame, names: Sequence[str], site_field: str) -> list[tuple[str, str, bool]]:
+    """Categorical fields that repeat another one: the field to leave out, the other, and whether a value of the first
+    is all that the other has. The site stays. A site code is known to name a site, so it is not listed.
+    """
+    ordered = sorted(
+        (name for name in names if name == site_field or name != "tss"), key=lambda name: name != site_field
+    )
+    found: dict[str, tuple[str, str, bool]] = {}
+    for one, other in itertools.combinations(ordered, 2):
+        if {one, other} & found.keys() or index[one].nunique() * index[other].nunique() > _MOST_PAIRS:
+            continue
+        by = repeats_class(index[["patient", one, other]].drop_duplicates(), one, other)
+        if by == "field" and one != site_field:
+            one, other, by = other, one, "class"  # the coarser of two is left out
+        if by:
+            found[other] = (other, one, by != "field")
+    return [*found.values()]
 
 
 def _rows_of(index: pd.DataFrame, split: tuple[str, str] | None) -> tuple[pd.DataFrame, str]:

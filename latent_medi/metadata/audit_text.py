@@ -13,12 +13,14 @@ _SEPARATES = 0.9  # AUROC over patients from which the advice says that a contin
 _MUCH_MISSING = 0.2  # share of unknown values above which the advice mentions the field
 
 
-def advice(result: Mapping[str, Any], class_field: str) -> list[str]:
+def advice(result: Mapping[str, Any], class_field: str, repeated: Sequence[tuple[str, str, bool]] = ()) -> list[str]:
     """Sentences that say what to do about an audit's findings, the most important first.
 
     Args:
         result: The result of :func:`latent_medi.metadata.audit.audit`.
         class_field: The class field; ``""`` if there is none.
+        repeated: Fields that repeat another field than the class: the field, the other, and whether each value of the
+            other has one value of the field; else it is the reverse.
     """
     site_field, groups = result["site_field"], result["groups"]
     lines = _questions(result)
@@ -53,6 +55,9 @@ def advice(result: Mapping[str, Any], class_field: str) -> list[str]:
             f"{site_field} instead. Test it at held-out {site_field}s or combinations."
         )
     lines += _entangled(result, class_field)
+    for name, other, coarser in repeated:
+        how = f"each {other} has one {name}" if coarser else f"each {name} has one {other}"
+        lines.append(f"{name} repeats {other} ({how}): no model can separate their effects. Leave {name} out.")
     for name, share in result["missing"].items():
         if share >= _MUCH_MISSING:
             lines.append(f"{name} is unknown for {share:.0%} of the patches: complete it, or leave the field out.")

@@ -15,13 +15,13 @@ ON_REAL = ("_quantiles", "_unknown")
 COUNTS = ("patches", "slides", "patients")
 """Names of the counts in an audit."""
 _INDEX = ("key", "shard", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
-_PIPELINE = ("self", "class_", "num_images", "steps", "sampler", "guidance", "seeds", "seed", "output_type", "batch")
-_MODEL_SETTINGS = ("adapter_scales", "adapters", "autoguidance", "classifier", "device_batch", "model", "precision")
+_MODEL_SETTINGS = ("adapter_scales", "adapters", "autoguidance", "classifier", "device_batch", "guidance", "model")
+_MODEL_SETTINGS += ("precision", "sampler", "steps")
 _DATA_SETTINGS = ("codec", "columns", "config", "field", "fields", "grid", "help", "ignore", "json", "kind", "mpp")
 _COMMAND = ("n", "name", "out", "patches_per_shard", "plan", "rows", "start", "stop", *_DATA_SETTINGS, *_MODEL_SETTINGS)
 RESERVED: dict[str, str] = {
     **dict.fromkeys(_COMMAND, "is a setting of `latent-medi sample` or `grid`, where --NAME VALUE gives a field"),
-    **dict.fromkeys(_PIPELINE, "is an argument of MediPipeline, which takes fields as arguments too"),
+    "class_": "is the class field in calls of MediPipeline, whatever that field's name",
     **dict.fromkeys(PLAN_COLUMNS, "is a plan's own column"),
     **dict.fromkeys(_INDEX, "is a column of a dataset's index"),
     **dict.fromkeys(COUNTS, "is a count in an audit"),

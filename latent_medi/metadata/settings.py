@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from latent_medi.core.paths import PathText
 from latent_medi.core.settings import NonNegativeInt, Range, Settings, UnitInterval
@@ -34,6 +34,12 @@ class AuditSettings(Settings):
         duplicates: Report pictures that several patients of a dataset folder share. For a folder of an earlier version
             this reads all patches.
     """
+
+    COMMON: ClassVar = "data split site_field fields only tss_table figure"
+    EXAMPLES: ClassVar = (
+        "latent-medi audit runs/demo/data figure=combinations.png",
+        "latent-medi audit slides.csv class_field=diagnosis site_field=hospital --fields gender race",
+    )
 
     data: PathText = ""
     split: str = ""
@@ -93,6 +99,12 @@ class SplitSettings(Settings):
         patient_field: Patient column of a table; empty for patient, case_submitter_id or the TCGA barcode.
         slide_field: Slide column of a table; empty for slide or slide_submitter_id, else each row is a slide.
     """
+
+    COMMON: ClassVar = "data name fractions hold_out hold_out_fields sites seed out replace"
+    EXAMPLES: ClassVar = (
+        "latent-medi split my/data hold_out='[{class: gleason4, site: north}]'",
+        "latent-medi split slides.csv --sites north south out=split.csv",
+    )
 
     data: PathText = ""
     out: PathText = ""

@@ -63,6 +63,12 @@ class PlanSettings(Settings):
         seed: Seed of the whole plan.
     """
 
+    COMMON: ClassVar = "data out goal per_cell ratio target fields only max_images figure"
+    EXAMPLES: ClassVar = (
+        "latent-medi plan my/data goal=fill_unseen per_cell=90 out=plan.csv",
+        "latent-medi plan my/data goal=balance max_images=20_000 out=plan.csv figure=plan.png",
+    )
+
     RENAMED: ClassVar = {
         "floor": "min_per_cell",
         "cap": "max_per_cell",

@@ -12,7 +12,6 @@ from typing import Any
 
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.paths import expand
-from latent_medi.recipes._common import Options
 
 
 def recipes() -> dict[str, Path]:
@@ -21,8 +20,12 @@ def recipes() -> dict[str, Path]:
     return {p.stem.replace("_", "-"): p for p in files if p.name != Path(__file__).name}
 
 
-def load_recipe(name: str) -> ModuleType:
+def load_recipe(name: str, others: Sequence[str] = ()) -> ModuleType:
     """The module of a recipe.
+
+    Args:
+        name: Its name.
+        others: Further names that may be meant, for the message.
 
     Raises:
         UserError: There is no recipe of that name.
@@ -31,7 +34,7 @@ def load_recipe(name: str) -> ModuleType:
     path = known.get(name.replace("_", "-"))
     if path is None:
         raise UserError(
-            f"There is no recipe {name!r}; {nearest(name, known)}.",
+            f"There is no recipe {name!r}; {nearest(name, [*known, *others])}.",
             "`latent-medi shards images` takes any table of images.",
         )
     return importlib.import_module(f"latent_medi.recipes.{path.stem}")
@@ -51,6 +54,8 @@ def recipe_arguments(name: str, options: Mapping[str, str | Sequence[str]]) -> d
     Raises:
         UserError: The recipe does not take an option, its value is of another kind, or a file is not there.
     """
+    from latent_medi.recipes._common import Options  # which imports the libraries of tables and images
+
     build = load_recipe(name).build
     annotations = typing.get_type_hints(build)
     taken = [p for p in inspect.signature(build).parameters if p not in ("source", "out", "patch_size", "options")]

@@ -91,7 +91,7 @@ def _list_tars(source: Path, scheme: str) -> tuple[list[Path], pd.DataFrame]:
     named = {tar: match for tar in found.files if (match := _TAR.fullmatch(tar.name))}
     tars = [tar for tar, match in named.items() if match["scheme"] == scheme]
     rows = []
-    for tar in progress(tars, desc="listing", unit="tar"):
+    for tar in progress(tars, desc="listing", unit="tars"):
         part = _PARTS[named[tar]["part"]]
         for sample in _samples(tar):
             row = _described(sample["name"], str(json.loads(sample["json"])["label"]), str(tar))

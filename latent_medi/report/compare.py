@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,21 +20,23 @@ from latent_medi.evaluation.downstream.registry import (
     summarised,
 )
 from latent_medi.evaluation.results import Metrics, metrics_file, read_metrics
+from latent_medi.evaluation.summary import conclusions
 from latent_medi.report import figures
 from latent_medi.report.page import (
     DASH,
     accuracies,
     bounds,
     differences,
-    distance,
     encoder_name,
     environment,
     flat,
+    kid,
     number,
     percent,
     share,
 )
 from latent_medi.statistics.intervals import Estimate
+from latent_medi.statistics.kernel_distance import KID_UNIT
 
 _LONGEST = 160  # characters of a setting on the page
 MISSING = "missing in one run"
@@ -64,14 +66,16 @@ class Entry:
         bounds: Its interval.
         n: Its patches and patients.
         difference: The difference to the first run; empty for the first run, or where there is a reason.
-        reason: Why the number is not compared with the first run's.
+        reasons: Why the number is not compared with the first run's.
+        marks: Letters of the table's notes that say so; empty where a note holds for all numbers.
     """
 
     value: str
     bounds: str
     n: str
     difference: str
-    reason: str
+    reasons: list[str]
+    marks: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,13 @@ class Table:
     Args:
         title: What they have in common.
         rows: The numbers.
+        notes: Of each run, why numbers of it are not compared with the first run's, each reason once: its mark, and the
+            reason with the numbers that it holds for.
     """
 
     title: str
     rows: list[Row]
+    notes: list[list[tuple[str, str]]]
 
 
 def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str = "") -> Path:
@@ -127,7 +134,9 @@ def render_comparison(metrics: Sequence[str | Path], out: str | Path, title: str
         .render(
             title=title or "Comparison of evaluations",
             names=names,
-            summaries=[(n, m.headline) for n, m in zip(names, runs, strict=True) if m.headline],
+            summaries=[
+                (n, m.headline, conclusions(m, m.headline)) for n, m in zip(names, runs, strict=True) if m.headline
+            ],
             tables=tables,
             warnings=_warnings(runs, names, tables),
             figures=_figures(runs, names),
@@ -163,7 +172,7 @@ def numbers(run: Metrics, encoder: str) -> dict[str, Number]:
         for title, table in tables.items():
             headline = table is not fidelity.per_site
             for source, mean in table.means.items():
-                name = f"KID, {title}: {figures.source_name(source, title.endswith('training images'))}"
+                name = f"{KID_UNIT}, {title}: {figures.source_name(source, title.endswith('training images'))}"
                 found[name] = Number("distance", mean, headline)
             found[f"ratio, {title}"] = Number("ratio", table.ratio, headline)
     for name, accuracy in accuracies(run, encoder).items():
@@ -190,11 +199,35 @@ def compare(runs: Sequence[Metrics]) -> list[Table]:
     each encoder that several runs have.
     """
     own = [m.headline.encoder if m.headline else next(iter(m.encoders), "") for m in runs]
-    tables = [Table("the headline, in the feature space of each run's own headline", _rows(runs, own, headline=True))]
+    tables = [_table("the headline, in the feature space of each run's own headline", _rows(runs, own, headline=True))]
     for encoder in dict.fromkeys(n for m in runs for n in m.encoders):
         if sum(encoder in m.encoders for m in runs) > 1:
-            tables.append(Table(f"features: {encoder_name(encoder)}", _rows(runs, [encoder] * len(runs))))
+            tables.append(_table(f"features: {encoder_name(encoder)}", _rows(runs, [encoder] * len(runs))))
     return [t for t in tables if t.rows]
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    """The table with its notes: a reason that holds for every number of a run has no mark, any other has a letter."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    notes: list[list[tuple[str, str]]] = []
+    entries = [list(row.entries) for row in rows]
+    for run in range(len(rows[0].entries) if rows else 0):
+        found = [{_kind(reason) for reason in row[run].reasons} for row in entries]
+        notes.append([])
+        for kind in dict.fromkeys(_kind(reason) for row in entries for reason in row[run].reasons):
+            n = sum(kind in each for each in found)
+            mark = "" if n == len(found) else letters[sum(bool(m) for part in notes for m, _ in part) % len(letters)]
+            notes[run].append((mark, f"{kind} ({f'all {n}' if not mark else f'{n} of {len(found)}'} numbers)"))
+            if mark:
+                for i, row in enumerate(entries):
+                    if kind in found[i]:
+                        row[run] = replace(row[run], marks=row[run].marks + mark)
+    return Table(title, [Row(row.name, each) for row, each in zip(rows, entries, strict=True)], notes)
+
+
+def _kind(reason: str) -> str:
+    """A reason without the numbers of its row."""
+    return "another number of patches or patients" if reason.startswith("n = ") else reason
 
 
 def _rows(runs: Sequence[Metrics], encoders: Sequence[str], headline: bool = False) -> list[Row]:
@@ -270,12 +303,11 @@ def _entry(one: Number | None, first: Number | None, reason: list[str] | None) -
         first: The first run's.
         reason: Why the two cannot be compared; ``None`` for the first run itself.
     """
-    why = ", ".join(reason or [])
     if one is None:
-        return Entry(DASH, "", "", "", why)
+        return Entry(DASH, "", "", "", reason or [])
     record = one.estimate
     texts = {
-        "distance": (distance(record), bounds(record, None)),
+        "distance": (kid(record), bounds(record, None)),
         "ratio": (number(record, 2), bounds(record, 2)),
         "number": (number(record), bounds(record)),
         "percent": (percent(record, 1), share(record)),
@@ -285,7 +317,7 @@ def _entry(one: Number | None, first: Number | None, reason: list[str] | None) -
     if reason == [] and first is not None and record.value is not None and first.estimate.value is not None:
         gap = record.value - first.estimate.value
         difference = {
-            "distance": ("+" if gap > 0 else "") + distance(gap),
+            "distance": ("+" if gap > 0 else "") + kid(gap),
             "ratio": number(gap, 2, sign=True),
             "number": number(gap, sign=True),
             "percent": f"{number(100 * gap, 1, sign=True)} points",
@@ -293,25 +325,25 @@ def _entry(one: Number | None, first: Number | None, reason: list[str] | None) -
     n = f"n = {record.n_patches}" if record.n_patches else ""
     if n and record.n_patients:
         n += f", {record.n_patients} patients"
-    return Entry(value, interval, n, difference, why)
+    return Entry(value, interval, n, difference, reason or [])
 
 
 def _warnings(runs: Sequence[Metrics], names: Sequence[str], tables: Sequence[Table]) -> list[str]:
     """One sentence per run on what keeps numbers from being compared with those of the first run."""
     texts = []
-    rows = [row for table in tables for row in table.rows]
+    entries = [row.entries for table in tables for row in table.rows]
     prints = [{e.fingerprint for e in run.encoders.values()} for run in runs]
     for i, name in enumerate(names[1:], 1):
-        why = [row.entries[i].reason for row in rows if row.entries[i].reason]
-        parts = dict.fromkeys(part for reason in why for part in reason.split(", "))
-        kinds = dict.fromkeys("another n" if part.startswith("n = ") else part for part in parts)
-        if why:
+        without = [row[i].reasons for row in entries if row[i].reasons]
+        kinds = dict.fromkeys(_kind(reason) for reasons in without for reason in reasons)
+        pair = f"{name} and {names[0]}"
+        if without:
             texts.append(
-                f"{name} and {names[0]}: {len(why)} of {len(rows)} numbers cannot be compared "
-                f"({', '.join(kinds)}); they are shown without a difference."
+                f"{pair}: {len(without)} of {len(entries)} numbers cannot be compared ({', '.join(kinds)}); they are "
+                "shown without a difference."
             )
         if not prints[0] & prints[i]:
-            texts.append(f"{name} and {names[0]} have no encoder in common: distances and accuracies are of two kinds.")
+            texts.append(f"{pair} have no encoder in common: distances and accuracies are of two kinds.")
     return texts
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.registry import KINDS, Style, label_of, names_of, style_of, summarised
 from latent_medi.evaluation.fidelity.records import DistanceTable, Projection
 from latent_medi.statistics.intervals import Estimate
+from latent_medi.statistics.kernel_distance import KID_UNIT
 
 with needs("The report", "matplotlib"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +33,6 @@ _WIDTH = 4.4  # inches; at this width the text is about 11 px high when the page
 _FONT = 10
 _LONGEST = 24  # characters of a name in a plot
 _MOST_ROWS = 40
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def source_name(name: str, training: bool = False) -> str:
@@ -94,17 +93,9 @@ def _point(axes: Any, y: float, found: Estimate, style: Style, label: str | None
     axes.plot([found.value], [y], marker, label=label, **look)
 
 
-def _unit(axes: Any, drawn: Iterable[Estimate]) -> str:
-    """Name of an axis of kernel distances, whose ticks are multiplied by a power of 1,000 where they would be very
-    small or large.
-    """
-    ends = [v for each in drawn for v in (each.value, *(each.interval if isinstance(each.interval, tuple) else ()))]
-    largest = max((abs(v) for v in ends if v is not None), default=0.0)
-    if not largest or 1e-3 <= largest < 1e5:
-        return "KID"
-    power = 3 * math.ceil(-math.log10(largest) / 3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 10.0**power:g}"))
-    return f"KID × 10{str(power).translate(_RAISED)}"
+def _thousandths(axes: Any) -> None:
+    """Ticks of an axis of kernel distances in :data:`~latent_medi.statistics.kernel_distance.KID_UNIT`."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1e3 * value:.6g}".replace("e+0", "e")))
 
 
 def distances(table: DistanceTable, roles: Roles, training: bool = False) -> str | None:
@@ -131,9 +122,8 @@ def distances(table: DistanceTable, roles: Roles, training: bool = False) -> str
                 _point(axes, y, found[name], style_of(name, roles), label if i == len(rows) - 1 else None)
     axes.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    drawn = [found[name] for _, found in rows for name in names if name in found]
-    unit = _unit(axes, drawn)
-    axes.set_xlabel(f"{unit} to training images" if training else f"{unit} (left is better; real patients: about 0)")
+    _thousandths(axes)
+    axes.set_xlabel(f"{KID_UNIT} to training images" if training else f"{KID_UNIT} (left is better; real: about 0)")
     _style(axes)
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
@@ -173,8 +163,8 @@ def class_bars(tables: Mapping[str, DistanceTable], roles: Roles) -> str | None:
         panel.set_yticks(range(len(rows)), [short(n) for n, _ in rows])
         panel.set_ylim(len(rows) - 0.5, -0.5)
         panel.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
-        unit = _unit(panel, [found[name] for _, found in rows for name in sets if name in found])
-        panel.set_xlabel(f"{unit} to {reference} (left is better)")
+        _thousandths(panel)
+        panel.set_xlabel(f"{KID_UNIT} to {reference} (left is better)")
         _style(panel)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(sets), frameon=False, fontsize=_FONT)
@@ -205,7 +195,7 @@ def _list_of_estimates(lines: Sequence[_Line], xlabel: str, number: str, height:
         number: Format of the numbers.
         height: Of what surrounds the lines, inches.
     """
-    figure = _figure(height + 0.33 * len(lines))
+    figure = _figure(height + 0.29 * len(lines))
     axes = figure.subplots()
     for i, line in enumerate(lines):
         _point(axes, i, line.estimate, line.style)
@@ -384,27 +374,3 @@ def _panel(panel: Any, x: np.ndarray, y: np.ndarray, codes: np.ndarray, labels: 
     panel.set_yticks([])
     for spine in panel.spines.values():
         spine.set_color(GRID)
-
-
-def matrix(values: Sequence[str], shares: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
-    """Shares of requested (down) and found (across) values for fields with many values, a panel each.
-
-    Args:
-        values: The field's values.
-        shares: Per title rows that add to 1; None where nothing was requested.
-    """
-    columns = min(2, len(shares))
-    rows = -(-len(shares) // columns)
-    figure = _figure(2.6 * rows + 0.3)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for panel, (title, table) in zip(panels, shares.items(), strict=False):
-        grid = np.array([[np.nan if v is None else v for v in row] for row in table], float)
-        panel.imshow(grid, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-        panel.set_title(short(title), fontsize=_FONT, color=INK, parse_math=False)
-        every = range(len(values)) if len(values) <= 16 else range(0, len(values), -(-len(values) // 16))
-        panel.set_xticks(every, [short(values[i], 12) for i in every], rotation=90, fontsize=7, parse_math=False)
-        panel.set_yticks(every, [short(values[i], 12) for i in every], fontsize=7, parse_math=False)
-        panel.tick_params(length=0)
-    for panel in panels[len(shares) :]:
-        panel.set_visible(False)
-    return _uri(figure)

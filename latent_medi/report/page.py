@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from latent_medi.core.progress import duration
 from latent_medi.evaluation.class_distances import distance_text
+from latent_medi.evaluation.downstream.protocol_tables import score_text
 from latent_medi.evaluation.downstream.registry import label_of
 from latent_medi.evaluation.results import Metrics
 from latent_medi.report import figures
 from latent_medi.statistics.intervals import Estimate
+from latent_medi.statistics.kernel_distance import kid_text
 
 TWIN = ":haematoxylin"
 """Suffix of an encoder's name on the haematoxylin channel alone."""
@@ -33,6 +36,7 @@ def environment() -> jinja2.Environment:
     result.filters |= {
         "number": number,
         "distance": distance,
+        "kid": kid,
         "bounds": bounds,
         "percent": percent,
         "share": share,
@@ -42,8 +46,36 @@ def environment() -> jinja2.Environment:
         "encoder": encoder_name,
         "short": figures.short,
         "flat": flat,
+        "score": score_text,
     }
     return result
+
+
+class Contents:
+    """The sections of a page in order, and the running numbers of its figures and tables.
+
+    Attributes:
+        sections: Id and title of each section.
+    """
+
+    def __init__(self) -> None:
+        self.sections: list[tuple[str, str]] = []
+        self._figures = self._tables = 0
+
+    def section(self, name: str, title: str) -> Markup:
+        """The beginning of a section, which the list of contents then has."""
+        self.sections.append((name, title))
+        return Markup('<section id="{}"><h2>{}</h2>').format(name, title)
+
+    def figure(self) -> Markup:
+        """The label of the next figure."""
+        self._figures += 1
+        return Markup("<b>Figure {}.</b>").format(self._figures)
+
+    def table(self) -> str:
+        """The label of the next table."""
+        self._tables += 1
+        return f"Table {self._tables}."
 
 
 def accuracies(metrics: Metrics, encoder: str) -> dict[str, Estimate]:
@@ -77,20 +109,29 @@ def number(value: Any, digits: int = 3, sign: bool = False) -> str:
     return DASH if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def kid(value: Any) -> str:
+    """A kernel distance, or that of an estimate, in thousandths with three significant digits and a true minus sign; a
+    dash if not available.
+    """
+    return kid_text(value_of(value)).replace("-", "−")
+
+
 def distance(value: Any) -> str:
-    """A distance, or that of an estimate, with three significant digits and a true minus sign; a dash if not
+    """A Fréchet distance, or that of an estimate, with three significant digits and a true minus sign; a dash if not
     available."""
     return distance_text(value_of(value)).replace("-", "−")
 
 
-def bounds(record: Any, digits: int | None = 3) -> str:
-    """An estimate's interval in words, with three significant digits where ``digits`` is None; empty if it has none."""
+def bounds(record: Any, digits: int | None = 3, sign: bool = False) -> str:
+    """An estimate's interval in words, as a kernel distance in thousandths where ``digits`` is None; empty if it has
+    none.
+    """
     interval = interval_of(record)
     if interval is None:
         return ""
     if isinstance(interval, str):
         return interval
-    low, high = (distance(v) if digits is None else number(v, digits) for v in interval)
+    low, high = (kid(v) if digits is None else number(v, digits, sign) for v in interval)
     return f"{low} to {high}"
 
 

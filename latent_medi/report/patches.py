@@ -23,8 +23,10 @@ from latent_medi.shards.dataset import PatchDataset
 
 log = get_logger(__name__)
 
-_LARGEST = 96  # pixels of a patch on the page
+_LARGEST = 128  # pixels of a patch on the page
 _GAP = 2
+_COLUMNS = 4  # patches next to each other
+_SHOWN_FIRST = 3  # held-out combinations at the top of the page
 
 
 @dataclass
@@ -36,12 +38,29 @@ class Row:
         unseen: Whether no training patch has it.
         images: Data URI of a montage per column, or None.
         alt: Text for each image.
+        counts: How many patches each column has of it.
     """
 
     name: str
     unseen: bool
     images: list[str | None]
     alt: list[str]
+    counts: list[str]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale of the images of a column.
+
+    Args:
+        mpp: Micrometres per pixel of the patches.
+        length: Length of the bar in micrometres.
+        share: The bar's share of an image's width, in percent.
+    """
+
+    mpp: float
+    length: float
+    share: float
 
 
 @dataclass
@@ -51,18 +70,24 @@ class Grid:
     Args:
         tumour: The class.
         columns: Headings: real and each synthetic set.
-        rows: Its rows, held-out combinations first.
+        scales: Of each column.
+        rows: Combinations that training lacks.
+        seen: The others.
         omitted: Rows left out for space.
     """
 
     tumour: str
     columns: list[str]
+    scales: list[Scale]
     rows: list[Row]
+    seen: list[Row]
     omitted: int
 
 
-def montage(images: np.ndarray) -> np.ndarray:
-    """Patches [n, H, W, 3] in a near-square block with narrow white gaps; patches above 96 px are thinned to fit."""
+def montage(images: np.ndarray, columns: int = 1) -> np.ndarray:
+    """Patches [n, H, W, 3] in rows of ``columns``, with narrow white gaps; patches above 128 px are thinned to fit.
+    What a row lacks is white, so that all montages of as many columns have one scale.
+    """
     step = math.ceil(images.shape[1] / _LARGEST)
     if step > 1:
         n, h, w, _ = images.shape
@@ -70,7 +95,6 @@ def montage(images: np.ndarray) -> np.ndarray:
         blocks = trimmed.reshape(n, h // step, step, w // step, step, 3)
         images = np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
     n, h, w, _ = images.shape
-    columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     canvas = np.full((rows * (h + _GAP) - _GAP, columns * (w + _GAP) - _GAP, 3), 255, np.uint8)
     for i, image in enumerate(images):
@@ -178,6 +202,52 @@ def _by_key(dataset: PatchDataset | None, key: str) -> tuple[np.ndarray, pd.Seri
     return (dataset.read(rows[:1]), dataset.index.iloc[int(rows[0])]) if len(rows) else None
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A column of the grids.
+
+    Args:
+        title: Its heading.
+        dataset: Where its patches are.
+        only: Further values that its patches have, by column.
+    """
+
+    title: str
+    dataset: PatchDataset
+    only: dict[str, str]
+
+
+def first_grid(
+    metrics: Metrics,
+    real: PatchDataset | None,
+    synthetic: Mapping[str, PatchDataset],
+    per_cell: int = 4,
+    seed: int = 0,
+) -> Grid | None:
+    """A few combinations that training lacks, for the top of the page: real patches, candidate and baseline; of each
+    class where nothing is held out. ``None`` without images. Arguments as of :func:`grids`.
+    """
+    info, roles = metrics.dataset, metrics.roles
+    named = {n: synthetic[n] for n in (roles.candidate, roles.baseline) if n in synthetic}
+    sources = _sources(metrics, real, named)
+    # Those of one class first: the others are of every class.
+    wanted = sorted(info.held_out, key=lambda c: info.class_field not in c) or [
+        {info.class_field: c} for c in info.classes
+    ]
+    held = bool(info.held_out)
+    per_cell = min(per_cell, _COLUMNS)
+    shown: list[Row] = []
+    for combination in wanted:
+        row = _row(" × ".join(combination.values()), combination, held, sources, per_cell, seed)
+        if any(row.images):
+            shown.append(row)
+        if len(shown) == _SHOWN_FIRST:
+            break
+    if not shown:
+        return None
+    return Grid("", [s.title for s in sources], _scales(sources, per_cell), shown, [], len(wanted) - len(shown))
+
+
 def grids(
     metrics: Metrics,
     real: PatchDataset | None,
@@ -197,15 +267,9 @@ def grids(
         seed: Seed of the choice.
     """
     info, settings = metrics.dataset, metrics.settings
-    if real is None and not synthetic:
+    sources = _sources(metrics, real, synthetic)
+    if not sources:
         return []
-    sources: list[tuple[str, PatchDataset, dict[str, str]]] = []
-    if real is not None:
-        column = f"split_{info.split}"
-        sources.append(("real", real, {column: settings.test_value} if column in real.index.columns else {}))
-    selected = settings.selected
-    for name, dataset in sorted(synthetic.items(), key=lambda item: item[0] != metrics.roles.candidate):
-        sources.append((label_of(name), dataset, {selected[name]: "True"} if name in selected else {}))
     train = info.counts.patches.get(settings.train_value)
     result = []
     for number, tumour in enumerate(info.classes):
@@ -213,12 +277,43 @@ def grids(
         combinations = _combinations(info, tumour, counts)
         rows = []
         for combination, unseen in combinations[:rows_per_class]:
-            rows.append(_row(info, tumour, combination, unseen, sources, per_cell, seed))
+            name = " × ".join(combination.values())
+            rows.append(_row(name, {info.class_field: tumour, **combination}, unseen, sources, per_cell, seed))
         rows = [r for r in rows if any(r.images)]
         if rows:
             omitted = max(0, len(combinations) - rows_per_class)
-            result.append(Grid(tumour, [s[0] for s in sources], rows, omitted))
+            parts = [[r for r in rows if r.unseen], [r for r in rows if not r.unseen]]
+            result.append(Grid(tumour, [s.title for s in sources], _scales(sources, per_cell), *parts, omitted))
     return result
+
+
+def _sources(metrics: Metrics, real: PatchDataset | None, synthetic: Mapping[str, PatchDataset]) -> list[_Source]:
+    """Real test patches, then the synthetic sets, the candidate first."""
+    sources = []
+    if real is not None:
+        column = f"split_{metrics.dataset.split}"
+        test = {column: metrics.settings.test_value} if column in real.index.columns else {}
+        sources.append(_Source("real", real, test))
+    selected = metrics.settings.selected
+    for name, dataset in sorted(synthetic.items(), key=lambda item: item[0] != metrics.roles.candidate):
+        sources.append(_Source(label_of(name), dataset, {selected[name]: "True"} if name in selected else {}))
+    return sources
+
+
+def _scales(sources: Sequence[_Source], per_cell: int) -> list[Scale]:
+    """A bar for each source: the longest of 1, 2 or 5 × 10ⁿ µm that is at most half of a patch."""
+    found = []
+    for source in sources:
+        mpp, size = float(source.dataset.info["mpp"]), source.dataset.patch_size
+        half = mpp * size / 2
+        power = 10.0 ** math.floor(math.log10(half))
+        length = max(m * power for m in (1, 2, 5) if m * power <= half)
+        # As the montage is built: patches are thinned, gaps are not.
+        edge = size // math.ceil(size / _LARGEST)
+        columns = min(per_cell, _COLUMNS)
+        width = columns * (edge + _GAP) - _GAP
+        found.append(Scale(mpp, length, 100 * length / (mpp * size) * edge / width))
+    return found
 
 
 def _combinations(info: RealDataset, tumour: str, counts: Mapping[str, int]) -> list[tuple[dict[str, str], bool]]:
@@ -234,26 +329,38 @@ def _combinations(info: RealDataset, tumour: str, counts: Mapping[str, int]) -> 
 
 
 def _row(
-    info: RealDataset,
-    tumour: str,
+    name: str,
     combination: Mapping[str, str],
     unseen: bool,
-    sources: list[tuple[str, PatchDataset, dict[str, str]]],
+    sources: Sequence[_Source],
     per_cell: int,
     seed: int,
 ) -> Row:
-    name = " × ".join(combination.values())
-    images: list[str | None] = []
-    alt: list[str] = []
-    for title, dataset, extra in sources:
-        wanted = {info.class_field: tumour, **combination, **extra}
-        keep = np.ones(len(dataset.index), bool)
-        for column, value in wanted.items():
-            # A dataset that lacks the field shows what it has of the class.
-            if column in dataset.index.columns:
-                keep &= dataset.index[column].to_numpy(dtype=str) == value
+    row = Row(name, unseen, [], [], [])
+    words = " × ".join(combination.values())
+    for source in sources:
+        index = source.dataset.index
+        keep = np.ones(len(index), bool)
+        lacking = []
+        for column, value in {**combination, **source.only}.items():
+            # A dataset that lacks the field shows what it has of the others.
+            if column in index.columns:
+                keep &= index[column].to_numpy(dtype=str) == value
+            else:
+                lacking.append(column)
         rows = np.flatnonzero(keep)
         chosen = np.sort(np.random.default_rng([seed, 17]).permutation(rows)[:per_cell])
-        images.append(image_uri(montage(dataset.read(chosen))) if len(chosen) else None)
-        alt.append(f"{len(chosen)} patches, {title}: {tumour} × {name}")
-    return Row(name, unseen, images, alt)
+        images = source.dataset.read(chosen) if len(chosen) else None
+        row.images.append(None if images is None else image_uri(montage(images, min(per_cell, _COLUMNS))))
+        row.alt.append(f"{len(chosen)} patches, {source.title}: {words}")
+        row.counts.append(_count(source.dataset, rows, lacking))
+    return row
+
+
+def _count(dataset: PatchDataset, rows: np.ndarray, lacking: Sequence[str]) -> str:
+    """How many patches there are, of how many patients, and which fields they do not know."""
+    index = dataset.index.iloc[rows]
+    text = f"{len(rows):,} patches"
+    if len(rows) and (index["origin"].to_numpy(dtype=str) == "real").all():
+        text += f", {index['patient'].nunique():,} {dataset.patient_is}s"
+    return text + (f", any {' and '.join(lacking)}" if lacking else "")

@@ -11,6 +11,7 @@ from latent_medi.evaluation.downstream.protocol_tables import set_label
 from latent_medi.evaluation.downstream.records import MediProtocol, MediProtocolRow, MediTask
 from latent_medi.evaluation.downstream.registry import style_of
 from latent_medi.report import figures
+from latent_medi.statistics.seeds import MeanOverSeeds
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class PageTask:
         record: Its classes and patches.
         seeds: Number of seeds.
         plots: Plot and caption of each sweep.
+        columns: Training sets in words.
+        table: Sites, real patches and ratio in words, and the balanced accuracy of each training set; None where there
+            is none.
         rows: Training set in words, and result.
     """
 
@@ -29,6 +33,8 @@ class PageTask:
     record: MediTask
     seeds: int
     plots: list[tuple[str, str]]
+    columns: list[str]
+    table: list[tuple[str, list[MeanOverSeeds | None]]]
     rows: list[tuple[str, MediProtocolRow]]
 
 
@@ -40,8 +46,22 @@ def page_tasks(record: MediProtocol | None, roles: Roles) -> list[PageTask]:
     for name, task in record.tasks.items():
         rows = [row for row in record.rows if row.task == name]
         seeds = len(rows[0].mcc.by_seed)
-        tasks.append(PageTask(name, task, seeds, _plots(rows, roles), [(set_label(row), row) for row in rows]))
+        labelled = [(set_label(row), row) for row in rows]
+        tasks.append(PageTask(name, task, seeds, _plots(rows, roles), *_table(rows), labelled))
     return tasks
+
+
+def _table(rows: Sequence[MediProtocolRow]) -> tuple[list[str], list[tuple[str, list[MeanOverSeeds | None]]]]:
+    """Training sets as columns, and a row with their accuracies for each choice of sites, real patches and ratio."""
+    columns = list(dict.fromkeys(map(set_label, rows)))
+    keys = list(dict.fromkeys((row.sites, row.max_real, row.ratio) for row in rows))
+    found = {((row.sites, row.max_real, row.ratio), set_label(row)): row.balanced_accuracy for row in rows}
+    table = []
+    for sites, most, ratio in keys:
+        words = f"{sites} sites, {f'at most {most}' if most else 'all'} real patches of a class"
+        words += f", {ratio:g} synthetic per real" if ratio else ""
+        table.append((words, [found.get(((sites, most, ratio), column)) for column in columns]))
+    return columns, table
 
 
 def _plots(rows: Sequence[MediProtocolRow], roles: Roles) -> list[tuple[str, str]]:

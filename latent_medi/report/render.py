@@ -10,24 +10,26 @@ from pathlib import Path
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import HTML, check_file, write_text
 from latent_medi.core.records import encode
-from latent_medi.evaluation.adherence.records import Adherence, FieldRecovery
+from latent_medi.evaluation.adherence.records import Adherence
 from latent_medi.evaluation.class_distances import TRAINING, references
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.records import Downstream
-from latent_medi.evaluation.downstream.registry import KINDS, label_of
+from latent_medi.evaluation.downstream.registry import KINDS
 from latent_medi.evaluation.fidelity.records import DistanceTable, Fidelity, Memorisation, Projection
 from latent_medi.evaluation.results import Metrics, metrics_file, read_metrics
 from latent_medi.report import figures, patches
+from latent_medi.report.answer import answer
 from latent_medi.report.classifiers import FOLDER, page_classifiers
 from latent_medi.report.colour import colour_table
 from latent_medi.report.compare import render_comparison
-from latent_medi.report.page import accuracies, differences, environment, shade
+from latent_medi.report.heat import Matrix, matrix, training_table
+from latent_medi.report.page import Contents, accuracies, differences, environment
 from latent_medi.report.protocols import PageTask, page_tasks
 from latent_medi.report.settings import SECTIONS, ReportSettings
+from latent_medi.report.words import Words
 from latent_medi.statistics.intervals import Estimate
 
-_MOST_SITES = 40
 _CAPTIONS = {
     "unseen combinations": "Unseen combinations: distance to real test patches of the same combination.",
     "each class": "Each class over all sites; samples of models that were conditioned on the site have the test "
@@ -35,7 +37,6 @@ _CAPTIONS = {
     "each site": "Each site over all classes.",
     "all patches": "All classes and sites; samples have the test patches' mix.",
 }
-_MOST_MATRIX = 6  # values of a field whose matrix still fits a telephone as a table
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class PageDistances:
         figure: Plot.
         alt: Description of the plot.
         caption: Below the plot.
+        note: What else there is to know of the numbers.
         rows: Combination and source, and their distance.
         skipped: Sources that are not compared, and why.
     """
@@ -96,62 +98,9 @@ class PageDistances:
     figure: str | None
     alt: str
     caption: str
+    note: str
     rows: list[tuple[str, Estimate]]
     skipped: list[str]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Requested and found values of a field.
-
-    Args:
-        field: The field.
-        values: Its values.
-        panels: Title and shares of each set of patches, real test patches last.
-        figure: Plot, where there are too many values for tables.
-    """
-
-    field: str
-    values: list[str]
-    panels: list[tuple[str, list[list[float | None]]]]
-    figure: str | None
-
-
-@dataclass(frozen=True)
-class TrainingCell:
-    """Training patches of one class at one site.
-
-    Args:
-        patches, patients: How many.
-        colour: Background.
-        light: Whether the text is light.
-        held_out: Whether it is a held-out combination.
-    """
-
-    patches: int
-    patients: int
-    colour: str
-    light: bool
-    held_out: bool
-
-
-@dataclass(frozen=True)
-class TrainingTable:
-    """Training patches by class and site.
-
-    Args:
-        sites: Headings.
-        rows: Class and cells.
-        omitted: Sites that are not shown.
-        none_shown: Whether training has no patch of the held-out combinations.
-        other: Held-out combinations of other fields.
-    """
-
-    sites: list[str]
-    rows: list[tuple[str, list[TrainingCell]]]
-    omitted: int
-    none_shown: bool
-    other: list[str]
 
 
 def render_report(
@@ -190,11 +139,14 @@ def render_report(
     # Without a file, folders are relative to the page's.
     file = Path(out).with_name("metrics.json") if isinstance(metrics, Metrics) else metrics_file(metrics)
     content = metrics if isinstance(metrics, Metrics) else read_metrics(metrics)
+    if content.headline is None:
+        raise UserError("The metrics have no summary to begin the report with.", "Run `latent-medi evaluate` again.")
     if unknown := sorted(set(sections) - set(SECTIONS)):
         raise UserError(f"There is no report section {unknown[0]!r}.", f"Sections: {', '.join(SECTIONS)}.")
     pictured = {"patches", "memorisation"} & set(sections)
     opened = _datasets(content, file, real, synthetic or {}) if pictured else (None, {})
     grids = patches.grids(content, *opened, per_cell, rows_per_class, seed) if "patches" in sections else []
+    first = patches.first_grid(content, *opened, per_cell, seed) if "patches" in sections else None
     compared = None
     if "classifiers" in sections:
         compared = page_classifiers(Path(classifiers or file.parent / FOLDER), wanted=bool(classifiers))
@@ -208,8 +160,12 @@ def render_report(
         colour=colour_table(content),
         classifiers=compared,
         encoders=[_encoder(content, name, sections, *opened) for name in content.encoders],
-        counts=_training_table(content),
+        counts=training_table(content),
+        first=first,
         grids=grids,
+        answer=answer(content, compared.sentence if compared else ""),
+        word=Words(),
+        contents=Contents(),
     )
     write_text(check_file(out, "page", HTML), page)
     return Path(out)
@@ -266,7 +222,7 @@ def _encoder(
         forest=figures.forest(accuracies(metrics, name), metrics.roles) if downstream else None,
         differences=figures.differences(_differences(metrics, name), metrics.roles) if downstream else None,
         adherence=adherence,
-        matrices=[_matrix(field, found) for field, found in adherence.fields.items()] if adherence else [],
+        matrices=[matrix(field, found) for field, found in adherence.fields.items()] if adherence else [],
         memorisation=memorisation,
         pairs=pairs,
         hidden_pairs=hidden,
@@ -324,7 +280,8 @@ def _distances(
         reference=reference,
         figure=figure,
         alt=f"distance of samples and of real patches to {reference}, {title}; the numbers are listed below",
-        caption=f"{caption} At most {n} samples of a source over all.{frechet}",
+        caption=caption,
+        note=f"At most {n} samples of a source over all.{frechet}",
         rows=[(f"{c.name}: {named(n)}", found) for c in table.combinations for n, found in c.sources.items()],
         skipped=skipped,
     )
@@ -354,47 +311,6 @@ def _frechet(table: DistanceTable) -> str:
 
 def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}".replace("-", "−")
-
-
-def _matrix(field: str, recovery: FieldRecovery) -> Matrix:
-    """Requested and found values of a field, by synthetic set and for real patches."""
-    shares = {label_of(n): rows for n, rows in recovery.confusion.items() if n != REAL}
-    panels = [(f"{name}, all samples", rows) for name, rows in shares.items()]
-    if panels:
-        shares["real patches"] = recovery.confusion[REAL]
-        panels.append(("real test patches, all combinations", recovery.confusion[REAL]))
-    large = panels and len(recovery.values) > _MOST_MATRIX
-    return Matrix(field, recovery.values, panels, figures.matrix(recovery.values, shares) if large else None)
-
-
-def _training_table(metrics: Metrics) -> TrainingTable | None:
-    """Training counts by class and site, ready to be drawn; ``None`` if the split has no training patches."""
-    info, split = metrics.dataset, metrics.settings.train_value
-    if split not in info.counts.patches:
-        return None
-    patch_counts, patient_counts = info.counts.patches[split], info.counts.patients[split]
-    totals = [sum(row[i] for row in patch_counts) for i in range(len(info.sites))]
-    held = [c for c in info.held_out if set(c) == {info.class_field, info.site_field}]
-    held_pairs = {(c[info.class_field], c[info.site_field]) for c in held}
-    held_sites = {site for _, site in held_pairs}
-    order = sorted(range(len(totals)), key=lambda i: (info.sites[i] not in held_sites, -totals[i]))[:_MOST_SITES]
-    order = sorted(order) if len(totals) <= _MOST_SITES else order
-    most = max((row[i] for row in patch_counts for i in order), default=0) or 1
-    rows = []
-    for tumour, patch_row, patient_row in zip(info.classes, patch_counts, patient_counts, strict=True):
-        cells = []
-        for i in order:
-            share = (patch_row[i] / most) ** 0.5  # so that a rare cell differs from an empty one
-            held_out = (tumour, info.sites[i]) in held_pairs
-            cells.append(TrainingCell(patch_row[i], patient_row[i], shade(share), share > 0.55, held_out))
-        rows.append((tumour, cells))
-    return TrainingTable(
-        sites=[info.sites[i] for i in order],
-        rows=rows,
-        omitted=len(totals) - len(order),
-        none_shown=not any(c.patches for _, cells in rows for c in cells if c.held_out),
-        other=[" × ".join(c.values()) for c in info.held_out if c not in held],
-    )
 
 
 def _datasets(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from latent_medi.core.paths import PathText
 from latent_medi.core.settings import PositiveInt, Range, Settings
@@ -47,6 +47,12 @@ class ReportSettings(Settings):
         seed: Seed of the choice of patches.
     """
 
+    COMMON: ClassVar = "metrics compare out title sections"
+    EXAMPLES: ClassVar = (
+        "latent-medi report metrics=runs/demo/metrics.json",
+        "latent-medi report --compare runs/seed0 runs/seed1 out=seeds.html",
+    )
+
     metrics: PathText = ""
     compare: list[PathText] = field(default_factory=list)
     out: PathText = ""
@@ -81,6 +87,12 @@ class ReadingSheetSettings(Settings):
         score: Answers to score instead, one CSV file or several; nothing is written but ``out``, if it is given with
             the ending ``.csv``: the score of each reader.
     """
+
+    COMMON: ClassVar = "data synthetic out n fields confidence score"
+    EXAMPLES: ClassVar = (
+        "latent-medi reading-sheet data=my/data synthetic=my/samples n=60 out=sheet.html",
+        "latent-medi reading-sheet --score reader1.csv reader2.csv key=sheet.key.csv",
+    )
 
     data: PathText = ""
     synthetic: PathText = ""

@@ -130,12 +130,12 @@ def _generate(
     accelerator: Accelerator,
 ) -> PatchDataset:
     with agreed(accelerator) as declared:
+        checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
         is_loaded = isinstance(model, MediPipeline)
         pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
         load_adapters(pipeline, settings.adapters, settings.adapter_scales, is_loaded)
         pipeline.to(accelerator.device)
         sampler = ImageSampler(pipeline, settings)
-        checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
         checked = check_plan(checked, sampler.schema, ignore=settings.ignore)
         sampler.check_classifier_values(checked)
         ends = np.cumsum(checked["count"].to_numpy(np.int64))

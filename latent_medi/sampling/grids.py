@@ -22,6 +22,7 @@ from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.launch import make_accelerator
 from latent_medi.metadata.schema import FIRST_VALUE, Field
 from latent_medi.sampling.settings import GridSettings
+from latent_medi.shards.format.codec import SyntheticImage
 
 _GAP, _LETTERS = 4, 14  # pixels
 
@@ -76,14 +77,14 @@ def check_picture(path: str | Path) -> Path:
 
 
 def save_sheet(sheet: Image.Image, path: str | Path) -> Path:
-    """Write a sheet as PNG, atomically.
+    """Write a sheet of synthetic patches as PNG with their mark, atomically.
 
     Raises:
         UserError: The name does not end in .png.
     """
     path = check_picture(path)
     with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        SyntheticImage.of(np.asarray(sheet)).save(temporary, format="PNG")
     return path
 
 
@@ -96,14 +97,14 @@ def grid(settings: GridSettings) -> Path:
     accelerator = make_accelerator()
     if accelerator.num_processes > 1:
         raise UserError("A grid is drawn by one process.", "Start one, without a launcher.")
+    check_picture(settings.out)
+    if problems := settings.problems():
+        raise UserError("The grid cannot be drawn: " + "; ".join(problems) + ".")
     pipeline = MediPipeline.from_pretrained(settings.model).to(accelerator.device)
-    known, problems = pipeline.schema, settings.problems()
+    known = pipeline.schema
     varied = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
     for name in [*settings.fields, *filter(None, varied)]:
         known.field(name)  # refuses an unknown field
-    if problems:
-        raise UserError("The grid cannot be drawn: " + "; ".join(problems) + ".")
-    check_picture(settings.out)
     draw = {"cells": _cells, "blend": _blend, "trajectory": _trajectory}[settings.kind]
     return save_sheet(draw(pipeline, settings), settings.out)
 

@@ -14,6 +14,7 @@ import torch
 from latent_medi.core.device import HalvedBatch, check_precision
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.guidance import Autoguidance, ClassifierGuidance, Guidance, evaluations
+from latent_medi.diffusion.objective import settings_of
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.latent_classifier.network import LatentClassifier
@@ -170,7 +171,7 @@ def check_weaker(strong: MediPipeline, weak: MediPipeline, name: str) -> None:
     """
     same = {
         "whitening of the latents": torch.equal(strong.shift, weak.shift) and torch.equal(strong.scale, weak.scale),
-        "noise schedule": dict(strong.scheduler.config) == dict(weak.scheduler.config),
+        "noise schedule": settings_of(strong.scheduler.config) == settings_of(weak.scheduler.config),
         "fields": strong.schema == weak.schema,
         "shape of latents": strong.latent_shape == weak.latent_shape,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from dataclasses import field as dataclass_field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from latent_medi.core.kinds import Range
 from latent_medi.core.paths import PathText
@@ -46,6 +46,12 @@ class GenerateSettings(Settings):
         grid: PNG to write, a line of up to 16 patches for each of the plan's first 24 rows. With n, up to 384 patches
             in lines of 16; out may then be left out.
     """
+
+    COMMON: ClassVar = "model plan out n fields seed grid device_batch precision"
+    EXAMPLES: ClassVar = (
+        "latent-medi sample model=my/run/model plan=plan.csv out=my/samples",
+        "latent-medi sample model=my/run/model --class gleason4 --site north --n 16 out=my/samples grid=samples.png",
+    )
 
     plan: PathText = ""
     model: PathText = ""
@@ -91,6 +97,12 @@ class GridSettings(Settings):
         guidance: Guidance scales per field.
         device_batch: Images per forward pass.
     """
+
+    COMMON: ClassVar = "model out kind rows columns n field start stop steps"
+    EXAMPLES: ClassVar = (
+        "latent-medi grid model=my/run/model out=grid.png",
+        "latent-medi grid model=my/run/model kind=blend start=north stop=south --class gleason4 out=blend.png",
+    )
 
     model: PathText
     out: PathText
@@ -154,6 +166,12 @@ class TranslateSettings(Settings):
         figure: PNG to write, with a row per patch: original, round trip, no-op, stain mappings, translated.
         figure_rows: Patches in the figure, of different patients as far as possible.
     """
+
+    COMMON: ClassVar = "data model out to where split strength limit figure"
+    EXAMPLES: ClassVar = (
+        "latent-medi translate data=my/data model=my/run/model --to site=north out=my/translated",
+        "latent-medi translate data=my/data model=my/run/model --to site=north limit=100 figure=new.png out=my/some",
+    )
 
     data: PathText = ""
     model: PathText = ""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from latent_medi.core.errors import Preempted, UserError
 from latent_medi.core.preemption import listening
-from latent_medi.core.progress import get_logger, progress
+from latent_medi.core.progress import Progress, get_logger
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.sampling.settings import GenerateSettings, TranslateSettings
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
@@ -98,14 +98,13 @@ class SyntheticDataset:
         positions = {n: range(n * size, min((n + 1) * size, self.patches)) for n in own}
         count, start = sum(map(len, positions.values())), time.monotonic()
         shown = accelerator.is_main_process
-        ticks = iter(progress(range(count), desc=desc, unit="image") if shown else range(count))
-        with listening() as notice:
+        with listening() as notice, Progress(count, desc, "images") as counter:
 
             def counted(part: range) -> Iterator[Patch]:
                 for patch in patches(part):
                     if notice.given:
                         raise Preempted(f"{notice.given}: finished shards are kept. The same command makes the others.")
-                    next(ticks, None)
+                    counter.add()
                     yield patch
 
             def write(number: int, made: Iterator[Patch]) -> None:

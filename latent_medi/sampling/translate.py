@@ -99,6 +99,7 @@ def translate(
 
 def _translate(settings: TranslateSettings, model: MediPipeline | None, accelerator: Accelerator) -> Translation:
     with agreed(accelerator) as declared:
+        PatchDataset.open(settings.data)  # refuses a folder that is none before the model is loaded
         pipeline = model or MediPipeline.from_pretrained(settings.model)
         load_adapters(pipeline, settings.adapters, settings.adapter_scales, is_loaded=model is not None)
         pipeline.to(accelerator.device)

@@ -279,7 +279,7 @@ def pixel_identities(dataset: PatchDataset, rows: np.ndarray, batch: int, worker
     """Per patch a hash that patches with the same pixels share, also rotated or mirrored: the least of the 8 views."""
     result = []
     batches = dataset.iterate(rows, batch, workers)
-    for _, images in progress(batches, -(-len(rows) // batch), f"pixels of {dataset.name}", "batch"):
+    for _, images in progress(batches, len(rows), f"pixels of {dataset.name}", "patches", batch):
         for image in images:
             rotated = [np.rot90(image, k) for k in range(4)]
             views = [*rotated, *(view[:, ::-1] for view in rotated)]

@@ -70,6 +70,12 @@ class SelectSettings(Settings):
         replace: Whether another selection of that name may be overwritten.
     """
 
+    COMMON: ClassVar = "data real name encoder share per_cell filters weights replace"
+    EXAMPLES: ClassVar = (
+        "latent-medi select my/samples real=my/data name=best share=0.5 encoder=phikon-v2",
+        "latent-medi select my/samples real=my/data name=best per_cell=100 encoder=uni weights=uni.bin",
+    )
+
     RENAMED: ClassVar = {"criteria": "filters"}
 
     data: PathText = ""

@@ -35,11 +35,12 @@ NO_PART = "all"
 def export(settings: ExportSettings) -> dict[str, Any]:
     """Write a dataset folder's patches by part of a split.
 
-    ``webdataset``: ``data/<part>/<part>-000000.tar`` and a ``README.md`` whose header lists the files of each part for
-    the Hub and ``datasets.load_dataset``. ``folder``: ``<part>/<class>/<key>.png`` and ``<part>/metadata.csv``, as
-    ``datasets``' imagefolder and torchvision's ImageFolder read them. Patches in no part are left out. Names of parts,
-    classes and keys become valid file names (:func:`~latent_medi.shards.format.file_names.file_names`);
-    ``metadata.csv`` and ``export.json`` have the original ones.
+    ``webdataset``: ``data/<part>/<part>-000000.tar``. ``folder``: ``<part>/<class>/<key>.png`` and
+    ``<part>/metadata.csv``, as ``datasets``' imagefolder and torchvision's ImageFolder read them. Both with a
+    ``README.md``, the dataset card, whose header lists the files of each part for the Hub and
+    ``datasets.load_dataset``. Patches in no part are left out. Names of parts, classes and keys become valid file names
+    (:func:`~latent_medi.shards.format.file_names.file_names`); ``metadata.csv`` and ``export.json`` have the original
+    ones.
 
     Returns:
         ``folder``, ``format`` and the number of patches by part.
@@ -83,8 +84,8 @@ def _export(settings: ExportSettings) -> dict[str, Any]:
                 _write_tars(dataset, chosen, folder / "data" / folders[part], settings.patches_per_shard)
             else:
                 _write_images(dataset, chosen, folder / folders[part])
-        if settings.format == "webdataset":
-            write_text(folder / "README.md", _card(dataset, counts, folders))
+        exported = dataset.index.iloc[np.concatenate([rows[part] for part in names])]
+        write_text(folder / "README.md", _card(dataset, exported, counts, folders, settings.format))
         kept = ("name", "schema", "patch_size", "mpp", "codec", "provenance")
         manifest = {"split": settings.split, "parts": counts, "folders": folders}
         manifest |= {key: dataset.info[key] for key in kept}
@@ -111,7 +112,8 @@ def _parts(dataset: PatchDataset, settings: ExportSettings) -> pd.Series:
 
 def _write_tars(dataset: PatchDataset, rows: np.ndarray, folder: Path, per_shard: int) -> None:
     found, codec = samples(dataset, rows), dataset.info["codec"]
-    for number in progress(range(-(-len(rows) // per_shard)), desc=f"exporting {folder.name}", unit="shard"):
+    shards = range(-(-len(rows) // per_shard))
+    for number in progress(shards, len(rows), f"exporting {folder.name}", "patches", per_shard):
         with atomic_path(folder / f"{folder.name}-{number:06d}.tar") as temporary, open(temporary, "wb") as file:
             size = 0
             for key, image, text in islice(found, per_shard):
@@ -128,7 +130,7 @@ def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> None
     for name in {*classes.values(), ""}:
         (folder / name).mkdir(parents=True, exist_ok=True)
     table = []
-    for key, image, text in progress(samples(dataset, rows), len(rows), f"exporting {folder.name}", "patch"):
+    for key, image, text in progress(samples(dataset, rows), len(rows), f"exporting {folder.name}", "patches"):
         member = json.loads(text)
         path = Path(classes[str(member[known.name])] if known is not None else "", f"{files[key]}.{codec}")
         with open(folder / path, "xb") as file:  # never over another patch
@@ -137,17 +139,41 @@ def _write_images(dataset: PatchDataset, rows: np.ndarray, folder: Path) -> None
     write_table(pd.DataFrame(table), folder / "metadata.csv")
 
 
-def _card(dataset: PatchDataset, counts: dict[str, int], folders: dict[str, str]) -> str:
-    """The Hub's README, with a header that lists the files of each part."""
-    hub = {"train": "train", "val": "validation", "test": "test"}
-    files = [{"split": hub.get(part, folder), "path": f"data/{folder}/*.tar"} for part, folder in folders.items()]
-    header = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]}, sort_keys=False)
-    info = dataset.info
-    fields = "\n".join(f"- `{f.name}` ({f.kind})" for f in dataset.schema.fields)
-    parts = "\n".join(f"- {part}: {count} patches" for part, count in counts.items())
-    licence = info["provenance"].get("licence", "")
-    return (
-        f"---\n{header}---\n# {info['name']}\n\n{len(dataset)} patches of {info['patch_size']} px at "
-        f"{info['mpp']:g} µm per pixel; WebDataset tars with an image and a JSON member per patch."
-        f"\n\n{parts}\n\nFields:\n{fields}\n" + (f"\nLicence of the source: {licence}\n" if licence else "")
-    )
+def _card(
+    dataset: PatchDataset, exported: pd.DataFrame, counts: dict[str, int], folders: dict[str, str], form: str
+) -> str:
+    """The dataset card: the Hub's README, with a header that lists the files of each part."""
+    hub, info = {"train": "train", "val": "validation", "test": "test"}, dataset.info
+    pattern = "data/{}/*.tar" if form == "webdataset" else "{}/**"
+    files = [{"split": hub.get(part, name), "path": pattern.format(name)} for part, name in folders.items()]
+    made = int((exported["origin"] == "synthetic").sum())
+    header: dict[str, Any] = {"pretty_name": info["name"], "tags": ["histopathology", "latent-medi"]}
+    header["tags"] += ["synthetic"] if made else []
+    header |= {"task_categories": ["image-classification"]} if dataset.schema.class_field is not None else {}
+    header |= {"size_categories": [_size(len(exported))]}
+    header |= {"configs": [{"config_name": "default", "data_files": files}]}
+    stored = "WebDataset tars with an image and a JSON member per patch"
+    if form == "folder":
+        stored = "image files by class, and a metadata.csv per part"
+    text = [
+        f"# {info['name']}",
+        f"{len(exported)} patches of {info['patch_size']} px at {info['mpp']:g} µm per pixel; {stored}.",
+        "\n".join(f"- {part}: {count} patches" for part, count in counts.items()),
+    ]
+    if made:
+        text.append(
+            f'**{"All" if made == len(exported) else made} patches are synthetic**, each with `origin` "synthetic" in '
+            "its metadata and in the image file. They show no patient: never use them for diagnosis, nor as real data "
+            "in validation or testing."
+        )
+    if dataset.schema.fields:
+        text.append("Fields:\n" + "\n".join(f"- `{f.name}` ({f.kind})" for f in dataset.schema.fields))
+    if licence := info["provenance"].get("licence", ""):
+        text.append(f"Licence of the source: {licence}")
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n" + "\n\n".join(text) + "\n"
+
+
+def _size(count: int) -> str:
+    """The Hub's category of a number of patches."""
+    below = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+    return next((name for bound, name in below.items() if count < bound), "10M<n<100M")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from latent_medi.core.paths import PathText
 from latent_medi.core.settings import (
@@ -61,6 +61,14 @@ class ImportSettings(Settings):
         dask: Address of a Dask scheduler that images are sent to instead, such as tcp://host:8786.
         max_bad: Largest share of images that may be rejected, 0 to 1; with more the import fails.
     """
+
+    COMMON: ClassVar = (
+        "table folder pattern out class_field categorical patient_column patch_size source_mpp mpp split_column jobs"
+    )
+    EXAMPLES: ClassVar = (
+        "latent-medi shards images table=patches.csv --categorical site gender patch_size=256 out=my/data",
+        "latent-medi shards images folder=images pattern='(?P<class>\\w+)/(?P<patient>\\w+)_\\d+\\.png' out=my/data",
+    )
 
     table: PathText = ""
     folder: PathText = ""
@@ -136,6 +144,12 @@ class SlideSettings(Settings):
         contact_sheets: Whether to write a thumbnail with the patch grid for each slide.
     """
 
+    COMMON: ClassVar = "source table out class_field categorical patch_size mpp min_tissue max_patches jobs dry_run"
+    EXAMPLES: ClassVar = (
+        "latent-medi shards slides source=slides table=slides.csv class_field=class out=my/data jobs=8",
+        "latent-medi shards slides source=slides mpp=0.5 patch_size=256 out=my/data dry_run=true",
+    )
+
     source: PathText = ""
     table: PathText = ""
     out: PathText = ""
@@ -186,9 +200,15 @@ class ExportSettings(Settings):
         only: Values by field, such as {class: [LUAD, LUSC]}: only patches with one of them. Fields that are not named
             keep all.
         selected: Column of a selection, such as selected_best: only the patches that it selected; empty for all.
-        format: "webdataset" (tars and the Hub's README) or "folder" (images by class, and a CSV).
+        format: "webdataset" (tars) or "folder" (images by class, and a CSV); both with the Hub's README.
         patches_per_shard: Patches per tar.
     """
+
+    COMMON: ClassVar = "data out split parts format"
+    EXAMPLES: ClassVar = (
+        "latent-medi export my/data split=main out=hub",
+        "latent-medi export my/samples format=folder selected=selected_best out=images",
+    )
 
     data: PathText = ""
     out: PathText = ""
@@ -224,6 +244,12 @@ class JoinSettings(Settings):
             ``source_mpp`` of a patch stays its own.
     """
 
+    COMMON: ClassVar = "out folders patients without name"
+    EXAMPLES: ClassVar = (
+        "latent-medi shards join both north south",
+        "latent-medi shards join corpus tcga own patients=separate --without own",
+    )
+
     out: PathText = ""
     folders: list[PathText] = field(default_factory=list)
     name: str = ""
@@ -245,6 +271,12 @@ class InfoSettings(Settings):
         figures: Folder for a heat map of every pair of fields; empty for none.
     """
 
+    COMMON: ClassVar = "data unit figures"
+    EXAMPLES: ClassVar = (
+        "latent-medi shards info runs/demo/data",
+        "latent-medi shards info my/data unit=patients figures=figures",
+    )
+
     data: PathText = ""
     unit: Literal["patches", "slides", "patients"] = "patches"
     figures: PathText = ""
@@ -258,6 +290,12 @@ class VerifySettings(Settings):
         data: Dataset folder; or latents, a model, an adapter, a latent classifier or the run that made one.
         seal: Also write the checksums that a folder of an earlier version lacks, if nothing is wrong with it.
     """
+
+    COMMON: ClassVar = "data seal"
+    EXAMPLES: ClassVar = (
+        "latent-medi shards verify runs/demo/data",
+        "latent-medi shards verify my/run/model",
+    )
 
     data: PathText = ""
     seal: bool = False

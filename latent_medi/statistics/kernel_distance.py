@@ -18,8 +18,24 @@ import numpy as np
 
 from latent_medi.statistics.intervals import Spread, jackknife, strata_of, t_interval
 
+KID_UNIT = "KID × 10³"
+"""How people read kernel distances: in thousandths. Files have them as they are."""
 _LEAST = 3
 """Patients of a stratum: without one of them, it still has a pair."""
+
+
+def kid_text(value: float | None) -> str:
+    """A kernel distance in :data:`KID_UNIT` with three significant digits, since its scale depends on the encoder; a
+    dash if it is not available.
+    """
+    if value is None:
+        return "–"
+    scaled = 1e3 * value
+    if abs(scaled) >= 1e6:
+        return f"{scaled:.2e}".replace("e+0", "e").replace("e+", "e")
+    if abs(scaled) >= 999.5:
+        return f"{scaled:,.0f}"
+    return "0" if abs(scaled) < 5e-5 else f"{scaled:.3g}" if abs(scaled) >= 1e-3 else f"{scaled:.4f}"
 
 
 def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -80,7 +80,8 @@ def _nearest(
     best = torch.full((len(queries), k), torch.inf, device=where)
     found = torch.full((len(queries), k), -1, dtype=torch.int64, device=where)
     steps = list(product(range(0, len(bank), _BANK), range(0, len(queries), _QUERIES)))
-    for first, start in progress(steps, desc=desc, unit="block") if len(steps) > 8 else steps:
+    sizes = [min(_QUERIES, len(queries) - start) * min(_BANK, len(bank) - first) for first, start in steps]
+    for first, start in progress(steps, desc=desc, unit="pairs", each=sizes):
         if start == 0:
             block = centred(bank[first : first + _BANK])
         part = slice(start, start + _QUERIES)
@@ -137,7 +138,7 @@ def without_near_duplicates(features: np.ndarray, threshold: float, device: str 
     """
     where = torch.device(device)
     keep = np.ones(len(features), bool)
-    for start in progress(range(0, len(features), _QUERIES), desc="near duplicates", unit="block"):
+    for start in progress(range(0, len(features), _QUERIES), len(features), "near duplicates", "patches", _QUERIES):
         stop = min(start + _QUERIES, len(features))
         mine = torch.from_numpy(features[start:stop]).to(where)
         alive = np.ones(stop - start, bool)

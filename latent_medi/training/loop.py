@@ -21,6 +21,7 @@ from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.objective import Objective, diffusion_loss
+from latent_medi.features.needed import check_encoder
 from latent_medi.training import run_folder
 from latent_medi.training.data import Batch, open_data
 from latent_medi.training.finetune.transfer import inherited_objective, open_source
@@ -61,6 +62,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     with agreed(accelerator) as declared:
         settings.check()
         check_strategy(accelerator, settings)
+        if settings.preview_encoder:  # it is loaded later
+            check_encoder(settings.preview_encoder, settings.preview_weights)
         source = open_source(settings.init_from) if settings.init_from else None
         data = open_data(settings, source, device)
         record = run_folder.describe(settings, data, source)

@@ -16,6 +16,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.objective import Objective
 from latent_medi.latents.autoencoder import Autoencoder
+from latent_medi.statistics.kernel_distance import KID_UNIT, kid_text
 from latent_medi.training import losses, preview, run_folder
 from latent_medi.training.data import Batch, TrainingData
 from latent_medi.training.log import read_log, start_trackers
@@ -102,7 +103,8 @@ class DenoiserMonitor(Monitor):
         if row.kid is not None and row.kid < self._best(row):
             facts = {"encoder": row.encoder, "kid": row.kid, "samples": row.n}
             self._write(self._run.out / BEST / run_folder.product(self._run.settings), images, {"preview": facts})
-            logger.info("The best preview so far, at %s images: KID %.4g (%s).", f"{images:,}", row.kid, row.encoder)
+            shown = (f"{images:,}", KID_UNIT, kid_text(row.kid), row.encoder)
+            logger.info("The best preview so far, at %s images: %s %s (%s).", *shown)
         self._preview_log.write([row])
 
     def _rows(self) -> list[dict[str, str]]:

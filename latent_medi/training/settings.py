@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from latent_medi.core.errors import UserError
 from latent_medi.core.kinds import Range
@@ -184,6 +184,12 @@ class TrainSettings(Settings):
             of activations for about a fifth more work.
     """
 
+    COMMON: ClassVar = "data out latents max_images global_batch device_batch precision lr only init_from"
+    EXAMPLES: ClassVar = (
+        "latent-medi train --config demo/medi data=runs/demo/data latents=runs/demo/latents out=runs/demo/medi",
+        "latent-medi train --config presets/12gb data=my/data latents=my/latents out=my/run max_images=2_000_000",
+    )
+
     data: PathText
     out: PathText
     latents: PathText = ""
@@ -304,6 +310,12 @@ class AverageSettings(Settings):
         out: Model folder to write.
     """
 
+    COMMON: ClassVar = "run width out images"
+    EXAMPLES: ClassVar = (
+        "latent-medi average my/run width=0.05 out=my/run-0.05",
+        "latent-medi average my/run width=0.1 images=500_000 out=my/run-half",
+    )
+
     run: PathText
     width: Width
     out: PathText
@@ -330,6 +342,12 @@ class EstimateSettings(TrainSettings):
         device_share: Share of that rate which training is expected to reach, above 0 and up to 1.
         measure_steps: On a machine with a GPU, updates to make and time.
     """
+
+    COMMON: ClassVar = "data latents latent_shape processes card global_batch device_batch max_images"
+    EXAMPLES: ClassVar = (
+        "latent-medi train --estimate --config presets/12gb data=my/data latents=my/latents out=my/run",
+        "latent-medi train --estimate --config presets/24gb card=rtx4090 processes=2",
+    )
 
     data: PathText = ""
     latents: PathText = ""

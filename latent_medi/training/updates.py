@@ -129,7 +129,7 @@ class Run(Generic[D]):
         # The next batches are prepared while the device works on this one.
         threads = threads_for(self.data, self.device)
         with listening() as notice, made_ahead(self._batch, self.steps, threads, self.device) as batches:
-            for step in progress(self.steps, desc=description, unit="step") if main else self.steps:
+            for step in progress(self.steps, total, description, "images", batch, self.steps.start * batch):
                 rate = self._update(step, batches, losses, monitor)
                 images = (step + 1) * batch
                 last = images == total

@@ -22,7 +22,7 @@ SHADOWED = (
     "diffusers",
     "json",
     "joblib",
-    "jsonargparse",
+    "argcomplete",
     "logging",
     "loky",
     "numpy",

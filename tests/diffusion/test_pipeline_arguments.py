@@ -8,16 +8,21 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusion_parts import make_denoiser
 from parts import make_autoencoder
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+import latent_medi
 from latent_medi.core.errors import UserError
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import SAMPLERS
 from latent_medi.diffusion.settings import ObjectiveSettings, SamplerSettings
+from latent_medi.metadata.schema import Schema
 
 ASKED = {"class_": "gleason4", "site": "radboud", "gender": "male", "age": 61.5, "steps": 3, "output_type": "np"}
 
@@ -40,49 +45,67 @@ def images(pipe: MediPipeline, **asked: object) -> np.ndarray:
     return pipe(**{**ASKED, **asked}).images
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "instead"),
-    [
-        ("EulerDiscreteScheduler", {}, "sampler='euler'"),
-        ("DDIMScheduler", {}, "sampler='ddim'"),
-        ("DDPMScheduler", {}, "sampler='ddpm'"),
-        ("HeunDiscreteScheduler", {}, "sampler='heun'"),
-        ("UniPCMultistepScheduler", {}, "sampler='unipc'"),
-        ("DPMSolverMultistepScheduler", {}, "sampler='dpmpp_2m'"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "sampler='dpmpp_2m_sde'"),
-        ("PNDMScheduler", {}, "sampler=…"),
-        ("LMSDiscreteScheduler", {}, "sampler=…"),
-    ],
-)
-def test_another_scheduler_is_refused_wherever_it_is_given(pipe, folder, name, options, instead, tmp_path):
-    before, digest = images(pipe), pipe.model_hash
-    kind = getattr(diffusers, name)
-    other = kind.from_config(pipe.scheduler.config, **options)
-    for give in (
-        lambda: setattr(pipe, "scheduler", other),
-        lambda: MediPipeline.from_pretrained(folder, scheduler=other),
-        lambda: MediPipeline.from_pipe(pipe, scheduler=other),
-        lambda: images(pipe, sampler=other),
-        lambda: images(pipe, sampler=kind) if not options else images(pipe, sampler=other),
-    ):
-        with pytest.raises(UserError) as told:
-            give()
-        assert name in str(told.value)
-        assert instead in str(told.value)
+SCHEDULERS = {
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+}
+
+
+def test_a_scheduler_of_diffusers_is_the_sampler(schema, tmp_path):
+    objective = ObjectiveSettings(zero_terminal_snr=False)  # heun takes no other
+    pipe = MediPipeline.from_parts(make_denoiser(schema), objective, make_autoencoder(), torch.zeros(4), torch.ones(4))
+    digest, made = pipe.model_hash, {}
+    asked = {"steps": 4, "output_type": "latent"}  # ddim's steps divide 1000
+    for name, kind in SCHEDULERS.items():  # each from the one before
+        options = {"algorithm_type": "sde-dpmsolver++" if name.endswith("sde") else "dpmsolver++"}
+        options = options if name.startswith("dpmpp") else {}
+        pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
+        made[name] = images(pipe, **asked).numpy()
+        assert np.array_equal(made[name], images(pipe, sampler=name, **asked)), name
+        assert pipe.model_hash == digest
+    assert set(made) == set(SAMPLERS)
+    assert len({latents.tobytes() for latents in made.values()}) == len(made)
+    for same in (MediPipeline(**pipe.components), MediPipeline.from_pipe(pipe)):
+        assert np.array_equal(images(same, **asked), made["ddpm"])
+    # The sampler belongs to the pipeline, not to the folder.
+    pipe.save_pretrained(tmp_path / "model", include_autoencoder=True)
     assert type(pipe.scheduler).__name__ == "DDPMScheduler"
-    pipe.save_pretrained(tmp_path / "again")
-    for same in (pipe, MediPipeline.from_pretrained(tmp_path / "again")):
-        assert np.array_equal(images(same), before)
-        assert same.model_hash == digest
+    loaded = MediPipeline.from_pretrained(tmp_path / "model")
+    assert np.array_equal(images(loaded, **asked), made["dpmpp_2m"])
+    given = MediPipeline.from_pretrained(tmp_path / "model", scheduler=pipe.scheduler)
+    assert np.array_equal(images(given, **asked), made["ddpm"])
 
 
-def test_every_sampler_has_a_scheduler_that_leads_to_it(pipe):
-    from latent_medi.diffusion.pipeline_arguments import _SAMPLER_OF
-
-    assert {*_SAMPLER_OF.values(), "dpmpp_2m_sde"} == set(SAMPLERS)
+def test_a_scheduler_that_cannot_be_honoured_is_refused_with_the_reason(pipe, folder):
+    config, before = pipe.scheduler.config, images(pipe)
+    for scheduler, why in (
+        (diffusers.PNDMScheduler.from_config(config), r"no sampler of PNDMScheduler[\s\S]*EulerDiscreteScheduler"),
+        (diffusers.EulerDiscreteScheduler(), r"beta_start=0\.0001 \(here 0\.00085\)"),
+        (diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=True), "use_karras_sigmas=True"),
+        (diffusers.DPMSolverMultistepScheduler.from_config(config, solver_order=3), "solver_order=3"),
+        (diffusers.DDIMScheduler.from_config(config, timestep_spacing="leading"), "timestep_spacing='leading'"),
+        (diffusers.EulerDiscreteScheduler, "an object of diffusers"),
+    ):
+        for give in (
+            lambda it: setattr(pipe, "scheduler", it),
+            lambda it: MediPipeline.from_pretrained(folder, scheduler=it),
+            lambda it: MediPipeline.from_pipe(pipe, scheduler=it),
+        ):
+            with pytest.raises(UserError, match=why):
+                give(scheduler)
+    assert np.array_equal(images(pipe), before)
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(config)
+    with pytest.raises(UserError, match=r"heun.*ends at"):
+        images(pipe)
 
 
 def test_the_class_for_the_whole_folder_is_named(folder):
+    assert latent_medi.MediPipeline is MediPipeline
     with pytest.raises(UserError, match=r"MediPipeline\.from_pretrained\(folder\)"):
         DiffusionPipeline.from_pretrained(folder)
 
@@ -138,27 +161,105 @@ def test_ways_to_load_that_mean_nothing_here_say_what_does(folder, options, why)
         MediPipeline.from_pretrained(folder, **options)
 
 
-def test_a_download_is_given_its_options(monkeypatch, folder):
-    import huggingface_hub
+def test_other_pipelines_names_of_arguments(pipe):
+    want = images(pipe, guidance=2.0, steps=4)
+    assert np.array_equal(images(pipe, guidance_scale=2.0, steps=None, num_inference_steps=4), want)
 
-    asked: dict[str, object] = {}
 
-    def download(name: str, **options: object) -> str:
-        asked.update(options, name=name)
-        return str(folder)
+def test_generators_are_seeds(pipe):
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    options = {"revision": "v1", "cache_dir": "/c", "local_files_only": True, "token": "t"}
-    MediPipeline.from_pretrained("owner/name", **options)
-    assert asked.items() >= {**options, "name": "owner/name"}.items()
+    for sampler in ("dpmpp_2m", "ddpm"):
+        want = images(pipe, seeds=[3, 4], sampler=sampler)
+        assert np.array_equal(images(pipe, generator=[seeded(3), seeded(4)], sampler=sampler), want)
+        assert np.array_equal(images(pipe, generator=seeded(3), sampler=sampler), want[:1])
+    assert len({image.tobytes() for image in images(pipe, generator=seeded(3), num_images=3)}) == 3
+
+
+def test_kinds_of_output(pipe):
+    pictures = pipe(**{**ASKED, "output_type": "pil"}).images
+    array, tensor, latents = (images(pipe, output_type=kind) for kind in ("np", "pt", "latent"))
+    assert array.dtype == np.float32
+    assert np.array_equal((array * 255).round().astype(np.uint8), np.stack(pictures))
+    assert torch.equal(tensor, torch.from_numpy(array).permute(0, 3, 1, 2))
+    assert np.array_equal(pipe.decode(latents), np.stack(pictures))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "gif"])
+def test_files_of_images_are_marked_as_synthetic(pipe, tmp_path, ending):
+    picture = pipe(**{**ASKED, "output_type": "pil"}).images[0]
+    picture.save(tmp_path / f"x.{ending}")
+    with Image.open(tmp_path / f"x.{ending}") as saved:
+        assert np.shape(saved.convert("RGB")) == (32, 32, 3)
+        if ending == "png":  # as `sample` marks its own
+            assert saved.info["origin"] == "synthetic"
+        mark = saved.info.get("comment", b"").decode() or saved.getexif().get(0x010E) or saved.info.get("origin")
+        assert mark in ("origin=synthetic", "synthetic")
+
+
+def test_a_mark_leaves_what_the_caller_writes(pipe, tmp_path):
+    picture, text = pickle.loads(pickle.dumps(pipe(**{**ASKED, "output_type": "pil"}).images[0])), PngInfo()
+    text.add_text("slide", "s1")
+    picture.save(tmp_path / "x.png", pnginfo=text)
+    with Image.open(tmp_path / "x.png") as saved:
+        assert saved.info.items() >= {"slide": "s1", "origin": "synthetic"}.items()
+    picture.resize((8, 8)).save(tmp_path / "small.jpg")
+    with Image.open(tmp_path / "small.jpg") as saved:
+        assert saved.info["comment"] == b"origin=synthetic"
+    assert picture.copy().info["origin"] == "synthetic"
+
+
+def test_a_callback_sees_and_changes_the_latents(pipe):
+    seen = []
+
+    def look(given, step, timestep, values):
+        seen.append((given, step, int(timestep), values["latents"].shape))
+
+    want = images(pipe, num_images=3, batch=2)
+    assert np.array_equal(images(pipe, num_images=3, batch=2, callback_on_step_end=look), want)
+    assert [(step, shape[0]) for _, step, _, shape in seen] == [(i, n) for n in (2, 1) for i in range(3)]
+    assert all(given is pipe for given, *_ in seen)
+    assert [t for _, _, t, _ in seen[:3]] == sorted((t for _, _, t, _ in seen[:3]), reverse=True)
+    nothing = images(pipe, output_type="latent", callback_on_step_end=lambda *a: {"latents": 0 * a[-1]["latents"]})
+    assert not nothing.any()
+
+
+def test_fields_that_are_called_like_arguments(tmp_path):
+    table = pd.DataFrame({"class": ["a", "b"], "batch": ["x", "y"], "seed": ["1", "2"]})
+    denoiser = make_denoiser(Schema.from_table(table, "class", ["batch", "seed"]))
+    pipe = MediPipeline.from_parts(denoiser, ObjectiveSettings(), make_autoencoder(), torch.zeros(4), torch.ones(4))
+    for asked in ({"class_": "a", "batch": "x"}, {"class_": "a", "seed": 1}, {"class_": "a"}):
+        with pytest.raises(UserError, match=r"(batch|seed) is a field of the model and an argument[\s\S]*conditions="):
+            pipe(**asked, steps=2)
+
+    def made(**asked: object) -> bytes:
+        return pipe(**asked, steps=2, output_type="np").images.tobytes()
+
+    one = made(conditions={"class_": "a", "batch": "x", "seed": "1"}, batch=4, seed=2)
+    assert made(conditions={"class": "a", "batch": "x", "seed": ["1"]}, seeds=[2]) == one
+    assert made(conditions={"batch": "x", "seed": "1"}, class_="a", seed=2) == one
+    assert made(conditions={"class": "a", "batch": "y", "seed": "1"}, seed=2) != one
+    assert made(conditions={"class": "a", "batch": "x", "seed": "2"}, seed=2) != one
+    with pytest.raises(UserError, match="class is given twice"):
+        pipe(conditions={"class": "a"}, **{"class": "a"})
 
 
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ({"num_inference_steps": 3}, "steps="),
-        ({"guidance_scale": 3.0}, "guidance="),
-        ({"generator": torch.Generator()}, "seed="),
+        ({"num_inference_steps": 3}, "steps and num_inference_steps are the same"),
+        ({"guidance": 2.0, "guidance_scale": 3.0}, "the same argument"),
+        ({"generator": torch.Generator(), "seed": 1}, "Seeds and a generator"),
+        ({"generator": torch.Generator(), "seeds": [1]}, "Seeds and a generator"),
+        ({"generator": 3}, "generator .*3"),
+        ({"generator": [torch.Generator(), 3]}, "generator .*3"),
+        ({"generator": [torch.Generator()], "num_images": 2}, "disagree"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end .*3"),
+        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "Leave it out"),
+        ({"conditions": "gleason4"}, "conditions .*gleason4"),
+        ({"conditions": {"site": "radboud"}}, "site is given twice"),
+        ({"sampler": DDIMScheduler()}, r"pipe\.scheduler ="),
         ({"num_images_per_prompt": 2}, "num_images="),
         ({"return_dict": False}, "images"),
         ({"eta": 0.5}, "SamplerSettings"),

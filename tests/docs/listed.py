@@ -17,6 +17,7 @@ ELSEWHERE = {
     "latent-medi benchmark-shift --mean": ("experiment/test_shift_benchmark.py", "--mean"),
     "latent-medi run --config … dry_run=true": ("experiment/test_cost.py", "dry_run=true"),
     "python docs/architecture.py": ("test_architecture.py", "architecture.drawing"),
+    "latent-medi explore": ("test_explore.py", "explore"),
     "latent-medi doctor": ("test_doctor.py", "doctor"),
     "python docs/metrics.py": ("evaluation/test_results.py", "metrics.py"),
     "python -m latent_medi.demo.pretrain": ("demo/test_weights.py", "tissue_bank"),
@@ -36,6 +37,8 @@ ELSEWHERE = {
 NEEDS = {
     # Beginning of a command: what it needs, in words of its page.
     "hf download": "need a connection",
+    "hf upload": "hf auth login",
+    "hf auth login": "hub id",
     "gdc-client download": "need a connection",
     "pip install": "pip install",
     "source .venv/bin/activate": "make",

@@ -106,7 +106,7 @@ def test_headline_has_the_promised_shape(results: Metrics) -> None:
     assert abs(content["recovery_unseen"]["class"] - content["recovery_ceiling"]["class"]) < 0.2
     assert headline(results, {"train": 12.0}).seconds.keys() == {"train", "evaluate"}
     assert headline(results, {"evaluate": 12.0}).seconds == {"evaluate": 12.0}
-    text = headline_text(record)
+    text = headline_text(results, record)
     assert record.warnings == []
     assert "Warning" not in text
     assert "not compared" not in text
@@ -181,7 +181,8 @@ def test_patches_can_be_judged_where_nothing_is_held_out(world: World, capsys: p
     assert whole["real"]["n_patients"] > 10
     assert whole["real"]["interval"][0] < whole["real"]["value"] < whole["real"]["interval"][1]
     assert result["memorisation"]["filters"]["synthetic"]["medi"]["copies"] is not None
-    text = headline_text(headline(metrics_of(result)))
+    read = metrics_of(result)
+    text = headline_text(read, headline(read))
     assert "per class, all sites" in text
     assert "unseen" not in text
     assert "–" not in text.split("ratio = ")[0]
@@ -323,9 +324,10 @@ def test_a_headline_is_not_read_without_what_limits_it(metrics: dict[str, Any]) 
     encoder = next(iter(metrics["encoders"]))
     changed["warnings"] = ["Accuracy under shift has no interval: …"]
     changed["fidelity"][encoder]["per_class"]["left_out"] = {"rings": "medi: 12 samples match, fewer than 20"}
-    record = headline(metrics_of(changed))
+    read = metrics_of(changed)
+    record = headline(read)
     assert record.warnings == ["Accuracy under shift has no interval: …"]
-    text = headline_text(record)
+    text = headline_text(read, record)
     assert "Warning: Accuracy under shift has no interval" in text
     assert "not compared: rings (medi: 12 samples match, fewer than 20)" in text
 

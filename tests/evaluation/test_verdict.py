@@ -12,6 +12,7 @@ from latent_medi.evaluation.summary import headline, headline_json, headline_tex
 from latent_medi.evaluation.verdict import Evidence, answer, patients_needed, verdict
 from latent_medi.statistics.differences import Difference
 from latent_medi.statistics.intervals import NOT_ESTIMABLE
+from latent_medi.statistics.kernel_distance import kid_text
 
 
 def difference(value, interval, likely):
@@ -198,7 +199,14 @@ def test_samples_far_from_tissue(changed):
     tissue["value"] = tissue["other_combinations"]
     found = said(changed)
     assert found.answer == "no verdict"
-    assert "no nearer to real patches of the unseen combinations (KID" in found.sentence
+    raw, shown = f"(KID {tissue['value']:.3g})", f"(KID × 10³ {kid_text(tissue['value'])})"
+    assert f"no nearer to real patches of the unseen combinations {raw}" in found.sentence
+    # Files have distances as they are, people read thousandths.
+    read = metrics_of(changed)
+    text = headline_text(read, headline(read))
+    assert shown in text
+    assert raw not in text
+    assert raw in str(headline_json(headline(read))["verdict"])
     changed["fidelity"]["filters"]["tissue"] = {}
     assert said(changed).answer != "no verdict"
 
@@ -233,6 +241,6 @@ def test_lost_variety_stands_beside_what_is_found(metrics):
     assert record.variety.recall_real == overall["real"]["recall"]
     assert record.variety.coverage_real == overall["real"]["coverage"]
     assert headline_json(record)["variety"]["coverage"] == overall["medi"]["coverage"]
-    lines = headline_text(record).splitlines()
+    lines = headline_text(metrics_of(metrics), record).splitlines()
     assert lines[-1] == record.verdict.sentence
     assert any(line.split()[:1] == ["recall,"] and f"{record.variety.recall:.3f}" in line for line in lines)

@@ -132,6 +132,24 @@ def test_a_difference_is_paired_by_seed_and_patient() -> None:
     assert single.reason == "the noise of the training is unknown: it takes at least two seeds"
 
 
+def test_where_nothing_helps_one_of_many_seldom_seems_to() -> None:
+    """Six training sets that are as good as real patches alone, judged on the same patients, 200 times."""
+    rng, sets, trials = np.random.default_rng(0), 6, 200
+    truth, patients = np.tile([0, 1], 120), np.repeat(np.arange(60), 4)
+    seems = [0, 0]
+    for _ in range(trials):
+        hard = 0.3 + 0.1 * rng.normal(size=60)[patients]
+        test = TestScores(truth, patients, 2)
+        each = [test.of([truth ^ (rng.random(240) < hard) for _ in range(3)]) for _ in range(sets + 1)]
+        found = [test.differences(scores, each[0], sets) for scores in each[1:]]
+        for number, changes in enumerate([[f.accuracy for f in found], [f.accuracy_of_all for f in found]]):
+            bounds = [change.interval for change in changes if change and isinstance(change.interval, tuple)]
+            assert len(bounds) == sets
+            seems[number] += any(low > 0 or high < 0 for low, high in bounds)
+    assert seems[0] > 0.05 * trials  # one interval at a time would call something helpful far too often
+    assert seems[1] <= 0.05 * trials + 2 * (0.05 * 0.95 * trials) ** 0.5
+
+
 def test_what_cannot_be_compared_is_refused(make: Make, synthetic: PatchDataset) -> None:
     for values, words in [
         ({"test_value": ""}, "test_value is empty"),

@@ -195,6 +195,20 @@ def test_a_field_that_repeats_the_class_is_named() -> None:
     assert repeats_class(people(many.astype(int) % 2 == 0, many), "class", "site") == ""
 
 
+def test_a_field_that_repeats_another_one_is_named() -> None:
+    cells = {(c, s, {"x": "A", "y": "B", "z": "B"}[s], s.upper()): 15 for c in "ab" for s in "xyz"}
+    table = index(cells, ("class", "site", "scanner", "tss"))
+    found = [line for line in audit(table, schema_of(table, ("scanner", "tss")))["advice"] if "repeats" in line]
+    assert found == [
+        "scanner repeats site (each site has one scanner): no model can separate their effects. Leave scanner out."
+    ]
+    table = index({(*c[:3], {"A": "old", "B": "new"}[c[2]]): 15 for c in cells}, ("class", "site", "scanner", "era"))
+    found = audit(table.assign(site="one"), schema_of(table, ("scanner", "era")))["advice"]
+    assert [line[: line.index(":")] for line in found if "repeats" in line] == [
+        "era repeats scanner (each scanner has one era)"
+    ]
+
+
 def test_a_continuous_field_that_separates_two_classes_is_named() -> None:
     rng = np.random.default_rng(0)
     classes = np.repeat(["a", "b", "c", "d"], [30, 20, 40, 5])

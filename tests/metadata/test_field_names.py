@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from PIL import Image
 
 from latent_medi.cli import main
 from latent_medi.core.errors import UserError
-from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.metadata.audit import audit
 from latent_medi.metadata.field_names import ON_REAL, PLAN_COLUMNS, RESERVED, check_new_names
 from latent_medi.metadata.schema import Schema
@@ -28,14 +26,13 @@ from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 def test_every_name_of_ours_is_reserved() -> None:
-    call = [p.name for p in inspect.signature(MediPipeline.__call__).parameters.values() if p.kind != p.VAR_KEYWORD]
     settings = [field.name for kind in (GenerateSettings, GridSettings) for field in dataclasses.fields(kind)]
-    assert {*call, *settings, *FIXED_COLUMNS, *OWN_COLUMNS, "class_", "file_name"} <= set(RESERVED)
+    assert {*settings, *FIXED_COLUMNS, *OWN_COLUMNS, "class_", "file_name"} <= set(RESERVED)
     assert PLAN_COLUMNS == OWN_COLUMNS
     assert ON_REAL == (QUANTILES_OF, UNKNOWN_OF)
 
 
-@pytest.mark.parametrize("name", ["count", "seed", "batch", "verdict", "n", "model", "patches", "split_x", "file_name"])
+@pytest.mark.parametrize("name", ["count", "seed", "steps", "verdict", "n", "model", "patches", "split_x", "file_name"])
 def test_a_reserved_name_is_refused_with_what_to_do(name: str) -> None:
     with pytest.raises(UserError, match=f"cannot be called '{name}'[\\s\\S]*Rename the column"):
         check_new_names(["class", name])
@@ -53,7 +50,9 @@ def test_names_that_would_be_mixed_up_are_refused() -> None:
             check_new_names(names)
     with pytest.raises(UserError, match=r"'age_quantiles'.*'age'"):
         check_new_names(["age", "age_quantiles"], continuous=["age"])
-    check_new_names(["class", "site", "demographic.race", "age_quantiles", "index", "patch", "split"], ["batch", "n"])
+    check_new_names(
+        ["class", "site", "demographic.race", "age_quantiles", "index", "patch", "split", "batch"], ["steps", "n"]
+    )
     with pytest.raises(UserError, match="'Site' and 'site'"):
         check_new_names(["Site"], ["site"])
     with pytest.raises(UserError, match="'key'"):
@@ -89,7 +88,7 @@ def old_dataset(folder: Path, field: str) -> PatchDataset:
     return write_dataset(folder, patches, "old", schema, 16, 0.5)
 
 
-@pytest.mark.parametrize("field", ["count", "batch", "n", "patches"])
+@pytest.mark.parametrize("field", ["count", "n", "patches"])
 def test_folders_that_have_such_fields_open(tmp_path: Path, field: str) -> None:
     dataset = old_dataset(tmp_path / "old", field)
     assert PatchDataset.open(tmp_path / "old").schema.names == ("class", field)
@@ -108,7 +107,7 @@ def test_folders_that_have_such_fields_open(tmp_path: Path, field: str) -> None:
 
 
 def test_slides_refuse_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "slides.csv").write_text("slide,patient,batch\na.svs,p0,b1\n")
-    words = [f"source={tmp_path}", f"table={tmp_path / 'slides.csv'}", f"out={tmp_path / 'out'}", "categorical=[batch]"]
+    (tmp_path / "slides.csv").write_text("slide,patient,model\na.svs,p0,b1\n")
+    words = [f"source={tmp_path}", f"table={tmp_path / 'slides.csv'}", f"out={tmp_path / 'out'}", "categorical=[model]"]
     assert main(["shards", "slides", *words]) == 2
-    assert "cannot be called 'batch': that is an argument of MediPipeline" in capsys.readouterr().err
+    assert "cannot be called 'model': that is a setting of `latent-medi sample`" in capsys.readouterr().err

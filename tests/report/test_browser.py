@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,51 @@ def test_the_report(full: dict[str, Any], tab: Browser, tmp_path: Path) -> None:
     # Per encoder: distances of unseen, classes and sites, forest, differences, two projections.
     check(tab, page, 2 * 7)
     assert tab.value("document.querySelectorAll('.pairs figure').length") == 2 * 12
+
+
+def test_the_report_is_short_and_its_answer_on_the_first_screen(
+    full: dict[str, Any], tab: Browser, tmp_path: Path
+) -> None:
+    page = render_report(metrics_of(full), tmp_path / "report.html")
+    tab.open(page, 1280, 800)
+    assert tab.value("document.documentElement.scrollHeight") <= 8000
+    bottom = "Math.max(...[...document.querySelectorAll('%s')].map(e => e.getBoundingClientRect().bottom))"
+    assert tab.value(bottom % ".answer, .cards, .strip img") <= 800
+    assert len(re.findall(rb"/Type\s*/Page\b", tab.pdf())) <= 12
+    # The contents stay in view, and lead to each section.
+    tab.value("document.querySelector('.side a[href=\"#copies\"]').click()")
+    assert tab.value("scrollY") > 1000
+    assert tab.value("document.querySelector('.side').getBoundingClientRect().top") == 0
+    tab.open(page, 390)
+    assert tab.value("getComputedStyle(document.querySelector('.side')).display") == "none"
+    assert tab.value("document.querySelector('.menu').open") is False
+
+
+def test_a_word_is_explained_by_mouse_keyboard_and_touch(full: dict[str, Any], tab: Browser, tmp_path: Path) -> None:
+    page = render_report(metrics_of(full), tmp_path / "report.html")
+    shown = "[...document.querySelectorAll('.word')].filter(e => e.checkVisibility()).map(e => e.id)"
+    place = (
+        "(r => [r.left + r.width / 2, r.top + r.height / 2])(document.querySelector('.term').getBoundingClientRect())"
+    )
+    for width in WIDTHS:
+        tab.open(page, width)
+        assert tab.value(shown) == []
+        word = tab.value("document.querySelector('.term').getAttribute('popovertarget')")
+        tab.value("document.querySelector('.term').scrollIntoView({block: 'center'})")
+        x, y = tab.value(place)
+        tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        assert tab.value(shown) == [word]
+        assert tab.sideways() == []
+        tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+        assert tab.value(shown) == []
+        for kind in ("mousePressed", "mouseReleased"):  # as a tap is
+            tab.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        assert tab.value(shown) == [word]
+        tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+        tab.press("Escape", 27)
+        assert tab.value(shown) == []
+        tab.press(" ", 32)  # the word still has the focus
+        assert tab.value(shown) == [word]
 
 
 def test_hostile_names_in_the_report(full: dict[str, Any], tab: Browser, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def _row(runs: list[dict[str, Any]], name: str, table: int = 0) -> list[dict[str
 
 
 SHIFT = "accuracy under shift: MeDi"
-DISTANCE = "KID, unseen combinations: MeDi"
+DISTANCE = "KID × 10³, unseen combinations: MeDi"
 
 
 def test_numbers_are_those_of_the_files_and_differences_their_difference(evaluated: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ def test_numbers_are_those_of_the_files_and_differences_their_difference(evaluat
     record["value"] = old - 0.125
     first, second = _row([evaluated, other], SHIFT)
     assert (first["value"], first["difference"]) == (f"{old:.3f}", "")
-    assert (second["value"], second["difference"], second["reason"]) == (f"{old - 0.125:.3f}", "−0.125", "")
+    assert (second["value"], second["difference"], second["reasons"]) == (f"{old - 0.125:.3f}", "−0.125", [])
     assert f"n = {record['n_patches']}" in second["n"]
 
 
@@ -41,17 +41,17 @@ def test_what_cannot_be_compared_has_no_difference(evaluated: dict[str, Any]) ->
         other = copy.deepcopy(evaluated)
         change(other)
         cell = _row([evaluated, other], name)[1]
-        assert (cell["difference"] == "") == bool(cell["reason"])
+        assert (cell["difference"] == "") == bool(cell["reasons"])
         return cell
 
-    assert second(lambda m: None)["reason"] == ""
-    assert second(lambda m: m["encoders"]["filters"].update(fingerprint="x"))["reason"] == "another encoder"
+    assert second(lambda m: None)["reasons"] == []
+    assert second(lambda m: m["encoders"]["filters"].update(fingerprint="x"))["reasons"] == ["another encoder"]
     unseen = evaluated["fidelity"]["filters"]["unseen"]
     n = unseen["means"]["medi"]["n_patches"]
     changed = second(lambda m: m["fidelity"]["filters"]["unseen"]["means"]["medi"].update(n_patches=n - 1))
-    assert changed["reason"] == f"n = {n - 1} instead of {n} patches"
-    assert second(lambda m: m["dataset"].update(n_patients=1), SHIFT)["reason"] == "other real data"
-    assert second(lambda m: m["downstream"].clear(), SHIFT)["reason"] == "missing in one run"
+    assert changed["reasons"] == [f"n = {n - 1} instead of {n} patches"]
+    assert second(lambda m: m["dataset"].update(n_patients=1), SHIFT)["reasons"] == ["other real data"]
+    assert second(lambda m: m["downstream"].clear(), SHIFT)["reasons"] == ["missing in one run"]
 
 
 def test_runs_with_other_encoders_meet_in_the_headline_alone(evaluated: dict[str, Any], tmp_path: Path) -> None:
@@ -60,12 +60,30 @@ def test_runs_with_other_encoders_meet_in_the_headline_alone(evaluated: dict[str
         encoder["fingerprint"] = "x"
     tables = compare([metrics_of(evaluated), metrics_of(other)])
     assert len(tables) == 1
-    assert all(row.entries[1].reason for row in tables[0].rows)
+    assert all(row.entries[1].reasons for row in tables[0].rows)
     for name, metrics in (("a", evaluated), ("b", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(metrics))
     text = render_comparison([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "c.html").read_text()
     assert "no encoder in common" in text
     assert "Not comparable." in text
+    # Said once, not in each row.
+    assert text.count("another encoder") == 2
+
+
+def test_what_is_not_compared_is_said_once(evaluated: dict[str, Any]) -> None:
+    other = copy.deepcopy(evaluated)
+    other["dataset"]["n_patients"] += 1
+    other["fidelity"]["filters"]["unseen"]["means"]["medi"]["n_patches"] -= 1
+    (table, *_) = compare([metrics_of(evaluated), metrics_of(other)])
+    first, second = table.notes
+    n = len(table.rows)
+    assert first == []
+    assert set(second) == {
+        ("", f"other real data (all {n} numbers)"),
+        ("a", f"another number of patches or patients (1 of {n} numbers)"),
+    }
+    marks = {row.name: row.entries[1].marks for row in table.rows if row.entries[1].marks}
+    assert marks == {DISTANCE: "a"}
 
 
 def test_what_differs_is_listed(evaluated: dict[str, Any]) -> None:

@@ -33,9 +33,11 @@ from latent_medi.image_classifier.comparison import (
     conclusion,
 )
 from latent_medi.report import figures
+from latent_medi.report.answer import answer
 from latent_medi.report.colour import colour_table, sentence
 from latent_medi.report.figures import image_uri, short
-from latent_medi.report.page import bounds, distance, flat, number, percent, share
+from latent_medi.report.heat import training_table
+from latent_medi.report.page import bounds, distance, flat, kid, number, percent, share
 from latent_medi.report.patches import montage
 from latent_medi.report.render import render, render_report
 from latent_medi.report.settings import SECTIONS, ReportSettings
@@ -85,7 +87,8 @@ def test_the_page_stands_alone(page_text: str) -> None:
     for _, attributes in page.tags:
         for name in ("src", "href", "srcset", "data", "action", "poster"):
             value = attributes.get(name)
-            assert value is None or value.startswith("data:image/png;base64,")
+            # Besides pictures inside the file there are links to its own sections.
+            assert value is None or value.startswith(("data:image/png;base64,", "#"))
     assert "url(" not in page_text
     assert "@import" not in page_text
     assert not page.all("script")
@@ -117,7 +120,8 @@ def test_held_out_and_unseen_combinations_are_marked(page_text: str) -> None:
     page = _Page(page_text)
     assert sum("held" in str(a.get("class")).split() for a in page.all("td")) == 1
     # stripes × south, and south × frozen for each class
-    assert sum(a.get("class") == "tag" for a in page.all("span")) == 4
+    # and the two combinations at the top.
+    assert sum(a.get("class") == "tag" for a in page.all("span")) == 4 + 2
     assert "Also held out: south × frozen." in " ".join(page.text.split())
     assert "compared on test patients, and training has none of them." in " ".join(page.text.split())
 
@@ -136,6 +140,94 @@ def test_what_training_has_of_a_combination_is_not_hidden(evaluated: dict[str, A
     assert "training has none" not in page
     assert page.index("Look out: <b>.") < page.index("Table 1.")
     assert "Per class, not compared: rings (medi: 12 samples match, fewer than 20)." in page
+
+
+ANSWERS = [("useful", "Yes:"), ("may be useful", "Perhaps:"), ("not shown", "Not shown:"), ("not useful", "No:")]
+
+
+@pytest.mark.parametrize(("found", "begins"), [*ANSWERS, ("no verdict", "Not known:")])
+def test_the_page_begins_with_question_answer_and_numbers(
+    evaluated: dict[str, Any], tmp_path: Path, found: str, begins: str
+) -> None:
+    changed = copy.deepcopy(evaluated)
+    changed["headline"]["verdict"]["answer"] = found
+    metrics = metrics_of(changed)
+    said = answer(metrics)
+    assert said.question.endswith("?")
+    assert said.sentence.startswith(begins)
+    gain = metrics.downstream["filters"].differences["medi"]["stain_transfer"].accuracy_shift
+    ratio = metrics.fidelity["filters"].unseen.ratio
+    shown = metrics.adherence["filters"].fields["class"].synthetic["medi"]
+    points = number(gain.times(100), 1, sign=True)
+    assert [each.value for each in said.numbers] == [f"{points} points", number(ratio, 2), percent(shown)]
+    assert said.numbers[1].interval == f"95 % interval {bounds(ratio, 2)}"
+    assert "not estimable" in said.numbers[0].interval
+
+
+def test_an_evaluation_without_a_classifier_begins_with_how_near_samples_are(evaluated: dict[str, Any]) -> None:
+    changed = copy.deepcopy(evaluated) | {"downstream": {}}
+    changed["headline"]["findings"] = ["As found."]
+    ratio = changed["fidelity"]["filters"]["unseen"]["ratio"]
+    for interval, begins in (([0.1, 0.3], "Nearer"), ([1.1, 1.3], "Farther"), ([0.9, 1.1], "It is not shown")):
+        ratio |= {"value": 0.2, "interval": interval}
+        said = answer(metrics_of(changed))
+        assert said.sentence.startswith(begins)
+        assert said.exact == ["As found."]
+    ratio |= {"interval": None}
+    assert answer(metrics_of(changed)).sentence == "As found."
+    assert answer(metrics_of(changed), "A classifier says so.").sentence == "A classifier says so."
+
+
+def test_words_are_explained_with_the_glossarys_text(page_text: str) -> None:
+    page = _Page(page_text)
+    asked = {str(a["popovertarget"]) for a in page.all("button")}
+    given = [str(a["id"]) for _, a in page.tags if "popover" in a]
+    assert asked == set(given)
+    assert len(given) == len(asked) > 15
+    rows = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text(encoding="utf-8")
+    meaning = re.search(r"^\| KID \| (.+) \|$", rows, re.MULTILINE)
+    assert meaning
+    assert page.text.count(meaning[1]) == 2  # where it is pointed at, and in the list at the end
+
+
+def test_every_section_is_in_the_contents(page_text: str) -> None:
+    page = _Page(page_text)
+    sections = [str(a["id"]) for a in page.all("section")]
+    links = [str(a["href"]) for a in page.all("a") if a["href"] != "#top"]
+    assert links == 2 * [f"#{name}" for name in sections]  # beside the text, and folded on a telephone
+    assert len(sections) > 8
+
+
+def test_pictures_have_a_scale_and_counts(page_text: str) -> None:
+    text = " ".join(_Page(page_text).text.split())
+    assert "MeDi 0.5 µm per pixel 5 µm" in text
+    # Bars are as long as in the pictures: 5 of 16 µm, and each of four patches is 32 px of 4 · 32 + 3 · 2.
+    width = 100 * 5 / 16 * 32 / 134
+    bars = [a for a in _Page(page_text).all("span") if a.get("class") == "bar"]
+    assert {a["style"] for a in bars} == {f"width: {width:.3f}%"}
+    assert "30 patches, 10 patients" in text  # stripes × south among test patches
+    assert "any site" in text  # of a model that knows the class alone
+
+
+def test_training_counts_of_many_sites_are_a_list_with_marks(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    changed = copy.deepcopy(evaluated)
+    info = changed["dataset"]
+    info["sites"] = [f"hospital {i}" for i in range(138)] + ["south"]
+    rng = np.random.default_rng(0)
+    for unit, most in (("patches", 400), ("patients", 30)):
+        info["counts"][unit] = {k: rng.integers(0, most, (3, 139)).tolist() for k in info["counts"][unit]}
+    info["counts"]["patches"]["train"][0][5] = info["counts"]["patients"]["train"][0][5] = 0
+    info["counts"]["patches"]["train"][1][5], info["counts"]["patients"]["train"][1][5] = 50, 9
+    shown = training_table(metrics_of(changed))
+    assert shown is not None
+    assert (shown.long, shown.columns, len(shown.rows)) == (True, info["classes"], 139)
+    assert shown.rows[0][0] == "south"  # the site of a held-out combination
+    assert [cell.mark for cell in shown.rows[0][1]][2] == "held"
+    cells = dict(shown.rows)["hospital 5"]
+    assert [cell.mark for cell in cells][:2] == ["none", "thin"]
+    text = " ".join(_Page(render_report(metrics_of(changed), tmp_path / "r.html").read_text()).text.split())
+    assert "All 139 sites are in the list" in text
+    assert "hospital 137" in text
 
 
 def test_it_fits_a_telephone_and_paper(page_text: str) -> None:
@@ -226,12 +318,17 @@ def test_requested_and_found_values_are_shown_with_those_of_real_patches(
     assert text.count("real test patches, all combinations") == 2 * 3  # encoders × fields
     for arm in ("MeDi", "CLS"):
         assert f"{arm}, all samples" in text
+    # As many sites as TCGA has: numbers in a list, worst first.
     large = copy.deepcopy(evaluated)
     field = large["adherence"]["filters"]["fields"]["site"]
-    field["values"] = [f"hospital {i}" for i in range(30)]
-    field["confusion"] = {k: np.eye(30).tolist() for k in field["confusion"]}
-    page = _Page(render_report(metrics_of(large), tmp_path / "large.html").read_text())
-    assert any("found, per requested value" in str(a["alt"]) for a in page.all("img"))
+    field["values"] = [f"hospital {i}" for i in range(139)]
+    shares = np.eye(139)
+    shares[77, 77], shares[77, 5] = 0.25, 0.75
+    field["confusion"] = {k: shares.tolist() for k in field["confusion"]}
+    text = " ".join(_Page(render_report(metrics_of(large), tmp_path / "large.html").read_text()).text.split())
+    assert "hospital 77 25 % hospital 5 75 %" in text
+    assert text.index("hospital 77 25 %") < text.index("hospital 1 100 %")
+    assert "hospital 138 100 %" in text
 
 
 def test_numbers_of_each_site_and_without_bias(full: dict[str, Any], tmp_path: Path) -> None:
@@ -352,14 +449,16 @@ def test_bad_input_is_refused(evaluated: dict[str, Any], tmp_path: Path) -> None
 
 def test_montage_keeps_patches_apart_and_thins_large_ones() -> None:
     patches = np.stack([np.full((8, 8, 3), v, np.uint8) for v in (10, 20, 30)])
-    block = montage(patches)
+    block = montage(patches, 2)
     assert block.shape == (18, 18, 3)
     assert (block[8:10] == 255).all()
     assert block[0, 0, 0] == 10
     assert block[0, 17, 0] == 20
     assert block[17, 0, 0] == 30
     assert (block[10:, 10:] == 255).all()
-    assert montage(np.zeros((1, 256, 256, 3), np.uint8)).shape == (85, 85, 3)
+    assert montage(np.zeros((1, 256, 256, 3), np.uint8)).shape == (128, 128, 3)
+    # What a row lacks is white, so that the scale is that of a full one.
+    assert montage(patches[:1], 4).shape == montage(np.concatenate([patches, patches[:1]]), 4).shape == (8, 38, 3)
 
 
 def test_numbers_in_words() -> None:
@@ -368,7 +467,10 @@ def test_numbers_in_words() -> None:
     assert bounds({"interval": [0.1, 0.25]}, 2) == "0.10 to 0.25"
     assert bounds({"interval": "not estimable"}) == "not estimable"
     assert bounds({"interval": None}) == bounds(None) == ""
-    assert bounds({"interval": [0.0001234, 12345.6]}, None) == "0.000123 to 12346"
+    # Kernel distances are in thousandths.
+    assert bounds({"interval": [-0.0001234, 12.3456]}, None) == "−0.123 to 12,346"
+    assert bounds({"interval": [-0.01, 0.25]}, 2, sign=True) == "−0.01 to +0.25"
+    assert [kid(v) for v in (None, 0.0, 0.126, -0.002, 1.61e6, 4e-8)] == ["–", "0", "126", "−2", "1.61e9", "0"]
     assert (percent(0.0126, 1), share({"interval": [0.01, 0.5]}, 0)) == ("1.3 %", "1 % to 50 %")
     assert number(0.5, 2, sign=True) == "+0.50"
 
@@ -425,29 +527,15 @@ def test_the_protocol_of_medi_has_plots_and_every_number(full: dict[str, Any], t
     assert "150 test patches of 31 patients" in shown
 
 
-@pytest.mark.parametrize(
-    ("largest", "label", "tick"),
-    [
-        (0.0, "KID", 0.0),
-        (0.5, "KID", 0.2),
-        (1e-3, "KID", 4e-4),
-        (4.2e-4, "KID × 10⁶", 200.0),
-        (7e-6, "KID × 10⁶", 2.0),
-        (3e-9, "KID × 10⁹", 1.0),
-        (2.5e7, "KID × 10⁻⁶", 5.0),
-    ],
-)
-def test_an_axis_of_distances_has_readable_numbers_and_says_their_unit(largest: float, label: str, tick: float) -> None:
+@pytest.mark.parametrize(("largest", "tick"), [(0.5, "200"), (1e-3, "0.4"), (7e-6, "0.002"), (2.5e4, "5e6")])
+def test_an_axis_of_distances_is_in_thousandths(largest: float, tick: str) -> None:
     canvas = FigureCanvasAgg(Figure())
     axes = canvas.figure.subplots()
     axes.plot([0, largest], [0, 1])
-    estimates = [Estimate(largest / 2, 9, 9, (0.0, largest)), Estimate(None, 9, 9, None)]
-    assert figures._unit(axes, estimates) == label
+    figures._thousandths(axes)
     canvas.draw()
     assert axes.xaxis.get_offset_text().get_text() == ""
-    texts = [text.get_text() for text in axes.get_xticklabels()]
-    assert f"{tick:g}" in [f"{float(text.replace('−', '-')):g}" for text in texts]
-    assert all(len(text) < 8 for text in texts)
+    assert tick in [text.get_text() for text in axes.get_xticklabels()]
 
 
 def compared(gains: list[tuple[float, tuple[float, float] | None]], name: str = "medi") -> ClassifierComparison:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import webdataset
+from huggingface_hub import DatasetCard
 from PIL import Image
 
 from latent_medi.cli import main
@@ -51,9 +52,16 @@ def test_tars_hold_one_part_each_and_every_byte(dataset: PatchDataset, tmp_path:
             assert json.loads(sample["json"])["key"] == sample["__key__"]
 
 
-def test_the_hubs_loader_finds_the_parts(dataset: PatchDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["webdataset", "folder"])
+def test_the_hubs_loader_finds_the_parts(
+    dataset: PatchDataset, tmp_path: Path, form: Literal["webdataset", "folder"]
+) -> None:
     datasets = pytest.importorskip("datasets")
-    export(ExportSettings(str(dataset.folder), str(tmp_path / "out"), "main"))
+    export(ExportSettings(str(dataset.folder), str(tmp_path / "out"), "main", format=form))
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pretty_name == "d"
+    assert card.data.size_categories == ["n<1K"]
+    assert ("synthetic" in card.data.tags) == ("synthetic" in set(dataset.index["origin"]))
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     counts = dataset.index["split_main"].value_counts()
     assert {name: len(part) for name, part in loaded.items()} == {"train": counts["train"], "test": counts["test"]}

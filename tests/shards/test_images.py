@@ -144,6 +144,21 @@ def test_a_rerun_only_rewrites_shards_whose_images_changed(
     assert again["part-000001.tar"] != whole["part-000001.tar"]
 
 
+def test_the_same_import_again_never_drops_a_split(source: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(source / "table.csv", dtype=str)
+    table["part"] = ["train" if int(patient[1:]) % 2 else "test" for patient in table["patient"]]
+    table.to_csv(source / "table.csv", index=False)
+    dataset = run(source, tmp_path / "out", split_column="part")
+    dataset.add_split("mine", dataset.index["split_main"], {"kind": "patients at random"})
+    assert run(source, tmp_path / "out", split_column="part").splits == ["main", "mine"]
+    assert run(source, tmp_path / "out", split_column="part", codec="webp").splits == ["main", "mine"]
+    dataset = run(source, tmp_path / "out", split_column="part")
+    dataset.add_split("main", dataset.index["split_main"], {"kind": "patients at random"}, replace=True)
+    with pytest.raises(UserError, match=r"a split 'main' \(patients at random\) in place of its own"):
+        run(source, tmp_path / "out", split_column="part")
+    assert run(source, tmp_path / "out").splits == ["main", "mine"]
+
+
 def test_processes_do_not_change_the_bytes(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "one", name="n")
     run(source, tmp_path / "two", name="n", jobs=2)

@@ -107,8 +107,8 @@ class NetworkClassifier:
         self.classes = study.classes
         self.test = pools.real[study.test]
         self._start, self._prepare = _network(encoder, settings, len(self.classes))
-        total = n_networks * settings.steps or None
-        self._steps = progress(itertools.repeat(None), total, "training networks", "step")
+        total = n_networks * settings.steps * settings.batch or None
+        self._steps = progress(itertools.repeat(None), total, "training networks", "patches", settings.batch)
         name = encoder.name if settings.network == "encoder" else settings.network
         self.record = ClassifierRecord("cnn", None, name, settings.steps, settings.batch, settings.seeds)
 

@@ -171,7 +171,7 @@ def _train(
     of_seed = cache(sources.of_seed)
     results: dict[tuple[str, str], list[Run]] = {}
     # A network shows its own progress, by steps.
-    shown = todo if classifier.random else progress(todo, desc="downstream classifiers", unit="classifier")
+    shown = todo if classifier.random else progress(todo, desc="downstream classifiers", unit="classifiers")
     for build, synthetic, r in shown:
         training_set = build(of_seed(synthetic, r % sources.training_seeds(synthetic)), synthetic, seed + r)
         prediction = classifier.fit_predict(training_set, seed + r)

@@ -49,7 +49,7 @@ def histodiffusion_protocol(
     jobs: list[tuple[str, str, float]] = [(REAL.name, "none", 0.0)]
     jobs += [(name, c, p) for name in synthetic for p in settings.percent for c in ("selected", "random")]
     rows = []
-    for name, choice, percent in progress(jobs, desc="HistoDiffusion's protocol", unit="setting"):
+    for name, choice, percent in progress(jobs, desc="HistoDiffusion's protocol", unit="settings"):
         scores = []
         n_synthetic = 0
         # Only a draw, or a network's initial weights, differ between seeds.

@@ -139,7 +139,7 @@ def medi_protocol(sources: ProtocolSources, settings: MediProtocolSettings, devi
     tasks = medi_tasks(study, settings)
     sweeps = [_Sweep(task, sources, settings, device) for task in tasks]
     fits = [fit for sweep in sweeps for fit in sweep.fits()]
-    for sweep, fit in progress(fits, desc="MeDi's protocol", unit="fit"):
+    for sweep, fit in progress(fits, desc="MeDi's protocol", unit="fits"):
         sweep.run(fit)
     rows = [row for sweep in sweeps for row in sweep.rows()]
     stuck = sum(sweep.not_converged for sweep in sweeps)

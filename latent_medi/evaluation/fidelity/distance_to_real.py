@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from latent_medi.core.progress import progress
 from latent_medi.evaluation.cohort.combinations import describe
 from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, Part, seed_name
 from latent_medi.evaluation.cohort.matching import strata
@@ -73,7 +74,8 @@ def distance_table(
     # Of every combination that can be compared, whether a synthetic set has it or not: a set must not change others.
     real = [rows for c in comparisons if "" not in c.skipped for rows in (c.reference, c.rows.get(REAL, c.reference))]
     dims = pca_dims(min(map(len, real), default=0), dim)
-    results = [_compare(study, features, c, dims, protocol == "paper", seed) for c in comparisons]
+    shown = progress(comparisons, desc="distances to real patches", unit="combinations")
+    results = [_compare(study, features, c, dims, protocol == "paper", seed) for c in shown]
     kernels = [found for _, found in results]
     means = {}
     for name in [*study.synthetic, REAL]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from latent_medi.core.progress import progress
 from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, seed_name
 from latent_medi.evaluation.cohort.matching import strata
 from latent_medi.evaluation.cohort.study import Study
@@ -115,7 +116,8 @@ def _perfect(study: Study, features: Features, cells: Sequence[_Cell], dims: int
     kinds = strata(study.index, fitted, [study.class_field, study.site_field]).astype(str)
     model = PatientGaussian.fit(features.basis.project(features.real[fitted], dims), people, kinds)
     result = []
-    for _ in range(_SIMULATIONS if len(compared) <= _MANY_ROWS else _FEW_SIMULATIONS):
+    count = _SIMULATIONS if len(compared) <= _MANY_ROWS else _FEW_SIMULATIONS
+    for _ in progress(range(count), desc="simulated Fréchet distances", unit="studies"):
         gaps = []
         for cell in cells:
             of_reference, of_others = (place[rows] for rows in cell.rows)

@@ -167,7 +167,7 @@ def find_copies(study: Study, device: str = "cpu", batch: int = 256) -> Copies:
 def _one_picture(real: PatchDataset, rows: np.ndarray, others: np.ndarray, batch: int) -> np.ndarray:
     """Which pairs of rows are one picture, turned or encoded again, bool [N]."""
     same = np.zeros(len(rows), bool)
-    for start in range(0, len(rows), batch):
+    for start in progress(range(0, len(rows), batch), len(rows), "patches that may be one picture", "pairs", batch):
         part = slice(start, start + batch)
         pairs = zip(real.read(rows[part]), real.read(others[part]), strict=True)
         same[part] = [likeness(one, other) >= LEAST_LIKENESS for one, other in pairs]
@@ -176,7 +176,7 @@ def _one_picture(real: PatchDataset, rows: np.ndarray, others: np.ndarray, batch
 
 def _small(dataset: PatchDataset, rows: np.ndarray, batch: int) -> np.ndarray:
     batches = dataset.iterate(rows, batch)
-    shown = progress(batches, -(-len(rows) // batch), f"pixels of {dataset.name}", "batch")
+    shown = progress(batches, len(rows), f"pixels of {dataset.name}", "patches", batch)
     parts = [small_patches(images) for _, images in shown]
     return np.concatenate(parts) if parts else np.zeros((0, SIDE, SIDE), np.float32)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from latent_medi.core.progress import progress
 from latent_medi.evaluation.cohort.comparison_sets import REAL, Comparison, comparison_for, seed_name
 from latent_medi.evaluation.cohort.matching import strata
 from latent_medi.evaluation.cohort.study import Study
@@ -136,7 +137,7 @@ def compare_with_splits(
     sizes = len(reference.features), len(sample.features)
     rng = np.random.default_rng(sizes)
     draws: list[dict[str, float]] = []
-    for groups in splits:
+    for groups in progress(splits, desc="splits of real patients", unit="splits"):
         a, b = (
             rng.choice(rows, size, replace=False) if len(rows) > size else rows
             for rows, size in zip(groups, sizes, strict=True)

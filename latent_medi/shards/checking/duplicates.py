@@ -46,7 +46,7 @@ def find_duplicates(dataset: PatchDataset, workers: int = 2) -> None:
     prints = np.array(index[FINGERPRINT] if FINGERPRINT in index else np.full(len(index), ""), dtype=object)
     if len(todo := np.flatnonzero(real & (prints == ""))):
         batches = dataset.iterate(todo, 256, workers)
-        for rows, images in progress(batches, -(-len(todo) // 256), "looking for duplicates", "batch"):
+        for rows, images in progress(batches, len(todo), "looking for duplicates", "patches", 256):
             prints[rows] = [fingerprint(image) for image in images]
     picture = shared_pictures(prints.tolist(), index["patient"].tolist(), lambda rows: dataset.read(rows, workers))
     dataset.index = index.assign(**{FINGERPRINT: prints.astype(str), PICTURE: picture})

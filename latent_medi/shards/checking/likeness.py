@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,6 @@ HASH_BYTES = 9
 _FREQUENCIES = 7
 _ROWS, _COLUMNS = 1024, 2048  # a block of comparisons stays in the processor's cache
 _PAIRS = 1024
-_LONG = 8  # blocks of pairs from which their progress is shown
 
 _U, _V = np.array([(u, v) for v in range(1, _FREQUENCIES) for u in range(v + 1)]).T
 _WEIGHT = np.hypot(_U, _V)  # tissue has the more amplitude the lower the frequency
@@ -148,7 +147,8 @@ def close_pairs(shares: np.ndarray, patients: np.ndarray) -> np.ndarray:
         order = np.argsort(place, kind="stable")
         place, sorted_shares, owner = place[order], np.ascontiguousarray(shares[order]), patients[order]
         least = np.float32(1 - _RADIUS**2 / 2)
-        for start in _shown(range(0, len(order), _ROWS), "comparing patches", 32):
+        starts = range(0, len(order), _ROWS)
+        for start in progress(starts, len(order), "comparing patches", "patches", _ROWS):
             mine = sorted_shares[start : start + _ROWS]
             end = int(np.searchsorted(place, place[min(start + _ROWS, len(place)) - 1] + _RADIUS, side="right"))
             for left in range(start, end, _COLUMNS):
@@ -160,11 +160,6 @@ def close_pairs(shares: np.ndarray, patients: np.ndarray) -> np.ndarray:
                 keep = (a < b) & ((owner[a] != owner[b]) | (owner[a] < 0))
                 found.append(order[np.stack([a[keep], b[keep]], axis=1)])
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
-
-
-def _shown(starts: range, what: str, most: int) -> Iterable[int]:
-    """The blocks, with their progress if there are more than ``most``."""
-    return progress(starts, desc=what, unit="block") if len(starts) > most else starts
 
 
 def shared_pictures(
@@ -191,7 +186,8 @@ def shared_pictures(
     several = np.zeros(len(first), bool)
     several[same[owner != owner[first[same]]]] = True
     pairs = close_pairs(shares[first], np.where(several, -1, owner[first]))
-    blocks = _shown(range(0, len(pairs), _PAIRS), "comparing pixels of pairs", _LONG)
+    starts = range(0, len(pairs), _PAIRS)
+    blocks = progress(starts, len(pairs), "comparing pixels of pairs", "pairs", _PAIRS)
     alike = [pair for start in blocks for pair in _confirmed(pairs[start : start + _PAIRS], known[first], read)]
     links = np.array(alike, np.int64).reshape(-1, 2)
     picture = connected_components(links[:, 0], links[:, 1], len(first))[same]

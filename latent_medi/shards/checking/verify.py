@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.progress import progress
 from latent_medi.metadata.fields import is_missing
 from latent_medi.shards.checking.duplicates import check_pictures, find_duplicates
 from latent_medi.shards.format.folder import INFO_FILE, check_split, write_folder
@@ -38,7 +39,8 @@ def problems_of(dataset: PatchDataset, images: bool = False) -> list[str]:
     listed = {shard["file"] for shard in dataset.info["shards"]}
     if unknown := sorted(set(dataset.index["shard"]) - listed):
         problems.append(f"the index names shards that {INFO_FILE} lacks: {unknown}")
-    for shard in dataset.info["shards"]:
+    counts = [shard["count"] for shard in dataset.info["shards"]]
+    for shard in progress(dataset.info["shards"], desc=f"checking {dataset.name}", unit="patches", each=counts):
         path, file = dataset.folder / shard["file"], shard["file"]
         mine = dataset.index.iloc[dataset.rows_of_shard.get(file, [])]
         if len(mine) != shard["count"]:

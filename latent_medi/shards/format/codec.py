@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal, cast, get_args
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from latent_medi.core.errors import UserError
 from latent_medi.shards.settings import Codec
@@ -83,12 +84,44 @@ def encode_image(array: np.ndarray, codec: str = "png", origin: str = "real") ->
     buffer = io.BytesIO()
     image = Image.fromarray(array)
     if codec == "webp":
-        exif = Image.Exif()
-        exif[_EXIF_DESCRIPTION] = f"origin={origin}"
-        image.save(buffer, "WEBP", **_WEBP, exif=exif)
+        image.save(buffer, "WEBP", **_WEBP, exif=_exif(origin))
     else:
-        image.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0, comment=f"origin={origin}".encode())
+        image.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0, comment=_comment(origin))
     return buffer.getvalue()
+
+
+def _comment(origin: str) -> bytes:
+    return f"origin={origin}".encode()
+
+
+def _exif(origin: str) -> Image.Exif:
+    exif = Image.Exif()
+    exif[_EXIF_DESCRIPTION] = f"origin={origin}"
+    return exif
+
+
+class SyntheticImage(Image.Image):
+    """An image of Pillow that marks its files as synthetic where :func:`encode_image` does.
+
+    ``save`` as PNG, JPEG, WebP, TIFF or GIF writes the mark; BMP and PPM have no place for it. What Pillow makes
+    of the image (``copy``, ``resize``, ``convert``) is an image of its own class, which has the mark in ``info``: JPEG,
+    JPEG 2000 and GIF files still carry it then, PNG and WebP files do not.
+    """
+
+    @staticmethod
+    def of(array: np.ndarray) -> Image.Image:
+        """The image of uint8 [H, W, 3]."""
+        image = Image.fromarray(array)
+        image.__class__ = SyntheticImage  # Pillow has no way to make an image of a subclass
+        image.info |= {"origin": "synthetic", "comment": _comment("synthetic")}
+        return image
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As Pillow's, with the mark in the file; ``pnginfo``, ``comment`` and ``exif`` of the caller are kept."""
+        text = params.get("pnginfo") or PngInfo()
+        text.add_text("origin", "synthetic")
+        mark = {"comment": _comment("synthetic"), "exif": _exif("synthetic")}
+        super().save(fp, format, **{**mark, **params, "pnginfo": text})
 
 
 def _png(array: np.ndarray, origin: str) -> bytes:

@@ -70,7 +70,7 @@ def convert(out: Path, source: Source[C], about: Description, jobs: int = 1) -> 
 
         # Threads: decoding, scaling and encoding leave the interpreter's lock.
         work = dispatch(write, [(number,) for number in todo], jobs, backend="threading")
-        for _ in progress(work, len(todo), f"writing {about.name}", "shard"):
+        for _ in progress(work, len(todo), f"writing {about.name}", "shards"):
             pass
         return finish_dataset(out, about, range(len(tokens)))
 

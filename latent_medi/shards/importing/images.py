@@ -199,7 +199,7 @@ def _import(
     shards = [dataclasses.replace(work, rows=rows[i : i + per_shard]) for i in range(0, len(rows), per_shard)]
     jobs, dask = settings.jobs, settings.dask
     hashes = dispatch(_Work.token, [(shard,) for shard in shards], jobs, dask)
-    tokens = list(progress(hashes, len(shards), "reading images", "shard"))
+    tokens = list(progress(hashes, len(rows), "reading images", "images", per_shard))
     whole = finished_dataset(out, about, tokens)
     if whole and whole.info["provenance"]["rejected"].get("left_out", 0) == len(left_out):
         return whole
@@ -214,7 +214,9 @@ def _import(
     todo = [number for number in range(len(shards)) if number not in kept]
     results = dispatch(_Work.write, [(shards[n], out, n, tokens[n]) for n in todo], jobs, dask)
     written = set(kept)
-    for number, (stored, bad) in zip(todo, progress(results, len(todo), f"writing {about.name}", "shard"), strict=True):
+    sizes = [len(shards[number].rows) for number in todo]
+    shown = progress(results, len(rows), f"writing {about.name}", "images", sizes, before=len(rows) - sum(sizes))
+    for number, (stored, bad) in zip(todo, shown, strict=True):
         rejected[number] = bad
         written |= {number} if stored else set()
     bad = [entry for number in sorted(rejected) for entry in rejected[number]]

@@ -196,7 +196,7 @@ def _cut(jobs: list[SlideJob], before: Mapping[str, Row], settings: SlideSetting
     todo = [job for job in jobs if job.number not in rows]
     if rows:
         logger.info("%d of %d slides were cut before", len(rows), len(jobs))
-    for job, row in zip(todo, progress(_dispatch(todo, settings), len(todo), "cutting slides", "slide"), strict=True):
+    for job, row in zip(todo, progress(_dispatch(todo, settings), len(todo), "cutting slides", "slides"), strict=True):
         if row["status"] == "failed":
             hint = "The finished slides are kept: solve the problem and run the same command again."
             raise UserError(f"{job.path}: {row['reason']}.", hint)
@@ -275,7 +275,7 @@ def _result(dataset: PatchDataset, rows: list[Row]) -> dict[str, Any]:
 
 
 def _estimate(jobs: list[SlideJob], faults: list[Row], settings: SlideSettings) -> dict[str, Any]:
-    rows = [*progress(_dispatch(jobs, settings), len(jobs), "estimating", "slide"), *faults]
+    rows = [*progress(_dispatch(jobs, settings), len(jobs), "estimating", "slides"), *faults]
     good = [row for row in rows if row["status"] == "estimated"]
     patches, size = (sum(int(row[key]) for row in good) for key in ("kept", "bytes"))
     seconds = sum(float(row["estimated_seconds"]) for row in good) / max(settings.jobs, 1)

@@ -147,7 +147,9 @@ def _join(
         raise UserError(problem, "Write to a new folder, or remove this one first.")
     start_records(out)
     kept = kept_shards(out, tokens)
-    for number, (dataset, change, record) in enumerate(progress(work, len(work), f"joining {about.name}", "shard")):
+    sizes = [record.count for _, _, record in work]
+    shown = progress(work, desc=f"joining {about.name}", unit="patches", each=sizes)
+    for number, (dataset, change, record) in enumerate(shown):
         if number not in kept:
             made = _rewrite(out, number, dataset, change, record) if change else _link(out, number, dataset, record)
             write_record(out, replace(made, token=tokens[number]))

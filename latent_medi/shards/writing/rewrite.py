@@ -67,7 +67,9 @@ def dataset_or_none(folder: Path) -> PatchDataset | None:
 
 
 def prepare_rewrite(
-    out: Path, given: Collection[str], patches: Iterable[tuple[str, Mapping[str, str]]] | None = None
+    out: Path,
+    given: Mapping[str, tuple[Any, Mapping[str, Any]]],
+    patches: Iterable[tuple[str, Mapping[str, str]]] | None = None,
 ) -> None:
     """Make a finished dataset folder one that can be written again, from other patches or settings.
 
@@ -75,12 +77,13 @@ def prepare_rewrite(
 
     Args:
         out: The folder, or none yet.
-        given: Names of the splits that will be recorded anew.
+        given: The splits that will be recorded anew, parts and recipe by name.
         patches: Patient and fields of every new patch, where they are known.
 
     Raises:
         UserError: It has selections, which belong to its present patches; or a split of patients whose fields have
-            changed since; or files of another kind. Nothing is removed then.
+            changed since; or one of another kind by the name of a given split; or files of another kind. Nothing is
+            removed then.
     """
     records.refuse_foreign_files(out)
     if not (out / INFO_FILE).is_file():
@@ -91,6 +94,14 @@ def prepare_rewrite(
         if dataset.selections:
             names = ", ".join(dataset.selections)
             raise UserError(f"{out} has the selections {names}, which writing it again would lose.", hint)
+        for name in [name for name in dataset.splits if name in given]:
+            before, now = dataset.info["splits"][name]["recipe"].get("kind", ""), given[name][1].get("kind", "")
+            if before != now:
+                raise UserError(
+                    f"{out} has a split {name!r} ({before}) in place of its own ({now}), which writing the dataset "
+                    "again would put back.",
+                    f"{hint} A split by another name is kept.",
+                )
         kept = [name for name in dataset.splits if name not in given]
         if kept and patches is not None:
             check_changed_patients(dataset, kept, patches, hint)

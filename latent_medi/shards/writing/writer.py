@@ -30,11 +30,11 @@ from latent_medi.shards.writing.patch import Patch, checked_row, column_types
 from latent_medi.shards.writing.records import (
     ShardRecord,
     kept_shards,
-    mark_unfinished,
     shard_file,
     start_records,
     write_record,
 )
+from latent_medi.shards.writing.rewrite import prepare_rewrite
 
 __all__ = ["Patch", "write_dataset", "write_shard"]
 
@@ -166,10 +166,11 @@ def _write_dataset(folder: Path, patches: Iterable[Patch], about: Description, p
         tokens = [patches_token(chunk, about.codec) for chunk in _chunks(patches, per_shard)]
         if whole := finished_dataset(folder, about, tokens, same_provenance=True):
             return whole
-    mark_unfinished(folder)
+    prepare_rewrite(folder, about.splits)
     kept = kept_shards(folder, tokens) if tokens else {}
     count = 0
-    for chunk in progress(_chunks(patches, per_shard), len(tokens) or None, f"writing {about.name}", "shard"):
+    total = len(patches) if isinstance(patches, Sequence) else None
+    for chunk in progress(_chunks(patches, per_shard), total, f"writing {about.name}", "patches", per_shard):
         if count not in kept:
             write_shard(folder, count, chunk, about.codec, tokens[count] if tokens else "")
         count += 1

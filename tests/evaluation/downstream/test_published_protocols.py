@@ -34,6 +34,7 @@ from latent_medi.evaluation.settings import EvaluateSettings, HistoDiffusionProt
 from latent_medi.evaluation.summary import headline_text
 from latent_medi.report.render import render_report
 from latent_medi.shards.writing.writer import write_dataset
+from latent_medi.statistics.kernel_distance import kid_text
 from latent_medi.statistics.logistic_regression import Problem, Solution
 from latent_medi.statistics.seeds import MeanOverSeeds
 
@@ -384,9 +385,13 @@ def test_a_protocol_is_one_setting(world: World) -> None:
         f"MeDi's protocol (3 sites, ratio 1): balanced accuracy {by_set[1]} with samples of MeDi, {by_set[2]} with "
         f"samples of CLS and {by_set[0]} from real patches alone."
     )
-    assert headline_text(result.headline).splitlines()[-2:] == [distances, protocol]
+    readable, last = headline_text(result, result.headline).splitlines()[-2:]
+    shown = list(map(kid_text, means_of(result)))
+    assert readable.startswith("Kernel distance (KID × 10³, lower is better) of MeDi against CLS: ")
+    assert f"; {shown[0]} against {shown[1]} to held-out patients (lower on 3 of 3 classes, ratio " in readable
+    assert last == protocol
     page = render_report(result, Path(settings.out) / "report.html").read_text(encoding="utf-8")
-    assert html.escape(distances, quote=False) in page
+    assert html.escape(readable, quote=False) in page
     assert "No verdict" not in page
     with pytest.raises(UserError, match="`selected`"):
         check_downstream(world.settings("wrong", downstream_protocol="histodiffusion", selected={"medi": "x"}))

@@ -154,8 +154,8 @@ def test_the_raw_distance_is_that_of_all_training_images(found: Metrics, study: 
 
 def test_the_summary_shows_each_class_and_what_training_images_are(found: Metrics) -> None:
     assert found.headline is not None
-    text = headline_text(found.headline)
-    assert "Kernel distance (KID) by class" in text
+    text = headline_text(found, found.headline)
+    assert "Kernel distance (KID × 10³) by class" in text
     assert "training images" in text
     assert "a generator that copies them is best" in " ".join(text.split())
     assert all(f"  {name} " in text for name in CLASSES)
