@@ -13,13 +13,14 @@ PACKAGES ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env demo demo-check test test-all test-quarter lint gpu gpu-kit clean
+.PHONY: help env demo demo-check test test-all test-quarter lint docs gpu gpu-kit clean
 
 help:
 	@echo "make demo      build the environment and run the whole pipeline on procedural tissue (SEED=0); report in runs/demo/"
 	@echo "make test      build the environment and run the quick tests"
 	@echo "make test-all  the quick and the slow tests"
 	@echo "make lint      ruff, mypy, import-linter"
+	@echo "make docs      the documentation as a site, in site/index.html; opens without a server"
 	@echo "make gpu       on a machine with a GPU: does everything run there, what does it make, how fast is it (BUDGET=540 seconds, OUT=runs/gpu)"
 	@echo "make gpu-kit   what a compute node without a connection needs, in kit-dist/ (docs/offline.md)"
 	@echo "make clean     remove runs/ (the environment stays)"
@@ -53,6 +54,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open site/index.html"
 
 gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py --budget $(BUDGET) --out $(OUT) $(GPU)

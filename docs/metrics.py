@@ -32,7 +32,7 @@ def page() -> str:
     for record in _records(Metrics, []):
         title = "The file" if record is Metrics else record.__name__
         own = (record.__doc__ or "").partition("Args:")[0]
-        described = _described(record)
+        described = described(record)
         rows = [f"| `{n}` | {_type(a)} | {described.get(n, '')} |" for n, a in hints(record).items()]
         table = "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
         parts.append(f"## {title}\n\n{textwrap.fill(' '.join(own.split()), 120, break_on_hyphens=False)}\n\n{table}\n")
@@ -77,7 +77,7 @@ def _type(annotation: Any) -> str:
     return _WORDS[kind]
 
 
-def _described(record: type) -> dict[str, str]:
+def described(record: type) -> dict[str, str]:
     """What docstrings say of a dataclass's fields, those that it extends included."""
     found: dict[str, str] = {}
     for owner in reversed(record.__mro__):

@@ -3,7 +3,7 @@ variance of simulated estimates.
 
     python benchmarks/statistics/audit.py [--replicates 2000]
 
-Prints two tables for ``docs/results.md``, each figure with its Monte-Carlo error, and fails where a figure misses its
+Prints two tables for ``docs/results_simulations.md``, each figure with its Monte-Carlo error, and fails where a figure misses its
 bound by more than two of these.
 """
 

@@ -6,7 +6,7 @@ A patient's patches are right with a chance of his own, from a beta distribution
 variance is a share (the intra-patient correlation) of accuracy × (1 − accuracy). Areas under the curve come from normal
 scores whose variance has the patient's part of the same size. "Before" are percentiles of 200 bootstrap resamples of
 patients; for means of shares, Wilson's interval of all samples together; for patients with several
-classes, strata of equal sets of classes. Prints a table for ``docs/results.md`` and
+classes, strata of equal sets of classes. Prints a table for ``docs/results_simulations.md`` and
 fails where a coverage misses its bound by more than two Monte-Carlo errors.
 """
 

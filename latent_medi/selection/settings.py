@@ -56,7 +56,7 @@ class SelectSettings(Settings):
             bound. A combination that training lacks gets none.
         share: Share of a combination's patches, above 0 to 1, to choose at most, rounded up.
         control: Also choose as many per combination at random, from all of its patches.
-        encoder: Name of an encoder (docs/evaluation.md lists them), a folder with one, or ``module:callable``.
+        encoder: Name of an encoder (docs/verbs/evaluate.md lists them), a folder with one, or ``module:callable``.
         weights: Weight file or folder for encoders that need one; empty means the hub's cache.
         colour_free: Use the haematoxylin channel alone.
         regularisation: C of the linear probes (inverse strength, standardised features); 0 chooses it by

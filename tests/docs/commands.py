@@ -47,7 +47,8 @@ class Command:
 
 def documented_commands() -> list[Command]:
     """Every command of the documentation, file by file."""
-    pages = [REPOSITORY / "README.md", REPOSITORY / "shards" / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    pages = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "shards/README.md")]
+    pages += sorted((REPOSITORY / "docs").rglob("*.md"))
     found = [command for page in pages for command in _of_page(page)]
     configs = REPOSITORY / "configs"
     for file in sorted([*configs.rglob("*.yaml"), *configs.rglob("*.sh")]):

@@ -101,6 +101,7 @@ OWN = [
     Row("latent-medi shards images table=patches.csv out=data/own", "patch_size=32"),
     Row("latent-medi audit data/own"),
     Row("latent-medi split data/own"),
+    Row("latent-medi floors data/own", FLOORS),
     Row("latent-medi shards images table=manifest.csv out=runs/mine", "patch_size=32"),
     Row("latent-medi shards images table=patches.csv out=data …", IMAGES),
     Row("latent-medi audit data"),
@@ -111,6 +112,9 @@ OWN = [
         "latent-medi shards slides source=slides table=slides.csv out=data class_field=class",
         "patch_size=64 max_patches=4",
         {"out=data": "out=cut"},
+    ),
+    Row(
+        "latent-medi shards slides source=slides table=slides.csv out=data/slides", "patch_size=64 max_patches=4 jobs=1"
     ),
     Row(
         "latent-medi shards slides source=slides out=data mpp=0.5 …",
@@ -393,6 +397,8 @@ CLASSIFIER = "max_steps=2 global_batch=8 network.block_out_channels=[32,32,32]"
 
 DEMO = [
     Row("latent-medi shards demo out=data …", COHORT),
+    Row("latent-medi shards demo out=practice", COHORT),
+    Row("latent-medi export practice"),
     Row(
         "latent-medi shards demo out=runs/shift-data train_patients=60",
         COHORT,
