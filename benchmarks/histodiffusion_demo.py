@@ -157,7 +157,7 @@ def distances_of(folder: Path, settings: ExperimentSettings, name: str, each: in
     for snapshot in list_snapshots(folder / name):
         pipeline.denoiser.load_state_dict(load_tensors(snapshot.path, "Train again.", "pt")[0])
         images = pipeline(class_=wanted, seeds=range(len(wanted)), steps=10, batch=64).images
-        made = np.split(encoder.features([np.stack(images)]), len(classes))
+        made = np.split(encoder.features([np.stack([np.asarray(one) for one in images])]), len(classes))
         parts = [kid(real[value], own, patients[value]) for value, own in zip(classes, made, strict=True)]
         found.append((snapshot.images, float(np.mean(parts))))
     return found

@@ -32,8 +32,8 @@ def page() -> str:
     for record in _records(Metrics, []):
         title = "The file" if record is Metrics else record.__name__
         own = (record.__doc__ or "").partition("Args:")[0]
-        described = described(record)
-        rows = [f"| `{n}` | {_type(a)} | {described.get(n, '')} |" for n, a in hints(record).items()]
+        texts = described(record)
+        rows = [f"| `{n}` | {_type(a)} | {texts.get(n, '')} |" for n, a in hints(record).items()]
         table = "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
         parts.append(f"## {title}\n\n{textwrap.fill(' '.join(own.split()), 120, break_on_hyphens=False)}\n\n{table}\n")
     return "\n".join(parts)

@@ -294,8 +294,8 @@ class Generator:
         pipeline = self._load(name)
         given = {n: value for n, value in values.items() if n in pipeline.schema.names}
         scale = None if guidance == 1 else float(guidance)
-        made = pipeline(steps=steps, guidance=scale, seeds=list(seeds), output_type="np", **given)
-        return np.asarray(made.images), given
+        made = pipeline(steps=steps, guidance=scale, seeds=list(seeds), conditions=given)
+        return np.stack([np.asarray(image) for image in made.images]), given
 
 
 def _uri(image: np.ndarray, origin: str, largest: int = _LARGEST) -> str:
@@ -352,6 +352,11 @@ _PROBLEM = _JINJA.from_string("""<p class="problem">{{ text }}</p>""")
 _HEADING = _JINJA.from_string("<h2>{{ text }}</h2>")
 
 
+def _choices(none: str, values: Sequence[str]) -> list[Any]:
+    """The label and value of each choice; the first one chooses nothing."""
+    return [(none, ""), *((value, value) for value in values)]
+
+
 def build_page(collection: Collection, generator: Generator) -> Any:
     """The page, a ``gradio.Blocks``."""
     import gradio as gr
@@ -360,12 +365,12 @@ def build_page(collection: Collection, generator: Generator) -> Any:
         gr.HTML(_HEADING.render(text=collection.title))
         with gr.Row():
             chosen = [
-                gr.Dropdown([("any", ""), *((v, v) for v in collection.values(f.name))], value="", label=f.name)
+                gr.Dropdown(_choices("any", collection.values(f.name)), value="", label=f.name)
                 for f in collection.categorical
             ]
-            part = gr.Dropdown([("all", ""), *((p, p) for p in collection.parts)], value="", label="Split")
+            part = gr.Dropdown(_choices("all", collection.parts), value="", label="Split")
             names = list(collection.synthetic)
-            choices = names or [("none", "")]
+            choices: list[Any] = names or [("none", "")]
             source = gr.Dropdown(choices, value=(names or [""])[0], label="Synthetic set", visible=len(names) > 1)
         verdict = gr.HTML(elem_id="verdict")
         with gr.Row():

@@ -3,8 +3,8 @@ variance of simulated estimates.
 
     python benchmarks/statistics/audit.py [--replicates 2000]
 
-Prints two tables for ``docs/results_simulations.md``, each figure with its Monte-Carlo error, and fails where a figure misses its
-bound by more than two of these.
+Prints two tables for ``docs/results_simulations.md``, each figure with its Monte-Carlo error, and fails where a figure
+misses its bound by more than two of these.
 """
 
 from __future__ import annotations

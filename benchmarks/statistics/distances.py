@@ -4,8 +4,8 @@
 
 Features are Gaussian, with an effect of the patient that is half of the variance. A candidate of true ratio r draws
 from the real population with probability 1 − √r and from the baseline's otherwise: its kernel distance is r times the
-baseline's, exactly. Prints a table for ``docs/results_simulations.md``, each figure with its Monte-Carlo error, and fails where a
-figure misses its bound by more than two of these.
+baseline's, exactly. Prints a table for ``docs/results_simulations.md``, each figure with its Monte-Carlo error, and
+fails where a figure misses its bound by more than two of these.
 """
 
 from __future__ import annotations

@@ -15,7 +15,15 @@ ON_REAL = ("_quantiles", "_unknown")
 COUNTS = ("patches", "slides", "patients")
 """Names of the counts in an audit."""
 _INDEX = ("key", "shard", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
-_MODEL_SETTINGS = ("adapter_scales", "adapters", "autoguidance", "classifier", "device_batch", "guidance", "model")
+_MODEL_SETTINGS: tuple[str, ...] = (
+    "adapter_scales",
+    "adapters",
+    "autoguidance",
+    "classifier",
+    "device_batch",
+    "guidance",
+    "model",
+)
 _MODEL_SETTINGS += ("precision", "sampler", "steps")
 _DATA_SETTINGS = ("codec", "columns", "config", "field", "fields", "grid", "help", "ignore", "json", "kind", "mpp")
 _COMMAND = ("n", "name", "out", "patches_per_shard", "plan", "rows", "start", "stop", *_DATA_SETTINGS, *_MODEL_SETTINGS)

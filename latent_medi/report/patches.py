@@ -282,8 +282,9 @@ def grids(
         rows = [r for r in rows if any(r.images)]
         if rows:
             omitted = max(0, len(combinations) - rows_per_class)
-            parts = [[r for r in rows if r.unseen], [r for r in rows if not r.unseen]]
-            result.append(Grid(tumour, [s.title for s in sources], _scales(sources, per_cell), *parts, omitted))
+            unseen_rows, seen_rows = [r for r in rows if r.unseen], [r for r in rows if not r.unseen]
+            scales = _scales(sources, per_cell)
+            result.append(Grid(tumour, [s.title for s in sources], scales, unseen_rows, seen_rows, omitted))
     return result
 
 

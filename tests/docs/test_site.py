@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds without a warning, has a page for each verb, and says what the program says."""
+"""The documentation as a site: it builds without a warning, has a page for each verb and quotes the program rightly."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_every_verb_has_a_page_in_the_contents() -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in REFERENCE], ids=lambda p: str(p.relative_to(DOCS)))
 def test_no_page_is_too_long_to_read(page: Path) -> None:
-    prose = re.sub(r"```.*?```|^\|.*$|^<!--.*?-->$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(
+        r"```.*?```|^\|.*$|^<!--.*?-->$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     assert len(prose.split()) < 1500
 
 
