@@ -15,18 +15,22 @@ ON_REAL = ("_quantiles", "_unknown")
 COUNTS = ("patches", "slides", "patients")
 """Names of the counts in an audit."""
 _INDEX = ("key", "shard", "offset", "size", "origin", "patient", "slide", "x", "y", "source_mpp")
-_MODEL_SETTINGS: tuple[str, ...] = (
-    "adapter_scales",
-    "adapters",
-    "autoguidance",
-    "classifier",
-    "device_batch",
-    "guidance",
-    "model",
-)
-_MODEL_SETTINGS += ("precision", "sampler", "steps")
+_MODEL_SETTINGS = ("adapter_scales", "adapters", "autoguidance", "classifier", "device_batch", "guidance", "model")
+_SAMPLING = ("precision", "sampler", "steps")
 _DATA_SETTINGS = ("codec", "columns", "config", "field", "fields", "grid", "help", "ignore", "json", "kind", "mpp")
-_COMMAND = ("n", "name", "out", "patches_per_shard", "plan", "rows", "start", "stop", *_DATA_SETTINGS, *_MODEL_SETTINGS)
+_COMMAND = (
+    "n",
+    "name",
+    "out",
+    "patches_per_shard",
+    "plan",
+    "rows",
+    "start",
+    "stop",
+    *_DATA_SETTINGS,
+    *_MODEL_SETTINGS,
+    *_SAMPLING,
+)
 RESERVED: dict[str, str] = {
     **dict.fromkeys(_COMMAND, "is a setting of `latent-medi sample` or `grid`, where --NAME VALUE gives a field"),
     "class_": "is the class field in calls of MediPipeline, whatever that field's name",

@@ -38,7 +38,6 @@ NEEDS = {
     # Beginning of a command: what it needs, in words of its page.
     "hf download": "need a connection",
     "hf upload": "hf auth login",
-    "hf auth login": "hub id",
     "gdc-client download": "need a connection",
     "pip install": "pip install",
     "source .venv/bin/activate": "make",
