@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from latent_medi.evaluation.settings import EvaluateSettings, FloorsSettings
     from latent_medi.experiment.settings import DemoSettings, ExperimentSettings
     from latent_medi.experiment.shift_settings import ShiftSettings
-    from latent_medi.explore import ExploreSettings
+    from latent_medi.explore.settings import ExploreSettings
     from latent_medi.planning.settings import PlanSettings
     from latent_medi.report.settings import ReadingSheetSettings, ReportSettings
     from latent_medi.sampling.settings import GenerateSettings, GridSettings, TranslateSettings
@@ -41,7 +41,7 @@ def doctor(settings: DoctorSettings) -> Printed:
 
 
 def explore(settings: ExploreSettings) -> Printed:
-    from latent_medi.explore import explore
+    from latent_medi.explore.page import explore
 
     return explore(settings)
 

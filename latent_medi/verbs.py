@@ -274,7 +274,7 @@ VERBS: dict[str, Verb] = {
     "explore": Verb(
         result_verbs.explore,
         "browse real and synthetic patches in a page on this machine, and draw samples",
-        "latent_medi.explore:ExploreSettings",
+        "latent_medi.explore.settings:ExploreSettings",
         positional="data",
     ),
     "reading-sheet": Verb(

@@ -24,7 +24,8 @@ from latent_medi.cli import main
 from latent_medi.core.config import save_settings
 from latent_medi.core.errors import UserError
 from latent_medi.experiment.settings import ExperimentSettings
-from latent_medi.explore import PER_PAGE, Collection, ExploreSettings, open_folders
+from latent_medi.explore.page import PER_PAGE, Collection, open_folders
+from latent_medi.explore.settings import ExploreSettings
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.writer import Patch, write_dataset
 

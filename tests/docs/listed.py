@@ -10,14 +10,15 @@ ELSEWHERE = {
         "experiment/test_image_classifiers.py",
         "histodiffusion/prostate",
     ),
+    "latent-medi shards tcga-ut SOURCE OUT": ("recipes/test_recipes.py", "tcga-ut"),
     "latent-medi shards tcga-tiles": ("recipes/test_recipes.py", "tcga-tiles"),
     "latent-medi reading-sheet --score": ("report/test_reading_sheet.py", "score_sheet"),
-    "latent-medi reading-sheet …": ("report/test_reading_sheet.py", "make_sheet"),
     "latent-medi benchmark-shift": ("end_to_end/test_benchmark_shift.py", "benchmark-shift"),
     "latent-medi benchmark-shift --mean": ("experiment/test_shift_benchmark.py", "--mean"),
     "latent-medi run --config … dry_run=true": ("experiment/test_cost.py", "dry_run=true"),
     "python docs/architecture.py": ("test_architecture.py", "architecture.drawing"),
     "latent-medi explore": ("test_explore.py", "explore"),
+    "latent-medi demo": ("test_gpu_runner.py", "--quick"),
     "latent-medi doctor": ("test_doctor.py", "doctor"),
     "python docs/metrics.py": ("evaluation/test_results.py", "metrics.py"),
     "python -m latent_medi.demo.pretrain": ("demo/test_weights.py", "tissue_bank"),
@@ -36,7 +37,8 @@ ELSEWHERE = {
 
 NEEDS = {
     # Beginning of a command: what it needs, in words of its page.
-    "hf download": "need a connection",
+    "hf auth login": "licence",
+    "hf download": "connection",
     "hf upload": "hf auth login",
     "gdc-client download": "need a connection",
     "pip install": "pip install",
@@ -49,5 +51,4 @@ NEEDS = {
     "10.0.0.1 -m latent_medi.cli run": "several nodes",
     "python patching_peer.py": "that program's Python",
     "sbatch --export": "Slurm",
-    "PYTHONPATH=. latent-medi …": "PYTHONPATH",
 }

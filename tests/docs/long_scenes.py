@@ -42,12 +42,6 @@ def demo_for_launchers() -> None:
 
 LAUNCHED = [
     Row(f"{TWO} train.py --config demo/medi out=runs/two", "max_steps=2", launched=True),
-    Row(
-        f"{TWO} train.py --config demo/medi max_steps=20 out=runs/two",
-        "max_steps=2",
-        {"runs/two": "runs/two-again"},
-        launched=True,
-    ),
     Row(f"{TWO} train.py --config demo/medi max_steps=20", "max_steps=3 out=runs/three", launched=True),
     Row(f"{TWO} sample.py", "sampler.steps=2 out=runs/demo/synthetic ignore=[age]", launched=True),
 ]
@@ -152,10 +146,6 @@ HISTODIFFUSION = [
         f"--config histodiffusion/resnet network=test_resnet data=data out=runs/resnet {PIXELS}",
     ),
     Row("latent-medi classify model=runs/vit/model data=elsewhere out=predictions.csv", places={"elsewhere": "data"}),
-    Row(
-        "latent-medi classify model=… data=… out=predictions.csv",
-        "model=runs/resnet/model data=images out=of_images.csv",
-    ),
 ]
 
 

@@ -41,6 +41,7 @@ class Row:
         code: Expected exit code.
         launched: Run as it stands, launcher and all, instead of in this process.
         before: Called before the command.
+        prepares: No page shows it; later rows need what it makes. It is run as it stands, with ``extra``.
     """
 
     command: str
@@ -49,6 +50,7 @@ class Row:
     code: int = 0
     launched: bool = False
     before: Callable[[], object] | None = None
+    prepares: bool = False
 
 
 def own_folder() -> None:
@@ -198,7 +200,7 @@ PIXELS = (
 AUTOENCODER = "data=data init=tiny split= max_images=16 global_batch=8 encoders=[]"
 
 BIOPSIES = [
-    Row("latent-medi split data name=main …", f"{HELD_OUT} {PARTS}"),
+    Row("latent-medi split data name=main", f"{HELD_OUT} {PARTS}", prepares=True),
     Row("latent-medi split data name=random"),
     Row("latent-medi split data name=external"),
     Row("latent-medi split data name=named"),
@@ -208,7 +210,7 @@ BIOPSIES = [
     Row("latent-medi shards prostate SOURCE runs/prostate256", "--patch-size 32", {"SOURCE": "source"}),
     Row("latent-medi shards prostate SOURCE OUT", "--patch-size 32", {"SOURCE": "source", "OUT": "runs/p1"}),
     Row("python shards/prostate.py SOURCE OUT …", "--patch-size 32", {"SOURCE": "source", "OUT": "runs/p2"}),
-    Row("latent-medi shards prostate …", "source runs/p3 --patch-size 32"),
+    Row("latent-medi shards prostate", "source runs/p3 --patch-size 32", prepares=True),
     Row("latent-medi floors runs/prostate256", FLOORS),
     Row("latent-medi shards join OUT", "patients=separate", {"OUT FOLDER FOLDER": "joined runs/p1 runs/p3"}),
     Row("latent-medi shards join out data more …", "patients=separate", {"data more": "runs/p1 runs/p3"}),
@@ -216,21 +218,18 @@ BIOPSIES = [
     Row("latent-medi shards verify data"),
     Row("latent-medi export data split=main out=…", "out=exported"),
     Row("latent-medi floors data 'encoders=[phikon-v2]' out=runs/floors", FLOORS),
-    Row("latent-medi floors data out=…", f"out=floors {FLOORS}"),
-    Row("latent-medi encode data=… out=… autoencoder=…", "data=data out=latents autoencoder=tiny"),
+    Row("latent-medi encode", "data=data out=latents autoencoder=tiny", prepares=True),
     Row("latent-medi autoencoder data=data/mine", f"{AUTOENCODER} perceptual.weight=0 perceptual.weights="),
     Row("latent-medi encode data=data/mine out=latents/mine autoencoder=runs/autoencoder/autoencoder", "data=data"),
-    Row("latent-medi autoencoder data=… init=… out=…", f"out=runs/ae1 {AUTOENCODER}"),
     Row("latent-medi autoencoder data=runs/own/data", AUTOENCODER),
     Row("accelerate launch --num_processes 8 -m latent_medi.cli autoencoder", f"out=runs/ae2 {AUTOENCODER}"),
     Row(
-        "latent-medi train --config … [--estimate]",
+        "latent-medi train",
         f"--config demo/medi {MINE} out=runs/mine/medi max_steps=8 "
         "ema='{kind: power, relative_width: 0.10, also: [0.05], snapshot_every_images: 8}'",
-        {"[--estimate]": ""},
+        prepares=True,
     ),
     Row("latent-medi average runs/mine/medi width=0.07"),
-    Row("latent-medi average runs/medi width=0.07 out=…", "out=averaged", {"runs/medi": "runs/mine/medi"}),
     Row(
         "latent-medi train … preview_every_images=500000",
         f"{MINE} out=runs/preview preview_every_images=8 preview_images=16 preview_encoder=demo",
@@ -240,7 +239,6 @@ BIOPSIES = [
     Row("latent-medi plan data=data out=plan.csv goal=balance"),
     Row("latent-medi plan data=data out=plan.csv target=wanted.csv"),
     Row("latent-medi plan data=data out=plan.csv goal=fill_unseen", "per_cell=4"),
-    Row("latent-medi plan data=… out=plan.csv goal=fill_unseen", "data=data per_cell=4"),
     Row("latent-medi sample model=runs/mine/medi/model --class gleason4", f"n=4 {SAMPLE}"),
     Row(
         "latent-medi sample model=runs/mine/medi/model plan=plan.csv",
@@ -248,28 +246,21 @@ BIOPSIES = [
         {"plan.csv": "small.csv"},
         before=_small_plan,
     ),
-    Row("latent-medi sample model=… plan=… out=…", f"model=runs/mine/medi/model plan=plan.csv out=sampled {SAMPLE}"),
     Row("latent-medi grid model=runs/mine/medi/model out=cells.png", "sampler.steps=2"),
     Row("latent-medi grid model=runs/mine/medi/model out=blend.png", "sampler.steps=2 n=1"),
     Row("latent-medi grid model=runs/mine/medi/model out=way.png", "sampler.steps=2"),
-    Row("latent-medi grid model=… out=…", "model=runs/mine/medi/model out=grid.png sampler.steps=2"),
     Row("latent-medi grid model=runs/prostate/medi/model", "n=1 sampler.steps=2", {"runs/prostate": "runs/mine"}),
     Row("latent-medi evaluate real=data synthetic.medi=synthetic/medi synthetic.cls", EVALUATE, before=_synthetic_cls),
     Row(
-        "latent-medi evaluate real=… synthetic.medi=… out=…",
+        "latent-medi evaluate",
         "real=data synthetic.medi=synthetic/medi out=runs/b held_out='[{class: gleason4, site: radboud}]' " + EVALUATE,
+        prepares=True,
     ),
     Row("latent-medi report metrics=runs/mine/metrics.json"),
-    Row("latent-medi report metrics=…", "metrics=runs/b/metrics.json"),
     Row("latent-medi report --compare runs/a runs/b", places={"runs/a": "runs/mine"}),
-    Row("latent-medi report --compare A B", "out=ab.html", {"A": "runs/mine", "B": "runs/b"}),
     Row("latent-medi reading-sheet data=data", "n=8"),
     Row("latent-medi select synthetic/medi real=data share", "encoder=demo farthest=0 filters=[copies,duplicates]"),
     Row("latent-medi select synthetic/medi real=data encoder", "encoder=demo farthest=0 name=filtered"),
-    Row(
-        "latent-medi select synthetic/medi real=…",
-        "real=data encoder=demo farthest=0 filters=[copies,duplicates] name=again",
-    ),
     Row(
         "latent-medi compare-classifiers --config histodiffusion/vit data=data out=runs/classifiers",
         f"network=test_vit {PIXELS} seeds=1",
@@ -281,10 +272,6 @@ BIOPSIES = [
     ),
     Row("latent-medi report metrics=… classifiers=runs/classifiers", "metrics=runs/mine/metrics.json"),
     Row("latent-medi translate data=runs/mine/data", "", {"runs/mine/data": "data"}),
-    Row(
-        "latent-medi translate data=… model=… out=…",
-        "data=data model=runs/mine/medi/model out=translated --where class=gleason3",
-    ),
 ]
 
 
@@ -324,11 +311,6 @@ TCGA = [
     Row("latent-medi split slides.csv out=slides_split.csv"),
     Row("latent-medi plan data=slides.csv out=plan.csv tss_table"),
     Row("latent-medi plan data=slides.csv out=plan.csv site_field=tss"),
-    Row(
-        "latent-medi plan … tasks=…",
-        "data=slides.csv out=tasks.csv site_field=tss "
-        "tasks.nsclc='[Lung_adenocarcinoma, Lung_squamous_cell_carcinoma]'",
-    ),
     Row("latent-medi shards tcga-ut SOURCE data/tcga_ut", "--patch-size 32", {"SOURCE": "hub"}),
     Row("latent-medi shards tcga-ut SOURCE OUT", "--patch-size 32", {"SOURCE": "hub", "OUT": "data/again"}),
     Row("latent-medi shards tcga-ut SOURCE OUT …", "--patch-size 32", {"SOURCE": "hub", "OUT": "data/bare"}),
@@ -346,7 +328,6 @@ TCGA = [
     Row(f"{EIGHT} train.py --config tcga_ut/medi", TCGA_TRAIN),
     Row(f"{NODES} --machine_rank 0 --main_process_ip 10.0.0.1", f"out=runs/node0 {TCGA_TRAIN}"),
     Row(f"{NODES} --machine_rank 1 --main_process_ip 10.0.0.1", f"out=runs/node1 {TCGA_TRAIN}"),
-    Row(f"{NODES} --machine_rank 0 --main_process_ip …", f"out=runs/nodes {TCGA_TRAIN}"),
     Row(f"{NODES} train.py", f"out=runs/nodes2 {TCGA_TRAIN}"),
     Row("sbatch --nodes 2 --gpus-per-node 8 configs/cluster/slurm.sh train.py", TCGA_TRAIN, SHARED_RUNS),
     Row("sbatch --nodes 4 --gpus-per-node 4", f"--config tcga_ut/medi out=runs/slurm {TCGA_TRAIN}"),
@@ -410,23 +391,19 @@ DEMO = [
     ),
     Row("latent-medi train --config demo/medi model.fields=[]", "max_steps=2 out=runs/again"),
     Row("latent-medi classifier --config demo/classifier", CLASSIFIER),
-    Row("latent-medi classifier …", f"--config demo/classifier out=runs/c2 {CLASSIFIER}"),
     Row(
         "accelerate launch --num_processes 8 -m latent_medi.cli classifier",
         f"--config demo/classifier out=runs/c {CLASSIFIER}",
     ),
     Row("latent-medi sample model=runs/demo/uncond/model plan=classes.csv", "sampler.steps=2 ignore=[age]"),
     Row("accelerate launch train.py --config demo/medi", "max_steps=2"),
-    Row("accelerate launch train.py --config …", "--config demo/medi max_steps=2 out=runs/again2"),
     Row("accelerate launch --num_processes 8 -m latent_medi.training", "--config demo/medi max_steps=2 out=runs/eight"),
     Row(
         "python -m latent_medi.launch --config_file configs/accelerate/two_nodes.yaml --machine_rank 0 … train.py",
         "--config demo/medi max_steps=2 out=runs/nodes",
         {"--config …": ""},
     ),
-    Row("accelerate launch sample.py …", "model=runs/demo/medi/model plan=classes.csv out=runs/s1 sampler.steps=2"),
     Row("latent-medi train --config presets/8gb --estimate"),
-    Row("latent-medi train --config … --estimate", "--config presets/8gb"),
     Row("latent-medi train --estimate", "--config presets/8gb"),
     Row(
         "latent-medi train --config presets/8gb data=…",

@@ -18,7 +18,7 @@ from latent_medi.verbs import VERBS
 
 COMMANDS = documented_commands()
 LISTED: dict[str, object] = {
-    **{row.command: row for _, rows in (*SCENES.values(), *LONG.values()) for row in rows},
+    **{row.command: row for _, rows in (*SCENES.values(), *LONG.values()) for row in rows if not row.prepares},
     **ELSEWHERE,
     **NEEDS,
 }
@@ -140,8 +140,10 @@ def _run_scene(prepare: Callable[[], object], rows: list[Row], folder: Path, mon
     for row in rows:
         if row.before:
             row.before()
+        if row.prepares:
+            assert run_here(words_of(row.command, row.extra)) == row.code, row.command
         for text, place in where.items():
-            if entry_of(text) != row.command:
+            if row.prepares or entry_of(text) != row.command:
                 continue
             placed = text
             for given, path in row.places.items():

@@ -41,7 +41,7 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path
 
 def test_every_verb_has_a_page_in_the_contents() -> None:
     contents = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
-    for verb in VERBS:
+    for verb in [name for name in VERBS if " " not in name]:
         assert (DOCS / "verbs" / f"{verb}.md").is_file(), verb
         assert f"verbs/{verb}.md" in contents, verb
     for page in PAGES:

@@ -7,10 +7,10 @@ import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -19,9 +19,8 @@ from PIL import Image
 from latent_medi.core import config
 from latent_medi.core.errors import UserError, needs
 from latent_medi.core.hub import is_hub_id
-from latent_medi.core.paths import PathText
 from latent_medi.core.progress import get_logger
-from latent_medi.core.settings import NonNegativeInt, Range, Settings
+from latent_medi.explore.settings import ExploreSettings
 from latent_medi.metadata.estimability import Verdicts
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.splits import split_column
@@ -39,40 +38,6 @@ _LARGEST = 256  # pixels of a patch on the page; larger ones are shown smaller
 _LOCAL = ("127.0.0.1", "localhost")
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 """What the browser may ask: this server alone. Gradio's own page has scripts and styles in it."""
-
-
-@dataclass
-class ExploreSettings(Settings):
-    """Browse the patches of a dataset or an experiment in a page on this machine, and draw samples of any combination.
-    Ctrl-C ends it.
-
-    Args:
-        data: Dataset folder, or folder of an experiment, which has its dataset, samples and models itself.
-        synthetic: Synthetic dataset folders by name, which are shown next to it, as in synthetic.medi=PATH.
-        model: Model folder, or hub id, that samples are drawn from.
-        fields: Class and categorical fields of the combination that a patch's verdict is about; empty means all.
-        split: Split of the dataset that verdicts rest on; a dataset without any split is taken whole.
-        split_value: The part of that split.
-        thin_patients: A combination with fewer patients, or effective patients, is thin.
-        host: Address to listen on. Any other than 127.0.0.1 shows the patches to whoever can reach it.
-        port: Port to listen on; 0 means a free one.
-    """
-
-    COMMON: ClassVar = "data synthetic model split fields"
-    EXAMPLES: ClassVar = (
-        "latent-medi explore runs/demo",
-        "latent-medi explore data=my/data synthetic.medi=my/samples model=my/run/model",
-    )
-
-    data: PathText = ""
-    synthetic: dict[str, PathText] = field(default_factory=dict)
-    model: PathText = ""
-    fields: list[str] = field(default_factory=list)
-    split: str = "main"
-    split_value: str = "train"
-    thin_patients: NonNegativeInt = 10
-    host: str = "127.0.0.1"
-    port: Annotated[int, Range(0, 65535)] = 7860
 
 
 def explore(settings: ExploreSettings) -> dict[str, Any]:
