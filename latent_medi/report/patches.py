@@ -276,15 +276,14 @@ def grids(
         counts = dict(zip(info.sites, train[number] if train else [0] * len(info.sites), strict=True))
         combinations = _combinations(info, tumour, counts)
         rows = []
-        for combination, unseen in combinations[:rows_per_class]:
+        for combination, lacking in combinations[:rows_per_class]:
             name = " × ".join(combination.values())
-            rows.append(_row(name, {info.class_field: tumour, **combination}, unseen, sources, per_cell, seed))
+            rows.append(_row(name, {info.class_field: tumour, **combination}, lacking, sources, per_cell, seed))
         rows = [r for r in rows if any(r.images)]
         if rows:
             omitted = max(0, len(combinations) - rows_per_class)
-            unseen_rows, seen_rows = [r for r in rows if r.unseen], [r for r in rows if not r.unseen]
-            scales = _scales(sources, per_cell)
-            result.append(Grid(tumour, [s.title for s in sources], scales, unseen_rows, seen_rows, omitted))
+            unseen, seen = [r for r in rows if r.unseen], [r for r in rows if not r.unseen]
+            result.append(Grid(tumour, [s.title for s in sources], _scales(sources, per_cell), unseen, seen, omitted))
     return result
 
 
