@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from browser import browser, needs_chromium
 from commands import REPOSITORY
 
 from latent_medi.verbs import VERBS
@@ -21,22 +23,27 @@ REFERENCE = ("metrics.md", "architecture.md", "glossary.md")
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
+@needs_chromium
+def test_the_site_builds_without_a_warning_and_is_searched_without_a_connection(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     site = tmp_path / "site"
-    pages = sorted(site.rglob("*.html"))
-    assert len(pages) >= len(PAGES)
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"(https?:[^\"]*)", text)
-        loaded += re.findall(r"<link[^>]* rel=\"stylesheet\"[^>]* href=\"(https?:[^\"]*)", text)
-        assert not loaded, f"{page.name}: {loaded}"
-    settings = (site / "verbs" / "select.html").read_text(encoding="utf-8")
-    assert "<code>farthest</code>" in settings  # the table of settings is there
-    assert "settings: latent_medi" not in settings
+    assert len(sorted(site.rglob("*.html"))) >= len(PAGES)
+    with browser(tmp_path / "profile") as page:
+        for name, width in (("index", 390), ("verbs/select", 1280)):
+            page.open(site / f"{name}.html", width)
+            assert (page.problems, page.requests) == ([], [])
+        assert page.value("document.querySelector('article').innerText.includes('farthest')")  # a setting, in its table
+        page.value("document.querySelector('.md-search__input').focus()")
+        for key in "macenko":
+            page.press(key)
+        end = time.monotonic() + 60
+        while not page.value("document.querySelectorAll('.md-search-result__item').length"):
+            assert time.monotonic() < end, "the search finds nothing"
+            time.sleep(0.1)
+        assert (page.problems, page.requests) == ([], [])
 
 
 def test_every_verb_has_a_page_in_the_contents() -> None:
