@@ -1,16 +1,17 @@
 """latent-medi: metadata-guided latent diffusion for histopathology."""
 
-import importlib
+# No other import: the working folder is still on the module path here.
 import os
 import sys
-from typing import Any
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name):
     """``MediPipeline``, which is imported when it is first asked for: torch and diffusers take seconds."""
     if name == "MediPipeline":
+        import importlib
+
         return importlib.import_module("latent_medi.diffusion.pipeline").MediPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
