@@ -58,6 +58,7 @@ def train_words(source: Path, out: Path, *more: str) -> list[str]:
     return [*words, "max_steps=2", "global_batch=8", *SMALL, *more]
 
 
+@pytest.mark.slow
 def test_what_is_read_is_compared(tiny: Path, other: Path, tmp_path: Path, autoencoder: Autoencoder) -> None:
     here, copied = tmp_path / "run", tmp_path / "copied"
     shutil.copytree(tiny, copied)  # as on the nodes' own disks
@@ -108,6 +109,7 @@ def test_what_is_read_is_compared(tiny: Path, other: Path, tmp_path: Path, autoe
     assert not any((tmp_path / name).exists() for name in ("e", "made", "moved", "cls"))
 
 
+@pytest.mark.slow
 def test_what_judges_is_compared_too(tmp_path: Path) -> None:
     world = build_world(tmp_path, Size(5, 5, 5, 2), count=2)
     write_real(tmp_path / "real2", Size(5, 5, 5, 2), seed=1)

@@ -149,6 +149,7 @@ def test_processes_that_were_not_started_are_missed(monkeypatch: pytest.MonkeyPa
             launch.make_accelerator()
 
 
+@pytest.mark.slow
 def test_several_processes_under_cpu_are_refused(tiny: Path, tmp_path: Path) -> None:
     where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}", f"out={tmp_path / 'run'}", "max_steps=2"]
     words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py"]

@@ -36,6 +36,7 @@ def run(launcher: list[str], *arguments: str | Path, open_files: int | None = No
     )
 
 
+@pytest.mark.slow
 def test_two_launched_processes_train_a_model_that_sample_reads(tiny: Path, tmp_path: Path) -> None:
     where = [f"data={tiny / 'data'}", f"latents={tiny / 'latents'}", f"out={tmp_path / 'run'}"]
     small = ["max_steps=20", "global_batch=8", "log_every_images=80", *SMALL]

@@ -66,6 +66,7 @@ def test_the_group_is_left(how: str, code: int, tmp_path: Path) -> None:
     assert code or len(there) == 2
 
 
+@pytest.mark.slow
 def test_one_that_fails_alone_does_not_wait_for_the_others(tmp_path: Path) -> None:
     """Though it has asked them for something that they will never give."""
     done, seconds = launched("alone", tmp_path)

@@ -6,12 +6,14 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from cluster_parts import REPOSITORY, launcher
 
 from latent_medi.core.locks import LOCK_FILE, output_lock
 from latent_medi.latents.autoencoder import Autoencoder
 
 
+@pytest.mark.slow
 def test_two_processes_are_refused_together(tiny: Path, tmp_path: Path, autoencoder: Autoencoder) -> None:
     script = tmp_path / "verb.py"
     script.write_text("import sys\nfrom latent_medi.cli import main\nsys.exit(main())\n")

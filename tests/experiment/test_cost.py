@@ -333,6 +333,7 @@ def test_rates_are_those_of_real_work(settings: Callable[..., ExperimentSettings
     assert rate_of(replace(trial, shape=(4, 7, 9)), threads=1)[0] == 0  # which no network takes
 
 
+@pytest.mark.slow
 def test_two_processes_measure_at_the_same_time(tmp_path: Path) -> None:
     found = measure_rates({"train medi": MeetsAnother(tmp_path)}, {"train medi": Placement(2, 3)})
     assert found.start > 0
