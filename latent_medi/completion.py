@@ -46,8 +46,8 @@ def _candidates(words: list[str], prefix: str) -> Iterator[str]:
         yield from packaged_names()
     elif last == "--help":
         yield from _names(settings_class, prefix)
-    elif last.startswith("--") and "=" not in last and (values := _values(settings_class, last[2:])):
-        yield from values
+    elif last == "--json" or (last.startswith("--") and find(settings_class, last[2:])):  # what comes is its value
+        yield from _values(settings_class, last[2:])
     elif "=" in prefix:
         key = prefix.partition("=")[0]
         yield from (f"{key}={value}" for value in _values(settings_class, key.removeprefix("--")))

@@ -50,6 +50,9 @@ def test_help_of_one_setting_says_all_of_it(capsys: pytest.CaptureFixture[str]) 
         (["train", "--help", "model"], ["--model.preset", "--model.fusion"]),
         (["run", "--help", "models"], ["--models.NAME.config PATH", "--models.NAME.sample true|false"]),
         (["run", "--help", "train.model.fusion"], ["'concat', 'additive', 'linear'"]),
+        (["run", "--help", "models.medi.config"], ["--models.medi.config PATH", "its training configuration"]),
+        (["evaluate", "--help", "weights.uni"], ["--weights.uni PATH", "for encoders that need one"]),
+        (["train", "--help", "--config", "demo/medi"], ["Common settings:", "--config NAME"]),
     ]:
         with pytest.raises(SystemExit) as ended:
             cli.run_verb(words)

@@ -27,6 +27,8 @@ from latent_medi.completion import completions
         ("train precision=b", {"precision=bf16"}, {"precision=fp32"}),
         ("train --precision ", {"fp32", "bf16", "fp16"}, {"data="}),
         ("train compile=", {"compile=true", "compile=false"}, set()),
+        ("train --data ", set(), {"out="}),
+        ("train --json ", set(), {"out="}),
         ("select --filters copies out", {"outliers"}, {"out="}),
         ("select --filters copies ", {"outliers", "data="}, set()),
         ("run train.prec", {"train.precision="}, set()),

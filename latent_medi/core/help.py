@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from latent_medi.core.errors import UserError, nearest
@@ -88,20 +88,33 @@ def setting_help(settings_class: type, command: str, dotted: str) -> str:
             f"`{command} --help` lists them.",
         )
     keys, annotation = found
-    owner = settings_class
-    for key in keys[:-1]:
-        owner = settings_in(hints(owner).get(key)) or owner
+    owner, at = _documented(settings_class, keys)
     name = ".".join(keys)
-    text = _wrapped(setting_texts(owner).get(keys[-1], ""))
+    text = _wrapped(setting_texts(owner).get(keys[at], ""))
     group = settings_in(annotation)
     if group is None and origin(annotation) is dict and (group := settings_in(arguments(annotation)[1])) is not None:
         name += ".NAME"
     if group is not None:
         entries = (_entry(group, inner, f"{name}.", lines=0) for inner in hints(group))
         return "\n\n".join([f"--{name}.…", text, _section("Settings", entries)])
-    default = _default(owner, keys[-1])
+    default = "" if keys[at + 1 :] else _default(owner, keys[at])  # an entry of a mapping has none
     takes = f"Takes {wanted(annotation)}." + (f" Default: {default}." if default else "")
     return "\n\n".join([f"--{name} {_takes(annotation)}", text, _wrapped(takes)])
+
+
+def _documented(settings_class: type, keys: Sequence[str]) -> tuple[type, int]:
+    """The class whose docstring has a setting, and which of its keys is the name there: the keys after it, if any, are
+    an entry of a mapping.
+    """
+    owner, at = settings_class, 0
+    while True:
+        annotation, after = hints(owner)[keys[at]], at + 1
+        group = settings_in(annotation)
+        if group is None and origin(annotation) is dict:
+            group, after = settings_in(arguments(annotation)[1]), at + 2
+        if group is None or after >= len(keys):
+            return owner, at
+        owner, at = group, after
 
 
 def _about(settings_class: type) -> str:

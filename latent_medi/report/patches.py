@@ -305,7 +305,7 @@ def _scales(sources: Sequence[_Source], per_cell: int) -> list[Scale]:
     found = []
     for source in sources:
         mpp, size = float(source.dataset.info["mpp"]), source.dataset.patch_size
-        half = mpp * size / 2
+        half = mpp * size / 2 * (1 + 1e-9)  # a bar of exactly half a patch fits, whatever the rounding
         power = 10.0 ** math.floor(math.log10(half))
         length = max(m * power for m in (1, 2, 5) if m * power <= half)
         # As the montage is built: patches are thinned, gaps are not.
