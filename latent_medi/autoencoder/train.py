@@ -80,8 +80,6 @@ def _train_autoencoder(settings: AutoencoderSettings, accelerator: Accelerator) 
         settings.check()
         common = settings.training()
         check_strategy(accelerator, common)
-        for name in settings.encoders:  # they are loaded later
-            check_encoder(name, settings.weights.get(name, ""))
         start_model, source, latents_of = open_start(settings)
         channels = 0 if deterministic(start_model) else int(start_model.config["latent_channels"])
         data = open_pixels(settings, factor_of(start_model), channels)
@@ -89,6 +87,8 @@ def _train_autoencoder(settings: AutoencoderSettings, accelerator: Accelerator) 
         distance = load_perceptual(settings.perceptual) if settings.perceptual.weight else None
         record = describe(settings, data, weight_hash(start_model), distance)
         finished = run_folder.finished(out, record, (PRODUCT,))
+        for name in [] if finished else settings.encoders:  # they are loaded later
+            check_encoder(name, settings.weights.get(name, ""))
         declared.add_input("data", settings.data, data.fingerprint)
         declared.add_input("init", settings.init, lambda: record["source"])
         declared.add_input("measured patches", settings.data, lambda: measured_fingerprint(parts))

@@ -54,7 +54,7 @@ def encode(settings: EncodeSettings) -> Path:
         settings.check()
         data, error = open_dataset(settings.data), settings.reconstruction_error
         only_mask(data.index, settings.only, str(data.folder))
-        if error.patches:
+        if error.patches and not (Path(settings.out) / INFO_FILE).is_file():  # it is loaded later
             check_encoder(error.encoder, error.weights)
         autoencoder = load_autoencoder(settings.autoencoder, device, PRECISIONS[settings.precision])
         declared.add_settings(settings, without=("data", "autoencoder", "device", "workers", "slicing"))

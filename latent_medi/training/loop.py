@@ -62,12 +62,12 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     with agreed(accelerator) as declared:
         settings.check()
         check_strategy(accelerator, settings)
-        if settings.preview_encoder:  # it is loaded later
-            check_encoder(settings.preview_encoder, settings.preview_weights)
         source = open_source(settings.init_from) if settings.init_from else None
         data = open_data(settings, source, device)
         record = run_folder.describe(settings, data, source)
         finished = run_folder.finished(out, record)
+        if settings.preview_encoder and not finished:  # it is loaded later
+            check_encoder(settings.preview_encoder, settings.preview_weights)
         run_folder.declare(declared, settings, data)
         declared.add_input("init_from", settings.init_from, lambda: record["source"])
         declared.add_settings({"finished": finished})

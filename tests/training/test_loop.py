@@ -311,6 +311,8 @@ def test_finished_run_returns_at_once(run_settings: Make, tmp_path: Path, monkey
     monkeypatch.setattr(loop, "diffusion_loss", None)  # a single step would fail
     assert train(settings) == folder == tmp_path / "run" / "model"
     assert train(replace(settings, device_batch=2, checkpoint_every_images=8)) == folder
+    previews = replace(settings, preview_every_images=8, preview_images=64, preview_encoder="phikon-v2")
+    assert train(previews) == folder  # whose weights are not on this machine
     with pytest.raises(UserError, match=r"lr was 0\.001 and is 0\.002"):
         train(replace(settings, lr=2e-3))
     with pytest.raises(UserError, match="training data changed"):
