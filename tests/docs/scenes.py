@@ -380,6 +380,8 @@ DEMO = [
     Row("latent-medi shards demo out=data …", COHORT),
     Row("latent-medi shards demo out=practice", COHORT),
     Row("latent-medi export practice"),
+    Row("latent-medi shards images table=patches/all/metadata.csv"),
+    Row("latent-medi split data/own hold_out='[{class: solid"),
     Row(
         "latent-medi shards demo out=runs/shift-data train_patients=60",
         COHORT,

@@ -63,6 +63,12 @@ def test_no_page_is_too_long_to_read(page: Path) -> None:
     assert len(prose.split()) < 1500
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(DOCS)))
+def test_lines_are_short(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not [line for line in text.split("\n") if len(line) > 120 and not line.startswith(("|", "!"))]
+
+
 def test_errors_on_the_page_about_errors_are_those_of_the_program() -> None:
     said = [text for file in (REPOSITORY / "latent_medi").rglob("*.py") for text in _texts(file)]
     said.append((REPOSITORY / "Makefile").read_text(encoding="utf-8"))
