@@ -255,7 +255,7 @@ def test_many_at_once_are_never_two_at_once(tmp_path: Path) -> None:
     ]
     told = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0] * 8, told
-    assert sum(int(out.split()[0]) for out, _ in told) > 50
+    assert sum(int(out.split()[0]) for out, _ in told) > 50, told
     with output_lock(folder):
         pass
     assert not list(folder.iterdir())
