@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from latent_medi import data_verbs, result_verbs, training_verbs
 from latent_medi.core import config
+from latent_medi.core.errors import BAD_INPUT
 
 Printed = dict[str, Any]
 """What a verb prints, as JSON."""
@@ -58,7 +59,7 @@ def settings_of(verb: Verb, words: Sequence[str], name: str) -> Any:
     settings_class = verb.settings_class()
     if not words and not verb.alone:
         config.show_help(settings_class, [], name)
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     if not {"-h", "--help"} & set(words) and verb.prepare is not None:
         words = verb.prepare(settings_class, list(words))
     return config.parse(settings_class, words, name, positional=verb.positional)
@@ -93,6 +94,8 @@ def _shards(words: list[str]) -> Printed:
             print(f"  {name.split()[1]:<10}{verb.text}")
     print(f"  {'RECIPE':<10}make a dataset folder from the files of a public dataset")
     print(f"\n`latent-medi shards WHAT --help` lists its settings. Recipes: {', '.join(recipes())}")
+    if not words:  # nothing was done
+        sys.exit(BAD_INPUT)
     return {"recipes": list(recipes())}
 
 

@@ -53,6 +53,7 @@ def test_help_of_one_setting_says_all_of_it(capsys: pytest.CaptureFixture[str]) 
         (["run", "--help", "models.medi.config"], ["--models.medi.config PATH", "its training configuration"]),
         (["evaluate", "--help", "weights.uni"], ["--weights.uni PATH", "for encoders that need one"]),
         (["train", "--help", "--config", "demo/medi"], ["Common settings:", "--config NAME"]),
+        (["audit", "--help", "my/data"], ["Common settings:", "--config NAME"]),
     ]:
         with pytest.raises(SystemExit) as ended:
             cli.run_verb(words)
@@ -87,11 +88,11 @@ def test_usage_has_a_line_per_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_command_without_what_it_needs_shows_its_help_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["run"], ["train"], ["evaluate"], ["shards", "images"]):
+    for words in (["run"], ["train"], ["evaluate"], ["shards", "images"], ["shards"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 2
-        assert f"usage: latent-medi {' '.join(words)}" in capsys.readouterr().out
+        assert f"latent-medi {' '.join(words)}" in capsys.readouterr().out
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
 

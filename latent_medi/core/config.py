@@ -215,7 +215,8 @@ def show_help(settings_class: type, words: Sequence[str], verb: str) -> None:
     command = f"latent-medi {verb}".strip()
     after = next((words[i + 1 : i + 2] for i, word in enumerate(words) if word in ("-h", "--help")), [])
     name = after[0].lstrip("-").partition("=")[0] if after else ""
-    name = "" if name in ("config", "json", "help", "h") else name  # which the help of the verb has
+    if name in ("config", "json", "help", "h") or "/" in name:  # the verb's help has these; a path names no setting
+        name = ""
     print(setting_help(settings_class, command, name) if name else verb_help(settings_class, command))
 
 

@@ -32,6 +32,7 @@ from latent_medi.latents.autoencoder import (
     weight_hash,
 )
 from latent_medi.latents.networks import latents_fit
+from latent_medi.metadata.schema import Schema
 
 if TYPE_CHECKING:
     from latent_medi.diffusion.pipeline import MediPipeline
@@ -73,6 +74,18 @@ def local_folder(name: str | Path, download: Mapping[str, Any] | None = None) ->
             f"`hf download {name} --include '*.json' '*.safetensors' --local-dir FOLDER` on one with it, copy FOLDER "
             "here and give its path.",
         ) from None
+
+
+def known_fields(name: str | Path) -> Schema | None:
+    """The fields of a model in a folder here, read without its weights, to refuse a wrong name at once.
+
+    ``None`` for an unconditional model, a hub id, and a folder that cannot be read: loading it says why.
+    """
+    file = Path(name) / "conditioning" / "config.json"
+    try:
+        return Schema.from_dict(read_object(file)["schema"]) if file.is_file() else None
+    except (UserError, KeyError):
+        return None
 
 
 def seal_model(folder: str | Path) -> None:

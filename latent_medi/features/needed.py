@@ -25,12 +25,10 @@ def encoder_weights(text: str, weights: str = "") -> Weights:
     entry = ENCODERS[name]
     if entry.library in ("timm", "transformers"):
         return Weights(text, entry.source, in_hub_cache(entry.source, HUB_FILES), access_hint(entry))
-    found = False
-    if entry.library == "torch-fidelity":
-        from torch.hub import get_dir
+    from torch.hub import get_dir
 
-        found = (Path(get_dir()) / "checkpoints" / entry.source).is_file()
-    return Weights(text, "", found, f"Give weights.{name}=PATH: {entry.source} of {entry.library}.")
+    cached = Path(get_dir()) / "checkpoints" / entry.source
+    return Weights(text, "", cached.is_file(), f"Download {entry.url}, and give weights.{name}=PATH.")
 
 
 def check_encoder(text: str, weights: str = "") -> None:

@@ -90,6 +90,23 @@ def load_strictly(module: nn.Module, weights: Path, assign: bool = False) -> Non
         raise UserError(f"{weights} does not fit the network: {error}") from None
 
 
+def weight_file(name: str, weights: str | Path | None) -> str | Path:
+    """The given weights of an encoder, else its file in torch's cache, where torchvision, torch-fidelity and
+    torchmetrics put it.
+
+    Raises:
+        UserError: It is not there; says where it is downloaded.
+    """
+    entry = ENCODERS[name]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / entry.source
+    if not weights and not cached.is_file():
+        raise UserError(
+            f"The encoder {name!r} needs its weights.",
+            f"Download {entry.url} and give weights.{name}=PATH (`select`: weights=PATH), or put it at {cached}.",
+        )
+    return weights or cached
+
+
 class _MeanPooled(nn.Module):
     """Mean over positions of a convolutional map."""
 
@@ -116,33 +133,17 @@ def squeezenet(weights: str | Path | None) -> Network:
     """ImageNet SqueezeNet 1.0, last feature map mean-pooled (512-d); its distance is FD-SqueezeNet, never FID."""
     from torchvision.models import squeezenet1_0
 
-    entry = ENCODERS["squeezenet"]
-    if not weights:
-        raise UserError(
-            "The encoder 'squeezenet' needs its weights.",
-            "Give weights.squeezenet=PATH (`select`: weights=PATH): a state dict of torchvision's squeezenet1_0 "
-            "(.safetensors, .pth) or a folder with one.",
-        )
+    entry, path = ENCODERS["squeezenet"], weight_file("squeezenet", weights)
     model = squeezenet1_0(weights=None)
-    load_strictly(model, find_weights(weights, ("squeezenet1_0*.safetensors", "squeezenet1_0*.pth", "*.safetensors")))
+    load_strictly(model, find_weights(path, ("squeezenet1_0*.safetensors", "squeezenet1_0*.pth", "*.safetensors")))
     assert entry.preprocessing is not None
     return Network("squeezenet", _MeanPooled(model.features), entry.dim, entry.preprocessing, entry.license)
 
 
 def inception(weights: str | Path | None) -> Network:
-    """The Inception of FID as torch-fidelity ports it (2048-d); the only encoder whose distance is called FID.
-
-    Without ``weights`` the file is taken from torch's cache, where torch-fidelity and torchmetrics put it.
-    """
+    """The Inception of FID as torch-fidelity ports it (2048-d); the only encoder whose distance is called FID."""
     entry = ENCODERS["inception"]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / entry.source
-    if not weights and not cached.is_file():
-        raise UserError(
-            "The encoder 'inception' needs its weights.",
-            f"Download https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{entry.source} and give "
-            f"weights.inception=PATH (`select`: weights=PATH), or put it at {cached}.",
-        )
-    path = find_weights(weights or cached, ("*inception*.pth", "*.pth"))
+    path = find_weights(weight_file("inception", weights), ("*inception*.pth", "*.pth"))
     # torch-fidelity unpickles without restriction; the restricted reader makes sure that there are only tensors.
     read_weights(path)
     with needs("The encoder 'inception'", "torch-fidelity"):

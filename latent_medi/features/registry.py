@@ -52,6 +52,7 @@ class Entry:
         library: Library that builds it.
         source: Where its weights are: a repository of the Hugging Face hub for timm and transformers, elsewhere the
             name of the file.
+        url: Where such a file is downloaded.
         dim: Features per patch.
         license: Licence of the weights.
         preprocessing: The preprocessing that it was trained with.
@@ -69,6 +70,7 @@ class Entry:
     license: str
     preprocessing: Preprocessing | None
     gated: bool = False
+    url: str = ""
     architecture: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tokens: Literal["cls", "cls+mean"] = "cls"
@@ -93,11 +95,15 @@ _VIT_L = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 1
 
 ENCODERS: Mapping[str, Entry] = {
     "demo": Entry("package", "", 48, "same as latent-medi", None),
-    "squeezenet": Entry("torchvision", "squeezenet1_0", 512, "BSD-2-Clause", _IMAGENET),
+    "squeezenet": Entry(
+        "torchvision", "squeezenet1_0-b66bff10.pth", 512, "BSD-2-Clause", _IMAGENET,
+        url="https://download.pytorch.org/models/squeezenet1_0-b66bff10.pth",
+    ),
     # torch-fidelity's network resizes and normalises 8-bit images itself.
     "inception": Entry(
         "torch-fidelity", "weights-inception-2015-12-05-6726825d.pth", 2048, "Apache-2.0",
         Preprocessing(0, (0.0,) * 3, (1.0,) * 3),
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     ),
     "uni": Entry(
         "timm", "MahmoodLab/UNI", 1024, "CC-BY-NC-ND-4.0", _IMAGENET, gated=True, architecture="vit_large_patch16_224",

@@ -22,6 +22,7 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.guidance import check_guidance
+from latent_medi.diffusion.model_folder import known_fields
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import make_sampler
 from latent_medi.launch import make_accelerator
@@ -132,6 +133,9 @@ def _generate(
     with agreed(accelerator) as declared:
         checked = read_plan(plan) if isinstance(plan, (str, Path)) else plan
         is_loaded = isinstance(model, MediPipeline)
+        known = None if isinstance(model, MediPipeline) else known_fields(model)
+        if known is not None and not settings.adapters and not settings.classifier.model:  # these add values
+            check_plan(checked, known, ignore=settings.ignore)
         pipeline = model if isinstance(model, MediPipeline) else MediPipeline.from_pretrained(model)
         load_adapters(pipeline, settings.adapters, settings.adapter_scales, is_loaded)
         pipeline.to(accelerator.device)

@@ -17,10 +17,11 @@ from latent_medi.core.files import atomic_path, check_file
 from latent_medi.diffusion.conditioning import FieldEmbedding, MetadataConditioner, embedding_key
 from latent_medi.diffusion.denoiser import Denoiser
 from latent_medi.diffusion.guidance import check_guidance
+from latent_medi.diffusion.model_folder import known_fields
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.samplers import draw_noise
 from latent_medi.launch import make_accelerator
-from latent_medi.metadata.schema import FIRST_VALUE, Field
+from latent_medi.metadata.schema import FIRST_VALUE, Field, Schema
 from latent_medi.sampling.settings import GridSettings
 from latent_medi.shards.format.codec import SyntheticImage
 
@@ -100,13 +101,25 @@ def grid(settings: GridSettings) -> Path:
     check_picture(settings.out)
     if problems := settings.problems():
         raise UserError("The grid cannot be drawn: " + "; ".join(problems) + ".")
+    if (known := known_fields(settings.model)) is not None:
+        _check_fields(known, settings)
     pipeline = MediPipeline.from_pretrained(settings.model).to(accelerator.device)
-    known = pipeline.schema
-    varied = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
-    for name in [*settings.fields, *filter(None, varied)]:
-        known.field(name)  # refuses an unknown field
+    _check_fields(pipeline.schema, settings)
     draw = {"cells": _cells, "blend": _blend, "trajectory": _trajectory}[settings.kind]
     return save_sheet(draw(pipeline, settings), settings.out)
+
+
+def _check_fields(known: Schema, settings: GridSettings) -> None:
+    """Refuse a field or value that the model does not know.
+
+    Raises:
+        UserError: Names it, and the closest one that there is.
+    """
+    varied = {"cells": (settings.rows, settings.columns), "blend": (settings.field,), "trajectory": ()}[settings.kind]
+    for name in [*settings.fields, *filter(None, varied)]:
+        known.field(name)
+    ends = (settings.start, settings.stop) if settings.kind == "blend" else ()
+    known.encode([settings.fields, *({settings.field: end} for end in ends)], absent="null")
 
 
 def _images(pipeline: MediPipeline, settings: GridSettings, rows: list[dict[str, Any]], seeds: list[int]) -> np.ndarray:

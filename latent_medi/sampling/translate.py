@@ -23,6 +23,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.diffusion.conditioning import Conditions
 from latent_medi.diffusion.denoiser import lay_out
 from latent_medi.diffusion.inversion import first_step_of, translate_latents
+from latent_medi.diffusion.model_folder import known_fields
 from latent_medi.diffusion.pipeline import MediPipeline
 from latent_medi.diffusion.settings import GuidanceSettings
 from latent_medi.features.cache import content_hash
@@ -38,6 +39,7 @@ from latent_medi.sampling.translation_request import (
     make_request,
     some_patches,
     split_filter,
+    wanted_values,
 )
 from latent_medi.shards.dataset import PatchDataset
 from latent_medi.shards.writing.finish import Description
@@ -99,7 +101,10 @@ def translate(
 
 def _translate(settings: TranslateSettings, model: MediPipeline | None, accelerator: Accelerator) -> Translation:
     with agreed(accelerator) as declared:
-        PatchDataset.open(settings.data)  # refuses a folder that is none before the model is loaded
+        # What is wrong with the folder or the wanted values is said before the model is loaded.
+        PatchDataset.open(settings.data)
+        if model is None and not settings.adapters and (known := known_fields(settings.model)) is not None:
+            wanted_values(known, settings.to)
         pipeline = model or MediPipeline.from_pretrained(settings.model)
         load_adapters(pipeline, settings.adapters, settings.adapter_scales, is_loaded=model is not None)
         pipeline.to(accelerator.device)

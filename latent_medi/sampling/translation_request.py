@@ -57,10 +57,7 @@ def make_request(settings: TranslateSettings, pipeline: MediPipeline) -> Request
             "Use a model that was trained with the fields of `to`.",
         )
     known = pipeline.schema
-    for name in settings.to:
-        if name not in known.names:
-            raise UserError(f"The model does not know the field {name!r}; {nearest(name, known.names)}.")
-    wanted = {name: _value(known, name, value) for name, value in settings.to.items()}
+    wanted = wanted_values(known, settings.to)
     data = PatchDataset.open(settings.data)
     Schema.merge(known, data.schema)  # refuses a field of another kind or unit
     if data.patch_size != pipeline.patch_size:
@@ -103,6 +100,18 @@ def make_request(settings: TranslateSettings, pipeline: MediPipeline) -> Request
     check_guidance(settings.guidance, pipeline.conditioning, after.rows(kept))
     ddim_sampler(pipeline, settings)
     return Request(data, rows[kept], [source[i] for i in kept], [target[i] for i in kept], unchanged)
+
+
+def wanted_values(known: Schema, to: Mapping[str, Any]) -> dict[str, str | float]:
+    """The values to translate to, in the vocabulary's spelling.
+
+    Raises:
+        UserError: A field or value that the model does not know.
+    """
+    for name in to:
+        if name not in known.names:
+            raise UserError(f"The model does not know the field {name!r}; {nearest(name, known.names)}.")
+    return {name: _value(known, name, value) for name, value in to.items()}
 
 
 def _value(known: Schema, name: str, value: Any) -> str | float:

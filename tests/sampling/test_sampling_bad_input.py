@@ -6,10 +6,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from latent_medi.cli import main
+from latent_medi.metadata.schema import Schema
+from latent_medi.shards.writing.writer import Patch, write_dataset
 
 
 @pytest.fixture
@@ -52,3 +55,25 @@ def test_a_damaged_model_is_named_and_nothing_is_written(
     assert str(part) in error, error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_name_is_refused_before_the_weights_are_read(
+    words: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    next((folder / "unet").glob("*.safetensors")).unlink()  # reading it would be the error
+    picture = f"out={tmp_path / 'sheet.png'}"
+    data = tmp_path / "data"
+    table = pd.DataFrame({"class": ["benign", "tumour"], "site": ["aster", "birch"]})
+    image = np.zeros((16, 16, 3), np.uint8)
+    patches = [Patch(f"k{i}", image, f"p{i}", f"s{i}", -1, -1, 0.5, dict(table.iloc[i])) for i in range(2)]
+    write_dataset(data, patches, "data", Schema.from_table(table, "class", ["site"]), 16, 0.5)
+    for given, named in [
+        (["sample", "--class", "tumor", "--n", "2", f"out={tmp_path / 'out'}"], "'tumour'"),
+        (["sample", "--class", "tumour", "--sitee", "aster", "--n", "2", f"out={tmp_path / 'out'}"], "'site'"),
+        (["grid", "kind=trajectory", "fields.class=tumor", picture], "'tumour'"),
+        (["grid", "kind=blend", "field=site", "start=aster", "stop=brich", picture], "'birch'"),
+        (["translate", f"data={data}", "to.site=brich", "split=", f"out={tmp_path / 'out'}"], "'birch'"),
+    ]:
+        assert main([*given, f"model={folder}"]) == 2, given
+        assert named in capsys.readouterr().err, given
