@@ -235,7 +235,7 @@ class ExperimentSettings(Settings):
 
 @dataclass
 class DemoSettings(Settings):
-    """The demo: the whole pipeline on procedural tissue with known truth, about ten minutes on two cores.
+    """The demo: the whole pipeline on procedural tissue with known truth, 8 to 15 minutes on two cores.
 
     Args:
         out: Folder of the run.

@@ -4,11 +4,9 @@ those of HistoDiffusion's parts."""
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
-from commands import REPOSITORY
 from PIL import Image
 from scenes import (
     COHORT,
@@ -57,7 +55,7 @@ TINY_NETWORK = " ".join("train." + word for word in NETWORK.split())
 
 
 def own_experiment() -> None:
-    """A dataset folder made by the commands of the configuration's header, and the copy of it that a reader makes."""
+    """A dataset folder made by the commands of the configuration's header, and a file that begins with it."""
     from parts import make_autoencoder
 
     from latent_medi.latents.autoencoder import save_autoencoder
@@ -72,7 +70,7 @@ def own_experiment() -> None:
         "hold_out_fractions='{probe: 0.4, test: 0.6}' fractions='{train: 0.6, probe: 0.2, test: 0.2}'"
     )
     save_autoencoder(make_autoencoder(), Path("tiny"))
-    shutil.copy(REPOSITORY / "configs" / "own" / "experiment.yaml", "my-experiment.yaml")
+    Path("my-experiment.yaml").write_text("base: own/experiment\n")
 
 
 def prostate_experiment() -> None:
@@ -155,10 +153,17 @@ LONG = {
     "own": (
         own_experiment,
         [
-            Row(
-                "latent-medi run --config my-experiment.yaml",
-                f"autoencoder=tiny encoders=[demo] seen_per_cell=8 unseen_per_cell=24 {TINY_RUN} {TINY_NETWORK} "
-                "train.model.preset=",
+            *(
+                Row(
+                    f"latent-medi run --config {name}",
+                    f"autoencoder=tiny encoders=[demo] seen_per_cell=8 unseen_per_cell=24 {TINY_RUN} {TINY_NETWORK} "
+                    f"train.model.preset= {out}",
+                )
+                for name, out in [
+                    ("own/experiment", ""),
+                    ("my-experiment.yaml", ""),  # the same run again, from a file of one's own
+                    ("own/cpu", "out=runs/cpu"),
+                ]
             ),
         ],
     ),

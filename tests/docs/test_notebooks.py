@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from commands import REPOSITORY
 from nbclient import NotebookClient
@@ -37,10 +38,8 @@ def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **values: 
 
 @pytest.mark.slow
 def test_a_model_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pandas as pd
-
     table = pd.DataFrame({"class": ["solid", "glandular"], "site": ["cedar", "aster"]})
-    make_model(tmp_path / "model", Schema.from_table(table, "class", ["site"]))
+    make_model(tmp_path, Schema.from_table(table, "class", ["site"]))
     said = execute("python_api", tmp_path, monkeypatch, MODEL='"model"', STEPS="2")
     assert "synthetic" in said[-1]
     assert sum("image/png" in text for text in said) >= 4
