@@ -166,11 +166,15 @@ def report(e: Experiment) -> Stage:
 def _report(e: Experiment) -> None:
     from latent_medi.evaluation.results import read_metrics
     from latent_medi.report.render import render_report
+    from latent_medi.report.settings import SECTIONS
 
+    # What an earlier run compared may have been trained on other samples.
+    left_out = () if e.has("image_classifier") else ("classifiers",)
     render_report(
         read_metrics(e.folder),
         e.folder / "report.html",
         title=e.settings.title,
+        sections=[section for section in SECTIONS if section not in left_out],
         real=e.data,
         synthetic=e.synthetic,
         per_cell=e.settings.report_cells,
