@@ -171,9 +171,10 @@ def _slides() -> Iterator[Finding]:
 
 def _device() -> Iterator[Finding]:
     """Processor cores, memory and GPUs, as the processes of this command may use them."""
+    from joblib import cpu_count  # those that a job or a container may use
+
     memory = psutil.virtual_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("device", "processor", f"{cores} cores")
+    yield Finding("device", "processor", f"{cpu_count()} cores")
     yield Finding("device", "memory", f"{memory.available / GB:.1f} of {memory.total / GB:.1f} GB free")
     try:
         import torch

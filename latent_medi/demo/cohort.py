@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 
 from latent_medi.core.files import sha256_bytes
 from latent_medi.core.locks import output_lock
@@ -282,4 +282,4 @@ def listing(settings: CohortSettings) -> Listing:
 def build_folder(settings: CohortFolderSettings) -> PatchDataset:
     """The cohort that the settings describe, in the folder that they name."""
     cohort = CohortSettings(**{part.name: getattr(settings, part.name) for part in fields(CohortSettings)})
-    return build(Path(settings.out), cohort, jobs=settings.processes or os.cpu_count() or 1)
+    return build(Path(settings.out), cohort, jobs=settings.processes or cpu_count())

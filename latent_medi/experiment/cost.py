@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from joblib import cpu_count
 
 from latent_medi.core import config
 from latent_medi.core.hub import Weights, offline
@@ -75,7 +76,7 @@ class _Costing:
         self.data: Known | None = known_data(e)
         self.images = planned_images(e, plans, self.data)
         self.gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        self.processes, cores = e.where.processes, os.cpu_count() or 1
+        self.processes, cores = e.where.processes, cpu_count()
         alone = bool(settings.card or self.gpus or self.processes > 1)  # models one after the other
         self.together = 1 if alone else settings.parallel or min(2, cores)
         self.patch_size = self.data.patch_size if self.data else settings.patch_size
@@ -316,7 +317,7 @@ class _Costing:
             return f"the card {self.e.settings.card}"
         if self.gpus:
             return f"{self.processes} × {torch.cuda.get_device_name()}"
-        return f"this machine without a GPU, {os.cpu_count()} cores"
+        return f"this machine without a GPU, {cpu_count()} cores"
 
     def _weights(self) -> list[Weights]:
         e = self.e

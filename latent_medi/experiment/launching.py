@@ -47,7 +47,9 @@ class Launching:
         """Threads that each process of a launched command may use; ``None`` where OMP_NUM_THREADS says so."""
         if "OMP_NUM_THREADS" in os.environ:
             return None
-        return max(1, (os.cpu_count() or 1) // max(1, self.processes // self.nodes))
+        from joblib import cpu_count  # those that a job or a container may use
+
+        return max(1, cpu_count() // max(1, self.processes // self.nodes))
 
     def words(self, command: Sequence[str], port: int = 0) -> list[str]:
         """The words of this node's part of a ``latent-medi`` command.

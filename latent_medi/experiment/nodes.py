@@ -139,12 +139,17 @@ def cores_shared(commands: int, at_once: int = 0) -> tuple[int, int]:
     Args:
         commands: How many there are.
         at_once: As for :func:`run_launched`.
+
+    Returns:
+        The commands at the same time, and the threads of each: OMP_NUM_THREADS where it is set, else its share of the
+        cores. Threads that wait for one another while others have the core cost many times the work.
     """
     import torch
+    from joblib import cpu_count
 
-    cores = os.cpu_count() or 1
+    cores = cpu_count()
     at_once = min(at_once or (1 if torch.cuda.is_available() else min(2, cores)), commands) or 1
-    return at_once, max(1, cores // at_once)
+    return at_once, torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(1, cores // at_once)
 
 
 @contextmanager

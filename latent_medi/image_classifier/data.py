@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from torch.utils.data import DataLoader, Dataset
 
 from latent_medi.core.errors import UserError
@@ -380,6 +381,6 @@ def default_workers(device: torch.device) -> int:
     """Helper processes where none are set: none on a CPU, whose cores the network needs."""
     if device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_count()
     mine = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(MOST_WORKERS, mine - 1))

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from latent_medi.diffusion.settings import DropoutSettings
 
@@ -57,7 +58,7 @@ def threads_for(data: RunData, device: torch.device) -> int:
         return 0
     if data.in_order:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_count()
     mine = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(MOST_THREADS, mine - 1))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from joblib import cpu_count
 
 from latent_medi.core import config
 from latent_medi.core.errors import UserError
@@ -58,7 +58,7 @@ def _follow_recipe(
     e: Experiment, where: ExperimentSettings | CorpusSettings, out: Path, arguments: Mapping[str, Any]
 ) -> None:
     """Make a dataset folder by a recipe."""
-    jobs = e.settings.processes or os.cpu_count() or 1
+    jobs = e.settings.processes or cpu_count()
     if where.recipe == "demo":
         from latent_medi.demo.cohort import build
         from latent_medi.demo.settings import CohortSettings
