@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -165,7 +167,8 @@ def test_rates_are_measured_with_the_threads_that_a_stage_has(
 ) -> None:
     """Models that run at the same time share the cores, in the measurement as in the run; others have them all."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 4)
+    monkeypatch.setattr(costing, "cpu_count", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def placed(where: Launching, **values: Any) -> dict[str, Placement]:
@@ -198,6 +201,28 @@ def test_rates_are_measured_with_the_threads_that_a_stage_has(
     for names in (["encode"], ["medi", "cls"]):
         run_launched({name: [] for name in names}, Launching())
     assert given == [(1, 4), (2, 2)]
+    # Whoever sets the threads of a process means every process.
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    given.clear()
+    for names in (["encode"], ["medi", "cls"]):
+        run_launched({name: [] for name in names}, Launching())
+    assert given == [(1, 3), (2, 3)]
+    assert placed(Launching())["train medi"] == Placement(2, 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system ties no process to cores")
+def test_cores_are_those_that_the_process_may_use() -> None:
+    program = (
+        "import os\n"
+        "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])\n"
+        "os.environ.pop('OMP_NUM_THREADS', None)\n"
+        "from latent_medi.experiment.launching import Launching\n"
+        "from latent_medi.experiment.nodes import cores_shared\n"
+        "print(Launching().threads, cores_shared(2))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "(1,", "1)"]
 
 
 def test_the_encoder_of_previews_is_needed(settings: Callable[..., ExperimentSettings]) -> None:
