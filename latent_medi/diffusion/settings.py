@@ -34,7 +34,8 @@ class ModelSettings(Settings):
         mid_attention: Whether the lowest resolution's middle block has self-attention.
         norm_num_groups: Groups of the group normalisation; must divide every width.
         dropout: Share of activations dropped inside residual blocks while training, 0 to 1.
-        fields: Names of the fields to condition on; unset: all of the schema; an empty list: unconditional.
+        fields: Names of the fields to condition on ("class" is the class field, whatever its name); unset: all of the
+            schema; an empty list: unconditional.
         fusion: "concat" gives each field part of the width; "additive" sums full-width embeddings; "linear" mixes them
             in one layer.
         widths: For "concat", width by field, with the sum 4 × the first channel count; unset: equal parts, the

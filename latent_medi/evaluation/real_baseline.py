@@ -181,7 +181,10 @@ def _open(settings: FloorsSettings) -> _Cohort:
     known = categorical_fields(dataset.schema)
     for name in (site_field, *settings.fields):
         if name not in known:
-            raise UserError(f"{settings.data} has no categorical field {name!r}; {nearest(name, known)}.")
+            raise UserError(
+                f"{settings.data} has no categorical field {name!r}; {nearest(name, known)}.",
+                "Name the hospital's field with site_field=NAME." if name == site_field else "",
+            )
     index = dataset.index
     if synthetic := int((index["origin"] != "real").sum()):
         raise UserError(f"{settings.data} holds {synthetic} synthetic patches; floors are of real patients.")

@@ -14,7 +14,7 @@ from latent_medi.experiment.experiment import Experiment
 from latent_medi.experiment.kinds import declare
 from latent_medi.experiment.launching import launching
 from latent_medi.experiment.limits import check_limits
-from latent_medi.experiment.preflight import preflight
+from latent_medi.experiment.preflight import check_fields, preflight
 from latent_medi.experiment.settings import ExperimentSettings
 from latent_medi.shards.dataset import PatchDataset
 
@@ -31,6 +31,8 @@ def dry_run(settings: ExperimentSettings) -> dict[str, Any]:
     """
     experiment = Experiment(settings, launching(settings.launch_processes))
     declare(experiment)
+    if experiment.has_data:
+        check_fields(experiment)
     cost = experiment_cost(experiment, measure=True)
     result = {"out": settings.out, "bytes": cost.bytes, "planned": cost.planned, **encode(cost)}
     print(cost_text(cost))

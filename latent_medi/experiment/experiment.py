@@ -300,10 +300,13 @@ class Experiment:
             model: The model.
             schema: The fields of the experiment's dataset.
         """
-        if model.fields is None or model not in self.guided:
-            return model.fields
+        if model.fields is None:
+            return None
+        own = schema.named(model.fields)
+        if model not in self.guided:
+            return own
         field = self.classifier(model).field or (schema.class_field.name if schema.class_field else "")
-        return [*model.fields, *([field] if field not in model.fields else [])]
+        return [*own, *([field] if field not in own else [])]
 
     def plans(self, name: str) -> list[Path]:
         """The plan of a model's samples, then the longer ones of the rounds in which more were generated."""

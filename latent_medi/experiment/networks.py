@@ -73,7 +73,7 @@ def network_of(
     settings = EstimateSettings(**{f.name: getattr(own, f.name) for f in fields(own)}, processes=processes)
     names = model.fields
     if schema is not None:
-        schema = schema if names is None else schema.subset([n for n in names if n in schema.names])
+        schema = schema if names is None else schema.subset([n for n in schema.named(names) if n in schema.names])
     known = schema if schema is not None and schema.fields else None
     first = model
     while first.parent is not None:

@@ -35,6 +35,7 @@ def preflight(e: Experiment) -> None:
     """
     if all(e.stages.finished(name) for name in e.settings.stages if name != "report"):
         return
+    check_fields(e)
     if e.has("evaluate") and not e.stages.finished("evaluate"):
         _check_evaluation(e)
     _check_precisions(e)
@@ -59,6 +60,30 @@ def preflight(e: Experiment) -> None:
     plans = make_plans(e) if e.has("plan") and not e.stages.finished("plan") else None
     if not e.settings.dry_run:
         announce(e, experiment_cost(e, plans, measure=e.settings.max_hours > 0))
+
+
+def check_fields(e: Experiment) -> None:
+    """Refuse a field that the dataset does not have, at once: what else is checked takes encoders or measurements.
+
+    Raises:
+        UserError: Names the setting, and the closest field that there is.
+    """
+    known = PatchDataset.open(e.data).schema
+    site = e.settings.site_field
+    if site and site not in known.names and e.has("evaluate"):
+        raise UserError(
+            f"{e.data} has no field {site!r}; {nearest(site, known.names)}.",
+            "Name the hospital's field with site_field=NAME; site_field='' leaves out all that compares sites.",
+        )
+    own = [model for model in e.models.values() if model.source is None and not model.entry.data]
+    for model in own:
+        for name in known.named(model.fields or ()):
+            if name not in known.names:
+                raise UserError(
+                    f"models.{model.name} is conditioned on {name!r}, no field of {e.data}; "
+                    f"{nearest(name, known.names)}.",
+                    f"models.{model.name}.train.model.fields=[…] names its fields.",
+                )
 
 
 def _check_evaluation(e: Experiment) -> None:

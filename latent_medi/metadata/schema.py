@@ -167,8 +167,13 @@ class Schema:
         return Schema(tuple(new if f.name == field_name else f for f in self.fields))
 
     def subset(self, names: Iterable[str]) -> Schema:
-        """The schema of some fields, in the given order (the class first), with all values."""
-        return Schema(tuple(self.field(name) for name in names))
+        """The schema of some fields (see :meth:`named`), in the given order (the class first), with all values."""
+        return Schema(tuple(self.field(name) for name in self.named(names)))
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        """Names as settings give them: "class" is the class field, whatever its name, unless another has that name."""
+        known = self.class_field
+        return [known.name if name == "class" and name not in self.names and known else name for name in names]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -11,12 +11,15 @@ import numpy as np
 import pandas as pd
 
 from latent_medi.core.errors import UserError
+from latent_medi.core.progress import get_logger
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.published_splits import MEDI_SETTINGS, changed, published_columns, published_split
 from latent_medi.metadata.row_filter import only_mask
 from latent_medi.metadata.settings import SplitSettings
 from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, random_key, random_split
 from latent_medi.metadata.tables import require_columns
+
+logger = get_logger("metadata")
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,10 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
     column[~held] = random_split(index[~held], settings.fractions, settings.seed, settings.stratify)
     if patients and settings.hold_out_fractions:
         column[held] = _divide(index[held], combinations, settings)
+    for empty in [c for c in settings.hold_out if not hold_out(index, [c]).any()]:
+        logger.warning("No patient is %s: nothing is held out for it.", " × ".join(map(str, empty.values())))
+    if missing := sorted({*settings.fractions, *settings.hold_out_fractions} - set(column)):
+        logger.warning("No patient is left for %s: there are %d.", ", ".join(missing), index["patient"].nunique())
     if combinations:
         _check_training(index[column == training], index, settings, combinations, sites)
     recipe = {

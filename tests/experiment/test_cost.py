@@ -73,6 +73,14 @@ def cost_of(settings: ExperimentSettings, measure: bool = False) -> ExperimentCo
     return experiment_cost(experiment, measure=measure)
 
 
+def test_a_dry_run_names_a_wrong_field_before_it_measures(
+    settings: Callable[..., ExperimentSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costing, "measure_rates", lambda *_: pytest.fail("measured first"))
+    with pytest.raises(UserError, match="no field 'hospital'"):
+        run(settings(dry_run=True, site_field="hospital", stages=[*TO_SAMPLE, "evaluate"]))
+
+
 @pytest.mark.slow
 def test_images_and_bytes_are_those_of_the_run(settings: Callable[..., ExperimentSettings]) -> None:
     asked = settings()

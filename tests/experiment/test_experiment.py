@@ -192,6 +192,10 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         ({}, "is not held out: .* training patches have it"),
         (judged | {"site_field": "hospital"}, "has no field 'hospital'"),
         (judged | {"encoders": ["squeezenet"]}, "'squeezenet' needs its weights"),
+        (
+            judged | {"models": {"medi": {"config": "demo/medi", "train": {"model": {"fields": ["sight"]}}}}},
+            "medi is conditioned on 'sight'.*'site'",
+        ),
         (judged | {"encoders": ["demo", "demo"]}, "demo, demo"),
         ({"evaluate": {"unseen": False, "max_copy_rate": 2.0}}, "max_copy_rate is 2"),
         ({"evaluate": {"unseen": False, "deal": 3}}, "unknown setting 'evaluate.deal'"),

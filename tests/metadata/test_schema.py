@@ -207,3 +207,13 @@ def test_bad_fields_are_refused() -> None:
         Schema.from_dict(broken)
     with pytest.raises(UserError, match="version"):
         Schema.from_dict({**schema().to_dict(), "schema_version": 99})
+
+
+def test_class_names_the_class_field_whatever_its_name() -> None:
+    made = Schema.from_table(pd.DataFrame({"grade": ["a"], "site": ["s"]}), "grade", ["site"])
+    assert made.subset(["class"]).names == ("grade",)
+    assert made.named(["class", "site"]) == ["grade", "site"]
+    other = Schema.from_table(pd.DataFrame({"grade": ["a"], "class": ["s"]}), "grade", ["class"])
+    assert other.subset(["class"]).names == ("class",)
+    with pytest.raises(UserError, match="'class'"):
+        made.subset(["site"]).subset(["class"])

@@ -181,3 +181,13 @@ def test_what_is_held_out_must_still_be_made_of_things_seen() -> None:
 
 def test_a_share_below_one_combination_holds_out_one() -> None:
     assert len(choose_combinations(cohort(), ["class", "site"], 0.01, 0, thin_patients=5)) == 1
+
+
+def test_what_has_no_patient_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Both values occur, their combination does not: a split without a test part would be found much later."""
+    table = pd.DataFrame({"patient": ["p", "q"], "class": ["a", "b"], "site": ["w", "x"]})
+    parts = {"train": 0.7, "probe": 0.15, "test": 0.15}
+    split = make_split(table, SplitSettings(hold_out=[{"class": "a", "site": "x"}], fractions=parts))
+    assert len(split.column) == 2
+    assert "No patient is a × x" in caplog.text
+    assert "No patient is left for" in caplog.text
