@@ -182,6 +182,16 @@ def require_columns(
     )
 
 
+def say_what_is_left(table: pd.DataFrame, taken: Iterable[str], where: str) -> None:
+    """Name the columns of a table that do not go into a dataset folder: the hospital may be one of them."""
+    if left := [str(column) for column in table.columns if column not in set(taken)]:
+        logger.info(
+            "%s: not taken are the columns %s. categorical=[…] or continuous=[…] make fields of them, extra=[…] keeps "
+            "them beside.",
+            where, ", ".join(left),
+        )  # fmt: skip
+
+
 def settings_of_columns(settings: Any, *names: str) -> dict[str, str]:
     """The setting that names a column, by column, for :func:`require_columns`.
 

@@ -345,3 +345,17 @@ def test_an_image_under_two_paths_is_taken_once_by_the_path_without_a_link(
     assert made.index.groupby("class").size().to_dict() == {"normal": 3, "tumour": 3}
     assert "img/latest is the folder" in caplog.text
     assert "normal/a0_1.png is the same file as" in caplog.text
+
+
+def test_columns_that_do_not_go_along_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A hospital that is forgotten here is missed after the training."""
+    names = [f"i{i}.png" for i in range(4)]
+    for i, name in enumerate(names):
+        save(tmp_path / "t" / name, i)
+    table = write(tmp_path / "t", names, hospital=list("aabb"))
+    caplog.set_level("INFO")
+    assert run(table, tmp_path / "out", class_field="class").schema.names == ("class",)
+    assert "not taken are the columns hospital." in caplog.text
+    caplog.clear()
+    assert run(table, tmp_path / "all", class_field="class", categorical=["hospital"]).schema.names[1:] == ("hospital",)
+    assert "not taken" not in caplog.text

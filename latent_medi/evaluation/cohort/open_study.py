@@ -210,7 +210,9 @@ def _open_real(settings: EvaluateSettings) -> PatchDataset:
     elif settings.site_field not in real.schema.names:
         close = nearest(settings.site_field, real.schema.names)
         problem = f"The dataset {settings.real} has no field {settings.site_field!r}; {close}."
-        raise UserError(problem, "Name the hospital's field with site_field=NAME; site_field='' leaves out all that compares sites.")
+        raise UserError(
+            problem, "Name the hospital's field with site_field=NAME; site_field='' leaves out all that compares sites."
+        )
     if synthetic := int((index["origin"] != "real").sum()):
         raise UserError(f"{settings.real} holds {synthetic} synthetic patches; a reference must be real.")
     assert_patient_disjoint(index, column)

@@ -17,7 +17,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.metadata.field_names import check_new_names
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.splits import assert_patient_disjoint
-from latent_medi.metadata.tables import require_columns, settings_of_columns
+from latent_medi.metadata.tables import require_columns, say_what_is_left, settings_of_columns
 from latent_medi.metadata.tcga import warn_of_contradictions
 from latent_medi.shards.importing.find_files import find_files, without_copies
 from latent_medi.shards.importing.rejected import Rejected
@@ -106,6 +106,8 @@ def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict
     named = [settings.image_column, settings.patient_column, *fields, *settings.extra, *optional]
     where = f"The table {settings.table}".strip()
     require_columns(table, named, where, settings_of_columns(settings, *_REQUIRED, *_OPTIONAL))
+    if settings.table:  # a recipe's own table has what it needs
+        say_what_is_left(table, named, where)
     check_new_names(fields, settings.extra, settings.continuous)
     check_resolutions(settings)
     if not len(table):

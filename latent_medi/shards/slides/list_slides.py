@@ -19,7 +19,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.metadata.field_names import check_new_names
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.tables import read_table, require_columns, settings_of_columns
+from latent_medi.metadata.tables import read_table, require_columns, say_what_is_left, settings_of_columns
 from latent_medi.metadata.tcga import is_tcga, parse_barcode, slide_key
 from latent_medi.shards.importing.find_files import find_files, without_copies
 from latent_medi.shards.importing.resolution import MPP_RANGE, check_mpp
@@ -120,6 +120,8 @@ def _of_table(root: Path, columns: list[str], settings: SlideSettings) -> tuple[
     require_columns(table, [settings.slide_column, settings.patient_column, *columns], where, named)
     if not len(table):
         raise UserError(f"{where} has no row.")
+    taken = [getattr(settings, name) for name in ("slide_column", "patient_column", "key_column")]
+    say_what_is_left(table, [*taken, *columns], where)
     finder = _Finder(root)
     slides = []
     numbers: dict[str, int] = {}

@@ -210,3 +210,10 @@ def test_resolutions_of_slides_that_are_named_alike(tmp_path: Path) -> None:
     table.write_text("slide,mpp\nc,0.5\nc.tif,0.25\n")
     with pytest.raises(UserError, match=r"gives c.tif two resolutions: 0.5 and 0.25"):
         listed(source, mpp_table=str(table))
+
+
+def test_columns_that_do_not_go_along_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = touch(tmp_path / "s", "a.svs")
+    caplog.set_level("INFO")
+    listed(source, "slide,patient,grade,hospital\na,p,g,h\n", class_field="grade")
+    assert "not taken are the columns hospital." in caplog.text
