@@ -186,8 +186,8 @@ def say_what_is_left(table: pd.DataFrame, taken: Iterable[str], where: str) -> N
     """Name the columns of a table that do not go into a dataset folder: the hospital may be one of them."""
     if left := [str(column) for column in table.columns if column not in set(taken)]:
         logger.info(
-            "%s: not taken are the columns %s. categorical=[…] or continuous=[…] make fields of them, extra=[…] keeps "
-            "them beside.",
+            "%s: not taken are the columns %s. categorical=[…] or continuous=[…] makes fields of them, extra=[…] "
+            "columns of the index.",
             where, ", ".join(left),
         )  # fmt: skip
 

@@ -142,7 +142,7 @@ def test_every_packaged_configuration_fits_its_settings() -> None:
         # What data they are for is added.
         if path.parent.name in ("presets", "histodiffusion") or path.stem.endswith("_faithful"):
             values = {"data": "data", "out": "out", **values}
-        settings_class = kinds.get(path.stem) or (ExperimentSettings if "recipe" in values else TrainSettings)
+        settings_class = kinds.get(path.stem) or (ExperimentSettings if "models" in values else TrainSettings)
         settings = config.build(settings_class, values)
         models = settings.models.values() if isinstance(settings, ExperimentSettings) else []
         for model in [config.load_yaml(model.config)["model"] for model in models] or [values.get("model")] * (

@@ -17,7 +17,7 @@ from latent_medi.core.progress import get_logger
 from latent_medi.metadata.field_names import check_new_names
 from latent_medi.metadata.fields import is_missing
 from latent_medi.metadata.splits import assert_patient_disjoint
-from latent_medi.metadata.tables import require_columns, say_what_is_left, settings_of_columns
+from latent_medi.metadata.tables import require_columns, settings_of_columns
 from latent_medi.metadata.tcga import warn_of_contradictions
 from latent_medi.shards.importing.find_files import find_files, without_copies
 from latent_medi.shards.importing.rejected import Rejected
@@ -91,6 +91,12 @@ def images_as_patients(table: pd.DataFrame, settings: ImportSettings) -> tuple[p
     return table.assign(patient=patients), dataclasses.replace(settings, patient_column="patient")
 
 
+def columns_taken(settings: ImportSettings) -> list[str]:
+    """The columns of a table that the settings name."""
+    optional = [column for name in _OPTIONAL if (column := getattr(settings, name))]
+    return [settings.image_column, settings.patient_column, *field_columns(settings), *settings.extra, *optional]
+
+
 def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict[str, Any]], list[int], list[Rejected]]:
     """What each patch will be made from: path, key, patient, slide, position, source resolution, fields and extras.
 
@@ -101,13 +107,9 @@ def image_rows(table: pd.DataFrame, settings: ImportSettings) -> tuple[list[dict
         UserError: A column is absent, a field has a name that is taken, two rows have one key, a row has no patient or
             resolution, or no row is usable.
     """
-    fields = field_columns(settings)
-    optional = [column for name in _OPTIONAL if (column := getattr(settings, name))]
-    named = [settings.image_column, settings.patient_column, *fields, *settings.extra, *optional]
+    fields, named = field_columns(settings), columns_taken(settings)
     where = f"The table {settings.table}".strip()
     require_columns(table, named, where, settings_of_columns(settings, *_REQUIRED, *_OPTIONAL))
-    if settings.table:  # a recipe's own table has what it needs
-        say_what_is_left(table, named, where)
     check_new_names(fields, settings.extra, settings.continuous)
     check_resolutions(settings)
     if not len(table):

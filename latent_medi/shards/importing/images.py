@@ -18,12 +18,18 @@ from latent_medi.core.errors import UserError
 from latent_medi.core.locks import output_lock
 from latent_medi.core.progress import progress
 from latent_medi.metadata.schema import Schema
-from latent_medi.metadata.tables import read_table
+from latent_medi.metadata.tables import read_table, say_what_is_left
 from latent_medi.shards.checking.duplicates import allowed
 from latent_medi.shards.dataset import INFO_FILE, PatchDataset
 from latent_medi.shards.format.codec import check_header, decode_image, open_image
 from latent_medi.shards.importing.image_file import check_file, image_path, read_image, unreadable
-from latent_medi.shards.importing.image_table import given_split, image_rows, images_as_patients, list_images
+from latent_medi.shards.importing.image_table import (
+    columns_taken,
+    given_split,
+    image_rows,
+    images_as_patients,
+    list_images,
+)
 from latent_medi.shards.importing.rejected import Rejected, recorded, report_rejected, smaller_than
 from latent_medi.shards.importing.workers import dispatch
 from latent_medi.shards.settings import ImportSettings
@@ -96,7 +102,10 @@ def import_images(
         about = Description(
             name, schema, settings.patch_size, mpp, settings.codec, provenance or {}, splits, settings.patient_is
         )
-        return _import(settings, about, _Work(rows, root, geometry, settings.codec), left_out, patients)
+        made = _import(settings, about, _Work(rows, root, geometry, settings.codec), left_out, patients)
+    if settings.table:  # a recipe's own table has what it needs
+        say_what_is_left(table, columns_taken(settings), f"The table {settings.table}")
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
