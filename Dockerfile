@@ -1,9 +1,9 @@
-# latent-medi in a container. The folder mounted at /work holds data and results; no process is root.
+# latent-medi in a container. The folder mounted at /data holds data and results; no process is root.
 #
 #   docker build -t latent-medi .                                      # torch of PyPI, with CUDA
 #   docker build -t latent-medi:cpu \
 #       --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu . # without CUDA
-#   docker run --rm --gpus all --shm-size 2g --user "$(id -u):$(id -g)" -v "$PWD:/work" latent-medi demo
+#   docker run --rm --gpus all --shm-size 2g --user "$(id -u):$(id -g)" -v "$PWD:/data" latent-medi demo
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 ARG TORCH_INDEX=
@@ -24,10 +24,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,target=/src \
     /opt/venv/bin/pip install --no-deps /src
 
-RUN useradd --create-home medi && mkdir /work && chown medi /work
+RUN useradd --create-home medi && mkdir /data && chown medi /data
 USER medi
-WORKDIR /work
+WORKDIR /data
 # Caches lie in the mounted folder, so that weights are downloaded once, whatever --user says.
-ENV PATH=/opt/venv/bin:$PATH HF_HOME=/work/.cache/huggingface TORCH_HOME=/work/.cache/torch MPLCONFIGDIR=/tmp
+ENV PATH=/opt/venv/bin:$PATH HF_HOME=/data/.cache/huggingface TORCH_HOME=/data/.cache/torch MPLCONFIGDIR=/tmp
 ENTRYPOINT ["latent-medi"]
 CMD ["--help"]

@@ -70,7 +70,7 @@ def test_the_wheel_works_alone(built: Path, tmp_path: Path) -> None:
     assert PatchDataset.open(there.work / "crc").schema.field("class").values == ("adipose", "tumour")
     for name in ("one", "two"):
         assert (there.work / name / "model" / "model_index.json").is_file()
-    assert "two processes" in (tmp_path / "two.log").read_text() or "2 processes" in (tmp_path / "two.log").read_text()
+    assert "2 processes" in (tmp_path / "two.log").read_text()
 
 
 @pytest.mark.slow

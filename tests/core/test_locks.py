@@ -253,9 +253,9 @@ def test_many_at_once_are_never_two_at_once(tmp_path: Path) -> None:
         )
         for _ in range(8)
     ]
-    told = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8, told
-    assert sum(int(out.split()[0]) for out, _ in told) > 50, told
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, outputs
+    assert sum(int(out.split()[0]) for out, _ in outputs) > 50, outputs
     with output_lock(folder):
         pass
     assert not list(folder.iterdir())
