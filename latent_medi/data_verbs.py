@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import Incomplete, UserError
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def shards_join(settings: JoinSettings) -> Printed:
 
 def _holds(dataset: PatchDataset) -> str:
     """The size and path of a dataset folder, for printing."""
-    return f"{len(dataset)} patches of {dataset.index['patient'].nunique()} patients in {dataset.folder}"
+    patients = counted(dataset.index["patient"].nunique(), "patient")
+    return f"{counted(len(dataset), 'patch')} of {patients} in {dataset.folder}"
 
 
 def shards_info(settings: InfoSettings) -> Printed:
@@ -115,7 +117,8 @@ def export(settings: ExportSettings) -> Printed:
     from latent_medi.shards.export import export
 
     result = export(settings)
-    print(", ".join(f"{part}: {count} patches" for part, count in result["parts"].items()) + f" in {result['folder']}")
+    parts = [f"{part}: {counted(count, 'patch')}" for part, count in result["parts"].items()]
+    print(f"{', '.join(parts)} in {result['folder']}")
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def classify(settings: ClassifySettings) -> Printed:
     if os.environ.get("RANK", "0") == "0":
         if done.scores is not None:
             print(scores_text(done.scores))
-        print(f"{done.patches} patches classified, written to {settings.out}")
+        print(f"{counted(done.patches, 'patch')} classified, written to {settings.out}")
     return {"table": settings.out, "patches": done.patches, "scores": encode(done.scores)}
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from latent_medi.autoencoder.data import MeasuredPart
 from latent_medi.autoencoder.losses import TERMS, TrainedAutoencoder
 from latent_medi.autoencoder.settings import AutoencoderSettings
+from latent_medi.core.counting import counted
 from latent_medi.core.device import exact_fp32
 from latent_medi.core.files import atomic_path
 from latent_medi.core.progress import get_logger, progress
@@ -90,7 +91,7 @@ class Measured:
         """In words."""
         seen = f"{self.psnr:.2f} dB"
         seen += "" if self.kid is None else f", {KID_UNIT} {kid_text(self.kid)} ({self.encoder})"
-        return f"{seen}, {self.n} patches"
+        return f"{seen}, {counted(self.n, 'patch')}"
 
 
 def distances(real: np.ndarray, made: np.ndarray) -> tuple[float, float, int]:

@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_TYPES = {"F16": 2, "F32": 4, "I64": 8, "U8": 1}
-_NAMES = {"float16": "F16", "float32": "F32", "int64": "I64", "uint8": "U8"}
+_TYPES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "F64": 8, "I64": 8}
+"""Bytes of one value, in the order that safetensors gives types; a file holds the last ones first."""
+_NAMES = {"bool": "BOOL", "bfloat16": "BF16", "uint8": "U8"} | {
+    f"{word}{bits}": f"{word[0].upper()}{bits}"
+    for word, widths in {"int": (8, 16, 32, 64), "float": (16, 32, 64)}.items()
+    for bits in widths
+}
 _AT_ONCE = 64  # tensors that are read from one mapping of a file
 
 
@@ -22,8 +27,8 @@ def tensor_file_bytes(
     """Bytes of a safetensors file: a length, a JSON header padded to a multiple of 8, and the tensors.
 
     Args:
-        tensors: Name, type ("F16", "F32", "I64" or "U8") and shape of each. They are stored by type, the widest first,
-            and then by name.
+        tensors: Name, type (as safetensors names it, such as "F16" or "I64") and shape of each. They are stored by
+            type, the widest first, and then by name.
         metadata: Its further entries.
     """
     header, end = _header(tensors, metadata)
@@ -36,14 +41,17 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     ``save_file`` needs all of them so at once: a second optimizer in memory, where that is on a GPU or channels-last.
 
     Args:
-        tensors: By name; float16, float32, int64 or uint8, on any device.
+        tensors: By name; bool, uint8, signed integers, bfloat16 or float16 to float64, on any device.
         file: The file.
     """
+    import torch
+
     kinds = {name: _NAMES[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
     with file.open("wb") as stream:
         stream.write(_header([(name, kinds[name], tuple(tensors[name].shape)) for name in tensors])[0])
         for name in _ordered(kinds):
-            stream.write(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+            flat = tensors[name].detach().cpu().contiguous().flatten()
+            stream.write(flat.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,7 +73,8 @@ def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _ordered(kinds: Mapping[str, str]) -> list[str]:
-    return sorted(kinds, key=lambda name: (-_TYPES[kinds[name]], name))
+    rank = {kind: -place for place, kind in enumerate(_TYPES)}
+    return sorted(kinds, key=lambda name: (rank[kinds[name]], name))
 
 
 def _header(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from latent_medi.core.counting import counted
 from latent_medi.evaluation.downstream.records import Downstream
 from latent_medi.evaluation.results import Metrics
 from latent_medi.evaluation.verdict import TO_SEE, above, in_words, patients_needed
@@ -44,7 +45,7 @@ def _few_patients(downstream: Downstream, differences: Mapping[str, Difference],
     few = {value: n for value, n in downstream.test_patients.items() if 0 < n < MIN_PATIENTS}
     if not few:
         return ""
-    listed = in_words([f"{n} test patient{'s' if n > 1 else ''} of {value}" for value, n in few.items()])
+    listed = in_words([f"{counted(n, 'test patient')} of {value}" for value, n in few.items()])
     needed = max(patients_needed(difference) for difference in differences.values())
     more = f", and about {needed} {group} to see a difference of {TO_SEE:g}" if needed > MIN_PATIENTS else ""
     where = ", ".join(downstream.affected_sites)

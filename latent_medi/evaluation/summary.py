@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from latent_medi.core.counting import counted
 from latent_medi.core.records import encode
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
@@ -290,7 +291,8 @@ def _accuracies(record: Headline) -> list[str]:
         values = [getattr(record, score)[name] for score in ACCURACIES]
         lines.append(f"  {label_of(name)[:31]:<32}" + "".join(f"{_number(value):>13}" for value in values))
     if record.n_test_patches is not None:
-        lines.append(f"  under shift: {record.n_test_patches} test patches of {record.n_test_patients} patients")
+        patches, patients = counted(record.n_test_patches, "test patch"), counted(record.n_test_patients, "patient")
+        lines.append(f"  under shift: {patches} of {patients}")
     return lines
 
 

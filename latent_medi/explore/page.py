@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from latent_medi.core import config
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError, needs
 from latent_medi.core.hub import is_hub_id
 from latent_medi.core.progress import get_logger
@@ -133,7 +134,7 @@ class Collection:
         """Name and sizes."""
         named = "".join(f", {name} with {len(dataset)}" for name, dataset in self.synthetic.items())
         patients = self.data.index["patient"].nunique()
-        return f"{self.data.name}: {len(self.data)} patches of {patients} patients{named}"
+        return f"{self.data.name}: {counted(len(self.data), 'patch')} of {counted(patients, 'patient')}{named}"
 
     @property
     def parts(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import read_sealed
 from latent_medi.core.records import Mismatch, decode
@@ -196,7 +197,7 @@ def comparison_table(found: ClassifierComparison) -> pd.DataFrame:
 def comparison_facts(found: ClassifierComparison) -> str:
     """What was trained and tested, in a line."""
     unit = "patients" if found.patient_is == "patient" else f"{found.patient_is}s"
-    seeds = f"{found.seeds} seeds" if found.seeds > 1 else "1 seed"
+    seeds = counted(found.seeds, "seed")
     return (
         f"{found.network}, {found.images:,} images per training, {found.rows[0].n_real:,} real patches, {seeds}; "
         f"{found.n_patches:,} test patches of {found.n_patients:,} {unit}"

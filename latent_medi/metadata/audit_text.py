@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latent_medi.metadata.estimability import VERDICTS
+from latent_medi.core.counting import counted
+from latent_medi.metadata.estimability import VERDICTS, rounded_down
 from latent_medi.metadata.suspect_values import are_tcga_codes
 
 _STRONG = 0.8  # Cramér's V above which the advice warns of shortcut learning
 _SEPARATES = 0.9  # AUROC over patients from which the advice says that a continuous field separates two classes
+_MOST_HELD_OUT = 3  # combinations that are listed
 _MUCH_MISSING = 0.2  # share of unknown values above which the advice mentions the field
 
 
@@ -27,10 +29,10 @@ def advice(result: Mapping[str, Any], class_field: str, repeated: Sequence[tuple
     if (shared := result["shared_patients"])["count"]:
         first = shared["examples"][0]
         lines.append(
-            f"{shared['count']} patients have patches at several {site_field}s, such as {first['patient']!r} at "
-            f"{some(first['sites'], 4)}. If they are different people with the same number, add the {site_field} to "
-            f"the patient in the table ({first['sites'][0]}-{first['patient']}) and make the dataset again. Until then "
-            "each counts as one patient and is held out as one."
+            f"{counted(shared['count'], 'patient')} with patches at several {site_field}s, such as "
+            f"{first['patient']!r} at {some(first['sites'], 4)}. If they are different people with the same "
+            f"number, add the {site_field} to the patient in the table ({first['sites'][0]}-{first['patient']}) and "
+            "make the dataset again. Until then each counts as one patient and is held out as one."
         )
     if len(groups) > 1:
         codes = [site for group in groups for site in group["sites"]]
@@ -125,7 +127,8 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
     """The audit as plain text for a terminal; lists at most ``most`` combinations that are not seen."""
     counts = result["counts"]
     unit = "rows" if "table" in result else "patches"
-    lines = [f"{counts['patches']} {unit}, {counts['slides']} slides, {counts['patients']} patients"]
+    nouns = {"patches": "row" if "table" in result else "patch", "slides": "slide", "patients": "patient"}
+    lines = [", ".join(counted(counts[name], noun) for name, noun in nouns.items())]
     if result["split"]:
         lines[0] += f" ({result['split']})"
     for name, margin in result["margins"].items():
@@ -153,7 +156,10 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
             f"class and {result['site_field']} fall into {len(components)} separate groups: "
             "their effects cannot be separated across groups"
         )
-        lines += [f"  {some(c['classes'])} at {some(c['sites'])} ({c['patients']} patients)" for c in components[:most]]
+        lines += [
+            f"  {some(c['classes'])} at {some(c['sites'])} ({counted(c['patients'], 'patient')})"
+            for c in components[:most]
+        ]
     elif components:
         lines.append(f"class and {result['site_field']} are linked by seen combinations throughout")
     lines.append("combinations: " + ", ".join(f"{n} {word}" for word, n in result["verdict_counts"].items()))
@@ -165,5 +171,12 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
         lines.append(f"  {combination}: {entry['verdict']} ({entry['reason']})")
     if len(listed) > most:
         lines.append(f"  … and {len(listed) - most} more")
+    if ready := result["can_be_held_out"]:
+        lines.append(f"{counted(len(ready), 'combination')} can be held out as a test of unseen ones:")
+        for entry in ready[:_MOST_HELD_OUT]:
+            own = f"  {' × '.join(entry['combination'].values())}: {counted(entry['patients'], 'patient')}"
+            lines.append(f"{own}; without them it rests on {rounded_down(entry['effective_patients'])} effective ones")
+        if len(ready) > _MOST_HELD_OUT:
+            lines.append(f"  … and {len(ready) - _MOST_HELD_OUT} more")
     lines += [f"→ {sentence}" for sentence in result["advice"]]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ import pandas as pd
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.schema import UNKNOWN_WORD
 from latent_medi.metadata.tables import require_columns
@@ -62,10 +63,7 @@ class Verdicts:
         if not combination:
             raise UserError("A combination has at least one field.")
         names = tuple(combination)
-        if names not in self._seen:
-            require_columns(self.index, names, "The index")
-            self._seen[names] = _SeenCombinations(self.index, names)
-        seen, values = self._seen[names], tuple(str(combination[name]) for name in names)
+        seen, values = self._seen_of(names), tuple(str(combination[name]) for name in names)
         counts = seen.cells.get(values, dict.fromkeys(UNITS, 0))
         effective = None if counts["patients"] else seen.effective_patients(values)
         word, reason = seen.verdict(values, counts["patients"], effective, self.thin)
@@ -76,6 +74,29 @@ class Verdicts:
             **counts,
             "effective_patients": effective,
         }
+
+    def can_be_held_out(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Seen combinations of some fields that can test the generation of unseen ones, those of most patients first.
+
+        Without its n patients, a combination of E effective patients rests on E − n: taking an observation from a
+        linear model takes its weight from the inverse of the variance of its mean (Sherman and Morrison 1950).
+
+        Returns:
+            ``combination``, ``patients`` and ``effective_patients`` (without them); both at least ``thin_patients``.
+        """
+        seen, result = self._seen_of(tuple(names)), []
+        for values, counts in seen.cells.items():
+            without = (seen.effective_patients(values) or 0.0) - counts["patients"]
+            if min(counts["patients"], without + _ROUNDING) >= self.thin:
+                found: dict[str, Any] = {"combination": dict(zip(names, values, strict=True))}
+                result.append(found | {"patients": counts["patients"], "effective_patients": without})
+        return sorted(result, key=lambda entry: -entry["patients"])
+
+    def _seen_of(self, names: tuple[str, ...]) -> _SeenCombinations:
+        if names not in self._seen:
+            require_columns(self.index, names, "The index")
+            self._seen[names] = _SeenCombinations(self.index, names)
+        return self._seen[names]
 
 
 class _SeenCombinations:
@@ -103,14 +124,14 @@ class _SeenCombinations:
         """The verdict and its reason."""
         if patients:
             few = patients < thin
-            return "thin" if few else "seen", f"{patients} patients" + (f", fewer than {thin}" if few else "")
+            return "thin" if few else "seen", counted(patients, "patient") + (f", fewer than {thin}" if few else "")
         named = [(n, v, int(self.margins[n].get(v, 0))) for n, v in zip(self.names, values, strict=True)]
         if never := [f"{n} = {v!r}" for n, v, count in named if not count]:
             return "unidentifiable", f"no patch has {' or '.join(never)}"
         if effective is None:
             return "unidentifiable", self._why(values)
-        margins = ", ".join(f"{n} = {v!r}: {count} patients" for n, v, count in named)
-        rests = f"no patch; rests on {math.floor(effective * 100 + _ROUNDING) / 100:g} effective patients"
+        margins = ", ".join(f"{n} = {v!r}: {counted(count, 'patient')}" for n, v, count in named)
+        rests = f"no patch; rests on {rounded_down(effective)} effective patients"
         if effective + _ROUNDING < thin:
             return "thin", f"{rests}, fewer than {thin} ({margins})"
         return "both margins seen", f"{rests} ({margins})"
@@ -191,6 +212,11 @@ class _Design:
         if np.linalg.norm(project(self._null)) > 1e-6 * np.linalg.norm(self._scale[at]):
             return None
         return float(1 / (1 / self._of_long[long] + np.square(project(self._root)).sum()))
+
+
+def rounded_down(effective: float) -> str:
+    """Effective patients with two decimals, none of which promises more than there is."""
+    return f"{math.floor(effective * 100 + _ROUNDING) / 100:g}"
 
 
 def component_of(pairs: set[tuple[str, str]]) -> dict[tuple[int, str], int]:

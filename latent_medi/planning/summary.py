@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from latent_medi.core.counting import counted
 from latent_medi.metadata.estimability import VERDICTS
 
 _ROWS, _COLUMNS, _WIDTH = 16, 7, 18  # of the table on the screen; the rows and columns beyond are added up
@@ -160,14 +161,15 @@ def plan_text(plan: PlanResult) -> str:
     summary = plan.summary
     of = "; ".join(f"{name}: {_some(values)}" for name, values in summary.only.items())
     share = f" ({summary.images / summary.real:.3g} × real)" if summary.real else ""
+    images, rows = counted(summary.images, "image"), counted(summary.rows, "row")
     lines = [
         f"goal {summary.goal} over {' × '.join(summary.fields)}{f' ({of})' if of else ''}",
-        f"{summary.real:,} real {summary.unit}, {summary.images:,} images planned{share} in {summary.rows:,} rows",
+        f"{summary.real:,} real {summary.unit}, {images} planned{share} in {rows}",
     ]
     lines += _bounds(summary)
     for verdict, count in summary.verdicts.items():
         if count.rows:
-            lines.append(f"  {verdict}: {count.rows:,} combinations, {count.images:,} images")
+            lines.append(f"  {verdict}: {counted(count.rows, 'combination')}, {counted(count.images, 'image')}")
     unidentifiable = summary.verdicts["unidentifiable"].rows
     if unidentifiable and summary.forced:
         lines.append(f"→ {unidentifiable:,} combinations are planned although the data cannot separate their effects.")

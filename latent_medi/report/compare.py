@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError
 from latent_medi.core.files import HTML, check_file, write_text
 from latent_medi.core.records import encode
@@ -324,7 +325,7 @@ def _entry(one: Number | None, first: Number | None, reason: list[str] | None) -
         }[one.kind]
     n = f"n = {record.n_patches}" if record.n_patches else ""
     if n and record.n_patients:
-        n += f", {record.n_patients} patients"
+        n += f", {counted(record.n_patients, 'patient')}"
     return Entry(value, interval, n, difference, reason or [])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
 from latent_medi.evaluation.downstream.registry import label_of
@@ -360,7 +361,7 @@ def _row(
 def _count(dataset: PatchDataset, rows: np.ndarray, lacking: Sequence[str]) -> str:
     """How many patches there are, of how many patients, and which fields they do not know."""
     index = dataset.index.iloc[rows]
-    text = f"{len(rows):,} patches"
+    text = counted(len(rows), "patch")
     if len(rows) and (index["origin"].to_numpy(dtype=str) == "real").all():
         text += f", {index['patient'].nunique():,} {dataset.patient_is}s"
     return text + (f", any {' and '.join(lacking)}" if lacking else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from latent_medi.core.counting import counted
 from latent_medi.evaluation.cohort.comparison_sets import REAL
 from latent_medi.evaluation.cohort.roles import Roles
 from latent_medi.evaluation.downstream.protocol_tables import set_label
@@ -58,7 +59,7 @@ def _table(rows: Sequence[MediProtocolRow]) -> tuple[list[str], list[tuple[str, 
     found = {((row.sites, row.max_real, row.ratio), set_label(row)): row.balanced_accuracy for row in rows}
     table = []
     for sites, most, ratio in keys:
-        words = f"{sites} sites, {f'at most {most}' if most else 'all'} real patches of a class"
+        words = f"{counted(sites, 'site')}, {f'at most {most}' if most else 'all'} real patches of a class"
         words += f", {ratio:g} synthetic per real" if ratio else ""
         table.append((words, [found.get(((sites, most, ratio), column)) for column in columns]))
     return columns, table
@@ -70,7 +71,7 @@ def _plots(rows: Sequence[MediProtocolRow], roles: Roles) -> list[tuple[str, str
     most = max((row.max_real for row in rows), key=lambda n: n or float("inf"))
     ratio = max(row.ratio for row in rows)
     amount = f"at most {most} real patches of a class" if most else "all their real patches"
-    every = f"{sites} sites"
+    every = counted(sites, "site")
     by_ratio = [row for row in rows if row.sites == sites and row.max_real == most]
     largest = [row for row in rows if row.ratio in (0, ratio)]
     by_sites = [row for row in largest if row.max_real == most]

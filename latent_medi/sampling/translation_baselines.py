@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import needs
 from latent_medi.core.files import atomic_path
 from latent_medi.core.progress import get_logger
@@ -149,8 +150,9 @@ def measures_text(measures: Mapping[str, Any]) -> str:
     def rgb(values: Sequence[float]) -> str:
         return " ".join(f"{v:5.1f}" for v in values)
 
+    patients = counted(measures["patients"], "patient")
     lines = [
-        f"{measures['patches']} patches of {measures['patients']} patients, averaged over patients:",
+        f"{counted(measures['patches'], 'patch')} of {patients}, averaged over patients:",
         f"{'':12}{'SSIM of haematoxylin':>22}{'correlation':>14}    mean red, green, blue",
         f"{'original':12}{'':36}    {rgb(measures['original']['rgb'])}",
     ]

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError, nearest
 from latent_medi.core.files import atomic_path, write_json, write_text
 from latent_medi.core.locks import output_lock
@@ -157,8 +158,8 @@ def _card(
         stored = "image files by class, and a metadata.csv per part"
     text = [
         f"# {info['name']}",
-        f"{len(exported)} patches of {info['patch_size']} px at {info['mpp']:g} µm per pixel; {stored}.",
-        "\n".join(f"- {part}: {count} patches" for part, count in counts.items()),
+        f"{counted(len(exported), 'patch')} of {info['patch_size']} px at {info['mpp']:g} µm per pixel; {stored}.",
+        "\n".join(f"- {part}: {counted(count, 'patch')}" for part, count in counts.items()),
     ]
     if made:
         text.append(

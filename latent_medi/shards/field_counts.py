@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError
 from latent_medi.metadata.heatmap import write_heat_map
 from latent_medi.shards.dataset import SPLIT_PREFIX, PatchDataset
@@ -49,7 +50,7 @@ def _contents(dataset: PatchDataset) -> dict[str, Any]:
     index, facts = dataset.index, dataset.info
     patients, slides = index["patient"].nunique(), index["slide"].nunique()
     print(f"{dataset.folder}: {len(dataset):,} {' and '.join(sorted(set(index['origin'])))} patches, ", end="")
-    print(f"{patients:,} patients, {slides:,} slides; ", end="")
+    print(f"{counted(patients, 'patient')}, {counted(slides, 'slide')}; ", end="")
     print(f"{dataset.patch_size} px at {facts['mpp']:g} µm per pixel, {facts['codec']}")
     if dataset.patients_note:
         print(dataset.patients_note)
@@ -60,11 +61,14 @@ def _contents(dataset: PatchDataset) -> dict[str, Any]:
             str(part): {"patches": int(row["size"]), "patients": int(row["nunique"])} for part, row in parts.iterrows()
         }
         splits[name] = counts
-        listed = (f"{part or 'no part'} {c['patches']:,} ({c['patients']:,} patients)" for part, c in counts.items())
+        listed = [
+            f"{part or 'no part'} {count['patches']:,} ({counted(count['patients'], 'patient')})"
+            for part, count in counts.items()
+        ]
         print(f"split {name}: {', '.join(listed)}")
     selected = {name: int(index[SELECTED_PREFIX + name].sum()) for name in dataset.selections}
     for name, count in selected.items():
-        print(f"selection {name}: {count:,} patches")
+        print(f"selection {name}: {counted(count, 'patch')}")
     print()
     return {
         "folder": str(dataset.folder),

@@ -10,7 +10,18 @@ from safetensors.torch import load_file, save_file
 
 from latent_medi.core.tensor_files import read_tensors, tensor_file_bytes, write_tensors
 
-TYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": torch.uint8}
+TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"sha256": "0" * 64}])
@@ -21,6 +32,7 @@ TYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": t
         [("features", "F32", (1000, 48)), ("known", "U8", (1000,))],
         [("a/step", "F32", ()), ("b.weight", "F16", (7,)), ("a/count", "I64", (1, 2)), ("none", "F32", (0, 5))],
         [(f"block.{i}.weight", "F32", (i, 3)) for i in range(120)],
+        [(f"x{i}", kind, (3, 2)) for i, kind in enumerate(TYPES)],
     ],
 )
 def test_the_size_is_that_of_the_file(tmp_path: Path, tensors: list, metadata: dict[str, str] | None) -> None:
@@ -34,6 +46,7 @@ def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
     tensors = {f"block.{i}.weight": torch.randn(3, i % 5) for i in range(150)}
     tensors |= {"conv": torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last), "turned": torch.randn(5, 7).T}
     tensors |= {"ä/step": torch.tensor(3.0), "count": torch.tensor(7), "half": torch.randn(9).half()}
+    tensors |= {f"type.{kind}": torch.arange(5).to(dtype) for kind, dtype in TYPES.items()}
     tensors |= {"map": torch.arange(256).byte(), "learned": torch.nn.Parameter(torch.randn(2))}
     write_tensors(tensors, tmp_path / "ours.safetensors")
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp_path / "theirs.safetensors")

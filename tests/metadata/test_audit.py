@@ -246,7 +246,7 @@ def test_a_patient_at_several_sites_is_told_once() -> None:
     result = audit(table.assign(patient=numbers), schema_of(table))
     assert result["shared_patients"]["count"] == 12
     assert result["shared_patients"]["examples"][0] == {"patient": "0", "sites": ["x", "y"]}
-    assert "12 patients have patches at several sites, such as '0' at x, y." in audit_text(result)
+    assert "12 patients with patches at several sites, such as '0' at x, y." in audit_text(result)
     assert "(x-0)" in result["advice"][0]
 
 
@@ -343,6 +343,34 @@ def test_effective_patients_are_those_of_the_additive_model(cells: dict[tuple[st
             assert found["effective_patients"] == pytest.approx(wanted)
             assert found["verdict"] == ("thin" if wanted < 3 - 1e-6 else "both margins seen")
             assert wanted <= min(people[n][v] for n, v in zip(names, values, strict=True)) + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(CELLS)
+def test_what_can_be_held_out_is_judged_as_if_it_were(cells: dict[tuple[str, ...], int]) -> None:
+    names = (*FIELDS,)[: len(next(iter(cells)))]
+    found = Verdicts(index(cells, names, each=1), 3).can_be_held_out(names)
+    wanted = []
+    for values, patients in cells.items():
+        rest = {other: count for other, count in cells.items() if other != values}
+        if rest and patients >= 3:
+            without = Verdicts(index(rest, names, each=1), 3)(dict(zip(names, values, strict=True)))
+            if without["verdict"] == "both margins seen":
+                wanted.append((values, patients, pytest.approx(without["effective_patients"])))
+    assert sorted((tuple(f["combination"].values()), f["patients"], f["effective_patients"]) for f in found) == (
+        sorted(wanted, key=lambda entry: entry[0])
+    )
+    assert [f["patients"] for f in found] == sorted((f["patients"] for f in found), reverse=True)
+
+
+def test_the_audit_names_what_to_hold_out() -> None:
+    table = index({("a", "x"): 40, ("a", "y"): 30, ("b", "x"): 25, ("b", "y"): 5})
+    assert "can be held out" not in audit_text(audit(table, schema_of(table)))  # all rest on the five of b at y
+    table = index({("a", "x"): 40, ("a", "y"): 30, ("b", "x"): 30, ("b", "y"): 30})
+    lines = audit_text(audit(table, schema_of(table))).splitlines()
+    at = lines.index("4 combinations can be held out as a test of unseen ones:")
+    assert lines[at + 1] == "  a × x: 40 patients; without them it rests on 10 effective ones"
+    assert lines[at + 4] == "  … and 1 more"
 
 
 def test_values_seen_beside_unknown_ones_alone_are_unidentifiable() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from latent_medi.core.counting import counted
 from latent_medi.evaluation.cohort.combinations import Combination, NotEvaluated, categorical_fields, describe
 from latent_medi.evaluation.cohort.comparison_sets import MIN_SAMPLES
 from latent_medi.metadata.estimability import Verdicts
@@ -101,7 +102,7 @@ class _Evaluable:
         if not patches:
             return "no test patch"
         if patients < MIN_PATIENTS:
-            return f"{patients} test patient{'s' if patients > 1 else ''}, {MIN_PATIENTS} are needed"
+            return f"{counted(patients, 'test patient')}, {MIN_PATIENTS} are needed"
         if patches < MIN_SAMPLES:
             return f"{patches} test patches, {MIN_SAMPLES} are needed"
         found = self.verdict(combination)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from latent_medi.core.counting import counted
 from latent_medi.evaluation.downstream.records import MediProtocol, MediProtocolRow, Protocols
 from latent_medi.evaluation.downstream.registry import label_of
 from latent_medi.statistics.seeds import MeanOverSeeds
@@ -51,7 +52,8 @@ def protocol_text(protocols: Protocols) -> str:
             title = f"MeDi's protocol, {f'task {name}: ' if name else ''}{len(task.classes)} classes, {encoder}"
             lines += ["", f"{title}: balanced accuracy, mean ± SEM of {seeds} seeds"]
             lines += _table(rows)
-            lines.append(f"  {task.test.n_patches:,} test patches of {task.test.n_patients:,} patients")
+            patients = counted(task.test.n_patients, "patient")
+            lines.append(f"  {counted(task.test.n_patches, 'test patch')} of {patients}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import progress
 from latent_medi.shards.checking.likeness import BLANK, HASH_BYTES, connected_components, fingerprint, shared_pictures
@@ -166,9 +167,9 @@ def duplicates_text(report: Mapping[str, Any]) -> str:
     if report.get("pictures"):
         classes = ", ".join(f"{name} {count}" for name, count in report["by_class"].items())
         lines.append(
-            f"pictures under several patients: {report['pictures']} ({report['patches']} patches of "
-            f"{report['patients']} patients; {report['same_pixels']} with equal pixels, the others turned, mirrored or "
-            "encoded again)" + (f"; patches by class: {classes}" if classes else "")
+            f"pictures under several patients: {report['pictures']} ({counted(report['patches'], 'patch')} of "
+            f"{counted(report['patients'], 'patient')}; {report['same_pixels']} with equal pixels, the others turned, "
+            "mirrored or encoded again)" + (f"; patches by class: {classes}" if classes else "")
         )
         lines += [f"  {' = '.join(group['patches'])}" for group in report["examples"][:_EXAMPLES_SHOWN]]
         if report["pictures"] > _EXAMPLES_SHOWN:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import Incomplete, UserError
 from latent_medi.core.files import read_object, remove
 from latent_medi.core.locks import output_lock
@@ -267,7 +268,8 @@ def _result(dataset: PatchDataset, rows: list[Row]) -> dict[str, Any]:
         "left_out": {row["slide"]: f"{row['status']}: {row['reason']}" for row in bad},
         "reasons": quality_table.count_by_reason(rows),
     }
-    print(f"{len(dataset)} patches of {by_status.get('kept', 0)} slides in {dataset.folder}; see {QC_TABLE} there")
+    slides = counted(by_status.get("kept", 0), "slide")
+    print(f"{counted(len(dataset), 'patch')} of {slides} in {dataset.folder}; see {QC_TABLE} there")
     if bad:
         reasons = quality_table.reasons_text(rows)
         raise Incomplete(f"{len(bad)} of {len(rows)} slides were left out:\n  {reasons}", result)
@@ -280,8 +282,8 @@ def _estimate(jobs: list[SlideJob], faults: list[Row], settings: SlideSettings) 
     patches, size = (sum(int(row[key]) for row in good) for key in ("kept", "bytes"))
     seconds = sum(float(row["estimated_seconds"]) for row in good) / max(settings.jobs, 1)
     print(pd.DataFrame([{c: row.get(c, "") for c in _ESTIMATE_COLUMNS} for row in rows]).to_string(index=False))
-    text = f"about {patches:,} patches, {size / 2**20:,.0f} MiB, {duration(seconds)} with {settings.jobs} jobs"
-    print(f"{text}; nothing was written")
+    text = f"about {counted(patches, 'patch')}, {size / 2**20:,.0f} MiB, {duration(seconds)} with"
+    print(f"{text} {counted(settings.jobs, 'job')}; nothing was written")
     result = {"patches": patches, "bytes": size, "seconds": round(seconds, 1), "slides": rows}
     if bad := len(rows) - len(good):
         reasons = quality_table.reasons_text(rows)
