@@ -96,8 +96,7 @@ def _not_recovered(metrics: Metrics, encoder: str, name: str) -> str:
     found = record.synthetic.get(metrics.roles.candidate) if record else None
     if record is None or found is None or found.value is None or record.real.value is None or not found.conditioned:
         return ""
-    # A linear probe that hardly finds it in real patches says nothing.
-    if record.real.value - record.chance < 0.1 or found.value >= (record.chance + record.real.value) / 2:
+    if record.says_nothing or found.value >= (record.chance + record.real.value) / 2:
         return ""
     return (
         f"its samples of unseen combinations show the requested {name} in {found.value:.0%}, real patches in "

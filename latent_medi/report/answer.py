@@ -180,8 +180,17 @@ def _found(metrics: Metrics, headline: Headline, field: str) -> KeyNumber | None
     found = recovery.synthetic.get(headline.candidate) if recovery else None
     if recovery is None or found is None or found.value is None or not found.conditioned:
         return None
+    question = f"Do they show the {field} that was asked for?"
+    if recovery.says_nothing:
+        return KeyNumber(
+            question,
+            "not known",
+            "",
+            f"A linear probe recognises the {field} of {percent(recovery.real)} of real patches, and guessing of "
+            f"{percent(recovery.chance)}: it cannot judge {label_of(headline.candidate)}’s patches.",
+        )
     return KeyNumber(
-        f"Do they show the {field} that was asked for?",
+        question,
         percent(found),
         _interval(share(found, 0)),
         f"of {label_of(headline.candidate)}’s patches of combinations that training never showed are recognised as "

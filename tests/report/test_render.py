@@ -164,6 +164,16 @@ def test_the_page_begins_with_question_answer_and_numbers(
     assert "not estimable" in said.numbers[0].interval
 
 
+def test_a_probe_that_fails_on_real_patches_judges_no_samples(evaluated: dict[str, Any]) -> None:
+    changed = copy.deepcopy(evaluated)
+    found = changed["adherence"]["filters"]["fields"]["class"]
+    found["real"]["value"] = found["chance"] + 0.05
+    said = answer(metrics_of(changed)).numbers[2]
+    assert said.value == "not known"
+    assert percent(found["real"]["value"]) in said.meaning
+    assert percent(found["chance"]) in said.meaning
+
+
 def test_an_evaluation_without_a_classifier_begins_with_how_near_samples_are(evaluated: dict[str, Any]) -> None:
     changed = copy.deepcopy(evaluated) | {"downstream": {}}
     changed["headline"]["findings"] = ["As found."]

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from latent_medi.statistics.intervals import Estimate
 
+_LEAST_GAIN = 0.1
+"""How much more than chance a linear probe finds in real patches, if its finds in synthetic ones mean anything."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery(Estimate):
@@ -63,6 +66,11 @@ class FieldRecovery:
     confusion: dict[str, list[list[float | None]]]
     converged: bool
     n_training: int
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the linear probe hardly finds the values in real patches, and so cannot judge synthetic ones."""
+        return self.real.value is not None and self.real.value - self.chance < _LEAST_GAIN
 
 
 @dataclass(frozen=True)
