@@ -220,11 +220,16 @@ class Experiment:
                 data, _ = training_data(self.settings, model.entry)
                 folders.setdefault(latents_folder(self.settings, model.name), (model.name, data))
         found = {}
+        first: dict[str, Any] = {"device_batch": _ENCODED_AT_ONCE}
+        if self.has("evaluate"):  # its encoder is at hand and fits the tissue
+            encoder = self.settings.encoders[0]
+            weights = self.settings.weights.get(encoder, "")
+            first["reconstruction_error"] = {"encoder": encoder, "weights": weights}
         for latents, (name, data) in folders.items():
             derived = {"data": data, "out": latents, "autoencoder": self.autoencoder}
             if not name:
                 derived |= self.only
-            values = config.merge({"device_batch": _ENCODED_AT_ONCE} | self.settings.encode, derived)
+            values = config.merge(config.merge(first, self.settings.encode), derived)
             found[name] = config.make(EncodeSettings, values, "encode")
             found[name].check()
         return found

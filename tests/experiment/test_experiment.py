@@ -229,6 +229,15 @@ def test_what_would_end_the_evaluation_is_told_before_anything_is_trained(tiny: 
         assert not (tmp_path / "out" / "audit.json").exists()
 
 
+def test_reconstructions_are_judged_by_the_encoder_of_the_evaluation(tiny: Path, tmp_path: Path) -> None:
+    words = {"data": str(tiny / "data"), "out": str(tmp_path), "encoders": ["squeezenet"]}
+    words["weights"] = {"squeezenet": "file.pth"}
+    found = Experiment(build(ExperimentSettings, words)).encodings[""].reconstruction_error
+    assert (found.encoder, found.weights) == ("squeezenet", "file.pth")
+    words["stages"] = ["encode", "train"]  # another encoder may not be at hand
+    assert Experiment(build(ExperimentSettings, words)).encodings[""].reconstruction_error.encoder == "demo"
+
+
 def test_a_run_encodes_in_another_process_and_as_it_is_told(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
