@@ -290,7 +290,7 @@ def _accuracies(record: Headline) -> list[str]:
     for name in record.accuracy_shift:
         values = [getattr(record, score)[name] for score in ACCURACIES]
         lines.append(f"  {label_of(name)[:31]:<32}" + "".join(f"{_number(value):>13}" for value in values))
-    if record.n_test_patches is not None:
+    if record.n_test_patches is not None and record.n_test_patients is not None:
         patches, patients = counted(record.n_test_patches, "test patch"), counted(record.n_test_patients, "patient")
         lines.append(f"  under shift: {patches} of {patients}")
     return lines
