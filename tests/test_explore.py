@@ -251,6 +251,14 @@ def test_a_person_filters_and_draws_samples(served: tuple[str, Proxy], tmp_path:
         assert tab.value(f"{link}.download") == "synthetic-tumour-birch-seed0.png"
         assert b"origin\0synthetic" in base64.b64decode(tab.value(f"{link}.href").partition("base64,")[2])
 
+        # On a slow line, what is chosen before the page has answered counts too.
+        line = {"offline": False, "latency": 1500, "downloadThroughput": -1, "uploadThroughput": -1}
+        tab.call("Network.emulateNetworkConditions", **line)
+        page.choose("class", "any")
+        page.choose("site", "aster")
+        page.until("document.querySelector('#verdict').innerText.startsWith('aster')")
+        tab.call("Network.emulateNetworkConditions", **line | {"latency": 0})
+
         Page(tab, address, 390)
         assert tab.value("document.documentElement.scrollWidth") <= 390
         assert [url for url in tab.requests if not url.startswith(address)] == []

@@ -362,7 +362,8 @@ def build_page(collection: Collection, generator: Generator) -> Any:
 
         inputs, outputs = [source, part, *chosen], [number, verdict, real, synthetic, where]
         changes = [page.load, *(choice.change for choice in inputs)]
-        gr.on(changes, lambda *given: show(0, *given), inputs, outputs)
+        # Whoever chooses again before the page has answered sees what was chosen last.
+        gr.on(changes, lambda *given: show(0, *given), inputs, outputs, trigger_mode="always_last")
         back.click(lambda now, *given: show(now - 1, *given), [number, *inputs], outputs)
         on.click(lambda now, *given: show(now + 1, *given), [number, *inputs], outputs)
         if generator.models:
