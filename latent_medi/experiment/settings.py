@@ -138,7 +138,7 @@ class ExperimentSettings(Settings):
             before anything is encoded, such as {train: decoder, max_images: 50000}.
         encode: Encoding settings, such as precision; ``device_batch`` is 16 here unless it is given.
         encoders: Names or folders of the image encoders of selection and evaluation; the first gives the headline, and
-            judges the autoencoder's reconstructions.
+            evaluates the autoencoder's reconstructions.
         weights: Weight file or folder by encoder name, for encoders that need one.
         site_field: Field that names the hospital; empty if the data have none.
         held_out: Combinations without a training patch; or the word "split": those that the split holds out, of which

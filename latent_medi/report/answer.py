@@ -187,7 +187,7 @@ def _found(metrics: Metrics, headline: Headline, field: str) -> KeyNumber | None
             "not known",
             "",
             f"A linear probe recognises the {field} of {percent(recovery.real)} of real patches, and guessing of "
-            f"{percent(recovery.chance)}: it cannot judge {label_of(headline.candidate)}’s patches.",
+            f"{percent(recovery.chance)}: it says nothing of {label_of(headline.candidate)}’s patches.",
         )
     return KeyNumber(
         question,

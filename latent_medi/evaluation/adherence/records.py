@@ -69,7 +69,7 @@ class FieldRecovery:
 
     @property
     def says_nothing(self) -> bool:
-        """Whether the linear probe hardly finds the values in real patches, and so cannot judge synthetic ones."""
+        """Whether the linear probe hardly finds the values in real patches, and so says nothing of synthetic ones."""
         return self.real.value is not None and self.real.value - self.chance < _LEAST_GAIN
 
 
