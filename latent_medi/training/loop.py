@@ -24,6 +24,7 @@ from latent_medi.diffusion.objective import Objective, diffusion_loss
 from latent_medi.features.needed import check_encoder
 from latent_medi.training import run_folder
 from latent_medi.training.data import Batch, open_data
+from latent_medi.training.finetune.parameter_groups import tables_of_new_fields
 from latent_medi.training.finetune.transfer import inherited_objective, open_source
 from latent_medi.training.monitor import DenoiserMonitor
 from latent_medi.training.settings import TrainSettings
@@ -86,6 +87,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator) -> Path:
     data.whiten(source, settings.override, start.state.get("whitening"), accelerator)
     drops, widths = run_folder.drops(settings, source), settings.ema.widths()
     run = Run(denoiser, settings, data, objective.timesteps, start, record, accelerator, drops, widths)
+    if source is not None:
+        run.learn_faster(tables_of_new_fields(source, denoiser), settings.new_fields_lr)
     averaged = cast(Denoiser, run.averages[settings.ema.relative_width].module)
     write = partial(
         run_folder.write_product,

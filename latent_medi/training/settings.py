@@ -175,6 +175,9 @@ class TrainSettings(Settings):
         train_parts: With init_from, the groups of parameters to train; all others stay unchanged bit for bit. Any of
             "conditioning", "attention", "time", "down", "mid", "up" and "new" (only what the source does not have, such
             as the vector of a new hospital, so that all other conditions sample exactly as before). Unset: everything.
+        new_fields_lr: With init_from, learning rate of the vectors of fields that the source does not have, over lr.
+            They begin at zero and have as far to go as those of a model from scratch, whose values are about 1; an
+            update moves a value by about lr.
         lora: With init_from, train a low-rank adapter instead of the model, and save it alone in out/adapter. With
             train_parts=[new] the adapter also holds the vectors of new values. Unset: none.
         autoencoder: Name or folder of the model's autoencoder; empty: the autoencoder that encoded the latents.
@@ -232,6 +235,7 @@ class TrainSettings(Settings):
     init_from: PathText = ""
     override: list[Literal["prediction", "schedule", "weighting", "scaling"]] = field(default_factory=list)
     train_parts: list[ParameterGroup] | None = None
+    new_fields_lr: PositiveFloat = 100.0
     lora: LoraSettings | None = None
     autoencoder: PathText = ""
     channels_last: bool = False

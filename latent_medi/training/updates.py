@@ -6,6 +6,7 @@ rest. A run that was cut off therefore continues with the numbers of an unbroken
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -84,6 +85,7 @@ class Run(Generic[D]):
         self.largest = min(settings.device_batch or self.share, self.share)
         self.steps = range(start.images // settings.global_batch, settings.total_images // settings.global_batch)
         self.state, self.resumed = start.state, bool(start.files)
+        self._clips_apart = False
         names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         # In the optimizer's order.
         self._names = [n for n in names if n not in undecayed] + [n for n in names if n in undecayed]
@@ -190,16 +192,24 @@ class Run(Generic[D]):
             rates: Multiple of the run's learning rate by submodule, in the order of the network; each trained parameter
                 is in one of them.
         """
+        self._divide(lambda name: next(own for own in rates if name.startswith(f"{own}.")), rates)
+        self._clips_apart = True
+
+    def learn_faster(self, names: Collection[str], multiple: float) -> None:
+        """Multiply the learning rate of some parameters; before the first update."""
+        self._divide(lambda name: name in names, {True: multiple, False: 1.0})
+
+    def _divide(self, own: Callable[[str], Any], rates: Mapping[Any, float]) -> None:
+        """Divide the optimizer's group, in its order, into those of neighbours that learn alike."""
         (group,) = self.optimizer.param_groups
-        by_name = dict(zip(self._names, group["params"], strict=True))
-        members = {own: [p for name, p in by_name.items() if name.startswith(f"{own}.")] for own in rates}
-        parts = [{**group, "params": members[own], _MULTIPLE: rate} for own, rate in rates.items()]
-        self.optimizer.param_groups[:] = parts
+        named = zip(self._names, group["params"], strict=True)
+        parts = [(key, [p for _, p in found]) for key, found in itertools.groupby(named, lambda pair: own(pair[0]))]
+        self.optimizer.param_groups[:] = [{**group, "params": ps, _MULTIPLE: rates[key]} for key, ps in parts]
 
     def _clip(self) -> torch.Tensor:
         """Clip the gradients, of submodules that learn apart each by itself; returns the norm of all before."""
         limit, groups = self.settings.grad_clip, self.optimizer.param_groups
-        if not any(_MULTIPLE in group for group in groups):
+        if not self._clips_apart:
             return clip_gradients(self.accelerator, list(self.model.parameters()), limit)
         norms = [clip_gradients(self.accelerator, group["params"], limit) for group in groups]
         return torch.linalg.vector_norm(torch.stack(norms))

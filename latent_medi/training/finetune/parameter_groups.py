@@ -65,6 +65,16 @@ def new_parameters(source: Source, denoiser: Denoiser) -> dict[str, NewPart | No
     return found
 
 
+def tables_of_new_fields(source: Source, denoiser: Denoiser) -> set[str]:
+    """Names of the parameters with the vectors of fields that the source does not have, if they begin at zero."""
+    conditioner = denoiser.conditioner
+    if conditioner is None or conditioner.mix is not None:  # there the map of the vectors begins at zero, not they
+        return set()
+    old = () if source.conditioner is None else source.conditioner.schema.names
+    new = [known.name for known in conditioner.schema.fields if known.name not in old]
+    return {f"conditioner.embeddings.{embedding_key(name)}.codes.weight" for name in new}
+
+
 def added_values(source: Source, denoiser: Denoiser) -> dict[str, tuple[str, ...]]:
     """Values by field that the source does not have."""
     if denoiser.conditioner is None or source.conditioner is None:

@@ -223,3 +223,41 @@ def test_two_processes_train_the_same_part(
     ours, theirs = (w["conditioning/diffusion_pytorch_model.safetensors"][table] for w in (a, b))
     assert torch.equal(ours[:-1], theirs[:-1])
     assert float((ours[-1] - theirs[-1]).norm() / ours[-1].norm()) <= 1e-5
+
+
+def unconditional(run_settings: Make, tmp_path: Path) -> dict[str, Any]:
+    """Settings that start at a model that knows no field."""
+    train(run_settings(out=str(tmp_path / "plain"), max_steps=4, model={"fields": []}, lr=1e-2))
+    return {"init_from": str(tmp_path / "plain" / "model"), "schedule": "constant", "warmup_fraction": 0.0}
+
+
+def test_vectors_of_new_fields_learn_faster(run_settings: Make, tmp_path: Path) -> None:
+    """They begin at zero; Adam's first update moves every value by its learning rate, whatever the gradient."""
+    start = unconditional(run_settings, tmp_path)
+    train(run_settings(max_steps=1, lr=1e-4, new_fields_lr=40.0, weight_decay=0.0, **start))
+    folder = checkpoint_folders(tmp_path / "run" / "checkpoints")[-1][1]
+    before = open_source(tmp_path / "plain" / "model").unet.state_dict()
+    moved = {
+        name: float((value - before.get(name.removeprefix("unet."), torch.zeros(()))).abs().max())
+        for name, value in load_file(folder / "model.safetensors").items()
+        if name.startswith("unet.") or name.endswith("codes.weight")
+    }
+    vectors = {name: size for name, size in moved.items() if name.startswith("conditioner.")}
+    assert len(vectors) == 3
+    assert all(size == pytest.approx(4e-3, rel=1e-2) for size in vectors.values())
+    assert max(size for name, size in moved.items() if name not in vectors) == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_a_run_with_new_fields_continues_as_if_unbroken(run_settings: Make, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    start = unconditional(run_settings, tmp_path) | {"max_steps": 24}
+    whole = run_settings(out=str(tmp_path / "whole"), **start)
+    train(whole)
+    torn = replace(whole, out=str(tmp_path / "torn"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(updates, "clip_gradients", interrupt_at(10))
+        with pytest.raises(KeyboardInterrupt):
+            train(torn)
+    train(torn)
+    for name in ("model", "checkpoints/images-000000000192"):
+        assert_same_bits(weights(tmp_path / "whole" / name), weights(tmp_path / "torn" / name))
