@@ -1,7 +1,7 @@
 """HistoDiffusion on the demo's tissue: what synthetic patches are worth where labels of 3 % of the patients teach, and
 those of another 7 % choose the best weights.
 
-    python benchmarks/histodiffusion_demo.py [--out runs/histodiffusion] [--seeds 0 1 2] [--quick] [key=value …]
+    python benchmarks/histodiffusion_demo.py [key=value …] [--out runs/histodiffusion] [--seeds 0 1 2] [--quick]
 
 A seed is another cohort, with another split, other models and other classifiers: `latent-medi run --config
 histodiffusion/demo seed=S out=OUT/seed-S`, with the settings given here. A second run on the same patients leaves out
