@@ -33,6 +33,9 @@ def dry_run(settings: ExperimentSettings) -> dict[str, Any]:
     declare(experiment)
     if experiment.has_data:
         check_fields(experiment)
+    divided = experiment.has_data and settings.split in PatchDataset.open(experiment.data).splits
+    if divided and all(weights.found for weights in experiment_cost(experiment, measure=False).weights):
+        preflight(experiment)  # before minutes are spent on measuring
     cost = experiment_cost(experiment, measure=True)
     result = {"out": settings.out, "bytes": cost.bytes, "planned": cost.planned, **encode(cost)}
     print(cost_text(cost))
@@ -44,7 +47,4 @@ def dry_run(settings: ExperimentSettings) -> dict[str, Any]:
         experiment.check_stages()
     if cost.missing:
         raise Incomplete(f"The experiment cannot run yet: {'; '.join(cost.missing)}", result)
-    divided = experiment.has_data and settings.split in PatchDataset.open(experiment.data).splits
-    if divided and all(weights.found for weights in cost.weights):
-        preflight(experiment)
     return result

@@ -57,12 +57,12 @@ def audit(
         field that repeats the class), ``class_separation`` (by continuous field, the two classes it separates best),
         ``sites`` (how many), ``components`` of the class–site graph (how many), ``groups`` (the components' classes,
         sites and patients), ``verdicts`` (combination, verdict, reason, counts and effective patients),
-        ``verdict_counts``, ``advice`` (sentences); ``can_be_held_out``: combinations of class and site to test the
-        generation of unseen ones with (``combination``, ``patients``, and the ``effective_patients`` on which it would
-        rest without them); ``shared_patients``: how many patients occur at several sites
-        (``count``), and some of them with their sites (``examples``); ``spelled_alike``: by field (and ``patient``)
-        groups of values that differ in spelling only, each with its patches; and ``looks_missing``: by field the values
-        that look like a word for missing, with their patches.
+        ``verdict_counts``, ``advice`` (sentences); ``held_out_candidates``: seen combinations of class and site to
+        test the generation of unseen ones with (``combination``, ``patients``, the ``effective_patients`` on which it
+        would rest without them, and whether both are ``enough``), the best first; ``shared_patients``: how many
+        patients occur at several sites (``count``), and some of them with their sites (``examples``);
+        ``spelled_alike``: by field (and ``patient``) groups of values that differ in spelling only, each with its
+        patches; and ``looks_missing``: by field the values that look like a word for missing, with their patches.
 
     Raises:
         UserError: An unknown field, value or split, or fields with too many values for a table of two.
@@ -89,14 +89,14 @@ def audit(
         "looks_missing": _looks_missing(index, names),
         "components": 0,
         "groups": [],
-        "can_be_held_out": [],
+        "held_out_candidates": [],
     }
     if class_name and has_site and site_field != class_name:
         result["groups"] = _components(index, class_name, site_field)
         result["components"] = len(result["groups"])
     verdict_of = Verdicts(index, thin_patients)
     if result["groups"]:
-        result["can_be_held_out"] = verdict_of.can_be_held_out([class_name, site_field])
+        result["held_out_candidates"] = verdict_of.held_out_candidates([class_name, site_field])
     result["verdicts"] = [verdict_of(combination) for combination in wanted]
     words = [entry["verdict"] for entry in result["verdicts"]]
     result["verdict_counts"] = {verdict: words.count(verdict) for verdict in VERDICTS}

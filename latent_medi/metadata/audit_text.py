@@ -66,13 +66,14 @@ def advice(result: Mapping[str, Any], class_field: str, repeated: Sequence[tuple
     counts = result["verdict_counts"]
     if counts["thin"]:
         lines.append(
-            f"{counts['thin']} combinations have, or rest on, fewer than {result['thin_patients']} patients: collect "
-            "more, above all of the combinations that link them to others; merge rare values, or plan them with care."
+            f"{counted(counts['thin'], 'combination')} with, or resting on, fewer than {result['thin_patients']} "
+            "patients: collect more, above all of the combinations that link them to others; merge rare values, or "
+            "plan them with care."
         )
     if counts["both margins seen"]:
         lines.append(
-            f"{counts['both margins seen']} combinations have no patch and can be generated: `latent-medi plan "
-            "goal=fill_unseen`."
+            f"{counted(counts['both margins seen'], 'combination')} without a patch can be generated: "
+            "`latent-medi plan goal=fill_unseen`."
         )
     return lines
 
@@ -123,6 +124,27 @@ def some(words: Sequence[str], most: int = 12) -> str:
     return ", ".join(words[:most]) + (f" … ({len(words)} in all)" if len(words) > most else "")
 
 
+def _held_out(result: Mapping[str, Any]) -> list[str]:
+    """The combinations that can test the generation of unseen ones; if there is none, what the nearest lack."""
+    candidates, thin = result["held_out_candidates"], result["thin_patients"]
+    if not candidates:
+        return []
+    ready = [entry for entry in candidates if entry["enough"]]
+    if ready:
+        lines = [f"{counted(len(ready), 'combination')} can be held out as a test of unseen ones:"]
+    else:
+        lines = [
+            f"no combination can be held out as a test of unseen ones: it takes {thin} patients of its own, and "
+            f"{thin} effective ones without them; the nearest:"
+        ]
+    for entry in (ready or candidates)[:_MOST_HELD_OUT]:
+        own = f"  {' × '.join(entry['combination'].values())}: {counted(entry['patients'], 'patient')}"
+        lines.append(f"{own}; without them it rests on {rounded_down(entry['effective_patients'])} effective ones")
+    if len(ready) > _MOST_HELD_OUT:
+        lines.append(f"  … and {len(ready) - _MOST_HELD_OUT} more")
+    return lines
+
+
 def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
     """The audit as plain text for a terminal; lists at most ``most`` combinations that are not seen."""
     counts = result["counts"]
@@ -141,7 +163,7 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
             lines.append(f"{name}: {summary['patches']} {unit}, {spread}")
     lines += [f"{name}: {share:.1%} of {unit} unknown" for name, share in result["missing"].items() if share]
     for name, value in result["cramers_v"].items():
-        shown = "not defined (one value only)" if value is None else f"{value:.2f}"
+        shown = "not defined (too few patients, or one value)" if value is None else f"{value:.2f}"
         lines.append(f"association of class and {name} (Cramér's V over patients, bias-corrected, 0 to 1): {shown}")
     if mapped := result.get("institutions"):
         lines.append(
@@ -171,12 +193,6 @@ def audit_text(result: Mapping[str, Any], most: int = 40) -> str:
         lines.append(f"  {combination}: {entry['verdict']} ({entry['reason']})")
     if len(listed) > most:
         lines.append(f"  … and {len(listed) - most} more")
-    if ready := result["can_be_held_out"]:
-        lines.append(f"{counted(len(ready), 'combination')} can be held out as a test of unseen ones:")
-        for entry in ready[:_MOST_HELD_OUT]:
-            own = f"  {' × '.join(entry['combination'].values())}: {counted(entry['patients'], 'patient')}"
-            lines.append(f"{own}; without them it rests on {rounded_down(entry['effective_patients'])} effective ones")
-        if len(ready) > _MOST_HELD_OUT:
-            lines.append(f"  … and {len(ready) - _MOST_HELD_OUT} more")
+    lines += _held_out(result)
     lines += [f"→ {sentence}" for sentence in result["advice"]]
     return "\n".join(lines)

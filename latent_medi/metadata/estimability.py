@@ -75,22 +75,25 @@ class Verdicts:
             "effective_patients": effective,
         }
 
-    def can_be_held_out(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Seen combinations of some fields that can test the generation of unseen ones, those of most patients first.
+    def held_out_candidates(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Seen combinations of some fields, as tests of the generation of unseen ones.
 
         Without its n patients, a combination of E effective patients rests on E − n: taking an observation from a
         linear model takes its weight from the inverse of the variance of its mean (Sherman and Morrison 1950).
 
         Returns:
-            ``combination``, ``patients`` and ``effective_patients`` (without them); both at least ``thin_patients``.
+            ``combination``, ``patients``, ``effective_patients`` (without them), and ``enough``: whether both are at
+            least ``thin_patients``. Those with enough come first, by their patients; then by the smaller number.
         """
         seen, result = self._seen_of(tuple(names)), []
         for values, counts in seen.cells.items():
-            without = (seen.effective_patients(values) or 0.0) - counts["patients"]
-            if min(counts["patients"], without + _ROUNDING) >= self.thin:
-                found: dict[str, Any] = {"combination": dict(zip(names, values, strict=True))}
-                result.append(found | {"patients": counts["patients"], "effective_patients": without})
-        return sorted(result, key=lambda entry: -entry["patients"])
+            patients = counts["patients"]
+            without = max((seen.effective_patients(values) or 0.0) - patients, 0.0)
+            smaller = min(patients, without + _ROUNDING)
+            found: dict[str, Any] = {"combination": dict(zip(names, values, strict=True)), "patients": patients}
+            found |= {"effective_patients": without, "enough": smaller >= self.thin}
+            result.append((not found["enough"], -patients if found["enough"] else -smaller, found))
+        return [found for *_, found in sorted(result, key=lambda entry: entry[:2])]
 
     def _seen_of(self, names: tuple[str, ...]) -> _SeenCombinations:
         if names not in self._seen:

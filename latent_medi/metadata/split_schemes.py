@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from latent_medi.core.counting import counted
 from latent_medi.core.errors import UserError
 from latent_medi.core.progress import get_logger
 from latent_medi.metadata.fields import is_missing
@@ -20,6 +21,8 @@ from latent_medi.metadata.splits import assert_patient_disjoint, hold_out, rando
 from latent_medi.metadata.tables import require_columns
 
 logger = get_logger("metadata")
+
+_TESTED = 10  # patients of a held-out combination that `evaluate` needs
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,15 @@ def _hold_out_split(index: pd.DataFrame, settings: SplitSettings) -> tuple[pd.Se
         logger.warning("No patient is %s: nothing is held out for it.", " × ".join(map(str, empty.values())))
     if missing := sorted({*settings.fractions, *settings.hold_out_fractions} - set(column)):
         logger.warning("No patient is left for %s: there are %d.", ", ".join(missing), index["patient"].nunique())
+    for combination in settings.hold_out:
+        tested = index.loc[hold_out(index, [combination]) & (column == "test"), "patient"].nunique()
+        if 0 < tested < _TESTED:
+            logger.warning(
+                "%s has %s in test: `evaluate` needs %d.",
+                " × ".join(map(str, combination.values())),
+                counted(tested, "patient"),
+                _TESTED,
+            )
     if combinations:
         _check_training(index[column == training], index, settings, combinations, sites)
     recipe = {

@@ -186,8 +186,8 @@ def _found(metrics: Metrics, headline: Headline, field: str) -> KeyNumber | None
             question,
             "not known",
             "",
-            f"A linear probe recognises the {field} of {percent(recovery.real)} of real patches, and guessing of "
-            f"{percent(recovery.chance)}: it says nothing of {label_of(headline.candidate)}’s patches.",
+            f"A linear probe finds the {field} in {percent(recovery.real)} of real patches; guessing finds it in "
+            f"{percent(recovery.chance)}. So the probe says nothing of {label_of(headline.candidate)}’s patches.",
         )
     return KeyNumber(
         question,

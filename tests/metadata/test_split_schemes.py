@@ -191,3 +191,16 @@ def test_what_has_no_patient_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert len(split.column) == 2
     assert "No patient is a × x" in caplog.text
     assert "No patient is left for" in caplog.text
+
+
+def test_too_few_test_patients_of_a_held_out_combination_are_named_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [(f"{c}{s}{i}", c, s) for c in "ab" for s in "xy" for i in range(12)]
+    table = pd.DataFrame(rows, columns=["patient", "class", "site"])
+    settings = SplitSettings(
+        hold_out=[{"class": "a", "site": "x"}],
+        hold_out_fractions={"probe": 0.5, "test": 0.5},
+        fractions={"train": 0.7, "test": 0.3},
+    )
+    with caplog.at_level("WARNING"):
+        make_split(table, settings)
+    assert "a × x has 6 patients in test: `evaluate` needs 10" in caplog.text

@@ -159,8 +159,9 @@ def _of_split(
             not_evaluated_text(found, others)
             if others
             else f"Split {settings.split!r} holds out no combination: training has every {what} of the test patches.",
-            "Make a split that holds out combinations of more patients (hold_out_fields), or set downstream=false to "
-            "evaluate the patches alone.",
+            "Hold out combinations of more patients, or give the test part more of them (`latent-medi split`: "
+            "hold_out, fractions, hold_out_fractions); or set downstream=false (in `run`: evaluate.downstream=false) "
+            "to evaluate the patches alone.",
         )
     return found, others
 
