@@ -27,7 +27,7 @@ from latent_medi.report.heat import Matrix, matrix, training_table
 from latent_medi.report.page import Contents, accuracies, differences, environment
 from latent_medi.report.protocols import PageTask, page_tasks
 from latent_medi.report.settings import SECTIONS, ReportSettings
-from latent_medi.report.words import Words
+from latent_medi.report.words import Words, glossary
 from latent_medi.statistics.intervals import Estimate
 
 _CAPTIONS = {
@@ -165,6 +165,7 @@ def render_report(
         grids=grids,
         answer=answer(content, compared.sentence if compared else ""),
         word=Words(),
+        glossary=glossary(),
         contents=Contents(),
     )
     write_text(check_file(out, "page", HTML), page)

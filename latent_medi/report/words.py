@@ -34,6 +34,10 @@ class Words:
     def __init__(self) -> None:
         self.used: dict[str, tuple[str, str]] = {}
 
+    def name(self, label: str) -> Markup:
+        """A name on the page, explained if the glossary has it."""
+        return self(label) if label in glossary() else escape(label)
+
     def __call__(self, term: str, shown: str = "") -> Markup:
         """A word that is explained when it is pointed at, tapped, or reached with the keyboard.
 

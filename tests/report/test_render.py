@@ -198,6 +198,7 @@ def test_words_are_explained_with_the_glossarys_text(page_text: str) -> None:
     meaning = re.search(r"^\| KID \| (.+) \|$", rows, re.MULTILINE)
     assert meaning
     assert page.text.count(meaning[1]) == 2  # where it is pointed at, and in the list at the end
+    assert page.text.count("The same model conditioned on the class alone.") == 3  # and CLS beside the answer
 
 
 def test_every_section_is_in_the_contents(page_text: str) -> None:
