@@ -245,7 +245,7 @@ def conclusion(found: ClassifierComparison) -> str:
     signs = [_sign(change) for change in added]
     gains, losses = signs.count(1), signs.count(-1)
     if not any(isinstance(change.interval, tuple) for change in added):
-        first = f"Whether synthetic patches help is not known, since chance was not measured: {counted}."
+        first = f"Not known, since each classifier was trained once: {counted}, but that may be chance."
     elif gains and losses:
         first = f"Some synthetic patches helped and some harmed: {counted}, beyond chance in {gains}, and lower beyond "
         first += f"chance in {losses}."

@@ -58,12 +58,14 @@ class PageClassifiers:
         facts: What was trained and tested, in words.
         percents: Headings of the columns, synthetic patches per 100 real ones.
         tables: A table per score, the accuracy first.
+        has_intervals: Whether any difference has an interval.
     """
 
     sentence: str
     facts: str
     percents: list[str]
     tables: list[ClassifierTable]
+    has_intervals: bool
 
 
 def page_classifiers(folder: Path, wanted: bool) -> PageClassifiers | None:
@@ -85,6 +87,7 @@ def page_classifiers(folder: Path, wanted: bool) -> PageClassifiers | None:
         comparison_facts(found),
         [f"{percent:g} %" for percent in percents],
         [_table(found, name, percents) for name in METRICS],
+        any(row.minus_real and isinstance(row.minus_real.accuracy.interval, tuple) for row in found.rows),
     )
 
 

@@ -30,6 +30,7 @@ INK, MUTED, GRID = "#1b1f24", "#59616b", "#d9dde2"
 SERIES = ("#0072b2", "#d55e00", "#00785a", "#a8467f", "#8a6d00", "#2f9bd6", "#59616b", "#1b1f24")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
 _WIDTH = 4.4  # inches; at this width the text is about 11 px high when the page is 390 px wide
+_LEGEND = 3  # names in a row: more are wider than a figure
 _FONT = 10
 _LONGEST = 24  # characters of a name in a plot
 _MOST_ROWS = 40
@@ -128,7 +129,7 @@ def distances(table: DistanceTable, roles: Roles, training: bool = False) -> str
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
     figure.legend(
-        loc="outside upper left", ncols=len(names), frameon=False, fontsize=_FONT, handletextpad=0.3, columnspacing=1.2
+        loc="outside upper left", ncols=_LEGEND, frameon=False, fontsize=_FONT, handletextpad=0.3, columnspacing=1.2
     )
     return _uri(figure)
 
@@ -167,7 +168,7 @@ def class_bars(tables: Mapping[str, DistanceTable], roles: Roles) -> str | None:
         panel.set_xlabel(f"{KID_UNIT} to {reference} (left is better)")
         _style(panel)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(sets), frameon=False, fontsize=_FONT)
+    figure.legend(handles, labels, loc="outside upper left", ncols=_LEGEND, frameon=False, fontsize=_FONT)
     return _uri(figure)
 
 

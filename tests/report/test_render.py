@@ -198,7 +198,7 @@ def test_words_are_explained_with_the_glossarys_text(page_text: str) -> None:
     meaning = re.search(r"^\| KID \| (.+) \|$", rows, re.MULTILINE)
     assert meaning
     assert page.text.count(meaning[1]) == 2  # where it is pointed at, and in the list at the end
-    assert page.text.count("The same model conditioned on the class alone.") == 3  # and CLS beside the answer
+    assert page.text.count("The same model conditioned on the class alone.") == 3  # and CLS after the answer
 
 
 def test_every_section_is_in_the_contents(page_text: str) -> None:
@@ -570,7 +570,7 @@ def compared(gains: list[tuple[float, tuple[float, float] | None]], name: str = 
         ([(0.05, (0.01, 0.09)), (-0.03, (-0.05, -0.01))], "Some synthetic patches helped and some harmed"),
         ([(-0.01, (-0.05, 0.03)), (-0.03, (-0.05, -0.01))], "Synthetic patches harmed"),
         ([(0.05, (-0.01, 0.11)), (0.02, (-0.01, 0.05))], "It was not shown that synthetic patches help"),
-        ([(0.05, None), (0.02, None)], "Whether synthetic patches help is not known"),
+        ([(0.05, None), (0.02, None)], "Not known, since each classifier was trained once"),
     ],
 )
 def test_whether_synthetic_patches_help_an_image_classifier_is_said_first(
