@@ -71,6 +71,8 @@ def describe(settings: TrainSettings, data: TrainingData, source: Source | None)
         del kept["only"]
     if not settings.mixture:
         del kept["mixture"]
+    if source is None or settings.new_fields_lr == 1.0:
+        del kept["new_fields_lr"]
     return {"settings": kept, "data": data.fingerprint(), "source": source.hash if source else ""}
 
 
