@@ -79,6 +79,8 @@ def answer(metrics: Metrics, first: str = "") -> Answer:
     exact = conclusions(metrics, headline)
     if headline.findings:
         question = f"How near are {name}’s synthetic patches to real ones?"
+        if first:
+            question = "Do synthetic patches help an image classifier?"
         return Answer(question, first or _nearer(metrics, headline), "open", exact, _numbers(metrics, headline))
     question = f"Do {name}’s synthetic patches help a classifier where real training patches are missing?"
     sentence = _ANSWERS[headline.verdict.answer].format(name=name, gaps=_gaps(metrics))

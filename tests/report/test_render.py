@@ -185,7 +185,9 @@ def test_an_evaluation_without_a_classifier_begins_with_how_near_samples_are(eva
         assert said.exact == ["As found."]
     ratio |= {"interval": None}
     assert answer(metrics_of(changed)).sentence == "As found."
-    assert answer(metrics_of(changed), "A classifier says so.").sentence == "A classifier says so."
+    said = answer(metrics_of(changed), "A classifier says so.")
+    assert said.sentence == "A classifier says so."
+    assert "image classifier" in said.question
 
 
 def test_words_are_explained_with_the_glossarys_text(page_text: str) -> None:
