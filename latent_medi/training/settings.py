@@ -288,6 +288,8 @@ class TrainSettings(Settings):
         for name in ("override", "train_parts", "lora"):
             if getattr(self, name) and not self.init_from:
                 problems.append(f"{name} needs init_from, which is empty")
+        if self.new_fields_lr != TrainSettings.new_fields_lr and not self.init_from:
+            problems.append("new_fields_lr needs init_from, which is empty")
         if self.train_parts == [] or (self.lora is not None and not self.lora.targets):
             problems.append("train_parts and lora.targets must not be empty lists")
         kept = sorted(set(self.override) - {"weighting"})
